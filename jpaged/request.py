@@ -147,6 +147,27 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt to complete, validated and with its randomness settled.
+
+    Args:
+        request_id: unique among the engine's unfinished requests.
+        prompt: the text, None when the caller gave token ids.
+        prompt_token_ids: what the model reads, at least one token.
+        params: how to sample.
+        seed: 32-bit; completion i draws with ``seed + i``. ``params.seed``, or one the engine drew.
+        prefix_salt: prompts share cached blocks only under equal salts.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    prefix_salt: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Logprob:
     """One token's log-probability under the model, and its rank there (1 is the most probable)."""
 

@@ -1,0 +1,98 @@
+"""The KV cache on the device: the block pool as a value, and how many blocks fit in memory."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import block_pool_shape, copy_blocks, paged_attention, write_kv
+
+CPU_POOL_BYTES = 1 << 30
+"""What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is shared with everything else."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers in fixed-size blocks of one preallocated array.
+
+    A value, not an object with state: every method that writes returns the new cache. Inside ``jax.jit``, donate the
+    cache (``donate_argnums``) and writes happen in place.
+
+    Args:
+        pool: all blocks; its layout belongs to ``pallas_kernels.block_pool``. Block 0 is for padding.
+    """
+
+    pool: Float[Array, "num_blocks num_layers 2 num_kv_heads block_size head_dim"]
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        num_blocks: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int = 16,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> Self:
+        """A cache of zeros. ``sharding`` spreads the pool over devices (see ``device.sharding``)."""
+        shape = block_pool_shape(num_blocks, num_layers, num_kv_heads, block_size, head_dim)
+        return cls(jnp.zeros(shape, dtype, device=sharding))
+
+    def write(
+        self,
+        layer: int,
+        k: Float[Array, "tokens num_kv_heads head_dim"],
+        v: Float[Array, "tokens num_kv_heads head_dim"],
+        slots: Int[Array, " tokens"],
+    ) -> Self:
+        """Store one layer's K and V of each token at its slot (``BlockManager.slots``)."""
+        return type(self)(write_kv(self.pool, layer, k, v, slots))
+
+    def attend(
+        self,
+        layer: int,
+        q: Float[Array, "tokens num_heads head_dim"],
+        block_tables: Int[Array, "num_seqs max_blocks"],
+        kv_lens: Int[Array, " num_seqs"],
+        cu_q_lens: Int[Array, " num_seqs_plus_1"],
+        **options,
+    ) -> Float[Array, "tokens num_heads head_dim"]:
+        """``pallas_kernels.paged_attention`` over this cache; ``options`` are its keyword arguments."""
+        return paged_attention(q, self.pool, layer, block_tables, kv_lens, cu_q_lens, **options)
+
+    def copy(self, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> Self:
+        """Copy blocks (copy-on-write). All sources are read before any destination is written."""
+        return type(self)(copy_blocks(self.pool, src, dst))
+
+
+def pool_bytes(
+    num_blocks: int, num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: jax.typing.DTypeLike
+) -> int:
+    """Size of a pool over all its devices."""
+    shape = block_pool_shape(num_blocks, num_layers, num_kv_heads, block_size, head_dim)
+    return int(np.prod(shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
+
+
+def free_bytes(devices: Sequence[jax.Device], memory_fraction: float) -> int:
+    """Bytes that may still be allocated, over all ``devices``, if ``memory_fraction`` of each is to be used in all.
+
+    On a CPU: that fraction of the machine's available memory, at most ``CPU_POOL_BYTES``.
+    """
+    if devices[0].platform == "cpu":
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(int(available * memory_fraction), CPU_POOL_BYTES)
+    left = []
+    for device in devices:
+        stats = device.memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            raise ValueError(f"{device} does not report its memory: give num_blocks")
+        left.append(int(stats["bytes_limit"] * memory_fraction) - stats["bytes_in_use"])
+    return min(left) * len(devices)

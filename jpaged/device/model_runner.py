@@ -1,0 +1,338 @@
+"""Executes step plans: weights, KV cache and the compiled programs that join them."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from jpaged.config import EngineConfig
+from jpaged.device.kv_cache import KVCache, free_bytes, pool_bytes
+from jpaged.device.sampler import SampledTokens, SampleInputs, Scores, make_sample_inputs, sample, score
+from jpaged.device.sharding import pool_sharding
+from jpaged.device.step_inputs import Bucket, StepInputs, all_buckets, bucket_for, pack, packed_size, powers_of_two, unpack
+from jpaged.host.step_plan import BlockCopy, PromptScore, StepPlan, StepResult, TokenScores
+from jpaged.models import ModelConfig
+from jpaged.request import MAX_LOGPROBS
+
+SCORE_ROWS = 64
+"""Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
+
+
+class PagedAttend:
+    """The ``attend`` a model calls in a step: store this layer's K/V, then attend to all of each sequence's context.
+
+    Lives during one trace; ``cache`` is the newest value of the cache.
+    """
+
+    def __init__(self, cache: KVCache, inputs: StepInputs, implementation: str | None):
+        self.cache = cache
+        self._inputs = inputs
+        self._implementation = implementation
+
+    def __call__(
+        self,
+        layer: int,
+        q: Float[Array, "tokens num_heads head_dim"],
+        k: Float[Array, "tokens num_kv_heads head_dim"],
+        v: Float[Array, "tokens num_kv_heads head_dim"],
+        *,
+        sm_scale: float,
+        sliding_window: int | None = None,
+    ) -> Float[Array, "tokens num_heads head_dim"]:
+        inputs = self._inputs
+        self.cache = self.cache.write(layer, k, v, inputs.slots)
+        return self.cache.attend(
+            layer,
+            q,
+            inputs.block_tables,
+            inputs.kv_lens,
+            inputs.cu_q_lens,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            implementation=self._implementation,
+        )
+
+
+class ForwardResult(NamedTuple):
+    cache: KVCache
+    hidden: Float[Array, "tokens hidden_size"]
+    sample_hidden: Float[Array, "rows hidden_size"]
+
+
+class ModelRunner:
+    """The device half: ``execute`` turns a StepPlan into a StepResult.
+
+    Programs are compiled ahead of time per bucket, by ``warm_up`` or when first needed, and called with the cache
+    donated, so that a step writes its K/V in place.
+
+    Args:
+        model: a flax.nnx model (``jpaged.models``), its weights on the devices of ``mesh``.
+        model_config: its configuration.
+        config: the engine's settings.
+        mesh: the devices.
+
+    Raises:
+        ValueError: the pool does not fit, or ``max_model_len`` exceeds what the model or the pool allows.
+    """
+
+    def __init__(self, model: nnx.Module, model_config: ModelConfig, config: EngineConfig, mesh: jax.sharding.Mesh):
+        self.model_config = model_config
+        self.config = config
+        self.mesh = mesh
+        self._graphdef, self._weights = nnx.split(model)
+        leaves = jax.tree.leaves(self._weights)
+        self.dtype = jnp.dtype(next(leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)))
+        self.weight_bytes = sum(leaf.nbytes for leaf in leaves)
+        self.max_model_len = self._check_model_len()
+        self.buckets = all_buckets(config.max_num_seqs, config.token_budget)
+        self._compiled: dict[tuple, Any] = {}
+        self._compile_lock = threading.Lock()
+        self.num_blocks = config.num_blocks or self._num_blocks_that_fit()
+        held = (self.num_blocks - 1) * config.block_size
+        if held < self.max_model_len:
+            if config.max_model_len is not None and config.num_blocks is None:
+                raise ValueError(
+                    f"max_model_len={self.max_model_len} does not fit: memory for {self.num_blocks} blocks of "
+                    f"{config.block_size} holds {held} tokens; lower max_model_len or raise memory_fraction"
+                )
+            if config.max_model_len is None:
+                self.max_model_len = held
+                self._compiled.clear()
+        self.cache = self._allocate_cache()
+
+    # Sizes --------------------------------------------------------------------------------------------------------
+
+    def _check_model_len(self) -> int:
+        limit, wanted = self.model_config.max_model_len, self.config.max_model_len
+        if wanted is not None and wanted > limit:
+            raise ValueError(
+                f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower max_model_len"
+            )
+        return wanted or limit
+
+    @property
+    def max_blocks(self) -> int:
+        """Width of a block table."""
+        return -(-self.max_model_len // self.config.block_size)
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self._pool_bytes(1)
+
+    def _pool_bytes(self, num_blocks: int) -> int:
+        c = self.model_config
+        return pool_bytes(num_blocks, c.num_layers, c.num_kv_heads, c.head_dim, self.config.block_size, self.dtype)
+
+    def _num_blocks_that_fit(self) -> int:
+        """Blocks for what the weights and the largest step's workspace leave of the device's memory."""
+        devices = list(self.mesh.devices.flat)
+        budget = free_bytes(devices, self.config.memory_fraction)
+        is_cpu = devices[0].platform == "cpu"
+        if not is_cpu:
+            budget -= self._workspace_bytes() * len(devices)
+        num_blocks = budget // self.bytes_per_block
+        if is_cpu:  # more than every row could ever hold would only delay start-up
+            num_blocks = min(num_blocks, self.config.max_num_seqs * self.max_blocks + 1)
+        if num_blocks < 2:
+            raise ValueError(
+                f"no memory for a KV cache: one block takes {self.bytes_per_block:,} bytes and memory_fraction="
+                f"{self.config.memory_fraction} leaves {max(budget, 0):,} after {self.weight_bytes:,} bytes of weights and "
+                "a step's workspace: raise memory_fraction, or lower max_num_batched_tokens"
+            )
+        return int(num_blocks)
+
+    def _workspace_bytes(self) -> int:
+        """Temporaries and results of the largest step on one device, from the compiler, without running it."""
+        total = 0
+        for key in (("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, 0)):
+            analysis = self._program(key, pool_blocks=2).memory_analysis()
+            total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        self._compiled.clear()
+        return total
+
+    def _allocate_cache(self) -> KVCache:
+        c = self.model_config
+        return KVCache.allocate(
+            num_blocks=self.num_blocks,
+            num_layers=c.num_layers,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            block_size=self.config.block_size,
+            dtype=self.dtype,
+            sharding=pool_sharding(self.mesh),
+        )
+
+    # Programs -----------------------------------------------------------------------------------------------------
+
+    def warm_up(self, *, use_tqdm: bool = True) -> None:
+        """Compile every bucket's step and plain sampler, in parallel. Rare variants compile when first needed."""
+        rows = powers_of_two(1, self.config.max_num_seqs)
+        keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
+        keys += [("sample", n, 0, 0, 0) for n in rows]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+            jobs = [threads.submit(self._program, key) for key in keys]
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm):
+                job.result()
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._compiled)
+
+    def program(self, bucket: Bucket) -> jax.stages.Compiled:
+        """The compiled forward step of one bucket, to inspect (its memory analysis, its HLO)."""
+        return self._program(("forward", bucket))
+
+    def _program(self, key: tuple, *, pool_blocks: int | None = None) -> jax.stages.Compiled:
+        """The program of ``key``: a kind and its static sizes. Compiled on first use."""
+        with self._compile_lock:
+            compiled = self._compiled.get(key)
+        if compiled is None:
+            precision = "highest" if self.dtype == jnp.float32 else None
+            with jax.default_matmul_precision(precision), jax.set_mesh(self.mesh):
+                compiled = self._lower(key, pool_blocks or self.num_blocks).compile()
+            with self._compile_lock:
+                self._compiled[key] = compiled
+        return compiled
+
+    def _lower(self, key: tuple, pool_blocks: int) -> jax.stages.Lowered:
+        kind, *sizes = key
+        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._weights)
+        cache = self._abstract_cache(pool_blocks)
+        match kind:
+            case "forward":
+                (bucket,) = sizes
+                packed = self._abstract((packed_size(bucket, self.max_blocks),), jnp.int32)
+                return self._jit(self._forward, bucket, donate=1).lower(weights, cache, packed)
+            case "sample":
+                rows, num_biases, num_seen, num_top = sizes
+                hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
+                inputs = make_sample_inputs([], rows, num_biases=num_biases, num_seen=num_seen)
+                return self._jit(self._sample, num_top).lower(weights, hidden, inputs)
+            case "score":
+                num_tokens, num_top = sizes
+                hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
+                rows = self._abstract((SCORE_ROWS,), jnp.int32)
+                return self._jit(self._score, num_top).lower(weights, hidden, rows, rows)
+            case "copy":
+                blocks = self._abstract((sizes[0],), jnp.int32)
+                return jax.jit(KVCache.copy, donate_argnums=0).lower(cache, blocks, blocks)
+            case _:
+                raise AssertionError(key)
+
+    def _jit(self, method: Callable, *static: object, donate: int | None = None):
+        return jax.jit(partial(method, *static), donate_argnums=() if donate is None else donate)
+
+    def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+        replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+
+    def _abstract_cache(self, num_blocks: int) -> KVCache:
+        c = self.model_config
+        cache = jax.eval_shape(
+            partial(
+                KVCache.allocate,
+                num_blocks=num_blocks,
+                num_layers=c.num_layers,
+                num_kv_heads=c.num_kv_heads,
+                head_dim=c.head_dim,
+                block_size=self.config.block_size,
+                dtype=self.dtype,
+            )
+        )
+        sharding = pool_sharding(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
+
+    # The traced functions -----------------------------------------------------------------------------------------
+
+    def _forward(self, bucket: Bucket, weights: nnx.State, cache: KVCache, packed: Int[Array, " size"]) -> ForwardResult:
+        inputs = unpack(packed, bucket, self.max_blocks)
+        model: Any = nnx.merge(self._graphdef, weights)
+        attend = PagedAttend(cache, inputs, self.config.attention_implementation)
+        hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
+        return ForwardResult(attend.cache, hidden, hidden[inputs.sample_tokens])
+
+    def _sample(
+        self, num_top: int, weights: nnx.State, hidden: Float[Array, "rows hidden_size"], inputs: SampleInputs
+    ) -> SampledTokens:
+        model: Any = nnx.merge(self._graphdef, weights)
+        return sample(model.logits(hidden), inputs, num_top=num_top)
+
+    def _score(
+        self,
+        num_top: int,
+        weights: nnx.State,
+        hidden: Float[Array, "tokens hidden_size"],
+        rows: Int[Array, " score_rows"],
+        targets: Int[Array, " score_rows"],
+    ) -> Scores:
+        model: Any = nnx.merge(self._graphdef, weights)
+        return score(model.logits(hidden[rows]), targets, num_top=num_top)
+
+    # A step -------------------------------------------------------------------------------------------------------
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step: copies, then the forward pass over all chunks, then the samples and scores."""
+        if self.cache.pool.is_deleted():  # a step that failed after donating it
+            self.cache = self._allocate_cache()
+        if plan.copies:
+            self._copy(plan.copies)
+        bucket = bucket_for(plan, self.buckets)
+        packed = pack(plan, bucket, self.max_blocks, self.config.block_size)
+        forward = self._program(("forward", bucket))(self._weights, self.cache, packed)
+        self.cache = forward.cache
+        num_samples = len(plan.samples)
+        prompt_scores = tuple(self._score_prompt(plan, piece, forward.hidden) for piece in plan.prompt_scores)
+        if num_samples == 0:
+            empty = TokenScores(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))  # fmt: skip
+            return StepResult(np.zeros(0, np.int32), empty, prompt_scores)
+        num_top = MAX_LOGPROBS if any(s.params.logprobs for s in plan.samples) else 0
+        inputs = make_sample_inputs(plan.samples, bucket.num_rows)
+        key = ("sample", bucket.num_rows, len(inputs.bias_rows), len(inputs.seen_rows), num_top)
+        sampled = self._program(key)(self._weights, forward.sample_hidden, inputs)
+        token_ids, scores = jax.device_get((sampled.token_ids, sampled.scores))
+        return StepResult(token_ids[:num_samples], _token_scores(scores, num_samples), prompt_scores)
+
+    def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
+        """All block copies of a step in one call; padding copies block 0 onto itself."""
+        size = next(n for n in powers_of_two(8, max(8, self.num_blocks)) if n >= len(copies))
+        src, dst = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        src[: len(copies)] = [copy.src for copy in copies]
+        dst[: len(copies)] = [copy.dst for copy in copies]
+        self.cache = self._program(("copy", size))(self.cache, src, dst)
+
+    def _score_prompt(self, plan: StepPlan, piece: PromptScore, hidden: Float[Array, "tokens hidden_size"]) -> TokenScores:
+        first = sum(len(chunk.token_ids) for chunk in plan.chunks[: piece.chunk])
+        num_top = min(MAX_LOGPROBS, self.model_config.vocab_size) if piece.num_logprobs else 0
+        program = self._program(("score", hidden.shape[0], num_top))
+        parts = []
+        for start in range(0, len(piece.target_ids), SCORE_ROWS):
+            targets = piece.target_ids[start : start + SCORE_ROWS]
+            rows, padded = np.zeros(SCORE_ROWS, np.int32), np.zeros(SCORE_ROWS, np.int32)
+            rows[: len(targets)] = first + start + np.arange(len(targets))
+            padded[: len(targets)] = targets
+            scores = jax.device_get(program(self._weights, hidden, rows, padded))
+            parts.append(_token_scores(scores, len(targets)))
+        return TokenScores(
+            logprobs=np.concatenate([p.logprobs for p in parts]),
+            ranks=np.concatenate([p.ranks for p in parts]),
+            top_ids=np.concatenate([p.top_ids for p in parts]),
+            top_logprobs=np.concatenate([p.top_logprobs for p in parts]),
+        )
+
+
+def _token_scores(scores: Scores, num_rows: int) -> TokenScores:
+    return TokenScores(
+        logprobs=scores.logprobs[:num_rows],
+        ranks=scores.ranks[:num_rows],
+        top_ids=scores.top_ids[:num_rows],
+        top_logprobs=scores.top_logprobs[:num_rows],
+    )

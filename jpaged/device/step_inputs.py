@@ -1,0 +1,136 @@
+"""StepPlan -> one padded int32 array: what a step's forward pass reads besides weights and cache."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from jpaged.host.step_plan import StepPlan
+
+SMALL_BATCH = 8
+"""Rows of the smaller of the two mixed batches: a few prompts need not pay for a full batch's rows."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bucket:
+    """The static shapes of one compiled step.
+
+    Args:
+        num_tokens: tokens in the ragged batch, padding included.
+        num_rows: sequences in the batch, and tokens drawn from it, at most.
+    """
+
+    num_tokens: int
+    num_rows: int
+
+
+def powers_of_two(low: int, high: int) -> list[int]:
+    """low, 2 low, 4 low, ... below ``high``, then ``high`` itself."""
+    sizes = []
+    while low < high:
+        sizes.append(low)
+        low *= 2
+    return [*sizes, high]
+
+
+def all_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
+    """Every bucket a plan can need: decode steps by rows, mixed steps by tokens with few rows or all."""
+    decode = [Bucket(rows, rows) for rows in powers_of_two(1, max_num_seqs)]
+    mixed = [
+        Bucket(tokens, rows)
+        for tokens in powers_of_two(16, max_num_batched_tokens)
+        for rows in {min(SMALL_BATCH, max_num_seqs), max_num_seqs}
+        if tokens >= rows
+    ]
+    return sorted({*decode, *mixed})
+
+
+def bucket_for(plan: StepPlan, buckets: list[Bucket]) -> Bucket:
+    """The smallest bucket (fewest tokens, then fewest rows) that holds ``plan``."""
+    num_tokens, num_rows = plan.num_tokens, max(len(plan.chunks), len(plan.samples))
+    return next(b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepInputs:
+    """The ragged batch of one step. Padding tokens write to block 0; padding rows are empty.
+
+    Args:
+        token_ids, positions: of each token in its sequence.
+        prompt_lens: length of the prompt of each token's sequence.
+        slots: where each token's K and V go in the pool.
+        block_tables, kv_lens, cu_q_lens: as ``paged_attention`` takes them.
+        sample_tokens: index of the token whose logits each sample reads; 0 for padding.
+    """
+
+    token_ids: Int[Array, " tokens"]
+    positions: Int[Array, " tokens"]
+    prompt_lens: Int[Array, " tokens"]
+    slots: Int[Array, " tokens"]
+    block_tables: Int[Array, "rows max_blocks"]
+    kv_lens: Int[Array, " rows"]
+    cu_q_lens: Int[Array, " rows_plus_1"]
+    sample_tokens: Int[Array, " rows"]
+
+
+def _layout(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
+    tokens, rows = bucket.num_tokens, bucket.num_rows
+    return {
+        "token_ids": (tokens,),
+        "positions": (tokens,),
+        "prompt_lens": (tokens,),
+        "slots": (tokens,),
+        "block_tables": (rows, max_blocks),
+        "kv_lens": (rows,),
+        "cu_q_lens": (rows + 1,),
+        "sample_tokens": (rows,),
+    }
+
+
+def packed_size(bucket: Bucket, max_blocks: int) -> int:
+    """Length of the packed array."""
+    return sum(int(np.prod(shape)) for shape in _layout(bucket, max_blocks).values())
+
+
+def _split(packed, bucket: Bucket, max_blocks: int) -> dict:
+    """Views of ``packed`` (numpy or jax) by field name."""
+    fields, start = {}, 0
+    for name, shape in _layout(bucket, max_blocks).items():
+        stop = start + int(np.prod(shape))
+        fields[name] = packed[start:stop].reshape(shape)
+        start = stop
+    return fields
+
+
+def pack(plan: StepPlan, bucket: Bucket, max_blocks: int, block_size: int) -> np.ndarray:
+    """The inputs of ``plan`` in one int32 array: one transfer a step."""
+    packed = np.zeros(packed_size(bucket, max_blocks), np.int32)
+    fields = _split(packed, bucket, max_blocks)
+    lens = np.fromiter((len(c.token_ids) for c in plan.chunks), np.int32, len(plan.chunks))
+    starts = np.fromiter((c.start for c in plan.chunks), np.int32, len(plan.chunks))
+    ends = np.cumsum(lens, dtype=np.int32)
+    total = int(lens.sum())
+    for row, chunk in enumerate(plan.chunks):
+        blocks = chunk.block_table[: -(-(chunk.start + len(chunk.token_ids)) // block_size)]
+        fields["block_tables"][row, : len(blocks)] = blocks
+        fields["token_ids"][ends[row] - lens[row] : ends[row]] = chunk.token_ids
+    rows = np.repeat(np.arange(len(plan.chunks)), lens)
+    positions = np.arange(total, dtype=np.int32) + np.repeat(starts - (ends - lens), lens)
+    fields["positions"][:total] = positions
+    fields["prompt_lens"][:total] = np.repeat([c.prompt_len for c in plan.chunks], lens)
+    fields["slots"][:total] = (
+        fields["block_tables"][rows, positions // block_size] * block_size + positions % block_size
+    )
+    fields["kv_lens"][: len(plan.chunks)] = starts + lens
+    fields["cu_q_lens"][1 : len(plan.chunks) + 1] = ends
+    fields["cu_q_lens"][len(plan.chunks) + 1 :] = total
+    for row, sample in enumerate(plan.samples):
+        fields["sample_tokens"][row] = ends[sample.chunk] - 1
+    return packed
+
+
+def unpack(packed: Int[Array, " size"], bucket: Bucket, max_blocks: int) -> StepInputs:
+    """On the device: the fields of a packed array."""
+    return StepInputs(**_split(packed, bucket, max_blocks))
