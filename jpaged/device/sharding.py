@@ -1,0 +1,85 @@
+"""The mesh, and which logical axis of which array lies along it."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+TENSOR_AXIS = "tensor"
+
+SHARDED_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab"})
+"""Logical axes split over the tensor axis; all others are replicated."""
+
+
+def make_mesh(tensor_parallel_size: int = 1) -> Mesh:
+    """A mesh of the first ``tensor_parallel_size`` devices with the one axis "tensor".
+
+    Raises:
+        ValueError: not a positive number, or more devices than there are.
+    """
+    devices = jax.devices()
+    if not 1 <= tensor_parallel_size <= len(devices):
+        raise ValueError(
+            f"tensor_parallel_size={tensor_parallel_size} is not valid: this process sees {len(devices)} devices"
+        )
+    return jax.make_mesh(
+        (tensor_parallel_size,), (TENSOR_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:tensor_parallel_size]
+    )
+
+
+def check_divisible(mesh: Mesh, **sizes: int) -> None:
+    """Checks that every device gets whole heads and equal shares.
+
+    Args:
+        sizes: name -> size of what is split over the tensor axis, such as ``num_kv_heads=8``.
+
+    Raises:
+        ValueError: a size that the number of devices does not divide.
+    """
+    parts = mesh.shape[TENSOR_AXIS]
+    for name, size in sizes.items():
+        if size % parts:
+            raise ValueError(
+                f"{name}={size} cannot be split over tensor_parallel_size={parts} devices: "
+                f"choose a tensor_parallel_size that divides {size}"
+            )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array: block tables, step inputs, tokens."""
+    return NamedSharding(mesh, P())
+
+
+def pool_sharding(mesh: Mesh) -> NamedSharding:
+    """The block pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], split by kv head."""
+    return NamedSharding(mesh, P(None, None, None, TENSOR_AXIS))
+
+
+def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of a parameter whose axes carry these names.
+
+    A vocabulary that the mesh does not divide is replicated: sizes like 50,257 are common and, unlike heads, nothing
+    else has to agree with them.
+    """
+    parts = mesh.shape[TENSOR_AXIS]
+    named = zip(shape, logical_axes, strict=True)
+    return NamedSharding(
+        mesh,
+        P(
+            *(
+                TENSOR_AXIS if axis in SHARDED_AXES and (axis != "vocab" or size % parts == 0) else None
+                for size, axis in named
+            )
+        ),
+    )
+
+
+def param_shardings(state: Any, mesh: Mesh) -> Any:
+    """The sharding of every variable of an nnx state, in a tree like ``state`` with a sharding in place of each array."""
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(param_sharding(variable.shape, variable.logical_axes, mesh))
+
+    return jax.tree.map(one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -1,0 +1,182 @@
+"""What every model family's configuration offers, and how a checkpoint's config.json is read."""
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""The dtypes a checkpoint may be stored in and a model may run in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ABC):
+    """The shape of a model. Hashable: it is static under jit.
+
+    Args:
+        architecture: the class name Hugging Face gives the model, as in config.json's ``architectures``.
+        intermediate_size: width of the feed-forward layer.
+        max_position_embeddings: as written in config.json; ``max_model_len`` is what the model can use.
+        dtype: the dtype the checkpoint was saved in, one of ``DTYPES``.
+        eos_token_ids: tokens that end a completion; may be empty.
+        tie_word_embeddings: whether the output projection is the input embedding.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    dtype: str = "float32"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+            "max_position_embeddings",
+        )  # fmt: skip
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not valid: expected a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not supported: expected one of {', '.join(DTYPES)}")
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest context, in tokens, that the checkpoint supports."""
+        return self.max_position_embeddings
+
+    def prefix_salt(self, prompt_len: int) -> bytes:
+        """What, besides the tokens before it, a token's KV depends on.
+
+        Equal tokens of two prompts have equal KV if and only if their prompts' salts are equal.
+
+        Args:
+            prompt_len: length of the whole prompt, in tokens.
+        """
+        del prompt_len
+        return b""
+
+    @classmethod
+    @abstractmethod
+    def from_hf(cls, hf: Any, common: dict[str, Any]) -> "ModelConfig":
+        """Builds the configuration from a transformers config and the fields every family shares."""
+
+    @abstractmethod
+    def to_hf(self) -> dict[str, Any]:
+        """The configuration as the content of a config.json that transformers and ``load_config`` read."""
+
+    def common_hf(self, model_type: str) -> dict[str, Any]:
+        """The part of ``to_hf`` that all families share."""
+        eos = self.eos_token_ids
+        return {
+            "architectures": [self.architecture],
+            "model_type": model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "max_position_embeddings": self.max_position_embeddings,
+            "dtype": self.dtype,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: the file cannot be read, is not JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}): download the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}: expected an object")
+    return value
+
+
+def find_config(path: str | Path) -> Path:
+    """The config.json of a checkpoint directory.
+
+    Raises:
+        ValueError: no such directory, or no config.json in it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        kind = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {kind}: expected a Hugging Face checkpoint directory (config.json, *.safetensors)")
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is not a checkpoint directory: it has no config.json. "
+            "Give the directory that holds config.json and the *.safetensors files"
+        )
+    return path / "config.json"
+
+
+def parse_hf_config(path: Path, model_type: str) -> Any:
+    """Reads the config.json at ``path`` through transformers, which knows its old and new spellings.
+
+    Raises:
+        ValueError: the file is refused, by us (quantised weights) or by transformers.
+    """
+    raw = read_json(path)
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ValueError(
+            f"{path}: quantised weights (quant_method={method!r}) are not supported: use the original ones"
+        )
+    if raw.get("model_type", model_type) != model_type:
+        raise ValueError(
+            f"{path}: model_type={raw['model_type']!r} disagrees with architectures={raw['architectures']}, "
+            f"whose model_type is {model_type!r}: correct one of them"
+        )
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig  # takes a second to import
+
+    try:
+        return AutoConfig.for_model(model_type, **{k: v for k, v in raw.items() if k != "model_type"})
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is refused by transformers: {error}") from error
+
+
+def common_fields(raw: dict[str, Any], generation: dict[str, Any], hf: Any) -> dict[str, Any]:
+    """The ``ModelConfig`` fields that all families spell alike.
+
+    Args:
+        raw: config.json.
+        generation: generation_config.json, empty if the checkpoint has none. Its end-of-sequence ids win.
+        hf: config.json as transformers parsed it.
+    """
+    eos = generation.get("eos_token_id", None)
+    eos = hf.eos_token_id if eos is None else eos
+    if eos is None:
+        eos = ()
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    return {
+        "architecture": raw["architectures"][0],
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": hf.num_attention_heads,
+        "max_position_embeddings": hf.max_position_embeddings,
+        "dtype": str(dtype).removeprefix("torch."),
+        "eos_token_ids": (eos,) if isinstance(eos, int) else tuple(eos),
+        "bos_token_id": hf.bos_token_id,
+        "tie_word_embeddings": bool(hf.tie_word_embeddings),
+    }

@@ -1,0 +1,115 @@
+"""Layers and types that the model families share."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Dtype = Any
+"""Whatever ``jnp.dtype`` accepts."""
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
+"""Activation functions by the name config.json gives them."""
+
+
+class Attend(Protocol):
+    """Attention of one layer, supplied by the caller of a model.
+
+    The engine's writes ``k`` and ``v`` to the block pool and attends over it; training and the oracles attend
+    densely over the tokens given. Causal; token t also sees only the last ``sliding_window`` positions up to and
+    including its own, if that is given.
+    """
+
+    def __call__(
+        self,
+        layer: int,
+        q: Float[Array, "tokens num_heads head_dim"],
+        k: Float[Array, "tokens num_kv_heads head_dim"],
+        v: Float[Array, "tokens num_kv_heads head_dim"],
+        *,
+        sm_scale: float,
+        sliding_window: int | None = None,
+    ) -> Float[Array, "tokens num_heads head_dim"]: ...
+
+
+def check_activation(name: str) -> None:
+    """Raises ValueError for an activation that ``ACTIVATIONS`` does not hold."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not supported: known are {', '.join(ACTIVATIONS)}")
+
+
+def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., Any]:
+    """An initialiser whose parameter carries logical axis names (see ``device/sharding.py``)."""
+    return nnx.with_metadata(init, logical_axes=axes)
+
+
+_normal = nnx.initializers.normal(0.02)
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    in_axis: str | None,
+    out_axis: str | None,
+    *,
+    bias: bool,
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A projection whose parameters and arithmetic are in ``dtype`` and whose axes carry names."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=dtype,
+        kernel_init=with_axes(_normal, in_axis, out_axis),
+        bias_init=with_axes(nnx.initializers.zeros, out_axis),
+        rngs=rngs,
+    )
+
+
+def embed(num_embeddings: int, features: int, axis: str | None, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Embed:
+    """An embedding whose rows carry the axis name ``axis``."""
+    init = with_axes(_normal, axis, None)
+    return nnx.Embed(num_embeddings, features, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32 and cast *before* the scale, as Hugging Face does."""
+
+    def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        init = with_axes(nnx.initializers.ones, None)
+        self.scale = nnx.Param(init(rngs.params(), (features,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
+        scale = self.scale[...]
+        return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+def to_vocab(
+    hidden: Float[Array, "rows features"], embed_tokens: nnx.Embed, lm_head: nnx.Linear | None
+) -> Float[Array, "rows vocab"]:
+    """Logits in float32, from the output projection or, where there is none, from the tied embedding."""
+    weight, axis = (embed_tokens.embedding[...], 1) if lm_head is None else (lm_head.kernel[...], 0)
+    return jax.lax.dot_general(hidden, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def split_heads(x: Float[Array, "tokens features"], head_dim: int) -> Float[Array, "tokens heads head_dim"]:
+    """Views the last axis as heads."""
+    return x.reshape(x.shape[0], -1, head_dim)

@@ -1,0 +1,85 @@
+"""From an architecture's name to its configuration and model, and from a checkpoint directory to either."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jpaged.device.sharding import check_divisible, param_shardings
+from jpaged.models import llama
+from jpaged.models.config import ModelConfig, common_fields, find_config, parse_hf_config, read_json
+from jpaged.models.layers import Dtype
+
+_FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
+    (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
+)
+
+SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name in model_types)
+"""Values of config.json's ``architectures`` that can be loaded."""
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Reads the configuration of a Hugging Face checkpoint directory, without touching its weights.
+
+    Args:
+        path: a directory with config.json and, optionally, generation_config.json.
+
+    Raises:
+        ValueError: no checkpoint, an architecture that is not supported, or a value that is not; names the file.
+    """
+    config_path = find_config(path)
+    raw = read_json(config_path)
+    architectures = raw.get("architectures")
+    known = ", ".join(SUPPORTED_ARCHITECTURES)
+    if (
+        not isinstance(architectures, list)
+        or len(architectures) != 1
+        or architectures[0] not in SUPPORTED_ARCHITECTURES
+    ):
+        raise ValueError(f"{config_path}: architectures={architectures!r} is not supported: expected one of {known}")
+    model_types, config_class, _ = next(family for family in _FAMILIES if architectures[0] in family[0])
+    generation_path = config_path.with_name("generation_config.json")
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    hf = parse_hf_config(config_path, model_types[architectures[0]])
+    try:
+        return config_class.from_hf(hf, common_fields(raw, generation, hf))
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from error
+
+
+def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure and, in place of its weights, their shapes.
+
+    Raises:
+        ValueError: the mesh does not divide the model's heads or feed-forward width.
+    """
+    check_divisible(
+        mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, intermediate_size=config.intermediate_size
+    )
+    model = nnx.eval_shape(lambda: _model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    return nnx.split(model)
+
+
+def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> Any:
+    """A model with random weights, drawn on the devices of ``mesh`` by one program, each device its own shards.
+
+    Args:
+        config: the model's shape.
+        dtype: of weights and activations.
+        mesh: has an axis "tensor" (see ``device/sharding.py``).
+        seed: fixes the weights, whatever the mesh.
+    """
+    graphdef, state = abstract_model(config, dtype, mesh)
+
+    def init(key: jax.Array) -> nnx.State:
+        return nnx.state(_model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(params=key)))
+
+    weights = jax.jit(init, out_shardings=param_shardings(state, mesh))(jax.random.key(seed))
+    return nnx.merge(graphdef, weights)
+
+
+def _model_class(config: ModelConfig) -> Any:
+    return next(model_class for model_types, _, model_class in _FAMILIES if config.architecture in model_types)
