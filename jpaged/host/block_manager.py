@@ -160,22 +160,18 @@ class BlockManager:
             OutOfBlocks: fewer free blocks than ``num_blocks_to_append``.
             ValueError: an unknown ``seq_id`` or a negative count.
         """
-        holding = self._holdings.get(seq_id)
-        if (
-            holding is not None and 0 < num_tokens <= holding.num_empty and self._ref_counts[holding.blocks[-1]] == 1
-        ):  # almost every decode: 15 of 16 with blocks of 16
-            holding.num_empty -= num_tokens
+        holding = self._held_by(seq_id)
+        if 0 < num_tokens <= holding.num_empty and self._ref_counts[holding.blocks[-1]] == 1:
+            holding.num_empty -= num_tokens  # 15 of 16 decodes with blocks of 16: kept free of other work
             return []
-        num_taken = self.num_blocks_to_append(seq_id, num_tokens)
-        self._require_free(num_taken)
-        holding = self._holdings[seq_id]
+        self._require_free(self.num_blocks_to_append(seq_id, num_tokens))
+        total = self._tokens_in(holding) + num_tokens
         copies = []
         if num_tokens > 0 and self._is_last_block_shared_partial(holding):
             src, dst = holding.blocks[-1], self._take()
             holding.blocks[-1] = dst
             self._ref_counts[src] -= 1
             copies.append(BlockCopy(src, dst))
-        total = self.num_tokens(seq_id) + num_tokens
         while len(holding.blocks) * self.block_size < total:
             holding.blocks.append(self._take())
         holding.num_empty = len(holding.blocks) * self.block_size - total
@@ -237,10 +233,11 @@ class BlockManager:
             ValueError: an unknown ``seq_id``, ``num_computed`` beyond the tokens, or a salt that changed.
         """
         holding = self._held_by(seq_id)
-        if not 0 <= num_computed <= min(len(token_ids), self._tokens_in(holding)):
+        num_tokens = self._tokens_in(holding)
+        if not 0 <= num_computed <= num_tokens or num_computed > len(token_ids):
             raise ValueError(
-                f"num_computed={num_computed} of sequence {seq_id!r}: expected 0 to {len(token_ids)} (its token_ids), "
-                f"and at most {self._tokens_in(holding)} (the tokens it has room for)"
+                f"num_computed={num_computed}: sequence {seq_id!r} has room for {num_tokens} tokens, "
+                f"and {len(token_ids)} token_ids were given: expected 0 to the lesser of both"
             )
         start, stop = holding.num_published, num_computed // self.block_size
         if stop <= start or not self.enable_prefix_caching:
@@ -324,6 +321,7 @@ class BlockManager:
     def _take(self) -> int:
         """Take the block at the front of the free queue, whatever it held."""
         block, _ = self._free.popitem(last=False)
+        assert self._ref_counts[block] == 0, "a free block has no holder"
         self._cache.evict(block)
         self._ref_counts[block] = 1
         return block

@@ -1,0 +1,636 @@
+"""The block manager: unit tests by behaviour, then a state machine against a model with contents."""
+
+import copy
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jpaged.host.block_manager import BlockManager, OutOfBlocks
+from jpaged.host.step_plan import BlockCopy
+
+
+def snapshot(manager: BlockManager) -> dict:
+    """Everything the manager knows, detached from it. Prefixes never change: they compare by identity."""
+    state = dict(vars(manager))
+    state["_holdings"] = {seq_id: replace(h, blocks=list(h.blocks)) for seq_id, h in manager._holdings.items()}
+    state["_free"] = list(manager._free)
+    state["_ref_counts"] = list(manager._ref_counts)
+    state["_cache"] = {name: copy.copy(value) for name, value in vars(manager._cache).items()}
+    return state
+
+
+def cached_manager(num_blocks: int = 10, block_size: int = 4) -> BlockManager:
+    return BlockManager(num_blocks, block_size, enable_prefix_caching=True)
+
+
+def run(manager: BlockManager, seq_id, token_ids: list[int], *, salt: bytes = b"") -> int:
+    """Admit, compute and publish a sequence; returns how many blocks it found in the cache."""
+    cached = manager.match_prefix(token_ids, salt=salt)
+    manager.reserve(seq_id, len(token_ids), cached_blocks=cached)
+    manager.publish(seq_id, token_ids, len(token_ids), salt=salt)
+    return len(cached)
+
+
+# Taking and giving back
+
+
+@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_reserve_takes_the_blocks_that_cover_the_tokens(num_tokens, num_blocks):
+    manager = BlockManager(10, 4)
+    assert manager.num_fresh_blocks(num_tokens) == num_blocks
+    manager.reserve("a", num_tokens)
+    assert len(manager.block_table("a")) == num_blocks
+    assert manager.num_free_blocks == 9 - num_blocks
+    assert manager.num_tokens("a") == num_tokens
+
+
+def test_block_0_is_never_handed_out():
+    manager = BlockManager(5, 4)
+    manager.reserve("a", 16)
+    assert sorted(manager.block_table("a")) == [1, 2, 3, 4]
+    with pytest.raises(OutOfBlocks, match="1 blocks needed, 0 free of 4"):
+        manager.reserve("b", 1)
+
+
+def test_append_takes_a_block_only_when_the_last_is_full():
+    manager = BlockManager(10, 4)
+    manager.reserve("a", 3)
+    assert manager.num_blocks_to_append("a") == 0
+    assert manager.append("a") == []
+    assert len(manager.block_table("a")) == 1
+    assert manager.num_blocks_to_append("a") == 1
+    assert manager.append("a") == []
+    assert len(manager.block_table("a")) == 2
+    assert manager.num_tokens("a") == 5
+
+
+def test_append_of_several_tokens_fills_the_last_block_first():
+    manager = BlockManager(10, 4)
+    manager.reserve("a", 3)
+    assert manager.num_blocks_to_append("a", 6) == 2
+    manager.append("a", 6)
+    assert manager.num_tokens("a") == 9
+    assert len(manager.block_table("a")) == 3
+
+
+def test_block_table_is_a_live_view():
+    manager = BlockManager(10, 4)
+    manager.reserve("a", 4)
+    table = manager.block_table("a")
+    manager.append("a")
+    assert len(table) == 2
+
+
+def test_slots_follow_the_block_table():
+    manager = BlockManager(10, 4)
+    manager.reserve("x", 4)
+    manager.reserve("a", 4)
+    manager.append("x")
+    manager.append("a", 6)
+    first, second, third = manager.block_table("a")
+    expected = [first * 4 + 2, first * 4 + 3, *range(second * 4, second * 4 + 4), third * 4]
+    assert manager.slots("a", 2, 9).tolist() == expected
+    assert manager.slots("a", 4, 5).tolist() == [second * 4]
+    assert manager.slots("a", 10, 10).tolist() == []
+    assert manager.slots("a", 2, 9).dtype == np.int32
+
+
+def test_free_gives_every_block_back():
+    manager = BlockManager(10, 4)
+    manager.reserve("a", 30)
+    manager.free("a")
+    assert manager.num_free_blocks == 9
+    manager.reserve("a", 36)
+    manager.check_invariants()
+
+
+# Sharing and copy-on-write
+
+
+def test_fork_takes_no_block():
+    manager = BlockManager(10, 4)
+    manager.reserve("parent", 6)
+    manager.fork("parent", "child")
+    assert manager.block_table("child") == manager.block_table("parent")
+    assert manager.num_free_blocks == 7
+    assert manager.stats().num_shared == 2
+
+
+def test_append_copies_a_shared_partial_block_and_the_last_owner_writes_in_place():
+    manager = BlockManager(10, 4)
+    manager.reserve("parent", 6)
+    manager.fork("parent", "child")
+    head, tail = manager.block_table("parent")
+    assert manager.num_blocks_to_append("child") == 1
+    [made] = manager.append("child")
+    assert made == BlockCopy(src=tail, dst=manager.block_table("child")[1])
+    assert made.dst != tail
+    assert manager.num_blocks_to_append("parent") == 0
+    assert manager.append("parent") == []
+    assert manager.block_table("parent") == [head, tail]
+    assert manager.block_table("child")[0] == head
+
+
+def test_append_across_a_shared_partial_block_copies_it_and_takes_more():
+    manager = BlockManager(10, 4)
+    manager.reserve("parent", 6)
+    manager.fork("parent", "child")
+    assert manager.num_blocks_to_append("child", 7) == 3
+    assert len(manager.append("child", 7)) == 1
+    assert len(manager.block_table("child")) == 4
+    manager.check_invariants()
+
+
+def test_append_after_a_shared_full_block_copies_nothing():
+    manager = BlockManager(10, 4)
+    manager.reserve("parent", 8)
+    manager.fork("parent", "child")
+    assert manager.append("child") == []
+    assert manager.block_table("child")[:2] == manager.block_table("parent")
+
+
+def test_append_of_nothing_to_a_shared_block_copies_nothing():
+    manager = BlockManager(10, 4)
+    manager.reserve("parent", 6)
+    manager.fork("parent", "child")
+    before = snapshot(manager)
+    assert manager.append("child", 0) == []
+    assert snapshot(manager) == before
+
+
+def test_of_n_sharers_all_but_one_copy():
+    manager = BlockManager(10, 4)
+    manager.reserve(0, 6)
+    for child in range(1, 5):
+        manager.fork(0, child)
+    assert [len(manager.append(seq_id)) for seq_id in range(5)] == [1, 1, 1, 1, 0]
+    manager.check_invariants()
+
+
+def test_shared_blocks_outlive_their_first_holder():
+    manager = BlockManager(10, 4)
+    manager.reserve("parent", 6)
+    manager.fork("parent", "child")
+    manager.free("parent")
+    assert manager.num_free_blocks == 7
+    assert manager.append("child") == []
+    manager.free("child")
+    assert manager.num_free_blocks == 9
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.reserve("new", 13),
+        lambda m: m.reserve("new", 20, cached_blocks=m.match_prefix([1, 2, 3, 4])),
+        lambda m: m.append("b", 16),
+        lambda m: m.append("child", 11),  # the copy of the shared block and three more
+    ],
+)
+def test_out_of_blocks_changes_nothing(call):
+    manager = cached_manager(7)
+    run(manager, "free", [1, 2, 3, 4])
+    run(manager, "a", [9, 8, 7, 6, 5, 4])
+    manager.fork("a", "child")
+    manager.free("free")
+    manager.reserve("b", 1)
+    before = snapshot(manager)
+    with pytest.raises(OutOfBlocks):
+        call(manager)
+    assert snapshot(manager) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.reserve("a", 1), "exists already"),
+        (lambda m: m.reserve("new", -1), "num_tokens=-1"),
+        (lambda m: m.num_fresh_blocks(-1), "num_tokens=-1"),
+        (lambda m: m.reserve("new", 8, cached_blocks=[0]), "block 0 does not continue"),
+        (lambda m: m.reserve("new", 8, cached_blocks=[999]), "block 999 does not continue"),
+        (lambda m: m.reserve("new", 8, cached_blocks=[m.block_table("a")[2]]), "does not continue"),
+        (lambda m: m.reserve("new", 8, cached_blocks=[m.block_table("a")[1]]), "does not continue"),
+        (lambda m: m.reserve("new", 8, cached_blocks=[m.block_table("a")[0]] * 2), "does not continue"),
+        (lambda m: m.reserve("new", 7, cached_blocks=m.block_table("a")[:2]), "more than num_tokens=7"),
+        (lambda m: m.append("a", -1), "num_tokens=-1"),
+        (lambda m: m.append("nobody"), "unknown sequence 'nobody'"),
+        (lambda m: m.num_blocks_to_append("a", -1), "num_tokens=-1"),
+        (lambda m: m.num_blocks_to_append("nobody"), "unknown sequence"),
+        (lambda m: m.fork("nobody", "new"), "unknown sequence"),
+        (lambda m: m.fork("a", "a"), "exists already"),
+        (lambda m: m.free("nobody"), "unknown sequence"),
+        (lambda m: m.publish("nobody", [], 0), "unknown sequence"),
+        (lambda m: m.publish("a", [1] * 20, 11), "room for 10 tokens"),
+        (lambda m: m.publish("a", [1] * 9, 10), "9 token_ids"),
+        (lambda m: m.publish("a", [1] * 10, -1), "num_computed=-1"),
+        (lambda m: m.publish("b", [1] * 8, 8, salt=b"other"), "salt=b'other'"),
+        (lambda m: m.block_table("nobody"), "unknown sequence"),
+        (lambda m: m.num_tokens("nobody"), "unknown sequence"),
+        (lambda m: m.slots("a", 0, 11), "holds \\[0, 10\\)"),
+        (lambda m: m.slots("a", 3, 2), "holds"),
+        (lambda m: m.slots("a", -1, 2), "holds"),
+    ],
+)
+def test_wrong_calls_are_refused_and_change_nothing(call, message):
+    manager = cached_manager()
+    run(manager, "a", list(range(10)))
+    manager.reserve("b", 8)
+    manager.publish("b", [1] * 4, 4)
+    before = snapshot(manager)
+    with pytest.raises(ValueError, match=message):
+        call(manager)
+    assert snapshot(manager) == before
+
+
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(1, 16), (0, 16), (4, 0), (4, -1), (2**28, 16)])
+def test_impossible_sizes_are_refused(num_blocks, block_size):
+    with pytest.raises(ValueError, match=r"give|int32"):
+        BlockManager(num_blocks, block_size)
+
+
+# Prefix caching
+
+
+def test_a_published_prefix_is_shared_by_the_next_sequence():
+    manager = cached_manager()
+    run(manager, "a", list(range(10)))
+    cached = manager.match_prefix([*range(9), 99, 100])
+    assert cached == manager.block_table("a")[:2]
+    assert manager.num_fresh_blocks(11, cached) == 1
+    manager.reserve("b", 11, cached_blocks=cached)
+    assert manager.block_table("b")[:2] == cached
+    assert manager.block_table("b")[2] != manager.block_table("a")[2]
+
+
+def test_nothing_matches_before_it_is_published_or_when_caching_is_off():
+    manager = cached_manager()
+    manager.reserve("a", 8)
+    assert manager.match_prefix(list(range(8))) == []
+    manager.publish("a", list(range(8)), 7)
+    assert len(manager.match_prefix(list(range(8)))) == 1
+    off = BlockManager(10, 4)
+    run(off, "a", list(range(8)))
+    assert off.match_prefix(list(range(8))) == []
+    assert off.stats().prefix_queried_tokens == 0
+
+
+def test_a_freed_prefix_stays_cached_until_its_blocks_are_reused():
+    manager = cached_manager(4)
+    run(manager, "a", list(range(8)))
+    manager.free("a")
+    assert manager.num_free_blocks == 3
+    cached = manager.match_prefix(list(range(8)))
+    assert len(cached) == 2
+    assert manager.num_fresh_blocks(9, cached) == 3, "a cached block that nobody holds leaves the free set"
+    manager.reserve("b", 9, cached_blocks=cached)
+    assert manager.num_free_blocks == 0
+
+
+def test_uncached_blocks_are_reused_first_then_least_recently_freed_tail_first():
+    manager = cached_manager(7, block_size=2)
+    run(manager, "old", [1, 2, 3, 4])
+    run(manager, "new", [5, 6, 7, 8, 9])
+    old, new = list(manager.block_table("old")), list(manager.block_table("new"))
+    manager.free("old")
+    manager.free("new")
+    manager.reserve("x", 2)
+    manager.append("x", 2)
+    assert set(manager.block_table("x")) == {new[2], 6}, "the partial block, and the one never used"
+    manager.append("x", 8)
+    assert manager.block_table("x")[2:] == [old[1], old[0], new[1], new[0]]
+    assert manager.stats().num_cached == 0
+
+
+def test_a_hit_makes_blocks_most_recent():
+    manager = cached_manager(3, block_size=2)
+    run(manager, "a", [1, 2])
+    run(manager, "b", [3, 4])
+    manager.free("a")
+    manager.free("b")
+    run(manager, "a", [1, 2])
+    manager.free("a")
+    manager.reserve("x", 2)
+    assert manager.match_prefix([3, 4]) == []
+    assert len(manager.match_prefix([1, 2])) == 1
+
+
+def test_of_two_equal_sequences_the_first_keeps_the_entry():
+    manager = cached_manager()
+    manager.reserve("a", 4)
+    manager.reserve("b", 4)
+    manager.publish("b", [1, 2, 3, 4], 4)
+    manager.publish("a", [1, 2, 3, 4], 4)
+    assert manager.match_prefix([1, 2, 3, 4]) == manager.block_table("b")
+    manager.free("a")
+    manager.check_invariants()
+    assert manager.match_prefix([1, 2, 3, 4]) == manager.block_table("b")
+
+
+def test_salts_never_share():
+    manager = cached_manager()
+    run(manager, "a", [1, 2, 3, 4], salt=b"alice")
+    assert manager.match_prefix([1, 2, 3, 4], salt=b"bob") == []
+    assert manager.match_prefix([1, 2, 3, 4]) == []
+    assert run(manager, "b", [1, 2, 3, 4], salt=b"alice") == 1
+
+
+def test_publish_reads_only_the_tokens_of_new_full_blocks():
+    class Watched(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    read: list[slice] = []
+    manager = cached_manager()
+    tokens = Watched(range(20))
+    manager.reserve("a", 20)
+    for num_computed in (5, 7, 12, 15, 15, 20):
+        manager.publish("a", tokens, num_computed)
+    assert read == [slice(0, 4), slice(4, 12), slice(12, 20)]
+    assert len(manager.match_prefix(list(range(20)))) == 5
+
+
+def test_forks_and_hits_publish_from_where_their_prefix_ends():
+    manager = cached_manager()
+    run(manager, "a", list(range(8)))
+    manager.fork("a", "fork")
+    manager.append("fork", 4)
+    manager.publish("fork", [*range(8), 9, 9, 9, 9], 12)
+    assert manager.match_prefix([*range(8), 9, 9, 9, 9]) == manager.block_table("fork")
+    manager.reserve("hit", 12, cached_blocks=manager.match_prefix(list(range(8))))
+    manager.publish("hit", [*range(8), 7, 7, 7, 7], 12)
+    assert manager.match_prefix([*range(8), 7, 7, 7, 7]) == manager.block_table("hit")
+
+
+def test_blocks_matched_before_they_were_reused_are_refused():
+    manager = cached_manager(3)
+    run(manager, "a", list(range(8)))
+    manager.free("a")
+    stale = manager.match_prefix(list(range(8)))
+    manager.reserve("b", 8)
+    manager.free("b")
+    with pytest.raises(ValueError, match="does not continue a cached prefix"):
+        manager.reserve("c", 8, cached_blocks=stale)
+
+
+def test_only_admissions_count_towards_the_hit_rate():
+    manager = cached_manager(7)
+    run(manager, "a", list(range(10)))
+    for _ in range(5):
+        cached = manager.match_prefix(list(range(10)))
+        with pytest.raises(OutOfBlocks):
+            manager.reserve("b", 30, cached_blocks=cached)
+    manager.reserve("b", 10, cached_blocks=cached)
+    assert manager.stats().prefix_queried_tokens == 20
+    assert manager.stats().prefix_hit_tokens == 8
+
+
+def test_stats_count_each_physical_block_once():
+    manager = cached_manager()
+    run(manager, "a", list(range(6)))
+    manager.fork("a", "b")
+    manager.append("b", 3)
+    stats = manager.stats()
+    assert (stats.num_blocks, stats.num_used, stats.num_shared, stats.num_cached) == (9, 4, 1, 1)
+    assert stats.tokens_held == 6 + 5
+    assert stats.waste == 5 / 16
+    assert BlockManager(10, 4).stats().waste == 0
+
+
+# The state machine. The model keeps tokens, a simulated memory, the cache as a plain dict and the free blocks in order.
+
+UNWRITTEN = -1
+TOKENS = st.lists(st.integers(0, 1), max_size=12)
+SALTS = st.sampled_from([b"", b"salt"])
+
+
+class Sequence:
+    def __init__(self, tokens: list[int], computed: int, published: int, salt: bytes, table: list[int]) -> None:
+        self.tokens, self.computed, self.published, self.salt, self.table = tokens, computed, published, salt, table
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    @initialize(num_blocks=st.integers(2, 14), block_size=st.integers(1, 4), caching=st.booleans())
+    def start(self, num_blocks, block_size, caching):
+        self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
+        self.caching, self.block_size = caching, block_size
+        self.sequences: dict[int, Sequence] = {}
+        self.memory = np.full(num_blocks * block_size, UNWRITTEN)
+        self.cache: dict[tuple[bytes, tuple[int, ...]], int] = {}
+        self.unused = set(range(1, num_blocks))
+        self.cached_free: list[int] = []  # the first is reused first
+        self.next_id = self.queried = self.hit = 0
+
+    # What the model expects
+
+    def refs(self) -> Counter:
+        return Counter(block for seq in self.sequences.values() for block in seq.table)
+
+    def matching(self, tokens: list[int], salt: bytes) -> list[int]:
+        blocks = []
+        while self.caching and (len(blocks) + 1) * self.block_size <= len(tokens):
+            key = salt, tuple(tokens[: (len(blocks) + 1) * self.block_size])
+            if key not in self.cache:
+                break
+            blocks.append(self.cache[key])
+        return blocks
+
+    def check_taken(self, blocks: list[int]) -> None:
+        """Blocks newly in a table were free, in the order of reuse; whatever they held is gone."""
+        for block in blocks:
+            if self.unused:
+                self.unused.remove(block)
+            else:
+                assert self.cached_free.pop(0) == block
+            self.cache = {key: b for key, b in self.cache.items() if b != block}
+            self.memory[block * self.block_size : (block + 1) * self.block_size] = UNWRITTEN
+
+    def num_free(self) -> int:
+        return len(self.unused) + len(self.cached_free)
+
+    def pick(self, data) -> int:
+        return data.draw(st.sampled_from(sorted(self.sequences)))
+
+    # Rules
+
+    @rule(data=st.data(), tokens=TOKENS, salt=SALTS, start=st.integers(0, 12))
+    def reserve(self, data, tokens, salt, start):
+        if self.cache:  # go on from something cached, so that hits are long
+            _, known = data.draw(st.sampled_from(list(self.cache)))
+            tokens = [*known[:start], *tokens]
+        matched = self.manager.match_prefix(tokens, salt=salt)
+        assert matched == self.matching(tokens, salt)
+        for i, block in enumerate(matched):
+            held = self.memory[block * self.block_size : (block + 1) * self.block_size]
+            assert held.tolist() == tokens[i * self.block_size : (i + 1) * self.block_size]
+        cached = matched[: data.draw(st.integers(0, len(matched)))]
+        refs = self.refs()
+        needed = -(-len(tokens) // self.block_size) - len(cached) + sum(refs[block] == 0 for block in cached)
+        assert self.manager.num_fresh_blocks(len(tokens), cached) == needed
+        seq_id = self.next_id
+        if needed > self.num_free():
+            self.refused(OutOfBlocks, lambda: self.manager.reserve(seq_id, len(tokens), cached_blocks=cached))
+            return
+        self.manager.reserve(seq_id, len(tokens), cached_blocks=cached)
+        self.next_id += 1
+        table = list(self.manager.block_table(seq_id))
+        assert table[: len(cached)] == cached
+        self.cached_free = [block for block in self.cached_free if block not in cached]
+        self.check_taken(table[len(cached) :])
+        self.sequences[seq_id] = Sequence(tokens, len(cached) * self.block_size, len(cached), salt, table)
+        if self.caching:
+            self.queried += len(tokens)
+            self.hit += len(cached) * self.block_size
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), max_size=6))
+    def append(self, data, tokens):
+        seq_id = self.pick(data)
+        seq = self.sequences[seq_id]
+        is_copied = bool(tokens and len(seq.tokens) % self.block_size and self.refs()[seq.table[-1]] > 1)
+        num_new = -(-(len(seq.tokens) + len(tokens)) // self.block_size) - len(seq.table)
+        assert self.manager.num_blocks_to_append(seq_id, len(tokens)) == num_new + is_copied
+        if num_new + is_copied > self.num_free():
+            self.refused(OutOfBlocks, lambda: self.manager.append(seq_id, len(tokens)))
+            return
+        copies = self.manager.append(seq_id, len(tokens))
+        table = list(self.manager.block_table(seq_id))
+        if is_copied:
+            src, dst = len(seq.table) - 1, table[len(seq.table) - 1]
+            assert copies == [BlockCopy(seq.table[src], dst)]
+            self.check_taken(table[src:])
+            view = self.memory.reshape(-1, self.block_size)
+            view[dst] = view[copies[0].src]
+        else:
+            assert copies == []
+            self.check_taken(table[len(seq.table) :])
+        seq.table = table
+        seq.tokens = seq.tokens + tokens
+
+    @precondition(lambda self: any(seq.computed < len(seq.tokens) for seq in self.sequences.values()))
+    @rule(data=st.data(), num_tokens=st.integers(1, 12))
+    def compute(self, data, num_tokens):
+        """The device writes some of a sequence's tokens: only into blocks that are its own and not cached."""
+        waiting = sorted(i for i, seq in self.sequences.items() if seq.computed < len(seq.tokens))
+        seq_id = data.draw(st.sampled_from(waiting))
+        seq = self.sequences[seq_id]
+        stop = min(len(seq.tokens), seq.computed + num_tokens)
+        slots = self.manager.slots(seq_id, seq.computed, stop)
+        refs = self.refs()
+        for block in set((slots // self.block_size).tolist()):
+            assert refs[block] == 1
+            assert block not in self.cache.values()
+        assert (self.memory[slots] == UNWRITTEN).all()
+        self.memory[slots] = seq.tokens[seq.computed : stop]
+        seq.computed = stop
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def publish(self, data):
+        seq_id = self.pick(data)
+        seq = self.sequences[seq_id]
+        self.manager.publish(seq_id, seq.tokens, seq.computed, salt=seq.salt)
+        if self.caching:
+            full = seq.computed // self.block_size
+            for i in range(seq.published, full):
+                self.cache.setdefault((seq.salt, tuple(seq.tokens[: (i + 1) * self.block_size])), seq.table[i])
+            seq.published = max(seq.published, full)
+        assert self.manager.match_prefix(seq.tokens, salt=seq.salt) == self.matching(seq.tokens, seq.salt)
+
+    @precondition(lambda self: any(seq.computed == len(seq.tokens) for seq in self.sequences.values()))
+    @rule(data=st.data())
+    def fork(self, data):
+        done = sorted(i for i, seq in self.sequences.items() if seq.computed == len(seq.tokens))
+        parent_id, child_id = data.draw(st.sampled_from(done)), self.next_id
+        self.manager.fork(parent_id, child_id)
+        self.next_id += 1
+        self.sequences[child_id] = copy.deepcopy(self.sequences[parent_id])
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def free(self, data):
+        seq_id = self.pick(data)
+        self.manager.free(seq_id)
+        table = self.sequences.pop(seq_id).table
+        refs = self.refs()
+        for block in reversed(table):
+            if refs[block] == 0 and block in self.cache.values():
+                self.cached_free.append(block)
+            elif refs[block] == 0:
+                self.unused.add(block)
+
+    @rule(data=st.data())
+    def misuse(self, data):
+        m, unknown = self.manager, self.next_id
+        calls = [
+            lambda: m.append(unknown),
+            lambda: m.free(unknown),
+            lambda: m.fork(unknown, unknown),
+            lambda: m.publish(unknown, [], 0),
+            lambda: m.reserve(unknown, -1),
+            lambda: m.reserve(unknown, self.block_size, cached_blocks=[0]),
+            lambda: m.reserve(unknown, 0, cached_blocks=list(self.cache.values())[:1] or [0]),
+        ]
+        calls += [lambda b=b: m.reserve(unknown, 2 * self.block_size, cached_blocks=[b, b]) for b in self.unused]
+        if self.sequences:
+            seq_id = self.pick(data)
+            num_tokens = len(self.sequences[seq_id].tokens)
+            calls += [
+                lambda: m.reserve(seq_id, 1),
+                lambda: m.fork(seq_id, seq_id),
+                lambda: m.append(seq_id, -1),
+                lambda: m.publish(seq_id, [0] * (num_tokens + 1), num_tokens + 1),
+                lambda: m.slots(seq_id, 0, num_tokens + 1),
+            ]
+        self.refused(ValueError, data.draw(st.sampled_from(calls)))
+
+    def refused(self, error, call):
+        before = snapshot(self.manager)
+        with pytest.raises(error):
+            call()
+        assert snapshot(self.manager) == before
+
+    # After every rule
+
+    @invariant()
+    def every_sequence_reads_its_own_tokens(self):
+        for seq_id, seq in self.sequences.items():
+            assert self.manager.block_table(seq_id) == seq.table
+            assert self.manager.num_tokens(seq_id) == len(seq.tokens)
+            slots = self.manager.slots(seq_id, 0, len(seq.tokens))
+            assert self.memory[slots[: seq.computed]].tolist() == seq.tokens[: seq.computed]
+
+    @invariant()
+    def counts_equal_the_model(self):
+        self.manager.check_invariants()
+        assert self.manager.num_free_blocks == self.num_free()
+        refs = self.refs()
+        slots = {s for i, seq in self.sequences.items() for s in self.manager.slots(i, 0, len(seq.tokens)).tolist()}
+        stats = self.manager.stats()
+        assert (stats.num_used, stats.num_cached) == (len(refs), len(self.cache))
+        assert stats.num_shared == sum(count > 1 for count in refs.values())
+        assert stats.tokens_held == len(slots)
+        num_slots = len(refs) * self.block_size
+        assert stats.waste == ((num_slots - len(slots)) / num_slots if refs else 0)
+        assert (stats.prefix_queried_tokens, stats.prefix_hit_tokens) == (self.queried, self.hit)
+
+    def teardown(self):
+        for seq_id in list(getattr(self, "sequences", ())):
+            self.manager.free(seq_id)
+            self.manager.check_invariants()
+            if not self.manager._holdings:
+                assert self.manager.num_free_blocks == self.manager.num_blocks - 1
+
+
+TestBlockManagerAgainstModel = BlockManagerMachine.TestCase
+TestBlockManagerAgainstModel.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
