@@ -1,0 +1,48 @@
+"""PagedAttention for JAX: a KV cache in blocks, and a serving engine over it.
+
+Public names load on first use, so that the host half (``jpaged.host``) and ``jpaged --help`` need no JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jpaged.config import EngineConfig
+    from jpaged.device.kv_cache import KVCache
+    from jpaged.host.block_manager import BlockManager, OutOfBlocks
+    from jpaged.llm import LLM
+    from jpaged.request import CompletionDelta, CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
+
+_HOMES = {
+    "LLM": "jpaged.llm",
+    "BlockManager": "jpaged.host.block_manager",
+    "CompletionDelta": "jpaged.request",
+    "CompletionOutput": "jpaged.request",
+    "EngineConfig": "jpaged.config",
+    "FinishReason": "jpaged.request",
+    "KVCache": "jpaged.device.kv_cache",
+    "Logprob": "jpaged.request",
+    "OutOfBlocks": "jpaged.host.block_manager",
+    "RequestOutput": "jpaged.request",
+    "SamplingParams": "jpaged.request",
+}
+
+__all__ = [
+    "LLM",
+    "BlockManager",
+    "CompletionDelta",
+    "CompletionOutput",
+    "EngineConfig",
+    "FinishReason",
+    "KVCache",
+    "Logprob",
+    "OutOfBlocks",
+    "RequestOutput",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jpaged' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,5 +1,6 @@
 """Executes step plans: weights, KV cache and the compiled programs that join them."""
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable
@@ -215,7 +216,7 @@ class ModelRunner:
             case "sample":
                 rows, num_biases, num_seen, num_top = sizes
                 hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
-                inputs = make_sample_inputs([], rows, num_biases=num_biases, num_seen=num_seen)
+                inputs = _empty_sample_inputs(rows, num_biases, num_seen)
                 return self._jit(self._sample, num_top).lower(weights, hidden, inputs)
             case "score":
                 num_tokens, num_top = sizes
@@ -327,6 +328,16 @@ class ModelRunner:
             top_ids=np.concatenate([p.top_ids for p in parts]),
             top_logprobs=np.concatenate([p.top_logprobs for p in parts]),
         )
+
+
+def _empty_sample_inputs(rows: int, num_biases: int, num_seen: int) -> SampleInputs:
+    """Inputs of the given sizes that ask for nothing: what a sampler is compiled for."""
+    inputs = make_sample_inputs([], rows)
+    flat = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    for name, value in flat.items():
+        size = num_biases if name.startswith("bias") else num_seen if name.startswith("seen") else len(value)
+        flat[name] = np.zeros(size, value.dtype)
+    return SampleInputs(**flat)
 
 
 def _token_scores(scores: Scores, num_rows: int) -> TokenScores:

@@ -133,21 +133,30 @@ class Scheduler:
         return group
 
     def finish(self, group: SequenceGroup, seq: Sequence, reason: FinishReason) -> None:
-        """End one sequence and free its blocks; the group ends with its last sequence."""
+        """End one sequence and free its blocks; the group ends with its last sequence.
+
+        For a sequence that has finished (its last token also completed a stop string) only the reason changes.
+        """
+        seq.finish_reason = reason
+        if seq.is_finished:
+            return
         if seq.state is SequenceState.RUNNING:
             self.blocks.free(seq.seq_id)
-        seq.state, seq.finish_reason = SequenceState.FINISHED, reason
+        seq.state = SequenceState.FINISHED
         del self._sequences[seq.seq_id]
         if group.is_finished:
             del self._groups[group.request.request_id]
             (self._running if group in self._running else self._waiting).remove(group)
 
+    def forget_pool(self) -> None:
+        """The pool's content is lost (a step failed): every running group recomputes, nothing cached is trusted."""
+        while self._running:
+            self._preempt(self._running[-1])
+        self.blocks.clear_prefix_cache()
+
     @property
     def has_unfinished(self) -> bool:
         return bool(self._groups)
-
-    def unfinished_groups(self) -> list[SequenceGroup]:
-        return list(self._groups.values())
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(len(self._waiting), len(self._running), self._num_preemptions, self._num_steps)
@@ -272,8 +281,7 @@ class Scheduler:
         """Blocks of the prefix cache the group may start from; one token is always left to compute."""
         if group.needs_prompt_scores:
             return []
-        cached = self.blocks.match_prefix(leader.token_ids[:target], salt=group.request.prefix_salt)
-        return cached[: (target - 1) // self.blocks.block_size]
+        return self.blocks.match_prefix(leader.token_ids[: target - 1], salt=group.request.prefix_salt)
 
     def _compute(self, plan: "_PlanBuilder", group: SequenceGroup, seq: Sequence) -> None:
         """Add the next chunk of ``seq`` to the plan, with the samples and scores it allows."""

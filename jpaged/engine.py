@@ -1,0 +1,286 @@
+"""Ties the halves together: validates prompts, runs plan -> execute -> update, and turns tokens into results."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import numpy as np
+
+from jpaged.config import EngineConfig
+from jpaged.detokenizer import Detokenizer, Tokenizer
+from jpaged.device.model_runner import ModelRunner
+from jpaged.host.block_manager import BlockManager
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Sequence as Seq
+from jpaged.host.sequence import SequenceGroup
+from jpaged.host.step_plan import TokenScores
+from jpaged.request import (
+    CompletionDelta,
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+
+
+class TokensPrompt(TypedDict):
+    """A prompt given as token ids."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | TokensPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step brought: the gains of each completion, and the requests that ended with it."""
+
+    deltas: list[CompletionDelta] = field(default_factory=list)
+    finished: list[RequestOutput] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The state of the pool and counters since the start.
+
+    Args:
+        num_blocks: blocks that can be handed out.
+        num_used_blocks, num_shared_blocks: held by one sequence or more; by two or more.
+        num_cached_blocks: in the prefix cache, held or not.
+        tokens_held: slots that hold a token of a running sequence, each counted once.
+        internal_waste_percent: slots of used blocks that hold no token.
+        num_waiting, num_running: requests.
+        num_preemptions: requests preempted, each time counted.
+        prefix_cache_hit_rate: fraction of admitted tokens whose KV came from the prefix cache.
+        num_steps: steps run.
+    """
+
+    num_blocks: int
+    num_used_blocks: int
+    num_shared_blocks: int
+    num_cached_blocks: int
+    tokens_held: int
+    internal_waste_percent: float
+    num_waiting: int
+    num_running: int
+    num_preemptions: int
+    prefix_cache_hit_rate: float
+    num_steps: int
+
+
+class Engine:
+    """Serves requests over one model and one KV cache. Owns no policy: the scheduler decides, the runner executes.
+
+    Args:
+        runner: the device half, ready.
+        config: the settings it was built with.
+        tokenizer: text <-> token ids; None serves token ids only.
+    """
+
+    def __init__(self, runner: ModelRunner, config: EngineConfig, tokenizer: Tokenizer | None = None):
+        self.runner = runner
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model_config = runner.model_config
+        self.blocks = BlockManager(
+            runner.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.token_budget,
+            max_model_len=runner.max_model_len,
+            eos_token_ids=runner.model_config.eos_token_ids,
+        )
+        self._detokenizers: dict[int, Detokenizer] = {}  # by sequence id
+        self._num_seen: dict[int, int] = {}  # outputs already turned into deltas, by sequence id
+        self._random = np.random.default_rng(config.seed)
+
+    # Requests -----------------------------------------------------------------------------------------------------
+
+    def make_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Check a prompt and its parameters against this engine. Changes nothing but the seed to be drawn next.
+
+        Raises:
+            ValueError: a prompt that is empty, too long or out of the vocabulary; parameters that can never be met.
+        """
+        params = params or SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params is a {type(params).__name__}: expected SamplingParams")
+        text, token_ids = self._encode(prompt)
+        self._check_token_ids(params)
+        if params.stop_strings and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this model has none: use stop_token_ids")
+        seed = params.seed if params.seed is not None else int(self._random.integers(2**32))
+        salt = self.model_config.prefix_salt(len(token_ids))
+        request = Request(request_id, text, token_ids, params, seed, salt)
+        self.scheduler.check(request)
+        return request
+
+    def add(self, request: Request) -> None:
+        """Queue a request made by ``make_request``."""
+        group = self.scheduler.add(request)
+        for seq in group.sequences:
+            self._num_seen[seq.seq_id] = 0
+            if self.tokenizer is not None:
+                self._detokenizers[seq.seq_id] = Detokenizer(
+                    self.tokenizer, request.prompt_token_ids, request.params.stop_strings
+                )
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now and free its blocks; None if it is unknown or has finished."""
+        group = self.scheduler.abort(request_id)
+        return None if group is None else self._finished_output(group)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this model has no tokenizer: give the prompt as {'prompt_token_ids': [...]}")
+            if not prompt:
+                raise ValueError("the prompt is empty: give at least one character")
+            return prompt, list(self.tokenizer.encode(prompt))
+        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
+            raise ValueError(f"prompt={prompt!r} is not valid: expected a string or {{'prompt_token_ids': [...]}}")
+        token_ids = [int(t) if isinstance(t, int | np.integer) else t for t in prompt["prompt_token_ids"]]
+        if not token_ids:
+            raise ValueError("prompt_token_ids is empty: give at least one token")
+        for i, token_id in enumerate(token_ids):
+            if not isinstance(token_id, int) or not 0 <= token_id < self.model_config.vocab_size:
+                raise ValueError(
+                    f"prompt_token_ids[{i}]={token_id!r} is not valid: expected an integer from 0 to "
+                    f"{self.model_config.vocab_size - 1}"
+                )
+        return None, token_ids
+
+    def _check_token_ids(self, params: SamplingParams) -> None:
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            for token_id in ids or ():
+                if token_id >= self.model_config.vocab_size:
+                    raise ValueError(
+                        f"{name} has token id {token_id}: the model's vocabulary ends at {self.model_config.vocab_size - 1}"
+                    )
+
+    # Steps --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepOutput:
+        """Run one step. A step that fails or is interrupted costs the running requests a recomputation, no more."""
+        if not self.scheduler.has_unfinished:
+            return StepOutput()
+        try:
+            plan = self.scheduler.schedule()
+            result = self.runner.execute(plan)
+        except BaseException:
+            self.scheduler.forget_pool()
+            raise
+        output = StepOutput()
+        for group in self.scheduler.update(plan, result):
+            self._collect(group, output)
+        return output
+
+    def _collect(self, group: SequenceGroup, output: StepOutput) -> None:
+        """Turn the tokens a group gained into deltas; end sequences whose text met a stop string."""
+        for seq in group.sequences:
+            start = self._num_seen.get(seq.seq_id)
+            if start is None or start == seq.num_outputs:
+                continue
+            new_ids = seq.token_ids[seq.prompt_len + start :]
+            self._num_seen[seq.seq_id] = seq.num_outputs
+            text = self._text_of(group, seq, new_ids)
+            output.deltas.append(CompletionDelta(group.request.request_id, seq.index, text, new_ids, seq.finish_reason))
+        if group.is_finished:
+            output.finished.append(self._finished_output(group))
+
+    def _text_of(self, group: SequenceGroup, seq: Seq, new_ids: list[int]) -> str:
+        detokenizer = self._detokenizers.get(seq.seq_id)
+        if detokenizer is None:
+            return ""
+        for token_id in new_ids:
+            if seq.finish_reason is FinishReason.STOP and token_id in group.stop_token_ids:
+                break  # a stop token ends the text and is no part of it
+            detokenizer.append(token_id, may_stop=seq.num_outputs >= group.request.params.min_tokens)
+        if detokenizer.is_stopped:
+            self.scheduler.finish(group, seq, FinishReason.STOP)
+        elif seq.is_finished:
+            detokenizer.finish()
+        return detokenizer.take(is_last=seq.is_finished)
+
+    def _finished_output(self, group: SequenceGroup) -> RequestOutput:
+        """The result of a finished group, and the end of what the engine keeps of it."""
+        outputs = [self._completion(group, seq) for seq in group.sequences]
+        for seq in group.sequences:
+            self._num_seen.pop(seq.seq_id, None)
+            self._detokenizers.pop(seq.seq_id, None)
+        request = group.request
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=outputs,
+            prompt_logprobs=self._prompt_logprobs(group),
+            num_cached_tokens=group.num_cached_tokens or 0,
+        )
+
+    def _completion(self, group: SequenceGroup, seq: Seq) -> CompletionOutput:
+        num_logprobs = group.request.params.logprobs
+        token_ids = seq.output_token_ids
+        logprobs = None
+        if num_logprobs is not None:
+            rows = zip(token_ids, seq.scores, strict=True)
+            logprobs = [self._logprobs(t, scores, row, num_logprobs) for t, (scores, row) in rows]
+        detokenizer = self._detokenizers.get(seq.seq_id)
+        return CompletionOutput(
+            index=seq.index,
+            text="" if detokenizer is None else detokenizer.text,
+            token_ids=token_ids,
+            cumulative_logprob=float(sum(scores.logprobs[row] for scores, row in seq.scores)),
+            logprobs=logprobs,
+            finish_reason=seq.finish_reason,
+        )
+
+    def _prompt_logprobs(self, group: SequenceGroup) -> list[dict[int, Logprob] | None] | None:
+        num_logprobs = group.request.params.prompt_logprobs
+        if num_logprobs is None:
+            return None
+        rows = [(piece, row) for piece in group.prompt_scores for row in range(len(piece.logprobs))]
+        targets = group.request.prompt_token_ids[1:]
+        return [None, *(self._logprobs(t, s, row, num_logprobs) for t, (s, row) in zip(targets, rows, strict=False))]
+
+    def _logprobs(self, token_id: int, scores: TokenScores, row: int, num_top: int) -> dict[int, Logprob]:
+        """The most probable tokens, best first, and the chosen one if it is not among them."""
+        found = {
+            int(scores.top_ids[row, i]): Logprob(
+                float(scores.top_logprobs[row, i]), i + 1, self._decode_one(int(scores.top_ids[row, i]))
+            )
+            for i in range(min(num_top, scores.top_ids.shape[1]))
+        }
+        chosen = Logprob(float(scores.logprobs[row]), int(scores.ranks[row]), self._decode_one(token_id))
+        return found | {token_id: chosen}
+
+    def _decode_one(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    # Accounting ---------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        blocks, scheduler = self.blocks.stats(), self.scheduler.stats()
+        queried = blocks.prefix_queried_tokens
+        return EngineStats(
+            num_blocks=blocks.num_blocks,
+            num_used_blocks=blocks.num_used,
+            num_shared_blocks=blocks.num_shared,
+            num_cached_blocks=blocks.num_cached,
+            tokens_held=blocks.tokens_held,
+            internal_waste_percent=100 * blocks.waste,
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_hit_rate=blocks.prefix_hit_tokens / queried if queried else 0.0,
+            num_steps=scheduler.num_steps,
+        )

@@ -1,0 +1,270 @@
+"""LLM: a checkpoint, an engine and the two ways to use it offline: whole batches, and streams."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tqdm import tqdm
+
+from jpaged.config import EngineConfig
+from jpaged.detokenizer import Tokenizer
+from jpaged.device.compile_cache import enable_compile_cache
+from jpaged.device.model_runner import ModelRunner
+from jpaged.device.sharding import make_mesh
+from jpaged.engine import Engine, EngineStats, Prompt
+from jpaged.models import ModelConfig, load_config, load_model
+from jpaged.request import CompletionDelta, Request, RequestOutput, SamplingParams
+
+DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+"""The small model that ships with the package."""
+
+
+class LLM:
+    """Generates text with a Hugging Face checkpoint over a paged KV cache.
+
+    >>> llm = LLM("path/to/checkpoint")  # doctest: +SKIP
+    >>> [output] = llm.generate("def add(a, b):")  # doctest: +SKIP
+    >>> output.outputs[0].text  # doctest: +SKIP
+
+    Args:
+        model: a checkpoint directory (config.json, *.safetensors, tokenizer); None is the small model in the package.
+        dtype: of weights, activations and KV: "float32", "bfloat16", "float16", or "auto" (see ``EngineConfig``).
+        block_size: tokens per KV block.
+        num_blocks: blocks in the pool; None takes what ``memory_fraction`` leaves.
+        memory_fraction: of the device's memory, for weights, workspace and pool together.
+        max_num_seqs: sequences in one step at most.
+        max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
+        max_model_len: tokens a sequence may reach; None is the checkpoint's own limit, or what the pool holds if less.
+        enable_prefix_caching: share the KV of equal prompt prefixes across requests.
+        seed: of the seeds drawn for requests without one.
+        tensor_parallel_size: devices the model and its KV heads are spread over.
+        attention_implementation: a name from ``pallas_kernels``; None takes the best one for the device.
+        warm_up: compile every program now, behind a progress bar; otherwise each when it is first needed.
+        use_tqdm: show progress while loading and compiling.
+
+    Raises:
+        ValueError: a setting out of range, a directory that is no checkpoint, an architecture jpaged does not have, or
+            a model that leaves no memory for a KV cache.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        memory_fraction: float = 0.9,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        tensor_parallel_size: int = 1,
+        attention_implementation: str | None = None,
+        warm_up: bool = True,
+        use_tqdm: bool = True,
+    ):
+        config = EngineConfig(
+            dtype=dtype,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            memory_fraction=memory_fraction,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            enable_prefix_caching=enable_prefix_caching,
+            seed=seed,
+            tensor_parallel_size=tensor_parallel_size,
+            attention_implementation=attention_implementation,
+        )
+        path = DEMO_MODEL if model is None else Path(model)
+        model_config = load_config(path)
+        mesh = make_mesh(tensor_parallel_size)
+        weights = load_model(path, model_config, resolve_dtype(dtype, model_config.dtype), mesh, use_tqdm=use_tqdm)
+        self._start(weights, model_config, config, mesh, _load_tokenizer(path), warm_up=warm_up, use_tqdm=use_tqdm)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nnx.Module,
+        model_config: ModelConfig,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        warm_up: bool = True,
+        use_tqdm: bool = True,
+    ) -> Self:
+        """An LLM over a model already in memory, such as ``jpaged.models.random_model``; ``mesh`` holds its weights."""
+        self = cls.__new__(cls)
+        config = config or EngineConfig()
+        mesh = mesh or make_mesh(config.tensor_parallel_size)
+        self._start(model, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+        return self
+
+    def _start(
+        self,
+        model: nnx.Module,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        mesh: jax.sharding.Mesh,
+        tokenizer: Tokenizer | None,
+        *,
+        warm_up: bool,
+        use_tqdm: bool,
+    ) -> None:
+        enable_compile_cache()
+        runner = ModelRunner(model, model_config, config, mesh)
+        if warm_up:
+            runner.warm_up(use_tqdm=use_tqdm)
+        self.engine = Engine(runner, config, tokenizer)
+        self._num_requests = 0
+        self._finished: dict[str, RequestOutput] = {}
+        self._streams: dict[str, deque[CompletionDelta]] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's Hugging Face tokenizer; None if it has none."""
+        return self.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output one sequence may reach."""
+        return self.engine.runner.max_model_len
+
+    # Use ----------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt, all of them batched together.
+
+        Args:
+            prompts: strings or ``{"prompt_token_ids": [...]}``, one or many.
+            sampling_params: one for all prompts, or one each; None is ``SamplingParams()``.
+            use_tqdm: show progress, with the rate of tokens.
+
+        Returns:
+            One result per prompt, in order.
+
+        Raises:
+            ValueError: any prompt or parameter is invalid. Raised before anything runs, whichever prompt it is.
+        """
+        requests = self._make_requests(prompts, sampling_params)
+        try:
+            for request in requests:
+                self.engine.add(request)
+            self._run(requests, use_tqdm=use_tqdm)
+            return [self._finished.pop(request.request_id) for request in requests]
+        except BaseException:
+            self._abandon(requests)
+            raise
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[CompletionDelta]:
+        """Complete prompts, yielding what each completion gains as soon as it is there.
+
+        Closing the iterator aborts what is left. Several streams may be read in turns: they share every step.
+
+        Raises:
+            ValueError: as ``generate``, when called, not when first read.
+        """
+        requests = self._make_requests(prompts, sampling_params)
+        return self._stream(requests)
+
+    def stats(self) -> EngineStats:
+        """Blocks total, used, shared and cached, tokens held, waste, preemptions and the prefix cache's hit rate."""
+        return self.engine.stats()
+
+    # Inside -------------------------------------------------------------------------------------------------------
+
+    def _make_requests(self, prompts: Any, sampling_params: Any) -> list[Request]:
+        if isinstance(prompts, str | dict):
+            prompts = [prompts]
+        prompts = list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: give one for all, or one each"
+            )
+        requests = []
+        for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+            try:
+                requests.append(self.engine.make_request(str(self._num_requests + i), prompt, params))
+            except ValueError as error:
+                where = f"prompt {i}: " if len(prompts) > 1 else ""
+                raise ValueError(f"{where}{error}") from None
+        self._num_requests += len(requests)
+        return requests
+
+    def _run(self, requests: list[Request], *, use_tqdm: bool) -> None:
+        """Step until all ``requests`` have finished."""
+        waiting = {request.request_id for request in requests}
+        num_tokens = 0
+        with tqdm(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
+            while waiting:
+                num_tokens += self._step()
+                done = waiting & self._finished.keys()
+                waiting -= done
+                bar.update(len(done))
+                if use_tqdm:
+                    rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+
+    def _stream(self, requests: list[Request]) -> Iterator[CompletionDelta]:
+        deltas: deque[CompletionDelta] = deque()
+        try:
+            for request in requests:
+                self.engine.add(request)
+                self._streams[request.request_id] = deltas
+            while True:
+                while deltas:
+                    yield deltas.popleft()
+                if all(request.request_id in self._finished for request in requests):
+                    return
+                self._step()
+        finally:
+            self._abandon(requests)
+
+    def _step(self) -> int:
+        """One step of the engine, its output put where its readers look. Returns the number of tokens."""
+        output = self.engine.step()
+        for delta in output.deltas:
+            if delta.request_id in self._streams:
+                self._streams[delta.request_id].append(delta)
+        self._finished |= {result.request_id: result for result in output.finished}
+        return sum(len(delta.token_ids) for delta in output.deltas)
+
+    def _abandon(self, requests: list[Request]) -> None:
+        """Leave no trace of ``requests``, finished or not."""
+        for request in requests:
+            self.engine.abort(request.request_id)
+            self._finished.pop(request.request_id, None)
+            self._streams.pop(request.request_id, None)
+
+
+def resolve_dtype(wanted: str, stored: str) -> jnp.dtype:
+    """The dtype to run in: "auto" is what the checkpoint is stored in, but float32 on a CPU."""
+    if wanted == "auto":
+        wanted = "float32" if jax.default_backend() == "cpu" else stored
+    return jnp.dtype(wanted)
+
+
+def _load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer; None if the directory has none."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer  # slow to import, and not needed for token ids
+
+    return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
