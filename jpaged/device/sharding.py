@@ -77,7 +77,7 @@ def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...],
 
 
 def param_shardings(state: Any, mesh: Mesh) -> Any:
-    """The sharding of every variable of an nnx state, in a tree like ``state`` with a sharding in place of each array."""
+    """The sharding of every variable of an nnx state: a tree like ``state`` with shardings in place of arrays."""
 
     def one(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(param_sharding(variable.shape, variable.logical_axes, mesh))

@@ -2,15 +2,21 @@
 
 from jpaged.models.config import ModelConfig
 from jpaged.models.llama import LlamaConfig, LlamaForCausalLM
-from jpaged.models.registry import SUPPORTED_ARCHITECTURES, load_config, random_model
+from jpaged.models.opt import OPTConfig, OPTForCausalLM
+from jpaged.models.registry import SUPPORTED_ARCHITECTURES, load_config, load_model, random_model
 from jpaged.models.rope import Rope
+from jpaged.models.weights import save_checkpoint
 
 __all__ = [
     "SUPPORTED_ARCHITECTURES",
     "LlamaConfig",
     "LlamaForCausalLM",
     "ModelConfig",
+    "OPTConfig",
+    "OPTForCausalLM",
     "Rope",
     "load_config",
+    "load_model",
     "random_model",
+    "save_checkpoint",
 ]

@@ -1,6 +1,7 @@
 """What every model family's configuration offers, and how a checkpoint's config.json is read."""
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,21 @@ def find_config(path: str | Path) -> Path:
     return path / "config.json"
 
 
+def import_transformers() -> Any:
+    """The transformers module, imported on first use (it takes a second) and without its advice to install PyTorch."""
+    logger = logging.getLogger("transformers")
+
+    def is_heard(record: logging.LogRecord) -> bool:
+        return "PyTorch" not in record.getMessage()
+
+    logger.addFilter(is_heard)
+    try:
+        import transformers
+    finally:
+        logger.removeFilter(is_heard)
+    return transformers
+
+
 def parse_hf_config(path: Path, model_type: str) -> Any:
     """Reads the config.json at ``path`` through transformers, which knows its old and new spellings.
 
@@ -147,10 +163,11 @@ def parse_hf_config(path: Path, model_type: str) -> Any:
             f"whose model_type is {model_type!r}: correct one of them"
         )
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig  # takes a second to import
 
     try:
-        return AutoConfig.for_model(model_type, **{k: v for k, v in raw.items() if k != "model_type"})
+        return import_transformers().AutoConfig.for_model(
+            model_type, **{k: v for k, v in raw.items() if k != "model_type"}
+        )
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path} is refused by transformers: {error}") from error
 
@@ -163,7 +180,7 @@ def common_fields(raw: dict[str, Any], generation: dict[str, Any], hf: Any) -> d
         generation: generation_config.json, empty if the checkpoint has none. Its end-of-sequence ids win.
         hf: config.json as transformers parsed it.
     """
-    eos = generation.get("eos_token_id", None)
+    eos = generation.get("eos_token_id")
     eos = hf.eos_token_id if eos is None else eos
     if eos is None:
         eos = ()

@@ -87,7 +87,7 @@ def embed(num_embeddings: int, features: int, axis: str | None, *, dtype: Dtype,
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, computed in float32 and cast *before* the scale, as Hugging Face does."""
+    """Root-mean-square norm over the last axis, in float32 and cast *before* the scale, as Hugging Face does."""
 
     def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         init = with_axes(nnx.initializers.ones, None)
@@ -98,8 +98,37 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
-        scale = self.scale[...]
-        return normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        return normed * _like_last_axis(self.scale, x)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis as PyTorch computes it: in float32, with a two-pass variance and epsilon 1e-5.
+
+    flax's own does not run in half precision under strict dtype promotion.
+    """
+
+    def __init__(self, features: int, *, affine: bool, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.affine = affine
+        if affine:
+            ones, zeros = with_axes(nnx.initializers.ones, None), with_axes(nnx.initializers.zeros, None)
+            self.scale = nnx.Param(ones(rngs.params(), (features,), dtype))
+            self.bias = nnx.Param(zeros(rngs.params(), (features,), dtype))
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + 1e-5)
+        if self.affine:
+            scale, bias = (_like_last_axis(p, x).astype(jnp.float32) for p in (self.scale, self.bias))
+            normed = normed * scale + bias
+        return normed.astype(x.dtype)
+
+
+def _like_last_axis(param: nnx.Param, x: Array) -> Array:
+    """A parameter of the last axis with the rank of ``x``: ranks are never promoted silently."""
+    value = param[...]
+    return value.reshape((1,) * (x.ndim - 1) + value.shape)
 
 
 def to_vocab(

@@ -9,12 +9,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged.device.sharding import check_divisible, param_shardings
-from jpaged.models import llama
+from jpaged.models import llama, opt
 from jpaged.models.config import ModelConfig, common_fields, find_config, parse_hf_config, read_json
 from jpaged.models.layers import Dtype
+from jpaged.models.weights import load_state
 
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
+    (opt.MODEL_TYPES, opt.OPTConfig, opt.OPTForCausalLM),
 )
 
 SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name in model_types)
@@ -61,6 +63,23 @@ def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.G
     )
     model = nnx.eval_shape(lambda: _model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     return nnx.split(model)
+
+
+def load_model(path: str | Path, config: ModelConfig, dtype: Dtype, mesh: Mesh, *, use_tqdm: bool = True) -> Any:
+    """Loads a checkpoint's weights, each device its own shards. Nothing is executed or unpickled.
+
+    Args:
+        path: a Hugging Face checkpoint directory with safetensors, in one file or sharded.
+        config: from ``load_config`` of the same directory.
+        dtype: of weights and activations; what is stored otherwise is converted.
+        mesh: has an axis "tensor" (see ``device/sharding.py``).
+        use_tqdm: show a progress bar.
+
+    Raises:
+        ValueError: files are missing or damaged, or disagree with ``config``; names the file and the tensor.
+    """
+    graphdef, state = abstract_model(config, dtype, mesh)
+    return nnx.merge(graphdef, load_state(Path(path), state, mesh, use_tqdm=use_tqdm))
 
 
 def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> Any:

@@ -21,7 +21,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
-    """NTK-aware: the base grows with the sequence beyond ``rope.original_len``, so KV depends on the prompt's length."""
+    """NTK-aware: beyond ``Rope.max_position_embeddings`` the base grows, so KV depends on the prompt's length."""
 
     factor: float
 
@@ -162,12 +162,12 @@ class Rope:
         scaling = None
         if rope_type != "default":
             kind = _SCALINGS[rope_type]
-            given = {f.name: parameters[f.name] for f in fields(kind) if parameters.get(f.name) is not None}
+            given: dict[str, Any] = {
+                f.name: parameters[f.name] for f in fields(kind) if parameters.get(f.name) is not None
+            }
             if rope_type == "yarn" and "factor" not in given:
                 given["factor"] = max_position_embeddings / given["original_max_position_embeddings"]
-            scaling = kind(
-                **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-            )
+            scaling = kind(**given)
         return cls(head_dim, float(parameters["rope_theta"]), max_position_embeddings, scaling)
 
     def to_hf(self) -> dict[str, Any]:
