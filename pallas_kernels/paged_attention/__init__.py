@@ -1,0 +1,157 @@
+"""paged_attention: checks its arguments and picks the implementation."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.block_pool import BlockPool, num_kv_heads_of
+from pallas_kernels.paged_attention.reference import attend_reference
+from pallas_kernels.paged_attention.xla import attend_xla
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": attend_reference, "xla": attend_xla}
+"""Every implementation by name; each takes the arguments of ``paged_attention``, checked and with the scale filled in."""
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An implementation's name, and why it was chosen."""
+
+    name: str
+    reason: str
+
+
+def best_implementation() -> Choice:
+    """The implementation that ``implementation=None`` means on this process's default device."""
+    platform = jax.default_backend()
+    return Choice("xla", f"no kernel of our own for {platform}: the portable one runs everywhere")
+
+
+def paged_attention(
+    q: Float[Array, "tokens num_heads head_dim"],
+    pool: BlockPool,
+    layer: int,
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    kv_lens: Int[Array, " num_seqs"],
+    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    *,
+    sm_scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Float[Array, " num_heads"] | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "tokens num_heads head_dim"]:
+    """Causal attention of a ragged batch over K and V in blocks: any mix of whole prompts, pieces of prompts and decodes.
+
+    Query head h reads KV head ``h // (num_heads // num_kv_heads)``. The K and V of the queries' own tokens are in the pool
+    already (``write_kv`` first).
+
+    Args:
+        q: queries of all rows, one row after the other. Tokens past the last row are padding, and come back as zeros.
+        pool: the block pool, read only, of the same type as ``q``.
+        layer: which layer of it, a static number.
+        block_tables: physical block of each logical block of each row. Entries past a row's length are never used.
+        kv_lens: tokens of each row's sequence in the pool, those of this call included; 0 for padding rows.
+        cu_q_lens: row i owns ``q[cu_q_lens[i]:cu_q_lens[i + 1]]``, and its last token sits at position ``kv_lens[i] - 1``.
+        sm_scale: factor on the scores; ``1 / sqrt(head_dim)`` if None.
+        sliding_window: a token at position p sees positions ``p - sliding_window + 1`` to p; all up to p if None.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
+        alibi_slopes: adds ``slope * (kv_position - q_position)`` to each head's scores, after the cap.
+        sinks: one logit for each head that takes its share of the softmax and gives no value.
+        implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``.
+
+    Returns:
+        One output for each query, in q's type; sums are float32 throughout.
+
+    Raises:
+        ValueError: shapes, types or options that do not fit together, or an unknown implementation.
+        NotImplementedError: the implementation named cannot do this case.
+    """
+    name = best_implementation().name if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={name!r} is unknown: expected None or one of {sorted(IMPLEMENTATIONS)}")
+    _check_arrays(q, pool, layer, block_tables, kv_lens, cu_q_lens)
+    _check_options(q.shape[1], sm_scale, sliding_window, soft_cap, alibi_slopes, sinks)
+    return IMPLEMENTATIONS[name](
+        q,
+        pool,
+        layer,
+        block_tables,
+        kv_lens,
+        cu_q_lens,
+        sm_scale=1 / math.sqrt(q.shape[2]) if sm_scale is None else float(sm_scale),
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+
+
+def _check_arrays(q: Array, pool: Array, layer: int, block_tables: Array, kv_lens: Array, cu_q_lens: Array) -> None:
+    for name, array, axes in (
+        ("q", q, "[tokens, num_heads, head_dim]"),
+        ("pool", pool, "[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] (block_pool_shape makes it)"),
+        ("block_tables", block_tables, "[num_seqs, max_blocks]"),
+        ("kv_lens", kv_lens, "[num_seqs]"),
+        ("cu_q_lens", cu_q_lens, "[num_seqs + 1]"),
+    ):
+        rank = axes.partition("]")[0].count(",") + 1
+        if array.ndim != rank:
+            raise ValueError(f"{name} has shape {array.shape}: expected {rank} axes, {axes}")
+    if pool.shape[2] != 2:
+        raise ValueError(
+            f"pool has shape {pool.shape}: expected 2 (K and V) as its third axis; make it with block_pool_shape"
+        )
+    if q.dtype not in DTYPES or q.dtype != pool.dtype:
+        raise ValueError(
+            f"q is {q.dtype} and the pool {pool.dtype}: expected one type for both, float32, bfloat16 or float16; "
+            "cast q to the pool's"
+        )
+    num_heads, num_kv_heads = q.shape[1], num_kv_heads_of(pool)
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"q has {num_heads} heads and the pool {num_kv_heads} KV heads: expected a multiple of the KV heads"
+        )
+    if q.shape[2] != pool.shape[-1]:
+        raise ValueError(
+            f"q has head_dim {q.shape[2]} and the pool {pool.shape[-1]}: expected the same; pad the smaller"
+        )
+    if not 0 <= layer < pool.shape[1]:
+        raise ValueError(f"layer={layer}: expected 0 to {pool.shape[1] - 1}, the pool's layers")
+    for name, array in (("block_tables", block_tables), ("kv_lens", kv_lens), ("cu_q_lens", cu_q_lens)):
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name} is {array.dtype}: expected int32; cast it")
+    num_seqs = block_tables.shape[0]
+    if kv_lens.shape[0] != num_seqs or cu_q_lens.shape[0] != num_seqs + 1:
+        raise ValueError(
+            f"block_tables has {num_seqs} rows, kv_lens {kv_lens.shape[0]} and cu_q_lens {cu_q_lens.shape[0]} entries: "
+            f"expected {num_seqs} and {num_seqs + 1}, since cu_q_lens begins with 0"
+        )
+
+
+def _check_options(
+    num_heads: int,
+    sm_scale: float | None,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    alibi_slopes: Array | None,
+    sinks: Array | None,
+) -> None:
+    if sm_scale is not None and not (math.isfinite(sm_scale) and sm_scale > 0):
+        raise ValueError(f"sm_scale={sm_scale}: expected a finite number above 0, or None for 1 / sqrt(head_dim)")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(
+            f"sliding_window={sliding_window}: expected 1 (a token sees itself only) or more; None turns it off"
+        )
+    if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
+        raise ValueError(f"soft_cap={soft_cap}: expected a finite number above 0; None turns it off")
+    for name, array in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if array is not None and array.shape != (num_heads,):
+            raise ValueError(f"{name} has shape {array.shape}: expected ({num_heads},), one for each query head")

@@ -1,0 +1,301 @@
+"""Portable paged attention in plain XLA: ragged prefill and decode in one call, in bounded memory.
+
+The batch becomes a list of equal work items: one tile of queries against one chunk of one sequence's context. A loop on the
+device takes a fixed number of items a turn and merges their partial softmaxes (as in FlashAttention, arXiv:2205.14135) into
+the tiles' running ones. The work is what the sequences' lengths ask for, however unequal they are; padding costs nothing.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from pallas_kernels.block_pool import BlockPool, block_size_of, num_kv_heads_of, read_kv
+
+MASKED = -1e30
+"""Score of a slot that a query may not see: finite, so that the difference of two of them is not NaN."""
+
+PREFILL_TILE = 64
+CHUNK_TOKENS = 128
+TURN_BYTES = 2 * 2**20
+
+
+class Scoring(NamedTuple):
+    """How a query and a key make a score."""
+
+    sm_scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+    slopes: Float[Array, "num_kv_heads group"] | None
+
+
+class Rows(NamedTuple):
+    """The rows that one pass attends; ``q_lens`` is 0 for all others."""
+
+    block_tables: Int[Array, "num_seqs max_blocks"]
+    kv_lens: Int[Array, " num_seqs"]
+    cu_q_lens: Int[Array, " num_seqs_plus_1"]
+    q_lens: Int[Array, " num_seqs"]
+
+
+class Tiles(NamedTuple):
+    """The queries of a pass, packed without gaps and cut into tiles of equal length."""
+
+    q: Float[Array, "tiles num_kv_heads tile_len group head_dim"]
+    row: Int[Array, "tiles tile_len"]  # whose query it is; num_seqs past the last one
+    position: Int[Array, "tiles tile_len"]  # where it sits in its sequence
+    packed_start: Int[Array, " num_seqs_plus_1"]  # row i's queries are packed_start[i]:packed_start[i + 1]
+
+
+class Segments(NamedTuple):
+    """A segment is what one tile holds of one row. Its work items are first_item[i]:first_item[i + 1]."""
+
+    row: Int[Array, " segments"]
+    tile: Int[Array, " segments"]
+    context_start: Int[Array, " segments"]  # the first position that any of its queries sees
+    context_end: Int[Array, " segments"]
+    first_item: Int[Array, " segments_plus_1"]
+
+
+class Items(NamedTuple):
+    """The work of one turn of the loop: tile ``tile[i]`` against one chunk of the context of row ``row[i]``."""
+
+    is_live: Bool[Array, " items"]
+    row: Int[Array, " items"]
+    tile: Int[Array, " items"]
+    context_start: Int[Array, " items"]
+    context_end: Int[Array, " items"]
+    blocks: Int[Array, "items chunk_blocks"]  # logical
+
+
+class Softmax(NamedTuple):
+    """A softmax under way: the largest score, and the sums of exp(score - top) and of exp(score - top) * value."""
+
+    top: Float[Array, "tiles num_kv_heads tile_len group"]
+    total: Float[Array, "tiles num_kv_heads tile_len group"]
+    weighted: Float[Array, "tiles num_kv_heads tile_len group head_dim"]
+
+
+@partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap"))
+def attend_xla(
+    q: Float[Array, "tokens num_heads head_dim"],
+    pool: BlockPool,
+    layer: int | Int[Array, ""],
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    kv_lens: Int[Array, " num_seqs"],
+    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    *,
+    sm_scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    alibi_slopes: Float[Array, " num_heads"] | None,
+    sinks: Float[Array, " num_heads"] | None,
+) -> Float[Array, "tokens num_heads head_dim"]:
+    """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``."""
+    if 0 in q.shape or 0 in block_tables.shape:
+        return jnp.zeros_like(q)
+    num_tokens, num_heads, head_dim = q.shape
+    num_seqs, num_kv_heads = block_tables.shape[0], num_kv_heads_of(pool)
+
+    def split_heads(x: Array | None) -> Array | None:
+        return None if x is None else x.astype(jnp.float32).reshape(num_kv_heads, -1)
+
+    grouped_q = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    scoring = Scoring(sm_scale, sliding_window, soft_cap, split_heads(alibi_slopes))
+    q_lens = jnp.diff(cu_q_lens)
+
+    def attend(is_attended: Bool[Array, " num_seqs"], max_queries: int, tile_len: int) -> Array:
+        rows = Rows(block_tables, kv_lens, cu_q_lens, jnp.where(is_attended, q_lens, 0))
+        tiles = _pack(grouped_q, rows, max_queries, tile_len)
+        out = _attend_tiles(tiles, rows, pool, layer, scoring, split_heads(sinks))
+        return _unpack(out, tiles, rows, num_tokens).reshape(q.shape).astype(q.dtype)
+
+    if num_tokens <= num_seqs:
+        # A decode step, most likely. Tiles of one query serve a prefill among them too, only less quickly.
+        return attend(q_lens > 0, num_tokens, 1)
+    # Two passes, because a long tile costs the same for a single query as for as many as it holds.
+    return attend(q_lens == 1, num_seqs, 1) + attend(q_lens > 1, num_tokens, min(PREFILL_TILE, num_tokens))
+
+
+def _starts(lens: Int[Array, " n"]) -> Int[Array, " n_plus_1"]:
+    return jnp.pad(jnp.cumsum(lens, dtype=jnp.int32), (1, 0))
+
+
+def _owner(starts: Int[Array, " n_plus_1"], index: Int[Array, " m"]) -> Int[Array, " m"]:
+    """The i with starts[i] <= index < starts[i + 1], or n past the end."""
+    return jnp.searchsorted(starts, index, side="right", method="compare_all").astype(jnp.int32) - 1
+
+
+def _pack(q: Float[Array, "tokens num_kv_heads group head_dim"], rows: Rows, max_queries: int, tile_len: int) -> Tiles:
+    num_seqs, num_tiles = rows.q_lens.size, -(-max_queries // tile_len)
+    packed_start = _starts(rows.q_lens)
+    packed = jnp.arange(num_tiles * tile_len, dtype=jnp.int32)
+    row = _owner(packed_start, packed)
+    owner = jnp.minimum(row, num_seqs - 1)
+    offset = packed - packed_start[owner]
+    token = jnp.where(row < num_seqs, rows.cu_q_lens[owner] + offset, 0)
+    position = rows.kv_lens[owner] - rows.q_lens[owner] + offset
+    tiled = q.at[token].get(mode="clip").reshape(num_tiles, tile_len, *q.shape[1:])
+    return Tiles(
+        tiled.transpose(0, 2, 1, 3, 4),
+        row.reshape(num_tiles, tile_len),
+        position.reshape(num_tiles, tile_len),
+        packed_start,
+    )
+
+
+def _unpack(
+    out: Float[Array, "tiles num_kv_heads tile_len group head_dim"], tiles: Tiles, rows: Rows, num_tokens: int
+) -> Float[Array, "tokens num_kv_heads group head_dim"]:
+    """Outputs in the order of the batch's tokens, zero for those that the pass did not attend."""
+    num_seqs = rows.q_lens.size
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    row = _owner(rows.cu_q_lens, token)
+    owner = jnp.minimum(row, num_seqs - 1)
+    is_attended = (row < num_seqs) & (rows.q_lens[owner] > 0)
+    packed = tiles.packed_start[owner] + token - rows.cu_q_lens[owner]
+    tile, offset = jnp.divmod(packed, out.shape[2])
+    by_token = out.at[tile, :, offset].get(mode="clip")
+    return jnp.where(is_attended[:, None, None, None], by_token, 0)
+
+
+def _segments(tiles: Tiles, rows: Rows, window: int | None, block_size: int, chunk_len: int) -> Segments:
+    num_tiles, tile_len = tiles.row.shape
+    num_seqs, begin, end = rows.q_lens.size, tiles.packed_start[:-1], tiles.packed_start[1:]
+    first_tile = begin // tile_len
+    first_segment = _starts(jnp.where(rows.q_lens > 0, (end - 1) // tile_len - first_tile + 1, 0))
+    # Every tile begins a segment; so does every row but the first, unless (always, in tiles of one) it begins a tile.
+    segment = jnp.arange(num_tiles + (num_seqs - 1 if tile_len > 1 else 0), dtype=jnp.int32)
+    row = _owner(first_segment, segment)
+    owner = jnp.minimum(row, num_seqs - 1)
+    tile = jnp.minimum(first_tile[owner] + segment - first_segment[owner], num_tiles - 1)
+
+    position_of_packed = rows.kv_lens[owner] - end[owner]
+    context_end = position_of_packed + jnp.minimum(end[owner], (tile + 1) * tile_len)
+    context_start = jnp.zeros_like(context_end)
+    if window is not None:
+        first_query = position_of_packed + jnp.maximum(begin[owner], tile * tile_len)
+        context_start = jnp.maximum(first_query - window + 1, 0)
+    chunks = -(-(context_end - context_start // block_size * block_size) // chunk_len)
+    return Segments(owner, tile, context_start, context_end, _starts(jnp.where(row < num_seqs, chunks, 0)))
+
+
+def _take_items(segments: Segments, first: Int[Array, ""], num_items: int, block_size: int, chunk_blocks: int) -> Items:
+    item = first + jnp.arange(num_items, dtype=jnp.int32)
+    segment = jnp.minimum(_owner(segments.first_item, item), segments.row.size - 1)
+    context_start = segments.context_start[segment]
+    first_block = context_start // block_size + (item - segments.first_item[segment]) * chunk_blocks
+    return Items(
+        item < segments.first_item[-1],
+        segments.row[segment],
+        segments.tile[segment],
+        context_start,
+        segments.context_end[segment],
+        first_block[:, None] + jnp.arange(chunk_blocks, dtype=jnp.int32)[None, :],
+    )
+
+
+def _attend_tiles(
+    tiles: Tiles,
+    rows: Rows,
+    pool: BlockPool,
+    layer: int | Int[Array, ""],
+    scoring: Scoring,
+    sinks: Float[Array, "num_kv_heads group"] | None,
+) -> Float[Array, "tiles num_kv_heads tile_len group head_dim"]:
+    block_size = block_size_of(pool)
+    chunk_blocks, items_per_turn = _sizes(tiles, pool, rows.block_tables.shape[1])
+    segments = _segments(tiles, rows, scoring.sliding_window, block_size, chunk_blocks * block_size)
+
+    def turn(index: Int[Array, ""], running: Softmax) -> Softmax:
+        items = _take_items(segments, index * items_per_turn, items_per_turn, block_size, chunk_blocks)
+        return _merge(running, _attend_items(items, tiles, rows, pool, layer, scoring), items)
+
+    shape = tiles.q.shape[:-1]
+    # A sink is one more score, of a slot without a value.
+    top = jnp.full(shape, MASKED, jnp.float32) if sinks is None else jnp.broadcast_to(sinks[None, :, None, :], shape)
+    total = jnp.full(shape, 0 if sinks is None else 1, jnp.float32)
+    start = Softmax(top, total, jnp.zeros(tiles.q.shape, jnp.float32))
+    turns = -(-segments.first_item[-1] // items_per_turn)
+    done = lax.fori_loop(0, turns, turn, start)
+    return done.weighted / jnp.where(done.total == 0, 1, done.total)[..., None]
+
+
+def _attend_items(
+    items: Items, tiles: Tiles, rows: Rows, pool: BlockPool, layer: int | Int[Array, ""], scoring: Scoring
+) -> Softmax:
+    """Each item's own softmax over its own chunk, [items, ...] in place of [tiles, ...]."""
+    block_size, max_blocks = block_size_of(pool), rows.block_tables.shape[1]
+    is_read = items.is_live[:, None] & (items.blocks * block_size < items.context_end[:, None])
+    table_entry = rows.block_tables[items.row[:, None], jnp.minimum(items.blocks, max_blocks - 1)]
+    k, v = read_kv(pool, layer, jnp.where(is_read, table_entry, 0))
+
+    kv_pos = items.blocks[:, :1] * block_size + jnp.arange(k.shape[2], dtype=jnp.int32)[None, :]
+    in_context = (kv_pos >= items.context_start[:, None]) & (kv_pos < items.context_end[:, None])
+    in_context &= items.is_live[:, None]
+    # Slots that nobody may see can hold anything, and 0 * NaN is NaN: weights of zero are not enough.
+    v = jnp.where(in_context[:, None, :, None], v, 0)
+
+    q, q_pos = tiles.q[items.tile], tiles.position[items.tile]
+    is_own = tiles.row[items.tile] == items.row[:, None]  # a tile may hold queries of other rows too
+    distance = kv_pos[:, None, :] - q_pos[:, :, None]  # [items, tile_len, context], 0 at the query itself
+    visible = in_context[:, None, :] & is_own[:, :, None] & (distance <= 0)
+    if scoring.sliding_window is not None:
+        visible &= distance > -scoring.sliding_window
+    visible = visible[:, None, :, None, :]
+
+    precision = lax.Precision.HIGHEST if v.dtype == jnp.float32 else None
+    dot = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    scores = dot("nhtgd,nhcd->nhtgc", q, k) * scoring.sm_scale
+    if scoring.soft_cap is not None:
+        scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
+    if scoring.slopes is not None:
+        bias = scoring.slopes[None, :, None, :, None] * distance.astype(jnp.float32)[:, None, :, None, :]
+        scores = scores + bias
+    scores = jnp.where(visible, scores, MASKED)
+    top = scores.max(axis=-1)
+    weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0)
+    return Softmax(top, weights.sum(axis=-1), dot("nhtgc,nhcd->nhtgd", weights.astype(v.dtype), v))
+
+
+def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
+    """The running softmax of each tile, with the items' own added.
+
+    Items are in the order of their tiles and leave no tile out, so those of one turn lie in a window of as many tiles.
+    """
+    num_tiles, num_items = running.top.shape[0], items.tile.size
+    window = min(num_tiles, num_items)
+    start = jnp.minimum(items.tile[0], num_tiles - window)
+    old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, window), running)
+
+    place = jnp.clip(items.tile - start, 0, window - 1)
+    is_part = (jnp.arange(window, dtype=jnp.int32)[:, None] == place[None, :]) & items.is_live[None, :]
+
+    def fold(reduce, x: Array, empty: float) -> Array:
+        return reduce(jnp.where(is_part[:, :, None, None, None], x[None], empty), axis=1)
+
+    top = jnp.maximum(old.top, fold(jnp.max, partials.top, MASKED))
+    shrink = jnp.exp(partials.top - top[place])
+    weighted = partials.weighted * shrink[..., None]
+    # The product below would spread one row's overflow to its neighbours: pass it on in the total, which it cannot leave.
+    is_finite = jnp.isfinite(weighted).all(axis=-1)
+    total = fold(jnp.sum, jnp.where(is_finite, partials.total * shrink, jnp.nan), 0)
+    weighted = jnp.where(is_finite[..., None], weighted, 0)
+    summed = jnp.einsum("wn,nhtgd->whtgd", is_part.astype(jnp.float32), weighted, precision=lax.Precision.HIGHEST)
+
+    keep = jnp.exp(old.top - top)
+    new = Softmax(top, old.total * keep + total, old.weighted * keep[..., None] + summed)
+    return jax.tree.map(lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, 0), running, new)
+
+
+def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
+    """Blocks of a chunk, and items of a turn: about ``TURN_BYTES`` of K, V and scores, and no more than there can be."""
+    num_tiles, num_kv_heads, tile_len, group, head_dim = tiles.q.shape
+    block_size = block_size_of(pool)
+    chunk_blocks = min(max(CHUNK_TOKENS // block_size, 1), max_blocks)
+    kv_bytes = 2 * head_dim * pool.dtype.itemsize
+    item_bytes = chunk_blocks * block_size * num_kv_heads * (kv_bytes + 8 * tile_len * group)
+    return chunk_blocks, max(TURN_BYTES // item_bytes, 1)
