@@ -18,8 +18,8 @@ MIN_TEMPERATURE = 1e-5
 """Below this a row is greedy: the division would leave nothing for the noise to decide."""
 
 _MIN_FLAT_LEN = 64
+_MAX_INT32 = 2**31 - 1
 _NUM_PIVOTS = 7  # a pass over the logits then settles 3 of the threshold's 32 bits
-_KEY_OF_MINUS_INF = 0x007FFFFF
 
 _Column = Array | np.ndarray  # numpy on the host, where make_sample_inputs builds it; Array under jit
 
@@ -103,16 +103,12 @@ def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs
         num_rows: rows of the logits, padding included.
     """
     assert len(samples) <= num_rows, (len(samples), num_rows)
-    floats = np.zeros((6, num_rows), np.float32)
-    floats[[1, 3]] = 1.0  # top_p and repetition_penalty
-    ints = np.zeros((2, num_rows), np.int32)
-    seeds = np.zeros(num_rows, np.uint32)
-    biases: list[tuple[int, Sequence[int], Sequence[float]]] = []
-    histories: list[tuple[int, Sequence[int], bool]] = []
-    float_columns, int_columns, seed_column = [], [], []
+    floats, ints, seeds = [], [], []
+    bias_rows, bias_ids, bias_values = [], [], []
+    history: list[tuple[int, Sequence[int], bool]] = []
     for row, sample in enumerate(samples):
         params = sample.params
-        float_columns.append(
+        floats.append(
             (
                 params.temperature,
                 params.top_p,
@@ -122,53 +118,56 @@ def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs
                 params.frequency_penalty,
             )
         )
-        int_columns.append((max(params.top_k, 0), sample.position))
-        seed_column.append(sample.seed)
+        ints.append((min(max(params.top_k, 0), _MAX_INT32), sample.position))
+        seeds.append(sample.seed)
         if params.logit_bias:
-            biases.append((row, list(params.logit_bias), list(params.logit_bias.values())))
+            bias_rows += [row] * len(params.logit_bias)
+            bias_ids += params.logit_bias.keys()
+            bias_values += params.logit_bias.values()
         if sample.banned_token_ids:
-            biases.append((row, sample.banned_token_ids, [-np.inf] * len(sample.banned_token_ids)))
+            bias_rows += [row] * len(sample.banned_token_ids)
+            bias_ids += sample.banned_token_ids
+            bias_values += [-np.inf] * len(sample.banned_token_ids)
         if params.has_penalties:
-            histories.append((row, sample.prompt_token_ids, False))
-            histories.append((row, sample.output_token_ids, True))
-    if samples:
-        floats[:, : len(samples)] = np.transpose(float_columns)
-        ints[:, : len(samples)] = np.transpose(int_columns)
-        seeds[: len(samples)] = seed_column
-    bias_lens = [len(ids) for _, ids, _ in biases]
-    seen_lens = [len(ids) for _, ids, _ in histories]
-    num_biases, num_seen = _flat_len(sum(bias_lens)), _flat_len(sum(seen_lens))
+            history += (row, sample.prompt_token_ids, False), (row, sample.output_token_ids, True)
+    num_padding = num_rows - len(samples)
+    floats += [(0.0, 1.0, 0.0, 1.0, 0.0, 0.0)] * num_padding
+    ints += [(0, 0)] * num_padding
+    temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty = _to_float32(floats).T
+    top_k, positions = np.array(ints, np.int32).T
+    seen_ids = [np.asarray(token_ids, np.int32) for _, token_ids, _ in history]
+    seen_lens = np.array([len(token_ids) for token_ids in seen_ids], np.int64)
     return SampleInputs(
-        temperature=floats[0],
-        top_p=floats[1],
-        min_p=floats[2],
-        repetition_penalty=floats[3],
-        presence_penalty=floats[4],
-        frequency_penalty=floats[5],
-        top_k=ints[0],
-        positions=ints[1],
-        seeds=seeds,
-        bias_rows=_padded(np.repeat([row for row, _, _ in biases], bias_lens), num_biases, np.int32, num_rows),
-        bias_ids=_padded(_concatenated([ids for _, ids, _ in biases], np.int32), num_biases, np.int32, 0),
-        bias_values=_padded(_concatenated([v for _, _, v in biases], np.float32), num_biases, np.float32, 0),
-        seen_rows=_padded(np.repeat([row for row, _, _ in histories], seen_lens), num_seen, np.int32, num_rows),
-        seen_ids=_padded(_concatenated([ids for _, ids, _ in histories], np.int32), num_seen, np.int32, 0),
-        seen_is_output=_padded(np.repeat([out for _, _, out in histories], seen_lens), num_seen, np.bool_, 0),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seeds=np.array(seeds + [0] * num_padding, np.uint32),
+        positions=positions,
+        bias_rows=_padded(np.array(bias_rows, np.int32), num_rows),
+        bias_ids=_padded(np.array(bias_ids, np.int32), 0),
+        bias_values=_padded(_to_float32(bias_values), 0),
+        seen_rows=_padded(np.repeat(np.array([row for row, _, _ in history], np.int32), seen_lens), num_rows),
+        seen_ids=_padded(np.concatenate([np.zeros(0, np.int32), *seen_ids]), 0),
+        seen_is_output=_padded(np.repeat(np.array([is_output for _, _, is_output in history], bool), seen_lens), False),
     )
 
 
-def _flat_len(num_entries: int) -> int:
-    return 0 if num_entries == 0 else max(_MIN_FLAT_LEN, 1 << (num_entries - 1).bit_length())
+def _to_float32(values: list) -> np.ndarray:
+    """As float32, what is finite staying finite: an infinite parameter could turn a banned logit into NaN."""
+    exact = np.array(values, np.float64)
+    limit = np.finfo(np.float32).max
+    return np.where(np.isinf(exact), exact, np.clip(exact, -limit, limit)).astype(np.float32)
 
 
-def _concatenated(parts: list, dtype: type) -> np.ndarray:
-    return np.concatenate([np.asarray(part, dtype) for part in parts]) if parts else np.zeros(0, dtype)
-
-
-def _padded(values: np.ndarray, length: int, dtype: type, fill: int) -> np.ndarray:
-    padded = np.full(length, fill, dtype)
-    padded[: len(values)] = values
-    return padded
+def _padded(values: np.ndarray, fill: int) -> np.ndarray:
+    if len(values) == 0:
+        return values
+    length = max(_MIN_FLAT_LEN, 1 << (len(values) - 1).bit_length())
+    return np.concatenate([values, np.full(length - len(values), fill, values.dtype)])
 
 
 def sample(logits: Float[Array, "rows vocab"], inputs: SampleInputs, *, num_top: int) -> SampledTokens:
@@ -187,13 +186,14 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SampleInputs, *, num_top:
     """
     assert logits.dtype == jnp.float32, logits.dtype
     adjusted = _penalised(_biased(logits, inputs), inputs)
+    top_logits = jnp.max(adjusted, axis=-1)
     is_random = inputs.temperature >= MIN_TEMPERATURE
-    greedy_ids = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
-    token_ids = lax.cond(
-        jnp.any(is_random),
-        lambda: jnp.where(is_random, _drawn(adjusted, inputs, is_random), greedy_ids),
-        lambda: greedy_ids,
-    )
+
+    def draw() -> Int[Array, "rows"]:
+        perturbed = jnp.where(is_random[:, None], _perturbed(adjusted, top_logits, inputs), adjusted)
+        return _first_index(perturbed, jnp.max(perturbed, axis=-1))
+
+    token_ids = lax.cond(jnp.any(is_random), draw, lambda: _first_index(adjusted, top_logits))
     return SampledTokens(token_ids, score(logits, token_ids, num_top=num_top))
 
 
@@ -241,84 +241,88 @@ def _penalised(logits: Float[Array, "rows vocab"], inputs: SampleInputs) -> Floa
     return logits - inputs.presence_penalty[:, None] * (num_generated > 0).astype(jnp.float32)
 
 
-def _drawn(
-    logits: Float[Array, "rows vocab"], inputs: SampleInputs, is_random: Bool[_Column, "rows"]
-) -> Int[Array, "rows"]:
-    """Gumbel-max over the tokens at or above the row's threshold. Greedy rows get any token, and no search."""
-    top_logits = jnp.max(logits, axis=-1)
+def _first_index(x: Float[Array, "rows vocab"], values: Float[Array, "rows"]) -> Int[Array, "rows"]:
+    """The lowest index that holds each row's value. With a maximum this is argmax, several times faster in XLA."""
+    last = x.shape[-1] - 1  # the answer for a row of NaN: wrong as any other, but a token
+    ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.min(jnp.where(x == values[:, None], ids, last), axis=-1)
+
+
+def _perturbed(
+    logits: Float[Array, "rows vocab"], top_logits: Float[Array, "rows"], inputs: SampleInputs
+) -> Float[Array, "rows vocab"]:
+    """Scaled logits plus Gumbel noise where all filters agree, -inf elsewhere: the greatest one is the draw."""
+    is_random = inputs.temperature >= MIN_TEMPERATURE
     temperature = jnp.where(is_random, inputs.temperature, 1.0)
     anchor = jnp.where(jnp.isfinite(top_logits), top_logits, 0.0)  # a row of -inf stays -inf instead of becoming NaN
 
-    def scaled(x: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
-        return (x - anchor[:, None]) / temperature[:, None]
+    def scaled() -> Float[Array, "rows vocab"]:
+        return (logits - anchor[:, None]) / temperature[:, None]
 
-    def filtered() -> Float[Array, "rows"]:
-        lowest = jnp.full(top_logits.shape, -jnp.inf, jnp.float32)
-        threshold = _threshold(
-            logits, top_logits, lowest, is_random & (inputs.top_k > 0),
-            weigh=jnp.ones_like, target=inputs.top_k.astype(jnp.float32),
-        )  # fmt: skip
-        kept_mass = jnp.sum(jnp.where(logits >= threshold[:, None], jnp.exp(scaled(logits)), 0.0), axis=-1)
-        threshold = _threshold(
-            logits, top_logits, threshold, is_random & (inputs.top_p < 1),
-            weigh=lambda x: jnp.exp(scaled(x)), target=inputs.top_p * kept_mass,
-        )  # fmt: skip
-        return threshold
+    # Both measures are functions, to be fused into each pass over the logits instead of stored at their size.
+    def count(is_kept: Bool[Array, "rows vocab"]) -> Float[Array, "rows"]:
+        return jnp.sum(is_kept, axis=-1, dtype=jnp.float32)  # exact up to 2**24
 
-    is_filtered = is_random & ((inputs.top_k > 0) | (inputs.top_p < 1))
-    threshold = lax.cond(jnp.any(is_filtered), filtered, lambda: jnp.full(top_logits.shape, -jnp.inf, jnp.float32))
-    # p >= min_p * p_max in logits; the greatest logit itself passes whatever the rounding.
-    threshold = jnp.maximum(threshold, jnp.minimum(anchor + temperature * jnp.log(inputs.min_p), top_logits))
+    def mass(is_kept: Bool[Array, "rows vocab"]) -> Float[Array, "rows"]:
+        return jnp.sum(jnp.where(is_kept, jnp.exp(scaled()), 0.0), axis=-1)
+
+    lowest = jnp.full_like(top_logits, -jnp.inf)
+    wants_top_k = is_random & (inputs.top_k > 0)
+    wants_top_p = is_random & (inputs.top_p < 1)
+
+    def search() -> Float[Array, "rows"]:
+        """The threshold of top-k, raised to that of top-p where wanted."""
+        highest = jnp.where(wants_top_k, top_logits, lowest)
+        threshold = _threshold(logits, count, inputs.top_k.astype(jnp.float32), lowest, highest)
+        target = inputs.top_p * mass(logits >= threshold[:, None])
+        return _threshold(logits, mass, target, threshold, jnp.where(wants_top_p, top_logits, threshold))
+
+    threshold = lax.cond(jnp.any(wants_top_k | wants_top_p), search, lambda: lowest)
+    # p >= min_p * p_max, in logits; whatever the rounding, the greatest passes.
+    min_p_threshold = jnp.minimum(anchor + temperature * jnp.log(inputs.min_p), top_logits)
+    is_kept = logits >= jnp.maximum(threshold, min_p_threshold)[:, None]
     noise = _gumbel(inputs.seeds, inputs.positions, logits.shape[-1])
-    perturbed = jnp.where(logits >= threshold[:, None], scaled(logits) + noise, -jnp.inf)
-    return jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+    return jnp.where(is_kept, scaled() + noise, -jnp.inf)
 
 
 def _threshold(
     logits: Float[Array, "rows vocab"],
-    top_logits: Float[Array, "rows"],
-    lowest: Float[Array, "rows"],
-    is_wanted: Bool[_Column, "rows"],
-    *,
-    weigh: Callable[[Float[Array, "rows vocab"]], Float[Array, "rows vocab"]],
+    measure: Callable[[Bool[Array, "rows vocab"]], Float[Array, "rows"]],
     target: Float[_Column, "rows"],
+    lowest: Float[Array, "rows"],
+    highest: Float[Array, "rows"],
 ) -> Float[Array, "rows"]:
-    """The greatest threshold from ``lowest`` to ``top_logits`` above which, itself included, logits weigh ``target``.
+    """The greatest threshold in [lowest, highest] such that the tokens kept (logit >= threshold) measure ``target``.
 
-    ``lowest`` where no threshold reaches the target and in rows that want none. Exact: a sum of non-negative float32
-    numbers in a fixed order never grows when one of them becomes zero, so bisection sees a monotone function.
+    ``lowest`` where none does. Rows with ``lowest == highest`` take no pass over the logits, other rows 11 at most.
+    Exact, because a sum of non-negative floats in a fixed order never grows when one of them becomes zero.
     """
 
-    def is_open(low: UInt32[Array, "rows"], high: UInt32[Array, "rows"]) -> Bool[Array, "rows"]:
-        return high - low > 1
-
     def narrow(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
+        low, high = bounds  # keys: low is reached (or where we started), high is not
         step = (high - low - 1) // (_NUM_PIVOTS + 1) + 1
-        new_low, new_high = low, high
-        for i in range(_NUM_PIVOTS, 0, -1):
-            pivot = low + jnp.uint32(i) * step
-            weight = jnp.sum(jnp.where(logits >= _from_key(pivot)[:, None], weigh(logits), 0.0), axis=-1)
-            reached = (pivot < high) & (weight >= target) & (new_low == low)
-            missed = (pivot < high) & (weight < target)
-            new_low = jnp.where(reached, pivot, new_low)
-            # Exactly the target (top-k without ties): no bit further down changes what is kept.
-            new_high = jnp.where(reached & (weight == target), pivot + 1, jnp.where(missed, pivot, new_high))
-        return new_low, new_high
+        pivots = low[None, :] + step[None, :] * jnp.arange(1, _NUM_PIVOTS + 1, dtype=jnp.uint32)[:, None]
+        # Sums side by side, not one over a [pivots, rows, vocab] array: XLA can fuse them into one read of the logits.
+        measured = jnp.stack([measure(logits >= pivot[:, None]) for pivot in _from_key(pivots)])
+        is_reached = (measured >= target[None, :]) & (pivots < high[None, :])
+        low = jnp.max(jnp.where(is_reached, pivots, low[None, :]), axis=0)
+        high = jnp.min(jnp.where(is_reached, high[None, :], jnp.minimum(pivots, high[None, :])), axis=0)
+        # Met exactly, as top-k without ties always is in the end: the bits below do not change what is kept.
+        is_met = jnp.any(is_reached & (measured == target[None, :]), axis=0)
+        return low, jnp.where(is_met, low + 1, high)
 
-    low = _to_key(lowest)
-    high = jnp.where(is_wanted, _to_key(top_logits) + 1, low + 1)
-    low, _ = lax.while_loop(lambda bounds: jnp.any(is_open(*bounds)), narrow, (low, high))
+    bounds = _to_key(lowest), _to_key(highest) + 1
+    low, _ = lax.while_loop(lambda bounds: jnp.any(bounds[1] - bounds[0] > 1), narrow, bounds)
     return _from_key(low)
 
 
-def _to_key(x: Float[Array, "rows"]) -> UInt32[Array, "rows"]:
+def _to_key(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
     """Unsigned integers in the order of the numbers: the bits, with the sign flipped, negatives reversed."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _from_key(key: UInt32[Array, "rows"]) -> Float[Array, "rows"]:
+def _from_key(key: UInt32[Array, "..."]) -> Float[Array, "..."]:
     bits = jnp.where(key >> 31 == 1, key & jnp.uint32((1 << 31) - 1), ~key)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
