@@ -1,19 +1,23 @@
 """Every default and every check of the engine's own settings."""
 
-import math
+import reprlib
 from dataclasses import dataclass
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_TOKEN_BUDGET = 2048
+MAX_SEQS = 1 << 16
+MAX_BATCHED_TOKENS = 1 << 20
+MAX_SLOTS = 2**31 - 1
+"""Slots of a pool are numbered in int32."""
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise ValueError(f"{name}={value!r} is not valid: expected {expected}")
+        raise ValueError(f"{name}={reprlib.repr(value)} is not valid: expected {expected}")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: object, limit: int = MAX_SLOTS) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +25,8 @@ class EngineConfig:
     """Settings of one engine.
 
     Args:
-        dtype: of weights, activations and KV: "float32", "bfloat16", "float16", or "auto": what the checkpoint is stored
-            in on an accelerator, float32 on a CPU (which only emulates the shorter types).
+        dtype: of weights, activations and KV: "float32", "bfloat16", "float16", or "auto": what the checkpoint is
+            stored in on an accelerator, float32 on a CPU (which only emulates the shorter types).
         block_size: tokens per KV block.
         num_blocks: blocks in the pool, block 0 (padding) included; None takes what ``memory_fraction`` leaves.
         memory_fraction: of the device's memory, for weights, workspace and pool together.
@@ -52,21 +56,33 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
-        _require(_is_count(self.block_size) and 1 <= self.block_size <= 1024, "block_size", self.block_size, "an integer from 1 to 1024")
+        _require(_is_count(self.block_size, 1024), "block_size", self.block_size, "an integer from 1 to 1024")
+        max_blocks = MAX_SLOTS // self.block_size
         _require(
-            self.num_blocks is None or (_is_count(self.num_blocks) and self.num_blocks >= 2),
-            "num_blocks", self.num_blocks, "None or an integer of 2 or more (block 0 holds padding)",
+            self.num_blocks is None or (_is_count(self.num_blocks, max_blocks) and self.num_blocks >= 2),
+            "num_blocks", self.num_blocks, f"None or an integer from 2 (block 0 holds padding) to {max_blocks}",
         )  # fmt: skip
         fraction = self.memory_fraction
-        is_fraction = isinstance(fraction, int | float) and math.isfinite(fraction) and 0 < fraction <= 1
+        is_fraction = isinstance(fraction, int | float) and not isinstance(fraction, bool) and 0 < fraction <= 1
         _require(is_fraction, "memory_fraction", fraction, "a number in (0, 1]")
-        _require(_is_count(self.max_num_seqs), "max_num_seqs", self.max_num_seqs, "an integer of 1 or more")
-        for name in ("max_num_batched_tokens", "max_model_len"):
+        _require(
+            _is_count(self.max_num_seqs, MAX_SEQS),
+            "max_num_seqs", self.max_num_seqs, f"an integer from 1 to {MAX_SEQS}",
+        )  # fmt: skip
+        for name, limit in (("max_num_batched_tokens", MAX_BATCHED_TOKENS), ("max_model_len", MAX_SLOTS)):
             value = getattr(self, name)
-            _require(value is None or _is_count(value), name, value, "None or an integer of 1 or more")
-        _require(_is_count(self.tensor_parallel_size), "tensor_parallel_size", self.tensor_parallel_size, "an integer of 1 or more")
+            _require(value is None or _is_count(value, limit), name, value, f"None or an integer from 1 to {limit}")
+        _require(
+            isinstance(self.enable_prefix_caching, bool),
+            "enable_prefix_caching", self.enable_prefix_caching, "True or False",
+        )  # fmt: skip
         is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32
         _require(is_seed, "seed", self.seed, "an integer from 0 to 2**32 - 1")
+        parts = self.tensor_parallel_size
+        _require(_is_count(parts), "tensor_parallel_size", parts, "an integer of 1 or more")
+        implementation = self.attention_implementation
+        is_name = implementation is None or (isinstance(implementation, str) and implementation != "")
+        _require(is_name, "attention_implementation", implementation, "None or a name from pallas_kernels")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "

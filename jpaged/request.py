@@ -1,7 +1,8 @@
 """What a caller asks for and what comes back: the types at the engine's outer edge."""
 
 import enum
-import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ class FinishReason(enum.StrEnum):
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise ValueError(f"{name}={value!r} is not valid: expected {expected}")
+        raise ValueError(f"{name}={reprlib.repr(value)} is not valid: expected {expected}")
 
 
 def _is_int(value: object) -> bool:
@@ -31,7 +32,9 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is an int or a float that a float can hold: 10**400 is neither finite nor NaN, and is not."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,9 @@ class SamplingParams:
             "temperature", self.temperature, "a finite number, 0 (greedy) or more",
         )  # fmt: skip
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        _require(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer: -1 or 0 (off), or 1 and up")
+        _require(
+            _is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer: -1 or 0 (off), or 1 and up"
+        )
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
@@ -102,13 +107,18 @@ class SamplingParams:
             "seed", self.seed, "None or an integer from 0 to 2**32 - 1",
         )  # fmt: skip
         self._check_stops()
+        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
         _require(
             self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
             "max_tokens", self.max_tokens, "None (fill the context) or an integer of 1 or more",
         )  # fmt: skip
-        _require(_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer, 0 or more")
+        _require(
+            _is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer, 0 or more"
+        )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower one or raise the other")
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower one or raise the other"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(
@@ -127,9 +137,13 @@ class SamplingParams:
             _require(_is_number(value), f"logit_bias[{token_id}]", value, "a finite number")
 
     def _check_stops(self) -> None:
+        is_sequence = self.stop is None or isinstance(self.stop, str | list | tuple)
+        is_valid = is_sequence and all(isinstance(s, str) and s for s in self.stop_strings)
+        _require(is_valid, "stop", self.stop, "a non-empty string, or a list or tuple of them")
         stops = self.stop_strings
-        _require(all(isinstance(s, str) and s for s in stops), "stop", self.stop, "a non-empty string or several")
         _require(len(stops) <= MAX_STOP_STRINGS, "stop", f"{len(stops)} strings", f"at most {MAX_STOP_STRINGS}")
+        is_sequence = self.stop_token_ids is None or isinstance(self.stop_token_ids, list | tuple)
+        _require(is_sequence, "stop_token_ids", self.stop_token_ids, "a list or tuple of token ids")
         for token_id in self.stop_token_ids or ():
             _require(_is_int(token_id) and token_id >= 0, "stop_token_ids entry", token_id, "an integer, 0 or more")
 

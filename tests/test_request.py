@@ -1,0 +1,156 @@
+"""SamplingParams refuses every value it cannot honour, by name, and passes on every value it can."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jpaged.request import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_STRINGS,
+    CompletionOutput,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+)
+
+NOT_NUMBERS = [None, True, "1", [1.0], math.nan, math.inf, -math.inf, 10**400]
+NOT_INTEGERS = [True, 1.0, "1", [1], math.nan]
+
+INVALID = {
+    "n": [*NOT_INTEGERS, None, 0, -1, MAX_N + 1, 10**400],
+    "temperature": [*NOT_NUMBERS, -0.1],
+    "top_p": [*NOT_NUMBERS, 0, 0.0, -0.5, 1.01],
+    "top_k": [*NOT_INTEGERS, None, -2],
+    "min_p": [*NOT_NUMBERS, -0.01, 1.5],
+    "presence_penalty": [*NOT_NUMBERS, -2.1, 2.1],
+    "frequency_penalty": [*NOT_NUMBERS, -2.1, 2.1],
+    "repetition_penalty": [*NOT_NUMBERS, 0, -1.0],
+    "logit_bias": [5, "ab", [(1, 2.0)], {1: math.nan}, {1: math.inf}, {1: "x"}, {1: True}, {1: 10**400}],
+    "seed": [*NOT_INTEGERS, -1, 2**32, 10**400],
+    "stop": [5, 1.5, "", [""], ["a", ""], [None], ["a", 3], b"bytes", {"a": 1}],
+    "stop_token_ids": [5, "ab", [-1], [1.0], [True], [None], {1: 2}],
+    "ignore_eos": [None, 0, 1, "yes"],
+    "max_tokens": [*NOT_INTEGERS, 0, -1],
+    "min_tokens": [*NOT_INTEGERS, None, -1],
+    "logprobs": [*NOT_INTEGERS, -1, MAX_LOGPROBS + 1, 10**400],
+    "prompt_logprobs": [*NOT_INTEGERS, -1, MAX_LOGPROBS + 1, 10**400],
+}
+
+VALID = {
+    "n": [1, MAX_N],
+    "temperature": [0, 0.0, 1, 1e-300, 1e300],
+    "top_p": [1, 1.0, 1e-9],
+    "top_k": [-1, 0, 1, 10**12],
+    "min_p": [0, 1, 0.5],
+    "presence_penalty": [-2, 2, 0.5],
+    "frequency_penalty": [-2.0, 2.0],
+    "repetition_penalty": [1e-3, 1, 100],
+    "logit_bias": [None, {}, {0: -100, 7: 1.5}],
+    "seed": [None, 0, 2**32 - 1],
+    "stop": [None, "a", [], ["a", "b"], ("a",)],
+    "stop_token_ids": [None, [], [0, 5], (3,)],
+    "ignore_eos": [True, False],
+    "max_tokens": [None, 1, 10**12],
+    "min_tokens": [0, 1, 16],
+    "logprobs": [None, 0, MAX_LOGPROBS],
+    "prompt_logprobs": [None, 0, MAX_LOGPROBS],
+}
+
+
+def cases(table):
+    return [pytest.param(name, value, id=f"{name}={value!r:.20}") for name, values in table.items() for value in values]
+
+
+def test_every_field_has_invalid_and_valid_values():
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert names == INVALID.keys() == VALID.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), cases(INVALID))
+def test_invalid_value_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), cases(VALID))
+def test_valid_value_is_kept(name, value):
+    assert getattr(SamplingParams(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", -0.25), ("n", 5000), ("top_p", 1.25), ("seed", -7)])
+def test_message_names_the_value_and_what_was_expected(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value}.*expected"):
+        SamplingParams(**{name: value})
+
+
+def test_message_stays_short_however_long_the_value():
+    with pytest.raises(ValueError, match="stop") as error:
+        SamplingParams(stop=["a" * 100_000, ""])
+    assert len(str(error.value)) < 400
+
+
+def test_more_min_tokens_than_max_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"min_tokens=5 is more than max_tokens=4"):
+        SamplingParams(max_tokens=4, min_tokens=5)
+    assert SamplingParams(max_tokens=None, min_tokens=10**6).min_tokens == 10**6
+
+
+def test_too_many_entries_are_refused():
+    with pytest.raises(ValueError, match=f"logit_bias has {MAX_LOGIT_BIAS + 1} entries"):
+        SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0))
+    with pytest.raises(ValueError, match="stop"):
+        SamplingParams(stop=["x"] * (MAX_STOP_STRINGS + 1))
+
+
+@pytest.mark.parametrize("token_id", [-1, 1.0, True, "a", None])
+def test_logit_bias_of_something_else_than_a_token_is_refused(token_id):
+    with pytest.raises(ValueError, match="logit_bias"):
+        SamplingParams(logit_bias={token_id: 1.0})
+
+
+def test_stop_strings_is_a_tuple_whatever_was_given():
+    assert SamplingParams().stop_strings == ()
+    assert SamplingParams(stop="ab").stop_strings == ("ab",)
+    assert SamplingParams(stop=["ab", "c"]).stop_strings == SamplingParams(stop=("ab", "c")).stop_strings == ("ab", "c")
+
+
+@pytest.mark.parametrize(
+    ("penalties", "expected"),
+    [
+        ({}, False),
+        ({"presence_penalty": 0.1}, True),
+        ({"frequency_penalty": -1}, True),
+        ({"repetition_penalty": 2}, True),
+    ],
+)
+def test_has_penalties(penalties, expected):
+    assert SamplingParams(**penalties).has_penalties is expected
+
+
+anything = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+)
+
+
+@given(name=st.sampled_from(sorted(INVALID)), value=anything)
+def test_any_value_is_kept_or_refused_with_a_value_error(name, value):
+    kept, refusal = None, ""
+    try:
+        kept = SamplingParams(**{name: value})
+    except ValueError as error:
+        refusal = str(error)
+    assert name in refusal if kept is None else getattr(kept, name) == value
+
+
+@pytest.mark.parametrize(
+    ("reasons", "expected"),
+    [([], True), ([FinishReason.STOP], True), ([FinishReason.LENGTH, None], False), ([None], False)],
+)
+def test_request_is_finished_when_every_completion_is(reasons, expected):
+    outputs = [CompletionOutput(i, "", [], 0.0, finish_reason=reason) for i, reason in enumerate(reasons)]
+    assert RequestOutput("r", None, [1], outputs).is_finished is expected
