@@ -19,6 +19,7 @@ MIN_TEMPERATURE = 1e-5
 
 _MIN_FLAT_LEN = 64
 _MAX_INT32 = 2**31 - 1
+_MAX_FLOAT = 1e30  # parameters and their reciprocals stay normal float32: 0 * inf and -inf * 0 would be NaN
 _NUM_PIVOTS = 7  # a pass over the logits then settles 3 of the threshold's 32 bits
 
 _Column = Array | np.ndarray  # numpy on the host, where make_sample_inputs builds it; Array under jit
@@ -113,7 +114,7 @@ def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs
                 params.temperature,
                 params.top_p,
                 params.min_p,
-                params.repetition_penalty,
+                max(params.repetition_penalty, 1 / _MAX_FLOAT),
                 params.presence_penalty,
                 params.frequency_penalty,
             )
@@ -157,10 +158,9 @@ def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs
 
 
 def _to_float32(values: list) -> np.ndarray:
-    """As float32, what is finite staying finite: an infinite parameter could turn a banned logit into NaN."""
+    """As float32, finite values clipped to ``_MAX_FLOAT``; infinite ones (bans) stay."""
     exact = np.array(values, np.float64)
-    limit = np.finfo(np.float32).max
-    return np.where(np.isinf(exact), exact, np.clip(exact, -limit, limit)).astype(np.float32)
+    return np.where(np.isinf(exact), exact, np.clip(exact, -_MAX_FLOAT, _MAX_FLOAT)).astype(np.float32)
 
 
 def _padded(values: np.ndarray, fill: int) -> np.ndarray:
