@@ -1,6 +1,7 @@
 """Token ids to text as they arrive: whole characters only, stop strings cut off."""
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Protocol
 
 CONTEXT_TOKENS = 6
@@ -64,10 +65,11 @@ class Detokenizer:
     def _decode(self, *, is_last: bool, may_stop: bool) -> None:
         before = self._tokenizer.decode(self._ids[self._first : self._read], skip_special_tokens=True)
         after = self._tokenizer.decode(self._ids[self._first :], skip_special_tokens=True)
-        if len(after) <= len(before) or (after.endswith(REPLACEMENT) and not is_last):
+        if after == before or (after.endswith(REPLACEMENT) and not is_last):
             return
         start = len(self.text)
-        self.text += after[len(before) :]
+        # Usually all of ``before``; not where the prompt ends inside a character, which ``before`` has as a replacement.
+        self.text += after[len(commonprefix((before, after))) :]
         self._first, self._read = self._read, len(self._ids)
         if may_stop:
             self._cut_at_stop(start)

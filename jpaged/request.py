@@ -33,8 +33,9 @@ def _is_int(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     """Whether ``value`` is an int or a float that a float can hold: 10**400 is neither finite nor NaN, and is not."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
