@@ -1,11 +1,10 @@
 """Token ids to text as they arrive: whole characters only, stop strings cut off."""
 
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Protocol
 
 CONTEXT_TOKENS = 6
-"""Prompt tokens decoded with the first output token: some tokenizers drop the space before the first token of a text."""
+"""Prompt tokens decoded with the first output token: some tokenizers drop the space before a text's first token."""
 
 REPLACEMENT = "\ufffd"
 
@@ -68,8 +67,8 @@ class Detokenizer:
         if after == before or (after.endswith(REPLACEMENT) and not is_last):
             return
         start = len(self.text)
-        # Usually all of ``before``; not where the prompt ends inside a character, which ``before`` has as a replacement.
-        self.text += after[len(commonprefix((before, after))) :]
+        # Not always all of ``before``: where the prompt ends inside a character, that ends in a replacement.
+        self.text += after[_num_common(before, after) :]
         self._first, self._read = self._read, len(self._ids)
         if may_stop:
             self._cut_at_stop(start)
@@ -80,6 +79,11 @@ class Detokenizer:
         hits = [index for index in found if index >= 0]
         if hits:
             self.text, self.is_stopped = self.text[: min(hits)], True
+
+
+def _num_common(a: str, b: str) -> int:
+    """Characters that ``a`` and ``b`` begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _overlap(text: str, stop: str) -> int:

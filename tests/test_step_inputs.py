@@ -1,0 +1,145 @@
+"""Packed step inputs say of every token and row what the plan says, and every plan has a bucket."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jpaged.device.step_inputs import (
+    Bucket,
+    StepInputs,
+    all_buckets,
+    bucket_for,
+    pack,
+    packed_size,
+    powers_of_two,
+    unpack,
+)
+from jpaged.host.step_plan import Chunk, Sample, StepPlan
+from jpaged.request import SamplingParams
+
+MAX_BLOCKS = 5
+NUM_PHYSICAL_BLOCKS = 64
+
+
+def make_sample(chunk, position):
+    return Sample(0, chunk, position, 0, SamplingParams(), (), (), ())
+
+
+@st.composite
+def plans(draw, max_seqs, max_tokens, block_size):
+    """Any plan the scheduler may make: the budgets kept, tables longer than needed, forks that share a chunk."""
+    chunks, samples, budget = [], [], max_tokens
+    for seq_id in range(draw(st.integers(0, max_seqs))):
+        if budget == 0:
+            break
+        capacity = MAX_BLOCKS * block_size
+        start = draw(st.integers(0, capacity - 1))
+        num_tokens = draw(st.integers(1, min(budget, capacity - start)))
+        budget -= num_tokens
+        table = draw(st.lists(st.integers(1, NUM_PHYSICAL_BLOCKS), min_size=MAX_BLOCKS, max_size=MAX_BLOCKS))
+        num_needed = -(-(start + num_tokens) // block_size)
+        table = table[: draw(st.integers(num_needed, MAX_BLOCKS))]
+        token_ids = draw(st.lists(st.integers(0, 999), min_size=num_tokens, max_size=num_tokens))
+        chunks.append(Chunk(seq_id, token_ids, start, draw(st.integers(1, capacity)), table))
+    for row, chunk in enumerate(chunks):
+        room = max_seqs - len(samples) - (len(chunks) - row)
+        for _ in range(draw(st.integers(0, 1 + room))):
+            samples.append(make_sample(row, chunk.start + len(chunk.token_ids)))
+    return StepPlan(chunks=tuple(chunks), samples=tuple(samples))
+
+
+def naive_inputs(plan, bucket, block_size):
+    """What each field must hold, one token at a time."""
+    tokens = {name: [0] * bucket.num_tokens for name in ("token_ids", "positions", "prompt_lens", "slots")}
+    rows = {name: [0] * bucket.num_rows for name in ("kv_lens", "sample_tokens")}
+    tables = [[0] * MAX_BLOCKS for _ in range(bucket.num_rows)]
+    cu_q_lens, last_token = [0], {}
+    index = 0
+    for row, chunk in enumerate(plan.chunks):
+        for offset, token_id in enumerate(chunk.token_ids):
+            position = chunk.start + offset
+            tokens["token_ids"][index] = token_id
+            tokens["positions"][index] = position
+            tokens["prompt_lens"][index] = chunk.prompt_len
+            tokens["slots"][index] = chunk.block_table[position // block_size] * block_size + position % block_size
+            tables[row][position // block_size] = chunk.block_table[position // block_size]
+            last_token[row] = index
+            index += 1
+        for logical in range(chunk.start // block_size):
+            tables[row][logical] = chunk.block_table[logical]
+        rows["kv_lens"][row] = chunk.start + len(chunk.token_ids)
+        cu_q_lens.append(index)
+    cu_q_lens += [index] * (bucket.num_rows + 1 - len(cu_q_lens))
+    for row, sample in enumerate(plan.samples):
+        rows["sample_tokens"][row] = last_token[sample.chunk]
+    return StepInputs(**tokens, **rows, block_tables=tables, cu_q_lens=cu_q_lens)
+
+
+@settings(max_examples=150)
+@given(data=st.data(), block_size=st.sampled_from([1, 4, 16]), max_seqs=st.integers(1, 6), extra=st.integers(0, 40))
+def test_packed_plan_equals_the_naive_loop(data, block_size, max_seqs, extra):
+    max_tokens = max_seqs + extra
+    plan = data.draw(plans(max_seqs, max_tokens, block_size))
+    bucket = bucket_for(plan, all_buckets(max_seqs, max_tokens))
+    packed = pack(plan, bucket, MAX_BLOCKS, block_size)
+    assert packed.dtype == np.int32
+    assert packed.shape == (packed_size(bucket, MAX_BLOCKS),)
+    actual, expected = unpack(packed, bucket, MAX_BLOCKS), naive_inputs(plan, bucket, block_size)
+    for name in StepInputs.__dataclass_fields__:
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name), err_msg=name)
+
+
+def test_unpack_traces_under_jit():
+    bucket = Bucket(4, 2)
+    plan = StepPlan(chunks=(Chunk(0, [7, 8, 9], 5, 6, [3, 2]),), samples=(make_sample(0, 8),))
+    packed = pack(plan, bucket, MAX_BLOCKS, 4)
+    inputs = jax.jit(lambda packed: unpack(packed, bucket, MAX_BLOCKS))(packed)
+    assert inputs.token_ids.tolist() == [7, 8, 9, 0]
+    assert inputs.positions.tolist() == [5, 6, 7, 0]
+    assert inputs.prompt_lens.tolist() == [6, 6, 6, 0]
+    assert inputs.slots.tolist() == [2 * 4 + 1, 2 * 4 + 2, 2 * 4 + 3, 0]
+    assert inputs.block_tables.tolist() == [[3, 2, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert inputs.kv_lens.tolist() == [8, 0]
+    assert inputs.cu_q_lens.tolist() == [0, 3, 3]
+    assert inputs.sample_tokens.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(1, 1, [1]), (1, 8, [1, 2, 4, 8]), (1, 6, [1, 2, 4, 6]), (16, 40, [16, 32, 40]), (16, 3, [3])],
+)
+def test_powers_of_two_end_at_the_limit(low, high, expected):
+    assert powers_of_two(low, high) == expected
+
+
+def test_buckets_of_the_default_engine():
+    buckets = all_buckets(256, 2048)
+    decode = [Bucket(n, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
+    few = [Bucket(n, 8) for n in (16, 32, 64, 128, 256, 512, 1024, 2048)]
+    full = [Bucket(n, 256) for n in (512, 1024, 2048)]
+    assert buckets == sorted([*decode, *few, *full])
+
+
+@given(max_seqs=st.integers(1, 300), extra=st.integers(0, 5000))
+def test_buckets_are_few_distinct_and_within_the_limits(max_seqs, extra):
+    max_tokens = max_seqs + extra
+    buckets = all_buckets(max_seqs, max_tokens)
+    assert buckets == sorted(set(buckets))
+    assert len(buckets) <= (max_seqs.bit_length() + 1) + 2 * (max_tokens.bit_length() + 1)
+    for bucket in buckets:
+        assert 1 <= bucket.num_rows <= min(bucket.num_tokens, max_seqs)
+        assert bucket.num_tokens <= max_tokens
+    assert buckets[-1] == Bucket(max_tokens, max_seqs)
+
+
+def test_smallest_bucket_that_holds_a_plan_is_chosen():
+    buckets = all_buckets(32, 64)
+    chunk = Chunk(0, [1], 0, 1, [1])
+    decodes = [StepPlan(chunks=(chunk,) * n) for n in (1, 3, 32)]
+    assert [bucket_for(plan, buckets) for plan in decodes] == [Bucket(1, 1), Bucket(4, 4), Bucket(32, 32)]
+    prompt = StepPlan(chunks=(Chunk(0, [1] * 40, 0, 40, [1, 2, 3]),))
+    assert bucket_for(prompt, buckets) == Bucket(64, 8)
+    forking = StepPlan(chunks=(chunk,), samples=(make_sample(0, 1),) * 10)  # one chunk read by ten completions
+    assert bucket_for(forking, buckets) == Bucket(16, 16)
