@@ -1,7 +1,7 @@
 """LLM: a checkpoint, an engine and the two ways to use it offline: whole batches, and streams."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -171,7 +171,7 @@ class LLM:
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[CompletionDelta]:
+    ) -> Generator[CompletionDelta]:
         """Complete prompts, yielding what each completion gains as soon as it is there.
 
         Closing the iterator aborts what is left. Several streams may be read in turns: they share every step.
@@ -222,7 +222,7 @@ class LLM:
                     rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
 
-    def _stream(self, requests: list[Request]) -> Iterator[CompletionDelta]:
+    def _stream(self, requests: list[Request]) -> Generator[CompletionDelta]:
         deltas: deque[CompletionDelta] = deque()
         try:
             for request in requests:
