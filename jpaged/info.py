@@ -1,0 +1,154 @@
+"""What a machine and a checkpoint offer, found without reading weights or allocating a KV cache."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.config import EngineConfig
+from jpaged.device.compile_cache import enable_compile_cache
+from jpaged.device.kv_cache import free_bytes, pool_bytes
+from jpaged.device.sharding import make_mesh
+from jpaged.llm import DEMO_MODEL, resolve_dtype
+from jpaged.models import ModelConfig, load_config
+from jpaged.models.registry import abstract_model
+from pallas_kernels import best_implementation
+
+PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A checkpoint's shape, and its weights in the dtype they would run in."""
+
+    path: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    num_parameters: int
+    weight_bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """The KV cache of an LLM with the settings asked about.
+
+    ``num_tokens`` is what all blocks but the one for padding hold. On an accelerator all sizes are upper bounds: a
+    step's workspace, which only a compiler knows, comes off them.
+    """
+
+    block_size: int
+    bytes_per_token: int
+    num_blocks: int
+    pool_bytes: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """Everything ``jpaged info`` shows; as text, one line for each."""
+
+    versions: dict[str, str]
+    devices: list[str]
+    attention_implementation: str
+    attention_reason: str
+    compile_cache_dir: str | None
+    model: ModelInfo
+    kv_cache: PoolInfo
+
+    def __str__(self) -> str:
+        model, pool = self.model, self.kv_cache
+        rows = {
+            "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
+            "devices": ", ".join(self.devices),
+            "attention": f"{self.attention_implementation} ({self.attention_reason})",
+            "compile cache": self.compile_cache_dir or "none: no directory of this user's own could be made",
+            "model": f"{model.architecture} in {model.path}",
+            "shape": f"{model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads and "
+            f"{model.num_kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size:,}, "
+            f"context {model.max_model_len:,} tokens",
+            "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}",
+            "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
+            f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
+        }
+        return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
+
+
+def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
+    """Look at this machine and at a checkpoint's config.json.
+
+    Args:
+        path: a checkpoint directory; None is the model in the package.
+        config: the settings of the LLM in question.
+
+    Raises:
+        ValueError: no checkpoint, an unknown architecture, or settings that the machine or the model cannot meet.
+    """
+    path = DEMO_MODEL if path is None else Path(path)
+    model_config = load_config(path)
+    dtype = resolve_dtype(config.dtype, model_config.dtype)
+    mesh = make_mesh(config.tensor_parallel_size)
+    weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh)[1])
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+    choice = best_implementation()
+    named = config.attention_implementation
+    cache_dir = enable_compile_cache()
+    return Info(
+        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        devices=[f"{device.device_kind} ({device.platform}:{device.id})" for device in jax.devices()],
+        attention_implementation=named or choice.name,
+        attention_reason="as asked" if named else choice.reason,
+        compile_cache_dir=None if cache_dir is None else str(cache_dir),
+        model=ModelInfo(
+            path=str(path),
+            architecture=model_config.architecture,
+            num_layers=model_config.num_layers,
+            hidden_size=model_config.hidden_size,
+            num_heads=model_config.num_heads,
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            vocab_size=model_config.vocab_size,
+            max_model_len=model_config.max_model_len,
+            num_parameters=sum(leaf.size for leaf in weights),
+            weight_bytes=weight_bytes,
+            dtype=dtype.name,
+        ),
+        kv_cache=_plan_pool(model_config, config, dtype, weight_bytes, list(mesh.devices.flat)),
+    )
+
+
+def _plan_pool(
+    model: ModelConfig, config: EngineConfig, dtype: jnp.dtype, weight_bytes: int, devices: Sequence[jax.Device]
+) -> PoolInfo:
+    """The pool that ``ModelRunner`` would allocate, but for the workspace."""
+    block_bytes = pool_bytes(1, model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = free_bytes(devices, config.memory_fraction) // block_bytes
+        if devices[0].platform == "cpu":
+            max_blocks = -(-(config.max_model_len or model.max_model_len) // config.block_size)
+            num_blocks = min(num_blocks, config.max_num_seqs * max_blocks + 1)
+        else:
+            num_blocks = max(0, num_blocks - -(-weight_bytes // block_bytes))
+    return PoolInfo(
+        block_size=config.block_size,
+        bytes_per_token=block_bytes // config.block_size,
+        num_blocks=num_blocks,
+        pool_bytes=num_blocks * block_bytes,
+        num_tokens=max(0, num_blocks - 1) * config.block_size,
+    )
+
+
+def _size(num_bytes: int) -> str:
+    """In the largest of MiB and GiB that leaves a digit before the point."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
