@@ -114,6 +114,7 @@ def test_draws_equal_those_of_a_sorting_oracle(case):
         SamplingParams(temperature=0.6),
         SamplingParams(top_k=5),
         SamplingParams(top_p=0.8),
+        SamplingParams(top_p=0.97),
         SamplingParams(temperature=1.5, min_p=0.2),
         SamplingParams(temperature=2, top_k=6, top_p=0.9, min_p=0.05),
     ],

@@ -176,8 +176,9 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SampleInputs, *, num_top:
     In this order: biases and bans; penalties (repetition over prompt and output, CTRL, arXiv:1909.05858, section 4.1;
     presence and frequency over the output); temperature; top-k; top-p on what top-k left (Holtzman et al.,
     arXiv:1904.09751); min-p (arXiv:2407.01082), which therefore sees probabilities after temperature; then the draw.
-    Ties with a threshold are kept, and so is the most probable token always. A greedy row takes the greatest
-    penalised logit, the lowest id among equals. A token depends on its row's logits, seed and position alone.
+    Ties with a threshold are kept (top-p and min-p compare float32 probabilities), and so is the most probable token.
+    A greedy row takes the greatest penalised logit, the lowest id among equals. A token depends on its row's logits,
+    seed and position alone.
 
     Args:
         logits: float32; -inf marks tokens that cannot be drawn. If a row has no other, token 0 is returned.
@@ -251,50 +252,50 @@ def _first_index(x: Float[Array, "rows vocab"], values: Float[Array, "rows"]) ->
 def _perturbed(
     logits: Float[Array, "rows vocab"], top_logits: Float[Array, "rows"], inputs: SampleInputs
 ) -> Float[Array, "rows vocab"]:
-    """Scaled logits plus Gumbel noise where all filters agree, -inf elsewhere: the greatest one is the draw."""
+    """Scaled logits plus Gumbel noise where every filter agrees, -inf elsewhere: the greatest one is the draw."""
     is_random = inputs.temperature >= MIN_TEMPERATURE
     temperature = jnp.where(is_random, inputs.temperature, 1.0)
     anchor = jnp.where(jnp.isfinite(top_logits), top_logits, 0.0)  # a row of -inf stays -inf instead of becoming NaN
-
-    def scaled() -> Float[Array, "rows vocab"]:
-        return (logits - anchor[:, None]) / temperature[:, None]
-
-    # Both measures are functions, to be fused into each pass over the logits instead of stored at their size.
-    def count(is_kept: Bool[Array, "rows vocab"]) -> Float[Array, "rows"]:
-        return jnp.sum(is_kept, axis=-1, dtype=jnp.float32)  # exact up to 2**24
-
-    def mass(is_kept: Bool[Array, "rows vocab"]) -> Float[Array, "rows"]:
-        return jnp.sum(jnp.where(is_kept, jnp.exp(scaled()), 0.0), axis=-1)
-
+    scaled = (logits - anchor[:, None]) / temperature[:, None]
     lowest = jnp.full_like(top_logits, -jnp.inf)
     wants_top_k = is_random & (inputs.top_k > 0)
     wants_top_p = is_random & (inputs.top_p < 1)
+    wants_min_p = is_random & (inputs.min_p > 0)
 
     def search() -> Float[Array, "rows"]:
-        """The threshold of top-k, raised to that of top-p where wanted."""
         highest = jnp.where(wants_top_k, top_logits, lowest)
-        threshold = _threshold(logits, count, inputs.top_k.astype(jnp.float32), lowest, highest)
-        target = inputs.top_p * mass(logits >= threshold[:, None])
-        return _threshold(logits, mass, target, threshold, jnp.where(wants_top_p, top_logits, threshold))
+        top_k = inputs.top_k.astype(jnp.float32)  # counts in float32 are exact up to 2**24
+        threshold = _threshold(
+            logits, lambda is_kept: jnp.sum(is_kept, axis=-1, dtype=jnp.float32), top_k, lowest, highest
+        )
+        # Relative to the most probable token, the scale of min-p. Stored, so that no pass computes exponentials.
+        weights = jnp.where(logits >= threshold[:, None], jnp.exp(scaled), 0.0)
+        min_weight = _threshold(
+            weights,
+            lambda is_kept: jnp.sum(jnp.where(is_kept, weights, 0.0), axis=-1),
+            inputs.top_p * jnp.sum(weights, axis=-1),
+            inputs.min_p,
+            jnp.where(wants_top_p, 1.0, inputs.min_p),
+        )
+        # Back to a logit: an exponential computed again elsewhere may be rounded to the other side.
+        lightest = jnp.min(jnp.where(weights >= min_weight[:, None], logits, jnp.inf), axis=-1)
+        return jnp.maximum(threshold, lightest)
 
-    threshold = lax.cond(jnp.any(wants_top_k | wants_top_p), search, lambda: lowest)
-    # p >= min_p * p_max, in logits; whatever the rounding, the greatest passes.
-    min_p_threshold = jnp.minimum(anchor + temperature * jnp.log(inputs.min_p), top_logits)
-    is_kept = logits >= jnp.maximum(threshold, min_p_threshold)[:, None]
+    threshold = lax.cond(jnp.any(wants_top_k | wants_top_p | wants_min_p), search, lambda: lowest)
     noise = _gumbel(inputs.seeds, inputs.positions, logits.shape[-1])
-    return jnp.where(is_kept, scaled() + noise, -jnp.inf)
+    return jnp.where(logits >= threshold[:, None], scaled + noise, -jnp.inf)
 
 
 def _threshold(
-    logits: Float[Array, "rows vocab"],
+    values: Float[Array, "rows vocab"],
     measure: Callable[[Bool[Array, "rows vocab"]], Float[Array, "rows"]],
     target: Float[_Column, "rows"],
-    lowest: Float[Array, "rows"],
-    highest: Float[Array, "rows"],
+    lowest: Float[_Column, "rows"],
+    highest: Float[_Column, "rows"],
 ) -> Float[Array, "rows"]:
-    """The greatest threshold in [lowest, highest] such that the tokens kept (logit >= threshold) measure ``target``.
+    """The greatest threshold in [lowest, highest] such that the tokens kept (value >= threshold) measure ``target``.
 
-    ``lowest`` where none does. Rows with ``lowest == highest`` take no pass over the logits, other rows 11 at most.
+    ``lowest`` where none does. Rows with ``lowest == highest`` take no pass over the values, other rows 11 at most.
     Exact, because a sum of non-negative floats in a fixed order never grows when one of them becomes zero.
     """
 
@@ -302,8 +303,8 @@ def _threshold(
         low, high = bounds  # keys: low is reached (or where we started), high is not
         step = (high - low - 1) // (_NUM_PIVOTS + 1) + 1
         pivots = low[None, :] + step[None, :] * jnp.arange(1, _NUM_PIVOTS + 1, dtype=jnp.uint32)[:, None]
-        # Sums side by side, not one over a [pivots, rows, vocab] array: XLA can fuse them into one read of the logits.
-        measured = jnp.stack([measure(logits >= pivot[:, None]) for pivot in _from_key(pivots)])
+        # Sums side by side, not one over a [pivots, rows, vocab] array: XLA can fuse them into one read of the values.
+        measured = jnp.stack([measure(values >= pivot[:, None]) for pivot in _from_key(pivots)])
         is_reached = (measured >= target[None, :]) & (pivots < high[None, :])
         low = jnp.max(jnp.where(is_reached, pivots, low[None, :]), axis=0)
         high = jnp.min(jnp.where(is_reached, high[None, :], jnp.minimum(pivots, high[None, :])), axis=0)
@@ -316,7 +317,7 @@ def _threshold(
     return _from_key(low)
 
 
-def _to_key(x: Float[Array, "..."]) -> UInt32[Array, "..."]:
+def _to_key(x: Float[_Column, "..."]) -> UInt32[Array, "..."]:
     """Unsigned integers in the order of the numbers: the bits, with the sign flipped, negatives reversed."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
