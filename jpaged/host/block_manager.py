@@ -250,6 +250,12 @@ class BlockManager:
             prefix = self._cache.insert(prefix.extend(tokens), block)
         holding.prefix, holding.num_published = prefix, stop
 
+    def clear_prefix_cache(self) -> None:
+        """Forget all published content: the pool no longer holds it. Only while no sequence holds blocks."""
+        assert not self._holdings, "a running sequence may have published its blocks"
+        for block in range(1, self.num_blocks):
+            self._cache.evict(block)
+
     def block_table(self, seq_id: Hashable) -> list[int]:
         """The sequence's physical blocks in logical order: a live view that follows later calls. Read only.
 
