@@ -106,9 +106,7 @@ class PrefixCache:
         if known is not None:
             return self._prefixes[known]
         assert block not in self._prefixes, "a cached block is full: its content never changes"
-        if (
-            prefix.digest not in self._blocks
-        ):  # two prefixes of one digest: the first keeps it, the second goes uncached
+        if prefix.digest not in self._blocks:  # of two prefixes with one digest, the second goes uncached
             self._blocks[prefix.digest] = block
             self._prefixes[block] = prefix
         return prefix
