@@ -27,8 +27,8 @@ def request_sample(params=None, *, seed=0, position=0, banned=(), prompt=(), out
 
 
 def draw(logits: np.ndarray, samples: list[Sample], num_top: int = 0) -> SampledTokens:
-    logits = jnp.asarray(logits, jnp.float32)
-    return jitted_sample(logits, make_sample_inputs(samples, len(logits)), num_top=num_top)
+    inputs = make_sample_inputs(samples, len(logits))
+    return jitted_sample(jnp.asarray(logits, jnp.float32), inputs, num_top=num_top)
 
 
 def token_ids(logits: np.ndarray, samples: list[Sample]) -> list[int]:
