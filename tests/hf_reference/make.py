@@ -1,0 +1,213 @@
+"""Writes the reference checkpoints beside this file, and what Hugging Face transformers computes from them.
+
+Run once, in an environment of its own, where PyTorch has a build:
+
+    pip install torch==2.13.0 transformers==5.23.0 && python tests/hf_reference/make.py [CASE ...]
+
+Each case is a directory: a tiny random checkpoint as ``save_pretrained`` writes it, and ``reference.npz`` with, for every
+prompt length L, ``prompt_L`` (ids), ``tokens_L`` (greedy), ``logprobs_L`` (of those) and ``prompt_logprobs_L`` (of every
+prompt token but the first), computed in float32 by a prefill and then one token at a time over transformers' cache.
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+PROMPT_LENS = (1, 2, 15, 16, 17, 31, 33, 70)
+NUM_TOKENS = 40
+MIN_MARGIN = 1e-3  # between the two best logits of every step: far above float32 noise, so greedy tokens are unambiguous
+MIN_DISTINCT = 8  # tokens of a continuation: a constant one would hide errors of position
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint: the model type, what differs from ``_SMALL`` in its config, and how it is stored."""
+
+    model_type: str
+    config: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    save: dict[str, Any] = field(default_factory=dict)
+
+
+_SMALL = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+
+
+_OPT = {
+    "vocab_size": 131,
+    "hidden_size": 36,
+    "ffn_dim": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 112,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+CASES = {
+    "llama_mha": Case("llama", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}),
+    "llama_gqa": Case("llama", {"num_hidden_layers": 3, "vocab_size": 97, "intermediate_size": 36}),
+    "llama_bias": Case("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "llama_tied": Case(
+        "llama",
+        {
+            "tie_word_embeddings": True,
+            "hidden_size": 42,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "head_dim": 20,
+            "eos_token_id": [130, 129],
+        },
+    ),
+    "llama_sharded": Case("llama", {"head_dim": 12}, save={"max_shard_size": "30KB"}),
+    "llama_linear": Case("llama", {"max_position_embeddings": 64, **_rope("linear", factor=2.0)}),
+    "llama_dynamic": Case("llama", {"max_position_embeddings": 48, **_rope("dynamic", factor=3.0)}),
+    "llama_yarn": Case("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+    "llama_yarn_mscale": Case(
+        "llama",
+        _rope(
+            "yarn",
+            factor=2.0,
+            original_max_position_embeddings=64,
+            mscale=1.0,
+            mscale_all_dim=0.5,
+            beta_fast=8,
+            beta_slow=2,
+            truncate=False,
+        ),
+    ),
+    "llama_longrope": Case(
+        "llama",
+        _rope(
+            "longrope",
+            short_factor=[1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6],
+            long_factor=[1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0],
+            original_max_position_embeddings=64,
+            factor=2.0,
+        ),
+    ),
+    "llama_llama3": Case(
+        "llama",
+        _rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    ),
+    "mistral": Case("mistral", {"sliding_window": 24, "head_dim": 12}, dtype=torch.float16),
+    "qwen2": Case("qwen2", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": None}),
+    "qwen2_window": Case(
+        "qwen2",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": None,
+            "hidden_size": 48,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 1,
+            "intermediate_size": 20,
+        },
+    ),
+    "qwen3": Case("qwen3", {"head_dim": 20, "num_attention_heads": 4, "num_key_value_heads": 1}, dtype=torch.bfloat16),
+    "opt": Case("opt", _OPT),
+    "opt_post_norm": Case("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+}
+
+
+def _randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights large enough that attention is not uniform and logits are spread over a few nats."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            value = 0.15 * noise
+        elif "norm" in name:
+            value = 1 + 0.2 * noise
+        elif "embed_positions" in name:
+            value = 1.5 * noise
+        elif "embed" in name:
+            value = 0.5 * noise
+        else:
+            value = (3.0 if "lm_head" in name else 1.5) / math.sqrt(parameter.shape[1]) * noise
+        parameter.data.copy_(value)
+
+
+@torch.no_grad()
+def _continue(model: Any, prompt: torch.Tensor) -> tuple[dict[str, np.ndarray], float]:
+    """Greedy tokens and log-probabilities, and the smallest margin. Rope scalings keep state, so the model is copied."""
+    model = copy.deepcopy(model)
+    cache = DynamicCache(config=model.config)
+    logits = model(prompt[None], past_key_values=cache, use_cache=True).logits[0]
+    before = torch.log_softmax(logits[:-1], -1)
+    tokens, logprobs, margin = [], [], math.inf
+    for _ in range(NUM_TOKENS):
+        best = torch.topk(logits[-1], 2).values
+        margin = min(margin, float(best[0] - best[1]))
+        token = int(torch.argmax(logits[-1]))
+        tokens.append(token)
+        logprobs.append(float(torch.log_softmax(logits[-1], -1)[token]))
+        logits = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0]
+    arrays = {
+        "prompt": prompt.numpy().astype(np.int32),
+        "tokens": np.array(tokens, np.int32),
+        "logprobs": np.array(logprobs, np.float32),
+        "prompt_logprobs": before.gather(1, prompt[1:, None])[:, 0].numpy(),
+    }
+    return arrays, margin
+
+
+def _candidates(case: Case) -> Iterator[tuple[int, Any]]:
+    """Models in float32 whose weights are exact in the dtype they will be stored in, for seeds 0, 1, ..."""
+    values = case.config if case.model_type == "opt" else _SMALL | case.config
+    config = AutoConfig.for_model(case.model_type, **{k: v for k, v in values.items() if v is not None or "token" in k})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    for seed in range(1000):
+        _randomise(model, seed)
+        yield seed, model.to(case.dtype).float()
+
+
+def make(name: str, case: Case, root: Path) -> None:
+    """Writes one case, with the first seed whose continuations are unambiguous and varied."""
+    for seed, model in _candidates(case):
+        generator = torch.Generator().manual_seed(seed)
+        reference, margins, distinct = {}, [], []
+        for length in PROMPT_LENS:
+            prompt = torch.randint(model.config.vocab_size, (length,), generator=generator)
+            arrays, margin = _continue(model, prompt)
+            margins.append(margin)
+            distinct.append(len(set(arrays["tokens"].tolist())))
+            reference |= {f"{key}_{length}": value for key, value in arrays.items()}
+            if margin < MIN_MARGIN or distinct[-1] < MIN_DISTINCT:
+                break
+        else:
+            print(f"{name}: seed {seed}, smallest margin {min(margins):.1e}, fewest distinct tokens {min(distinct)}")
+            model.to(case.dtype).save_pretrained(root / name, **case.save)
+            np.savez_compressed(root / name / "reference.npz", **reference)
+            return
+    raise RuntimeError(f"{name}: no seed gives unambiguous continuations")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the models are tiny
+    for chosen in sys.argv[1:] or CASES:
+        make(chosen, CASES[chosen], Path(__file__).parent)

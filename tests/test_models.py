@@ -1,0 +1,257 @@
+"""Models against Hugging Face, configurations against transformers, and every refusal of a config.json."""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jpaged.device.sharding import make_mesh, pool_sharding
+from jpaged.models import SUPPORTED_ARCHITECTURES, LlamaConfig, Rope, load_config, load_model, random_model
+from jpaged.models.rope import Dynamic, LongRope, Yarn
+from oracles import HF_CASES, HF_REFERENCE, greedy_without_cache, load_reference, teacher_forced_logits
+
+TINY = LlamaConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    max_position_embeddings=32,
+    rms_norm_eps=1e-5,
+    rope=Rope(4, 10000.0, 32),
+)
+
+
+@cache
+def _load(case, tensor_parallel_size=1):
+    path = HF_REFERENCE / case
+    return load_model(path, load_config(path), "float32", make_mesh(tensor_parallel_size), use_tqdm=False)
+
+
+def _logprobs(logits, ids):
+    return np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[:, None], 1)[:, 0]
+
+
+@pytest.mark.parametrize("case", HF_CASES)
+def test_logprobs_and_greedy_tokens_equal_hugging_face(case):
+    runs = load_reference(case)
+    sequences = [np.concatenate([run.prompt, run.tokens]) for run in runs.values()]
+    logits = teacher_forced_logits(_load(case), sequences, list(runs), padded_len=112)
+    for (prompt_len, run), ids, rows in zip(runs.items(), sequences, logits, strict=True):
+        rows = rows[: len(ids) - 1]  # each predicts the next token
+        expected = np.concatenate([run.prompt_logprobs, run.logprobs])
+        np.testing.assert_allclose(_logprobs(rows, ids[1:]), expected, atol=1e-4, rtol=0)
+        np.testing.assert_array_equal(rows[prompt_len - 1 :].argmax(-1), run.tokens)
+
+
+def test_reference_cases_cover_every_architecture():
+    assert {load_config(HF_REFERENCE / case).architecture for case in HF_CASES} == set(SUPPORTED_ARCHITECTURES)
+
+
+def test_greedy_loop_without_cache_equals_hugging_face():
+    run = load_reference("llama_dynamic")[31]  # crosses the original length of 48 while decoding
+    tokens, logits = greedy_without_cache(_load("llama_dynamic"), run.prompt.tolist(), len(run.tokens), padded_len=80)
+    assert tokens == run.tokens.tolist()
+    np.testing.assert_allclose(_logprobs(logits, run.tokens), run.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["qwen2_window", "opt"])
+def test_half_precision_stays_half_and_gives_float32_logits(case):
+    path = HF_REFERENCE / case
+    model = load_model(path, load_config(path), "bfloat16", make_mesh(), use_tqdm=False)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(jnp.bfloat16)}
+    run = load_reference(case)[33]
+    logits = teacher_forced_logits(model, [run.prompt], [33], padded_len=33)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(_logprobs(logits[0, :-1], run.prompt[1:]), run.prompt_logprobs, atol=0.4, rtol=0)
+
+
+# Tensor parallelism ---------------------------------------------------------------------------------------------------
+
+
+def test_two_devices_give_the_logits_of_one():
+    run = load_reference("llama_gqa")[33]
+    one, two = (
+        teacher_forced_logits(_load("llama_gqa", size), [run.prompt], [33], padded_len=33) for size in (1, 2)
+    )
+    np.testing.assert_allclose(one, two, atol=1e-5, rtol=0)
+    kernel = _load("llama_gqa", 2).model.layers[0].mlp.gate_proj.kernel[...]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(32, 18)}
+
+
+def test_random_weights_do_not_depend_on_the_mesh():
+    one, two = (jax.tree.leaves(nnx.state(random_model(TINY, "float32", make_mesh(n), 7))) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_block_pool_is_split_by_kv_head():
+    pool = jax.device_put(jnp.zeros((3, 2, 2, 4, 8, 16)), pool_sharding(make_mesh(2)))
+    assert {shard.data.shape for shard in pool.addressable_shards} == {(3, 2, 2, 2, 8, 16)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 3, "num_kv_heads": 3}, "num_heads=3 cannot be split over tensor_parallel_size=2"),
+        ({"num_kv_heads": 1}, "num_kv_heads=1 cannot be split"),
+        ({"intermediate_size": 13}, "intermediate_size=13 cannot be split"),
+    ],
+)
+def test_sizes_the_mesh_does_not_divide_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        random_model(replace(TINY, **changes), "float32", make_mesh(2), 0)
+
+
+@pytest.mark.parametrize("size", [0, 9])
+def test_mesh_of_devices_that_do_not_exist_is_refused(size):
+    with pytest.raises(ValueError, match=f"tensor_parallel_size={size} is not valid"):
+        make_mesh(size)
+
+
+# Configurations -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", HF_CASES)
+def test_written_configuration_reads_back_equal(case, tmp_path):
+    config = load_config(HF_REFERENCE / case)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    assert load_config(tmp_path) == config
+
+
+def _edited(tmp_path, case="llama_mha", **changes):
+    """A directory with the config.json of a case, with ``changes`` made to it (None removes)."""
+    values = json.loads((HF_REFERENCE / case / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", [case for case in HF_CASES if case.startswith("llama")])
+def test_rope_scaling_spelled_the_old_way_means_the_same(case, tmp_path):
+    scaling = json.loads((HF_REFERENCE / case / "config.json").read_text())["rope_parameters"]
+    theta, rope_type = scaling.pop("rope_theta"), scaling.pop("rope_type")
+    old = {"rope_theta": theta, "rope_scaling": {"type": rope_type, **scaling} if scaling else None}
+    path = _edited(tmp_path, case, rope_parameters=None, dtype=None, torch_dtype="float32", **old)
+    assert load_config(path) == load_config(HF_REFERENCE / case)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("llama_mha", 128),
+        ("llama_linear", 64 * 2),
+        ("llama_dynamic", 48 * 3),
+        ("llama_yarn", 32 * 4),
+        ("llama_longrope", 128),
+        ("llama_llama3", 128),
+        ("opt", 112),
+    ],
+)
+def test_context_is_what_the_scaling_is_meant_for(case, expected):
+    assert load_config(HF_REFERENCE / case).max_model_len == expected
+
+
+def test_generation_config_names_the_end_of_sequence(tmp_path):
+    path = _edited(tmp_path, eos_token_id=2)
+    assert load_config(path).eos_token_ids == (2,)
+    (path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert load_config(path).eos_token_ids == (5, 6)
+    (path / "generation_config.json").write_text("{}")
+    assert load_config(path).eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("case", ["llama_dynamic", "llama_longrope", "llama_yarn", "opt"])
+def test_salts_of_two_prompts_are_equal_where_their_keys_are(case):
+    config = load_config(HF_REFERENCE / case)
+    lengths = (16, 47, 48, 49, 64, 65, 90)
+    for first in lengths:
+        for second in lengths:
+            shared = jnp.arange(min(first, second), dtype=jnp.int32)
+            are_equal = True
+            if isinstance(config, LlamaConfig):
+                tables = [config.rope.cos_sin(shared, jnp.full_like(shared, n)) for n in (first, second)]
+                are_equal = all(bool((a == b).all()) for a, b in zip(*tables, strict=True))
+            assert (config.prefix_salt(first) == config.prefix_salt(second)) == are_equal, (first, second)
+
+
+def test_given_magnitude_wins_over_the_computed_one():
+    assert Yarn(4.0, 32, attention_factor=0.5).magnitude() == 0.5
+    assert LongRope((1.0,), (2.0,), 32, attention_factor=0.5).magnitude(64) == 0.5
+    assert LongRope((1.0,), (2.0,), 32).magnitude(64) == LongRope((1.0,), (2.0,), 32, factor=2.0).magnitude(128)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not exist: expected a Hugging Face checkpoint directory"):
+        load_config(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load_config(tmp_path)
+    shutil.copy(HF_REFERENCE / "opt" / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("[]", "expected an object")])
+def test_config_that_is_no_json_object_is_refused(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.* is not supported: .*LlamaForCausalLM.*OPTForCausalLM"),
+        ({"architectures": None}, "architectures=None"),
+        ({"model_type": "mistral"}, "disagrees with architectures"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported"),
+        ({"num_hidden_layers": 0}, "num_layers=0"),
+        ({"num_hidden_layers": "two"}, "refused by transformers.*num_hidden_layers"),
+        ({"num_attention_heads": 5}, "refused by transformers.*36"),
+        ({"num_key_value_heads": 2}, "num_attention_heads=3 is not a multiple of num_key_value_heads=2"),
+        ({"head_dim": 7}, "head_dim.*7"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral' is not supported"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}}, r"factor=0\.5"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0],
+                    "long_factor": [1.0],
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "short_factor has 1 entries: expected head_dim / 2 = 6",
+        ),
+    ],
+)
+def test_config_that_cannot_work_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"(?s)config\.json.*{message}"):
+        load_config(_edited(tmp_path, **changes))
+
+
+def test_window_and_head_sizes_are_checked():
+    with pytest.raises(ValueError, match="sliding_window=0"):
+        replace(TINY, sliding_windows=(0,))
+    with pytest.raises(ValueError, match="2 layer types are given for 1 layers"):
+        replace(TINY, sliding_windows=(None, None))
+    with pytest.raises(ValueError, match=r"rope\.head_dim=6 differs from head_dim=4"):
+        replace(TINY, rope=Rope(6, 10000.0, 32))
+    with pytest.raises(ValueError, match="head_dim above 2"):
+        Rope(2, 10000.0, 32, Dynamic(2.0))
