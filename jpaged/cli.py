@@ -8,14 +8,14 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from jpaged.config import DTYPES, EngineConfig
-from jpaged.request import MAX_LOGPROBS, FinishReason, SamplingParams
+from jpaged.request import MAX_LOGPROBS, CompletionDelta, FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from jpaged.llm import LLM
@@ -91,9 +91,9 @@ def _generate(args: argparse.Namespace) -> None:
         [output] = llm.generate(prompt, params, use_tqdm=sys.stderr.isatty())
         print(json.dumps(asdict(output), ensure_ascii=False))
     elif args.n == 1:
+        answer, deltas = _Answer(), llm.stream(prompt, params)  # which refuses a bad prompt before it is shown
         sys.stdout.write(prompt)
-        answer = _Answer()
-        _stream(llm, prompt, params, answer)
+        _show(deltas, answer)
         _end_line(prompt + answer.text)
         if sys.stderr.isatty():
             _note(f"[{answer}; seed {params.seed}]" if params.temperature else f"[{answer}]")
@@ -133,10 +133,10 @@ class _Answer:
         return f"{self.num_tokens} tokens{rate}; ended by {self.finish_reason}"
 
 
-def _stream(llm: LLM, prompt: Any, params: SamplingParams, answer: _Answer) -> None:
+def _show(deltas: Generator[CompletionDelta], answer: _Answer) -> None:
     """Write a completion to stdout as it comes, and into ``answer``, which is right even after Ctrl-C."""
     start = None
-    with closing(llm.stream(prompt, params)) as deltas:
+    with closing(deltas):
         for delta in deltas:
             sys.stdout.write(delta.text)
             sys.stdout.flush()
@@ -200,7 +200,7 @@ def _answer(llm: LLM, messages: list[dict[str, str]], text: str, params: Samplin
         return
     answer = _Answer()
     with suppress(KeyboardInterrupt):  # what there is of the answer stays
-        _stream(llm, {"prompt_token_ids": token_ids}, _fit(params, llm, len(token_ids)), answer)
+        _show(llm.stream({"prompt_token_ids": token_ids}, _fit(params, llm, len(token_ids))), answer)
     _end_line(answer.text)
     messages[:] = [*turn, {"role": "assistant", "content": answer.text}]
     if answer.finish_reason is FinishReason.LENGTH:

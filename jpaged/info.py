@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from jpaged.config import EngineConfig
 from jpaged.device.compile_cache import enable_compile_cache
@@ -128,7 +127,11 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
 
 
 def _plan_pool(
-    model: ModelConfig, config: EngineConfig, dtype: jnp.dtype, weight_bytes: int, devices: Sequence[jax.Device]
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: jax.typing.DTypeLike,
+    weight_bytes: int,
+    devices: Sequence[jax.Device],
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, but for the workspace."""
     block_bytes = pool_bytes(1, model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)

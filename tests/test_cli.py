@@ -1,0 +1,342 @@
+"""The command line, in process, over a tiny checkpoint with a byte-level tokenizer."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import jpaged.llm
+from jpaged import cli
+from jpaged.device.sharding import make_mesh
+from jpaged.models import LlamaConfig, Rope, random_model, save_checkpoint
+
+CONTEXT = 96
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def save_tokenizer(path, chat_template):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<end>": 0} | {letter: i + 1 for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=chat_template)
+    fast.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two checkpoints with the same weights: one with a chat template, one without."""
+    config = LlamaConfig(
+        architecture="LlamaForCausalLM", vocab_size=257, hidden_size=16, intermediate_size=24, num_layers=1,
+        num_heads=2, num_kv_heads=1, head_dim=8, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5,
+        rope=Rope(8, 10000.0, CONTEXT), eos_token_ids=(0,),
+    )  # fmt: skip
+    model = random_model(config, "float32", make_mesh(), seed=0)
+    paths = {}
+    for name, template in (("chat", TEMPLATE), ("plain", None)):
+        paths[name] = tmp_path_factory.mktemp(name)
+        save_checkpoint(model, config, paths[name])
+        save_tokenizer(paths[name], template)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def llms(checkpoints):
+    """One LLM per checkpoint, as the command makes it: commands share the programs it has compiled."""
+    return {
+        str(path): jpaged.llm.LLM(path, max_num_seqs=2, max_num_batched_tokens=16, warm_up=False, use_tqdm=False)
+        for path in checkpoints.values()
+    }
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, checkpoints, llms):
+    """Runs a command on a checkpoint; returns exit status, stdout and stderr."""
+    monkeypatch.setattr(jpaged.llm, "LLM", lambda model, **options: llms[model])
+
+    def run(*argv, model="plain", stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = cli.main([*argv, "--model", str(checkpoints[model])])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+# generate -------------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_json_agree(run):
+    status, out, err = run("generate", "def f", "--max-tokens", "9", "--ignore-eos", "--json", "--logprobs", "2")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    [output] = result["outputs"]
+    assert result["prompt"] == "def f"
+    assert output["finish_reason"] == "length"
+    assert len(output["token_ids"]) == len(output["logprobs"]) == 9
+    assert all(str(t) in row for t, row in zip(output["token_ids"], output["logprobs"], strict=True))
+    status, out, err = run("generate", "def f", "--max-tokens", "9", "--ignore-eos")
+    assert (status, out, err) == (0, "def f" + output["text"] + "\n" * (not output["text"].endswith("\n")), "")
+
+
+def test_prompt_comes_from_stdin_as_it_is(run):
+    _, out, _ = run("generate", "-", "--max-tokens", "2", "--json", stdin="a\nb\n")
+    assert json.loads(out)["prompt"] == "a\nb\n"
+
+
+def test_several_completions_are_printed_whole_under_headers(run):
+    options = ("generate", "ab", "-n", "2", "--seed", "3", "--max-tokens", "6", "--ignore-eos")
+    _, out, _ = run(*options, "--json")
+    texts = [output["text"] for output in json.loads(out)["outputs"]]
+    assert texts[0] != texts[1], "several completions are not greedy by default"
+    _, out, _ = run(*options)
+    for index, text in enumerate(texts):
+        assert f"=== completion {index + 1} of 2 (length) ===\nab{text}" in out
+
+
+def test_stop_text_ends_the_completion(run):
+    _, out, _ = run("generate", "ab", "--max-tokens", "12", "--ignore-eos", "--json")
+    text = json.loads(out)["outputs"][0]["text"]
+    stop = text[2:4]
+    _, out, _ = run("generate", "ab", "--max-tokens", "12", "--ignore-eos", "--json", "--stop", "never", "--stop", stop)
+    output = json.loads(out)["outputs"][0]
+    assert (output["text"], output["finish_reason"]) == (text[: text.index(stop)], "stop")
+
+
+def test_default_length_is_what_the_context_leaves(run):
+    _, out, _ = run("generate", "x" * (CONTEXT - 5), "--ignore-eos", "--json")
+    assert len(json.loads(out)["outputs"][0]["token_ids"]) == 5
+
+
+def test_seed_repeats_a_draw_and_no_seed_does_not(run):
+    def text(*options):
+        _, out, _ = run("generate", "ab", "--temperature", "1", "--max-tokens", "8", "--ignore-eos", "--json", *options)
+        return json.loads(out)["outputs"][0]["token_ids"]
+
+    assert text("--seed", "5") == text("--seed", "5")
+    assert text() != text()
+
+
+# Mistakes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("generate", ""), "prompt is empty"),
+        (("generate", "a", "--temperature", "nan"), "temperature=nan"),
+        (("generate", "a", "--top-p", "-1"), "top_p=-1.0"),
+        (("generate", "a", "-n", "0"), "n=0"),
+        (("generate", "a", "-n", "1000000"), "n=1000000"),
+        (("generate", "a", "--max-tokens", "0"), "max_tokens=0"),
+        (("generate", "a", "--max-tokens", "1000"), "max_tokens=1000 is more than the 95"),
+        (("generate", "a", "--min-tokens", "9", "--max-tokens", "3"), "min_tokens=9"),
+        (("generate", "a", "--stop", ""), "stop"),
+        (("generate", "a", "--seed", "-1"), "seed=-1"),
+        (("generate", "a", "--logprobs", "1"), "--json"),
+        (("generate", "a", "--json", "--logprobs", "21"), "logprobs=21"),
+        (("generate", "x" * CONTEXT), "shorten the prompt"),
+        (("info", "--block-size", "0"), "block_size=0"),
+        (("info", "--tensor-parallel-size", "99"), "tensor_parallel_size=99"),
+        (("chat",), "no chat template"),
+    ],
+)
+def test_mistake_is_one_line_and_status_2(run, argv, message):
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert err.startswith("jpaged: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_mistake_in_the_options_is_found_before_anything_loads(run, monkeypatch):
+    monkeypatch.setattr(jpaged.llm, "LLM", None)
+    for argv in (("generate", "a", "--top-k", "-9"), ("generate", "-"), ("chat", "--min-p", "2")):
+        assert run(*argv)[0] == 2
+
+
+@pytest.mark.parametrize("command", [("generate", "a"), ("chat",), ("info",)])
+def test_directory_that_is_no_checkpoint(command, tmp_path, capsys):
+    assert cli.main([*command, "--model", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert cli.main([*command, "--model", str(tmp_path / "missing")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_interrupt_is_status_130(run, monkeypatch):
+    def interrupted(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert run("generate", "a") == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["generate"], ["generate", "a", "--no-such-option"], ["generate", "a", "-n", "x"]]
+)
+def test_unknown_usage_is_argparse_own_error(argv, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert "usage: jpaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["info"]])
+def test_help_names_every_default(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert "%(" not in out
+    assert "None" not in out
+
+
+def test_help_loads_neither_jax_nor_transformers():
+    code = (
+        "import sys\nfrom jpaged.cli import main\n"
+        "try:\n    main(['generate', '--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'jax', 'transformers', 'numpy'} & sys.modules.keys(), 'heavy'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_reader_who_leaves_ends_the_command_quietly(checkpoints):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    argv = [sys.executable, "-m", "jpaged", "info", "--model", str(checkpoints["plain"])]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(argv, stdout=write_end, stderr=subprocess.PIPE, env=env, text=True, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# chat -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(monkeypatch, llms, checkpoints):
+    """The prompts, as text, that a conversation streams."""
+    llm, seen = llms[str(checkpoints["chat"])], []
+    stream = llm.stream
+
+    def spy(prompt, params):
+        seen.append((llm.tokenizer.decode(prompt["prompt_token_ids"]), params))
+        return stream(prompt, params)
+
+    monkeypatch.setattr(llm, "stream", spy)
+    return seen
+
+
+def test_conversation_keeps_its_history_in_the_prefix_cache(run, prompts):
+    options = ("chat", "--system", "be brief", "--max-tokens", "6", "--temperature", "0")
+    status, out, err = run(*options, model="chat", stdin="hello you\n\nagain\n/quit\nnever\n")
+    assert status == 0
+    assert [prompt.replace(out.split("\n")[0], "ANSWER") for prompt, _ in prompts] == [
+        "s:be brief\nu:hello you\na:",
+        "s:be brief\nu:hello you\na:ANSWER\nu:again\na:",
+    ]
+    num_cached, num_prompt = (int(word) for word in err.splitlines()[-1].strip("[]").split() if word.isdigit())
+    assert 16 <= num_cached < num_prompt
+    assert "came from the prefix cache" in err
+
+
+def test_reset_forgets_all_but_the_system_message(run, prompts):
+    run("chat", "--system", "s", "--max-tokens", "2", model="chat", stdin="one\n/reset\ntwo\n")
+    assert [prompt for prompt, _ in prompts] == ["s:s\nu:one\na:", "s:s\nu:two\na:"]
+
+
+def test_full_context_says_how_to_go_on(run, prompts):
+    status, _, err = run("chat", model="chat", stdin=f"{'x' * 88}\n{'y' * 200}\n/reset\n{'z' * 200}\nhi\n")
+    assert status == 0
+    assert err.count("/reset to start afresh") >= 2
+    too_long = len("u:" + "z" * 200 + "\na:")
+    assert f"{too_long} tokens long and the context holds {CONTEXT}" in err
+    assert prompts[0][1].max_tokens == CONTEXT - len("u:" + "x" * 88 + "\na:")
+    assert prompts[-1][0] == "u:hi\na:", "a message that does not fit is no part of the conversation"
+
+
+def test_answer_cut_off_says_so(run, prompts):
+    while True:  # some seed's first four tokens do not end the text
+        _, _, err = run("chat", "--max-tokens", "4", "--seed", str(len(prompts)), model="chat", stdin="hi\n")
+        if "cut off" in err:
+            break
+    assert "cut off after 4 tokens: start with a higher --max-tokens" in err
+
+
+def test_interrupt_stops_the_answer_and_keeps_what_there_is(run, monkeypatch, llms, checkpoints):
+    llm, prompts = llms[str(checkpoints["chat"])], []
+    stream = llm.stream
+
+    def interrupted(prompt, params):
+        prompts.append(llm.tokenizer.decode(prompt["prompt_token_ids"]))
+        yield next(stream(prompt, params))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm, "stream", interrupted)
+    status, out, _ = run("chat", "--temperature", "0", model="chat", stdin="hi\nmore\n")
+    assert status == 0
+    assert prompts == ["u:hi\na:", f"u:hi\na:{out.split(chr(10))[0]}\nu:more\na:"]
+    assert not llm.engine.has_unfinished
+
+
+def test_interrupt_at_the_prompt_ends_the_conversation(run, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    status, _, err = run("chat", model="chat")
+    assert status == 130
+    assert "came from the prefix cache" in err
+
+
+# info -----------------------------------------------------------------------------------------------------------------
+
+
+def test_info_names_shape_kernel_and_pool(run, checkpoints):
+    status, out, err = run("info", "--json", "--num-blocks", "11", "--block-size", "8", "--dtype", "bfloat16")
+    assert (status, err) == (0, "")
+    info = json.loads(out)
+    assert info["versions"]["jax"] == jax.__version__
+    assert len(info["devices"]) == jax.device_count()
+    assert info["attention_implementation"] == "xla"
+    assert info["model"]["path"] == str(checkpoints["plain"])
+    assert info["model"]["max_model_len"] == CONTEXT
+    assert info["model"]["weight_bytes"] == 2 * info["model"]["num_parameters"]
+    bytes_per_token = 1 * 2 * 1 * 8 * 2  # layers, K and V, KV heads, head_dim, bfloat16
+    assert info["kv_cache"] == {
+        "block_size": 8,
+        "bytes_per_token": bytes_per_token,
+        "num_blocks": 11,
+        "pool_bytes": 11 * 8 * bytes_per_token,
+        "num_tokens": 80,
+    }
+
+
+def test_info_foretells_the_pool(checkpoints, capsys):
+    path = checkpoints["plain"]
+    llm = jpaged.llm.LLM(path, warm_up=False, use_tqdm=False)
+    assert cli.main(["info", "--json", "--model", str(path)]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["kv_cache"]["num_blocks"] == llm.engine.runner.num_blocks
+    assert info["model"]["weight_bytes"] == llm.engine.runner.weight_bytes
+
+
+def test_info_reads_no_weights(run, checkpoints, tmp_path):
+    (tmp_path / "config.json").write_bytes((checkpoints["plain"] / "config.json").read_bytes())
+    assert cli.main(["info", "--model", str(tmp_path)]) == 0
+
+
+def test_info_as_text_has_a_line_for_everything(run):
+    _, out, _ = run("info", "--attention-implementation", "reference")
+    assert [line.split("  ")[0] for line in out.splitlines()] == [
+        "versions", "devices", "attention", "compile cache", "model", "shape", "weights", "KV cache",
+    ]  # fmt: skip
+    assert "reference (as asked)" in out
