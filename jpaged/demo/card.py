@@ -14,7 +14,7 @@ _CHAT_TEMPLATE = "{% for message in messages %}{{ '' if loop.first else '\n' }}{
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of a corpus."""
+    """One part of a corpus; its tokens include an end of text after each file."""
 
     files: int
     num_bytes: int
@@ -41,6 +41,7 @@ class Report:
     parts: dict[str, Part]
     device: str
     jax: str
+    commit: str | None
     recipe: dict[str, int | float]
     num_parameters: int
     steps: int

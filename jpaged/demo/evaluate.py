@@ -42,7 +42,8 @@ def dense_attend(
     ) -> Float[Array, "tokens num_heads head_dim"]:
         assert sliding_window is None, "the demo model attends to its whole context"
         q, k, v = (x.reshape(num_windows, -1, *x.shape[1:]) for x in (q, k, v))
-        out = jax.nn.dot_product_attention(q, k, v, scale=sm_scale, is_causal=True, implementation=attention)
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes bfloat16 to float32 here
+            out = jax.nn.dot_product_attention(q, k, v, scale=sm_scale, is_causal=True, implementation=attention)
         out = out.reshape(-1, *out.shape[2:])
         return _dropped(out, dropout, None if key is None else jax.random.fold_in(key, layer))
 

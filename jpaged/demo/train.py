@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import subprocess
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
@@ -38,12 +39,12 @@ def _option(default: Any, help: str) -> Any:
 class Recipe:
     """What decides the trained weights, besides the corpus and the machine. Each field is an option of the script."""
 
-    steps: int = _option(6000, "optimizer steps")
+    steps: int = _option(1500, "optimizer steps")
     minutes: float = _option(0.0, "end the schedule by this time if the steps take longer; 0: steps alone, repeatable")
     batch_size: int = _option(64, "windows a step")
     context_len: int = _option(1024, "tokens a window predicts")
     library_share: float = _option(0.5, "probability that a window comes from the library, not from its tests")
-    dropout: float = _option(0.0, "rate for the output of every attention and for the final hidden state")
+    dropout: float = _option(0.1, "rate for the output of every attention and for the final hidden state")
     learning_rate: float = _option(3e-3, "its peak, after a warm-up and before a cosine to zero")
     weight_decay: float = _option(0.1, "AdamW's, of matrices only")
     vocab_size: int = _option(2048, "tokens in the vocabulary")
@@ -208,7 +209,8 @@ def train(
         while progress < 1:
             num_steps = min(STEPS_PER_CALL, recipe.steps - step)
             rates = learning_rates(progress + np.arange(num_steps) / recipe.steps, recipe.learning_rate)
-            state, losses = call(state, stream, key, jnp.asarray(rates))
+            with jax.numpy_dtype_promotion("standard"):  # optax and the gradient of JAX's attention need it
+                state, losses = call(state, stream, key, jnp.asarray(rates))
             train_nats, seconds = float(losses.mean()), time.monotonic() - started
             step += num_steps
             progress = max(step / recipe.steps, seconds / 60 / recipe.minutes if recipe.minutes else 0.0)
@@ -253,6 +255,15 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
+def _commit() -> str | None:
+    """The commit of the checkout this file is in, None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def main(args: Sequence[str] | None = None) -> None:
     options = parse_args(args)
     recipe = Recipe(**{option.name: getattr(options, option.name) for option in fields(Recipe)})
@@ -266,6 +277,7 @@ def main(args: Sequence[str] | None = None) -> None:
             parts=parts,
             device=jax.devices()[0].device_kind,
             jax=jax.__version__,
+            commit=_commit(),
             recipe=asdict(recipe),
             num_parameters=sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
             steps=curve[-1].step,
