@@ -76,7 +76,7 @@ class Engine:
 
     Args:
         runner: the device half, ready.
-        config: the settings it was built with.
+        config: the settings it was built with, or any that ask for no more blocks, rows and tokens.
         tokenizer: text <-> token ids; None serves token ids only.
     """
 
@@ -86,7 +86,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.model_config = runner.model_config
         self.blocks = BlockManager(
-            runner.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            min(config.num_blocks or runner.num_blocks, runner.num_blocks),
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
         self.scheduler = Scheduler(
             self.blocks,
