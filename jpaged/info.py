@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.device.compile_cache import enable_compile_cache
@@ -129,7 +130,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
 def _plan_pool(
     model: ModelConfig,
     config: EngineConfig,
-    dtype: jax.typing.DTypeLike,
+    dtype: np.dtype,
     weight_bytes: int,
     devices: Sequence[jax.Device],
 ) -> PoolInfo:
