@@ -96,7 +96,8 @@ def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> An
     def init(key: jax.Array) -> nnx.State:
         return nnx.state(_model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(params=key)))
 
-    weights = jax.jit(init, out_shardings=param_shardings(state, mesh))(jax.random.key(seed))
+    key = jax.random.key(seed, impl="rbg")  # compiles three times faster than the default for a whole model
+    weights = jax.jit(init, out_shardings=param_shardings(state, mesh))(key)
     return nnx.merge(graphdef, weights)
 
 

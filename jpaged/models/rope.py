@@ -162,9 +162,11 @@ class Rope:
         scaling = None
         if rope_type != "default":
             kind = _SCALINGS[rope_type]
-            given: dict[str, Any] = {
-                f.name: parameters[f.name] for f in fields(kind) if parameters.get(f.name) is not None
-            }
+            given: dict[str, Any] = {}
+            for name in (field.name for field in fields(kind)):
+                value = parameters.get(name)
+                if value is not None:
+                    given[name] = tuple(value) if isinstance(value, list) else value
             if rope_type == "yarn" and "factor" not in given:
                 given["factor"] = max_position_embeddings / given["original_max_position_embeddings"]
             scaling = kind(**given)

@@ -4,9 +4,11 @@ Run once, in an environment of its own, where PyTorch has a build:
 
     pip install torch==2.13.0 transformers==5.23.0 && python tests/hf_reference/make.py [CASE ...]
 
-Each case is a directory: a tiny random checkpoint as ``save_pretrained`` writes it, and ``reference.npz`` with, for every
-prompt length L, ``prompt_L`` (ids), ``tokens_L`` (greedy), ``logprobs_L`` (of those) and ``prompt_logprobs_L`` (of every
-prompt token but the first), computed in float32 by a prefill and then one token at a time over transformers' cache.
+Each case is a directory: a tiny random checkpoint as ``save_pretrained`` writes it, and ``reference.npz`` with, for
+every prompt length L, ``prompt_L`` (ids), ``tokens_L`` (greedy), ``logprobs_L`` (of those) and ``prompt_logprobs_L``
+(of every prompt token but the first), computed in float32 by a prefill and then one token at a time over transformers'
+cache. That is what makes "dynamic" and "longrope" depend on the prompt's length: a token's key is cached as it was
+rotated for max(prompt length, position + 1), which is how ``jpaged.models.rope`` defines them.
 """
 
 import copy
@@ -23,7 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 PROMPT_LENS = (1, 2, 15, 16, 17, 31, 33, 70)
 NUM_TOKENS = 40
-MIN_MARGIN = 1e-3  # between the two best logits of every step: far above float32 noise, so greedy tokens are unambiguous
+MIN_MARGIN = (
+    1e-3  # between the two best logits of every step: far above float32 noise, so greedy tokens are unambiguous
+)
 MIN_DISTINCT = 8  # tokens of a continuation: a constant one would hide errors of position
 
 
@@ -68,7 +72,9 @@ _OPT = {
 }
 
 CASES = {
-    "llama_mha": Case("llama", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}),
+    "llama_mha": Case(
+        "llama", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}
+    ),
     "llama_gqa": Case("llama", {"num_hidden_layers": 3, "vocab_size": 97, "intermediate_size": 36}),
     "llama_bias": Case("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "llama_tied": Case(
@@ -134,8 +140,11 @@ CASES = {
 }
 
 
-def _randomise(model: torch.nn.Module, seed: int) -> None:
-    """Weights large enough that attention is not uniform and logits are spread over a few nats."""
+def _randomise(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
+    """Weights exact in ``dtype``, large enough that attention is not uniform and logits spread over a few nats.
+
+    Only parameters are rounded: buffers such as rotary frequencies stay float32, as when a checkpoint is loaded.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -149,13 +158,13 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
             value = 0.5 * noise
         else:
             value = (3.0 if "lm_head" in name else 1.5) / math.sqrt(parameter.shape[1]) * noise
-        parameter.data.copy_(value)
+        parameter.data.copy_(value.to(dtype))
 
 
 @torch.no_grad()
 def _continue(model: Any, prompt: torch.Tensor) -> tuple[dict[str, np.ndarray], float]:
-    """Greedy tokens and log-probabilities, and the smallest margin. Rope scalings keep state, so the model is copied."""
-    model = copy.deepcopy(model)
+    """Greedy tokens and log-probabilities, and the smallest margin."""
+    model = copy.deepcopy(model)  # rope scalings keep state from one sequence to the next
     cache = DynamicCache(config=model.config)
     logits = model(prompt[None], past_key_values=cache, use_cache=True).logits[0]
     before = torch.log_softmax(logits[:-1], -1)
@@ -182,8 +191,8 @@ def _candidates(case: Case) -> Iterator[tuple[int, Any]]:
     config = AutoConfig.for_model(case.model_type, **{k: v for k, v in values.items() if v is not None or "token" in k})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     for seed in range(1000):
-        _randomise(model, seed)
-        yield seed, model.to(case.dtype).float()
+        _randomise(model, case.dtype, seed)
+        yield seed, model
 
 
 def make(name: str, case: Case, root: Path) -> None:
