@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -119,13 +119,13 @@ class _Answer:
     """One completion as it was streamed."""
 
     text: str = ""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     seconds: float = 0.0  # from the first token to the last
     finish_reason: FinishReason = FinishReason.ABORT
 
     def __str__(self) -> str:
-        rate = f", {(self.num_tokens - 1) / self.seconds:.0f} a second" if self.seconds else ""
-        return f"{self.num_tokens} tokens{rate}; ended by {self.finish_reason}"
+        rate = f", {(len(self.token_ids) - 1) / self.seconds:.0f} a second" if self.seconds else ""
+        return f"{len(self.token_ids)} tokens{rate}; ended by {self.finish_reason}"
 
 
 def _show(head: str, deltas: Generator[CompletionDelta], answer: _Answer) -> None:
@@ -139,7 +139,7 @@ def _show(head: str, deltas: Generator[CompletionDelta], answer: _Answer) -> Non
             sys.stdout.write(delta.text)
             sys.stdout.flush()
             answer.text += delta.text
-            answer.num_tokens += len(delta.token_ids)
+            answer.token_ids += delta.token_ids
             answer.seconds = time.monotonic() - start
             answer.finish_reason = delta.finish_reason or answer.finish_reason
 
@@ -168,8 +168,8 @@ def _chat(args: argparse.Namespace) -> None:
             f"{args.model or 'the model in the package'} has no chat template, so it is not made for conversation: "
             "use jpaged generate"
         )
-    history = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(history)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    talk = _Conversation(system)
     if sys.stdin.isatty():
         import readline  # noqa: F401 - gives input() line editing and a history
 
@@ -177,10 +177,10 @@ def _chat(args: argparse.Namespace) -> None:
     try:
         while (text := _read_message()) is not None:
             if text == "/reset":
-                messages = list(history)
+                talk = _Conversation(system)
                 _note("[forgotten]")
             elif text:
-                _answer(llm, messages, text, params)
+                talk = _answer(llm, talk, text, params)
     finally:
         blocks = llm.engine.blocks.stats()
         hits, total = blocks.prefix_hit_tokens, blocks.prefix_queried_tokens
@@ -196,30 +196,55 @@ def _read_message() -> str | None:
     return None if text == "/quit" else text
 
 
-def _answer(llm: LLM, messages: list[dict[str, str]], text: str, params: SamplingParams) -> None:
-    """Answer one message. Question and answer join ``messages``: the next turn finds them in the prefix cache."""
-    turn = [*messages, {"role": "user", "content": text}]
-    token_ids = llm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    room = llm.max_model_len - len(token_ids)
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    """What was said. ``token_ids`` are those of ``text``, the template's rendering, as they lie in the prefix cache."""
+
+    messages: list[dict[str, str]]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+
+    def ask(self, tokenizer: Any, message: str) -> _Conversation:
+        """With a message of the user's. What was said before keeps its tokens, even where other ones spell it too."""
+        messages = [*self.messages, {"role": "user", "content": message}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        known = len(self.text) if text.startswith(self.text) else 0  # a template may leave out what it said before
+        rest = tokenizer.encode(text[known:], add_special_tokens=False)
+        return _Conversation(messages, text, [*self.token_ids, *rest] if known else rest)
+
+    def with_answer(self, tokenizer: Any, answer: _Answer) -> _Conversation:
+        """With the model's answer. Its tokens are kept if they say what it says: a stop string may have cut it."""
+        messages = [*self.messages, {"role": "assistant", "content": answer.text}]
+        token_ids = answer.token_ids[:-1] if answer.finish_reason is FinishReason.STOP else answer.token_ids
+        if tokenizer.decode(token_ids) != answer.text:
+            return _Conversation(messages)
+        return _Conversation(messages, self.text + answer.text, self.token_ids + token_ids)
+
+
+def _answer(llm: LLM, talk: _Conversation, message: str, params: SamplingParams) -> _Conversation:
+    """Answer a message and return the conversation with both; as it was, if there is no room for them."""
+    asked = talk.ask(llm.tokenizer, message)
+    prompt_len = len(asked.token_ids)
+    room = llm.max_model_len - prompt_len
     if room < 1:
         _note(
-            f"[your message would make the conversation {len(token_ids)} tokens long and the context holds "
+            f"[your message would make the conversation {prompt_len} tokens long and the context holds "
             f"{llm.max_model_len}: shorten it, or /reset to start afresh]"
         )
-        return
-    answer, params = _Answer(), _fit(params, llm, len(token_ids))
+        return talk
+    answer, params = _Answer(), _fit(params, llm, prompt_len)
     with suppress(KeyboardInterrupt):  # what there is of the answer stays
-        _show("", llm.stream({"prompt_token_ids": token_ids}, params), answer)
-    if answer.num_tokens == 0:
-        return
+        _show("", llm.stream({"prompt_token_ids": asked.token_ids}, params), answer)
+    if not answer.token_ids:
+        return talk
     _end_line(answer.text)
-    messages[:] = [*turn, {"role": "assistant", "content": answer.text}]
     if answer.finish_reason is FinishReason.LENGTH:
         _note(
             f"[the context of {llm.max_model_len} tokens is full: /reset to start afresh]"
             if params.max_tokens == room
             else f"[cut off after {params.max_tokens} tokens: start with a higher --max-tokens for more]"
         )
+    return asked.with_answer(llm.tokenizer, answer)
 
 
 # info -----------------------------------------------------------------------------------------------------------------

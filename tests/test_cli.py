@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ import jpaged.llm
 from jpaged import cli
 from jpaged.device.sharding import make_mesh
 from jpaged.models import LlamaConfig, Rope, random_model, save_checkpoint
+from jpaged.request import SamplingParams
 
 CONTEXT = 96
 TEMPLATE = (
@@ -223,51 +225,78 @@ def test_reader_who_leaves_ends_the_command_quietly(checkpoints):
 # chat -----------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Turn:
+    """One request of a conversation: its prompt, as text and as ids, its parameters and what came back."""
+
+    text: str
+    token_ids: list[int]
+    params: SamplingParams
+    answer_ids: list[int] = field(default_factory=list)
+
+
 @pytest.fixture
-def prompts(monkeypatch, llms, checkpoints):
-    """The prompts, as text, that a conversation streams."""
+def turns(monkeypatch, llms, checkpoints):
+    """The requests that a conversation makes."""
     llm, seen = llms[str(checkpoints["chat"])], []
     stream = llm.stream
 
     def spy(prompt, params):
-        seen.append((llm.tokenizer.decode(prompt["prompt_token_ids"]), params))
-        return stream(prompt, params)
+        token_ids = prompt["prompt_token_ids"]
+        seen.append(Turn(llm.tokenizer.decode(token_ids), token_ids, params))
+        for delta in stream(prompt, params):
+            seen[-1].answer_ids += delta.token_ids
+            yield delta
 
     monkeypatch.setattr(llm, "stream", spy)
     return seen
 
 
-def test_conversation_keeps_its_history_in_the_prefix_cache(run, prompts):
-    options = ("chat", "--system", "be brief", "--max-tokens", "6", "--temperature", "0")
-    status, out, err = run(*options, model="chat", stdin="hello you\n\nagain\n/quit\nnever\n")
+def test_conversation_continues_the_tokens_in_the_prefix_cache(run, turns, llms, checkpoints):
+    options = ("chat", "--system", "be brief", "--max-tokens", "12", "--temperature", "0")
+    status, _, err = run(*options, model="chat", stdin="hello you\n\nagain\n/quit\nnever\n")
     assert status == 0
-    assert [prompt.replace(out.split("\n")[0], "ANSWER") for prompt, _ in prompts] == [
-        "s:be brief\nu:hello you\na:",
-        "s:be brief\nu:hello you\na:ANSWER\nu:again\na:",
-    ]
+    first, second = turns
+    assert first.text == "s:be brief\nu:hello you\na:"
+    assert second.text.startswith(first.text)
+    assert second.text.endswith("\nu:again\na:")
+    assert second.token_ids[: len(first.token_ids) + 12] == first.token_ids + first.answer_ids
+    answer = second.text[len(first.text) : -len("\nu:again\na:")]
+    tokenizer = llms[str(checkpoints["chat"])].tokenizer
+    assert tokenizer.encode(answer) != first.answer_ids, "the tokens could not be found again from the text alone"
     num_cached, num_prompt = (int(word) for word in err.splitlines()[-1].strip("[]").split() if word.isdigit())
-    assert 16 <= num_cached < num_prompt
+    assert 32 <= num_cached < num_prompt
     assert "came from the prefix cache" in err
 
 
-def test_reset_forgets_all_but_the_system_message(run, prompts):
+def test_answer_cut_by_a_stop_string_goes_on_from_its_text(run, turns, llms, checkpoints):
+    options = ("chat", "--max-tokens", "12", "--temperature", "0")
+    run(*options, model="chat", stdin="hello\n")
+    tokenizer = llms[str(checkpoints["chat"])].tokenizer
+    answer = tokenizer.decode(turns[0].answer_ids)
+    stop = answer[3:5]
+    run(*options, "--stop", stop, model="chat", stdin="hello\nmore\n")
+    assert turns[2].text == f"u:hello\na:{answer[: answer.index(stop)]}\nu:more\na:"
+
+
+def test_reset_forgets_all_but_the_system_message(run, turns):
     run("chat", "--system", "s", "--max-tokens", "2", model="chat", stdin="one\n/reset\ntwo\n")
-    assert [prompt for prompt, _ in prompts] == ["s:s\nu:one\na:", "s:s\nu:two\na:"]
+    assert [turn.text for turn in turns] == ["s:s\nu:one\na:", "s:s\nu:two\na:"]
 
 
-def test_full_context_says_how_to_go_on(run, prompts):
+def test_full_context_says_how_to_go_on(run, turns):
     status, _, err = run("chat", model="chat", stdin=f"{'x' * 88}\n{'y' * 200}\n/reset\n{'z' * 200}\nhi\n")
     assert status == 0
     assert err.count("/reset to start afresh") >= 2
     too_long = len("u:" + "z" * 200 + "\na:")
     assert f"{too_long} tokens long and the context holds {CONTEXT}" in err
-    assert prompts[0][1].max_tokens == CONTEXT - len("u:" + "x" * 88 + "\na:")
-    assert prompts[-1][0] == "u:hi\na:", "a message that does not fit is no part of the conversation"
+    assert turns[0].params.max_tokens == CONTEXT - len("u:" + "x" * 88 + "\na:")
+    assert turns[-1].text == "u:hi\na:", "a message that does not fit is no part of the conversation"
 
 
-def test_answer_cut_off_says_so(run, prompts):
+def test_answer_cut_off_says_so(run, turns):
     while True:  # some seed's first four tokens do not end the text
-        _, _, err = run("chat", "--max-tokens", "4", "--seed", str(len(prompts)), model="chat", stdin="hi\n")
+        _, _, err = run("chat", "--max-tokens", "4", "--seed", str(len(turns)), model="chat", stdin="hi\n")
         if "cut off" in err:
             break
     assert "cut off after 4 tokens: start with a higher --max-tokens" in err
