@@ -1,8 +1,8 @@
 """The physical layout of the block pool, and every write into it. Nothing else knows the order of its axes.
 
-A block holds ``block_size`` tokens of K and V of all layers in one contiguous piece, so that copying, swapping or sending
-a block is one transfer. All functions are pure; inside a jitted function that donates the pool they work in place and
-allocate nothing of its size. Indices below zero or past the end are clipped when read and ignored when written.
+A block holds ``block_size`` tokens of K and V of all layers in one contiguous piece, so that copying, swapping or
+sending a block is one transfer. All functions are pure; in a jitted function that donates the pool they work in place
+and allocate nothing of its size. Indices below zero or past the end are clipped when read and ignored when written.
 """
 
 import jax.numpy as jnp
@@ -49,8 +49,8 @@ def write_kv(
         pool: the pool; donate it to the enclosing jit.
         layer: which layer, a static number.
         k, v: in any float type; stored in the pool's.
-        slots: ``physical_block * block_size + offset`` of each token. Distinct, except that any number of padding tokens
-            may share slots of block 0, which nobody reads.
+        slots: ``physical_block * block_size + offset`` of each token. Distinct, except that any number of padding
+            tokens may share slots of block 0, which nobody reads.
 
     Returns:
         The pool, with the slots written.
@@ -68,7 +68,7 @@ def read_kv(
 ]:
     """One layer's K and V of some blocks, each row's blocks end to end: ``context = blocks * block_size`` tokens.
 
-    The gather lays heads out before tokens, as batched matrix products want them, so that nothing is transposed after it.
+    The gather lays heads out before tokens, as batched matrix products want them, so nothing is transposed after it.
     """
     rows, num_blocks = blocks.shape
     _, _, _, num_kv_heads, block_size, head_dim = pool.shape

@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention.reference import attend_reference
 from pallas_kernels.paged_attention.xla import attend_xla
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": attend_reference, "xla": attend_xla}
-"""Every implementation by name; each takes the arguments of ``paged_attention``, checked and with the scale filled in."""
+"""Every implementation by name; each takes the arguments of ``paged_attention``, checked, with the scale filled in."""
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -48,10 +48,10 @@ def paged_attention(
     sinks: Float[Array, " num_heads"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
-    """Causal attention of a ragged batch over K and V in blocks: any mix of whole prompts, pieces of prompts and decodes.
+    """Causal attention of a ragged batch over K and V in blocks: any mix of prompts, pieces of prompts and decodes.
 
-    Query head h reads KV head ``h // (num_heads // num_kv_heads)``. The K and V of the queries' own tokens are in the pool
-    already (``write_kv`` first).
+    Query head h reads KV head ``h // (num_heads // num_kv_heads)``. The K and V of the queries' own tokens are in the
+    pool already (``write_kv`` first).
 
     Args:
         q: queries of all rows, one row after the other. Tokens past the last row are padding, and come back as zeros.
@@ -59,7 +59,7 @@ def paged_attention(
         layer: which layer of it, a static number.
         block_tables: physical block of each logical block of each row. Entries past a row's length are never used.
         kv_lens: tokens of each row's sequence in the pool, those of this call included; 0 for padding rows.
-        cu_q_lens: row i owns ``q[cu_q_lens[i]:cu_q_lens[i + 1]]``, and its last token sits at position ``kv_lens[i] - 1``.
+        cu_q_lens: row i owns ``q[cu_q_lens[i]:cu_q_lens[i + 1]]``, whose last token sits at ``kv_lens[i] - 1``.
         sm_scale: factor on the scores; ``1 / sqrt(head_dim)`` if None.
         sliding_window: a token at position p sees positions ``p - sliding_window + 1`` to p; all up to p if None.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
@@ -115,16 +115,16 @@ def _check_arrays(q: Array, pool: Array, layer: int, block_tables: Array, kv_len
             "cast q to the pool's"
         )
     num_heads, num_kv_heads = q.shape[1], num_kv_heads_of(pool)
-    if num_kv_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(
-            f"q has {num_heads} heads and the pool {num_kv_heads} KV heads: expected a multiple of the KV heads"
-        )
+    if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"q has {num_heads} heads and the pool {num_kv_heads} KV heads: expected a multiple of those")
     if q.shape[2] != pool.shape[-1]:
         raise ValueError(
             f"q has head_dim {q.shape[2]} and the pool {pool.shape[-1]}: expected the same; pad the smaller"
         )
-    if not 0 <= layer < pool.shape[1]:
-        raise ValueError(f"layer={layer}: expected 0 to {pool.shape[1] - 1}, the pool's layers")
+    if not isinstance(layer, int) or not 0 <= layer < pool.shape[1]:
+        raise ValueError(
+            f"layer={layer}: expected 0 to {pool.shape[1] - 1}, a static number of one of the pool's layers"
+        )
     for name, array in (("block_tables", block_tables), ("kv_lens", kv_lens), ("cu_q_lens", cu_q_lens)):
         if array.dtype != jnp.int32:
             raise ValueError(f"{name} is {array.dtype}: expected int32; cast it")

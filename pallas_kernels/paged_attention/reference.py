@@ -1,11 +1,12 @@
-"""Paged attention as one would explain it: a loop over sequences, then over heads, in float32. The oracle of all others."""
+"""Paged attention as one would explain it: a loop over sequences, then heads, in float32. The oracle of all others."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, block_size_of, read_kv
+from pallas_kernels.block_pool import BlockPool, read_kv
 
 
 def attend_reference(
@@ -25,7 +26,14 @@ def attend_reference(
     """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``.
 
     It runs on the host, outside jit, for any size that a test has patience for.
+
+    Raises:
+        NotImplementedError: an argument is being traced.
     """
+    if any(isinstance(x, Tracer) for x in (q, pool, block_tables, kv_lens, cu_q_lens, alibi_slopes, sinks)):
+        raise NotImplementedError(
+            "the reference loops over lengths that it must know: call it outside jit, or use 'xla'"
+        )
     tables, kv_ends, q_starts = (np.asarray(x) for x in (block_tables, kv_lens, cu_q_lens))
     queries = np.asarray(q).astype(np.float32)
     slopes = None if alibi_slopes is None else np.asarray(alibi_slopes).astype(np.float32)
@@ -68,6 +76,5 @@ def attend_reference(
 
 def _context(pool: BlockPool, layer: int, table: np.ndarray, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
     """The first ``kv_len`` keys and values of a sequence, each [num_kv_heads, kv_len, head_dim] float32."""
-    num_blocks = -(-kv_len // block_size_of(pool))
-    keys, values = read_kv(pool, layer, jnp.asarray(table[None, :num_blocks]))
+    keys, values = read_kv(pool, layer, jnp.asarray(table[None]))
     return np.asarray(keys[0, :, :kv_len], np.float32), np.asarray(values[0, :, :kv_len], np.float32)

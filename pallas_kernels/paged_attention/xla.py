@@ -1,8 +1,9 @@
 """Portable paged attention in plain XLA: ragged prefill and decode in one call, in bounded memory.
 
-The batch becomes a list of equal work items: one tile of queries against one chunk of one sequence's context. A loop on the
-device takes a fixed number of items a turn and merges their partial softmaxes (as in FlashAttention, arXiv:2205.14135) into
-the tiles' running ones. The work is what the sequences' lengths ask for, however unequal they are; padding costs nothing.
+The batch becomes a list of equal work items: one tile of queries against one chunk of one sequence's context. A loop on
+the device takes a fixed number of items a turn and merges their partial softmaxes (as in FlashAttention,
+arXiv:2205.14135) into the tiles' running ones. So the work is what the sequences' lengths ask for, however unequal they
+are, and padding costs nothing.
 """
 
 from functools import partial
@@ -15,12 +16,11 @@ from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.block_pool import BlockPool, block_size_of, num_kv_heads_of, read_kv
 
-MASKED = -1e30
-"""Score of a slot that a query may not see: finite, so that the difference of two of them is not NaN."""
+LEAST = -1e30
+"""Where the largest score starts: finite, so that one less minus infinity, of a slot not seen, is not NaN."""
 
 PREFILL_TILE = 64
 CHUNK_TOKENS = 128
-TURN_BYTES = 2 * 2**20
 
 
 class Scoring(NamedTuple):
@@ -45,18 +45,20 @@ class Tiles(NamedTuple):
     """The queries of a pass, packed without gaps and cut into tiles of equal length."""
 
     q: Float[Array, "tiles num_kv_heads tile_len group head_dim"]
-    row: Int[Array, "tiles tile_len"]  # whose query it is; num_seqs past the last one
-    position: Int[Array, "tiles tile_len"]  # where it sits in its sequence
+    row_and_position: Int[
+        Array, "tiles tile_len 2"
+    ]  # whose query it is (num_seqs past the last), where in its sequence
     packed_start: Int[Array, " num_seqs_plus_1"]  # row i's queries are packed_start[i]:packed_start[i + 1]
 
 
 class Segments(NamedTuple):
-    """A segment is what one tile holds of one row. Its work items are first_item[i]:first_item[i + 1]."""
+    """A segment is what one tile holds of one row. Its work items are first_item[i]:first_item[i + 1].
 
-    row: Int[Array, " segments"]
-    tile: Int[Array, " segments"]
-    context_start: Int[Array, " segments"]  # the first position that any of its queries sees
-    context_end: Int[Array, " segments"]
+    ``fields`` are row, tile, first position that any of its queries sees, position after the last one, first item: one
+    array, because every turn of the loop gathers them.
+    """
+
+    fields: Int[Array, "segments 5"]
     first_item: Int[Array, " segments_plus_1"]
 
 
@@ -141,8 +143,7 @@ def _pack(q: Float[Array, "tokens num_kv_heads group head_dim"], rows: Rows, max
     tiled = q.at[token].get(mode="clip").reshape(num_tiles, tile_len, *q.shape[1:])
     return Tiles(
         tiled.transpose(0, 2, 1, 3, 4),
-        row.reshape(num_tiles, tile_len),
-        position.reshape(num_tiles, tile_len),
+        jnp.stack([row, position], axis=-1).reshape(num_tiles, tile_len, 2),
         packed_start,
     )
 
@@ -163,7 +164,7 @@ def _unpack(
 
 
 def _segments(tiles: Tiles, rows: Rows, window: int | None, block_size: int, chunk_len: int) -> Segments:
-    num_tiles, tile_len = tiles.row.shape
+    num_tiles, tile_len, _ = tiles.row_and_position.shape
     num_seqs, begin, end = rows.q_lens.size, tiles.packed_start[:-1], tiles.packed_start[1:]
     first_tile = begin // tile_len
     first_segment = _starts(jnp.where(rows.q_lens > 0, (end - 1) // tile_len - first_tile + 1, 0))
@@ -180,22 +181,17 @@ def _segments(tiles: Tiles, rows: Rows, window: int | None, block_size: int, chu
         first_query = position_of_packed + jnp.maximum(begin[owner], tile * tile_len)
         context_start = jnp.maximum(first_query - window + 1, 0)
     chunks = -(-(context_end - context_start // block_size * block_size) // chunk_len)
-    return Segments(owner, tile, context_start, context_end, _starts(jnp.where(row < num_seqs, chunks, 0)))
+    first_item = _starts(jnp.where(row < num_seqs, chunks, 0))
+    return Segments(jnp.stack([owner, tile, context_start, context_end, first_item[:-1]], axis=-1), first_item)
 
 
 def _take_items(segments: Segments, first: Int[Array, ""], num_items: int, block_size: int, chunk_blocks: int) -> Items:
     item = first + jnp.arange(num_items, dtype=jnp.int32)
-    segment = jnp.minimum(_owner(segments.first_item, item), segments.row.size - 1)
-    context_start = segments.context_start[segment]
-    first_block = context_start // block_size + (item - segments.first_item[segment]) * chunk_blocks
-    return Items(
-        item < segments.first_item[-1],
-        segments.row[segment],
-        segments.tile[segment],
-        context_start,
-        segments.context_end[segment],
-        first_block[:, None] + jnp.arange(chunk_blocks, dtype=jnp.int32)[None, :],
-    )
+    segment = jnp.minimum(_owner(segments.first_item, item), len(segments.fields) - 1)
+    row, tile, context_start, context_end, first_item = jnp.unstack(segments.fields[segment], axis=1)
+    first_block = context_start // block_size + (item - first_item) * chunk_blocks
+    blocks = first_block[:, None] + jnp.arange(chunk_blocks, dtype=jnp.int32)[None, :]
+    return Items(item < segments.first_item[-1], row, tile, context_start, context_end, blocks)
 
 
 def _attend_tiles(
@@ -216,7 +212,7 @@ def _attend_tiles(
 
     shape = tiles.q.shape[:-1]
     # A sink is one more score, of a slot without a value.
-    top = jnp.full(shape, MASKED, jnp.float32) if sinks is None else jnp.broadcast_to(sinks[None, :, None, :], shape)
+    top = jnp.full(shape, LEAST, jnp.float32) if sinks is None else jnp.broadcast_to(sinks[None, :, None, :], shape)
     total = jnp.full(shape, 0 if sinks is None else 1, jnp.float32)
     start = Softmax(top, total, jnp.zeros(tiles.q.shape, jnp.float32))
     turns = -(-segments.first_item[-1] // items_per_turn)
@@ -239,13 +235,13 @@ def _attend_items(
     # Slots that nobody may see can hold anything, and 0 * NaN is NaN: weights of zero are not enough.
     v = jnp.where(in_context[:, None, :, None], v, 0)
 
-    q, q_pos = tiles.q[items.tile], tiles.position[items.tile]
-    is_own = tiles.row[items.tile] == items.row[:, None]  # a tile may hold queries of other rows too
+    q = tiles.q[items.tile]
+    q_row, q_pos = jnp.unstack(tiles.row_and_position[items.tile], axis=-1)
     distance = kv_pos[:, None, :] - q_pos[:, :, None]  # [items, tile_len, context], 0 at the query itself
+    is_own = q_row == items.row[:, None]  # a tile may hold queries of other rows too
     visible = in_context[:, None, :] & is_own[:, :, None] & (distance <= 0)
     if scoring.sliding_window is not None:
         visible &= distance > -scoring.sliding_window
-    visible = visible[:, None, :, None, :]
 
     precision = lax.Precision.HIGHEST if v.dtype == jnp.float32 else None
     dot = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
@@ -255,9 +251,9 @@ def _attend_items(
     if scoring.slopes is not None:
         bias = scoring.slopes[None, :, None, :, None] * distance.astype(jnp.float32)[:, None, :, None, :]
         scores = scores + bias
-    scores = jnp.where(visible, scores, MASKED)
-    top = scores.max(axis=-1)
-    weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0)
+    scores = jnp.where(visible[:, None, :, None, :], scores, -jnp.inf)
+    top = scores.max(axis=-1, initial=LEAST)
+    weights = jnp.exp(scores - top[..., None])
     return Softmax(top, weights.sum(axis=-1), dot("nhtgc,nhcd->nhtgd", weights.astype(v.dtype), v))
 
 
@@ -277,10 +273,10 @@ def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
     def fold(reduce, x: Array, empty: float) -> Array:
         return reduce(jnp.where(is_part[:, :, None, None, None], x[None], empty), axis=1)
 
-    top = jnp.maximum(old.top, fold(jnp.max, partials.top, MASKED))
+    top = jnp.maximum(old.top, fold(jnp.max, partials.top, LEAST))
     shrink = jnp.exp(partials.top - top[place])
     weighted = partials.weighted * shrink[..., None]
-    # The product below would spread one row's overflow to its neighbours: pass it on in the total, which it cannot leave.
+    # The product below would spread one row's overflow to its neighbours: hand it on in the total, which stays apart.
     is_finite = jnp.isfinite(weighted).all(axis=-1)
     total = fold(jnp.sum, jnp.where(is_finite, partials.total * shrink, jnp.nan), 0)
     weighted = jnp.where(is_finite[..., None], weighted, 0)
@@ -292,10 +288,17 @@ def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
 
 
 def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
-    """Blocks of a chunk, and items of a turn: about ``TURN_BYTES`` of K, V and scores, and no more than there can be."""
+    """Blocks of a chunk, and items of a turn.
+
+    A turn's K, V and scores take 1/1024 of the pool, but no less than 512 KiB (what a CPU core's cache holds) and no
+    more than 64 MiB (a GPU reads that in the time that a turn costs it anyway). They cover at most four chunks for each
+    tile, lest a small batch with short contexts computes mostly padding.
+    """
     num_tiles, num_kv_heads, tile_len, group, head_dim = tiles.q.shape
     block_size = block_size_of(pool)
     chunk_blocks = min(max(CHUNK_TOKENS // block_size, 1), max_blocks)
     kv_bytes = 2 * head_dim * pool.dtype.itemsize
-    item_bytes = chunk_blocks * block_size * num_kv_heads * (kv_bytes + 8 * tile_len * group)
-    return chunk_blocks, max(TURN_BYTES // item_bytes, 1)
+    score_bytes = 2 * 4 * tile_len * group  # scores and weights, float32
+    item_bytes = chunk_blocks * block_size * num_kv_heads * (kv_bytes + score_bytes)
+    turn_bytes = min(max(pool.size * pool.dtype.itemsize // 1024, 2**19), 2**26)
+    return chunk_blocks, min(max(turn_bytes // item_bytes, 1), 4 * num_tiles)

@@ -1,0 +1,360 @@
+"""Every implementation of paged attention against dense attention in float64, on ragged batches over a pool of NaN."""
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import KV_HEAD_AXIS, best_implementation, block_pool_shape, paged_attention
+from pallas_kernels.paged_attention import IMPLEMENTATIONS
+
+LAYER, NUM_LAYERS = 1, 2
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2, jnp.float16: 3e-3}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a batch is padded to, and the model's side of it: one compilation each."""
+
+    num_tokens: int
+    num_seqs: int
+    max_blocks: int
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    block_size: int = 8
+    dtype: type = jnp.float32
+
+
+@dataclass(frozen=True)
+class Options:
+    sm_scale: float | None = None
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    alibi_slopes: np.ndarray | None = None
+    sinks: np.ndarray | None = None
+
+    def as_arguments(self) -> dict:
+        arrays = {name: getattr(self, name) for name in ("alibi_slopes", "sinks")}
+        scalars = {name: getattr(self, name) for name in ("sm_scale", "sliding_window", "soft_cap")}
+        return scalars | {name: None if x is None else jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Ragged rows: their queries, and the dense K and V of each, [kv_len, num_kv_heads, head_dim]."""
+
+    shape: Shape
+    q_lens: list[int]
+    q: np.ndarray
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+    tables: np.ndarray
+
+    @property
+    def q_starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.q_lens)]).astype(np.int32)
+
+    @property
+    def kv_lens(self) -> np.ndarray:
+        return np.array([len(keys) for keys in self.keys], np.int32)
+
+    def pool(self, window: int | None = None) -> np.ndarray:
+        """K and V of the slots that some query sees; NaN in all others."""
+        shape = self.shape
+        num_blocks = shape.num_seqs * shape.max_blocks + 2
+        full = np.full(
+            block_pool_shape(num_blocks, NUM_LAYERS, shape.num_kv_heads, shape.block_size, shape.head_dim), np.nan
+        ).astype(shape.dtype)
+        for row, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            if self.q_lens[row] == 0:
+                continue
+            first = 0 if window is None else max(0, len(keys) - self.q_lens[row] - window + 1)
+            position = np.arange(first, len(keys))
+            block, offset = self.tables[row][position // shape.block_size], position % shape.block_size
+            full[block, LAYER, 0, :, offset] = keys[position]
+            full[block, LAYER, 1, :, offset] = values[position]
+        return full
+
+    def attend(self, implementation: str, options: Options = Options()) -> np.ndarray:
+        run = paged_attention if implementation == "reference" else jitted_attention
+        out = run(
+            jnp.asarray(self.q),
+            jnp.asarray(self.pool(options.sliding_window)),
+            LAYER,
+            jnp.asarray(self.tables),
+            jnp.asarray(self.kv_lens),
+            jnp.asarray(self.q_starts),
+            implementation=implementation,
+            **options.as_arguments(),
+        )
+        assert out.dtype == self.shape.dtype
+        return np.asarray(out).astype(np.float64)
+
+
+jitted_attention = jax.jit(
+    paged_attention, static_argnames=("layer", "sm_scale", "sliding_window", "soft_cap", "implementation")
+)
+
+
+def make_batch(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 0) -> Batch:
+    """Random numbers, and blocks in random order. Rows are padded to the shape; unused table entries are 0."""
+    rng = np.random.default_rng(seed)
+    padding = [0] * (shape.num_seqs - len(q_lens))
+    q_lens, kv_lens = q_lens + padding, kv_lens + padding
+
+    def normal(*axes: int) -> np.ndarray:
+        return rng.standard_normal(axes, np.float32).astype(shape.dtype)
+
+    blocks = list(rng.permutation(np.arange(1, shape.num_seqs * shape.max_blocks + 1)))
+    tables = np.zeros((shape.num_seqs, shape.max_blocks), np.int32)
+    for row, kv_len in enumerate(kv_lens):
+        for logical in range(math.ceil(kv_len / shape.block_size)):
+            tables[row, logical] = blocks.pop()
+    kv_axes = (shape.num_kv_heads, shape.head_dim)
+    q = normal(shape.num_tokens, shape.num_heads, shape.head_dim)
+    keys, values = ([normal(kv_len, *kv_axes) for kv_len in kv_lens] for _ in range(2))
+    return Batch(shape, q_lens, q, keys, values, tables)
+
+
+def dense_attention(batch: Batch, options: Options = Options()) -> np.ndarray:
+    """Dense attention by the textbook, all heads at once, in float64."""
+    shape = batch.shape
+    group = shape.num_heads // shape.num_kv_heads
+    scale = shape.head_dim**-0.5 if options.sm_scale is None else options.sm_scale
+    out = np.zeros(batch.q.shape)
+    for row, (start, end) in enumerate(zip(batch.q_starts[:-1], batch.q_starts[1:], strict=True)):
+        if start == end:
+            continue
+        kv_len = len(batch.keys[row])
+        q = batch.q[start:end].astype(np.float64)
+        k, v = (np.repeat(x[row].astype(np.float64), group, axis=1) for x in (batch.keys, batch.values))
+        scores = np.einsum("qhd,khd->hqk", q, k) * scale
+        if options.soft_cap is not None:
+            scores = np.tanh(scores / options.soft_cap) * options.soft_cap
+        behind = np.arange(kv_len - len(q), kv_len)[:, None] - np.arange(kv_len)
+        if options.alibi_slopes is not None:
+            scores -= options.alibi_slopes[:, None, None] * behind
+        scores[:, behind < 0] = -np.inf
+        if options.sliding_window is not None:
+            scores[:, behind >= options.sliding_window] = -np.inf
+        if options.sinks is not None:
+            sink = np.broadcast_to(options.sinks[:, None, None], (*scores.shape[:2], 1))
+            scores = np.concatenate([scores, sink], axis=-1)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out[start:end] = np.einsum("hqk,khd->qhd", weights[..., :kv_len], v)
+    return out
+
+
+def assert_right(batch: Batch, implementation: str, options: Options = Options()) -> None:
+    atol = TOLERANCE[batch.shape.dtype]
+    np.testing.assert_allclose(
+        batch.attend(implementation, options), dense_attention(batch, options), atol=atol, rtol=0
+    )
+
+
+MIXED = Shape(num_tokens=150, num_seqs=6, max_blocks=40)
+DECODE = Shape(num_tokens=6, num_seqs=6, max_blocks=40)
+SLOPES, SINKS = np.array([0.5, 0.25, 0.125, 0.0625]), np.array([-1.0, 0.0, 2.0, 5.0])
+OPTIONS = {
+    "plain": Options(),
+    "window": Options(sliding_window=20),
+    "soft_cap": Options(soft_cap=1.5),
+    "alibi": Options(alibi_slopes=SLOPES),
+    "sinks": Options(sinks=SINKS),
+    "all": Options(0.7, 33, 2.0, SLOPES, SINKS),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mixed_batch_equals_dense_attention(implementation, options):
+    # A decode, a prompt, a decode at a block's end, the tail of a prompt, a first token; a padding row and 13 tokens.
+    batch = make_batch(MIXED, [1, 70, 1, 64, 1], [130, 70, 256, 300, 1])
+    assert_right(batch, implementation, options)
+    assert not batch.attend(implementation, options)[137:].any()
+
+
+@pytest.mark.parametrize(
+    "options", [Options(), Options(sliding_window=1), OPTIONS["all"]], ids=["plain", "window_1", "all"]
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_batch_equals_dense_attention(implementation, options):
+    assert_right(make_batch(DECODE, [1, 1, 1, 1, 1], [1, 8, 9, 320, 17]), implementation, options)
+
+
+MULTI_HEAD = Shape(20, 3, 4, num_heads=3, num_kv_heads=3, head_dim=16, block_size=8)
+MULTI_QUERY = Shape(20, 3, 3, num_heads=8, num_kv_heads=1, head_dim=80, block_size=16)
+GROUPED = Shape(20, 3, 2, num_heads=6, num_kv_heads=2, head_dim=128, block_size=32)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        MULTI_HEAD,
+        MULTI_QUERY,
+        GROUPED,
+        Shape(20, 3, 1, num_heads=2, num_kv_heads=2, head_dim=256, block_size=128),
+        Shape(20, 3, 4, num_heads=2, num_kv_heads=1, head_dim=64, block_size=24),
+        replace(MULTI_QUERY, dtype=jnp.bfloat16),
+        replace(MULTI_QUERY, dtype=jnp.float16),
+        replace(GROUPED, dtype=jnp.bfloat16),
+        replace(GROUPED, dtype=jnp.float16),
+    ],
+    ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-heads-of-{s.head_dim}-block-{s.block_size}-{s.dtype.__name__}",
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_head_layout_block_size_and_type(implementation, shape):
+    capacity = shape.max_blocks * shape.block_size
+    assert_right(make_batch(shape, [17, 1, 2], [17, capacity, 16]), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_contexts_too_long_for_one_turn_of_a_loop(implementation):
+    shape = Shape(2, 2, 130, num_heads=2, num_kv_heads=1)
+    assert_right(make_batch(shape, [1, 1], [1040, 3]), implementation)
+    assert_right(make_batch(shape, [1, 1], [1000, 1033]), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_prefill_in_a_batch_of_no_more_tokens_than_rows(implementation):
+    assert_right(make_batch(DECODE, [1, 4, 1], [9, 12, 40]), implementation)
+
+
+@pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_batch_of_padding_alone_gives_zeros(implementation, shape):
+    assert not make_batch(shape, [], []).attend(implementation, Options(sinks=SINKS)).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_tokens_and_no_rows(implementation):
+    assert make_batch(Shape(0, 2, 2), [0, 0], [0, 0]).attend(implementation).shape == (0, 4, 16)
+    assert not make_batch(Shape(3, 0, 2), [], []).attend(implementation).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_may_share_blocks(implementation):
+    batch = make_batch(MIXED, [1, 1, 9], [20, 23, 25])
+    for row in (1, 2):
+        batch.tables[row, :2] = batch.tables[0, :2]
+        batch.keys[row][:16], batch.values[row][:16] = batch.keys[0][:16], batch.values[0][:16]
+    assert_right(batch, implementation)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_overflow_in_one_row_stays_there(implementation, shape, bad):
+    batch = make_batch(shape, [1, 2, 1, 1], [30, 20, 3, 9])
+    right = dense_attention(batch)
+    batch.values[1][0] = bad
+    batch.keys[2][0] = bad
+    out = batch.attend(implementation)
+    np.testing.assert_allclose(out[[0, 4]], right[[0, 4]], atol=1e-5, rtol=0)
+    assert not np.isfinite(out[1:3]).any()
+
+
+@st.composite
+def ragged_rows(draw, max_tokens: int, max_seqs: int, max_kv_len: int) -> tuple[list[int], list[int]]:
+    q_lens, kv_lens, left = [], [], max_tokens
+    for _ in range(draw(st.integers(0, max_seqs))):
+        q_len = draw(st.one_of(st.just(min(1, left)), st.integers(0, left)))
+        left -= q_len
+        q_lens.append(q_len)
+        kv_lens.append(draw(st.integers(q_len, max_kv_len)) if q_len else 0)
+    return q_lens, kv_lens
+
+
+@pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_any_ragged_batch(shape, data):
+    q_lens, kv_lens = data.draw(ragged_rows(shape.num_tokens, shape.num_seqs, shape.max_blocks * shape.block_size))
+    options = OPTIONS[data.draw(st.sampled_from(["plain", "window", "all"]))]
+    batch = make_batch(shape, q_lens, kv_lens, seed=data.draw(st.integers(0, 3)))
+    right = dense_attention(batch, options)
+    for implementation in IMPLEMENTATIONS:
+        np.testing.assert_allclose(batch.attend(implementation, options), right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
+def test_heads_sharded_over_a_mesh_need_no_communication(shape):
+    batch = make_batch(shape, [1, 2, 1], [30, 20, 9])
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+
+    def place(x, axis=None):
+        spec = PartitionSpec(*("tensor" if i == axis else None for i in range(x.ndim)))
+        return jax.device_put(jnp.asarray(x), NamedSharding(mesh, spec))
+
+    args = (place(batch.q, 1), place(batch.pool(), KV_HEAD_AXIS), LAYER)
+    args += tuple(place(x) for x in (batch.tables, batch.kv_lens, batch.q_starts))
+    compiled = jitted_attention.lower(*args).compile()
+    assert not any(name in compiled.as_text() for name in ("all-gather", "all-reduce", "all-to-all", "permute("))
+    out = compiled(*(arg for arg in args if arg is not LAYER))
+    np.testing.assert_allclose(np.asarray(out), dense_attention(batch), atol=1e-5, rtol=0)
+
+
+def test_reference_refuses_to_be_traced():
+    with pytest.raises(NotImplementedError, match="outside jit"):
+        jitted_attention(**good_arguments(), implementation="reference")
+
+
+def test_best_implementation_is_known_and_gives_its_reason():
+    best = best_implementation()
+    assert best.name in IMPLEMENTATIONS
+    assert jax.default_backend() in best.reason
+
+
+def good_arguments() -> dict:
+    return {
+        "q": jnp.zeros((3, 4, 16)),
+        "pool": jnp.zeros(block_pool_shape(4, 2, 2, 8, 16)),
+        "layer": 0,
+        "block_tables": jnp.zeros((2, 2), jnp.int32),
+        "kv_lens": jnp.zeros(2, jnp.int32),
+        "cu_q_lens": jnp.zeros(3, jnp.int32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"q": jnp.zeros((3, 64))}, r"q has shape \(3, 64\): expected 3 axes"),
+        ({"pool": jnp.zeros((4, 2, 8, 16))}, "block_pool_shape"),
+        ({"pool": jnp.zeros((4, 2, 3, 2, 8, 16))}, "third axis"),
+        ({"q": jnp.zeros((3, 4, 16), jnp.bfloat16)}, "q is bfloat16 and the pool float32"),
+        ({"q": jnp.zeros((3, 4, 16), jnp.int32)}, "q is int32"),
+        ({"q": jnp.zeros((3, 5, 16))}, "5 heads and the pool 2 KV heads"),
+        ({"q": jnp.zeros((3, 0, 16))}, "0 heads"),
+        ({"q": jnp.zeros((3, 4, 32))}, "head_dim 32 and the pool 16"),
+        ({"layer": 2}, "layer=2: expected 0 to 1"),
+        ({"layer": -1}, "layer=-1"),
+        ({"layer": 0.5}, r"layer=0\.5"),
+        ({"block_tables": jnp.zeros((2, 2))}, "block_tables is float32: expected int32"),
+        ({"block_tables": jnp.zeros(2, jnp.int32)}, "block_tables has shape"),
+        ({"kv_lens": jnp.zeros(3, jnp.int32)}, "kv_lens 3"),
+        ({"cu_q_lens": jnp.zeros(2, jnp.int32)}, "expected 2 and 3"),
+        ({"sm_scale": math.nan}, "sm_scale=nan"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"soft_cap": -1.0}, r"soft_cap=-1\.0"),
+        ({"alibi_slopes": jnp.zeros(2)}, r"alibi_slopes has shape \(2,\): expected \(4,\)"),
+        ({"sinks": jnp.zeros((1, 4))}, "sinks has shape"),
+        (
+            {"implementation": "cuda"},
+            r"implementation='cuda' is unknown: expected None or one of \['reference', 'xla'\]",
+        ),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_wrong_arguments_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**good_arguments() | wrong)
