@@ -226,6 +226,7 @@ def test_config_that_is_no_json_object_is_refused(text, message, tmp_path):
         ({"num_attention_heads": 5}, "refused by transformers.*36"),
         ({"num_key_value_heads": 2}, "num_attention_heads=3 is not a multiple of num_key_value_heads=2"),
         ({"head_dim": 7}, "head_dim.*7"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id -1 is not valid"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral' is not supported"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}}, r"factor=0\.5"),

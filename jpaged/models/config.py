@@ -51,6 +51,9 @@ class ModelConfig(ABC):
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
+        for token_id in self.eos_token_ids:
+            if not isinstance(token_id, int) or token_id < 0:
+                raise ValueError(f"eos_token_id {token_id!r} is not valid: expected a token id, 0 or more, or several")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not supported: expected one of {', '.join(DTYPES)}")
 
@@ -152,11 +155,8 @@ def parse_hf_config(path: Path, model_type: str) -> Any:
         ValueError: the file is refused, by us (quantised weights) or by transformers.
     """
     raw = read_json(path)
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"{path}: quantised weights (quant_method={method!r}) are not supported: use the original ones"
-        )
+    if (quantization := raw.get("quantization_config")) is not None:
+        raise ValueError(f"{path}: quantised weights ({quantization}) are not supported: use the original ones")
     if raw.get("model_type", model_type) != model_type:
         raise ValueError(
             f"{path}: model_type={raw['model_type']!r} disagrees with architectures={raw['architectures']}, "
