@@ -117,9 +117,9 @@ def test_powers_of_two_end_at_the_limit(low, high, expected):
 def test_buckets_of_the_default_engine():
     buckets = all_buckets(256, 2048)
     decode = [Bucket(n, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
-    few = [Bucket(n, 8) for n in (16, 32, 64, 128, 256, 512, 1024, 2048)]
-    full = [Bucket(n, 256) for n in (512, 1024, 2048)]
-    assert buckets == sorted([*decode, *few, *full])
+    half = [Bucket(n, n // 2) for n in (32, 64, 128, 256, 512)]
+    full = [Bucket(n, 256) for n in (1024, 2048)]
+    assert buckets == sorted([*decode, *half, *full])
 
 
 @given(max_seqs=st.integers(1, 300), extra=st.integers(0, 5000))
@@ -140,6 +140,8 @@ def test_smallest_bucket_that_holds_a_plan_is_chosen():
     decodes = [StepPlan(chunks=(chunk,) * n) for n in (1, 3, 32)]
     assert [bucket_for(plan, buckets) for plan in decodes] == [Bucket(1, 1), Bucket(4, 4), Bucket(32, 32)]
     prompt = StepPlan(chunks=(Chunk(0, [1] * 40, 0, 40, [1, 2, 3]),))
-    assert bucket_for(prompt, buckets) == Bucket(64, 8)
+    assert bucket_for(prompt, buckets) == Bucket(64, 32)
+    crowded = StepPlan(chunks=(*(chunk,) * 29, Chunk(0, [1, 1], 0, 2, [1])))
+    assert bucket_for(crowded, buckets) == Bucket(64, 32), "31 tokens would do, but not 16 rows"
     forking = StepPlan(chunks=(chunk,), samples=(make_sample(0, 1),) * 10)  # one chunk read by ten completions
     assert bucket_for(forking, buckets) == Bucket(16, 16)

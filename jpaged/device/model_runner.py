@@ -176,9 +176,8 @@ class ModelRunner:
 
     def warm_up(self, *, use_tqdm: bool = True) -> None:
         """Compile every bucket's step and plain sampler, in parallel. Rare variants compile when first needed."""
-        rows = powers_of_two(1, self.config.max_num_seqs)
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
-        keys += [("sample", n, 0, 0, 0) for n in rows]
+        keys += [("sample", rows, 0, 0, 0) for rows in {bucket.num_rows for bucket in self.buckets}]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
             jobs = [threads.submit(self._program, key) for key in keys]
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm):

@@ -8,10 +8,6 @@ from jaxtyping import Array, Int
 
 from jpaged.host.step_plan import StepPlan
 
-SMALL_BATCH = 8
-"""Rows of the smaller of the two mixed batches: a few prompts need not pay for a full batch's rows."""
-
-
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
     """The static shapes of one compiled step.
@@ -24,6 +20,11 @@ class Bucket:
     num_tokens: int
     num_rows: int
 
+    @property
+    def is_decode(self) -> bool:
+        """One token a row: kernels need no tiles of queries."""
+        return self.num_tokens == self.num_rows
+
 
 def powers_of_two(low: int, high: int) -> list[int]:
     """low, 2 low, 4 low, ... below ``high``, then ``high`` itself."""
@@ -35,21 +36,25 @@ def powers_of_two(low: int, high: int) -> list[int]:
 
 
 def all_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
-    """Every bucket a plan can need: decode steps by rows, mixed steps by tokens with few rows or all."""
+    """Every bucket a plan can need: as many tokens as rows for decodes, more tokens than rows when prompts are among them.
+
+    A mixed step has fewer rows than tokens, so half as many rows do, and the next bucket where they don't.
+    """
     decode = [Bucket(rows, rows) for rows in powers_of_two(1, max_num_seqs)]
     mixed = [
-        Bucket(tokens, rows)
-        for tokens in powers_of_two(16, max_num_batched_tokens)
-        for rows in {min(SMALL_BATCH, max_num_seqs), max_num_seqs}
-        if tokens >= rows
+        Bucket(tokens, min(tokens // 2, max_num_seqs))
+        for tokens in powers_of_two(32, max_num_batched_tokens)
+        if tokens < max_num_batched_tokens
     ]
-    return sorted({*decode, *mixed})
+    return sorted({*decode, *mixed, Bucket(max_num_batched_tokens, max_num_seqs)})
 
 
 def bucket_for(plan: StepPlan, buckets: list[Bucket]) -> Bucket:
-    """The smallest bucket (fewest tokens, then fewest rows) that holds ``plan``."""
+    """The smallest bucket of the plan's kind that holds it, or of the other kind if none does."""
     num_tokens, num_rows = plan.num_tokens, max(len(plan.chunks), len(plan.samples))
-    return next(b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows)
+    is_decode = num_tokens == len(plan.chunks)
+    fitting = [b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows]
+    return min(fitting, key=lambda b: (b.is_decode != is_decode, b))
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,123 @@
+"""What a step costs: its memory, its number of programs; and that execution does what the plan says."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged.config import EngineConfig
+from jpaged.device.model_runner import ModelRunner
+from jpaged.device.sharding import make_mesh
+from jpaged.device.step_inputs import Bucket
+from jpaged.engine import Engine
+from jpaged.host.step_plan import BlockCopy, Chunk, Sample, StepPlan
+from jpaged.models import LlamaConfig, Rope, random_model
+from jpaged.request import SamplingParams
+
+TINY = LlamaConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=17,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope=Rope(16, 10000.0, 128),
+)
+
+
+def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, **settings) -> ModelRunner:
+    mesh = make_mesh(tensor_parallel_size)
+    config = EngineConfig(**{"block_size": 8, "num_blocks": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16} | settings)
+    return ModelRunner(random_model(TINY, dtype, mesh, 0), TINY, config, mesh)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("bucket", [Bucket(4, 4), Bucket(16, 4)], ids=["decode", "mixed"])
+def test_no_step_allocates_anything_of_the_pools_size(dtype, bucket):
+    runner = make_runner(dtype, num_blocks=4096)
+    pool_bytes = runner.cache.pool.nbytes
+    memory = runner.program(bucket).memory_analysis()
+    assert memory.temp_size_in_bytes < pool_bytes / 2
+    assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
+    # Not hidden in one large buffer that is also an output: outputs are the pool and little else.
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < pool_bytes / 100
+
+
+def test_block_copies_allocate_nothing_of_the_pools_size():
+    runner = make_runner(num_blocks=4096)
+    memory = runner._program(("copy", 8)).memory_analysis()
+    assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 2
+
+
+def test_warm_up_compiles_every_bucket_and_serving_plain_requests_nothing_more():
+    runner = make_runner()
+    runner.warm_up(use_tqdm=False)
+    num_rows = len({bucket.num_rows for bucket in runner.buckets})
+    assert runner.num_programs == len(runner.buckets) + num_rows
+    engine = Engine(runner, runner.config)
+    for i in range(9):
+        prompt = {"prompt_token_ids": list(range(1, 2 + i))}
+        engine.add(engine.make_request(str(i), prompt, SamplingParams(max_tokens=3 + i, seed=i, top_p=0.9)))
+    while engine.has_unfinished:
+        engine.step()
+    assert runner.num_programs == len(runner.buckets) + num_rows
+
+
+def test_copies_run_before_the_chunks_write():
+    runner = make_runner()
+    chunk = Chunk(0, [1, 2, 3, 4, 5], 0, 5, [7])
+    runner.execute(StepPlan(chunks=(chunk,)))
+    before = np.asarray(runner.cache.pool[7])
+    rewrite = Chunk(0, [9], 4, 5, [7])
+    runner.execute(StepPlan(copies=(BlockCopy(7, 9), BlockCopy(7, 11)), chunks=(rewrite,)))
+    for copy in (9, 11):
+        np.testing.assert_array_equal(np.asarray(runner.cache.pool[copy]), before)
+    assert not np.array_equal(np.asarray(runner.cache.pool[7]), before)
+
+
+def test_a_fork_draws_several_tokens_from_one_chunk():
+    runner = make_runner()
+    params = SamplingParams(temperature=3.0)
+    samples = tuple(Sample(i, 1, 2, seed, params, (), (), ()) for i, seed in enumerate((1, 2, 1)))
+    chunks = (Chunk(8, [3], 0, 1, [1]), Chunk(9, [1, 2], 0, 2, [2]))
+    result = runner.execute(StepPlan(chunks=chunks, samples=samples))
+    assert result.token_ids.shape == (3,)
+    assert result.token_ids[0] == result.token_ids[2]
+    assert result.scores.logprobs[0] == result.scores.logprobs[2]
+
+
+def test_two_devices_give_the_tokens_of_one():
+    results = []
+    for size in (1, 2):
+        engine = Engine(runner := make_runner(tensor_parallel_size=size), runner.config)
+        assert len(runner.cache.pool.sharding.device_set) == size
+        engine.add(engine.make_request("a", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=6)))
+        output = []
+        while engine.has_unfinished:
+            output += engine.step().finished
+        results.append(output[0].outputs[0])
+    assert results[0].token_ids == results[1].token_ids
+    assert results[0].cumulative_logprob == pytest.approx(results[1].cumulative_logprob, abs=1e-4)
+
+
+def test_context_beyond_the_model_is_refused():
+    with pytest.raises(ValueError, match="max_model_len=129 is more than the model's own limit of 128"):
+        make_runner(max_model_len=129)
+
+
+def test_the_default_context_shrinks_to_the_pool():
+    assert make_runner(num_blocks=9).max_model_len == 64
+    assert make_runner(num_blocks=90).max_model_len == 128
+
+
+def test_a_pool_is_sized_from_memory_when_not_given():
+    runner = make_runner(num_blocks=None)
+    assert runner.num_blocks == 4 * 128 // 8 + 1, "all rows at full length, and the padding block"
+
+
+def test_a_fraction_of_memory_too_small_for_a_block_is_refused():
+    with pytest.raises(ValueError, match="no memory for a KV cache: one block takes"):
+        make_runner(num_blocks=None, memory_fraction=1e-9)
