@@ -104,7 +104,7 @@ jitted_attention = jax.jit(
 
 
 def make_batch(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 0) -> Batch:
-    """Random numbers, and blocks in random order. Rows are padded to the shape; unused table entries are 0."""
+    """Random numbers, and blocks in random order. Rows are padded to the shape; unused table entries are nonsense."""
     rng = np.random.default_rng(seed)
     padding = [0] * (shape.num_seqs - len(q_lens))
     q_lens, kv_lens = q_lens + padding, kv_lens + padding
@@ -113,7 +113,7 @@ def make_batch(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 
         return rng.standard_normal(axes, np.float32).astype(shape.dtype)
 
     blocks = list(rng.permutation(np.arange(1, shape.num_seqs * shape.max_blocks + 1)))
-    tables = np.zeros((shape.num_seqs, shape.max_blocks), np.int32)
+    tables = np.full((shape.num_seqs, shape.max_blocks), 2**30, np.int32)
     for row, kv_len in enumerate(kv_lens):
         for logical in range(math.ceil(kv_len / shape.block_size)):
             tables[row, logical] = blocks.pop()
@@ -221,6 +221,12 @@ def test_contexts_too_long_for_one_turn_of_a_loop(implementation):
     shape = Shape(2, 2, 130, num_heads=2, num_kv_heads=1)
     assert_right(make_batch(shape, [1, 1], [1040, 3]), implementation)
     assert_right(make_batch(shape, [1, 1], [1000, 1033]), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_more_tiles_of_queries_than_one_turn_holds(implementation):
+    shape = Shape(200, 4, 20, num_heads=32, num_kv_heads=2)
+    assert_right(make_batch(shape, [3, 130, 1, 60], [150, 140, 9, 160]), implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

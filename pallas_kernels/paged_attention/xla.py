@@ -290,7 +290,7 @@ def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
 def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
     """Blocks of a chunk, and items of a turn.
 
-    A turn's K, V and scores take 1/1024 of the pool, but no less than 512 KiB (what a CPU core's cache holds) and no
+    A turn's K, V and scores take 1/1024 of the pool, but no less than 2 MiB (what a CPU's caches hold) and no
     more than 64 MiB (a GPU reads that in the time that a turn costs it anyway). They cover at most four chunks for each
     tile, lest a small batch with short contexts computes mostly padding.
     """
@@ -300,5 +300,5 @@ def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
     kv_bytes = 2 * head_dim * pool.dtype.itemsize
     score_bytes = 2 * 4 * tile_len * group  # scores and weights, float32
     item_bytes = chunk_blocks * block_size * num_kv_heads * (kv_bytes + score_bytes)
-    turn_bytes = min(max(pool.size * pool.dtype.itemsize // 1024, 2**19), 2**26)
+    turn_bytes = min(max(pool.size * pool.dtype.itemsize // 1024, 2**21), 2**26)
     return chunk_blocks, min(max(turn_bytes // item_bytes, 1), 4 * num_tiles)
