@@ -5,24 +5,27 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def current_commit() -> str:
     """The checkout's commit, marked if files differ from it."""
-    here = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout
+        commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.strip() + (" with changes" if changed.strip() else "")
+    return commit + (" with changes" if changed else "")
+
+
+def _git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def environment(commit: str | None) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def environment(commit: str | None) -> dict[str, Any]:
         "device": f"{platform.machine()} CPU, {_num_cores()} cores" if device.platform == "cpu" else device.device_kind,
         "num_devices": jax.device_count() if device.platform != "cpu" else 1,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
         "python": platform.python_version(),
     }
 

@@ -21,18 +21,25 @@ WORKLOADS = ("sharegpt1000", "decode", "prefill32", "sharedprefix341_500", "para
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="cpu keeps JAX off any accelerator")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu"), default="auto", help="cpu keeps JAX off any accelerator")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR", help="a checkpoint (default: the model in the box)")
-    source.add_argument("--random-weights", metavar="CONFIG", help=f"random weights in the shapes of a config.json: a directory, or one of {', '.join(_preset_names())}")  # fmt: skip
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="with --random-weights: which to run (default: all)")  # fmt: skip
-    parser.add_argument("--decode-batches", nargs="+", type=int, default=[1, 32, 128, 256], metavar="B", help="batch sizes of the decode workload")  # fmt: skip
-    parser.add_argument("--num-blocks", type=int, help="blocks in the pool (default: what fits)")
-    parser.add_argument("--max-model-len", type=int, default=2048, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="directory of the result file")
-    parser.add_argument("--name", help="name of the result file (default: from the model and the device)")
-    parser.add_argument("--commit", help="commit to record, where there is no git")
+    presets = ", ".join(_preset_names())
+    shapes = f"random weights in the shapes of a config.json: its directory, or one of {presets}"
+    source.add_argument("--random-weights", metavar="CONFIG", help=shapes)
+    add(
+        "--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="with --random-weights: which to run"
+    )
+    add("--decode-batches", nargs="+", type=int, default=[1, 32, 128, 256], metavar="B", help="of the decode workload")
+    add("--num-blocks", type=int, help="blocks in the pool (default: what fits)")
+    add("--max-model-len", type=int, default=2048, help="default: %(default)s")
+    add("--out", type=Path, default=HERE / "results", help="directory of the result file")
+    add("--name", help="name of the result file (default: from the model and the device)")
+    add("--commit", help="commit to record, where there is no git")
     args = parser.parse_args(argv)
     if args.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -53,7 +60,9 @@ def _run_model(args: argparse.Namespace) -> dict[str, Any]:
     from jpaged import LLM
 
     start = time.perf_counter()
-    llm = LLM(args.model, max_num_seqs=64, max_num_batched_tokens=512, num_blocks=args.num_blocks, enable_prefix_caching=False)
+    llm = LLM(
+        args.model, max_num_seqs=64, max_num_batched_tokens=512, num_blocks=args.num_blocks, enable_prefix_caching=False
+    )
     startup_s = time.perf_counter() - start
     print(f"start-up {startup_s:.1f} s")
     report: dict[str, Any] = {
@@ -70,7 +79,7 @@ def _run_model(args: argparse.Namespace) -> dict[str, Any]:
     print(f"\n64 requests of mixed lengths, {batching['num_output_tokens']:,} tokens to generate")
     print(f"  one at a time        {batching['one_at_a_time_tokens_per_s']:10,.0f} tokens/s")
     print(f"  continuous batching  {batching['batched_tokens_per_s']:10,.0f} tokens/s   {batching['ratio']:.1f}x")
-    print(f"\nInternal waste of held blocks, ShareGPT lengths, block {waste['block_size']}, steady state over {waste['num_steps']:,} steps")
+    print(f"\nInternal waste of held blocks: ShareGPT lengths, block {waste['block_size']}, steady state")
     print(f"  mean {waste['mean_percent']:.2f}%, most {waste['max_percent']:.2f}%")
     return report
 
@@ -123,7 +132,9 @@ def _waste(num_requests: int = 2000, block_size: int = 16, num_blocks: int = 409
             plan = scheduler.schedule()
             rows = len(plan.samples)
             zeros = np.zeros(rows, np.float32)
-            scores = TokenScores(zeros, zeros.astype(np.int32), np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32))
+            scores = TokenScores(
+                zeros, zeros.astype(np.int32), np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
+            )
             scheduler.update(plan, StepResult(np.zeros(rows, np.int32), scores))
             samples.append((blocks.stats(), scheduler.stats().num_preemptions))
             bar.update(rows)
@@ -157,12 +168,15 @@ def _run_random_weights(args: argparse.Namespace) -> dict[str, Any]:
     path = HERE / "configs" / name if name in _preset_names() else Path(name)
     model_config = load_config(path)
     limits = measure_limits(jnp.dtype(model_config.dtype))
-    print(f"limits of this device: {limits.read_bytes_per_s / 1e12:.2f} TB/s read, {limits.matmul_flops_per_s / 1e12:.0f} TFLOP/s {limits.dtype}")
+    reads, flops = limits.read_bytes_per_s / 1e12, limits.matmul_flops_per_s / 1e12
+    print(f"limits of this device: {reads:.2f} TB/s read, {flops:.0f} TFLOP/s {limits.dtype}")
     start = time.perf_counter()
     mesh = make_mesh(1)
     model = random_model(model_config, jnp.dtype(model_config.dtype), mesh, 0)
     config = EngineConfig(
-        num_blocks=args.num_blocks, max_model_len=min(args.max_model_len, model_config.max_model_len), enable_prefix_caching=True
+        num_blocks=args.num_blocks,
+        max_model_len=min(args.max_model_len, model_config.max_model_len),
+        enable_prefix_caching=True,
     )
     llm = LLM.from_model(model, model_config, config, mesh=mesh)
     startup_s = time.perf_counter() - start
@@ -307,7 +321,11 @@ def _preset_names() -> list[str]:
 def _platform() -> str:
     import jax
 
-    return jax.default_backend() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind.lower().replace(" ", "-")
+    return (
+        jax.default_backend()
+        if jax.default_backend() == "cpu"
+        else jax.devices()[0].device_kind.lower().replace(" ", "-")
+    )
 
 
 def _time_s(run: Callable[[], Any]) -> float:

@@ -26,9 +26,7 @@ class Workload:
         return sum(self.output_lens)
 
 
-def _lognormal_lens(
-    rng: np.random.Generator, count: int, mean: float, sigma: float, longest: int
-) -> np.ndarray:
+def _lognormal_lens(rng: np.random.Generator, count: int, mean: float, sigma: float, longest: int) -> np.ndarray:
     """Lengths from 4 to ``longest`` with about the given mean after clipping."""
     drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     rescaled = drawn * mean / np.clip(drawn, 4, longest).mean()

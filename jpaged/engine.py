@@ -1,6 +1,6 @@
 """Ties the halves together: validates prompts, runs plan -> execute -> update, and turns tokens into results."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypedDict
 
@@ -165,9 +165,8 @@ class Engine:
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
             for token_id in ids or ():
                 if token_id >= self.model_config.vocab_size:
-                    raise ValueError(
-                        f"{name} has token id {token_id}: the model's vocabulary ends at {self.model_config.vocab_size - 1}"
-                    )
+                    last = self.model_config.vocab_size - 1
+                    raise ValueError(f"{name} has token id {token_id}: the model's vocabulary ends at {last}")
 
     # Steps --------------------------------------------------------------------------------------------------------
 

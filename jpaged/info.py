@@ -1,22 +1,24 @@
 """What a machine and a checkpoint offer, found without reading weights or allocating a KV cache."""
 
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.device.compile_cache import enable_compile_cache
-from jpaged.device.kv_cache import free_bytes, pool_bytes
+from jpaged.device.kv_cache import num_blocks_that_fit
 from jpaged.device.sharding import make_mesh
 from jpaged.llm import DEMO_MODEL, resolve_dtype
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.registry import abstract_model
-from pallas_kernels import best_implementation
+from pallas_kernels import best_implementation, block_pool_shape
 
 PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 
@@ -132,18 +134,20 @@ def _plan_pool(
     config: EngineConfig,
     dtype: np.dtype,
     weight_bytes: int,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, but for the workspace."""
-    block_bytes = pool_bytes(1, model.num_layers, model.num_kv_heads, model.head_dim, config.block_size, dtype)
-    num_blocks = config.num_blocks
-    if num_blocks is None:
-        num_blocks = free_bytes(devices, config.memory_fraction) // block_bytes
-        if devices[0].platform == "cpu":
-            max_blocks = -(-(config.max_model_len or model.max_model_len) // config.block_size)
-            num_blocks = min(num_blocks, config.max_num_seqs * max_blocks + 1)
-        else:
-            num_blocks = max(0, num_blocks - -(-weight_bytes // block_bytes))
+    shape = block_pool_shape(1, model.num_layers, model.num_kv_heads, model.head_dim, config.block_size)
+    block_bytes = math.prod(shape) * dtype.itemsize
+    max_blocks = -(-(config.max_model_len or model.max_model_len) // config.block_size)
+    num_blocks = config.num_blocks or num_blocks_that_fit(
+        block_bytes,
+        devices,
+        config.memory_fraction,
+        reserved_bytes=weight_bytes,
+        useful_blocks=config.max_num_seqs * max_blocks + 1,
+    )
+    num_blocks = max(0, num_blocks)
     return PoolInfo(
         block_size=config.block_size,
         bytes_per_token=block_bytes // config.block_size,

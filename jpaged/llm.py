@@ -170,7 +170,9 @@ class LLM:
             raise
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Generator[CompletionDelta]:
         """Complete prompts, yielding what each completion gains as soon as it is there.
 
@@ -267,4 +269,6 @@ def _load_tokenizer(path: Path) -> Any:
         return None
     from transformers import AutoTokenizer  # slow to import, and not needed for token ids
 
-    return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(
+        str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+    )

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from oracles import HF_CASES, HF_REFERENCE, load_reference, teacher_forced_logits
 
 from jpaged.config import EngineConfig
 from jpaged.device.model_runner import ModelRunner
@@ -21,7 +22,6 @@ from jpaged.host.step_plan import Sample
 from jpaged.llm import LLM
 from jpaged.models import LlamaConfig, Rope, load_config, load_model, random_model
 from jpaged.request import FinishReason, RequestOutput, SamplingParams
-from oracles import HF_CASES, HF_REFERENCE, load_reference, teacher_forced_logits
 
 MODEL_LEN = 64
 ROWS, BUDGET, NUM_BLOCKS, BLOCK_SIZE = 4, 16, 40, 4
@@ -213,9 +213,7 @@ def test_preemption_is_as_constant_as_the_state_machine_needs():
     assert engine.stats().num_preemptions > 10
     for output in outputs.values():
         params = SamplingParams(temperature=0)
-        assert_tokens_are_those_of_a_loop_without_cache(
-            output.prompt_token_ids, 0, params, output.outputs[0].token_ids
-        )
+        assert_tokens_are_those_of_a_loop_without_cache(output.prompt_token_ids, 0, params, output.outputs[0].token_ids)
 
 
 def test_samples_equal_independent_requests_with_seeds_counted_up():
@@ -244,7 +242,18 @@ def test_cached_prefixes_are_used_and_change_nothing():
 
 def test_logprobs_are_the_models_own_and_ranked():
     engine, prompt = tiny_engine(), [4, 8, 15, 16]
-    add(engine, "a", prompt, seed=1, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=2, top_k=5, logit_bias={7: 4.0})
+    add(
+        engine,
+        "a",
+        prompt,
+        seed=1,
+        max_tokens=6,
+        ignore_eos=True,
+        logprobs=3,
+        prompt_logprobs=2,
+        top_k=5,
+        logit_bias={7: 4.0},
+    )
     output = run(engine)["a"]
     completion = output.outputs[0]
     logits = teacher_forced_logits(tiny_model(), [np.array(prompt + completion.token_ids)], [4], MODEL_LEN)[0]
@@ -321,7 +330,9 @@ def test_tokens_and_logprobs_equal_hugging_face(case, block_size):
     rows = len(references)
     # Few rows make a step of only decodes take the kernel's other path: every second case runs with it.
     budget = rows if block_size == 16 else 4 * rows
-    config = EngineConfig(block_size=block_size, num_blocks=1 + 8 * 15, max_num_seqs=rows, max_num_batched_tokens=budget)
+    config = EngineConfig(
+        block_size=block_size, num_blocks=1 + 8 * 15, max_num_seqs=rows, max_num_batched_tokens=budget
+    )
     llm = LLM.from_model(model, model_config, config, mesh=mesh, warm_up=False, use_tqdm=False)
     llm.engine.runner.buckets = llm.engine.runner.buckets[-1:]  # one program, all rows: compiling dominates here
     prompts = [{"prompt_token_ids": ref.prompt.tolist()} for ref in references.values()]

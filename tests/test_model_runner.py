@@ -30,7 +30,9 @@ TINY = LlamaConfig(
 
 def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, **settings) -> ModelRunner:
     mesh = make_mesh(tensor_parallel_size)
-    config = EngineConfig(**{"block_size": 8, "num_blocks": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16} | settings)
+    config = EngineConfig(
+        **{"block_size": 8, "num_blocks": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16} | settings
+    )
     return ModelRunner(random_model(TINY, dtype, mesh, 0), TINY, config, mesh)
 
 
@@ -94,7 +96,9 @@ def test_two_devices_give_the_tokens_of_one():
     for size in (1, 2):
         engine = Engine(runner := make_runner(tensor_parallel_size=size), runner.config)
         assert len(runner.cache.pool.sharding.device_set) == size
-        engine.add(engine.make_request("a", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=6)))
+        engine.add(
+            engine.make_request("a", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=6))
+        )
         output = []
         while engine.has_unfinished:
             output += engine.step().finished

@@ -34,7 +34,10 @@ def result_of(plan: StepPlan, token_ids=None) -> StepResult:
 
 def scores(rows: int) -> TokenScores:
     return TokenScores(
-        np.zeros(rows, np.float32), np.ones(rows, np.int32), np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
+        np.zeros(rows, np.float32),
+        np.ones(rows, np.int32),
+        np.zeros((rows, 0), np.int32),
+        np.zeros((rows, 0), np.float32),
     )
 
 

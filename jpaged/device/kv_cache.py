@@ -3,17 +3,16 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import block_pool_shape, copy_blocks, paged_attention, write_kv
 
 CPU_POOL_BYTES = 1 << 30
-"""What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is shared with everything else."""
+"""What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is not its own."""
 
 
 @jax.tree_util.register_dataclass
@@ -73,22 +72,16 @@ class KVCache:
         return type(self)(copy_blocks(self.pool, src, dst))
 
 
-def pool_bytes(
-    num_blocks: int, num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: jax.typing.DTypeLike
-) -> int:
-    """Size of a pool over all its devices."""
-    shape = block_pool_shape(num_blocks, num_layers, num_kv_heads, block_size, head_dim)
-    return int(np.prod(shape, dtype=np.int64)) * jnp.dtype(dtype).itemsize
-
-
-def free_bytes(devices: Sequence[jax.Device], memory_fraction: float) -> int:
+def available_bytes(devices: Sequence[Any], memory_fraction: float = 1.0) -> int:
     """Bytes that may still be allocated, over all ``devices``, if ``memory_fraction`` of each is to be used in all.
 
-    On a CPU: that fraction of the machine's available memory, at most ``CPU_POOL_BYTES``.
+    A CPU's memory is the machine's, whatever else runs there.
+
+    Raises:
+        ValueError: a device that does not report its memory.
     """
     if devices[0].platform == "cpu":
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min(int(available * memory_fraction), CPU_POOL_BYTES)
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * memory_fraction)
     left = []
     for device in devices:
         stats = device.memory_stats()
@@ -96,3 +89,26 @@ def free_bytes(devices: Sequence[jax.Device], memory_fraction: float) -> int:
             raise ValueError(f"{device} does not report its memory: give num_blocks")
         left.append(int(stats["bytes_limit"] * memory_fraction) - stats["bytes_in_use"])
     return min(left) * len(devices)
+
+
+def num_blocks_that_fit(
+    block_bytes: int,
+    devices: Sequence[Any],
+    memory_fraction: float,
+    *,
+    reserved_bytes: int,
+    useful_blocks: int,
+) -> int:
+    """How many blocks a pool may have; less than 2 if there is no room for one.
+
+    Args:
+        block_bytes: of one block, over all devices.
+        devices: the pool's.
+        memory_fraction: of each device's memory, for everything.
+        reserved_bytes: what will be needed besides, over all devices. A CPU is taken to have it.
+        useful_blocks: on a CPU, more than these would only delay the start.
+    """
+    budget = available_bytes(devices, memory_fraction)
+    if devices[0].platform == "cpu":
+        return min(min(budget, CPU_POOL_BYTES) // block_bytes, useful_blocks)
+    return (budget - reserved_bytes) // block_bytes

@@ -16,16 +16,31 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jpaged.config import EngineConfig
-from jpaged.device.kv_cache import KVCache, free_bytes, pool_bytes
+from jpaged.device.kv_cache import KVCache, available_bytes, num_blocks_that_fit
 from jpaged.device.sampler import SampledTokens, SampleInputs, Scores, make_sample_inputs, sample, score
 from jpaged.device.sharding import pool_sharding
-from jpaged.device.step_inputs import Bucket, StepInputs, all_buckets, bucket_for, pack, packed_size, powers_of_two, unpack
+from jpaged.device.step_inputs import (
+    Bucket,
+    StepInputs,
+    all_buckets,
+    bucket_for,
+    pack,
+    packed_size,
+    powers_of_two,
+    unpack,
+)
 from jpaged.host.step_plan import BlockCopy, PromptScore, StepPlan, StepResult, TokenScores
 from jpaged.models import ModelConfig
 from jpaged.request import MAX_LOGPROBS
+from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 SCORE_ROWS = 64
 """Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
+
+
+NO_SCORES = TokenScores(
+    np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
+)
 
 
 class PagedAttend:
@@ -93,21 +108,26 @@ class ModelRunner:
         leaves = jax.tree.leaves(self._weights)
         self.dtype = jnp.dtype(next(leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)))
         self.weight_bytes = sum(leaf.nbytes for leaf in leaves)
-        self.max_model_len = self._check_model_len()
+        if config.attention_implementation not in (None, *IMPLEMENTATIONS):
+            raise ValueError(
+                f"attention_implementation={config.attention_implementation!r} is unknown: expected None or one of "
+                f"{sorted(IMPLEMENTATIONS)}"
+            )
+        self._new_cache = partial(
+            KVCache.allocate,
+            num_layers=model_config.num_layers,
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            block_size=config.block_size,
+            dtype=self.dtype,
+        )
+        self.bytes_per_block = self._abstract_cache(1).pool.size * self.dtype.itemsize
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget)
         self._compiled: dict[tuple, Any] = {}
         self._compile_lock = threading.Lock()
-        self.num_blocks = config.num_blocks or self._num_blocks_that_fit()
-        held = (self.num_blocks - 1) * config.block_size
-        if held < self.max_model_len:
-            if config.max_model_len is not None and config.num_blocks is None:
-                raise ValueError(
-                    f"max_model_len={self.max_model_len} does not fit: memory for {self.num_blocks} blocks of "
-                    f"{config.block_size} holds {held} tokens; lower max_model_len or raise memory_fraction"
-                )
-            if config.max_model_len is None:
-                self.max_model_len = held
-                self._compiled.clear()
+        self.max_model_len = self._check_model_len()
+        self.num_blocks = self._check_num_blocks()
+        self._fit_model_len()
         self.cache = self._allocate_cache()
 
     # Sizes --------------------------------------------------------------------------------------------------------
@@ -120,57 +140,63 @@ class ModelRunner:
             )
         return wanted or limit
 
+    def _check_num_blocks(self) -> int:
+        """The blocks asked for, or as many as fit."""
+        devices, wanted = list(self.mesh.devices.flat), self.config.num_blocks
+        if wanted is not None:
+            left = available_bytes(devices)
+            if wanted * self.bytes_per_block > left:
+                raise ValueError(
+                    f"num_blocks={wanted} x {self.bytes_per_block:,} bytes do not fit in the {left:,} bytes there are: "
+                    f"at most {left // self.bytes_per_block} would"
+                )
+            return wanted
+        is_cpu = devices[0].platform == "cpu"
+        num_blocks = num_blocks_that_fit(
+            self.bytes_per_block,
+            devices,
+            self.config.memory_fraction,
+            reserved_bytes=0 if is_cpu else self._workspace_bytes() * len(devices),
+            useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
+        )
+        if num_blocks < 2:
+            raise ValueError(
+                f"no memory for a KV cache: one block takes {self.bytes_per_block:,} bytes, and memory_fraction="
+                f"{self.config.memory_fraction} leaves less than two after {self.weight_bytes:,} bytes of weights and "
+                "a step's workspace: raise memory_fraction, or lower max_num_batched_tokens"
+            )
+        return num_blocks
+
+    def _fit_model_len(self) -> None:
+        """A context that nobody asked for shrinks to the pool; one that does not fit the memory is refused."""
+        held = (self.num_blocks - 1) * self.config.block_size
+        if held >= self.max_model_len:
+            return
+        if self.config.max_model_len is None:
+            self.max_model_len = held
+        elif self.config.num_blocks is None:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} does not fit: memory for {self.num_blocks} blocks of "
+                f"{self.config.block_size} holds {held} tokens; lower max_model_len or raise memory_fraction"
+            )
+
     @property
     def max_blocks(self) -> int:
         """Width of a block table."""
         return -(-self.max_model_len // self.config.block_size)
-
-    @property
-    def bytes_per_block(self) -> int:
-        return self._pool_bytes(1)
-
-    def _pool_bytes(self, num_blocks: int) -> int:
-        c = self.model_config
-        return pool_bytes(num_blocks, c.num_layers, c.num_kv_heads, c.head_dim, self.config.block_size, self.dtype)
-
-    def _num_blocks_that_fit(self) -> int:
-        """Blocks for what the weights and the largest step's workspace leave of the device's memory."""
-        devices = list(self.mesh.devices.flat)
-        budget = free_bytes(devices, self.config.memory_fraction)
-        is_cpu = devices[0].platform == "cpu"
-        if not is_cpu:
-            budget -= self._workspace_bytes() * len(devices)
-        num_blocks = budget // self.bytes_per_block
-        if is_cpu:  # more than every row could ever hold would only delay start-up
-            num_blocks = min(num_blocks, self.config.max_num_seqs * self.max_blocks + 1)
-        if num_blocks < 2:
-            raise ValueError(
-                f"no memory for a KV cache: one block takes {self.bytes_per_block:,} bytes and memory_fraction="
-                f"{self.config.memory_fraction} leaves {max(budget, 0):,} after {self.weight_bytes:,} bytes of weights and "
-                "a step's workspace: raise memory_fraction, or lower max_num_batched_tokens"
-            )
-        return int(num_blocks)
 
     def _workspace_bytes(self) -> int:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
         total = 0
         for key in (("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, 0)):
             analysis = self._program(key, pool_blocks=2).memory_analysis()
+            assert analysis is not None
             total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         self._compiled.clear()
         return total
 
     def _allocate_cache(self) -> KVCache:
-        c = self.model_config
-        return KVCache.allocate(
-            num_blocks=self.num_blocks,
-            num_layers=c.num_layers,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            block_size=self.config.block_size,
-            dtype=self.dtype,
-            sharding=pool_sharding(self.mesh),
-        )
+        return self._new_cache(num_blocks=self.num_blocks, sharding=pool_sharding(self.mesh))
 
     # Programs -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +206,9 @@ class ModelRunner:
         keys += [("sample", rows, 0, 0, 0) for rows in {bucket.num_rows for bucket in self.buckets}]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
             jobs = [threads.submit(self._program, key) for key in keys]
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm):
+            for job in tqdm(
+                as_completed(jobs), total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm
+            ):
                 job.result()
 
     @property
@@ -236,24 +264,15 @@ class ModelRunner:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
 
     def _abstract_cache(self, num_blocks: int) -> KVCache:
-        c = self.model_config
-        cache = jax.eval_shape(
-            partial(
-                KVCache.allocate,
-                num_blocks=num_blocks,
-                num_layers=c.num_layers,
-                num_kv_heads=c.num_kv_heads,
-                head_dim=c.head_dim,
-                block_size=self.config.block_size,
-                dtype=self.dtype,
-            )
-        )
+        cache = jax.eval_shape(partial(self._new_cache, num_blocks=num_blocks))
         sharding = pool_sharding(self.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
 
     # The traced functions -----------------------------------------------------------------------------------------
 
-    def _forward(self, bucket: Bucket, weights: nnx.State, cache: KVCache, packed: Int[Array, " size"]) -> ForwardResult:
+    def _forward(
+        self, bucket: Bucket, weights: nnx.State, cache: KVCache, packed: Int[Array, " size"]
+    ) -> ForwardResult:
         inputs = unpack(packed, bucket, self.max_blocks)
         model: Any = nnx.merge(self._graphdef, weights)
         attend = PagedAttend(cache, inputs, self.config.attention_implementation)
@@ -292,8 +311,7 @@ class ModelRunner:
         num_samples = len(plan.samples)
         prompt_scores = tuple(self._score_prompt(plan, piece, forward.hidden) for piece in plan.prompt_scores)
         if num_samples == 0:
-            empty = TokenScores(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32))  # fmt: skip
-            return StepResult(np.zeros(0, np.int32), empty, prompt_scores)
+            return StepResult(np.zeros(0, np.int32), NO_SCORES, prompt_scores)
         num_top = MAX_LOGPROBS if any(s.params.logprobs for s in plan.samples) else 0
         inputs = make_sample_inputs(plan.samples, bucket.num_rows)
         key = ("sample", bucket.num_rows, len(inputs.bias_rows), len(inputs.seen_rows), num_top)
@@ -309,7 +327,9 @@ class ModelRunner:
         dst[: len(copies)] = [copy.dst for copy in copies]
         self.cache = self._program(("copy", size))(self.cache, src, dst)
 
-    def _score_prompt(self, plan: StepPlan, piece: PromptScore, hidden: Float[Array, "tokens hidden_size"]) -> TokenScores:
+    def _score_prompt(
+        self, plan: StepPlan, piece: PromptScore, hidden: Float[Array, "tokens hidden_size"]
+    ) -> TokenScores:
         first = sum(len(chunk.token_ids) for chunk in plan.chunks[: piece.chunk])
         num_top = min(MAX_LOGPROBS, self.model_config.vocab_size) if piece.num_logprobs else 0
         program = self._program(("score", hidden.shape[0], num_top))
@@ -339,7 +359,8 @@ def _empty_sample_inputs(rows: int, num_biases: int, num_seen: int) -> SampleInp
     return SampleInputs(**flat)
 
 
-def _token_scores(scores: Scores, num_rows: int) -> TokenScores:
+def _token_scores(scores: Any, num_rows: int) -> TokenScores:
+    """The first rows of a ``Scores`` fetched to the host."""
     return TokenScores(
         logprobs=scores.logprobs[:num_rows],
         ranks=scores.ranks[:num_rows],

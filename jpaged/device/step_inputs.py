@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 
 from jpaged.host.step_plan import StepPlan
 
+
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
     """The static shapes of one compiled step.
@@ -36,7 +37,7 @@ def powers_of_two(low: int, high: int) -> list[int]:
 
 
 def all_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
-    """Every bucket a plan can need: as many tokens as rows for decodes, more tokens than rows when prompts are among them.
+    """Every bucket a plan can need: as many tokens as rows for decodes, more when prompts are among them.
 
     A mixed step has fewer rows than tokens, so half as many rows do, and the next bucket where they don't.
     """

@@ -88,8 +88,8 @@ class Scheduler:
             )
         if params.max_tokens is not None and params.max_tokens > room:
             raise ValueError(
-                f"max_tokens={params.max_tokens} is more than the {room} that max_model_len={self.max_model_len} leaves "
-                f"after a prompt of {prompt_len}: lower it, or use None to fill the context"
+                f"max_tokens={params.max_tokens} is more than the {room} that max_model_len={self.max_model_len} "
+                f"leaves after a prompt of {prompt_len}: lower it, or use None to fill the context"
             )
         wanted = params.max_tokens or 1
         if self._group_blocks(prompt_len, [prompt_len + wanted - 1] * params.n) > self._num_usable_blocks:
@@ -183,8 +183,8 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Take in what the step of ``plan`` produced.
 
-        Publishes the blocks it filled, forks groups whose prompt is done, appends the tokens and ends the sequences that
-        are complete.
+        Publishes the blocks it filled, forks groups whose prompt is done, appends the tokens and ends the sequences
+        that are complete.
 
         Returns:
             The groups that gained tokens, each once, in plan order.
@@ -353,7 +353,8 @@ class Scheduler:
         return (
             f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in the "
             f"pool; in blocks of {block_size} that is {shared} full prompt blocks + n={n} x {own} more = "
-            f"{shared + n * own} blocks, and the pool has {usable}. Lower max_tokens or n, or raise num_blocks or memory_fraction"
+            f"{shared + n * own} blocks, and the pool has {usable}. Lower max_tokens or n, or raise num_blocks or "
+            "memory_fraction"
         )
 
 

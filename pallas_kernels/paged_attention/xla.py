@@ -42,12 +42,13 @@ class Rows(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The queries of a pass, packed without gaps and cut into tiles of equal length."""
+    """The queries of a pass, packed without gaps and cut into tiles of equal length.
+
+    ``row_and_position`` says whose query it is (num_seqs past the last one) and where it sits in its sequence.
+    """
 
     q: Float[Array, "tiles num_kv_heads tile_len group head_dim"]
-    row_and_position: Int[
-        Array, "tiles tile_len 2"
-    ]  # whose query it is (num_seqs past the last), where in its sequence
+    row_and_position: Int[Array, "tiles tile_len 2"]
     packed_start: Int[Array, " num_seqs_plus_1"]  # row i's queries are packed_start[i]:packed_start[i + 1]
 
 
@@ -254,7 +255,10 @@ def _attend_items(
     scores = jnp.where(visible[:, None, :, None, :], scores, -jnp.inf)
     top = scores.max(axis=-1, initial=LEAST)
     weights = jnp.exp(scores - top[..., None])
-    return Softmax(top, weights.sum(axis=-1), dot("nhtgc,nhcd->nhtgd", weights.astype(v.dtype), v))
+    total = weights.sum(axis=-1)
+    weighted = dot("nhtgc,nhcd->nhtgd", weights.astype(v.dtype), v)
+    # A query of another row weighs all of this one's values by zero, and they may have overflowed.
+    return Softmax(top, total, jnp.where(total[..., None] > 0, weighted, 0))
 
 
 def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
