@@ -93,7 +93,9 @@ def test_transformers_reads_the_shipped_tokenizer_and_its_chat_template():
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == (END_OF_TEXT, 0)
     turns = [{"role": "user", "content": "def f(x):"}, {"role": "assistant", "content": "    return x"}]
-    assert tokenizer.apply_chat_template(turns, tokenize=False) == "def f(x):\n    return x"
+    said = "def f(x):\n    return x"
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == said
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == said + "\n"
 
 
 @given(st.text(max_size=60))

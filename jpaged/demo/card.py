@@ -9,7 +9,10 @@ from tokenizers import Tokenizer
 from jpaged.demo.corpus import END_OF_TEXT, END_OF_TEXT_ID, HELD_OUT_PERCENT, Corpus
 
 # A completion model in a chat: what was said so far is one source text, a line break between turns.
-_CHAT_TEMPLATE = "{% for message in messages %}{{ '' if loop.first else '\n' }}{{ message['content'] }}{% endfor %}"
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{{ '' if loop.last and not add_generation_prompt else '\n' }}{% endfor %}"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,12 +39,12 @@ def _option(default: Any, help: str) -> Any:
 class Recipe:
     """What decides the trained weights, besides the corpus and the machine. Each field is an option of the script."""
 
-    steps: int = _option(1500, "optimizer steps")
+    steps: int = _option(5000, "optimizer steps")
     minutes: float = _option(0.0, "end the schedule by this time if the steps take longer; 0: steps alone, repeatable")
     batch_size: int = _option(64, "windows a step")
     context_len: int = _option(1024, "tokens a window predicts")
     library_share: float = _option(0.5, "probability that a window comes from the library, not from its tests")
-    dropout: float = _option(0.1, "rate for the output of every attention and for the final hidden state")
+    dropout: float = _option(0.15, "rate for the output of every attention and for the final hidden state")
     learning_rate: float = _option(3e-3, "its peak, after a warm-up and before a cosine to zero")
     weight_decay: float = _option(0.1, "AdamW's, of matrices only")
     vocab_size: int = _option(2048, "tokens in the vocabulary")
