@@ -1,0 +1,152 @@
+"""LLM as its users meet it: text in, text out, streams, interruptions and refusals. On the model in the box."""
+
+from functools import cache
+
+import pytest
+
+from jpaged import LLM, FinishReason, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@cache
+def llm() -> LLM:
+    return LLM(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=64, warm_up=False, use_tqdm=False)
+
+
+def generate(prompts, params=GREEDY):
+    return llm().generate(prompts, params, use_tqdm=False)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind():
+    yield
+    assert llm().stats().num_used_blocks == 0
+    assert not llm().engine.has_unfinished
+    assert not llm().engine._detokenizers
+    assert not llm()._finished
+    assert not llm()._streams
+
+
+def test_text_is_the_decoded_tokens_and_results_keep_the_order_of_prompts():
+    prompts = ["import os\n", "def f(x):", "class A:\n"]
+    outputs = generate(prompts)
+    assert [output.prompt for output in outputs] == prompts
+    for output, prompt in zip(outputs, prompts, strict=True):
+        ids = llm().tokenizer.encode(prompt)
+        assert output.prompt_token_ids == ids
+        [completion] = output.outputs
+        assert llm().tokenizer.decode(ids + completion.token_ids) == prompt + completion.text
+        assert completion.finish_reason is FinishReason.LENGTH
+        assert len(completion.token_ids) == 12
+    alone = generate("def f(x):")[0].outputs[0]
+    assert (alone.token_ids, alone.text) == (outputs[1].outputs[0].token_ids, outputs[1].outputs[0].text)
+
+
+def test_each_prompt_may_have_its_own_parameters():
+    outputs = generate(["a = ", {"prompt_token_ids": [5, 6]}], [GREEDY, SamplingParams(max_tokens=3, n=2, seed=0)])
+    assert [len(output.outputs) for output in outputs] == [1, 2]
+    assert outputs[1].prompt is None
+
+
+def test_a_stream_yields_the_text_piece_by_piece():
+    whole = generate("for i in range(")[0].outputs[0]
+    deltas = list(llm().stream("for i in range(", GREEDY))
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert [t for delta in deltas for t in delta.token_ids] == whole.token_ids
+    assert [delta.finish_reason for delta in deltas] == [None] * 11 + [FinishReason.LENGTH]
+
+
+def test_streams_and_batches_share_the_engine():
+    first, second = (llm().stream(prompt, GREEDY) for prompt in ("x = 1", "y = 2"))
+    texts = [next(first).text, next(second).text]
+    batch = generate("x = 1")
+    texts[0] += "".join(delta.text for delta in first)
+    texts[1] += "".join(delta.text for delta in second)
+    assert texts == [generate(prompt)[0].outputs[0].text for prompt in ("x = 1", "y = 2")]
+    assert batch[0].outputs[0].text == texts[0]
+
+
+def test_closing_a_stream_aborts_it():
+    stream = llm().stream(["x = 1", "y = 2"], GREEDY)
+    next(stream)
+    assert llm().stats().num_used_blocks > 0
+    stream.close()
+
+
+def test_a_stream_never_read_holds_nothing():
+    llm().stream("x = 1", GREEDY)
+
+
+def test_stop_strings_are_cut_off_and_never_streamed():
+    text = generate("def f(x):")[0].outputs[0].text
+    stop = text[5:8]
+    expected = text[: text.index(stop)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=[stop])
+    [completion] = generate("def f(x):", params)[0].outputs
+    assert completion.text == expected
+    assert completion.finish_reason is FinishReason.STOP
+    assert "".join(delta.text for delta in llm().stream("def f(x):", params)) == expected
+
+
+def test_a_stop_token_ends_the_text_before_it_and_the_tokens_with_it():
+    plain = generate("def f(x):")[0].outputs[0]
+    stop = plain.token_ids[4]
+    first = plain.token_ids.index(stop)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[stop])
+    [completion] = generate("def f(x):", params)[0].outputs
+    assert completion.token_ids == plain.token_ids[: first + 1]
+    assert plain.text.startswith(completion.text)
+    assert completion.finish_reason is FinishReason.STOP
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another():
+    def draw(seed):
+        return generate("import ", SamplingParams(seed=seed, max_tokens=12, ignore_eos=True))[0].outputs[0].token_ids
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_an_invalid_prompt_is_refused_before_any_work():
+    steps = llm().stats().num_steps
+    with pytest.raises(ValueError, match="prompt 1: the prompt is empty"):
+        generate(["x = 1", ""])
+    with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
+        generate("x = 1", [GREEDY, GREEDY])
+    with pytest.raises(ValueError, match="expected SamplingParams"):
+        generate("x = 1", {"temperature": 0})
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        llm().stream("")
+    assert llm().stats().num_steps == steps
+
+
+def test_no_prompts_give_no_results():
+    assert generate([]) == []
+
+
+def test_an_interrupted_batch_leaves_nothing_and_the_engine_goes_on(monkeypatch):
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm().engine.runner, "execute", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(["x = 1", "y = 2"])
+    assert len(generate("x = 1")[0].outputs[0].token_ids) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"model": "/no/such/directory"}, "/no/such/directory"),
+        ({"max_model_len": 2048}, "max_model_len=2048 is more than the model's own limit of 1024"),
+        ({"num_blocks": 10**8}, "num_blocks=100000000 x 81,920 bytes do not fit"),
+        ({"dtype": "float8"}, "dtype='float8'"),
+        ({"tensor_parallel_size": 3}, "num_kv_heads=2|num_heads=4"),
+        ({"attention_implementation": "magic"}, "attention_implementation='magic' is unknown"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        LLM(**settings, warm_up=False, use_tqdm=False)
