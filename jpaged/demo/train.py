@@ -39,7 +39,7 @@ def _option(default: Any, help: str) -> Any:
 class Recipe:
     """What decides the trained weights, besides the corpus and the machine. Each field is an option of the script."""
 
-    steps: int = _option(5000, "optimizer steps")
+    steps: int = _option(2000, "optimizer steps")
     minutes: float = _option(0.0, "end the schedule by this time if the steps take longer; 0: steps alone, repeatable")
     batch_size: int = _option(64, "windows a step")
     context_len: int = _option(1024, "tokens a window predicts")

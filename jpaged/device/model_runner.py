@@ -104,10 +104,11 @@ class ModelRunner:
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
-        self._graphdef, self._weights = nnx.split(model)
-        leaves = jax.tree.leaves(self._weights)
-        self.dtype = jnp.dtype(next(leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)))
-        self.weight_bytes = sum(leaf.nbytes for leaf in leaves)
+        self._graphdef, state = nnx.split(model)
+        # A flat list: flattening an nnx state in every call costs more than a small step.
+        self._weights, self._weights_tree = jax.tree.flatten(state)
+        self.dtype = jnp.dtype(next(x.dtype for x in self._weights if jnp.issubdtype(x.dtype, jnp.floating)))
+        self.weight_bytes = sum(x.nbytes for x in self._weights)
         if config.attention_implementation not in (None, *IMPLEMENTATIONS):
             raise ValueError(
                 f"attention_implementation={config.attention_implementation!r} is unknown: expected None or one of "
@@ -270,30 +271,33 @@ class ModelRunner:
 
     # The traced functions -----------------------------------------------------------------------------------------
 
+    def _merge(self, weights: list[Array]) -> Any:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._weights_tree, weights))
+
     def _forward(
-        self, bucket: Bucket, weights: nnx.State, cache: KVCache, packed: Int[Array, " size"]
+        self, bucket: Bucket, weights: list[Array], cache: KVCache, packed: Int[Array, " size"]
     ) -> ForwardResult:
         inputs = unpack(packed, bucket, self.max_blocks)
-        model: Any = nnx.merge(self._graphdef, weights)
+        model = self._merge(weights)
         attend = PagedAttend(cache, inputs, self.config.attention_implementation)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return ForwardResult(attend.cache, hidden, hidden[inputs.sample_tokens])
 
     def _sample(
-        self, num_top: int, weights: nnx.State, hidden: Float[Array, "rows hidden_size"], inputs: SampleInputs
+        self, num_top: int, weights: list[Array], hidden: Float[Array, "rows hidden_size"], inputs: SampleInputs
     ) -> SampledTokens:
-        model: Any = nnx.merge(self._graphdef, weights)
+        model = self._merge(weights)
         return sample(model.logits(hidden), inputs, num_top=num_top)
 
     def _score(
         self,
         num_top: int,
-        weights: nnx.State,
+        weights: list[Array],
         hidden: Float[Array, "tokens hidden_size"],
         rows: Int[Array, " score_rows"],
         targets: Int[Array, " score_rows"],
     ) -> Scores:
-        model: Any = nnx.merge(self._graphdef, weights)
+        model = self._merge(weights)
         return score(model.logits(hidden[rows]), targets, num_top=num_top)
 
     # A step -------------------------------------------------------------------------------------------------------
