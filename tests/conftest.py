@@ -1,8 +1,17 @@
-"""Test-wide strictness: no silent promotion of dtypes or ranks; eight fake devices; quick compilation."""
+"""Test-wide strictness: no silent promotion of dtypes or ranks; eight fake devices; quick compilation; no traces."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+if (
+    "PYTEST_XDIST_WORKER" not in os.environ
+):  # workers inherit it: they share compiled programs, and the user's stay apart
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jpaged-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax
 
