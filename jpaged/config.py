@@ -29,7 +29,7 @@ class EngineConfig:
             stored in on an accelerator, float32 on a CPU (which only emulates the shorter types).
         block_size: tokens per KV block.
         num_blocks: blocks in the pool, block 0 (padding) included; None takes what ``memory_fraction`` leaves.
-        memory_fraction: of the device's memory, for weights, workspace and pool together.
+        memory_fraction: of the memory JAX may take on the device, for weights, workspace and pool together.
         max_num_seqs: sequences in one step at most.
         max_num_batched_tokens: tokens in one step at most; None is 2048, or more if ``max_num_seqs`` is.
         max_model_len: tokens a sequence may reach; None is the checkpoint's own limit, or what the pool holds if less.

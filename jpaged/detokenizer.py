@@ -6,6 +6,9 @@ from typing import Protocol
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded with the first output token: some tokenizers drop the space before a text's first token."""
 
+MAX_CHARACTER_TOKENS = 4
+"""A character is at most 4 bytes of UTF-8, and a token that is any text is at least one of them."""
+
 REPLACEMENT = "\ufffd"
 
 
@@ -32,17 +35,19 @@ class Detokenizer:
         self._stop_strings = stop_strings
         self._ids = list(prompt_token_ids[-CONTEXT_TOKENS:])  # [_first, _read) is decoded already, and context
         self._first, self._read = 0, len(self._ids)
+        self._is_open = False  # whether the decoded ends in a replacement held back, maybe a character's beginning
         self._num_taken = 0
 
     def append(self, token_id: int, *, may_stop: bool = True) -> None:
-        """Add a token. Text that still waits for the rest of a character is held back.
+        """Add a token. Text that still waits for the rest of a character is held back, though never for long.
 
         Args:
             token_id: the token.
             may_stop: whether a stop string that this token completes ends the text.
         """
         self._ids.append(token_id)
-        self._decode(is_last=False, may_stop=may_stop)
+        if not self._decode(is_last=False, may_stop=may_stop) and self._is_textless(token_id):
+            self._ids.pop()  # else an endless row of them would be decoded again with each
 
     def finish(self) -> None:
         """No more tokens: what was held back becomes text."""
@@ -61,17 +66,29 @@ class Detokenizer:
         self._num_taken = max(end, self._num_taken)
         return delta
 
-    def _decode(self, *, is_last: bool, may_stop: bool) -> None:
+    def _decode(self, *, is_last: bool, may_stop: bool) -> bool:
+        """Turn what is decided into text; returns whether there was any."""
         before = self._tokenizer.decode(self._ids[self._first : self._read], skip_special_tokens=True)
         after = self._tokenizer.decode(self._ids[self._first :], skip_special_tokens=True)
-        if after == before or (after.endswith(REPLACEMENT) and not is_last):
-            return
+        before = before[:-1] if self._is_open else before
+        is_open = after.endswith(REPLACEMENT) and not is_last
+        if is_open:
+            if len(self._ids) - self._read <= MAX_CHARACTER_TOKENS:
+                return False
+            after = after[:-1]  # the last may be a character's beginning; those before it are in the output
+        if after == before:
+            return False
         start = len(self.text)
         # Not always all of ``before``: where the prompt ends inside a character, that ends in a replacement.
         self.text += after[_num_common(before, after) :]
-        self._first, self._read = self._read, len(self._ids)
+        self._first, self._read, self._is_open = self._read, len(self._ids), is_open
         if may_stop:
             self._cut_at_stop(start)
+        return True
+
+    def _is_textless(self, token_id: int) -> bool:
+        """Whether it is a special token. Twice, as some tokenizers drop the space before a text's first token."""
+        return not self._tokenizer.decode([token_id, token_id], skip_special_tokens=True)
 
     def _cut_at_stop(self, start: int) -> None:
         """End the text before the earliest stop string that ends after ``start``."""

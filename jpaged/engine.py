@@ -1,8 +1,9 @@
 """Ties the halves together: validates prompts, runs plan -> execute -> update, and turns tokens into results."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -78,9 +79,16 @@ class Engine:
         runner: the device half, ready.
         config: the settings it was built with, or any that ask for no more blocks, rows and tokens.
         tokenizer: text <-> token ids; None serves token ids only.
+
+    Raises:
+        ValueError: a block size other than the runner's.
     """
 
     def __init__(self, runner: ModelRunner, config: EngineConfig, tokenizer: Tokenizer | None = None):
+        if config.block_size != runner.config.block_size:
+            raise ValueError(
+                f"block_size={config.block_size} is not the runner's {runner.config.block_size}: give that"
+            )
         self.runner = runner
         self.config = config
         self.tokenizer = tokenizer
@@ -97,6 +105,9 @@ class Engine:
             max_model_len=runner.max_model_len,
             eos_token_ids=runner.model_config.eos_token_ids,
         )
+        self._groups: dict[str, SequenceGroup] = {}  # requests whose result was not handed out, by request id
+        self._to_collect: dict[str, SequenceGroup] = {}  # those that may have gained tokens, by request id
+        self._output = StepOutput()  # what ``take`` will hand out
         self._detokenizers: dict[int, Detokenizer] = {}  # by sequence id
         self._num_seen: dict[int, int] = {}  # outputs already turned into deltas, by sequence id
         self._random = np.random.default_rng(config.seed)
@@ -104,7 +115,7 @@ class Engine:
     # Requests -----------------------------------------------------------------------------------------------------
 
     def make_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> Request:
-        """Check a prompt and its parameters against this engine. Changes nothing but the seed to be drawn next.
+        """Check a prompt and its parameters against this engine. Changes nothing.
 
         Raises:
             ValueError: a prompt that is empty, too long or out of the vocabulary; parameters that can never be met.
@@ -116,15 +127,17 @@ class Engine:
         self._check_token_ids(params)
         if params.stop_strings and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this model has none: use stop_token_ids")
-        seed = params.seed if params.seed is not None else int(self._random.integers(2**32))
         salt = self.model_config.prefix_salt(len(token_ids))
-        request = Request(request_id, text, token_ids, params, seed, salt)
+        request = Request(request_id, text, token_ids, params, params.seed, salt)
         self.scheduler.check(request)
         return request
 
     def add(self, request: Request) -> None:
-        """Queue a request made by ``make_request``."""
+        """Queue a request made by ``make_request``; draws its seed if it has none."""
+        if request.seed is None:
+            request = dataclasses.replace(request, seed=int(self._random.integers(2**32)))
         group = self.scheduler.add(request)
+        self._groups[request.request_id] = group
         for seq in group.sequences:
             self._num_seen[seq.seq_id] = 0
             if self.tokenizer is not None:
@@ -132,34 +145,59 @@ class Engine:
                     self.tokenizer, request.prompt_token_ids, request.params.stop_strings
                 )
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request now and free its blocks; None if it is unknown or has finished."""
+    def abort(self, request_id: str) -> bool:
+        """End a request now and free its blocks; its last deltas and its result wait for ``take``.
+
+        Returns:
+            False if it is unknown or has finished.
+        """
         group = self.scheduler.abort(request_id)
-        return None if group is None else self._finished_output(group)
+        if group is None:
+            return False
+        self._to_collect[request_id] = group
+        self._collect_all()
+        return True
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished
+        """Whether some request's result was not collected yet."""
+        return bool(self._groups)
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("this model has no tokenizer: give the prompt as {'prompt_token_ids': [...]}")
-            if not prompt:
-                raise ValueError("the prompt is empty: give at least one character")
-            return prompt, list(self.tokenizer.encode(prompt))
+            return prompt, self._check_ids("the prompt", self._tokenize(prompt))
         if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
             raise ValueError(f"prompt={prompt!r} is not valid: expected a string or {{'prompt_token_ids': [...]}}")
-        token_ids = [int(t) if isinstance(t, int | np.integer) else t for t in prompt["prompt_token_ids"]]
-        if not token_ids:
+        token_ids = prompt["prompt_token_ids"]
+        if isinstance(token_ids, str) or not isinstance(token_ids, Sequence | np.ndarray):
+            raise ValueError(f"prompt_token_ids={token_ids!r} is not valid: expected a list of integers")
+        if len(token_ids) == 0:
             raise ValueError("prompt_token_ids is empty: give at least one token")
+        return None, self._check_ids("prompt_token_ids", token_ids)
+
+    def _tokenize(self, prompt: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: give the prompt as {'prompt_token_ids': [...]}")
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one character")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is no valid text ({error}): remove the lone surrogates") from None
+        return list(self.tokenizer.encode(prompt))
+
+    def _check_ids(self, where: str, token_ids: Any) -> list[int]:
+        """The ids as plain integers, all of them in the vocabulary."""
+        checked = []
         for i, token_id in enumerate(token_ids):
-            if not isinstance(token_id, int) or not 0 <= token_id < self.model_config.vocab_size:
+            is_int = isinstance(token_id, int | np.integer) and not isinstance(token_id, bool)
+            if not is_int or not 0 <= token_id < self.model_config.vocab_size:
                 raise ValueError(
-                    f"prompt_token_ids[{i}]={token_id!r} is not valid: expected an integer from 0 to "
-                    f"{self.model_config.vocab_size - 1}"
+                    f"{where}[{i}]={token_id!r} is not valid: expected token ids from 0 to "
+                    f"{self.model_config.vocab_size - 1}, the model's vocabulary"
                 )
-        return None, token_ids
+            checked.append(int(token_id))
+        return checked
 
     def _check_token_ids(self, params: SamplingParams) -> None:
         for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
@@ -171,31 +209,49 @@ class Engine:
     # Steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
-        """Run one step. A step that fails or is interrupted costs the running requests a recomputation, no more."""
-        if not self.scheduler.has_unfinished:
-            return StepOutput()
-        try:
-            plan = self.scheduler.schedule()
-            result = self.runner.execute(plan)
-        except BaseException:
-            self.scheduler.forget_pool()
-            raise
-        output = StepOutput()
-        for group in self.scheduler.update(plan, result):
-            self._collect(group, output)
+        """Run one step and take what it brought.
+
+        A step that fails or is interrupted costs the running requests a recomputation, and nobody a token.
+        """
+        if self.scheduler.has_unfinished:
+            try:
+                plan = self.scheduler.schedule()
+                touched = self.scheduler.update(plan, self.runner.execute(plan))
+            except BaseException:
+                self._to_collect |= self._groups
+                self.scheduler.forget_pool()
+                self.runner.forget_pool()
+                raise
+            self._to_collect |= {group.request.request_id: group for group in touched}
+        self._collect_all()
+        return self.take()
+
+    def take(self) -> StepOutput:
+        """What was collected and not yet handed out: by the last step, and by aborts since."""
+        output, self._output = self._output, StepOutput()
         return output
+
+    def _collect_all(self) -> None:
+        while self._to_collect:
+            request_id, group = next(iter(self._to_collect.items()))
+            self._collect(group, self._output)
+            del self._to_collect[request_id]
 
     def _collect(self, group: SequenceGroup, output: StepOutput) -> None:
         """Turn the tokens a group gained into deltas; end sequences whose text met a stop string."""
         for seq in group.sequences:
             start = self._num_seen.get(seq.seq_id)
-            if start is None or start == seq.num_outputs:
+            is_aborted = seq.finish_reason is FinishReason.ABORT
+            if start is None or (start == seq.num_outputs and not is_aborted):
                 continue
             new_ids = seq.token_ids[seq.prompt_len + start :]
-            self._num_seen[seq.seq_id] = seq.num_outputs
             text = self._text_of(group, seq, new_ids)
             output.deltas.append(CompletionDelta(group.request.request_id, seq.index, text, new_ids, seq.finish_reason))
-        if group.is_finished:
+            if seq.is_finished:
+                del self._num_seen[seq.seq_id]
+            else:
+                self._num_seen[seq.seq_id] = seq.num_outputs
+        if group.is_finished and self._groups.pop(group.request.request_id, None) is not None:
             output.finished.append(self._finished_output(group))
 
     def _text_of(self, group: SequenceGroup, seq: Seq, new_ids: list[int]) -> str:
@@ -216,7 +272,6 @@ class Engine:
         """The result of a finished group, and the end of what the engine keeps of it."""
         outputs = [self._completion(group, seq) for seq in group.sequences]
         for seq in group.sequences:
-            self._num_seen.pop(seq.seq_id, None)
             self._detokenizers.pop(seq.seq_id, None)
         request = group.request
         return RequestOutput(

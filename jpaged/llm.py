@@ -1,7 +1,7 @@
 """LLM: a checkpoint, an engine and the two ways to use it offline: whole batches, and streams."""
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,8 +15,9 @@ from jpaged.detokenizer import Tokenizer
 from jpaged.device.compile_cache import enable_compile_cache
 from jpaged.device.model_runner import ModelRunner
 from jpaged.device.sharding import make_mesh
-from jpaged.engine import Engine, EngineStats, Prompt
+from jpaged.engine import Engine, EngineStats, Prompt, StepOutput
 from jpaged.models import ModelConfig, load_config, load_model
+from jpaged.models.config import import_transformers
 from jpaged.request import CompletionDelta, Request, RequestOutput, SamplingParams
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -35,7 +36,8 @@ class LLM:
         dtype: of weights, activations and KV: "float32", "bfloat16", "float16", or "auto" (see ``EngineConfig``).
         block_size: tokens per KV block.
         num_blocks: blocks in the pool; None takes what ``memory_fraction`` leaves.
-        memory_fraction: of the device's memory, for weights, workspace and pool together.
+        memory_fraction: of the device's memory, for weights, workspace and pool together. On a GPU, of what JAX may
+            take: three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set (the command line sets it to 0.95).
         max_num_seqs: sequences in one step at most.
         max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
         max_model_len: tokens a sequence may reach; None is the checkpoint's own limit, or what the pool holds if less.
@@ -43,7 +45,8 @@ class LLM:
         seed: of the seeds drawn for requests without one.
         tensor_parallel_size: devices the model and its KV heads are spread over.
         attention_implementation: a name from ``pallas_kernels``; None takes the best one for the device.
-        warm_up: compile every program now, behind a progress bar; otherwise each when it is first needed.
+        warm_up: compile every program now, behind a progress bar; otherwise each when it is first needed. None: now on
+            an accelerator, later on a CPU.
         use_tqdm: show progress while loading and compiling.
 
     Raises:
@@ -66,7 +69,7 @@ class LLM:
         seed: int = 0,
         tensor_parallel_size: int = 1,
         attention_implementation: str | None = None,
-        warm_up: bool = True,
+        warm_up: bool | None = None,
         use_tqdm: bool = True,
     ):
         config = EngineConfig(
@@ -84,9 +87,10 @@ class LLM:
         )
         path = DEMO_MODEL if model is None else Path(model)
         model_config = load_config(path)
+        tokenizer = _load_tokenizer(path)
         mesh = make_mesh(tensor_parallel_size)
         weights = load_model(path, model_config, resolve_dtype(dtype, model_config.dtype), mesh, use_tqdm=use_tqdm)
-        self._start(weights, model_config, config, mesh, _load_tokenizer(path), warm_up=warm_up, use_tqdm=use_tqdm)
+        self._start(weights, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
 
     @classmethod
     def from_model(
@@ -97,7 +101,7 @@ class LLM:
         *,
         tokenizer: Tokenizer | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        warm_up: bool = True,
+        warm_up: bool | None = None,
         use_tqdm: bool = True,
     ) -> Self:
         """An LLM over a model already in memory, such as ``jpaged.models.random_model``; ``mesh`` holds its weights."""
@@ -115,12 +119,12 @@ class LLM:
         mesh: jax.sharding.Mesh,
         tokenizer: Tokenizer | None,
         *,
-        warm_up: bool,
+        warm_up: bool | None,
         use_tqdm: bool,
     ) -> None:
         enable_compile_cache()
         runner = ModelRunner(model, model_config, config, mesh)
-        if warm_up:
+        if jax.default_backend() != "cpu" if warm_up is None else warm_up:
             runner.warm_up(use_tqdm=use_tqdm)
         self.engine = Engine(runner, config, tokenizer)
         self._num_requests = 0
@@ -184,6 +188,16 @@ class LLM:
         requests = self._make_requests(prompts, sampling_params)
         return self._stream(requests)
 
+    def abort(self, request_id: str) -> bool:
+        """End a request of a stream: it yields a last delta for each completion, its reason ABORT.
+
+        Returns:
+            False if the request is unknown or has finished.
+        """
+        is_aborted = self.engine.abort(request_id)
+        self._deliver(self.engine.take())
+        return is_aborted
+
     def stats(self) -> EngineStats:
         """Blocks total, used, shared and cached, tokens held, waste, preemptions and the prefix cache's hit rate."""
         return self.engine.stats()
@@ -191,11 +205,17 @@ class LLM:
     # Inside -------------------------------------------------------------------------------------------------------
 
     def _make_requests(self, prompts: Any, sampling_params: Any) -> list[Request]:
-        if isinstance(prompts, str | dict):
+        if isinstance(prompts, str | Mapping):
             prompts = [prompts]
+        if not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts={prompts!r} is not valid: expected a prompt or a list of prompts")
         prompts = list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Sequence):
+            raise ValueError(
+                f"sampling_params={sampling_params!r} is not valid: expected SamplingParams or a list of them"
+            )
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: give one for all, or one each"
@@ -241,7 +261,10 @@ class LLM:
 
     def _step(self) -> int:
         """One step of the engine, its output put where its readers look. Returns the number of tokens."""
-        output = self.engine.step()
+        assert self.engine.has_unfinished, "someone waits for a request that is not there"
+        return self._deliver(self.engine.step())
+
+    def _deliver(self, output: StepOutput) -> int:
         for delta in output.deltas:
             if delta.request_id in self._streams:
                 self._streams[delta.request_id].append(delta)
@@ -252,6 +275,8 @@ class LLM:
         """Leave no trace of ``requests``, finished or not."""
         for request in requests:
             self.engine.abort(request.request_id)
+        self._deliver(self.engine.take())
+        for request in requests:
             self._finished.pop(request.request_id, None)
             self._streams.pop(request.request_id, None)
 
@@ -267,8 +292,13 @@ def _load_tokenizer(path: Path) -> Any:
     """The checkpoint's tokenizer; None if the directory has none."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    from transformers import AutoTokenizer  # slow to import, and not needed for token ids
-
-    return AutoTokenizer.from_pretrained(
-        str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
-    )
+    tokenizers = import_transformers().AutoTokenizer
+    try:
+        return tokenizers.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+        )
+    except Exception as error:  # whatever the many libraries behind it raise
+        raise ValueError(
+            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}): download its files again, or "
+            "convert it to a tokenizer.json"
+        ) from error

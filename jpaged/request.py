@@ -43,7 +43,8 @@ class SamplingParams:
     """How to choose the tokens of one request. Names and meanings follow vLLM and the OpenAI API.
 
     Args:
-        n: completions of the prompt. The prompt is computed once and forked; completion i draws with ``seed + i``.
+        n: completions of the prompt. The prompt is computed once and forked; completion i draws with
+            ``derive_seed(seed, i)``.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose probability reaches it. In (0, 1].
         top_k: keep the k most probable tokens (ties with the k-th are kept). 0 or -1 keeps all.
@@ -56,7 +57,7 @@ class SamplingParams:
         stop: strings that end the completion; the string itself is not returned.
         stop_token_ids: token ids that end the completion, besides the model's own end-of-sequence ids.
         ignore_eos: go on past end-of-sequence.
-        max_tokens: tokens to generate at most; None fills the model's context.
+        max_tokens: tokens to generate at most; None fills the model's context, which ends every completion.
         min_tokens: end-of-sequence and stop tokens cannot be drawn before this many.
         logprobs: also return the log-probability of each token and of this many most probable alternatives.
             Taken from the model's own logits, before penalties, temperature and filters.
@@ -161,6 +162,14 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of completion ``index`` of a request; ``seed`` itself for the first.
+
+    Steps of 2**32 over the golden ratio, so that requests with seeds counted up do not repeat each other's completions.
+    """
+    return (seed + index * 0x9E3779B9) % 2**32
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A prompt to complete, validated and with its randomness settled.
@@ -170,7 +179,7 @@ class Request:
         prompt: the text, None when the caller gave token ids.
         prompt_token_ids: what the model reads, at least one token.
         params: how to sample.
-        seed: 32-bit; completion i draws with ``seed + i``. ``params.seed``, or one the engine drew.
+        seed: 32-bit; completion i draws with ``derive_seed(seed, i)``. None until the engine draws one.
         prefix_salt: prompts share cached blocks only under equal salts.
     """
 
@@ -178,7 +187,7 @@ class Request:
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
-    seed: int
+    seed: int | None
     prefix_salt: bytes = b""
 
 

@@ -35,7 +35,30 @@ def metaspace_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
+def byte_fallback_tokenizer():
+    """A tokenizer like Llama 2's without words: byte tokens, decoded as replacements until a whole row is valid."""
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
 TOKENIZER = byte_level_tokenizer()
+BYTE_FALLBACK = byte_fallback_tokenizer()
+
+
+class WatchedTokenizer:
+    """``TOKENIZER``, noting the most tokens it was asked to decode at once."""
+
+    def __init__(self):
+        self.most_tokens = 0
+
+    def encode(self, text):
+        return TOKENIZER.encode(text)
+
+    def decode(self, token_ids, *, skip_special_tokens=False):
+        self.most_tokens = max(self.most_tokens, len(token_ids))
+        return TOKENIZER.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
 def stream(detokenizer, token_ids):
@@ -70,6 +93,24 @@ def test_character_begun_by_the_prompt_is_text_of_the_output():
 def test_replacement_character_in_the_prompt_is_not_repeated():
     detokenizer = Detokenizer(TOKENIZER, TOKENIZER.encode("a\ufffd"))
     assert stream(detokenizer, TOKENIZER.encode("bc")) == ["b", "c", ""]
+
+
+@pytest.mark.parametrize("piece", ["\ufffd", "\ufffd" + END, "a" + END], ids=["genuine", "then-special", "special"])
+def test_replacement_characters_and_special_tokens_without_end_keep_coming_and_cost_no_more(piece):
+    token_ids = [*TOKENIZER.encode(piece), *TOKENIZER.encode(piece.removeprefix("a")) * 200]
+    tokenizer = WatchedTokenizer()
+    detokenizer = Detokenizer(tokenizer, [])
+    for token_id in token_ids:
+        detokenizer.append(token_id)
+    assert len(detokenizer.text) > len(TOKENIZER.decode(token_ids, skip_special_tokens=True)) - 5
+    assert tokenizer.most_tokens < 16
+
+
+def test_stop_string_behind_replacement_characters_stops():
+    first, last = TOKENIZER.encode("🙂")[0], TOKENIZER.encode("é")[-1]
+    detokenizer = Detokenizer(TOKENIZER, [], ["\ufffd\ufffd"])
+    taken = stream(detokenizer, [first] * 9 + [last])
+    assert (detokenizer.is_stopped, "".join(taken), len(taken)) == (True, "", 6)
 
 
 def test_special_tokens_are_no_text():
@@ -132,6 +173,37 @@ prompts = st.text(max_size=4).map(TOKENIZER.encode)
 def test_pieces_join_to_the_text_of_all_tokens(prompt, token_ids):
     expected = TOKENIZER.decode(token_ids, skip_special_tokens=True)
     assert "".join(stream(Detokenizer(TOKENIZER, prompt), token_ids)) == expected
+
+
+@given(text=st.text("a\x00é日🙂\u07ff\uffff\U0010ffff", max_size=12))
+def test_bytes_of_a_text_give_each_character_with_its_last_byte(text):
+    detokenizer, seen = Detokenizer(BYTE_FALLBACK, []), ""
+    for character in text:
+        for byte in character.encode():
+            assert detokenizer.text == seen
+            detokenizer.append(byte + 1)
+        seen += character
+    assert detokenizer.text == seen
+
+
+@given(
+    pieces=st.lists(
+        st.text("aé日🙂", max_size=3).map(TOKENIZER.encode)
+        | st.sampled_from([[0], TOKENIZER.encode("\ufffd"), TOKENIZER.encode("🙂")[:3], TOKENIZER.encode("é")[1:]]),
+        max_size=24,
+    )
+)
+def test_little_waits_and_nothing_is_lost_among_broken_characters(pieces):
+    tokenizer, token_ids, text = WatchedTokenizer(), [], ""
+    detokenizer = Detokenizer(tokenizer, [])
+    for token_id in [token_id for piece in pieces for token_id in piece]:
+        detokenizer.append(token_id)
+        text += detokenizer.take(is_last=False)
+        token_ids += [token_id] if token_id != TOKENIZER.eos_token_id else []
+        assert len(text) >= len(TOKENIZER.decode(token_ids[:-4])) - 1
+    assert tokenizer.most_tokens < 16
+    detokenizer.finish()
+    assert text + detokenizer.take(is_last=True) == TOKENIZER.decode(token_ids)
 
 
 @given(

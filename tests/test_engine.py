@@ -21,7 +21,7 @@ from jpaged.engine import Engine
 from jpaged.host.step_plan import Sample
 from jpaged.llm import LLM
 from jpaged.models import LlamaConfig, Rope, load_config, load_model, random_model
-from jpaged.request import FinishReason, RequestOutput, SamplingParams
+from jpaged.request import FinishReason, RequestOutput, SamplingParams, derive_seed
 
 MODEL_LEN = 64
 ROWS, BUDGET, NUM_BLOCKS, BLOCK_SIZE = 4, 16, 40, 4
@@ -85,8 +85,9 @@ def assert_tokens_are_those_of_a_loop_without_cache(
     """Each token is what the sampler draws from the logits of one dense pass over all tokens before it."""
     sequence = np.array(prompt + token_ids)
     logits = teacher_forced_logits(tiny_model(), [sequence], [len(prompt)], MODEL_LEN)[0]
+    stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else TINY.eos_token_ids))
     samples = [
-        Sample(0, 0, len(prompt) + i, seed, params, (3,) if i < params.min_tokens else (), prompt, token_ids[:i])
+        Sample(0, 0, len(prompt) + i, seed, params, stops if i < params.min_tokens else (), prompt, token_ids[:i])
         for i in range(len(token_ids))
     ]
     rows = np.zeros((MODEL_LEN, TINY.vocab_size), np.float32)
@@ -128,8 +129,26 @@ class EngineMachine(RuleBasedStateMachine):
         seed=st.integers(0, 5),
         ignore_eos=st.booleans(),
         penalty=st.sampled_from([1.0, 1.0, 1.3]),
+        min_tokens=st.sampled_from([0, 0, 1, 3]),
+        stops=st.sampled_from([(), (), (7, 11, 12)]),
+        bias=st.sampled_from([None, None, {5: 3.0, 9: -50.0}]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
     )
-    def arrive(self, prefix, tail, n, max_tokens, temperature, seed, ignore_eos, penalty):
+    def arrive(
+        self,
+        prefix,
+        tail,
+        n,
+        max_tokens,
+        temperature,
+        seed,
+        ignore_eos,
+        penalty,
+        min_tokens,
+        stops,
+        bias,
+        prompt_logprobs,
+    ):
         prompt = [i % TINY.vocab_size for i in range(prefix)] + tail
         params = SamplingParams(
             n=n,
@@ -138,6 +157,10 @@ class EngineMachine(RuleBasedStateMachine):
             seed=seed,
             ignore_eos=ignore_eos,
             repetition_penalty=penalty,
+            min_tokens=min(min_tokens, max_tokens),
+            stop_token_ids=stops,
+            logit_bias=bias,
+            prompt_logprobs=prompt_logprobs,
         )
         name = str(len(self.requests))
         try:
@@ -158,20 +181,34 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data):
         name = data.draw(st.sampled_from(sorted(self.requests)))
-        output = self.engine.abort(name)
-        assert (output is None) == (name in self.finished)
-        if output is not None:
-            self.finished[name] = output
-            assert any(o.finish_reason is FinishReason.ABORT for o in output.outputs)
+        was_finished = name in self.finished
+        assert self.engine.abort(name) is not was_finished
+        output = self.engine.take()
+        assert [result.request_id for result in output.finished] == [] if was_finished else [name]
+        for result in output.finished:
+            self.finished[name] = result
+            aborted = [o.index for o in result.outputs if o.finish_reason is FinishReason.ABORT]
+            assert aborted
+            assert aborted == [delta.index for delta in output.deltas]
 
     @precondition(lambda self: self.engine.scheduler.stats().num_running)
-    @rule()
-    def fail(self):
-        """A step dies after its blocks were planned: nothing may depend on what it would have written."""
-        execute, self.engine.runner.execute = self.engine.runner.execute, _broken
-        with pytest.raises(RuntimeError, match="the device broke"):
-            self.engine.step()
-        self.engine.runner.execute = execute
+    @rule(when=st.sampled_from(["before it runs", "after it ran"]))
+    def fail(self, when):
+        """A step dies after its blocks were planned: nothing may depend on what it wrote or would have written."""
+        runner = self.engine.runner
+        execute = runner.execute
+
+        def broken(plan):
+            if when == "after it ran":
+                execute(plan)
+            raise RuntimeError("the device broke")
+
+        runner.execute = broken
+        try:
+            with pytest.raises(RuntimeError, match="the device broke"):
+                self.engine.step()
+        finally:
+            runner.execute = execute
 
     def teardown(self):
         if not hasattr(self, "engine"):
@@ -181,21 +218,33 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.blocks.num_free_blocks == self.engine.blocks.num_blocks - 1
         for name, output in self.finished.items():
             request = self.requests[name]
+            is_aborted = any(o.finish_reason is FinishReason.ABORT for o in output.outputs)
+            if request.params.prompt_logprobs is not None and not is_aborted:
+                self.check_prompt_logprobs(request, output)
             for i, completion in enumerate(output.outputs):
-                self.check(request, request.seed + i, completion)
+                self.check(request, derive_seed(request.seed, i), completion)
 
     def check(self, request, seed, completion):
         token_ids, params = completion.token_ids, request.params
         assert_tokens_are_those_of_a_loop_without_cache(request.prompt_token_ids, seed, params, token_ids)
+        stops = {*params.stop_token_ids} | (set() if params.ignore_eos else {3})
         match completion.finish_reason:
             case FinishReason.STOP:
-                assert token_ids.index(3) == len(token_ids) - 1
+                assert token_ids[-1] in stops
+                assert len(token_ids) > params.min_tokens
             case FinishReason.LENGTH:
                 assert len(token_ids) == params.max_tokens
-        assert params.ignore_eos or 3 not in token_ids[:-1]
+        assert not stops & {*token_ids[:-1]}
+
+    def check_prompt_logprobs(self, request, output):
+        prompt = request.prompt_token_ids
+        logits = teacher_forced_logits(tiny_model(), [np.array(prompt)], [len(prompt)], MODEL_LEN)[0]
+        expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(prompt) - 1), prompt[1:]]
+        actual = [entry[t].logprob for t, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-def _broken(plan):
+def _broken(*args, **kwargs):
     raise RuntimeError("the device broke")
 
 
@@ -216,12 +265,12 @@ def test_preemption_is_as_constant_as_the_state_machine_needs():
         assert_tokens_are_those_of_a_loop_without_cache(output.prompt_token_ids, 0, params, output.outputs[0].token_ids)
 
 
-def test_samples_equal_independent_requests_with_seeds_counted_up():
+def test_samples_equal_independent_requests_with_derived_seeds():
     engine = tiny_engine()
     prompt = [5, 6, 7, 8, 9, 10]
     add(engine, "three", prompt, n=3, seed=40, max_tokens=9, ignore_eos=True)
     for i in range(3):
-        add(engine, str(i), prompt, seed=40 + i, max_tokens=9, ignore_eos=True)
+        add(engine, str(i), prompt, seed=derive_seed(40, i), max_tokens=9, ignore_eos=True)
     outputs = run(engine)
     together = [o.token_ids for o in outputs["three"].outputs]
     assert together == [outputs[str(i)].outputs[0].token_ids for i in range(3)]
@@ -285,7 +334,13 @@ def test_logprobs_are_the_models_own_and_ranked():
         ({"token_ids": [1]}, {}, "expected a string or"),
         ("text", {}, "no tokenizer"),
         ({"prompt_token_ids": list(range(20)) * 4}, {}, "max_model_len=64"),
-        ({"prompt_token_ids": [1]}, {"max_tokens": 10**9}, "max_tokens=1000000000 is more than the 63"),
+        ({"prompt_token_ids": [True]}, {}, r"prompt_token_ids\[0\]=True"),
+        ({"prompt_token_ids": 5}, {}, "prompt_token_ids=5 .* expected a list"),
+        ({"prompt_token_ids": None}, {}, "prompt_token_ids=None"),
+        (5, {}, "prompt=5"),
+        (None, {}, "prompt=None"),
+        ({"prompt_token_ids": [1]}, {"max_tokens": 10**9}, "max_tokens=1000000000 is more than max_model_len=64"),
+        ({"prompt_token_ids": [1]}, {"min_tokens": 65, "max_tokens": None}, "min_tokens=65 is more than max_model_len"),
         ({"prompt_token_ids": [1]}, {"n": 4000}, "n=4000 is more than max_num_seqs=4"),
         ({"prompt_token_ids": [1]}, {"stop": "x"}, "needs a tokenizer"),
         ({"prompt_token_ids": [1]}, {"stop_token_ids": [99]}, "99"),
@@ -303,20 +358,50 @@ def test_bad_input_is_refused_and_the_others_go_on(prompt, params, match):
     assert len(run(engine)["good"].outputs[0].token_ids) == 4
 
 
-def test_a_failed_step_that_took_the_pool_with_it_is_survived():
+def test_a_failed_step_that_took_the_pool_with_it_is_survived(monkeypatch):
     engine = tiny_engine(enable_prefix_caching=True)
     add(engine, "a", list(range(9)), max_tokens=6, temperature=0, ignore_eos=True)
     engine.step()
     engine.step()
     engine.runner.cache.pool.delete()
-    engine.runner._program, program = _broken, engine.runner._program
+    monkeypatch.setattr(engine.runner, "_program", _broken)
     with pytest.raises(RuntimeError, match="the device broke"):
         engine.step()
-    engine.runner._program = program
+    monkeypatch.undo()
     output = run(engine)["a"]
     assert_tokens_are_those_of_a_loop_without_cache(
         list(range(9)), 0, SamplingParams(temperature=0), output.outputs[0].token_ids
     )
+
+
+def test_a_step_interrupted_while_its_tokens_are_taken_in_loses_none(monkeypatch):
+    engine = tiny_engine()
+    for name in "ab":
+        add(engine, name, [1, 2, 3], max_tokens=1, temperature=0, ignore_eos=True)
+    collect = engine._collect
+    monkeypatch.setattr(engine, "_collect", _broken)
+    with pytest.raises(RuntimeError, match="the device broke"):
+        engine.step()
+    monkeypatch.setattr(engine, "_collect", collect)
+    assert engine.has_unfinished
+    assert run(engine).keys() == {"a", "b"}
+
+
+def test_an_unseeded_request_that_is_refused_draws_no_seed():
+    tokens = []
+    for refusals in (0, 2):
+        engine = tiny_engine(seed=1)
+        for _ in range(refusals):
+            with pytest.raises(ValueError, match="empty"):
+                engine.make_request("bad", {"prompt_token_ids": []})
+        add(engine, "a", [1, 2, 3], max_tokens=8, ignore_eos=True)
+        tokens.append(run(engine)["a"].outputs[0].token_ids)
+    assert tokens[0] == tokens[1]
+
+
+def test_an_engine_of_another_block_size_than_its_runners_is_refused():
+    with pytest.raises(ValueError, match="block_size=8 is not the runner's 4"):
+        tiny_engine(block_size=8)
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32])

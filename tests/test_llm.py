@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 
 from jpaged import LLM, FinishReason, SamplingParams
+from jpaged.llm import DEMO_MODEL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -67,6 +68,17 @@ def test_streams_and_batches_share_the_engine():
     assert batch[0].outputs[0].text == texts[0]
 
 
+def test_an_aborted_stream_ends():
+    stream = llm().stream(["x = 1", "y = 2"], GREEDY)
+    first = next(stream)
+    assert llm().abort(first.request_id)
+    assert not llm().abort(first.request_id)
+    rest = list(stream)
+    ends = {delta.request_id: delta.finish_reason for delta in rest if delta.finish_reason}
+    assert sorted(ends.values()) == [FinishReason.ABORT, FinishReason.LENGTH]
+    assert ends[first.request_id] is FinishReason.ABORT
+
+
 def test_closing_a_stream_aborts_it():
     stream = llm().stream(["x = 1", "y = 2"], GREEDY)
     next(stream)
@@ -118,6 +130,9 @@ def test_an_invalid_prompt_is_refused_before_any_work():
         generate("x = 1", {"temperature": 0})
     with pytest.raises(ValueError, match="the prompt is empty"):
         llm().stream("")
+    for prompts in (None, 5, {"prompt_token_ids": 5}, "\ud800abc"):
+        with pytest.raises(ValueError, match="prompt"):
+            generate(prompts)
     assert llm().stats().num_steps == steps
 
 
@@ -129,11 +144,27 @@ def test_an_interrupted_batch_leaves_nothing_and_the_engine_goes_on(monkeypatch)
     def interrupted(plan):
         raise KeyboardInterrupt
 
+    stream = llm().stream("z = 3", GREEDY)
+    next(stream)
     with monkeypatch.context() as patched:
         patched.setattr(llm().engine.runner, "execute", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate(["x = 1", "y = 2"])
     assert len(generate("x = 1")[0].outputs[0].token_ids) == 12
+    assert len(list(stream)) == 11, "the stream that was open goes on"
+
+
+def test_text_that_the_vocabulary_has_no_room_for_is_refused(monkeypatch):
+    monkeypatch.setattr(llm().tokenizer, "encode", lambda text: [5, 2048])
+    with pytest.raises(ValueError, match=r"the prompt\[1\]=2048 is not valid: expected token ids from 0 to 2047"):
+        generate("x")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights(tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((DEMO_MODEL / name).read_bytes()[:600])
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot be loaded"):
+        LLM(tmp_path, use_tqdm=False)
 
 
 @pytest.mark.parametrize(

@@ -57,15 +57,18 @@ def test_block_copies_allocate_nothing_of_the_pools_size():
 def test_warm_up_compiles_every_bucket_and_serving_plain_requests_nothing_more():
     runner = make_runner()
     runner.warm_up(use_tqdm=False)
-    num_rows = len({bucket.num_rows for bucket in runner.buckets})
-    assert runner.num_programs == len(runner.buckets) + num_rows
+    num_samplers = len({bucket.num_rows for bucket in runner.buckets})
+    expected = len(runner.buckets) + num_samplers + 1  # and the block copies
+    assert runner.num_programs == expected
     engine = Engine(runner, runner.config)
     for i in range(9):
         prompt = {"prompt_token_ids": list(range(1, 2 + i))}
-        engine.add(engine.make_request(str(i), prompt, SamplingParams(max_tokens=3 + i, seed=i, top_p=0.9)))
+        engine.add(
+            engine.make_request(str(i), prompt, SamplingParams(max_tokens=3 + i, n=1 + i % 2, seed=i, top_p=0.9))
+        )
     while engine.has_unfinished:
         engine.step()
-    assert runner.num_programs == len(runner.buckets) + num_rows
+    assert runner.num_programs == expected
 
 
 def test_copies_run_before_the_chunks_write():

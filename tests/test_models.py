@@ -226,7 +226,11 @@ def test_config_that_is_no_json_object_is_refused(text, message, tmp_path):
         ({"num_attention_heads": 5}, "refused by transformers.*36"),
         ({"num_key_value_heads": 2}, "num_attention_heads=3 is not a multiple of num_key_value_heads=2"),
         ({"head_dim": 7}, "head_dim.*7"),
-        ({"eos_token_id": [2, -1]}, "eos_token_id -1 is not valid"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 is not valid"),
+        ({"head_dim": 0}, "head_dim=0 is not valid"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not valid"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id=-1 is not valid"),
+        ({"eos_token_id": 2**31}, "eos_token_id=2147483648 is not valid"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type='spiral' is not supported"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}}, r"factor=0\.5"),
@@ -249,6 +253,129 @@ def test_config_that_is_no_json_object_is_refused(text, message, tmp_path):
 def test_config_that_cannot_work_is_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=rf"(?s)config\.json.*{message}"):
         load_config(_edited(tmp_path, **changes))
+
+
+_SCALINGS = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 64},
+    "longrope": {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("rope_type", "changes", "message"),
+    [
+        ("linear", {"factor": None}, "rope_type='linear' needs factor"),
+        ("dynamic", {"factor": None}, "rope_type='dynamic' needs factor"),
+        *(
+            (rope_type, {"factor": value}, f"factor={value!r} is not valid: expected a number")
+            for rope_type in ("linear", "dynamic", "yarn", "longrope")
+            for value in ("2", True, [2.0], 0.5, float("nan"), float("inf"))
+        ),
+        ("linear", {"factor": 1e9}, r"factor=1000000000\.0 is not valid: expected a context"),
+        *(
+            ("linear", {"rope_theta": value}, f"rope_theta={value!r} is not valid: expected a number above 1")
+            for value in (-1, 0, 1, True, "x", None, float("nan"), float("inf"), 1e39)
+        ),
+        ("linear", {"rope_theta": 10**400}, "rope_theta=10+.* is not valid"),
+        ("yarn", {"original_max_position_embeddings": 0}, "original_max_position_embeddings=0 is not valid"),
+        ("yarn", {"original_max_position_embeddings": None}, "original_max_position_embeddings=None is not valid"),
+        ("yarn", {"beta_fast": "a"}, "beta_fast='a' is not valid"),
+        ("yarn", {"beta_fast": 1, "beta_slow": 32}, "beta_fast=1 is not valid: expected beta_slow=32 or more"),
+        ("yarn", {"attention_factor": []}, r"attention_factor=\[\] is not valid"),
+        ("yarn", {"mscale": "1", "mscale_all_dim": 1.0}, "mscale='1' is not valid"),
+        ("yarn", {"mscale": -1, "mscale_all_dim": 1.0}, "mscale=-1 is not valid"),
+        ("yarn", {"truncate": "no"}, "truncate='no' is not valid"),
+        ("longrope", {"short_factor": "123456"}, "short_factor='123456' is not valid: expected a list"),
+        ("longrope", {"short_factor": ["1"] * 6}, r"short_factor=\['1', .* is not valid: expected a list"),
+        ("longrope", {"long_factor": [0.0] * 6}, r"long_factor=\[0\.0, .* is not valid: expected a list"),
+        ("longrope", {"long_factor": [1.0] * 5}, "long_factor has 5 entries: expected head_dim / 2 = 6"),
+        ("longrope", {"long_factor": None}, "long_factor=None is not valid: expected a list"),
+        ("longrope", {"attention_factor": 0}, "attention_factor=0 is not valid"),
+        ("longrope", {"original_max_position_embeddings": 1}, "original_max_position_embeddings=1 is not valid"),
+        ("llama3", {"original_max_position_embeddings": 6.5}, r"original_max_position_embeddings=6\.5 is not valid"),
+        ("llama3", {"low_freq_factor": "1"}, "low_freq_factor='1' is not valid"),
+        ("llama3", {"low_freq_factor": 4.0}, r"high_freq_factor=4\.0 is not valid: expected .* low_freq_factor=4\.0"),
+        ("llama3", {"high_freq_factor": 0.5}, r"high_freq_factor=0\.5 is not valid"),
+    ],
+)
+def test_rope_parameter_that_cannot_be_computed_with_is_named(spelling, rope_type, changes, message, tmp_path):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, **_SCALINGS[rope_type], **changes}
+    others = {"rope_parameters": None} if spelling == "rope_scaling" else {}
+    with pytest.raises(ValueError, match=rf"(?s)config\.json: .*{message}"):
+        load_config(_edited(tmp_path, **others, **{spelling: rope}))
+
+
+def test_rope_theta_beside_the_parameters_is_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: rope_theta=-1 is not valid"):
+        load_config(_edited(tmp_path, rope_parameters=None, rope_theta=-1))
+
+
+def test_rope_type_that_is_no_string_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: rope_type=\['linear'\] is not supported"):
+        load_config(_edited(tmp_path, rope_parameters={"rope_type": ["linear"], "rope_theta": 1e4}))
+
+
+def test_yarn_without_a_factor_extends_to_the_whole_context(tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 64}
+    assert load_config(_edited(tmp_path, rope_parameters=rope)).max_model_len == 128
+
+
+@pytest.mark.parametrize("value", [1.5, "a", True, {"a": 1}, [1.5], [None], [True], -1, [2**31]])
+def test_generation_config_without_token_ids_is_refused(value, tmp_path):
+    path = _edited(tmp_path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id=.* is not valid: expected a token id"):
+        load_config(path)
+
+
+def test_dtype_of_another_type_is_refused(tmp_path):
+    for value in ([], 0, {"text": "bfloat16"}):
+        with pytest.raises(ValueError, match=r"config\.json: dtype=.* is not valid"):
+            load_config(_edited(tmp_path, dtype=value))
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2_window"])
+def test_window_of_no_tokens_is_refused(case, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: sliding_window=0 is not valid"):
+        load_config(_edited(tmp_path, case, sliding_window=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_sliding_window": False}, "layer_types asks for sliding_attention, but no sliding_window is given"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "layer_types entry 'chunked_attention'"),
+    ],
+)
+def test_layer_type_that_cannot_be_followed_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        load_config(_edited(tmp_path, "qwen2_window", **changes))
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), TypeError("b"), AttributeError("c"), ZeroDivisionError("d")])
+def test_error_that_no_check_foresaw_names_the_file(error, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(LlamaConfig, "from_hf", fail)
+    with pytest.raises(ValueError, match=rf"config\.json .*{type(error).__name__}.*: correct it or download"):
+        load_config(_edited(tmp_path))
+
+
+def test_scaling_built_without_a_file_is_checked_too():
+    with pytest.raises(ValueError, match="factor=None is not valid"):
+        Rope(4, 10000.0, 32, Dynamic(None))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="max_position_embeddings=0 is not valid"):
+        Rope(4, 10000.0, 0)
 
 
 def test_window_and_head_sizes_are_checked():

@@ -6,7 +6,7 @@ import pytest
 from jpaged.host.block_manager import BlockManager
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.step_plan import StepPlan, StepResult, TokenScores
-from jpaged.request import FinishReason, Request, SamplingParams
+from jpaged.request import FinishReason, Request, SamplingParams, derive_seed
 
 
 def make_scheduler(num_blocks=64, *, block_size=4, rows=8, budget=64, model_len=512, caching=False, eos=()):
@@ -20,11 +20,20 @@ def request(name: str, prompt_len: int = 5, *, first: int = 0, **params) -> Requ
     return Request(name, None, list(range(first, first + prompt_len)), SamplingParams(**params), params.get("seed", 0))
 
 
+def token(seed: int, position: int) -> int:
+    return (seed + position) % 2**31
+
+
+def drawn(seed: int, index: int, start: int, stop: int) -> list[int]:
+    """The tokens of a request's sample ``index`` at positions start to stop - 1."""
+    return [token(derive_seed(seed, index), position) for position in range(start, stop)]
+
+
 def result_of(plan: StepPlan, token_ids=None) -> StepResult:
     """Token = seed + position unless given."""
     num_samples = len(plan.samples)
     if token_ids is None:
-        token_ids = [sample.seed + sample.position for sample in plan.samples]
+        token_ids = [token(sample.seed, sample.position) for sample in plan.samples]
     return StepResult(
         np.array(token_ids, np.int32),
         scores(num_samples),
@@ -137,14 +146,14 @@ def test_parallel_samples_compute_the_prompt_once_and_fork():
     group = scheduler.add(request("a", 6, n=3, max_tokens=3, seed=100))
     first = step(scheduler)
     assert len(first.chunks) == 1
-    assert [(s.seq_id, s.chunk, s.seed) for s in first.samples] == [(0, 0, 100), (1, 0, 101), (2, 0, 102)]
+    assert [(s.seq_id, s.chunk, s.seed) for s in first.samples] == [(i, 0, derive_seed(100, i)) for i in range(3)]
     assert scheduler.blocks.stats().num_shared == 2, "the partial last block is shared too"
     second = step(scheduler)
     assert len(second.copies) == 2, "the last owner writes in place"
     assert [c.start for c in second.chunks] == [6, 6, 6]
     assert scheduler.blocks.stats().num_shared == 1
     run(scheduler)
-    assert [s.output_token_ids for s in group.sequences] == [[100 + i + p for p in (6, 7, 8)] for i in range(3)]
+    assert [s.output_token_ids for s in group.sequences] == [drawn(100, i, 6, 9) for i in range(3)]
 
 
 def test_a_resumed_group_shares_its_prompt_again():
@@ -156,7 +165,7 @@ def test_a_resumed_group_shares_its_prompt_again():
     plans = run(scheduler)
     b_chunks = [c for plan in plans for c in plan.chunks if c.seq_id != 0]
     assert [c.start for c in b_chunks].count(0) == 1, "one member recomputes the prompt for all"
-    assert [s.output_token_ids for s in group.sequences] == [[i + p for p in range(9, 17)] for i in range(3)]
+    assert [s.output_token_ids for s in group.sequences] == [drawn(0, i, 9, 17) for i in range(3)]
 
 
 def test_prefix_hit_starts_after_the_cached_blocks_and_leaves_one_token():
@@ -239,7 +248,7 @@ def test_a_lost_pool_costs_a_recomputation_and_nothing_else():
     assert [c.start for c in step(scheduler).chunks] == [0, 0], "nothing cached is trusted"
     run(scheduler)
     for group in groups:
-        assert [s.output_token_ids for s in group.sequences] == [[i + p for p in range(9, 15)] for i in range(2)]
+        assert [s.output_token_ids for s in group.sequences] == [drawn(0, i, 9, 15) for i in range(2)]
 
 
 class TestRefusals:
@@ -260,7 +269,11 @@ class TestRefusals:
 
     def test_a_prompt_or_max_tokens_beyond_the_context_is_refused(self):
         self.refused(make_scheduler(model_len=16), request("a", 16), "max_model_len=16")
-        self.refused(make_scheduler(model_len=16), request("a", 10, max_tokens=7), "max_tokens=7 is more than the 6")
+        self.refused(
+            make_scheduler(model_len=16), request("a", 10, max_tokens=17), "max_tokens=17 is more than max_mod"
+        )
+        bad = request("a", 10, min_tokens=17, max_tokens=None)
+        self.refused(make_scheduler(model_len=16), bad, "min_tokens=17 is more than max_model_len=16")
 
     def test_more_samples_than_rows_are_refused(self):
         self.refused(make_scheduler(rows=2), request("a", n=3), "n=3 is more than max_num_seqs=2")
@@ -274,6 +287,27 @@ class TestRefusals:
         with pytest.raises(ValueError, match="already in use"):
             scheduler.add(request("a"))
         run(scheduler)
+
+
+def test_max_tokens_beyond_the_context_ends_with_it():
+    scheduler = make_scheduler(model_len=16)
+    group = scheduler.add(request("a", 10, max_tokens=16))
+    run(scheduler)
+    assert len(group.sequences[0].output_token_ids) == 6
+    assert group.sequences[0].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("num_blocks", [11, 12, 13, 14])
+def test_a_group_preempted_while_it_grows_leaves_no_copy_behind(num_blocks):
+    scheduler = make_scheduler(num_blocks)
+    for name, prompt_len, n in (("a", 4, 1), ("b", 6, 3), ("c", 2, 3), ("d", 5, 1)):
+        scheduler.add(request(name, prompt_len, n=n, max_tokens=10))
+    for _ in range(200):
+        plan = step(scheduler)
+        held = {block for chunk in plan.chunks for block in chunk.block_table}
+        assert {copy.dst for copy in plan.copies} <= held
+    assert not scheduler.has_unfinished
+    assert scheduler.stats().num_preemptions
 
 
 def test_without_max_tokens_a_sequence_fills_the_context_or_the_pool():

@@ -103,6 +103,44 @@ def test_stored_dtype_is_converted_to_the_one_asked_for(stored, wanted, llama, t
         np.testing.assert_array_equal(value, expected)
 
 
+def _drop_dtype(path):
+    values = json.loads((path / "config.json").read_text())
+    del values["dtype"]
+    (path / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_dtype_the_config_does_not_name_is_the_stored_one(stored, llama, tmp_path):
+    save_checkpoint(llama, LLAMA, tmp_path, dtype=stored)
+    _drop_dtype(tmp_path)
+    assert load_config(tmp_path).dtype == stored
+
+
+def test_dtype_of_mixed_weights_is_that_of_most_numbers(llama, tmp_path):
+    save_checkpoint(llama, LLAMA, tmp_path, dtype="bfloat16")
+    _drop_dtype(tmp_path)
+
+    def widen_norms(tensors):
+        for name in tensors:
+            if "norm" in name or "bias" in name:
+                tensors[name] = tensors[name].astype(np.float32)
+
+    _rewrite(tmp_path, widen_norms)
+    assert load_config(tmp_path).dtype == "bfloat16"
+
+
+def test_dtype_of_sharded_weights_is_found(tmp_path):
+    shutil.copytree(HF_REFERENCE / "llama_sharded", tmp_path, dirs_exist_ok=True)
+    _drop_dtype(tmp_path)
+    assert load_config(tmp_path).dtype == load_config(HF_REFERENCE / "llama_sharded").dtype
+
+
+def test_dtype_without_config_or_weights_is_float32(saved):
+    _drop_dtype(saved)
+    (saved / "model.safetensors").unlink()
+    assert load_config(saved).dtype == "float32"
+
+
 @pytest.mark.parametrize("case", ["qwen2", "opt_post_norm"])
 def test_saving_what_hugging_face_saved_gives_the_same_tensors(case, tmp_path):
     save_checkpoint(_load(HF_REFERENCE / case), load_config(HF_REFERENCE / case), tmp_path)
@@ -196,6 +234,20 @@ def test_truncated_file_is_refused(length, saved):
     (saved / "model.safetensors").write_bytes(content[:length])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged .*: download it again"):
         _load(saved)
+
+
+def test_truncated_file_is_refused_when_its_dtype_is_read(saved):
+    _drop_dtype(saved)
+    (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or damaged .*: download it again"):
+        load_config(saved)
+
+
+def test_stored_dtype_that_is_not_supported_is_refused_when_it_is_read(saved):
+    _drop_dtype(saved)
+    _rewrite(saved, lambda t: t.update({name: value.astype(np.int8) for name, value in t.items()}))
+    with pytest.raises(ValueError, match=r"stored as I8, which is not supported: expected one of F32, BF16, F16"):
+        load_config(saved)
 
 
 def test_offsets_beyond_the_file_are_refused(saved):

@@ -110,5 +110,8 @@ def num_blocks_that_fit(
     """
     budget = available_bytes(devices, memory_fraction)
     if devices[0].platform == "cpu":
-        return min(min(budget, CPU_POOL_BYTES) // block_bytes, useful_blocks)
-    return (budget - reserved_bytes) // block_bytes
+        num_blocks = min(min(budget, CPU_POOL_BYTES) // block_bytes, useful_blocks)
+    else:
+        num_blocks = (budget - reserved_bytes) // block_bytes
+    # The number is a shape of every program: a few bytes more or less must not make kept ones useless.
+    return num_blocks - num_blocks % max(num_blocks // 64, 1)

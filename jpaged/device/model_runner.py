@@ -26,7 +26,6 @@ from jpaged.device.step_inputs import (
     bucket_for,
     pack,
     packed_size,
-    powers_of_two,
     unpack,
 )
 from jpaged.host.step_plan import BlockCopy, PromptScore, StepPlan, StepResult, TokenScores
@@ -161,10 +160,11 @@ class ModelRunner:
             useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
         )
         if num_blocks < 2:
+            remedy = "give num_blocks" if is_cpu else "raise memory_fraction, or lower max_num_batched_tokens"
             raise ValueError(
                 f"no memory for a KV cache: one block takes {self.bytes_per_block:,} bytes, and memory_fraction="
                 f"{self.config.memory_fraction} leaves less than two after {self.weight_bytes:,} bytes of weights and "
-                "a step's workspace: raise memory_fraction, or lower max_num_batched_tokens"
+                f"a step's workspace: {remedy}"
             )
         return num_blocks
 
@@ -178,7 +178,8 @@ class ModelRunner:
         elif self.config.num_blocks is None:
             raise ValueError(
                 f"max_model_len={self.max_model_len} does not fit: memory for {self.num_blocks} blocks of "
-                f"{self.config.block_size} holds {held} tokens; lower max_model_len or raise memory_fraction"
+                f"{self.config.block_size} holds {held} tokens; lower max_model_len, raise memory_fraction or give "
+                "num_blocks"
             )
 
     @property
@@ -187,13 +188,22 @@ class ModelRunner:
         return -(-self.max_model_len // self.config.block_size)
 
     def _workspace_bytes(self) -> int:
-        """Temporaries and results of the largest step on one device, from the compiler, without running it."""
+        """Temporaries and results of the largest step on one device, from the compiler, without running it.
+
+        Compiled for about the pool that will be: what a kernel takes in one go may depend on it.
+        """
+        devices = list(self.mesh.devices.flat)
+        pool_blocks = max(2, available_bytes(devices, self.config.memory_fraction) // self.bytes_per_block)
+        largest = max(self._copy_sizes)
+        keys = (("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, 0), ("copy", largest))
+        with ThreadPoolExecutor() as threads:
+            programs = list(threads.map(partial(self._program, pool_blocks=pool_blocks), keys))
+        self._compiled.clear()
         total = 0
-        for key in (("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, 0)):
-            analysis = self._program(key, pool_blocks=2).memory_analysis()
+        for program in programs:
+            analysis = program.memory_analysis()
             assert analysis is not None
             total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        self._compiled.clear()
         return total
 
     def _allocate_cache(self) -> KVCache:
@@ -202,15 +212,21 @@ class ModelRunner:
     # Programs -----------------------------------------------------------------------------------------------------
 
     def warm_up(self, *, use_tqdm: bool = True) -> None:
-        """Compile every bucket's step and plain sampler, in parallel. Rare variants compile when first needed."""
+        """Compile every bucket's step, its plain sampler and the block copies, in parallel.
+
+        Log-probabilities of alternatives, penalties and logit biases compile when first asked for.
+        """
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
         keys += [("sample", rows, 0, 0, 0) for rows in {bucket.num_rows for bucket in self.buckets}]
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        keys += [("copy", size) for size in self._copy_sizes]
+        threads = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+        try:
             jobs = [threads.submit(self._program, key) for key in keys]
-            for job in tqdm(
-                as_completed(jobs), total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm
-            ):
+            done = as_completed(jobs)
+            for job in tqdm(done, total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm):
                 job.result()
+        finally:  # an interruption need not wait for programs that nobody started on
+            threads.shutdown(cancel_futures=True)
 
     @property
     def num_programs(self) -> int:
@@ -304,7 +320,7 @@ class ModelRunner:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step: copies, then the forward pass over all chunks, then the samples and scores."""
-        if self.cache.pool.is_deleted():  # a step that failed after donating it
+        if self.cache.pool.is_deleted():
             self.cache = self._allocate_cache()
         if plan.copies:
             self._copy(plan.copies)
@@ -323,9 +339,19 @@ class ModelRunner:
         token_ids, scores = jax.device_get((sampled.token_ids, sampled.scores))
         return StepResult(token_ids[:num_samples], _token_scores(scores, num_samples), prompt_scores)
 
+    def forget_pool(self) -> None:
+        """A step failed, and with it whatever the pool holds or will hold: the next step starts with an empty one."""
+        if not self.cache.pool.is_deleted():
+            self.cache.pool.delete()
+
+    @property
+    def _copy_sizes(self) -> list[int]:
+        """Sizes of the copying programs: a step copies one block for each row at most."""
+        return sorted({min(8, self.config.max_num_seqs), self.config.max_num_seqs})
+
     def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
         """All block copies of a step in one call; padding copies block 0 onto itself."""
-        size = next(n for n in powers_of_two(8, max(8, self.num_blocks)) if n >= len(copies))
+        size = next(n for n in self._copy_sizes if n >= len(copies))
         src, dst = np.zeros(size, np.int32), np.zeros(size, np.int32)
         src[: len(copies)] = [copy.src for copy in copies]
         dst[: len(copies)] = [copy.dst for copy in copies]

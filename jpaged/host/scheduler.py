@@ -9,7 +9,7 @@ from jpaged.host.block_manager import BlockManager, OutOfBlocks
 from jpaged.host.policies.preemption import choose_victim
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.host.step_plan import BlockCopy, Chunk, PromptScore, Sample, StepPlan, StepResult
-from jpaged.request import FinishReason, Request
+from jpaged.request import FinishReason, Request, derive_seed
 
 WATERMARK = 0.01
 """Fraction of the pool an admission leaves free, so that running sequences can grow before anyone is preempted."""
@@ -62,6 +62,7 @@ class Scheduler:
         self._sequences: dict[int, tuple[SequenceGroup, Sequence]] = {}  # the same, by sequence id
         self._waiting: deque[SequenceGroup] = deque()  # by arrival; preempted groups return to the front
         self._running: list[SequenceGroup] = []  # by arrival
+        self._refused: tuple[SequenceGroup, int] | None = None  # the last admission refused, and the blocks then free
         self._num_arrivals = 0
         self._num_seqs = 0
         self._num_preemptions = 0
@@ -86,35 +87,38 @@ class Scheduler:
                 f"the prompt has {prompt_len} tokens, but max_model_len={self.max_model_len} leaves room for at most "
                 f"{self.max_model_len - 1} and one to generate: shorten the prompt or raise max_model_len"
             )
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise ValueError(
-                f"max_tokens={params.max_tokens} is more than the {room} that max_model_len={self.max_model_len} "
-                f"leaves after a prompt of {prompt_len}: lower it, or use None to fill the context"
-            )
-        wanted = params.max_tokens or 1
+        for name in ("max_tokens", "min_tokens"):
+            value = getattr(params, name)
+            if value is not None and value > self.max_model_len:
+                raise ValueError(f"{name}={value} is more than max_model_len={self.max_model_len}: lower it")
+        wanted = 1 if params.max_tokens is None else min(params.max_tokens, room)
         if self._group_blocks(prompt_len, [prompt_len + wanted - 1] * params.n) > self._num_usable_blocks:
             raise ValueError(self._never_fits(prompt_len, wanted, params.n))
 
     def add(self, request: Request) -> SequenceGroup:
-        """Queue a request. Raises what ``check`` raises, changing nothing."""
+        """Queue a request, its seed settled. Raises what ``check`` raises, changing nothing."""
         self.check(request)
+        assert request.seed is not None
         params, prompt_len = request.params, len(request.prompt_token_ids)
         sequences = [
             Sequence(
                 seq_id=self._num_seqs + i,
                 index=i,
-                seed=(request.seed + i) % 2**32,
+                seed=derive_seed(request.seed, i),
                 token_ids=list(request.prompt_token_ids),
                 prompt_len=prompt_len,
             )
             for i in range(params.n)
         ]
+        room = self.max_model_len - prompt_len
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         group = SequenceGroup(
             request=request,
             arrival=self._num_arrivals,
             sequences=sequences,
-            max_tokens=params.max_tokens or self._most_tokens(prompt_len, params.n),
+            max_tokens=self._most_tokens(prompt_len, params.n)
+            if params.max_tokens is None
+            else min(params.max_tokens, room),
             stop_token_ids=stops,
         )
         self._num_seqs += params.n
@@ -220,21 +224,25 @@ class Scheduler:
         while index < len(self._running):
             group = self._running[index]
             group_copies: list[BlockCopy] = []
-            try:
-                for seq in group.running:
-                    missing = self._target(group, seq) - self.blocks.num_tokens(seq.seq_id)
-                    if missing > 0:
-                        group_copies += self.blocks.append(seq.seq_id, missing)
-            except OutOfBlocks:
+            while not self._append(group, group_copies):
                 victim = choose_victim(self._running)
                 self._preempt(victim)
-                if victim is group:  # its own copies are void: the blocks are free again
-                    continue
-                copies += group_copies
-                continue  # what was appended stays; the loop sees only what is still missing
+                if victim is group:  # its copies are void: the blocks are free again
+                    return copies
             copies += group_copies
             index += 1
         return copies
+
+    def _append(self, group: SequenceGroup, copies: list[BlockCopy]) -> bool:
+        """Give each of the group's sequences the room it still misses; False when blocks ran out on the way."""
+        try:
+            for seq in group.running:
+                missing = self._target(group, seq) - self.blocks.num_tokens(seq.seq_id)
+                if missing > 0:
+                    copies += self.blocks.append(seq.seq_id, missing)
+        except OutOfBlocks:
+            return False
+        return True
 
     def _preempt(self, group: SequenceGroup) -> None:
         """Take all blocks from a group and queue it to recompute them (PagedAttention, section 4.5)."""
@@ -255,6 +263,8 @@ class Scheduler:
         while self._waiting and plan.budget > 0:
             group = self._waiting[0]
             members = group.unfinished
+            if self._refused == (group, self.blocks.num_free_blocks):
+                return  # no block was freed since: matching its prompt again would end the same way
             if num_rows + len(members) > self.max_num_seqs:
                 return
             leader = members[0]
@@ -264,6 +274,7 @@ class Scheduler:
             fresh = self.blocks.num_fresh_blocks(target, cached) + to_grow - self._num_blocks(target)
             watermark = math.ceil(WATERMARK * self._num_usable_blocks) if self._running else 0
             if fresh + watermark > self.blocks.num_free_blocks:
+                self._refused = (group, self.blocks.num_free_blocks)
                 return
             self.blocks.reserve(leader.seq_id, target, cached_blocks=cached)
             leader.num_computed = len(cached) * self.blocks.block_size
