@@ -81,8 +81,8 @@ def _generate(args: argparse.Namespace) -> None:
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character")
     llm = _load(args, max_num_seqs=args.n)
-    if args.max_tokens is None and llm.tokenizer is not None:
-        params = _fit(params, llm, len(llm.tokenizer.encode(prompt)))
+    if args.max_tokens is None:
+        params = _cap(params, llm.max_model_len)
     if args.json:
         [output] = llm.generate(prompt, params, use_tqdm=sys.stderr.isatty())
         print(json.dumps(asdict(output), ensure_ascii=False))
@@ -232,7 +232,7 @@ def _answer(llm: LLM, talk: _Conversation, message: str, params: SamplingParams)
             f"{llm.max_model_len}: shorten it, or /reset to start afresh]"
         )
         return talk
-    answer, params = _Answer(), _fit(params, llm, prompt_len)
+    answer, params = _Answer(), _cap(params, room)
     with suppress(KeyboardInterrupt):  # what there is of the answer stays
         _show("", llm.stream({"prompt_token_ids": asked.token_ids}, params), answer)
     if not answer.token_ids:
@@ -290,8 +290,6 @@ def _sampling_params(args: argparse.Namespace, max_tokens: int) -> SamplingParam
     )
 
 
-def _fit(params: SamplingParams, llm: LLM, prompt_len: int) -> SamplingParams:
-    """``params`` with ``max_tokens`` no more than the context leaves after the prompt (but 1, if it leaves nothing)."""
-    return replace(
-        params, max_tokens=max(1, min(params.max_tokens or llm.max_model_len, llm.max_model_len - prompt_len))
-    )
+def _cap(params: SamplingParams, most: int) -> SamplingParams:
+    """``params`` with ``max_tokens`` no more than ``most``."""
+    return replace(params, max_tokens=most if params.max_tokens is None else min(params.max_tokens, most))

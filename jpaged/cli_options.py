@@ -124,8 +124,12 @@ def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> N
         option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
         add(option, type=type_, default=value, metavar="X", help=f"{help_} (default: %(default)s)")
 
-    most = f"{max_tokens}, or what the context leaves if that is less"
-    add("--max-tokens", type=int, metavar="N", help=f"tokens to generate at most (default: {most})")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens to generate at most; a full context ends the text sooner (default: {max_tokens})",
+    )
     add_number("temperature", float, "0 always takes the likeliest token; higher is more varied")
     add_number("top_p", float, "draw from the likeliest tokens that together reach this probability; 1 is off")
     add_number("top_k", int, "draw from this many likeliest tokens; 0 is off")

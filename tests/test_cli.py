@@ -122,6 +122,15 @@ def test_default_length_is_what_the_context_leaves(run):
     assert len(json.loads(out)["outputs"][0]["token_ids"]) == 5
 
 
+@pytest.mark.parametrize(
+    "options", [("--max-tokens", "50"), ("--max-tokens", "50", "--min-tokens", "9"), ("--min-tokens", "9")]
+)
+def test_context_ends_what_was_to_be_longer(run, options):
+    status, out, _ = run("generate", "x" * (CONTEXT - 5), "--ignore-eos", "--json", *options)
+    [output] = json.loads(out)["outputs"]
+    assert (status, len(output["token_ids"]), output["finish_reason"]) == (0, 5, "length")
+
+
 def test_seed_repeats_a_draw_and_no_seed_does_not(run):
     def text(*options):
         _, out, _ = run("generate", "ab", "--max-tokens", "8", "--ignore-eos", "--json", *options)
@@ -143,7 +152,7 @@ def test_seed_repeats_a_draw_and_no_seed_does_not(run):
         (("generate", "a", "-n", "0"), "n=0"),
         (("generate", "a", "-n", "1000000"), "n=1000000"),
         (("generate", "a", "--max-tokens", "0"), "max_tokens=0"),
-        (("generate", "a", "--max-tokens", "1000"), "max_tokens=1000 is more than the 95"),
+        (("generate", "a", "--max-tokens", "1000"), "max_tokens=1000 is more than max_model_len=96"),
         (("generate", "a", "--min-tokens", "9", "--max-tokens", "3"), "min_tokens=9"),
         (("generate", "a", "--stop", ""), "stop"),
         (("generate", "a", "--seed", "-1"), "seed=-1"),
