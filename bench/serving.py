@@ -253,14 +253,13 @@ def _generate_s(llm: Any, prompts: list[list[int]], params: Any) -> float:
 
 def _throughput(llm: Any, figures: _Figures, name: str, work: Any, *, n: int = 1, unit: str = "tokens") -> None:
     params = [_params(max_tokens=length, n=n) for length in work.output_lens]
-    preemptions, steps = llm.stats().num_preemptions, llm.stats().num_steps
+    before = llm.stats()
     elapsed = _generate_s(llm, work.prompts, params)
     stats = llm.stats()
     extra = {
         "elapsed_s": elapsed,
-        "num_preemptions": stats.num_preemptions - preemptions,
-        "num_steps": stats.num_steps - steps,
-        "prefix_cache_hit_rate": stats.prefix_cache_hit_rate,
+        "num_preemptions": stats.num_preemptions - before.num_preemptions,
+        "num_steps": stats.num_steps - before.num_steps,
     }
     value = (len(work.prompts) if unit == "requests" else n * work.num_output_tokens) / elapsed
     figures.add(f"{name}_{unit}_per_s", value, lower_is_better=False, **extra)

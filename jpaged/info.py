@@ -1,6 +1,5 @@
 """What a machine and a checkpoint offer, found without reading weights or allocating a KV cache."""
 
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.device.compile_cache import enable_compile_cache
-from jpaged.device.kv_cache import num_blocks_that_fit
+from jpaged.device.kv_cache import block_bytes, num_blocks_that_fit
+from jpaged.device.model_runner import check_settings
 from jpaged.device.sharding import make_mesh
 from jpaged.llm import DEMO_MODEL, resolve_dtype
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.registry import abstract_model
-from pallas_kernels import best_implementation, block_pool_shape
+from pallas_kernels import best_implementation
 
 PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 
@@ -137,11 +137,16 @@ def _plan_pool(
     devices: Sequence[Any],
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, but for the workspace."""
-    shape = block_pool_shape(1, model.num_layers, model.num_kv_heads, model.head_dim, config.block_size)
-    block_bytes = math.prod(shape) * dtype.itemsize
-    max_blocks = -(-(config.max_model_len or model.max_model_len) // config.block_size)
+    bytes_per_block = block_bytes(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        dtype=dtype,
+    )
+    max_blocks = -(-check_settings(model, config) // config.block_size)
     num_blocks = config.num_blocks or num_blocks_that_fit(
-        block_bytes,
+        bytes_per_block,
         devices,
         config.memory_fraction,
         reserved_bytes=weight_bytes,
@@ -150,9 +155,9 @@ def _plan_pool(
     num_blocks = max(0, num_blocks)
     return PoolInfo(
         block_size=config.block_size,
-        bytes_per_token=block_bytes // config.block_size,
+        bytes_per_token=bytes_per_block // config.block_size,
         num_blocks=num_blocks,
-        pool_bytes=num_blocks * block_bytes,
+        pool_bytes=num_blocks * bytes_per_block,
         num_tokens=max(0, num_blocks - 1) * config.block_size,
     )
 

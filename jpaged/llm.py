@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jpaged.config import EngineConfig
 from jpaged.detokenizer import Tokenizer
 from jpaged.device.compile_cache import enable_compile_cache
-from jpaged.device.model_runner import ModelRunner
+from jpaged.device.model_runner import ModelRunner, check_settings
 from jpaged.device.sharding import make_mesh
 from jpaged.engine import Engine, EngineStats, Prompt, StepOutput
 from jpaged.models import ModelConfig, load_config, load_model
@@ -87,6 +87,7 @@ class LLM:
         )
         path = DEMO_MODEL if model is None else Path(model)
         model_config = load_config(path)
+        check_settings(model_config, config)
         tokenizer = _load_tokenizer(path)
         mesh = make_mesh(tensor_parallel_size)
         weights = load_model(path, model_config, resolve_dtype(dtype, model_config.dtype), mesh, use_tqdm=use_tqdm)

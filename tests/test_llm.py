@@ -175,7 +175,8 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights(tmp_path)
         ({"num_blocks": 10**8}, "num_blocks=100000000 x 81,920 bytes do not fit"),
         ({"dtype": "float8"}, "dtype='float8'"),
         ({"tensor_parallel_size": 3}, "num_kv_heads=2|num_heads=4"),
-        ({"attention_implementation": "magic"}, "attention_implementation='magic' is unknown"),
+        ({"attention_implementation": "magic"}, "attention_implementation='magic' cannot be had"),
+        ({"attention_implementation": "reference"}, "attention_implementation='reference' cannot be had"),
     ],
 )
 def test_impossible_settings_are_refused(settings, match):

@@ -314,8 +314,8 @@ def test_inputs_are_padded_with_rows_that_ask_for_nothing():
     assert len(inputs.bias_rows) == len(inputs.seen_rows) == 0
 
 
-@pytest.mark.parametrize(("num_tokens", "padded_len"), [(1, 64), (64, 64), (65, 128), (1000, 1024)])
-def test_flat_arrays_are_padded_to_powers_of_two_in_a_dropped_row(num_tokens, padded_len):
+@pytest.mark.parametrize(("num_tokens", "padded_len"), [(1, 64), (64, 64), (65, 256), (1000, 1024), (1025, 4096)])
+def test_flat_arrays_are_padded_to_few_lengths_in_a_dropped_row(num_tokens, padded_len):
     params = SamplingParams(presence_penalty=1.0)
     inputs = make_sample_inputs(
         [request_sample(), request_sample(params, prompt=range(num_tokens), banned=range(num_tokens))], 3

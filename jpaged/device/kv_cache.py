@@ -1,5 +1,6 @@
 """The KV cache on the device: the block pool as a value, and how many blocks fit in memory."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,14 @@ class KVCache:
         return type(self)(copy_blocks(self.pool, src, dst))
 
 
+def block_bytes(
+    *, num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: jax.typing.DTypeLike
+) -> int:
+    """Bytes of one block, over all devices."""
+    shape = block_pool_shape(1, num_layers, num_kv_heads, block_size, head_dim)
+    return math.prod(shape) * jnp.dtype(dtype).itemsize
+
+
 def available_bytes(devices: Sequence[Any], memory_fraction: float = 1.0) -> int:
     """Bytes that may still be allocated, over all ``devices``, if ``memory_fraction`` of each is to be used in all.
 
@@ -92,7 +101,7 @@ def available_bytes(devices: Sequence[Any], memory_fraction: float = 1.0) -> int
 
 
 def num_blocks_that_fit(
-    block_bytes: int,
+    bytes_per_block: int,
     devices: Sequence[Any],
     memory_fraction: float,
     *,
@@ -102,7 +111,7 @@ def num_blocks_that_fit(
     """How many blocks a pool may have; less than 2 if there is no room for one.
 
     Args:
-        block_bytes: of one block, over all devices.
+        bytes_per_block: over all devices.
         devices: the pool's.
         memory_fraction: of each device's memory, for everything.
         reserved_bytes: what will be needed besides, over all devices. A CPU is taken to have it.
@@ -110,8 +119,8 @@ def num_blocks_that_fit(
     """
     budget = available_bytes(devices, memory_fraction)
     if devices[0].platform == "cpu":
-        num_blocks = min(min(budget, CPU_POOL_BYTES) // block_bytes, useful_blocks)
+        num_blocks = min(min(budget, CPU_POOL_BYTES) // bytes_per_block, useful_blocks)
     else:
-        num_blocks = (budget - reserved_bytes) // block_bytes
+        num_blocks = (budget - reserved_bytes) // bytes_per_block
     # The number is a shape of every program: a few bytes more or less must not make kept ones useless.
     return num_blocks - num_blocks % max(num_blocks // 64, 1)

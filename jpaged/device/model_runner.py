@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jpaged.config import EngineConfig
-from jpaged.device.kv_cache import KVCache, available_bytes, num_blocks_that_fit
+from jpaged.device.kv_cache import KVCache, available_bytes, block_bytes, num_blocks_that_fit
 from jpaged.device.sampler import SampledTokens, SampleInputs, Scores, make_sample_inputs, sample, score
 from jpaged.device.sharding import pool_sharding
 from jpaged.device.step_inputs import (
@@ -83,6 +83,27 @@ class ForwardResult(NamedTuple):
     sample_hidden: Float[Array, "rows hidden_size"]
 
 
+def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
+    """Check what the settings ask of a model, before anything is loaded.
+
+    Returns:
+        The context wanted, in tokens: ``max_model_len``, or all that the model supports.
+
+    Raises:
+        ValueError: a context beyond the model's, or an attention implementation that is not there or cannot serve.
+    """
+    servable = sorted(set(IMPLEMENTATIONS) - {"reference"})  # the reference does not trace
+    if config.attention_implementation not in (None, *servable):
+        raise ValueError(
+            f"attention_implementation={config.attention_implementation!r} cannot be had: "
+            f"expected None or one of {servable}"
+        )
+    limit, wanted = model_config.max_model_len, config.max_model_len
+    if wanted is not None and wanted > limit:
+        raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
+    return wanted or limit
+
+
 class ModelRunner:
     """The device half: ``execute`` turns a StepPlan into a StepResult.
 
@@ -108,37 +129,24 @@ class ModelRunner:
         self._weights, self._weights_tree = jax.tree.flatten(state)
         self.dtype = jnp.dtype(next(x.dtype for x in self._weights if jnp.issubdtype(x.dtype, jnp.floating)))
         self.weight_bytes = sum(x.nbytes for x in self._weights)
-        if config.attention_implementation not in (None, *IMPLEMENTATIONS):
-            raise ValueError(
-                f"attention_implementation={config.attention_implementation!r} is unknown: expected None or one of "
-                f"{sorted(IMPLEMENTATIONS)}"
-            )
-        self._new_cache = partial(
-            KVCache.allocate,
-            num_layers=model_config.num_layers,
-            num_kv_heads=model_config.num_kv_heads,
-            head_dim=model_config.head_dim,
-            block_size=config.block_size,
-            dtype=self.dtype,
-        )
-        self.bytes_per_block = self._abstract_cache(1).pool.size * self.dtype.itemsize
+        self.max_model_len = check_settings(model_config, config)
+        block = {
+            "num_layers": model_config.num_layers,
+            "num_kv_heads": model_config.num_kv_heads,
+            "head_dim": model_config.head_dim,
+            "block_size": config.block_size,
+            "dtype": self.dtype,
+        }
+        self.bytes_per_block = block_bytes(**block)
+        self._new_cache = partial(KVCache.allocate, **block)
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget)
         self._compiled: dict[tuple, Any] = {}
         self._compile_lock = threading.Lock()
-        self.max_model_len = self._check_model_len()
         self.num_blocks = self._check_num_blocks()
         self._fit_model_len()
         self.cache = self._allocate_cache()
 
     # Sizes --------------------------------------------------------------------------------------------------------
-
-    def _check_model_len(self) -> int:
-        limit, wanted = self.model_config.max_model_len, self.config.max_model_len
-        if wanted is not None and wanted > limit:
-            raise ValueError(
-                f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower max_model_len"
-            )
-        return wanted or limit
 
     def _check_num_blocks(self) -> int:
         """The blocks asked for, or as many as fit."""

@@ -97,7 +97,7 @@ class SampledTokens:
 def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs:
     """Lays samples out as padded numpy arrays, row i for ``samples[i]``.
 
-    The flat arrays (biases, history) have length 0 when no sample needs them, otherwise a power of two of 64 or more.
+    The flat arrays (biases, history) have length 0 when no sample needs them, otherwise 64 times a power of 4.
 
     Args:
         samples: at most ``num_rows``.
@@ -164,9 +164,12 @@ def _to_float32(values: list) -> np.ndarray:
 
 
 def _padded(values: np.ndarray, fill: int) -> np.ndarray:
+    """To 64, 256, 1024, ... entries: each length is a program of its own, and padding costs next to nothing."""
     if len(values) == 0:
         return values
-    length = max(_MIN_FLAT_LEN, 1 << (len(values) - 1).bit_length())
+    length = _MIN_FLAT_LEN
+    while length < len(values):
+        length *= 4
     return np.concatenate([values, np.full(length - len(values), fill, values.dtype)])
 
 

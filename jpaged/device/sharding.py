@@ -7,6 +7,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import KV_HEAD_AXIS
+
 TENSOR_AXIS = "tensor"
 
 SHARDED_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab"})
@@ -53,8 +55,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def pool_sharding(mesh: Mesh) -> NamedSharding:
-    """The block pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], split by kv head."""
-    return NamedSharding(mesh, P(None, None, None, TENSOR_AXIS))
+    """The block pool, split by kv head."""
+    return NamedSharding(mesh, P(*[None] * KV_HEAD_AXIS, TENSOR_AXIS))
 
 
 def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
