@@ -54,13 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would fail
         return 141
     except (ValueError, OSError, NotImplementedError) as error:
-        _note(f"jpaged: error: {' '.join(str(error).split())}")
+        _note(f"jpaged: error: {_one_line(error)}")
         return 2
     return 0
 
 
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 # generate -------------------------------------------------------------------------------------------------------------
@@ -170,6 +174,10 @@ def _chat(args: argparse.Namespace) -> None:
         )
     system = [{"role": "system", "content": args.system}] if args.system else []
     talk = _Conversation(system)
+    try:
+        talk.ask(llm.tokenizer, "hello")
+    except _RefusedMessageError as error:
+        raise ValueError(f"{error}: leave out --system" if args.system else str(error)) from error
     if sys.stdin.isatty():
         import readline  # noqa: F401 - gives input() line editing and a history
 
@@ -196,6 +204,10 @@ def _read_message() -> str | None:
     return None if text == "/quit" else text
 
 
+class _RefusedMessageError(ValueError):
+    """The chat template does not take the conversation: no system role, say."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Conversation:
     """What was said. ``token_ids`` are those of ``text``, the template's rendering, as they lie in the prefix cache."""
@@ -205,9 +217,18 @@ class _Conversation:
     token_ids: list[int] = field(default_factory=list)
 
     def ask(self, tokenizer: Any, message: str) -> _Conversation:
-        """With a message of the user's. What was said before keeps its tokens, even where other ones spell it too."""
+        """With a message of the user's. What was said before keeps its tokens, even where other ones spell it too.
+
+        Raises:
+            _RefusedMessageError: the template raises an error.
+        """
+        from jinja2 import TemplateError
+
         messages = [*self.messages, {"role": "user", "content": message}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise _RefusedMessageError(f"the model's chat template refuses this: {_one_line(error)}") from error
         known = len(self.text) if text.startswith(self.text) else 0  # a template may leave out what it said before
         rest = tokenizer.encode(text[known:], add_special_tokens=False)
         return _Conversation(messages, text, [*self.token_ids, *rest] if known else rest)
@@ -222,8 +243,12 @@ class _Conversation:
 
 
 def _answer(llm: LLM, talk: _Conversation, message: str, params: SamplingParams) -> _Conversation:
-    """Answer a message and return the conversation with both; as it was, if there is no room for them."""
-    asked = talk.ask(llm.tokenizer, message)
+    """Answer a message and return the conversation with both; as it was, if it is refused or there is no room."""
+    try:
+        asked = talk.ask(llm.tokenizer, message)
+    except _RefusedMessageError as error:
+        _note(f"[{error}; say it differently, or /reset to start afresh]")
+        return talk
     prompt_len = len(asked.token_ids)
     room = llm.max_model_len - prompt_len
     if room < 1:

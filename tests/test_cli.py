@@ -303,6 +303,30 @@ def test_full_context_says_how_to_go_on(run, turns):
     assert turns[-1].text == "u:hi\na:", "a message that does not fit is no part of the conversation"
 
 
+def refusing(condition, reason):
+    return f"{{% if {condition} %}}{{{{ raise_exception('{reason}') }}}}{{% endif %}}{TEMPLATE}"
+
+
+def test_template_without_a_system_role_is_a_mistake_found_at_the_start(run, turns, monkeypatch, llms, checkpoints):
+    template = refusing("messages[0]['role'] == 'system'", "No system role")
+    monkeypatch.setattr(llms[str(checkpoints["chat"])].tokenizer, "chat_template", template)
+    status, out, err = run("chat", "--system", "be brief", model="chat", stdin="hi\n")
+    assert (status, out, err.count("\n"), turns) == (2, "", 1, [])
+    assert err.startswith("jpaged: error: ")
+    assert "No system role" in err
+    assert "--system" in err
+    assert run("chat", "--max-tokens", "2", model="chat", stdin="hi\n")[0] == 0
+
+
+def test_message_that_the_template_refuses_is_dropped(run, turns, monkeypatch, llms, checkpoints):
+    template = refusing("'bad' in messages[-1]['content']", "No bad words")
+    monkeypatch.setattr(llms[str(checkpoints["chat"])].tokenizer, "chat_template", template)
+    status, _, err = run("chat", "--max-tokens", "2", model="chat", stdin="bad\none\nbad\n/reset\ntwo\n")
+    assert status == 0
+    assert err.count("No bad words") == 2
+    assert [turn.text for turn in turns] == ["u:one\na:", "u:two\na:"]
+
+
 def test_answer_cut_off_says_so(run, turns):
     while True:  # some seed's first four tokens do not end the text
         _, _, err = run("chat", "--max-tokens", "4", "--seed", str(len(turns)), model="chat", stdin="hi\n")
