@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections.abc import Generator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 2 for a mistake of the caller's; 130 after Ctrl-C; 141 when nobody reads the output.
+
+    Raises:
+        ValueError, OSError, NotImplementedError: a mistake of the caller's, with ``--debug``.
     """
     args = make_parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log: errors only
@@ -54,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush would fail
         return 141
     except (ValueError, OSError, NotImplementedError) as error:
-        _note(f"jpaged: error: {_one_line(error)}")
+        if args.debug:
+            raise
+        _note(f"jpaged: error: {_one_line(error)}{'' if _is_ours(error) else ' (--debug shows where)'}")
         return 2
     return 0
 
@@ -65,6 +71,12 @@ def _note(text: str) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether jpaged raised it, so that it says what to do. Others' errors may come of a mistake in jpaged."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] == "jpaged"
 
 
 # generate -------------------------------------------------------------------------------------------------------------

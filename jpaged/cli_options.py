@@ -19,7 +19,8 @@ examples:
   jpaged info --json
 
 Text goes to stdout. Errors go to stderr, and so do progress and rates if stderr is a terminal. Exit status:
-0; 2 after a mistake in the options, the prompt or the checkpoint; 130 after Ctrl-C.
+0; 2 after a mistake in the options, the prompt or the checkpoint (1 and a traceback with --debug); 130 after
+Ctrl-C.
 On a GPU the command takes 95% of the memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. Compiled
 programs are kept for the next run, in the directory that jpaged info names.
 """
@@ -99,6 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     _add_engine_options(info)
+    for command in (generate, chat, info):
+        command.add_argument("--debug", action="store_true", help="show where an error was raised: Python's traceback")
     return parser
 
 

@@ -178,6 +178,19 @@ def test_mistake_in_the_options_is_found_before_anything_loads(run, monkeypatch)
         assert run(*argv)[0] == 2
 
 
+def test_debug_raises_with_the_traceback(run):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        run("generate", "", "--debug")
+
+
+def test_error_from_outside_jpaged_names_debug(run, monkeypatch):
+    monkeypatch.setattr(cli, "_load", lambda *_, **options: json.loads("{"))
+    status, _, err = run("generate", "a")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.endswith("(--debug shows where)\n")
+    assert "--debug" not in run("generate", "")[2], "a mistake that jpaged found says what to do"
+
+
 @pytest.mark.parametrize("command", [("generate", "a"), ("chat",), ("info",)])
 def test_directory_that_is_no_checkpoint(command, tmp_path, capsys):
     assert cli.main([*command, "--model", str(tmp_path)]) == 2
