@@ -412,8 +412,8 @@ def test_info_reads_no_weights(run, checkpoints, tmp_path):
 
 
 def test_info_as_text_has_a_line_for_everything(run):
-    _, out, _ = run("info", "--attention-implementation", "reference")
+    _, out, _ = run("info", "--attention-implementation", "xla")
     assert [line.split("  ")[0] for line in out.splitlines()] == [
         "versions", "devices", "attention", "compile cache", "model", "shape", "weights", "KV cache",
     ]  # fmt: skip
-    assert "reference (as asked)" in out
+    assert "xla (as asked)" in out
