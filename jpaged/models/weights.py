@@ -1,6 +1,8 @@
 """Safetensors files read straight into sharded arrays, and a model's weights written back as a checkpoint."""
 
 import json
+import math
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,7 +23,8 @@ from jpaged.device.sharding import param_sharding
 from jpaged.models.config import ModelConfig, read_json
 from jpaged.models.layers import Dtype
 
-_STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What a model can be stored in, by the name safetensors gives it."""
 
 
 class _Stored(NamedTuple):
@@ -31,6 +34,11 @@ class _Stored(NamedTuple):
     slices: Any
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def size(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
 
 
 def hf_name(path: tuple[Any, ...]) -> str:
@@ -57,7 +65,7 @@ def load_state(path: Path, state: nnx.State, mesh: Mesh, *, use_tqdm: bool = Tru
     with ExitStack() as stack:
         stored = _open_tensors(path, stack)
         _check_tensors(path, flat, stored)
-        num_bytes = {name: int(np.prod(t.shape)) * _STORED_BYTES[t.dtype] for name, t in stored.items()}
+        num_bytes = {name: t.size * jnp.dtype(_DTYPES[t.dtype]).itemsize for name, t in stored.items()}
         total = sum(num_bytes[hf_name(where)] for where, _ in flat)
         bar = stack.enter_context(
             tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm)
@@ -70,6 +78,26 @@ def load_state(path: Path, state: nnx.State, mesh: Mesh, *, use_tqdm: bool = Tru
             loaded.append((where, variable.replace(array)))
             bar.update(num_bytes[name])
     return nnx.from_flat_state(loaded)
+
+
+def stored_dtype(path: Path) -> str:
+    """The dtype of most of a checkpoint's numbers, from the headers of its files; float32 if it has no safetensors.
+
+    Raises:
+        ValueError: files are missing or damaged, or most numbers are of a dtype that cannot be loaded.
+    """
+    if not any(path.glob("*.safetensors*")):
+        return "float32"
+    sizes: Counter[str] = Counter()
+    with ExitStack() as stack:
+        for tensor in _open_tensors(path, stack).values():
+            sizes[tensor.dtype] += tensor.size
+    dtype = max(sizes, key=sizes.__getitem__, default="F32")
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"{path}: the weights are stored as {dtype}, which is not supported: expected one of {', '.join(_DTYPES)}"
+        )
+    return _DTYPES[dtype]
 
 
 def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype: Dtype | None = None) -> None:
@@ -159,10 +187,10 @@ def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _S
                 f"{tensor.file}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
                 "one of the two belongs to another model"
             )
-        if tensor.dtype not in _STORED_BYTES:
+        if tensor.dtype not in _DTYPES:
             raise ValueError(
                 f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not supported: "
-                f"expected one of {', '.join(_STORED_BYTES)}"
+                f"expected one of {', '.join(_DTYPES)}"
             )
 
 
