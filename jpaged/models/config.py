@@ -2,13 +2,48 @@
 
 import json
 import logging
+import reprlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("float32", "bfloat16", "float16")
+import numpy as np
+
+from jpaged import config as engine_config
+
+DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
 """The dtypes a checkpoint may be stored in and a model may run in."""
+
+MAX_INT = engine_config.MAX_SLOTS
+"""Sizes, positions and token ids are int32 on the device."""
+
+_FLOAT32 = np.finfo(np.float32)
+
+
+def require(ok: bool, name: str, value: object, expected: str) -> None:
+    """Raises ValueError if not ``ok``: ``name=value is not valid: expected ...``."""
+    if not ok:
+        raise ValueError(f"{name}={reprlib.repr(value)} is not valid: expected {expected}")
+
+
+def is_count(value: object) -> bool:
+    """Whether ``value`` is an integer from 1 to ``MAX_INT``."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_INT
+
+
+def is_positive(value: object) -> bool:
+    """Whether ``value`` is a number above 0 that float32 holds and can divide by: neither NaN, 1e39 nor 1e-39."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return float(_FLOAT32.tiny) <= value <= float(_FLOAT32.max)
+
+
+def check_token_ids(token_ids: tuple[Any, ...]) -> None:
+    """Raises ValueError for an entry of ``eos_token_id`` that is no token id."""
+    for token_id in token_ids:
+        is_id = isinstance(token_id, int) and not isinstance(token_id, bool) and 0 <= token_id <= MAX_INT
+        require(is_id, "eos_token_id", token_id, f"a token id from 0 to {MAX_INT}, or a list of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +80,13 @@ class ModelConfig(ABC):
         )  # fmt: skip
         for name in sizes:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not valid: expected a positive integer")
+            require(is_count(value), name, value, f"an integer from 1 to {MAX_INT}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        for token_id in self.eos_token_ids:
-            if not isinstance(token_id, int) or token_id < 0:
-                raise ValueError(f"eos_token_id {token_id!r} is not valid: expected a token id, 0 or more, or several")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is not supported: expected one of {', '.join(DTYPES)}")
+        check_token_ids(self.eos_token_ids)
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
 
     @property
     def max_model_len(self) -> int:
@@ -148,20 +179,23 @@ def import_transformers() -> Any:
     return transformers
 
 
-def parse_hf_config(path: Path, model_type: str) -> Any:
-    """Reads the config.json at ``path`` through transformers, which knows its old and new spellings.
+def parse_hf_config(raw: dict[str, Any], model_type: str) -> Any:
+    """Parses the content of a config.json through transformers, which knows its old and new spellings.
 
     Raises:
-        ValueError: the file is refused, by us (quantised weights) or by transformers.
+        ValueError: it is refused, by us (quantised weights) or by transformers.
     """
-    raw = read_json(path)
     if (quantization := raw.get("quantization_config")) is not None:
-        raise ValueError(f"{path}: quantised weights ({quantization}) are not supported: use the original ones")
+        raise ValueError(f"quantised weights ({quantization}) are not supported: use the original ones")
     if raw.get("model_type", model_type) != model_type:
         raise ValueError(
-            f"{path}: model_type={raw['model_type']!r} disagrees with architectures={raw['architectures']}, "
+            f"model_type={raw['model_type']!r} disagrees with architectures={raw['architectures']}, "
             f"whose model_type is {model_type!r}: correct one of them"
         )
+    if (num_heads := raw.get("num_attention_heads")) is not None:  # transformers divides by it
+        require(is_count(num_heads), "num_attention_heads", num_heads, f"an integer from 1 to {MAX_INT}")
+    if (layer_types := raw.get("layer_types")) is not None:
+        require(isinstance(layer_types, list), "layer_types", layer_types, "null or a list, one entry a layer")
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -169,22 +203,35 @@ def parse_hf_config(path: Path, model_type: str) -> Any:
             model_type, **{k: v for k, v in raw.items() if k != "model_type"}
         )
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is refused by transformers: {error}") from error
+        raise ValueError(f"refused by transformers, correct it or download it again: {error}") from error
 
 
-def common_fields(raw: dict[str, Any], generation: dict[str, Any], hf: Any) -> dict[str, Any]:
+def read_eos_token_ids(path: Path) -> tuple[int, ...] | None:
+    """The end-of-sequence ids in a generation_config.json; None if there is no such file or it names none.
+
+    Raises:
+        ValueError: the file is damaged, or holds something other than token ids; names it.
+    """
+    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    if value is None:
+        return None
+    token_ids = _as_tuple(value)
+    try:
+        check_token_ids(token_ids)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return token_ids
+
+
+def common_fields(raw: dict[str, Any], hf: Any, dtype: Any, eos_token_ids: tuple[int, ...] | None) -> dict[str, Any]:
     """The ``ModelConfig`` fields that all families spell alike.
 
     Args:
         raw: config.json.
-        generation: generation_config.json, empty if the checkpoint has none. Its end-of-sequence ids win.
         hf: config.json as transformers parsed it.
+        dtype: what the weights are stored in.
+        eos_token_ids: from generation_config.json; they win over those of config.json.
     """
-    eos = generation.get("eos_token_id")
-    eos = hf.eos_token_id if eos is None else eos
-    if eos is None:
-        eos = ()
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     return {
         "architecture": raw["architectures"][0],
         "vocab_size": hf.vocab_size,
@@ -192,8 +239,15 @@ def common_fields(raw: dict[str, Any], generation: dict[str, Any], hf: Any) -> d
         "num_layers": hf.num_hidden_layers,
         "num_heads": hf.num_attention_heads,
         "max_position_embeddings": hf.max_position_embeddings,
-        "dtype": str(dtype).removeprefix("torch."),
-        "eos_token_ids": (eos,) if isinstance(eos, int) else tuple(eos),
+        "dtype": dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype,
+        "eos_token_ids": _as_tuple(hf.eos_token_id) if eos_token_ids is None else eos_token_ids,
         "bos_token_id": hf.bos_token_id,
-        "tie_word_embeddings": bool(hf.tie_word_embeddings),
+        "tie_word_embeddings": hf.tie_word_embeddings,
     }
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """None, one value or a list of them, as JSON writes what may be several."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)

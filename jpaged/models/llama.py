@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jpaged.models.config import ModelConfig
+from jpaged.models.config import MAX_INT, ModelConfig, is_count, is_positive, require
 from jpaged.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -55,13 +55,14 @@ class LlamaConfig(ModelConfig):
         if self.architecture not in MODEL_TYPES:
             raise ValueError(f"architecture={self.architecture!r} is not of the Llama family: {', '.join(MODEL_TYPES)}")
         check_activation(self.hidden_act)
+        require(is_positive(self.rms_norm_eps), "rms_norm_eps", self.rms_norm_eps, "a small number above 0")
         if self.rope.head_dim != self.head_dim:
             raise ValueError(f"rope.head_dim={self.rope.head_dim} differs from head_dim={self.head_dim}")
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
             raise ValueError(f"{len(self.sliding_windows)} layer types are given for {self.num_layers} layers")
         for window in self.sliding_windows:
-            if window is not None and window < 1:
-                raise ValueError(f"sliding_window={window} is not valid: expected a positive number of tokens")
+            is_window = window is None or is_count(window)
+            require(is_window, "sliding_window", window, f"null (full attention) or an integer from 1 to {MAX_INT}")
 
     @property
     def max_model_len(self) -> int:
@@ -73,13 +74,15 @@ class LlamaConfig(ModelConfig):
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "LlamaConfig":
         family = MODEL_TYPES[common["architecture"]]
-        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+        head_dim = getattr(hf, "head_dim", None)
+        if head_dim is None:
+            head_dim = hf.hidden_size // hf.num_attention_heads
         attention_bias = bool(getattr(hf, "attention_bias", False))
         windows: tuple[int | None, ...] = ()
         if family == "mistral" and hf.sliding_window is not None:
             windows = (hf.sliding_window,) * hf.num_hidden_layers
         elif family in ("qwen2", "qwen3"):
-            windows = tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)
+            windows = tuple(_window_of(kind, hf.sliding_window) for kind in hf.layer_types)
         return cls(
             **common,
             intermediate_size=hf.intermediate_size,
@@ -92,7 +95,7 @@ class LlamaConfig(ModelConfig):
             o_bias=family in ("llama", "qwen3") and attention_bias,
             mlp_bias=family == "llama" and bool(hf.mlp_bias),
             qk_norm=family == "qwen3",
-            sliding_windows=windows if any(windows) else (),
+            sliding_windows=() if all(window is None for window in windows) else windows,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -119,6 +122,20 @@ class LlamaConfig(ModelConfig):
         if family == "qwen3":
             values["attention_bias"] = self.qkv_bias
         return values
+
+
+def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
+    """The window of a layer of this type, one of config.json's ``layer_types``."""
+    kinds = ("full_attention", "sliding_attention")
+    require(layer_type in kinds, "layer_types entry", layer_type, f"one of {', '.join(kinds)}")
+    if layer_type == "full_attention":
+        return None
+    if sliding_window is None:
+        raise ValueError(
+            "layer_types asks for sliding_attention, but no sliding_window is given: "
+            "set sliding_window and use_sliding_window, or make the layers full_attention"
+        )
+    return sliding_window
 
 
 class LlamaAttention(nnx.Module):

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jpaged.models.config import ModelConfig
+from jpaged.models.config import MAX_INT, ModelConfig, is_count, require
 from jpaged.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -50,10 +50,8 @@ class OPTConfig(ModelConfig):
         check_activation(self.activation)
         if self.head_dim * self.num_heads != self.hidden_size:
             raise ValueError(f"hidden_size={self.hidden_size} is not num_heads={self.num_heads} times a head_dim")
-        if self.word_embed_proj_dim < 1:
-            raise ValueError(
-                f"word_embed_proj_dim={self.word_embed_proj_dim} is not valid: expected a positive integer"
-            )
+        width = self.word_embed_proj_dim
+        require(is_count(width), "word_embed_proj_dim", width, f"an integer from 1 to {MAX_INT}")
 
     @property
     def is_projected(self) -> bool:

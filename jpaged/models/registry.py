@@ -10,9 +10,17 @@ from jax.sharding import Mesh
 
 from jpaged.device.sharding import check_divisible, param_shardings
 from jpaged.models import llama, opt
-from jpaged.models.config import ModelConfig, common_fields, find_config, parse_hf_config, read_json
+from jpaged.models.config import (
+    ModelConfig,
+    common_fields,
+    find_config,
+    parse_hf_config,
+    read_eos_token_ids,
+    read_json,
+)
 from jpaged.models.layers import Dtype
-from jpaged.models.weights import load_state
+from jpaged.models.rope import check_spelled_parameters
+from jpaged.models.weights import load_state, stored_dtype
 
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
@@ -24,7 +32,9 @@ SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """Reads the configuration of a Hugging Face checkpoint directory, without touching its weights.
+    """Reads the configuration of a Hugging Face checkpoint directory.
+
+    Of the weights, only the files' headers are read, and only if config.json names no dtype.
 
     Args:
         path: a directory with config.json and, optionally, generation_config.json.
@@ -43,13 +53,20 @@ def load_config(path: str | Path) -> ModelConfig:
     ):
         raise ValueError(f"{config_path}: architectures={architectures!r} is not supported: expected one of {known}")
     model_types, config_class, _ = next(family for family in _FAMILIES if architectures[0] in family[0])
-    generation_path = config_path.with_name("generation_config.json")
-    generation = read_json(generation_path) if generation_path.is_file() else {}
-    hf = parse_hf_config(config_path, model_types[architectures[0]])
+    eos_token_ids = read_eos_token_ids(config_path.with_name("generation_config.json"))
+    dtype = next((raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None), None)
+    if dtype is None:
+        dtype = stored_dtype(config_path.parent)
     try:
-        return config_class.from_hf(hf, common_fields(raw, generation, hf))
+        check_spelled_parameters(raw)
+        hf = parse_hf_config(raw, model_types[architectures[0]])
+        return config_class.from_hf(hf, common_fields(raw, hf, dtype, eos_token_ids))
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{config_path} cannot be used ({type(error).__name__}: {error}): correct it or download it again"
+        ) from error
 
 
 def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:

@@ -1,12 +1,15 @@
 """Rotary position embeddings: the default form and every scaling transformers writes for Llama."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
+
+from jpaged.models.config import MAX_INT, is_count, require
+from jpaged.models.rope_parameters import check_parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,10 @@ class Dynamic:
     """NTK-aware: beyond ``Rope.max_position_embeddings`` the base grows, so KV depends on the prompt's length."""
 
     factor: float
+
+
+_BETA_FAST, _BETA_SLOW = 32, 1
+"""Rotations over the original context above which YaRN keeps, and below which it interpolates, a frequency."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ class Yarn:
             ratio = self.original_max_position_embeddings / (rotations * 2 * math.pi)
             return rope.head_dim * math.log(ratio) / (2 * math.log(rope.theta))
 
-        low, high = dim_of(self.beta_fast or 32), dim_of(self.beta_slow or 1)
+        low, high = dim_of(self.beta_fast or _BETA_FAST), dim_of(self.beta_slow or _BETA_SLOW)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, rope.head_dim - 1)
@@ -114,6 +121,29 @@ _SCALINGS: dict[str, type[Scaling]] = {
 }
 
 
+def check_spelled_parameters(raw: dict[str, Any]) -> None:
+    """Checks rotary parameters as config.json spells them, before anything computes with them.
+
+    Args:
+        raw: config.json; the parameters stand in ``rope_parameters``, once ``rope_scaling``, or beside them.
+
+    Raises:
+        ValueError: a value of another type or out of range, with its name.
+    """
+    nested = [raw[name] for name in ("rope_parameters", "rope_scaling") if isinstance(raw.get(name), dict)]
+    for parameters in (raw, *nested):
+        if "rope_theta" in parameters:
+            check_parameter("rope_theta", parameters["rope_theta"], is_optional=False)
+    for parameters in nested:
+        rope_type = parameters.get("rope_type", parameters.get("type"))
+        kind = _SCALINGS.get(rope_type) if isinstance(rope_type, str) else None
+        for field in () if kind is None else fields(kind):
+            if field.name in parameters:
+                # YaRN's factor may be null; that other scalings need theirs is seen when they are built.
+                is_optional = field.default is None or field.name == "factor"
+                check_parameter(field.name, parameters[field.name], is_optional=is_optional)
+
+
 @dataclass(frozen=True, slots=True)
 class Rope:
     """Rotary embedding of a head: dimension i is paired with dimension i + head_dim / 2, as Hugging Face does.
@@ -131,19 +161,31 @@ class Rope:
     scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
+        for name in ("head_dim", "max_position_embeddings"):
+            require(is_count(getattr(self, name)), name, getattr(self, name), f"an integer from 1 to {MAX_INT}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary embeddings pair dimensions")
-        scaling = self.scaling
-        factor = getattr(scaling, "factor", None)
-        if factor is not None and not factor >= 1:
-            raise ValueError(f"rope scaling factor={factor} is not valid: expected 1 or more")
-        if isinstance(scaling, Dynamic) and self.head_dim == 2:
-            raise ValueError("rope_type 'dynamic' needs a head_dim above 2")
-        if isinstance(scaling, LongRope):
-            for name in ("short_factor", "long_factor"):
-                length = len(getattr(scaling, name))
-                if length != self.head_dim // 2:
-                    raise ValueError(f"rope {name} has {length} entries: expected head_dim / 2 = {self.head_dim // 2}")
+        check_parameter("rope_theta", self.theta, is_optional=False)
+        if self.scaling is not None:
+            self._check_scaling(self.scaling)
+
+    def _check_scaling(self, scaling: "Scaling") -> None:
+        for field in fields(scaling):
+            check_parameter(field.name, getattr(scaling, field.name), is_optional=field.default is None)
+        match scaling:
+            case Dynamic() if self.head_dim == 2:
+                raise ValueError("rope_type 'dynamic' needs a head_dim above 2")
+            case Yarn(beta_fast=fast, beta_slow=slow):
+                fast, slow = fast or _BETA_FAST, slow or _BETA_SLOW
+                require(fast >= slow, "beta_fast", fast, f"beta_slow={slow} or more")
+            case LongRope():
+                for name in ("short_factor", "long_factor"):
+                    length, expected = len(getattr(scaling, name)), self.head_dim // 2
+                    if length != expected:
+                        raise ValueError(f"{name} has {length} entries: expected head_dim / 2 = {expected}")
+            case Llama3(low_freq_factor=low, high_freq_factor=high):
+                require(high > low, "high_freq_factor", high, f"a number above low_freq_factor={low}")
+        require(is_count(self.max_model_len), "factor", scaling.factor, f"a context of at most {MAX_INT} tokens")
 
     @classmethod
     def from_hf(cls, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> "Rope":
@@ -153,7 +195,7 @@ class Rope:
             ValueError: a rope type that is not known, or parameters out of range.
         """
         rope_type = parameters.get("rope_type", "default")
-        if rope_type != "default" and rope_type not in _SCALINGS:
+        if not isinstance(rope_type, str) or rope_type not in ("default", *_SCALINGS):
             raise ValueError(f"rope_type={rope_type!r} is not supported: known are default, {', '.join(_SCALINGS)}")
         if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
             raise ValueError(
@@ -169,8 +211,12 @@ class Rope:
                     given[name] = tuple(value) if isinstance(value, list) else value
             if rope_type == "yarn" and "factor" not in given:
                 given["factor"] = max_position_embeddings / given["original_max_position_embeddings"]
+            required = [field.name for field in fields(kind) if field.default is MISSING]
+            if missing := [name for name in required if name not in given]:
+                raise ValueError(f"rope_type={rope_type!r} needs {', '.join(missing)}: add what is missing")
             scaling = kind(**given)
-        return cls(head_dim, float(parameters["rope_theta"]), max_position_embeddings, scaling)
+        theta: Any = parameters.get("rope_theta")
+        return cls(head_dim, theta, max_position_embeddings, scaling)
 
     def to_hf(self) -> dict[str, Any]:
         """The ``rope_parameters`` that ``from_hf`` reads back."""
@@ -225,7 +271,7 @@ class Rope:
             case Dynamic(factor):
                 grown = jnp.maximum(seq_lens, self.max_position_embeddings).astype(jnp.float32)
                 ratio = factor * grown / self.max_position_embeddings - (factor - 1)
-                theta = self.theta * ratio ** (self.head_dim / (self.head_dim - 2))
+                theta = float(self.theta) * ratio ** (self.head_dim / (self.head_dim - 2))
                 exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
                 inv_freq = 1 / theta[:, None] ** jnp.asarray(exponents)[None]
             case LongRope() as scaling:
