@@ -325,7 +325,7 @@ def test_rope_parameter_that_cannot_be_computed_with_is_named(spelling, rope_typ
     rope = {"rope_type": rope_type, "rope_theta": 1e4, **_SCALINGS[rope_type], **changes}
     others = {"rope_parameters": None} if spelling == "rope_scaling" else {}
     with pytest.raises(ValueError, match=rf"(?s)config\.json: .*{message}"):
-        load_config(_edited(tmp_path, **others, **{spelling: rope}))
+        load_config(_edited(tmp_path, "llama_mha", **others, **{spelling: rope}))
 
 
 def test_null_parameter_of_another_rope_type_is_not_looked_at(tmp_path):
