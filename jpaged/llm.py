@@ -16,8 +16,7 @@ from jpaged.device.compile_cache import enable_compile_cache
 from jpaged.device.model_runner import ModelRunner, check_settings
 from jpaged.device.sharding import make_mesh
 from jpaged.engine import Engine, EngineStats, Prompt, StepOutput
-from jpaged.models import ModelConfig, load_config, load_model
-from jpaged.models.config import import_transformers
+from jpaged.models import ModelConfig, import_transformers, load_config, load_model
 from jpaged.request import CompletionDelta, Request, RequestOutput, SamplingParams
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -296,7 +295,11 @@ def _load_tokenizer(path: Path) -> Any:
     tokenizers = import_transformers().AutoTokenizer
     try:
         return tokenizers.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+            str(path),
+            local_files_only=True,
+            trust_remote_code=False,
+            clean_up_tokenization_spaces=False,
+            model_max_length=2**31,  # the engine says itself what is too long
         )
     except Exception as error:  # whatever the many libraries behind it raise
         raise ValueError(
