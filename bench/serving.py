@@ -61,7 +61,12 @@ def _run_model(args: argparse.Namespace) -> dict[str, Any]:
 
     start = time.perf_counter()
     llm = LLM(
-        args.model, max_num_seqs=64, max_num_batched_tokens=512, num_blocks=args.num_blocks, enable_prefix_caching=False
+        args.model,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        num_blocks=args.num_blocks,
+        enable_prefix_caching=False,
+        warm_up=True,
     )
     startup_s = time.perf_counter() - start
     print(f"start-up {startup_s:.1f} s")
