@@ -1,5 +1,6 @@
 """The README's examples run, and compute what attention without a cache computes."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README_PATH = Path(__file__).parents[1] / "README.md"
+README = README_PATH.read_text()
 EXAMPLES = {
     "nnx": next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "import nnx" in code),
     "linen": next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "import linen" in code),
@@ -55,3 +57,22 @@ def test_linen_example_equals_dense_attention():
 def test_ci_finds_the_test_command():
     commands = [line for line in README.splitlines() if line.endswith("bin/pytest")]
     assert len(commands) == 1
+
+
+def test_measured_figures_are_those_of_the_result_files():
+    results = README_PATH.parent / "bench" / "results"
+    demo = json.loads((results / "serving_demo_cpu.json").read_text())
+    batching, waste = demo["continuous_batching"], demo["waste"]
+    shown = [
+        f"{batching['one_at_a_time_tokens_per_s']:.0f} tokens/s",
+        f"{batching['batched_tokens_per_s']:,.0f} tokens/s, **{batching['ratio']:.1f} times**",
+        f"{waste['mean_percent']:.1f}% (at most {waste['max_percent']:.1f}% in any step)",
+    ]
+    llama = json.loads((results / "serving_llama3-8b_nvidia-h200.json").read_text())
+    for name, figure in llama["figures"].items():
+        numbers = [figure["value"], figure["peer"], *([figure["floor"]] if figure["floor"] else [])]
+        row = next(line for line in README.splitlines() if f" {figure['ratio_to_peer']:.2f} |" in line)
+        for number in numbers:
+            assert (f"{number:,.0f}" if number >= 100 else f"{number:.3g}") in row, name
+    for text in shown:
+        assert text in README
