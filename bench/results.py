@@ -1,7 +1,6 @@
 """Result files: what was measured, on which device, at which commit, with which shapes."""
 
 import json
-import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from jpaged.device.model_runner import num_cores
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,16 +35,12 @@ def environment(commit: str | None) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit or current_commit(),
-        "device": f"{platform.machine()} CPU, {_num_cores()} cores" if device.platform == "cpu" else device.device_kind,
+        "device": f"{platform.machine()} CPU, {num_cores()} cores" if device.platform == "cpu" else device.device_kind,
         "num_devices": jax.device_count() if device.platform != "cpu" else 1,
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
         "python": platform.python_version(),
     }
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def save(name: str, content: dict[str, Any], directory: Path = RESULTS) -> Path:

@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    report = _run_random_weights(args) if args.random_weights else _run_model(args)
+    try:
+        report = _run_random_weights(args) if args.random_weights else _run_model(args)
+    except ValueError as error:
+        parser.error(str(error))
     from bench.results import save
 
     path = save(report.pop("file"), report, args.out)

@@ -329,4 +329,4 @@ def _sampling_params(args: argparse.Namespace, max_tokens: int) -> SamplingParam
 
 def _cap(params: SamplingParams, most: int) -> SamplingParams:
     """``params`` with ``max_tokens`` no more than ``most``."""
-    return replace(params, max_tokens=most if params.max_tokens is None else min(params.max_tokens, most))
+    return replace(params, max_tokens=min(params.max_tokens or most, most))

@@ -1,7 +1,7 @@
 """Token ids to text as they arrive: whole characters only, stop strings cut off."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded with the first output token: some tokenizers drop the space before a text's first token."""
@@ -19,6 +19,26 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
 
 
+class _State(NamedTuple):
+    """All that a token changes, replaced as a whole: an interruption leaves the token taken or not, never half.
+
+    Args:
+        text: all of it, decided or not.
+        num_tokens: tokens that made it.
+        ids: the tail of the tokens; ``ids[:num_read]`` is decoded already, and context.
+        num_read: see ``ids``.
+        is_open: whether the decoded ends in a replacement held back, maybe a character's beginning.
+        is_stopped: whether a stop string ended the text.
+    """
+
+    text: str
+    num_tokens: int
+    ids: tuple[int, ...]
+    num_read: int
+    is_open: bool = False
+    is_stopped: bool = False
+
+
 class Detokenizer:
     """The text of one completion, grown token by token.
 
@@ -29,14 +49,25 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop_strings: Sequence[str] = ()):
-        self.text = ""  # all of it, decided or not
-        self.is_stopped = False
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
-        self._ids = list(prompt_token_ids[-CONTEXT_TOKENS:])  # [_first, _read) is decoded already, and context
-        self._first, self._read = 0, len(self._ids)
-        self._is_open = False  # whether the decoded ends in a replacement held back, maybe a character's beginning
-        self._num_taken = 0
+        context = tuple(prompt_token_ids[-CONTEXT_TOKENS:])
+        self._state = _State("", 0, context, len(context))
+
+    @property
+    def text(self) -> str:
+        """All of it, decided or not."""
+        return self._state.text
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens appended so far."""
+        return self._state.num_tokens
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self._state.is_stopped
 
     def append(self, token_id: int, *, may_stop: bool = True) -> None:
         """Add a token. Text that still waits for the rest of a character is held back, though never for long.
@@ -45,57 +76,51 @@ class Detokenizer:
             token_id: the token.
             may_stop: whether a stop string that this token completes ends the text.
         """
-        self._ids.append(token_id)
-        if not self._decode(is_last=False, may_stop=may_stop) and self._is_textless(token_id):
-            self._ids.pop()  # else an endless row of them would be decoded again with each
+        before = self._state._replace(num_tokens=self._state.num_tokens + 1)
+        after = self._decoded(before._replace(ids=(*before.ids, token_id)), is_last=False, may_stop=may_stop)
+        if after.text == before.text and self._is_textless(token_id):
+            after = before  # else an endless row of them would be decoded again with each
+        self._state = after
 
     def finish(self) -> None:
         """No more tokens: what was held back becomes text."""
         if not self.is_stopped:
-            self._decode(is_last=True, may_stop=False)
+            self._state = self._decoded(self._state, is_last=True, may_stop=False)
 
-    def take(self, *, is_last: bool) -> str:
-        """Text that no later token can take back and that was not taken before.
+    def num_decided(self, *, is_last: bool) -> int:
+        """How much of ``text``, in characters, no later token can take back.
 
         Unless ``is_last``, an ending that may be the beginning of a stop string waits.
         """
-        end = len(self.text)
-        if not is_last:
-            end -= max((_overlap(self.text, stop) for stop in self._stop_strings), default=0)
-        delta = self.text[self._num_taken : end]
-        self._num_taken = max(end, self._num_taken)
-        return delta
+        waiting = 0 if is_last else max((_overlap(self.text, stop) for stop in self._stop_strings), default=0)
+        return len(self.text) - waiting
 
-    def _decode(self, *, is_last: bool, may_stop: bool) -> bool:
-        """Turn what is decided into text; returns whether there was any."""
-        before = self._tokenizer.decode(self._ids[self._first : self._read], skip_special_tokens=True)
-        after = self._tokenizer.decode(self._ids[self._first :], skip_special_tokens=True)
-        before = before[:-1] if self._is_open else before
+    def _decoded(self, state: _State, *, is_last: bool, may_stop: bool) -> _State:
+        """``state`` with what is decided turned into text."""
+        before = self._tokenizer.decode(list(state.ids[: state.num_read]), skip_special_tokens=True)
+        after = self._tokenizer.decode(list(state.ids), skip_special_tokens=True)
+        before = before[:-1] if state.is_open else before
         is_open = after.endswith(REPLACEMENT) and not is_last
         if is_open:
-            if len(self._ids) - self._read <= MAX_CHARACTER_TOKENS:
-                return False
+            if len(state.ids) - state.num_read <= MAX_CHARACTER_TOKENS:
+                return state
             after = after[:-1]  # the last may be a character's beginning; those before it are in the output
         if after == before:
-            return False
-        start = len(self.text)
+            return state
         # Not always all of ``before``: where the prompt ends inside a character, that ends in a replacement.
-        self.text += after[_num_common(before, after) :]
-        self._first, self._read, self._is_open = self._read, len(self._ids), is_open
-        if may_stop:
-            self._cut_at_stop(start)
-        return True
+        text = state.text + after[_num_common(before, after) :]
+        end = self._find_stop(text, len(state.text)) if may_stop else None
+        ids = state.ids[state.num_read :]
+        return _State(text[:end], state.num_tokens, ids, len(ids), is_open, end is not None)
 
     def _is_textless(self, token_id: int) -> bool:
         """Whether it is a special token. Twice, as some tokenizers drop the space before a text's first token."""
         return not self._tokenizer.decode([token_id, token_id], skip_special_tokens=True)
 
-    def _cut_at_stop(self, start: int) -> None:
-        """End the text before the earliest stop string that ends after ``start``."""
-        found = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop_strings]
-        hits = [index for index in found if index >= 0]
-        if hits:
-            self.text, self.is_stopped = self.text[: min(hits)], True
+    def _find_stop(self, text: str, start: int) -> int | None:
+        """Where the earliest stop string that ends after ``start`` begins."""
+        found = [text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop_strings]
+        return min((index for index in found if index >= 0), default=None)
 
 
 def _num_common(a: str, b: str) -> int:

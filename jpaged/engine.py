@@ -72,6 +72,16 @@ class EngineStats:
     num_steps: int
 
 
+@dataclass(slots=True)
+class _Progress:
+    """How far the deltas of a sequence have told of it."""
+
+    detokenizer: Detokenizer | None
+    num_tokens: int = 0
+    num_characters: int = 0
+    is_ended: bool = False
+
+
 class Engine:
     """Serves requests over one model and one KV cache. Owns no policy: the scheduler decides, the runner executes.
 
@@ -108,8 +118,7 @@ class Engine:
         self._groups: dict[str, SequenceGroup] = {}  # requests whose result was not handed out, by request id
         self._to_collect: dict[str, SequenceGroup] = {}  # those that may have gained tokens, by request id
         self._output = StepOutput()  # what ``take`` will hand out
-        self._detokenizers: dict[int, Detokenizer] = {}  # by sequence id
-        self._num_seen: dict[int, int] = {}  # outputs already turned into deltas, by sequence id
+        self._progress: dict[int, _Progress] = {}  # of the sequences of ``_groups``, by sequence id
         self._random = np.random.default_rng(config.seed)
 
     # Requests -----------------------------------------------------------------------------------------------------
@@ -139,11 +148,10 @@ class Engine:
         group = self.scheduler.add(request)
         self._groups[request.request_id] = group
         for seq in group.sequences:
-            self._num_seen[seq.seq_id] = 0
+            detokenizer = None
             if self.tokenizer is not None:
-                self._detokenizers[seq.seq_id] = Detokenizer(
-                    self.tokenizer, request.prompt_token_ids, request.params.stop_strings
-                )
+                detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids, request.params.stop_strings)
+            self._progress[seq.seq_id] = _Progress(detokenizer)
 
     def abort(self, request_id: str) -> bool:
         """End a request now and free its blocks; its last deltas and its result wait for ``take``.
@@ -155,8 +163,16 @@ class Engine:
         if group is None:
             return False
         self._to_collect[request_id] = group
-        self._collect_all()
+        self._collect(group)
         return True
+
+    def forget(self, request_id: str) -> None:
+        """End a request, if it is there, and keep nothing of it: nobody waits for its result."""
+        self.scheduler.abort(request_id)
+        self._to_collect.pop(request_id, None)
+        group = self._groups.pop(request_id, None)
+        for seq in group.sequences if group else ():
+            self._progress.pop(seq.seq_id, None)
 
     @property
     def has_unfinished(self) -> bool:
@@ -211,8 +227,10 @@ class Engine:
     def step(self) -> StepOutput:
         """Run one step and take what it brought.
 
-        A step that fails or is interrupted costs the running requests a recomputation, and nobody a token.
+        A step that fails or is interrupted costs the running requests a recomputation, and nobody a token. A request
+        whose text cannot be made (its tokenizer raised) is forgotten.
         """
+        self._collect_all()  # what an interruption left
         if self.scheduler.has_unfinished:
             try:
                 plan = self.scheduler.schedule()
@@ -234,45 +252,48 @@ class Engine:
     def _collect_all(self) -> None:
         while self._to_collect:
             request_id, group = next(iter(self._to_collect.items()))
-            self._collect(group, self._output)
-            del self._to_collect[request_id]
+            try:
+                self._collect(group)
+            except Exception:
+                self.forget(request_id)
+                raise
 
-    def _collect(self, group: SequenceGroup, output: StepOutput) -> None:
+    def _collect(self, group: SequenceGroup) -> None:
         """Turn the tokens a group gained into deltas; end sequences whose text met a stop string."""
+        request_id = group.request.request_id
         for seq in group.sequences:
-            start = self._num_seen.get(seq.seq_id)
-            is_aborted = seq.finish_reason is FinishReason.ABORT
-            if start is None or (start == seq.num_outputs and not is_aborted):
+            progress = self._progress[seq.seq_id]
+            if progress.is_ended:
                 continue
-            new_ids = seq.token_ids[seq.prompt_len + start :]
-            text = self._text_of(group, seq, new_ids)
-            output.deltas.append(CompletionDelta(group.request.request_id, seq.index, text, new_ids, seq.finish_reason))
-            if seq.is_finished:
-                del self._num_seen[seq.seq_id]
-            else:
-                self._num_seen[seq.seq_id] = seq.num_outputs
-        if group.is_finished and self._groups.pop(group.request.request_id, None) is not None:
-            output.finished.append(self._finished_output(group))
+            end = 0 if progress.detokenizer is None else self._read(group, seq, progress.detokenizer)
+            new_ids = seq.token_ids[seq.prompt_len + progress.num_tokens :]
+            if new_ids or seq.is_finished:
+                text = "" if progress.detokenizer is None else progress.detokenizer.text[progress.num_characters : end]
+                delta = CompletionDelta(request_id, seq.index, text, new_ids, seq.finish_reason)
+                self._output.deltas.append(delta)
+                progress.num_tokens, progress.num_characters = seq.num_outputs, max(end, progress.num_characters)
+                progress.is_ended = seq.is_finished
+        if group.is_finished and request_id in self._groups:
+            self._output.finished.append(self._finished_output(group))
+            self.forget(request_id)
+        self._to_collect.pop(request_id, None)
 
-    def _text_of(self, group: SequenceGroup, seq: Seq, new_ids: list[int]) -> str:
-        detokenizer = self._detokenizers.get(seq.seq_id)
-        if detokenizer is None:
-            return ""
-        for token_id in new_ids:
+    def _read(self, group: SequenceGroup, seq: Seq, detokenizer: Detokenizer) -> int:
+        """Turn new tokens into text; returns how many characters of it are decided."""
+        for token_id in seq.token_ids[seq.prompt_len + detokenizer.num_tokens :]:
             if seq.finish_reason is FinishReason.STOP and token_id in group.stop_token_ids:
                 break  # a stop token ends the text and is no part of it
-            detokenizer.append(token_id, may_stop=seq.num_outputs >= group.request.params.min_tokens)
-        if detokenizer.is_stopped:
-            self.scheduler.finish(group, seq, FinishReason.STOP)
-        elif seq.is_finished:
+            may_stop = detokenizer.num_tokens + 1 >= group.request.params.min_tokens
+            detokenizer.append(token_id, may_stop=may_stop)
+            if detokenizer.is_stopped:
+                self.scheduler.finish(group, seq, FinishReason.STOP)
+                break
+        if seq.is_finished:
             detokenizer.finish()
-        return detokenizer.take(is_last=seq.is_finished)
+        return detokenizer.num_decided(is_last=seq.is_finished)
 
     def _finished_output(self, group: SequenceGroup) -> RequestOutput:
-        """The result of a finished group, and the end of what the engine keeps of it."""
         outputs = [self._completion(group, seq) for seq in group.sequences]
-        for seq in group.sequences:
-            self._detokenizers.pop(seq.seq_id, None)
         request = group.request
         return RequestOutput(
             request_id=request.request_id,
@@ -290,7 +311,7 @@ class Engine:
         if num_logprobs is not None:
             rows = zip(token_ids, seq.scores, strict=True)
             logprobs = [self._logprobs(t, scores, row, num_logprobs) for t, (scores, row) in rows]
-        detokenizer = self._detokenizers.get(seq.seq_id)
+        detokenizer = self._progress[seq.seq_id].detokenizer
         return CompletionOutput(
             index=seq.index,
             text="" if detokenizer is None else detokenizer.text,

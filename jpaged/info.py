@@ -150,6 +150,7 @@ def _plan_pool(
         devices,
         config.memory_fraction,
         reserved_bytes=weight_bytes,
+        least_blocks=max_blocks + 1,
         useful_blocks=config.max_num_seqs * max_blocks + 1,
     )
     num_blocks = max(0, num_blocks)

@@ -128,7 +128,8 @@ class LLM:
             runner.warm_up(use_tqdm=use_tqdm)
         self.engine = Engine(runner, config, tokenizer)
         self._num_requests = 0
-        self._finished: dict[str, RequestOutput] = {}
+        self._awaited: set[str] = set()
+        self._finished: dict[str, RequestOutput] = {}  # of the awaited ones
         self._streams: dict[str, deque[CompletionDelta]] = {}
 
     @property
@@ -164,14 +165,14 @@ class LLM:
             ValueError: any prompt or parameter is invalid. Raised before anything runs, whichever prompt it is.
         """
         requests = self._make_requests(prompts, sampling_params)
+        self._awaited |= {request.request_id for request in requests}
         try:
             for request in requests:
                 self.engine.add(request)
             self._run(requests, use_tqdm=use_tqdm)
-            return [self._finished.pop(request.request_id) for request in requests]
-        except BaseException:
+            return [self._finished[request.request_id] for request in requests]
+        finally:
             self._abandon(requests)
-            raise
 
     def stream(
         self,
@@ -246,6 +247,7 @@ class LLM:
 
     def _stream(self, requests: list[Request]) -> Generator[CompletionDelta]:
         deltas: deque[CompletionDelta] = deque()
+        self._awaited |= {request.request_id for request in requests}
         try:
             for request in requests:
                 self.engine.add(request)
@@ -261,22 +263,23 @@ class LLM:
 
     def _step(self) -> int:
         """One step of the engine, its output put where its readers look. Returns the number of tokens."""
-        assert self.engine.has_unfinished, "someone waits for a request that is not there"
-        return self._deliver(self.engine.step())
+        output = self.engine.step()
+        if not (output.deltas or output.finished or self.engine.has_unfinished):
+            raise RuntimeError("a request was dropped after an error and will never finish")
+        return self._deliver(output)
 
     def _deliver(self, output: StepOutput) -> int:
         for delta in output.deltas:
             if delta.request_id in self._streams:
                 self._streams[delta.request_id].append(delta)
-        self._finished |= {result.request_id: result for result in output.finished}
+        self._finished |= {r.request_id: r for r in output.finished if r.request_id in self._awaited}
         return sum(len(delta.token_ids) for delta in output.deltas)
 
     def _abandon(self, requests: list[Request]) -> None:
         """Leave no trace of ``requests``, finished or not."""
         for request in requests:
-            self.engine.abort(request.request_id)
-        self._deliver(self.engine.take())
-        for request in requests:
+            self._awaited.discard(request.request_id)
+            self.engine.forget(request.request_id)
             self._finished.pop(request.request_id, None)
             self._streams.pop(request.request_id, None)
 

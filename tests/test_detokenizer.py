@@ -14,6 +14,17 @@ END = "<end>"
 TEXT = "héllo wörld: 日本語, 🙂 = 1 + 2\n"
 
 
+class Reader(Detokenizer):
+    """Takes decided text as a stream does, each character once."""
+
+    num_given = 0
+
+    def take(self, *, is_last):
+        end = self.num_decided(is_last=is_last)
+        given, self.num_given = self.text[self.num_given : end], max(end, self.num_given)
+        return given
+
+
 def byte_level_tokenizer():
     """A byte-level BPE whose every byte is a token, with a few merges, some of them across characters."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -76,22 +87,22 @@ def stream(detokenizer, token_ids):
 def test_character_of_several_tokens_comes_whole():
     token_ids = TOKENIZER.encode("a🙂b")
     assert len(token_ids) == 6
-    assert stream(Detokenizer(TOKENIZER, []), token_ids) == ["a", "", "", "", "🙂", "b", ""]
+    assert stream(Reader(TOKENIZER, []), token_ids) == ["a", "", "", "", "🙂", "b", ""]
 
 
 def test_unfinished_character_at_the_end_becomes_a_replacement():
     token_ids = TOKENIZER.encode("a🙂")[:3]
-    assert stream(Detokenizer(TOKENIZER, []), token_ids) == ["a", "", "", "\ufffd"]
+    assert stream(Reader(TOKENIZER, []), token_ids) == ["a", "", "", "\ufffd"]
 
 
 def test_character_begun_by_the_prompt_is_text_of_the_output():
     token_ids = TOKENIZER.encode("aé!")
-    detokenizer = Detokenizer(TOKENIZER, token_ids[:2])
+    detokenizer = Reader(TOKENIZER, token_ids[:2])
     assert stream(detokenizer, token_ids[2:]) == ["é", "!", ""]
 
 
 def test_replacement_character_in_the_prompt_is_not_repeated():
-    detokenizer = Detokenizer(TOKENIZER, TOKENIZER.encode("a\ufffd"))
+    detokenizer = Reader(TOKENIZER, TOKENIZER.encode("a\ufffd"))
     assert stream(detokenizer, TOKENIZER.encode("bc")) == ["b", "c", ""]
 
 
@@ -99,7 +110,7 @@ def test_replacement_character_in_the_prompt_is_not_repeated():
 def test_replacement_characters_and_special_tokens_without_end_keep_coming_and_cost_no_more(piece):
     token_ids = [*TOKENIZER.encode(piece), *TOKENIZER.encode(piece.removeprefix("a")) * 200]
     tokenizer = WatchedTokenizer()
-    detokenizer = Detokenizer(tokenizer, [])
+    detokenizer = Reader(tokenizer, [])
     for token_id in token_ids:
         detokenizer.append(token_id)
     assert len(detokenizer.text) > len(TOKENIZER.decode(token_ids, skip_special_tokens=True)) - 5
@@ -108,25 +119,25 @@ def test_replacement_characters_and_special_tokens_without_end_keep_coming_and_c
 
 def test_stop_string_behind_replacement_characters_stops():
     first, last = TOKENIZER.encode("🙂")[0], TOKENIZER.encode("é")[-1]
-    detokenizer = Detokenizer(TOKENIZER, [], ["\ufffd\ufffd"])
+    detokenizer = Reader(TOKENIZER, [], ["\ufffd\ufffd"])
     taken = stream(detokenizer, [first] * 9 + [last])
     assert (detokenizer.is_stopped, "".join(taken), len(taken)) == (True, "", 6)
 
 
 def test_special_tokens_are_no_text():
     token_ids = [TOKENIZER.eos_token_id, *TOKENIZER.encode("a"), TOKENIZER.eos_token_id, *TOKENIZER.encode("b")]
-    assert stream(Detokenizer(TOKENIZER, []), token_ids) == ["", "a", "", "b", ""]
+    assert stream(Reader(TOKENIZER, []), token_ids) == ["", "a", "", "b", ""]
 
 
 def test_first_word_keeps_the_space_that_a_text_would_lose():
     tokenizer = metaspace_tokenizer()
     assert tokenizer.decode([1, 2]) == "a b"
-    assert stream(Detokenizer(tokenizer, [1]), [2, 3, 1, 5, 6]) == [" b", "c", " a", " ", " 🙂", ""]
+    assert stream(Reader(tokenizer, [1]), [2, 3, 1, 5, 6]) == [" b", "c", " a", " ", " 🙂", ""]
 
 
 @pytest.mark.parametrize("stop", ["o w", " wö", "ö", "日本", "ld: 日", "🙂 ="])
 def test_text_ends_before_a_stop_string_wherever_tokens_end(stop):
-    detokenizer = Detokenizer(TOKENIZER, [], [stop])
+    detokenizer = Reader(TOKENIZER, [], [stop])
     taken = stream(detokenizer, TOKENIZER.encode(TEXT))
     assert detokenizer.is_stopped
     assert "".join(taken) == detokenizer.text == TEXT[: TEXT.index(stop)]
@@ -134,28 +145,28 @@ def test_text_ends_before_a_stop_string_wherever_tokens_end(stop):
 
 def test_first_of_several_stop_strings_wins():
     token_ids = TOKENIZER.encode("abcxyz")
-    assert "".join(stream(Detokenizer(TOKENIZER, [], ["yz", "cx", "q"]), token_ids)) == "ab"
-    assert "".join(stream(Detokenizer(TOKENIZER, [], ["x", "bcx"]), token_ids)) == "a"
+    assert "".join(stream(Reader(TOKENIZER, [], ["yz", "cx", "q"]), token_ids)) == "ab"
+    assert "".join(stream(Reader(TOKENIZER, [], ["x", "bcx"]), token_ids)) == "a"
 
 
 def test_beginning_of_a_stop_string_waits_until_it_is_decided():
     token_ids = TOKENIZER.encode("aababc")
-    assert stream(Detokenizer(TOKENIZER, [], ["abc"]), token_ids) == ["", "a", "", "ab", "", "", ""]
-    assert stream(Detokenizer(TOKENIZER, [], ["abd"]), token_ids) == ["", "a", "", "ab", "", "abc", ""]
+    assert stream(Reader(TOKENIZER, [], ["abc"]), token_ids) == ["", "a", "", "ab", "", "", ""]
+    assert stream(Reader(TOKENIZER, [], ["abd"]), token_ids) == ["", "a", "", "ab", "", "abc", ""]
 
 
 def test_what_waits_comes_at_the_end():
-    assert stream(Detokenizer(TOKENIZER, [], ["abc"]), TOKENIZER.encode("xab")) == ["x", "", "", "ab"]
+    assert stream(Reader(TOKENIZER, [], ["abc"]), TOKENIZER.encode("xab")) == ["x", "", "", "ab"]
 
 
 def test_stop_string_in_the_prompt_or_across_its_end_does_not_stop():
-    detokenizer = Detokenizer(TOKENIZER, TOKENIZER.encode("stop st"), ["stop"])
+    detokenizer = Reader(TOKENIZER, TOKENIZER.encode("stop st"), ["stop"])
     assert "".join(stream(detokenizer, TOKENIZER.encode("op."))) == "op."
     assert not detokenizer.is_stopped
 
 
 def test_stop_string_counts_only_from_where_it_may():
-    detokenizer = Detokenizer(TOKENIZER, [], ["ab"])
+    detokenizer = Reader(TOKENIZER, [], ["ab"])
     a, b = TOKENIZER.encode("ab")
     for token_id in (a, b):
         detokenizer.append(token_id, may_stop=False)
@@ -172,12 +183,12 @@ prompts = st.text(max_size=4).map(TOKENIZER.encode)
 @given(prompt=prompts, token_ids=any_ids | st.text(max_size=12).map(TOKENIZER.encode))
 def test_pieces_join_to_the_text_of_all_tokens(prompt, token_ids):
     expected = TOKENIZER.decode(token_ids, skip_special_tokens=True)
-    assert "".join(stream(Detokenizer(TOKENIZER, prompt), token_ids)) == expected
+    assert "".join(stream(Reader(TOKENIZER, prompt), token_ids)) == expected
 
 
 @given(text=st.text("a\x00é日🙂\u07ff\uffff\U0010ffff", max_size=12))
 def test_bytes_of_a_text_give_each_character_with_its_last_byte(text):
-    detokenizer, seen = Detokenizer(BYTE_FALLBACK, []), ""
+    detokenizer, seen = Reader(BYTE_FALLBACK, []), ""
     for character in text:
         for byte in character.encode():
             assert detokenizer.text == seen
@@ -195,7 +206,7 @@ def test_bytes_of_a_text_give_each_character_with_its_last_byte(text):
 )
 def test_little_waits_and_nothing_is_lost_among_broken_characters(pieces):
     tokenizer, token_ids, text = WatchedTokenizer(), [], ""
-    detokenizer = Detokenizer(tokenizer, [])
+    detokenizer = Reader(tokenizer, [])
     for token_id in [token_id for piece in pieces for token_id in piece]:
         detokenizer.append(token_id)
         text += detokenizer.take(is_last=False)
@@ -221,14 +232,14 @@ def test_stream_with_stop_strings_equals_the_text_cut_at_the_first_to_be_complet
         ),
         TOKENIZER.decode(token_ids),
     )
-    detokenizer = Detokenizer(TOKENIZER, [], stops)
+    detokenizer = Reader(TOKENIZER, [], stops)
     taken = stream(detokenizer, token_ids)
     assert "".join(taken) == detokenizer.text == expected
 
 
 @given(token_ids=any_ids, stop=st.text("abé🙂", min_size=1, max_size=3))
 def test_what_was_taken_is_never_taken_back(token_ids, stop):
-    detokenizer = Detokenizer(TOKENIZER, [], [stop])
+    detokenizer = Reader(TOKENIZER, [], [stop])
     texts = [""]
     for token_id in token_ids:
         detokenizer.append(token_id)

@@ -216,6 +216,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.finished |= run(self.engine)
         assert self.finished.keys() == self.requests.keys()
         assert self.engine.blocks.num_free_blocks == self.engine.blocks.num_blocks - 1
+        assert not any((self.engine._groups, self.engine._to_collect, self.engine._progress))
         for name, output in self.finished.items():
             request = self.requests[name]
             is_aborted = any(o.finish_reason is FinishReason.ABORT for o in output.outputs)

@@ -1,5 +1,6 @@
 """LLM as its users meet it: text in, text out, streams, interruptions and refusals. On the model in the box."""
 
+import contextlib
 from functools import cache
 
 import pytest
@@ -24,7 +25,9 @@ def _nothing_is_left_behind():
     yield
     assert llm().stats().num_used_blocks == 0
     assert not llm().engine.has_unfinished
-    assert not llm().engine._detokenizers
+    engine = llm().engine
+    assert not any((engine._groups, engine._to_collect, engine._progress, engine._output.deltas))
+    assert not llm()._awaited
     assert not llm()._finished
     assert not llm()._streams
 
@@ -152,6 +155,50 @@ def test_an_interrupted_batch_leaves_nothing_and_the_engine_goes_on(monkeypatch)
             generate(["x = 1", "y = 2"])
     assert len(generate("x = 1")[0].outputs[0].token_ids) == 12
     assert len(list(stream)) == 11, "the stream that was open goes on"
+
+
+@pytest.mark.parametrize("stop", [None, "n"])
+def test_interruptions_while_text_is_made_change_nobody_elses(monkeypatch, stop):
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, stop=stop)
+    expected = generate("def f(x):", params)[0].outputs[0]
+    decode = type(llm().tokenizer).decode
+    for when in range(1, 30, 2):
+        stream = llm().stream("def f(x):", params)
+        deltas = [next(stream)]
+        calls = 0
+
+        def interrupted(self, *args, when=when, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == when:
+                raise KeyboardInterrupt
+            return decode(self, *args, **kwargs)
+
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr(type(llm().tokenizer), "decode", interrupted)
+            generate("x = 1", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+        deltas += stream
+        assert [t for delta in deltas for t in delta.token_ids] == expected.token_ids
+        assert "".join(delta.text for delta in deltas) == expected.text
+
+
+def test_a_request_whose_text_cannot_be_made_takes_nobody_along(monkeypatch):
+    decode = type(llm().tokenizer).decode
+
+    def broken(self, token_ids, **kwargs):
+        if 88 in token_ids:  # the beginning of one prompt
+            raise LookupError("no such token")
+        return decode(self, token_ids, **kwargs)
+
+    assert 88 in llm().tokenizer.encode("x = 1")
+    stream = llm().stream("def f(y):", GREEDY)
+    next(stream)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(llm().tokenizer), "decode", broken)
+        with pytest.raises(LookupError, match="no such token"):
+            generate("x = 1")
+    assert len(list(stream)) == 11
+    assert len(generate("x = 1")[0].outputs[0].token_ids) == 12
 
 
 def test_text_that_the_vocabulary_has_no_room_for_is_refused(monkeypatch):

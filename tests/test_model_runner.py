@@ -1,10 +1,14 @@
 """What a step costs: its memory, its number of programs; and that execution does what the plan says."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jpaged.config import EngineConfig
+from jpaged.device import kv_cache
+from jpaged.device.kv_cache import num_blocks_that_fit
 from jpaged.device.model_runner import ModelRunner
 from jpaged.device.sharding import make_mesh
 from jpaged.device.step_inputs import Bucket
@@ -123,6 +127,21 @@ def test_the_default_context_shrinks_to_the_pool():
 def test_a_pool_is_sized_from_memory_when_not_given():
     runner = make_runner(num_blocks=None)
     assert runner.num_blocks == 4 * 128 // 8 + 1, "all rows at full length, and the padding block"
+
+
+def test_the_pool_of_one_row_holds_its_whole_context():
+    """On a CPU no block is rounded away."""
+    runner = make_runner(num_blocks=None, max_num_seqs=1, block_size=1)
+    assert runner.num_blocks == 129
+    assert runner.max_model_len == 128
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10_000, 9_984), (10_100, 10_048), (130, 130), (129, 129), (90, 90)])
+def test_the_number_of_blocks_on_an_accelerator_is_a_round_one_if_the_context_fits(monkeypatch, free, expected):
+    monkeypatch.setattr(kv_cache, "available_bytes", lambda devices, fraction: 1000 * free + 5000)
+    [device] = [SimpleNamespace(platform="gpu")]
+    blocks = num_blocks_that_fit(1000, [device], 0.9, reserved_bytes=5000, least_blocks=130, useful_blocks=50)
+    assert blocks == expected
 
 
 def test_a_fraction_of_memory_too_small_for_a_block_is_refused():

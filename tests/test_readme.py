@@ -68,11 +68,19 @@ def test_measured_figures_are_those_of_the_result_files():
         f"{batching['batched_tokens_per_s']:,.0f} tokens/s, **{batching['ratio']:.1f} times**",
         f"{waste['mean_percent']:.1f}% (at most {waste['max_percent']:.1f}% in any step)",
     ]
-    llama = json.loads((results / "serving_llama3-8b_nvidia-h200.json").read_text())
-    for name, figure in llama["figures"].items():
-        numbers = [figure["value"], figure["peer"], *([figure["floor"]] if figure["floor"] else [])]
-        row = next(line for line in README.splitlines() if f" {figure['ratio_to_peer']:.2f} |" in line)
-        for number in numbers:
-            assert (f"{number:,.0f}" if number >= 100 else f"{number:.3g}") in row, name
     for text in shown:
         assert text in README
+    llama = json.loads((results / "serving_llama3-8b_nvidia-h200.json").read_text())
+    shown_rows = [tuple(cell.strip() for cell in line.split("|")[2:6]) for line in README.splitlines() if "| " in line]
+    for name, figure in llama["figures"].items():
+        *_, unit = name.removesuffix("_per_s").rpartition("_")
+        unit += "/s" * name.endswith("_per_s")
+
+        def show(value, unit=unit):
+            return "" if value is None else (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + f" {unit}"
+
+        row = (show(figure["value"]), show(figure["peer"]), f"{figure['ratio_to_peer']:.2f}", show(figure["floor"]))
+        assert row in shown_rows, name
+    limits = llama["limits"]
+    assert f"({limits['read_bytes_per_s'] / 1e12:.2f} TB/s)" in README
+    assert f"({limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s)" in README

@@ -179,6 +179,15 @@ def test_prefix_hit_starts_after_the_cached_blocks_and_leaves_one_token():
     run(scheduler)
 
 
+def test_a_waiting_request_is_admitted_as_soon_as_its_prefix_is_cached():
+    scheduler = make_scheduler(num_blocks=12, block_size=64, budget=1024, caching=True)
+    for name in "ab":
+        scheduler.add(request(name, 386, max_tokens=60))
+    assert [c.seq_id for c in step(scheduler).chunks] == [0], "7 of 11 blocks: no room for another 7"
+    assert [(c.seq_id, c.start) for c in step(scheduler).chunks] == [(0, 386), (1, 384)]
+    run(scheduler)
+
+
 def test_blocks_are_published_only_after_the_step_that_wrote_them():
     scheduler = make_scheduler(caching=True, budget=64)
     for name in "ab":

@@ -17,7 +17,7 @@ CPU_POOL_BYTES = 1 << 30
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KVCache:
     """Keys and values of all layers in fixed-size blocks of one preallocated array.
 
@@ -29,6 +29,9 @@ class KVCache:
     """
 
     pool: Float[Array, "num_blocks num_layers 2 num_kv_heads block_size head_dim"]
+
+    def __repr__(self) -> str:
+        return f"KVCache(pool={self.pool.dtype}{list(self.pool.shape)})"
 
     @classmethod
     def allocate(
@@ -106,6 +109,7 @@ def num_blocks_that_fit(
     memory_fraction: float,
     *,
     reserved_bytes: int,
+    least_blocks: int,
     useful_blocks: int,
 ) -> int:
     """How many blocks a pool may have; less than 2 if there is no room for one.
@@ -115,12 +119,13 @@ def num_blocks_that_fit(
         devices: the pool's.
         memory_fraction: of each device's memory, for everything.
         reserved_bytes: what will be needed besides, over all devices. A CPU is taken to have it.
+        least_blocks: fewer are given only if no more fit.
         useful_blocks: on a CPU, more than these would only delay the start.
     """
     budget = available_bytes(devices, memory_fraction)
     if devices[0].platform == "cpu":
-        num_blocks = min(min(budget, CPU_POOL_BYTES) // bytes_per_block, useful_blocks)
-    else:
-        num_blocks = (budget - reserved_bytes) // bytes_per_block
+        return min(min(budget, CPU_POOL_BYTES) // bytes_per_block, useful_blocks)
+    num_blocks = (budget - reserved_bytes) // bytes_per_block
     # The number is a shape of every program: a few bytes more or less must not make kept ones useless.
-    return num_blocks - num_blocks % max(num_blocks // 64, 1)
+    rounded = num_blocks - num_blocks % max(num_blocks // 64, 1)
+    return max(rounded, min(num_blocks, least_blocks))

@@ -83,6 +83,11 @@ class ForwardResult(NamedTuple):
     sample_hidden: Float[Array, "rows hidden_size"]
 
 
+def num_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
     """Check what the settings ask of a model, before anything is loaded.
 
@@ -165,6 +170,7 @@ class ModelRunner:
             devices,
             self.config.memory_fraction,
             reserved_bytes=0 if is_cpu else self._workspace_bytes() * len(devices),
+            least_blocks=self.max_blocks + 1,
             useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
         )
         if num_blocks < 2:
@@ -227,7 +233,7 @@ class ModelRunner:
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
         keys += [("sample", rows, 0, 0, 0) for rows in {bucket.num_rows for bucket in self.buckets}]
         keys += [("copy", size) for size in self._copy_sizes]
-        threads = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+        threads = ThreadPoolExecutor(max_workers=num_cores())
         try:
             jobs = [threads.submit(self._program, key) for key in keys]
             done = as_completed(jobs)

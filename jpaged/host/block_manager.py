@@ -91,6 +91,11 @@ class BlockManager:
         """Blocks held by no sequence; cached ones among them count, they are reused when nothing else is left."""
         return len(self._free)
 
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks in the prefix cache, held or free."""
+        return len(self._cache)
+
     def match_prefix(self, token_ids: Sequence[int], *, salt: bytes = b"") -> list[int]:
         """Find the physical blocks of the longest cached prefix of full blocks of ``token_ids``; change nothing.
 

@@ -62,7 +62,8 @@ class Scheduler:
         self._sequences: dict[int, tuple[SequenceGroup, Sequence]] = {}  # the same, by sequence id
         self._waiting: deque[SequenceGroup] = deque()  # by arrival; preempted groups return to the front
         self._running: list[SequenceGroup] = []  # by arrival
-        self._refused: tuple[SequenceGroup, int] | None = None  # the last admission refused, and the blocks then free
+        # The last admission refused, and the blocks then free and cached.
+        self._refused: tuple[SequenceGroup, tuple[int, int]] | None = None
         self._num_arrivals = 0
         self._num_seqs = 0
         self._num_preemptions = 0
@@ -85,7 +86,7 @@ class Scheduler:
         if room < 1:
             raise ValueError(
                 f"the prompt has {prompt_len} tokens, but max_model_len={self.max_model_len} leaves room for at most "
-                f"{self.max_model_len - 1} and one to generate: shorten the prompt or raise max_model_len"
+                f"{self.max_model_len - 1} and one to generate: shorten the prompt"
             )
         for name in ("max_tokens", "min_tokens"):
             value = getattr(params, name)
@@ -149,6 +150,7 @@ class Scheduler:
         seq.state = SequenceState.FINISHED
         del self._sequences[seq.seq_id]
         if group.is_finished:
+            self._refused = None
             del self._groups[group.request.request_id]
             (self._running if group in self._running else self._waiting).remove(group)
 
@@ -263,8 +265,9 @@ class Scheduler:
         while self._waiting and plan.budget > 0:
             group = self._waiting[0]
             members = group.unfinished
-            if self._refused == (group, self.blocks.num_free_blocks):
-                return  # no block was freed since: matching its prompt again would end the same way
+            pool = self.blocks.num_free_blocks, self.blocks.num_cached_blocks
+            if self._refused == (group, pool):
+                return  # no block was freed or published since: matching its prompt again would end the same way
             if num_rows + len(members) > self.max_num_seqs:
                 return
             leader = members[0]
@@ -274,7 +277,7 @@ class Scheduler:
             fresh = self.blocks.num_fresh_blocks(target, cached) + to_grow - self._num_blocks(target)
             watermark = math.ceil(WATERMARK * self._num_usable_blocks) if self._running else 0
             if fresh + watermark > self.blocks.num_free_blocks:
-                self._refused = (group, self.blocks.num_free_blocks)
+                self._refused = group, pool
                 return
             self.blocks.reserve(leader.seq_id, target, cached_blocks=cached)
             leader.num_computed = len(cached) * self.blocks.block_size

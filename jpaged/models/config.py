@@ -154,7 +154,7 @@ def find_config(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        kind = "is a file" if path.exists() else "does not exist"
+        kind = "is a file" if path.exists() else "does not exist, and nothing is downloaded by name"
         raise ValueError(f"{path} {kind}: expected a Hugging Face checkpoint directory (config.json, *.safetensors)")
     if not (path / "config.json").is_file():
         raise ValueError(
