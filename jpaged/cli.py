@@ -199,12 +199,15 @@ def _chat(args: argparse.Namespace) -> None:
             if text == "/reset":
                 talk = _Conversation(system)
                 _note("[forgotten]")
+            elif text.startswith("/") and text[1:].isalpha():
+                _note(f"[{text} is no command: /reset forgets the conversation, /quit ends it]")
             elif text:
                 talk = _answer(llm, talk, text, params)
     finally:
         blocks = llm.engine.blocks.stats()
         hits, total = blocks.prefix_hit_tokens, blocks.prefix_queried_tokens
-        _note(f"[{hits} of {total} prompt tokens came from the prefix cache]")
+        if total:
+            _note(f"[{hits} of {total} prompt tokens came from the prefix cache]")
 
 
 def _read_message() -> str | None:

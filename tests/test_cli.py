@@ -306,6 +306,13 @@ def test_reset_forgets_all_but_the_system_message(run, turns):
     assert [turn.text for turn in turns] == ["s:s\nu:one\na:", "s:s\nu:two\na:"]
 
 
+def test_unknown_command_is_not_said_to_the_model(run, turns):
+    status, out, err = run("chat", model="chat", stdin="/help\n")
+    assert status == 0
+    assert out == ""
+    assert "/help is no command: /reset forgets the conversation, /quit ends it" in err
+
+
 def test_full_context_says_how_to_go_on(run, turns):
     status, _, err = run("chat", model="chat", stdin=f"{'x' * 88}\n{'y' * 200}\n/reset\n{'z' * 200}\nhi\n")
     assert status == 0
