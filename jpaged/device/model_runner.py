@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -145,8 +144,7 @@ class ModelRunner:
         self.bytes_per_block = block_bytes(**block)
         self._new_cache = partial(KVCache.allocate, **block)
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget)
-        self._compiled: dict[tuple, Any] = {}
-        self._compile_lock = threading.Lock()
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}  # warm-up's threads each write keys of their own
         self.num_blocks = self._check_num_blocks()
         self._fit_model_len()
         self.cache = self._allocate_cache()
@@ -211,8 +209,7 @@ class ModelRunner:
         largest = max(self._copy_sizes)
         keys = (("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, 0), ("copy", largest))
         with ThreadPoolExecutor() as threads:
-            programs = list(threads.map(partial(self._program, pool_blocks=pool_blocks), keys))
-        self._compiled.clear()
+            programs = list(threads.map(partial(self._compile, pool_blocks=pool_blocks), keys))
         total = 0
         for program in programs:
             analysis = program.memory_analysis()
@@ -250,17 +247,16 @@ class ModelRunner:
         """The compiled forward step of one bucket, to inspect (its memory analysis, its HLO)."""
         return self._program(("forward", bucket))
 
-    def _program(self, key: tuple, *, pool_blocks: int | None = None) -> jax.stages.Compiled:
+    def _program(self, key: tuple) -> jax.stages.Compiled:
         """The program of ``key``: a kind and its static sizes. Compiled on first use."""
-        with self._compile_lock:
-            compiled = self._compiled.get(key)
-        if compiled is None:
-            precision = "highest" if self.dtype == jnp.float32 else None
-            with jax.default_matmul_precision(precision), jax.set_mesh(self.mesh):
-                compiled = self._lower(key, pool_blocks or self.num_blocks).compile()
-            with self._compile_lock:
-                self._compiled[key] = compiled
-        return compiled
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(key, self.num_blocks)
+        return self._compiled[key]
+
+    def _compile(self, key: tuple, pool_blocks: int) -> jax.stages.Compiled:
+        precision = "highest" if self.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(precision), jax.set_mesh(self.mesh):
+            return self._lower(key, pool_blocks).compile()
 
     def _lower(self, key: tuple, pool_blocks: int) -> jax.stages.Lowered:
         kind, *sizes = key
