@@ -13,7 +13,7 @@ from jpaged.request import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy-on-write: physical block ``dst`` becomes a copy of ``src`` before the step writes anything."""
+    """Block ``dst`` becomes a copy of block ``src``; which pools the two number is said where the copy is listed."""
 
     src: int
     dst: int
@@ -63,6 +63,23 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class BeamSelect:
+    """Find the best continuations of one beam search: the top ``num_candidates`` of its beams x vocabulary.
+
+    Args:
+        chunks: indices into ``StepPlan.chunks``, one per live beam: the last token's logits are read.
+        scores: cumulative log-probability of each of these beams.
+        num_candidates: how many continuations to return; 2 x width or more, so that enough of them go on.
+        banned_token_ids: tokens that may not be chosen now (end-of-sequence before ``min_tokens``).
+    """
+
+    chunks: Sequence[int]
+    scores: Sequence[float]
+    num_candidates: int
+    banned_token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PromptScore:
     """Score the prompt tokens that follow each of the first ``len(target_ids)`` tokens of ``chunks[chunk]``."""
 
@@ -73,16 +90,35 @@ class PromptScore:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step of the device half, complete: copies first, then all chunks in one ragged batch, then samples."""
+    """One step of the device half, complete.
+
+    Args:
+        to_host: device block ``src`` to host block ``dst``, as it is before this step writes anything.
+        from_host: host block ``src`` to device block ``dst``. Started before the forward pass and in the pool after it:
+            nothing else in this plan reads or writes these device blocks. Sees what ``to_host`` of the same plan stores;
+            no host block is both read here and written there.
+        copies: device to device (copy-on-write), after ``to_host`` and before the forward pass. All sources are read
+            before any destination is written.
+        chunks: all in one ragged batch. May be empty when blocks move.
+        samples, beams, prompt_scores: what to make of the logits.
+    """
 
     copies: tuple[BlockCopy, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     samples: tuple[Sample, ...] = ()
     prompt_scores: tuple[PromptScore, ...] = ()
+    beams: tuple[BeamSelect, ...] = ()
+    to_host: tuple[BlockCopy, ...] = ()
+    from_host: tuple[BlockCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def num_logit_rows(self) -> int:
+        """Rows of logits the step reads: one per sample, then one per live beam of each search, in plan order."""
+        return len(self.samples) + sum(len(beam.chunks) for beam in self.beams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +139,21 @@ class TokenScores:
 
 
 @dataclass(frozen=True, slots=True)
+class BeamCandidates:
+    """The continuations of one ``BeamSelect``, best first.
+
+    Args:
+        beams: [candidates] int32, index into ``BeamSelect.chunks`` of the beam each continues.
+        token_ids: [candidates] int32, by which token.
+        scores: [candidates] float32, cumulative log-probability. -inf where the vocabulary had no more to offer.
+    """
+
+    beams: np.ndarray
+    token_ids: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What a step produced, on the host.
 
@@ -110,8 +161,26 @@ class StepResult:
         token_ids: [samples] int32, one per ``StepPlan.samples``.
         scores: one row per sample.
         prompt_scores: one per ``StepPlan.prompt_scores``.
+        beams: one per ``StepPlan.beams``.
     """
 
     token_ids: np.ndarray
     scores: TokenScores
     prompt_scores: tuple[TokenScores, ...] = ()
+    beams: tuple[BeamCandidates, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What bringing KV back costs on this machine: measured by the device half, weighed by the host half.
+
+    Args:
+        transfer_s: fixed seconds of one batch of block transfers, either way.
+        to_host_block_s, from_host_block_s: seconds each block adds.
+        prefill_token_s: seconds to compute one token in a large prefill.
+    """
+
+    transfer_s: float
+    to_host_block_s: float
+    from_host_block_s: float
+    prefill_token_s: float
