@@ -2,7 +2,8 @@
 
 import copy
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, is_dataclass
+from itertools import takewhile
 
 import numpy as np
 import pytest
@@ -11,29 +12,40 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jpaged.host.block_manager import BlockManager, OutOfBlocks
+from jpaged.host.prefix_cache import Prefix, PrefixHit, PrefixMatch
 from jpaged.host.step_plan import BlockCopy
 
 
-def snapshot(manager: BlockManager) -> dict:
-    """Everything the manager knows, detached from it. Prefixes never change: they compare by identity."""
-    state = dict(vars(manager))
-    state["_holdings"] = {seq_id: replace(h, blocks=list(h.blocks)) for seq_id, h in manager._holdings.items()}
-    state["_free"] = list(manager._free)
-    state["_ref_counts"] = list(manager._ref_counts)
-    state["_cache"] = {name: copy.copy(value) for name, value in vars(manager._cache).items()}
-    return state
+def snapshot(value):
+    """Everything the manager knows, in order, detached from it. Prefixes never change: they compare by identity."""
+    if isinstance(value, dict):
+        return [(key, snapshot(item)) for key, item in value.items()]
+    if isinstance(value, list):
+        return [snapshot(item) for item in value]
+    if isinstance(value, Prefix) or not type(value).__module__.startswith("jpaged"):
+        return value
+    names = [field.name for field in fields(value)] if is_dataclass(value) else vars(value)
+    return type(value), [(name, snapshot(getattr(value, name))) for name in names]
 
 
 def cached_manager(num_blocks: int = 10, block_size: int = 4) -> BlockManager:
     return BlockManager(num_blocks, block_size, enable_prefix_caching=True)
 
 
-def run(manager: BlockManager, seq_id, token_ids: list[int], *, salt: bytes = b"") -> int:
+def run(manager: BlockManager, seq_id, token_ids: list[int], *, salt: bytes = b"", include_partial=False) -> int:
     """Admit, compute and publish a sequence; returns how many blocks it found in the cache."""
-    cached = manager.match_prefix(token_ids, salt=salt)
-    manager.reserve(seq_id, len(token_ids), cached_blocks=cached)
-    manager.publish(seq_id, token_ids, len(token_ids), salt=salt)
-    return len(cached)
+    match = manager.match_prefix(token_ids, salt=salt)
+    manager.reserve(seq_id, len(token_ids), match=match)
+    manager.publish(seq_id, token_ids, len(token_ids), salt=salt, include_partial=include_partial)
+    return len(match.hits)
+
+
+def blocks_of(match: PrefixMatch) -> list[int]:
+    return [hit.block for hit in match.hits]
+
+
+def full_hits(*blocks: int, block_size: int = 4) -> PrefixMatch:
+    return PrefixMatch(tuple(PrefixHit(block, block_size) for block in blocks))
 
 
 # Taking and giving back
@@ -190,7 +202,7 @@ def test_shared_blocks_outlive_their_first_holder():
     "call",
     [
         lambda m: m.reserve("new", 13),
-        lambda m: m.reserve("new", 20, cached_blocks=m.match_prefix([1, 2, 3, 4])),
+        lambda m: m.reserve("new", 20, match=m.match_prefix([1, 2, 3, 4])),
         lambda m: m.append("b", 16),
         lambda m: m.append("child", 11),  # the copy of the shared block and three more
     ],
@@ -214,12 +226,12 @@ def test_out_of_blocks_changes_nothing(call):
         (lambda m: m.reserve("a", 1), "exists already"),
         (lambda m: m.reserve("new", -1), "num_tokens=-1"),
         (lambda m: m.num_fresh_blocks(-1), "num_tokens=-1"),
-        (lambda m: m.reserve("new", 8, cached_blocks=[0]), "block 0 does not continue"),
-        (lambda m: m.reserve("new", 8, cached_blocks=[999]), "block 999 does not continue"),
-        (lambda m: m.reserve("new", 8, cached_blocks=[m.block_table("a")[2]]), "does not continue"),
-        (lambda m: m.reserve("new", 8, cached_blocks=[m.block_table("a")[1]]), "does not continue"),
-        (lambda m: m.reserve("new", 8, cached_blocks=[m.block_table("a")[0]] * 2), "does not continue"),
-        (lambda m: m.reserve("new", 7, cached_blocks=m.block_table("a")[:2]), "more than num_tokens=7"),
+        (lambda m: m.reserve("new", 8, match=full_hits(0)), "block=0.*does not continue"),
+        (lambda m: m.reserve("new", 8, match=full_hits(999)), "block=999.*does not continue"),
+        (lambda m: m.reserve("new", 8, match=full_hits(m.block_table("a")[2])), "does not continue"),
+        (lambda m: m.reserve("new", 8, match=full_hits(m.block_table("a")[1])), "does not continue"),
+        (lambda m: m.reserve("new", 8, match=full_hits(*[m.block_table("a")[0]] * 2)), "does not continue"),
+        (lambda m: m.reserve("new", 7, match=full_hits(*m.block_table("a")[:2])), "more than num_tokens=7"),
         (lambda m: m.append("a", -1), "num_tokens=-1"),
         (lambda m: m.append("nobody"), "unknown sequence 'nobody'"),
         (lambda m: m.num_blocks_to_append("a", -1), "num_tokens=-1"),
@@ -250,10 +262,13 @@ def test_wrong_calls_are_refused_and_change_nothing(call, message):
     assert snapshot(manager) == before
 
 
-@pytest.mark.parametrize(("num_blocks", "block_size"), [(1, 16), (0, 16), (4, 0), (4, -1), (2**28, 16)])
-def test_impossible_sizes_are_refused(num_blocks, block_size):
+@pytest.mark.parametrize(
+    ("num_blocks", "block_size", "num_host_blocks"),
+    [(1, 16, 0), (0, 16, 0), (4, 0, 0), (4, -1, 0), (2**28, 16, 0), (4, 16, -1)],
+)
+def test_impossible_sizes_are_refused(num_blocks, block_size, num_host_blocks):
     with pytest.raises(ValueError, match=r"give|int32"):
-        BlockManager(num_blocks, block_size)
+        BlockManager(num_blocks, block_size, num_host_blocks=num_host_blocks)
 
 
 # Prefix caching
@@ -263,22 +278,22 @@ def test_a_published_prefix_is_shared_by_the_next_sequence():
     manager = cached_manager()
     run(manager, "a", list(range(10)))
     cached = manager.match_prefix([*range(9), 99, 100])
-    assert cached == manager.block_table("a")[:2]
+    assert cached == full_hits(*manager.block_table("a")[:2])
     assert manager.num_fresh_blocks(11, cached) == 1
-    manager.reserve("b", 11, cached_blocks=cached)
-    assert manager.block_table("b")[:2] == cached
+    manager.reserve("b", 11, match=cached)
+    assert manager.block_table("b")[:2] == blocks_of(cached)
     assert manager.block_table("b")[2] != manager.block_table("a")[2]
 
 
 def test_nothing_matches_before_it_is_published_or_when_caching_is_off():
     manager = cached_manager()
     manager.reserve("a", 8)
-    assert manager.match_prefix(list(range(8))) == []
+    assert blocks_of(manager.match_prefix(list(range(8)))) == []
     manager.publish("a", list(range(8)), 7)
-    assert len(manager.match_prefix(list(range(8)))) == 1
+    assert len(manager.match_prefix(list(range(8))).hits) == 1
     off = BlockManager(10, 4)
     run(off, "a", list(range(8)))
-    assert off.match_prefix(list(range(8))) == []
+    assert blocks_of(off.match_prefix(list(range(8)))) == []
     assert off.stats().prefix_queried_tokens == 0
 
 
@@ -288,9 +303,9 @@ def test_a_freed_prefix_stays_cached_until_its_blocks_are_reused():
     manager.free("a")
     assert manager.num_free_blocks == 3
     cached = manager.match_prefix(list(range(8)))
-    assert len(cached) == 2
+    assert len(cached.hits) == 2
     assert manager.num_fresh_blocks(9, cached) == 3, "a cached block that nobody holds leaves the free set"
-    manager.reserve("b", 9, cached_blocks=cached)
+    manager.reserve("b", 9, match=cached)
     assert manager.num_free_blocks == 0
 
 
@@ -318,8 +333,8 @@ def test_a_hit_makes_blocks_most_recent():
     run(manager, "a", [1, 2])
     manager.free("a")
     manager.reserve("x", 2)
-    assert manager.match_prefix([3, 4]) == []
-    assert len(manager.match_prefix([1, 2])) == 1
+    assert blocks_of(manager.match_prefix([3, 4])) == []
+    assert len(manager.match_prefix([1, 2]).hits) == 1
 
 
 def test_of_two_equal_sequences_the_first_keeps_the_entry():
@@ -328,17 +343,17 @@ def test_of_two_equal_sequences_the_first_keeps_the_entry():
     manager.reserve("b", 4)
     manager.publish("b", [1, 2, 3, 4], 4)
     manager.publish("a", [1, 2, 3, 4], 4)
-    assert manager.match_prefix([1, 2, 3, 4]) == manager.block_table("b")
+    assert blocks_of(manager.match_prefix([1, 2, 3, 4])) == manager.block_table("b")
     manager.free("a")
     manager.check_invariants()
-    assert manager.match_prefix([1, 2, 3, 4]) == manager.block_table("b")
+    assert blocks_of(manager.match_prefix([1, 2, 3, 4])) == manager.block_table("b")
 
 
 def test_salts_never_share():
     manager = cached_manager()
     run(manager, "a", [1, 2, 3, 4], salt=b"alice")
-    assert manager.match_prefix([1, 2, 3, 4], salt=b"bob") == []
-    assert manager.match_prefix([1, 2, 3, 4]) == []
+    assert blocks_of(manager.match_prefix([1, 2, 3, 4], salt=b"bob")) == []
+    assert blocks_of(manager.match_prefix([1, 2, 3, 4])) == []
     assert run(manager, "b", [1, 2, 3, 4], salt=b"alice") == 1
 
 
@@ -355,11 +370,11 @@ def test_publish_reads_only_the_tokens_of_new_full_blocks():
     for num_computed in (5, 7, 12, 15, 15):
         manager.publish("a", tokens, num_computed)
     manager.fork("a", "fork")
-    manager.reserve("hit", 20, cached_blocks=manager.match_prefix(list(range(8))))
+    manager.reserve("hit", 20, match=manager.match_prefix(list(range(8))))
     for seq_id in ("a", "fork", "hit"):
         manager.publish(seq_id, tokens, 20)
     assert read == [slice(0, 4), slice(4, 12), slice(12, 20), slice(12, 20), slice(8, 20)]
-    assert len(manager.match_prefix(list(range(20)))) == 5
+    assert len(manager.match_prefix(list(range(20))).hits) == 5
 
 
 def test_forks_and_hits_publish_from_where_their_prefix_ends():
@@ -368,10 +383,10 @@ def test_forks_and_hits_publish_from_where_their_prefix_ends():
     manager.fork("a", "fork")
     manager.append("fork", 4)
     manager.publish("fork", [*range(8), 9, 9, 9, 9], 12)
-    assert manager.match_prefix([*range(8), 9, 9, 9, 9]) == manager.block_table("fork")
-    manager.reserve("hit", 12, cached_blocks=manager.match_prefix(list(range(8))))
+    assert blocks_of(manager.match_prefix([*range(8), 9, 9, 9, 9])) == manager.block_table("fork")
+    manager.reserve("hit", 12, match=manager.match_prefix(list(range(8))))
     manager.publish("hit", [*range(8), 7, 7, 7, 7], 12)
-    assert manager.match_prefix([*range(8), 7, 7, 7, 7]) == manager.block_table("hit")
+    assert blocks_of(manager.match_prefix([*range(8), 7, 7, 7, 7])) == manager.block_table("hit")
 
 
 def test_blocks_matched_before_they_were_reused_are_refused():
@@ -382,7 +397,7 @@ def test_blocks_matched_before_they_were_reused_are_refused():
     manager.reserve("b", 8)
     manager.free("b")
     with pytest.raises(ValueError, match="does not continue a cached prefix"):
-        manager.reserve("c", 8, cached_blocks=stale)
+        manager.reserve("c", 8, match=stale)
 
 
 def test_only_admissions_count_towards_the_hit_rate():
@@ -391,8 +406,8 @@ def test_only_admissions_count_towards_the_hit_rate():
     for _ in range(5):
         cached = manager.match_prefix(list(range(10)))
         with pytest.raises(OutOfBlocks):
-            manager.reserve("b", 30, cached_blocks=cached)
-    manager.reserve("b", 10, cached_blocks=cached)
+            manager.reserve("b", 30, match=cached)
+    manager.reserve("b", 10, match=cached)
     assert manager.stats().prefix_queried_tokens == 20
     assert manager.stats().prefix_hit_tokens == 8
 
@@ -409,6 +424,146 @@ def test_stats_count_each_physical_block_once():
     assert BlockManager(10, 4).stats().waste == 0
 
 
+def test_a_duplicate_takes_the_place_of_an_entry_that_was_reused():
+    manager = cached_manager(7, block_size=2)
+    for seq_id in ("first", "duplicate"):
+        manager.reserve(seq_id, 4)
+    for seq_id in ("first", "duplicate"):
+        manager.publish(seq_id, [1, 2, 3, 4], 4)
+    manager.free("first")
+    manager.reserve("x", 8)
+    assert manager.match_prefix([1, 2, 3, 4]).num_tokens == 0
+    manager.publish("duplicate", [1, 2, 3, 4], 4, include_partial=True)
+    assert blocks_of(manager.match_prefix([1, 2, 3, 4])) == manager.block_table("duplicate")
+    manager.check_invariants()
+
+
+def test_forget_all_forgets_what_is_cached_and_refuses_while_blocks_are_held():
+    manager = cached_manager()
+    run(manager, "a", list(range(10)), include_partial=True)
+    before = snapshot(manager)
+    with pytest.raises(ValueError, match="1 sequences hold blocks"):
+        manager.forget_all()
+    assert snapshot(manager) == before
+    manager.free("a")
+    manager.forget_all()
+    assert manager.match_prefix(list(range(10))).hits == ()
+    assert manager.stats().num_cached == 0
+    manager.reserve("b", 36)
+    manager.check_invariants()
+
+
+# Hits inside a block
+
+
+def test_a_hit_ends_inside_a_full_block_and_is_copied():
+    manager = cached_manager()
+    run(manager, "a", list(range(8)))
+    match = manager.match_prefix([0, 1, 2, 3, 4, 5, 99, 98])
+    assert match == PrefixMatch((*full_hits(1).hits, PrefixHit(2, 2)))
+    assert manager.num_fresh_blocks(8, match) == 1
+    assert manager.reserve("b", 8, match=match) == [BlockCopy(2, manager.block_table("b")[1])]
+    assert manager.block_table("b")[0] == 1
+    assert manager.block_table("b")[1] != 2
+    assert manager.stats().num_copies == 1
+    assert manager.stats().prefix_hit_tokens == 6
+    manager.check_invariants()
+
+
+def test_a_partial_block_is_found_once_published_and_stays_found_when_it_fills():
+    manager = cached_manager()
+    manager.reserve("a", 6)
+    manager.publish("a", list(range(6)), 6)
+    assert manager.match_prefix(list(range(8))).num_tokens == 4
+    manager.publish("a", list(range(6)), 6, include_partial=True)
+    assert manager.match_prefix(list(range(8))).num_tokens == 6
+    assert manager.append("a", 2) == [], "its one owner writes behind the cached tokens"
+    manager.publish("a", list(range(8)), 8)
+    assert manager.match_prefix(list(range(8))) == full_hits(1, 2)
+    assert manager.stats().num_cached == 2
+
+
+def test_the_longest_of_several_continuations_matches():
+    manager = cached_manager()
+    for seq_id, tokens in enumerate([[1], [1, 2, 9, 9], [1, 2, 3], [1, 2, 4, 4], [2, 2]]):
+        manager.reserve(seq_id, len(tokens))
+        manager.publish(seq_id, tokens, len(tokens), include_partial=True)
+    for query, block, num_tokens in [([1, 2, 3, 5], 3, 3), ([1, 2, 4, 5], 4, 3), ([2, 2, 2], 5, 2), ([3], None, 0)]:
+        match = manager.match_prefix(query)
+        assert blocks_of(match) == ([] if block is None else [block])
+        assert match.num_tokens == num_tokens
+    assert manager.match_prefix([1, 9]).num_tokens == 1
+
+
+def test_one_who_ends_inside_a_cached_block_shares_it_and_copies_before_writing():
+    """The cache holds 4 tokens of the block, the sequence 2: in place, it would overwrite the third."""
+    manager = cached_manager()
+    run(manager, "a", list(range(8)))
+    manager.free("a")
+    manager.reserve("pin", 6, match=manager.match_prefix(list(range(6))))
+    assert manager.block_table("pin") == [1, 2]
+    assert manager.stats().tokens_held == 6
+    manager.fork("pin", "child")
+    assert manager.num_blocks_to_append("pin") == manager.num_blocks_to_append("child") == 1
+    for seq_id in ("pin", "child"):
+        assert manager.append(seq_id) == [BlockCopy(2, manager.block_table(seq_id)[1])]
+    assert manager.append("pin") == [], "its copy is its own"
+    assert manager.match_prefix(list(range(8))) == full_hits(1, 2)
+    manager.check_invariants()
+
+
+def test_an_owner_whose_block_a_pin_shares_copies_it():
+    manager = cached_manager()
+    run(manager, "owner", list(range(6)), include_partial=True)
+    manager.reserve("pin", 6, match=manager.match_prefix(list(range(6))))
+    assert manager.append("owner") == [BlockCopy(2, manager.block_table("owner")[1])]
+    assert manager.block_table("pin") == [1, 2]
+    assert manager.match_prefix(list(range(8))).num_tokens == 6
+    manager.free("pin")
+    manager.check_invariants()
+
+
+def test_a_partial_hit_of_the_last_free_block_is_used_in_place():
+    """The request fits the pool only if its own copy source becomes the copy; it must not wait for ever."""
+    manager = cached_manager(3, block_size=2)
+    run(manager, "a", [1, 2, 3, 4])
+    manager.free("a")
+    match = manager.match_prefix([1, 2, 3])
+    assert manager.num_fresh_blocks(4, match) == 2
+    assert manager.reserve("b", 4, match=match) == []
+    assert manager.block_table("b") == [1, 2]
+    assert manager.match_prefix([1, 2, 3, 4]).num_tokens == 2
+    manager.check_invariants()
+
+
+def test_a_partial_hit_makes_its_block_most_recent():
+    manager = cached_manager(5, block_size=2)
+    for seq_id, tokens in [("a", [1, 2]), ("b", [3, 4])]:
+        run(manager, seq_id, tokens)
+        manager.free(seq_id)
+    manager.reserve("copy", 2, match=manager.match_prefix([1, 9]))
+    manager.reserve("x", 4)
+    assert manager.match_prefix([1, 2]).num_tokens == 2
+    assert manager.match_prefix([3, 4]).num_tokens == 0
+
+
+@pytest.mark.parametrize("num_tokens", [0, -1, 3, 5])
+def test_a_hit_of_more_tokens_than_are_cached_is_refused(num_tokens):
+    manager = cached_manager()
+    run(manager, "a", [1, 2], include_partial=True)
+    before = snapshot(manager)
+    with pytest.raises(ValueError, match="does not continue a cached prefix"):
+        manager.reserve("b", 8, match=PrefixMatch((PrefixHit(1, num_tokens),)))
+    assert snapshot(manager) == before
+
+
+def test_a_partial_hit_that_others_follow_is_refused():
+    manager = cached_manager()
+    run(manager, "a", list(range(8)))
+    with pytest.raises(ValueError, match="does not continue a cached prefix"):
+        manager.reserve("b", 8, match=PrefixMatch((PrefixHit(1, 3), PrefixHit(2, 4))))
+
+
 # The state machine. The model keeps tokens, a simulated memory, the cache as a plain dict and the free blocks in order.
 
 UNWRITTEN = -1
@@ -420,6 +575,7 @@ SALTS = st.sampled_from([b"", b"salt"])
 class Sequence:
     def __init__(self, tokens: list[int], computed: int, published: int, salt: bytes, table: list[int]) -> None:
         self.tokens, self.computed, self.published, self.salt, self.table = tokens, computed, published, salt, table
+        self.is_borrowing = False
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
@@ -433,24 +589,45 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.caching, self.block_size = caching, block_size
         self.sequences: dict[int, Sequence] = {}
         self.memory = np.full(num_blocks * block_size, UNWRITTEN)
-        self.cache: dict[tuple[bytes, tuple[int, ...]], int] = {}
+        self.cache: dict[tuple[bytes, tuple[int, ...]], int] = {}  # salt and all tokens up to a block's last: the block
         self.unused = set(range(1, num_blocks))
         self.cached_free: list[int] = []  # the first is reused first
-        self.next_id = self.queried = self.hit = 0
+        self.next_id = self.queried = self.hit = self.num_copies = 0
 
     # What the model expects
 
     def refs(self) -> Counter:
         return Counter(block for seq in self.sequences.values() for block in seq.table)
 
-    def matching(self, tokens: list[int], salt: bytes) -> list[int]:
+    def check_match(self, match: PrefixMatch, tokens: list[int], salt: bytes) -> None:
+        """Full blocks as the model has them, then, among the blocks that continue them, one that agrees the longest."""
         blocks = []
         while self.caching and (len(blocks) + 1) * self.block_size <= len(tokens):
             key = salt, tuple(tokens[: (len(blocks) + 1) * self.block_size])
             if key not in self.cache:
                 break
             blocks.append(self.cache[key])
-        return blocks
+        start = len(blocks) * self.block_size
+        lens = {
+            block: self.common_len(tokens, salt, key) - start
+            for key, block in self.cache.items()
+            if start < len(key[1]) <= start + self.block_size
+        }
+        longest = max(lens.values(), default=0)
+        hits = [(hit.block, hit.num_tokens) for hit in match.hits]
+        assert hits[: len(blocks)] == [(block, self.block_size) for block in blocks]
+        if longest <= 0:
+            assert len(hits) == len(blocks)
+        else:
+            [(block, num_tokens)] = hits[len(blocks) :]
+            assert num_tokens == lens[block] == longest
+        for i, (block, num_tokens) in enumerate(hits):
+            held = self.memory[block * self.block_size :][:num_tokens]
+            assert held.tolist() == tokens[i * self.block_size :][:num_tokens]
+
+    def common_len(self, tokens: list[int], salt: bytes, key: tuple[bytes, tuple[int, ...]]) -> int:
+        pairs = zip(tokens, key[1], strict=False) if salt == key[0] else []
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
     def check_taken(self, blocks: list[int]) -> None:
         """Blocks newly in a table were free, in the order of reuse; whatever they held is gone."""
@@ -462,6 +639,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.cache = {key: b for key, b in self.cache.items() if b != block}
             self.memory[block * self.block_size : (block + 1) * self.block_size] = UNWRITTEN
 
+    def check_copied(self, src: int, dst: int, num_tokens: int, copies: list[BlockCopy]) -> None:
+        """A block newly in a table holds the first tokens of another. A copy onto itself is none."""
+        view = self.memory.reshape(-1, self.block_size)
+        content = view[src].copy()
+        self.check_taken([dst])
+        assert copies == ([BlockCopy(src, dst)] if src != dst else [])
+        view[dst, :num_tokens] = content[:num_tokens]
+        self.num_copies += len(copies)
+
     def num_free(self) -> int:
         return len(self.unused) + len(self.cached_free)
 
@@ -470,36 +656,56 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     # Rules
 
-    @rule(data=st.data(), tokens=TOKENS, salt=SALTS, start=st.sampled_from([12, 0, 1, 2, 3, 5]), chunk=CHUNKS)
-    def reserve(self, data, tokens, salt, start, chunk):
+    @rule(
+        data=st.data(),
+        tokens=TOKENS,
+        salt=SALTS,
+        start=st.sampled_from([12, 0, 1, 2, 3, 5]),
+        chunk=CHUNKS,
+        is_pin=st.sampled_from([False, False, False, True]),
+    )
+    def reserve(self, data, tokens, salt, start, chunk, is_pin):
         if self.cache and start:  # go on from something cached, so that hits are long
             salt, known = data.draw(st.sampled_from(list(self.cache)))
             tokens = [*known[:start], *tokens]
-        matched = self.manager.match_prefix(tokens, salt=salt)
-        assert matched == self.matching(tokens, salt)
-        for i, block in enumerate(matched):
-            held = self.memory[block * self.block_size : (block + 1) * self.block_size]
-            assert held.tolist() == tokens[i * self.block_size : (i + 1) * self.block_size]
-        cached = matched[: data.draw(st.integers(0, len(matched)).map(lambda dropped: len(matched) - dropped))]
+        match = self.manager.match_prefix(tokens, salt=salt)
+        self.check_match(match, tokens, salt)
+        hits = match.hits[: data.draw(st.integers(0, len(match.hits)).map(lambda dropped: len(match.hits) - dropped))]
+        match = PrefixMatch(hits)
+        if is_pin:  # a sequence that is all cached
+            tokens = tokens[: match.num_tokens]
+        is_partial = bool(hits) and hits[-1].num_tokens < self.block_size
+        is_copying = is_partial and len(tokens) > match.num_tokens
+        shared = [hit.block for hit in (hits[:-1] if is_copying else hits)]
         refs = self.refs()
-        needed = -(-len(tokens) // self.block_size) - len(cached) + sum(refs[block] == 0 for block in cached)
-        assert self.manager.num_fresh_blocks(len(tokens), cached) == needed
+        needed = -(-len(tokens) // self.block_size) - len(shared) + sum(refs[block] == 0 for block in shared)
+        assert self.manager.num_fresh_blocks(len(tokens), match) == needed
         seq_id = self.next_id
         if needed > self.num_free():
-            self.refused(OutOfBlocks, lambda: self.manager.reserve(seq_id, len(tokens), cached_blocks=cached))
+            self.refused(OutOfBlocks, lambda: self.manager.reserve(seq_id, len(tokens), match=match))
             return
-        self.manager.reserve(seq_id, len(tokens), cached_blocks=cached)
+        copies = self.manager.reserve(seq_id, len(tokens), match=match)
         self.next_id += 1
         table = list(self.manager.block_table(seq_id))
-        assert table[: len(cached)] == cached
-        self.cached_free = [block for block in self.cached_free if block not in cached]
-        self.check_taken(table[len(cached) :])
-        self.sequences[seq_id] = Sequence(tokens, len(cached) * self.block_size, len(cached), salt, table)
+        assert table[: len(shared)] == shared
+        self.cached_free = [block for block in self.cached_free if block not in shared]
+        if is_copying:
+            src = hits[-1].block
+            if src in self.cached_free:  # just used
+                self.cached_free.remove(src)
+                self.cached_free.append(src)
+            self.check_copied(src, table[len(shared)], hits[-1].num_tokens, copies)
+        else:
+            assert copies == []
+        self.check_taken(table[len(hits) :])
+        seq = Sequence(tokens, match.num_tokens, len(hits) - is_partial, salt, table)
+        seq.is_borrowing = is_partial and not is_copying
+        self.sequences[seq_id] = seq
         if self.caching:
             self.queried += len(tokens)
-            self.hit += len(cached) * self.block_size
-        self.compute(seq_id, self.sequences[seq_id], chunk)
-        self.publish(seq_id, self.sequences[seq_id])
+            self.hit += match.num_tokens
+        self.compute(seq_id, seq, chunk)
+        self.publish(seq_id, seq)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), max_size=6))
@@ -508,7 +714,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def append_to(self, seq_id: int, tokens: list[int]) -> None:
         seq = self.sequences[seq_id]
-        is_copied = bool(tokens and len(seq.tokens) % self.block_size and self.refs()[seq.table[-1]] > 1)
+        num_last = len(seq.tokens) % self.block_size
+        is_copied = bool(tokens and num_last and (self.refs()[seq.table[-1]] > 1 or seq.is_borrowing))
         num_new = -(-(len(seq.tokens) + len(tokens)) // self.block_size) - len(seq.table)
         assert self.manager.num_blocks_to_append(seq_id, len(tokens)) == num_new + is_copied
         if num_new + is_copied > self.num_free():
@@ -517,46 +724,56 @@ class BlockManagerMachine(RuleBasedStateMachine):
         copies = self.manager.append(seq_id, len(tokens))
         table = list(self.manager.block_table(seq_id))
         if is_copied:
-            src, dst = len(seq.table) - 1, table[len(seq.table) - 1]
-            assert copies == [BlockCopy(seq.table[src], dst)]
-            self.check_taken(table[src:])
-            view = self.memory.reshape(-1, self.block_size)
-            view[dst] = view[copies[0].src]
+            src, dst = seq.table[-1], table[len(seq.table) - 1]
+            self.check_copied(src, dst, num_last, copies)
+            if self.refs()[src] == 1:
+                assert src in self.cache.values(), "it was borrowed from the cache"
+                self.cached_free.append(src)
+            seq.is_borrowing = False
         else:
             assert copies == []
-            self.check_taken(table[len(seq.table) :])
+        self.check_taken(table[len(seq.table) :])
         seq.table = table
         seq.tokens = seq.tokens + tokens
 
     @precondition(lambda self: self.sequences)
-    @rule(num_tokens=CHUNKS)
-    def step(self, num_tokens):
-        """The device writes up to ``num_tokens`` of each sequence; then what is full is published."""
+    @rule(num_tokens=CHUNKS, include_partial=st.sampled_from([False, False, True]))
+    def step(self, num_tokens, include_partial):
+        """The device writes up to ``num_tokens`` of each sequence; then what is computed is published."""
         for seq_id, seq in self.sequences.items():
             self.compute(seq_id, seq, num_tokens)
         for seq_id, seq in self.sequences.items():
-            self.publish(seq_id, seq)
+            self.publish(seq_id, seq, include_partial)
 
     def compute(self, seq_id: int, seq: Sequence, num_tokens: int) -> None:
-        """Write some of a sequence's tokens: only into blocks that are its own and not cached."""
+        """Write some of a sequence's tokens: only into slots that are its own and not cached."""
         stop = min(len(seq.tokens), seq.computed + num_tokens)
         slots = self.manager.slots(seq_id, seq.computed, stop)
-        refs = self.refs()
         for block in set((slots // self.block_size).tolist()):
-            assert refs[block] == 1
-            assert block not in self.cache.values()
-        assert (self.memory[slots] == UNWRITTEN).all()
+            for other in self.sequences.values():
+                assert other is seq or other.is_borrowing or block not in other.table
+        assert (self.memory[slots] == UNWRITTEN).all(), "no content is overwritten, cached or not"
         self.memory[slots] = seq.tokens[seq.computed : stop]
         seq.computed = stop
 
-    def publish(self, seq_id: int, seq: Sequence) -> None:
-        self.manager.publish(seq_id, seq.tokens, seq.computed, salt=seq.salt)
+    def publish(self, seq_id: int, seq: Sequence, include_partial: bool = False) -> None:
+        self.manager.publish(seq_id, seq.tokens, seq.computed, salt=seq.salt, include_partial=include_partial)
         if self.caching:
             full = seq.computed // self.block_size
-            for i in range(seq.published, full):
-                self.cache.setdefault((seq.salt, tuple(seq.tokens[: (i + 1) * self.block_size])), seq.table[i])
+            for i in range(0 if include_partial else seq.published, full):
+                self.enter((seq.salt, tuple(seq.tokens[: (i + 1) * self.block_size])), seq.table[i])
+            if include_partial and seq.computed % self.block_size:
+                self.enter((seq.salt, tuple(seq.tokens[: seq.computed])), seq.table[full])
             seq.published = max(seq.published, full)
-        assert self.manager.match_prefix(seq.tokens, salt=seq.salt) == self.matching(seq.tokens, seq.salt)
+        self.check_match(self.manager.match_prefix(seq.tokens, salt=seq.salt), seq.tokens, seq.salt)
+
+    def enter(self, key: tuple[bytes, tuple[int, ...]], block: int) -> None:
+        """The first block of equal content keeps its entry; one that holds more tokens than before changes it."""
+        salt, tokens = key
+        end = -(-len(tokens) // self.block_size) * self.block_size
+        if not any(salt == s and t[: len(tokens)] == tokens and len(t) <= end for s, t in self.cache):
+            self.cache = {known: b for known, b in self.cache.items() if b != block}
+            self.cache[key] = block
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), branches=st.lists(st.lists(st.integers(0, 1), max_size=3), min_size=1, max_size=3))
@@ -573,9 +790,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.append_to(child_id, tokens)
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def free(self, data):
+    @rule(data=st.data(), include_partial=st.booleans())
+    def free(self, data, include_partial):
         seq_id = self.pick(data)
+        if include_partial:
+            self.publish(seq_id, self.sequences[seq_id], include_partial)
         self.manager.free(seq_id)
         table = self.sequences.pop(seq_id).table
         refs = self.refs()
@@ -588,16 +807,22 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def misuse(self, data):
         m, unknown = self.manager, self.next_id
+
+        def hits(*blocks: int) -> PrefixMatch:
+            return full_hits(*blocks, block_size=self.block_size)
+
         calls = [
             lambda: m.append(unknown),
             lambda: m.free(unknown),
             lambda: m.fork(unknown, unknown),
             lambda: m.publish(unknown, [], 0),
+            lambda: m.swap_out([unknown]),
+            lambda: m.swap_in([unknown]),
             lambda: m.reserve(unknown, -1),
-            lambda: m.reserve(unknown, self.block_size, cached_blocks=[0]),
-            lambda: m.reserve(unknown, 0, cached_blocks=list(self.cache.values())[:1] or [0]),
+            lambda: m.reserve(unknown, self.block_size, match=hits(0)),
+            lambda: m.reserve(unknown, 0, match=hits(next(iter(self.cache.values()), 0))),
         ]
-        calls += [lambda b=b: m.reserve(unknown, 2 * self.block_size, cached_blocks=[b, b]) for b in self.unused]
+        calls += [lambda b=b: m.reserve(unknown, 2 * self.block_size, match=hits(b, b)) for b in self.unused]
         if self.sequences:
             seq_id = self.pick(data)
             num_tokens = len(self.sequences[seq_id].tokens)
@@ -607,6 +832,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 lambda: m.append(seq_id, -1),
                 lambda: m.publish(seq_id, [0] * (num_tokens + 1), num_tokens + 1),
                 lambda: m.slots(seq_id, 0, num_tokens + 1),
+                lambda: m.forget_all(),
             ]
         self.refused(ValueError, data.draw(st.sampled_from(calls)))
 
@@ -633,8 +859,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         refs = self.refs()
         slots = {s for i, seq in self.sequences.items() for s in self.manager.slots(i, 0, len(seq.tokens)).tolist()}
         stats = self.manager.stats()
-        assert (stats.num_used, stats.num_cached) == (len(refs), len(self.cache))
+        assert (stats.num_used, stats.num_logical, stats.num_cached) == (len(refs), refs.total(), len(self.cache))
         assert stats.num_shared == sum(count > 1 for count in refs.values())
+        assert stats.num_copies == self.num_copies
         assert stats.tokens_held == len(slots)
         num_slots = len(refs) * self.block_size
         assert stats.waste == ((num_slots - len(slots)) / num_slots if refs else 0)

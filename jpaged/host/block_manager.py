@@ -4,18 +4,26 @@ The paper's KV cache manager (sections 4.2 to 4.5). Each sequence sees *logical*
 tokens; its *block table* maps them to *physical* blocks anywhere in the pool. Blocks are taken on demand, as tokens
 arrive, so a sequence wastes less than one block (4.3). Sequences share blocks by reference count, with copy-on-write
 of the last one (4.4). Freed blocks keep their content, and stay in the prefix cache, until they are reused.
+
+There are two tiers of blocks, kept alike (``block_tier``): the device's pool, and a pool on the host. The host's holds
+the KV of sequences that are swapped out (4.5), and caches prefixes whose device blocks were reused. What has to move
+between them is queued while a step is planned and moved by that plan (``take_transfers``, ``finish_transfers``).
 """
 
-from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
-from jpaged.host.policies.eviction import enters_at_front, order_release
-from jpaged.host.prefix_cache import Prefix, PrefixCache, split_blocks
+from jpaged.host.block_tier import BlockTier, Transfers, TwoTiers
+from jpaged.host.prefix_cache import Prefix, PrefixCache, PrefixHit, PrefixMatch, split_blocks
 from jpaged.host.step_plan import BlockCopy
+
+NO_MATCH = PrefixMatch()
 
 
 class OutOfBlocks(Exception):
@@ -24,37 +32,62 @@ class OutOfBlocks(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BlockStats:
-    """What the pool holds now, and what the prefix cache has saved so far.
+    """What the pools hold now, and what has happened since the start.
 
     Args:
-        num_blocks: blocks that can be handed out (all but block 0).
-        num_used: blocks held by at least one sequence.
-        num_shared: blocks held by two or more.
-        num_cached: blocks in the prefix cache, held or free.
-        tokens_held: slots that hold a token, each physical block counted once however many share it.
+        num_blocks: device blocks that can be handed out (all but block 0).
+        num_used: device blocks held by at least one sequence.
+        num_shared: device blocks held by two or more.
+        num_logical: device blocks that would be held if none were shared.
+        num_cached: device blocks in the prefix cache, held or free.
+        num_host_blocks: blocks of the host tier.
+        num_host_used: those held by a swapped sequence, or read by a transfer under way.
+        num_host_cached: those in the prefix cache, held or free.
+        tokens_held: device slots that hold a token, each physical block counted once however many share it.
         waste: fraction of the slots of used blocks that hold no token (the paper's internal fragmentation).
         prefix_queried_tokens: tokens of all sequences reserved so far while prefix caching was on.
-        prefix_hit_tokens: those among them whose KV came from the prefix cache.
+        prefix_hit_tokens: those among them whose KV came from the prefix cache, of either tier.
+        host_hit_tokens: those among them whose KV came from the host tier.
+        num_copies: blocks copied on write.
+        num_blocks_swapped_out, num_blocks_swapped_in: blocks moved between the tiers for sequences.
+        num_blocks_spilled: cached blocks saved to the host tier because their device block was reused.
     """
 
     num_blocks: int
     num_used: int
     num_shared: int
+    num_logical: int
     num_cached: int
+    num_host_blocks: int
+    num_host_used: int
+    num_host_cached: int
     tokens_held: int
     waste: float
     prefix_queried_tokens: int
     prefix_hit_tokens: int
+    host_hit_tokens: int
+    num_copies: int
+    num_blocks_swapped_out: int
+    num_blocks_swapped_in: int
+    num_blocks_spilled: int
 
 
 @dataclass(slots=True)
 class _Holding:
-    """What one sequence holds. ``prefix`` is the content of its first ``num_published`` blocks."""
+    """What one sequence holds. ``prefix`` is the content of its first ``num_published`` blocks, all full."""
 
     blocks: list[int]
     num_empty: int  # slots of the last block without a token, so 0 <= num_empty < block_size
     prefix: Prefix | None = None
     num_published: int = 0
+    is_borrowing: bool = False  # shares a last block in which the cache may hold more tokens than the sequence does
+
+
+class _Move(NamedTuple):
+    """What a block that changes tiers holds, if published, and the block of the other tier that caches the same."""
+
+    prefix: Prefix | None
+    twin: int | None
 
 
 class BlockManager:
@@ -66,132 +99,214 @@ class BlockManager:
         num_blocks: blocks in the pool, block 0 (padding, never handed out) included.
         block_size: tokens in a block.
         enable_prefix_caching: remember published blocks by content and let later sequences share them.
+        num_host_blocks: blocks of the host tier, from 0 on; none turns swapping and spilling off.
 
     Raises:
         ValueError: a size too small, or more slots than int32 can number.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = False) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = False, num_host_blocks: int = 0
+    ) -> None:
         if num_blocks < 2:
             raise ValueError(f"num_blocks={num_blocks}: give 2 or more (block 0 is kept for padding)")
         if block_size < 1:
             raise ValueError(f"block_size={block_size}: give 1 or more")
         if num_blocks * block_size > 2**31:
             raise ValueError(f"num_blocks={num_blocks} x block_size={block_size} slots: int32 numbers at most 2**31")
+        if num_host_blocks < 0:
+            raise ValueError(f"num_host_blocks={num_host_blocks}: give 0 or more")
         self.num_blocks = num_blocks
+        self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._holdings: dict[Hashable, _Holding] = {}
-        self._ref_counts = [0] * num_blocks  # sequences that hold each physical block
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # front: reused first
-        self._cache = PrefixCache(block_size)
+        self._tiers = TwoTiers(num_blocks, num_host_blocks, block_size)
+        self._device, self._host = self._tiers.device, self._tiers.host
+        self._holdings: dict[Hashable, _Holding] = {}  # of device blocks
+        self._swapped: dict[Hashable, _Holding] = {}  # of host blocks
+        self._queried_tokens = self._hit_tokens = self._host_hit_tokens = 0
+        self._num_swapped_out = self._num_swapped_in = 0
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks held by no sequence; cached ones among them count, they are reused when nothing else is left."""
-        return len(self._free)
+        return self._device.num_free
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks held by at least one sequence."""
+        return self.num_blocks - 1 - self._device.num_free
+
+    @property
+    def num_logical_blocks(self) -> int:
+        """Blocks in the tables of all sequences on the device: those that would be held if none were shared."""
+        return sum(len(holding.blocks) for holding in self._holdings.values())
 
     @property
     def num_cached_blocks(self) -> int:
-        """Blocks in the prefix cache, held or free."""
-        return len(self._cache)
+        """Device blocks in the prefix cache, held or free."""
+        return len(self._device.cache)
 
-    def match_prefix(self, token_ids: Sequence[int], *, salt: bytes = b"") -> list[int]:
-        """Find the physical blocks of the longest cached prefix of full blocks of ``token_ids``; change nothing.
+    # Starting a sequence ------------------------------------------------------------------------------------------
 
-        A model needs at least one token to compute logits from: pass all tokens but the last to be sure of one.
+    def match_prefix(self, token_ids: Sequence[int], *, salt: bytes = b"") -> PrefixMatch:
+        """Find the longest cached prefix of ``token_ids``, of either tier; change nothing.
+
+        Its last block may be cached with other tokens after those that match. A model needs at least one token to
+        compute logits from: pass all tokens but the last to be sure of one.
 
         Args:
             token_ids: what the sequence will hold.
             salt: only blocks published under the same salt match.
 
         Returns:
-            Blocks for ``reserve(cached_blocks=...)``, valid until the next call that takes blocks. Empty when prefix
-            caching is off.
+            What ``reserve`` takes, valid until the next call that takes blocks. Empty when prefix caching is off.
         """
-        return self._cache.match(token_ids, salt) if self.enable_prefix_caching else []
+        if not self.enable_prefix_caching:
+            return NO_MATCH
+        return self._tiers.match(token_ids, salt)
 
-    def num_fresh_blocks(self, num_tokens: int, cached_blocks: Sequence[int] = ()) -> int:
-        """Count the free blocks that ``reserve`` would take, cached ones that no sequence holds included.
+    def num_fresh_blocks(self, num_tokens: int, match: PrefixMatch = NO_MATCH) -> int:
+        """Count the free blocks that ``reserve`` needs, cached ones that no sequence holds included.
 
         Raises:
             ValueError: as ``reserve``.
         """
         _require_count(num_tokens)
-        self._require_cached_prefix(cached_blocks, num_tokens)
-        num_unheld = sum(self._ref_counts[block] == 0 for block in cached_blocks)
-        return self._num_covering(num_tokens) - len(cached_blocks) + num_unheld
+        self._require_match(match, num_tokens)
+        kept, copied = self._split_match(match, num_tokens)
+        return self._tiers.num_needed(
+            num_taken=self._num_covering(num_tokens) - len(kept),
+            num_loads=sum(hit.is_on_host for hit in kept),
+            shared={hit.block for hit in kept if not hit.is_on_host},
+            copied={hit.block for hit in copied},
+        )
 
-    def reserve(self, seq_id: Hashable, num_tokens: int, *, cached_blocks: Sequence[int] = ()) -> None:
-        """Start a sequence that holds ``num_tokens`` tokens, the first of them in ``cached_blocks``.
+    def reserve(self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH) -> list[BlockCopy]:
+        """Start a sequence that holds ``num_tokens`` tokens, the first of them as ``match`` says.
 
+        Device blocks are shared; one that matches only in part is copied, unless the sequence ends with the match.
+        Host blocks are loaded into device blocks, which nothing may read or write before ``finish_transfers``.
         Counts one query of the prefix cache (when caching is on), so retried admissions count once.
 
         Args:
             seq_id: a new name.
-            num_tokens: tokens to hold, cached ones included.
-            cached_blocks: what ``match_prefix`` just found, or the first few of it; shared, not copied.
+            num_tokens: tokens to hold, matched ones included.
+            match: what ``match_prefix`` just found, or the first few hits of it.
+
+        Returns:
+            The copy to run, as for ``append``.
 
         Raises:
             OutOfBlocks: fewer free blocks than ``num_fresh_blocks``.
-            ValueError: a ``seq_id`` in use, a negative count, or blocks that are no cached prefix.
+            ValueError: a ``seq_id`` in use, a negative count, or a match that is not, or no longer, cached.
         """
         self._require_new(seq_id)
-        num_fresh = self.num_fresh_blocks(num_tokens, cached_blocks)
-        self._require_free(num_fresh)
-        for block in cached_blocks:
-            self._hold(block)
-        blocks = list(cached_blocks)
+        _require_free(self._device, self.num_fresh_blocks(num_tokens, match))
+        kept, copied = self._split_match(match, num_tokens)
+        for hit in kept:
+            self._tiers.tier_of(hit).hold(hit.block)  # before any block is taken, which may evict others
+        blocks: list[int] = []
+        copies: list[BlockCopy] = []
+        for hit in kept:
+            blocks.append(self._load_hit(hit, copied) if hit.is_on_host else hit.block)
+        for hit in copied:
+            self._device.touch(hit.block)
+            block, copies = self._tiers.copy(hit.block)
+            blocks.append(block)
         num_blocks = self._num_covering(num_tokens)
         while len(blocks) < num_blocks:
-            blocks.append(self._take())
-        prefix = self._cache.prefix_of(blocks[len(cached_blocks) - 1]) if cached_blocks else None
-        num_empty = num_blocks * self.block_size - num_tokens
-        self._holdings[seq_id] = _Holding(blocks, num_empty, prefix, len(cached_blocks))
+            blocks.append(self._tiers.take())
+        full = [hit for hit in match.hits if hit.num_tokens == self.block_size]
+        self._holdings[seq_id] = _Holding(
+            blocks,
+            num_empty=num_blocks * self.block_size - num_tokens,
+            prefix=self._tiers.prefix_of(full[-1]) if full else None,
+            num_published=len(full),
+            is_borrowing=any(hit.num_tokens < self.block_size and not hit.is_on_host for hit in kept),
+        )
         if self.enable_prefix_caching:
-            self._cache.record_query(num_tokens, len(cached_blocks) * self.block_size)
+            self._queried_tokens += num_tokens
+            self._hit_tokens += match.num_tokens
+            self._host_hit_tokens += sum(hit.num_tokens for hit in match.hits if hit.is_on_host)
+        return copies
+
+    # Running ------------------------------------------------------------------------------------------------------
 
     def append(self, seq_id: Hashable, num_tokens: int = 1) -> list[BlockCopy]:
         """Make room for ``num_tokens`` more tokens.
 
-        A partial last block that others share is replaced by a copy (copy-on-write, 4.4) and keeps its other holders;
-        the last of them writes in place.
+        A partial last block that others share, or the cache with more tokens in it, is replaced by a copy
+        (copy-on-write, 4.4) and keeps its other holders; the last of them writes in place.
 
         Returns:
-            The copy to run before this step's writes, or nothing. If the sequence is freed before the step runs, its
-            copy must be dropped: the destination may by then belong to somebody else.
+            The copy to run before this step's writes, or nothing. If the sequence is freed or swapped out before the
+            step runs, its copy must be dropped: the destination may by then belong to somebody else.
 
         Raises:
             OutOfBlocks: fewer free blocks than ``num_blocks_to_append``.
-            ValueError: an unknown ``seq_id`` or a negative count.
+            ValueError: an unknown or swapped ``seq_id``, or a negative count.
         """
-        holding = self._held_by(seq_id)
-        if 0 < num_tokens <= holding.num_empty and self._ref_counts[holding.blocks[-1]] == 1:
-            holding.num_empty -= num_tokens  # 15 of 16 decodes with blocks of 16: kept free of other work
+        holding = self._holdings.get(seq_id) or self._held_by(seq_id)
+        if (  # 15 of 16 decodes with blocks of 16: kept free of other work
+            0 < num_tokens <= holding.num_empty
+            and self._device.ref_counts[holding.blocks[-1]] == 1
+            and not holding.is_borrowing
+        ):
+            holding.num_empty -= num_tokens
             return []
-        self._require_free(self.num_blocks_to_append(seq_id, num_tokens))
+        _require_free(self._device, self.num_blocks_to_append(seq_id, num_tokens))
         total = self._tokens_in(holding) + num_tokens
-        copies = []
-        if num_tokens > 0 and self._is_last_block_shared_partial(holding):
-            src, dst = holding.blocks[-1], self._take()
-            holding.blocks[-1] = dst
-            self._ref_counts[src] -= 1
-            copies.append(BlockCopy(src, dst))
+        copies = self._copy_last_block(holding) if num_tokens > 0 and self._must_copy_last_block(holding) else []
         while len(holding.blocks) * self.block_size < total:
-            holding.blocks.append(self._take())
+            holding.blocks.append(self._tiers.take())
         holding.num_empty = len(holding.blocks) * self.block_size - total
         return copies
 
     def num_blocks_to_append(self, seq_id: Hashable, num_tokens: int = 1) -> int:
-        """Count the free blocks that ``append`` would take.
+        """Count the free blocks that ``append`` needs.
 
         Raises:
-            ValueError: an unknown ``seq_id`` or a negative count.
+            ValueError: an unknown or swapped ``seq_id``, or a negative count.
         """
         holding = self._held_by(seq_id)
         _require_count(num_tokens)
         num_new = self._num_covering(max(num_tokens - holding.num_empty, 0))
-        return num_new + (num_tokens > 0 and self._is_last_block_shared_partial(holding))
+        if num_tokens == 0 or not self._must_copy_last_block(holding):
+            return num_new
+        num_loads = int(self._tiers.is_loading(holding.blocks[-1]))
+        return self._tiers.num_needed(num_new + 1 - num_loads, num_loads=num_loads)
+
+    def append_all(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
+        """``append`` for a whole group: all of its sequences or, when blocks are short, none.
+
+        Args:
+            appends: (seq_id, num_tokens) of different sequences.
+
+        Returns:
+            The copies of all.
+
+        Raises:
+            OutOfBlocks: not enough free blocks; nothing has changed.
+            ValueError: as ``append``.
+        """
+        if len(appends) > 1:
+            _require_free(self._device, self._num_blocks_to_append_all(appends))
+        return [copy for seq_id, num_tokens in appends for copy in self.append(seq_id, num_tokens)]
+
+    def _num_blocks_to_append_all(self, appends: Sequence[tuple[Hashable, int]]) -> int:
+        """What each would need alone, less one for every shared block whose holders are all among them.
+
+        The last of them writes in place.
+        """
+        needed, writers = 0, Counter()
+        for seq_id, num_tokens in appends:
+            needed += self.num_blocks_to_append(seq_id, num_tokens)
+            holding = self._held_by(seq_id)
+            if holding.num_empty > 0 and not holding.is_borrowing:
+                writers[holding.blocks[-1]] += 1
+        in_place = sum(1 < count == self._device.ref_counts[block] for block, count in writers.items())
+        return needed - in_place
 
     def fork(self, parent_id: Hashable, child_id: Hashable) -> None:
         """Start ``child_id`` with everything ``parent_id`` holds, sharing every block, the partial last one too.
@@ -199,30 +314,38 @@ class BlockManager:
         The paper's fork for parallel sampling and beam search (4.4). No data moves until one of them appends.
 
         Raises:
-            ValueError: an unknown parent, or a child name in use.
+            ValueError: an unknown or swapped parent, or a child name in use.
         """
         parent = self._held_by(parent_id)
         self._require_new(child_id)
-        for block in parent.blocks:
-            self._ref_counts[block] += 1
-        self._holdings[child_id] = _Holding(parent.blocks.copy(), parent.num_empty, parent.prefix, parent.num_published)
+        self._device.share(parent.blocks)
+        self._holdings[child_id] = _Holding(
+            parent.blocks.copy(), parent.num_empty, parent.prefix, parent.num_published, parent.is_borrowing
+        )
 
     def free(self, seq_id: Hashable) -> None:
-        """End a sequence: it finished, was aborted, or is preempted. Blocks nobody else holds become free.
+        """End a sequence, swapped or not: it finished, was aborted, or is to be recomputed.
+
+        Blocks nobody else holds become free.
 
         Raises:
             ValueError: an unknown ``seq_id``.
         """
-        holding = self._held_by(seq_id)
-        del self._holdings[seq_id]
-        for block in order_release(holding.blocks):
-            self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
-                self._free[block] = None
-                if enters_at_front(block in self._cache):
-                    self._free.move_to_end(block, last=False)
+        if seq_id in self._swapped:
+            self._host.release(self._swapped.pop(seq_id).blocks)
+        else:
+            self._tiers.release(self._held_by(seq_id).blocks)
+            del self._holdings[seq_id]
 
-    def publish(self, seq_id: Hashable, token_ids: Sequence[int], num_computed: int, *, salt: bytes = b"") -> None:
+    def publish(
+        self,
+        seq_id: Hashable,
+        token_ids: Sequence[int],
+        num_computed: int,
+        *,
+        salt: bytes = b"",
+        include_partial: bool = False,
+    ) -> None:
         """Enter the sequence's full blocks into the prefix cache, once the step that wrote them has run.
 
         Costs only what became full since the last call; does nothing when prefix caching is off. Of two sequences
@@ -233,9 +356,12 @@ class BlockManager:
             token_ids: the sequence's tokens from the first one on; those already published are not read again.
             num_computed: how many of them have their KV in the pool.
             salt: only a ``match_prefix`` with the same salt finds the blocks.
+            include_partial: the sequence is about to be freed. Enter the last, partial block too, so that a later
+                prompt may match inside it, and read all tokens again: blocks that were left out, because others
+                held the entries, take the place of those that have been reused since.
 
         Raises:
-            ValueError: an unknown ``seq_id``, ``num_computed`` beyond the tokens, or a salt that changed.
+            ValueError: an unknown or swapped ``seq_id``, ``num_computed`` beyond the tokens, or a salt that changed.
         """
         holding = self._held_by(seq_id)
         num_tokens = self._tokens_in(holding)
@@ -244,44 +370,139 @@ class BlockManager:
                 f"num_computed={num_computed}: sequence {seq_id!r} has room for {num_tokens} tokens, "
                 f"and {len(token_ids)} token_ids were given: expected 0 to the lesser of both"
             )
-        start, stop = holding.num_published, num_computed // self.block_size
-        if stop <= start or not self.enable_prefix_caching:
-            return
+        if holding.prefix is not None and holding.prefix.salt != salt:
+            raise ValueError(
+                f"salt={salt!r}: sequence {seq_id!r} shares or published blocks under {holding.prefix.salt!r}"
+            )
+        num_full = num_computed // self.block_size
+        start, stop = holding.num_published, num_full * self.block_size
         prefix = holding.prefix or Prefix.empty(salt)
-        if prefix.salt != salt:
-            raise ValueError(f"salt={salt!r}: sequence {seq_id!r} shares or published blocks under {prefix.salt!r}")
-        new_tokens = token_ids[start * self.block_size : stop * self.block_size]
-        for block, tokens in zip(holding.blocks[start:stop], split_blocks(new_tokens, self.block_size), strict=True):
-            prefix = self._cache.insert(prefix.extend(tokens), block)
-        holding.prefix, holding.num_published = prefix, stop
+        if include_partial:
+            start, stop, prefix = 0, num_computed, Prefix.empty(salt)
+        if stop <= start * self.block_size or not self.enable_prefix_caching:
+            return
+        new_tokens = token_ids[start * self.block_size : stop]
+        for index, tokens in enumerate(split_blocks(new_tokens, self.block_size), start):
+            known = self._device.cache.insert(prefix.extend(tokens), holding.blocks[index])
+            if index < num_full:
+                prefix = known
+                holding.prefix, holding.num_published = prefix, index + 1
 
-    def clear_prefix_cache(self) -> None:
-        """Forget all published content: the pool no longer holds it. Only while no sequence holds blocks."""
-        assert not self._holdings, "a running sequence may have published its blocks"
-        for block in range(1, self.num_blocks):
-            self._cache.evict(block)
+    # Two tiers ----------------------------------------------------------------------------------------------------
+
+    def num_host_blocks_to_swap_out(self, seq_ids: Iterable[Hashable]) -> int:
+        """Count the free host blocks that ``swap_out`` needs, cached ones that no sequence holds included.
+
+        Raises:
+            ValueError: an unknown or swapped sequence.
+        """
+        return self._num_to_store(self._moves_of(map(self._held_by, seq_ids), self._host.cache))
+
+    def swap_out(self, seq_ids: Iterable[Hashable]) -> None:
+        """Move sequences to the host tier (4.5); blocks they share stay shared. Their device blocks are released.
+
+        Published blocks that the host tier caches already are not transferred again.
+
+        Raises:
+            OutOfBlocks: fewer free host blocks than ``num_host_blocks_to_swap_out``.
+            ValueError: an unknown or swapped sequence, or one whose blocks this plan still loads from the host.
+        """
+        holdings = {seq_id: self._held_by(seq_id) for seq_id in seq_ids}
+        moves = self._moves_of(holdings.values(), self._host.cache)
+        self._require_settled(moves.keys(), self._tiers.is_loading)
+        _require_free(self._host, self._num_to_store(moves))
+        for move in moves.values():
+            if move.twin is not None:
+                self._host.hold(move.twin)  # before any block is taken, which may evict others
+        homes: dict[int, int] = {}
+        for block, (prefix, twin) in moves.items():
+            homes[block] = self._tiers.store(block, prefix) if twin is None else twin
+            self._num_swapped_out += twin is None
+        for seq_id, holding in holdings.items():
+            self._tiers.release(_relocate(holding, homes, self._host))
+            self._swapped[seq_id] = self._holdings.pop(seq_id)
+        self._host.release(list(homes.values()))
+
+    def num_blocks_to_swap_in(self, seq_ids: Iterable[Hashable]) -> int:
+        """Count the free device blocks that ``swap_in`` needs, cached ones that no sequence holds included.
+
+        Raises:
+            ValueError: a sequence that is not swapped out.
+        """
+        return self._num_to_load(self._moves_of(map(self._swapped_by, seq_ids), self._device.cache))
+
+    def swap_in(self, seq_ids: Iterable[Hashable]) -> None:
+        """Move swapped sequences back; nothing may read or write the blocks loaded before ``finish_transfers``.
+
+        Published blocks that the device caches are shared instead of loaded. Those left behind stay cached.
+
+        Raises:
+            OutOfBlocks: fewer free blocks than ``num_blocks_to_swap_in``.
+            ValueError: a sequence that is not swapped out, or that this very plan swaps out.
+        """
+        holdings = {seq_id: self._swapped_by(seq_id) for seq_id in seq_ids}
+        moves = self._moves_of(holdings.values(), self._device.cache)
+        self._require_settled(moves.keys(), self._tiers.is_storing)
+        _require_free(self._device, self._num_to_load(moves))
+        for block, (_, twin) in moves.items():
+            if twin is None:
+                self._host.hold(block)
+            else:
+                self._device.hold(twin)  # before any block is taken, which may evict others
+        homes: dict[int, int] = {}
+        for block, (prefix, twin) in moves.items():
+            homes[block] = self._tiers.load(block, prefix) if twin is None else twin
+            self._num_swapped_in += twin is None
+        for seq_id, holding in holdings.items():
+            self._host.release(_relocate(holding, homes, self._device))
+            self._holdings[seq_id] = self._swapped.pop(seq_id)
+        self._device.release(list(homes.values()))
+
+    def is_swapped(self, seq_id: Hashable) -> bool:
+        """Whether the sequence's blocks are in the host tier."""
+        return seq_id in self._swapped
+
+    def take_transfers(self) -> Transfers:
+        """What the plan now complete has to move. Its step must end with ``finish_transfers``."""
+        return self._tiers.take_transfers()
+
+    def finish_transfers(self) -> None:
+        """The step has run: loaded blocks can be matched and used, host blocks they came from be overwritten."""
+        self._tiers.finish_transfers()
+
+    def forget_all(self) -> None:
+        """The content of both pools is lost: forget what is cached and what was to move.
+
+        Raises:
+            ValueError: a sequence still holds blocks.
+        """
+        if self._holdings or self._swapped:
+            raise ValueError(f"{len(self._holdings) + len(self._swapped)} sequences hold blocks: free them first")
+        self._tiers.forget()
+
+    # Reading ------------------------------------------------------------------------------------------------------
 
     def block_table(self, seq_id: Hashable) -> list[int]:
         """The sequence's physical blocks in logical order: a live view that follows later calls. Read only.
 
         Raises:
-            ValueError: an unknown ``seq_id``.
+            ValueError: an unknown or swapped ``seq_id``.
         """
         return self._held_by(seq_id).blocks
 
     def num_tokens(self, seq_id: Hashable) -> int:
-        """Tokens the sequence holds or has room for: those reserved plus those appended.
+        """Tokens the sequence holds or has room for, in either tier: those reserved plus those appended.
 
         Raises:
             ValueError: an unknown ``seq_id``.
         """
-        return self._tokens_in(self._held_by(seq_id))
+        return self._tokens_in(self._swapped.get(seq_id) or self._held_by(seq_id))
 
     def slots(self, seq_id: Hashable, start: int, stop: int) -> Int32[np.ndarray, " tokens"]:
         """The slots (physical_block * block_size + offset) of the sequence's token positions [start, stop).
 
         Raises:
-            ValueError: an unknown ``seq_id``, or positions the sequence does not hold.
+            ValueError: an unknown or swapped ``seq_id``, or positions the sequence does not hold.
         """
         holding = self._held_by(seq_id)
         if not 0 <= start <= stop <= self._tokens_in(holding):
@@ -292,55 +513,102 @@ class BlockManager:
         return blocks[logical - first] * np.int32(self.block_size) + offsets
 
     def stats(self) -> BlockStats:
-        """Count what is held now. Takes time in proportion to the pool's blocks: for reports, not for every step."""
+        """Count what is held now. Takes time in proportion to all block tables: for reports, not for every step."""
+        holdings = self._holdings.values()
         num_used = self.num_blocks - 1 - self.num_free_blocks
-        # Only a last block can be partial, and all who share one see the same tokens in it.
-        num_empty = sum({h.blocks[-1]: h.num_empty for h in self._holdings.values() if h.blocks}.values())
+        # One who borrows a block may see fewer tokens in it than others do: who sees most counts.
+        full = {block for h in holdings for block in (h.blocks[:-1] if h.num_empty else h.blocks)}
+        partial = dict(sorted(((h.blocks[-1], h.num_empty) for h in holdings if h.num_empty), reverse=True))
+        num_empty = sum(count for block, count in partial.items() if block not in full)
         num_slots = num_used * self.block_size
         return BlockStats(
             num_blocks=self.num_blocks - 1,
             num_used=num_used,
-            num_shared=sum(count > 1 for count in self._ref_counts),
-            num_cached=len(self._cache),
+            num_shared=sum(count > 1 for count in self._device.ref_counts),
+            num_logical=sum(len(h.blocks) for h in holdings),
+            num_cached=len(self._device.cache),
+            num_host_blocks=self.num_host_blocks,
+            num_host_used=self.num_host_blocks - self._host.num_free,
+            num_host_cached=len(self._host.cache),
             tokens_held=num_slots - num_empty,
             waste=num_empty / num_slots if num_slots else 0.0,
-            prefix_queried_tokens=self._cache.queried_tokens,
-            prefix_hit_tokens=self._cache.hit_tokens,
+            prefix_queried_tokens=self._queried_tokens,
+            prefix_hit_tokens=self._hit_tokens,
+            host_hit_tokens=self._host_hit_tokens,
+            num_copies=self._tiers.num_copies,
+            num_blocks_swapped_out=self._num_swapped_out,
+            num_blocks_swapped_in=self._num_swapped_in,
+            num_blocks_spilled=self._tiers.num_spilled,
         )
 
     def check_invariants(self) -> None:
         """Assert everything this class promises about its state, at the cost of a walk over all of it. For tests."""
-        holdings = self._holdings.values()
-        held = Counter(block for h in holdings for block in h.blocks)
-        assert self._ref_counts == [held[block] for block in range(self.num_blocks)]
-        assert len(self._free) + len(held) == self.num_blocks - 1
-        assert self._free.keys() | held.keys() == set(range(1, self.num_blocks)), "block 0 is never handed out"
-        assert sorted(self._free, key=self._cache.__contains__) == list(self._free), "cached blocks are reused last"
-        partial = {h.blocks[-1]: h.num_empty for h in holdings if h.num_empty}
-        for h in holdings:
+        assert not self._holdings.keys() & self._swapped.keys()
+        self._tiers.check_invariants(
+            on_device=Counter(block for h in self._holdings.values() for block in h.blocks),
+            on_host=Counter(block for h in self._swapped.values() for block in h.blocks),
+        )
+        for h in [*self._holdings.values(), *self._swapped.values()]:
             assert 0 <= h.num_empty < self.block_size
             assert h.blocks or not h.num_empty
             assert len(set(h.blocks)) == len(h.blocks)
             assert h.num_published * self.block_size <= self._tokens_in(h)
-            assert (h.prefix is None) == (h.num_published == 0)
-            for block in h.blocks[:-1]:
-                assert block not in partial, "all holders of a block see the same tokens in it"
-            assert not h.blocks or partial.get(h.blocks[-1], 0) == h.num_empty
-        assert not any(block in self._cache for block in partial), "only full blocks are cached"
-        self._cache.check_invariants()
+            assert h.num_published == (len(h.prefix.chain()) if h.prefix else 0)
+        owners = [h for h in self._holdings.values() if h.blocks and not h.is_borrowing]
+        num_empty = {h.blocks[-1]: h.num_empty for h in owners}
+        for h in owners:
+            assert h.num_empty == num_empty[h.blocks[-1]], "all owners of a block see the same tokens in it"
+            assert not any(num_empty.get(block, 0) for block in h.blocks[:-1])
+            cached = self._device.cache.prefix_of(h.blocks[-1])
+            num_held = self.block_size - h.num_empty
+            assert cached is None or cached.num_last_tokens <= num_held, "an owner writes no cached slot"
 
-    def _take(self) -> int:
-        """Take the block at the front of the free queue, whatever it held."""
-        block, _ = self._free.popitem(last=False)
-        assert self._ref_counts[block] == 0, "a free block has no holder"
-        self._cache.evict(block)
-        self._ref_counts[block] = 1
-        return block
+    # Inside -------------------------------------------------------------------------------------------------------
 
-    def _hold(self, block: int) -> None:
-        """Add one holder to a block, which leaves the free queue if it was there."""
-        self._free.pop(block, None)
-        self._ref_counts[block] += 1
+    def _load_hit(self, hit: PrefixHit, copied: Sequence[PrefixHit]) -> int:
+        """A device block for a hit in the host tier; not one of those the sequence is to copy."""
+        prefix = self._tiers.prefix_of(hit).cut(hit.num_tokens)
+        return self._tiers.load(hit.block, prefix, copied={hit.block for hit in copied})
+
+    def _copy_last_block(self, holding: _Holding) -> list[BlockCopy]:
+        src, copies = holding.blocks[-1], []
+        if self._tiers.is_loading(src):
+            holding.blocks[-1] = self._tiers.load_again(src)
+        else:
+            holding.blocks[-1], copies = self._tiers.copy(src)
+        self._tiers.release([src])
+        holding.is_borrowing = False
+        return copies
+
+    def _must_copy_last_block(self, holding: _Holding) -> bool:
+        """Whether somebody else, or the cache, relies on slots of the last block that the holder would write."""
+        return holding.num_empty > 0 and (self._device.ref_counts[holding.blocks[-1]] > 1 or holding.is_borrowing)
+
+    def _split_match(self, match: PrefixMatch, num_tokens: int) -> tuple[Sequence[PrefixHit], Sequence[PrefixHit]]:
+        """The hits that a sequence of ``num_tokens`` holds, shared or loaded, and those (one at most) it copies."""
+        last = match.hits[-1] if match.hits else None
+        is_whole = last is None or last.num_tokens == self.block_size
+        if last is None or last.is_on_host or is_whole or num_tokens == match.num_tokens:
+            return match.hits, ()
+        return match.hits[:-1], (last,)
+
+    def _moves_of(self, holdings: Iterable[_Holding], cache: PrefixCache) -> dict[int, _Move]:
+        """Each block of a group once, with the block that ``cache``, the other tier's, has for its content."""
+        moves: dict[int, _Move] = {}
+        for holding in holdings:
+            prefixes = holding.prefix.chain() if holding.prefix else []
+            for block, prefix in zip_longest(holding.blocks, prefixes):
+                if block not in moves or prefix is not None:
+                    moves[block] = _Move(prefix, cache.find(prefix) if prefix is not None else None)
+        return moves
+
+    def _num_to_store(self, moves: dict[int, _Move]) -> int:
+        twins = [move.twin for move in moves.values() if move.twin is not None]
+        return len(moves) - len(twins) + sum(map(self._host.is_free, set(twins)))
+
+    def _num_to_load(self, moves: dict[int, _Move]) -> int:
+        twins = [move.twin for move in moves.values() if move.twin is not None]
+        return self._tiers.num_needed(0, num_loads=len(moves) - len(twins), shared=set(twins))
 
     def _num_covering(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -348,34 +616,47 @@ class BlockManager:
     def _tokens_in(self, holding: _Holding) -> int:
         return len(holding.blocks) * self.block_size - holding.num_empty
 
-    def _is_last_block_shared_partial(self, holding: _Holding) -> bool:
-        return holding.num_empty > 0 and self._ref_counts[holding.blocks[-1]] > 1
-
     def _held_by(self, seq_id: Hashable) -> _Holding:
         holding = self._holdings.get(seq_id)
         if holding is None:
+            if seq_id in self._swapped:
+                raise ValueError(f"sequence {seq_id!r} is swapped out: swap it in first")
             raise ValueError(f"unknown sequence {seq_id!r}: reserve or fork it first")
         return holding
 
+    def _swapped_by(self, seq_id: Hashable) -> _Holding:
+        holding = self._swapped.get(seq_id)
+        if holding is None:
+            raise ValueError(f"sequence {seq_id!r} is not swapped out: there is nothing to swap in")
+        return holding
+
     def _require_new(self, seq_id: Hashable) -> None:
-        if seq_id in self._holdings:
+        if seq_id in self._holdings or seq_id in self._swapped:
             raise ValueError(f"sequence {seq_id!r} exists already: free it first, or choose another name")
 
-    def _require_free(self, num_blocks: int) -> None:
-        if num_blocks > len(self._free):
-            raise OutOfBlocks(f"{num_blocks} blocks needed, {len(self._free)} free of {self.num_blocks - 1}")
+    def _require_settled(self, blocks: Iterable[int], is_moving: Callable[[int], bool]) -> None:
+        moving = [block for block in blocks if is_moving(block)]
+        if moving:
+            raise ValueError(f"blocks {moving} of these sequences change tiers in this plan: let it run first")
 
-    def _require_cached_prefix(self, blocks: Sequence[int], num_tokens: int) -> None:
-        """Check that ``blocks`` are the cached blocks of one prefix, from its start, within ``num_tokens``."""
-        if len(blocks) * self.block_size > num_tokens:
-            raise ValueError(f"{len(blocks)} cached blocks of {self.block_size} hold more than num_tokens={num_tokens}")
-        before: Prefix | None = None
-        for block in blocks:
-            prefix = self._cache.prefix_of(block)
-            parent = prefix.parent if prefix else None
-            if prefix is None or parent is None or not parent.is_same(before or Prefix.empty(prefix.salt)):
-                raise ValueError(f"cached_blocks={list(blocks)}: block {block} does not continue a cached prefix")
-            before = prefix
+    def _require_match(self, match: PrefixMatch, num_tokens: int) -> None:
+        if match.num_tokens > num_tokens:
+            raise ValueError(f"the match has {match.num_tokens} tokens, more than num_tokens={num_tokens}")
+        stale = self._tiers.find_stale(match)
+        if stale is not None:
+            raise ValueError(f"{stale} of {len(match.hits)} hits does not continue a cached prefix: match again")
+
+
+def _relocate(holding: _Holding, homes: dict[int, int], tier: BlockTier) -> list[int]:
+    """Let a sequence hold its blocks' ``homes`` in another tier. Returns the blocks it held, yet to be released."""
+    before, holding.blocks = holding.blocks, [homes[block] for block in holding.blocks]
+    tier.share(holding.blocks)
+    return before
+
+
+def _require_free(tier: BlockTier, num_blocks: int) -> None:
+    if num_blocks > tier.num_free:
+        raise OutOfBlocks(f"{num_blocks} blocks needed, {tier.num_free} free of {len(tier.blocks)}")
 
 
 def _require_count(num_tokens: int) -> None:

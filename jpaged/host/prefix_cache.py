@@ -2,20 +2,23 @@
 
 The KV of a block depends on its own tokens and on all tokens before them, so a block is named by its whole ``Prefix``
 (the paper's "shared prefix", section 4.4, found automatically). A prefix is pure content; where its KV lies is the
-cache's business.
+cache's business. Each tier of blocks (``block_tier``) has a cache of its own.
 """
 
 import hashlib
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 
+TOKEN_BYTES = 8
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """The tokens of a chain of full blocks, linked from the last block back to the salt.
+    """The tokens of a chain of blocks, linked from the last block back to the salt. All but the last are full.
 
     Args:
         parent: everything before the last block; None for the empty prefix.
@@ -35,13 +38,35 @@ class Prefix:
         return cls(None, b"", salt, _sha256(salt))
 
     def extend(self, tokens: bytes) -> Self:
-        """This prefix followed by one more full block, whose token ids are ``tokens`` (see ``split_blocks``)."""
+        """This prefix, all full blocks, followed by one more, whose token ids are ``tokens`` (see ``split_blocks``)."""
         return type(self)(self, tokens, self.salt, _sha256(self.digest + tokens))
+
+    def cut(self, num_tokens: int) -> Self:
+        """This prefix with only the first ``num_tokens`` tokens of its last block."""
+        if num_tokens == self.num_last_tokens:
+            return self
+        assert self.parent is not None, "no block holds no tokens"
+        assert num_tokens < self.num_last_tokens
+        return self.parent.extend(self.tokens[: num_tokens * TOKEN_BYTES])
+
+    @property
+    def num_last_tokens(self) -> int:
+        """Tokens in the last block."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    def chain(self) -> list[Self]:
+        """The prefixes that end with the first block, the second, ..., the last one: this one."""
+        links, link = [], self
+        while link.parent is not None:
+            links.append(link)
+            link = link.parent
+        return links[::-1]
 
     def is_same(self, other: "Prefix") -> bool:
         """Whether both hold the same tokens under the same salt, compared without trusting a digest.
 
-        Chains that one cache made share their links, so this ends after a step or two except after an eviction.
+        Chains that one cache made share their links, so this ends after a step or two except after an eviction or a
+        change of tiers.
         """
         if self.salt != other.salt:
             return False
@@ -54,10 +79,10 @@ class Prefix:
 
 
 def split_blocks(token_ids: Sequence[int], block_size: int) -> Iterator[bytes]:
-    """The full blocks of ``token_ids`` as fixed-width bytes (8 a token); a partial last block is left out."""
-    block_bytes = 8 * block_size
+    """The blocks of ``token_ids`` as fixed-width bytes (8 a token); the last one may be partial, never empty."""
+    block_bytes = TOKEN_BYTES * block_size
     data = np.asarray(token_ids, dtype="<i8").tobytes()
-    for start in range(0, len(data) - block_bytes + 1, block_bytes):
+    for start in range(0, len(data), block_bytes):
         yield data[start : start + block_bytes]
 
 
@@ -70,10 +95,10 @@ class PrefixCache:
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.queried_tokens = 0
-        self.hit_tokens = 0
         self._blocks: dict[bytes, int] = {}  # digest -> physical block
         self._prefixes: dict[int, Prefix] = {}  # physical block -> the prefix it ends
+        # digest -> (tokens, physical block) of all that continue it, sorted: neighbours share the most tokens.
+        self._children: dict[bytes, list[tuple[bytes, int]]] = {}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -85,53 +110,116 @@ class PrefixCache:
         """The prefix whose last block lies in this physical block; None when the block is not cached."""
         return self._prefixes.get(block)
 
-    def match(self, token_ids: Sequence[int], salt: bytes = b"") -> list[int]:
-        """Physical blocks of the longest cached prefix of ``token_ids``, in order. Changes and counts nothing."""
-        prefix, blocks = Prefix.empty(salt), []
-        for tokens in split_blocks(token_ids, self.block_size):
-            block = self._find(prefix.extend(tokens))
-            if block is None:
-                break
-            blocks.append(block)
-            prefix = self._prefixes[block]
-        return blocks
+    def find(self, prefix: Prefix) -> int | None:
+        """The physical block that holds the last block of exactly ``prefix``."""
+        block = self._blocks.get(prefix.digest)
+        return block if block is not None and self._prefixes[block].is_same(prefix) else None
+
+    def find_longest(self, parent: Prefix, tokens: bytes) -> tuple[int | None, int]:
+        """The block after ``parent`` that starts with most of ``tokens``, and with how many; None with 0."""
+        siblings = self._children.get(parent.digest, [])
+        index = bisect_left(siblings, (tokens,))
+        best: tuple[int | None, int] = None, 0
+        for known, block in siblings[max(index - 1, 0) : index + 1]:
+            num_common = _num_common_tokens(known, tokens)
+            if num_common > best[1] and self._is_child(block, parent):
+                best = block, num_common
+        return best
+
+    def find_cover(self, prefix: Prefix) -> int | None:
+        """A block that holds the tokens of the last block of ``prefix``, and perhaps more after them."""
+        if len(prefix.tokens) == self.block_size * TOKEN_BYTES:
+            return self.find(prefix)
+        assert prefix.parent is not None, "no block holds no tokens"
+        block, num_tokens = self.find_longest(prefix.parent, prefix.tokens)
+        return block if num_tokens == prefix.num_last_tokens else None
 
     def insert(self, prefix: Prefix, block: int) -> Prefix:
-        """Record that ``block`` holds the last block of ``prefix``, unless another block already does.
+        """Record that ``block`` holds the last block of ``prefix``, unless a block that does is already recorded.
+
+        A block whose content has grown is recorded with the longer prefix instead.
 
         Returns:
             The prefix to extend next: the one already recorded, if the content was known, so that chains share links.
         """
-        known = self._find(prefix)
+        known = self.find_cover(prefix)
         if known is not None:
             return self._prefixes[known]
-        assert block not in self._prefixes, "a cached block is full: its content never changes"
+        before = self.evict(block)
+        assert before is None or prefix.tokens.startswith(before.tokens), "cached tokens are never overwritten"
         if prefix.digest not in self._blocks:  # of two prefixes with one digest, the second goes uncached
+            assert prefix.parent is not None, "no block holds no tokens"
             self._blocks[prefix.digest] = block
             self._prefixes[block] = prefix
+            insort(self._children.setdefault(prefix.parent.digest, []), (prefix.tokens, block))
         return prefix
 
-    def evict(self, block: int) -> None:
-        """Forget ``block``, which is about to be overwritten; does nothing when it is not cached."""
+    def evict(self, block: int) -> Prefix | None:
+        """Forget ``block``, which is about to be overwritten; returns what it held, None when it is not cached."""
         prefix = self._prefixes.pop(block, None)
         if prefix is not None:
+            assert prefix.parent is not None
             del self._blocks[prefix.digest]
-
-    def record_query(self, queried_tokens: int, hit_tokens: int) -> None:
-        """Count one admitted sequence: tokens it holds, and those of them that the cache supplied."""
-        self.queried_tokens += queried_tokens
-        self.hit_tokens += hit_tokens
+            siblings = self._children[prefix.parent.digest]
+            if len(siblings) == 1:
+                del self._children[prefix.parent.digest]
+            else:
+                del siblings[bisect_left(siblings, (prefix.tokens, block))]
+        return prefix
 
     def check_invariants(self) -> None:
-        """Assert that the two maps mirror each other."""
-        assert len(self._blocks) == len(self._prefixes)
+        """Assert that the three maps mirror each other."""
+        assert len(self._blocks) == len(self._prefixes) == sum(map(len, self._children.values()))
+        assert all(siblings == sorted(siblings) for siblings in self._children.values())
         for block, prefix in self._prefixes.items():
             assert self._blocks[prefix.digest] == block
-            assert len(prefix.tokens) == 8 * self.block_size
+            assert 0 < len(prefix.tokens) <= TOKEN_BYTES * self.block_size
+            assert prefix.parent is not None
+            assert all(len(link.tokens) == TOKEN_BYTES * self.block_size for link in prefix.parent.chain())
+            assert (prefix.tokens, block) in self._children[prefix.parent.digest]
 
-    def _find(self, prefix: Prefix) -> int | None:
-        block = self._blocks.get(prefix.digest)
-        return block if block is not None and self._prefixes[block].is_same(prefix) else None
+    def _is_child(self, block: int, parent: Prefix) -> bool:
+        known = self._prefixes[block].parent
+        return known is not None and known.is_same(parent)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """A cached block that holds the tokens wanted next.
+
+    Args:
+        block: the physical block in its tier.
+        num_tokens: how many of its first tokens are wanted: all of a block, except perhaps for the last hit.
+        is_on_host: it lies in the host tier.
+    """
+
+    block: int
+    num_tokens: int
+    is_on_host: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """The cached start of a sequence, block by block; the tiers may alternate."""
+
+    hits: tuple[PrefixHit, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(hit.num_tokens for hit in self.hits)
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether any of it lies in the host tier, so that it takes a transfer before it can be read."""
+        return any(hit.is_on_host for hit in self.hits)
+
+
+def _num_common_tokens(a: bytes, b: bytes) -> int:
+    """How many tokens ``a`` and ``b`` share at their start."""
+    num_bytes = min(len(a), len(b))
+    difference = int.from_bytes(a[:num_bytes], "big") ^ int.from_bytes(b[:num_bytes], "big")
+    num_from_first_different_byte = (difference.bit_length() + 7) // 8
+    return (num_bytes - num_from_first_different_byte) // TOKEN_BYTES
 
 
 def _sha256(data: bytes) -> bytes:

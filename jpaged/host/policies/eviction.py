@@ -1,11 +1,15 @@
-"""Which free block is overwritten first: one decision, stated as two pure functions.
+"""Which free block is overwritten first, and how much of what is lost is saved: one decision, stated as pure functions.
 
-Free blocks wait in one queue and are taken from its front. Together the functions below give this order of reuse:
-blocks nobody can find again (in any order), then cached blocks, least recently released first and, of one sequence,
-its tail first. A block without its predecessors can never be matched, so a tail is always worth less than its head.
+Free blocks wait in one queue per tier and are taken from its front. Together the functions below give this order of
+reuse: blocks nobody can find again (in any order), then cached blocks, least recently released first and, of one
+sequence, its tail first. A block without its predecessors can never be matched, so a tail is always worth less than its
+head. A cached device block that is overwritten moves to the host tier, which forgets in the same order.
 """
 
 from collections.abc import Iterable, Sequence
+
+MAX_SPILLS_PER_STEP = 32
+"""Cached blocks one step may save to the host tier; more are dropped, so that saving never delays a step for long."""
 
 
 def order_release(block_table: Sequence[int]) -> Iterable[int]:
