@@ -9,6 +9,8 @@ MAX_SEQS = 1 << 16
 MAX_BATCHED_TOKENS = 1 << 20
 MAX_SLOTS = 2**31 - 1
 """Slots of a pool are numbered in int32."""
+MAX_HOST_BYTES = 2**63 - 1
+PREEMPTIONS = ("auto", "swap", "recompute")
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -16,8 +18,8 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}={reprlib.repr(value)} is not valid: expected {expected}")
 
 
-def _is_count(value: object, limit: int = MAX_SLOTS) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
+def _is_count(value: object, limit: int = MAX_SLOTS, *, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,15 @@ class EngineConfig:
         seed: of the seeds drawn for requests without one.
         tensor_parallel_size: devices the model and its KV heads are spread over.
         attention_implementation: a name from ``pallas_kernels``; None takes the best one for the device.
+        preemption: how KV that had to make room comes back: "swap" from the host pool (computed again when that is
+            full), "recompute" from tokens, or "auto": whatever takes less time on this machine.
+        num_host_blocks: blocks of the host pool, pinned memory for swapped KV and for prefixes evicted from the device;
+            0 is none. None leaves it to ``host_memory_bytes``.
+        host_memory_bytes: the same in bytes; give one of the two. None takes 4 GiB at most beside an accelerator, and
+            nothing on a CPU (whose pool is host memory already) unless ``preemption`` is "swap".
 
     Raises:
-        ValueError: a setting out of range, with the value and the range.
+        ValueError: a setting out of range, with the value and the range; settings that exclude each other.
     """
 
     dtype: str = "auto"
@@ -53,6 +61,9 @@ class EngineConfig:
     seed: int = 0
     tensor_parallel_size: int = 1
     attention_implementation: str | None = None
+    preemption: str = "auto"
+    num_host_blocks: int | None = None
+    host_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
@@ -83,10 +94,29 @@ class EngineConfig:
         implementation = self.attention_implementation
         is_name = implementation is None or (isinstance(implementation, str) and implementation != "")
         _require(is_name, "attention_implementation", implementation, "None or a name from pallas_kernels")
+        self._check_host_pool()
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "every running sequence needs one token a step; raise the first or lower the second"
+            )
+
+    def _check_host_pool(self) -> None:
+        is_known = isinstance(self.preemption, str) and self.preemption in PREEMPTIONS
+        _require(is_known, "preemption", self.preemption, "one of " + ", ".join(PREEMPTIONS))
+        for name, limit in (("num_host_blocks", MAX_SLOTS), ("host_memory_bytes", MAX_HOST_BYTES)):
+            value = getattr(self, name)
+            is_size = value is None or _is_count(value, limit, least=0)
+            _require(is_size, name, value, f"None or an integer from 0 to {limit}")
+        if self.num_host_blocks is not None and self.host_memory_bytes is not None:
+            raise ValueError(
+                f"num_host_blocks={self.num_host_blocks} and host_memory_bytes={self.host_memory_bytes} both size the "
+                "host pool: give one of them"
+            )
+        if self.preemption == "swap" and 0 in (self.num_host_blocks, self.host_memory_bytes):
+            raise ValueError(
+                "preemption='swap' needs a host pool, and it is turned off: give num_host_blocks or host_memory_bytes "
+                "more than 0, or another preemption"
             )
 
     @property

@@ -23,6 +23,9 @@ INVALID = {
     "seed": [None, True, 1.0, "1", math.nan, -1, 2**32],
     "tensor_parallel_size": [*NOT_COUNTS, None],
     "attention_implementation": [1, True, ["xla"], ""],
+    "preemption": [None, True, "", "always", ["swap"]],
+    "num_host_blocks": [True, 1.0, "1", [1], math.nan, -1, 2**31],
+    "host_memory_bytes": [False, 1e9, "4GiB", math.inf, -1, 10**400],
 }
 
 VALID = {
@@ -37,6 +40,9 @@ VALID = {
     "seed": [0, 2**32 - 1],
     "tensor_parallel_size": [1, 8],
     "attention_implementation": [None, "xla"],
+    "preemption": ["auto", "swap", "recompute"],
+    "num_host_blocks": [None, 0, 1, 10**6],
+    "host_memory_bytes": [None, 0, 1 << 40],
 }
 
 
@@ -87,3 +93,15 @@ def test_pool_whose_slots_exceed_int32_is_refused():
     with pytest.raises(ValueError, match="num_blocks"):
         EngineConfig(num_blocks=2**27, block_size=16)
     assert EngineConfig(num_blocks=2**27 - 1, block_size=16).num_blocks == 2**27 - 1
+
+
+def test_host_pool_is_sized_once():
+    with pytest.raises(ValueError, match="num_host_blocks=2 and host_memory_bytes=0 both size the host pool"):
+        EngineConfig(num_host_blocks=2, host_memory_bytes=0)
+
+
+@pytest.mark.parametrize("name", ["num_host_blocks", "host_memory_bytes"])
+def test_swap_without_a_host_pool_is_refused(name):
+    with pytest.raises(ValueError, match="preemption='swap' needs a host pool, and it is turned off"):
+        EngineConfig(preemption="swap", **{name: 0})
+    assert EngineConfig(preemption="recompute", **{name: 0}).preemption == "recompute"

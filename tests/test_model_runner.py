@@ -13,7 +13,7 @@ from jpaged.device.model_runner import ModelRunner
 from jpaged.device.sharding import make_mesh
 from jpaged.device.step_inputs import Bucket
 from jpaged.engine import Engine
-from jpaged.host.step_plan import BlockCopy, Chunk, Sample, StepPlan
+from jpaged.host.step_plan import BeamSelect, BlockCopy, Chunk, Sample, StepPlan
 from jpaged.models import LlamaConfig, Rope, random_model
 from jpaged.request import SamplingParams
 
@@ -96,6 +96,60 @@ def test_a_fork_draws_several_tokens_from_one_chunk():
     assert result.token_ids.shape == (3,)
     assert result.token_ids[0] == result.token_ids[2]
     assert result.scores.logprobs[0] == result.scores.logprobs[2]
+
+
+def test_beams_read_the_logits_of_their_own_chunks_beside_samples():
+    """A search's candidates do not depend on what shares the step; a sample's token and score neither."""
+    prompts = [1, 2, 3], [4, 5], [6, 7, 8, 9], [10]
+    chunks = tuple(Chunk(i, ids, 0, len(ids), [1 + i]) for i, ids in enumerate(prompts))
+    sample = Sample(0, 3, 1, 0, SamplingParams(temperature=0), (), (), ())
+    pair, single = BeamSelect([2, 0], [-1.0, -2.0], 4, (3,)), BeamSelect([1], [0.0], 2)
+    together = make_runner(max_num_seqs=8).execute(StepPlan(chunks=chunks, samples=(sample,), beams=(pair, single)))
+    runner = make_runner(max_num_seqs=8)
+    alone = [runner.execute(StepPlan(chunks=chunks, beams=(beam,))).beams[0] for beam in (pair, single)]
+    for mixed, by_itself, beam in zip(together.beams, alone, (pair, single), strict=True):
+        assert len(mixed.scores) == beam.num_candidates
+        assert mixed.beams.tolist() == by_itself.beams.tolist()
+        assert mixed.token_ids.tolist() == by_itself.token_ids.tolist()
+        np.testing.assert_allclose(mixed.scores, by_itself.scores, rtol=1e-5)
+    assert 3 not in together.beams[0].token_ids
+    sampled = runner.execute(StepPlan(chunks=chunks, samples=(sample,)))
+    assert together.token_ids.tolist() == sampled.token_ids.tolist()
+    assert together.scores.logprobs == pytest.approx(sampled.scores.logprobs, rel=1e-5)
+
+
+def test_the_best_beam_candidate_after_a_prompt_is_the_greedy_token():
+    chunk = Chunk(0, [1, 2, 3], 0, 3, [1])
+    runner = make_runner()
+    greedy = runner.execute(
+        StepPlan(chunks=(chunk,), samples=(Sample(0, 0, 3, 0, SamplingParams(temperature=0), (), (), ()),))
+    )
+    [found] = runner.execute(StepPlan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 8),))).beams
+    assert found.token_ids[0] == greedy.token_ids[0]
+    assert found.scores[0] == pytest.approx(greedy.scores.logprobs[0], rel=1e-5)
+    assert found.beams.tolist() == [0] * 8
+
+
+def test_a_step_of_beams_alone_runs_no_sampler():
+    runner = make_runner()
+    chunk = Chunk(0, [1, 2, 3], 0, 3, [1])
+    result = runner.execute(StepPlan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 2),)))
+    assert result.token_ids.tolist() == []
+    assert {key[0] for key in runner._compiled} == {"forward", "beam"}
+
+
+def test_searches_of_like_sizes_share_a_program():
+    runner = make_runner(max_num_seqs=8)
+    chunks = tuple(Chunk(i, [1 + i], 0, 1, [1 + i]) for i in range(8))
+    for widths in ((3,), (4,), (3, 4), (2, 3, 1), (1, 1, 1, 4)):
+        starts = np.cumsum((0, *widths))
+        beams = tuple(
+            BeamSelect(range(start, start + width), [0.0] * width, 2 * width)
+            for start, width in zip(starts, widths, strict=False)
+        )
+        runner.execute(StepPlan(chunks=chunks, beams=beams))
+    # Of one, two and four groups; those of one and two with 4 beams and 8 candidates.
+    assert sorted(key[2:5] for key in runner._compiled if key[0] == "beam") == [(1, 4, 8), (2, 4, 8), (4, 4, 8)]
 
 
 def test_two_devices_give_the_tokens_of_one():

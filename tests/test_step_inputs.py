@@ -16,7 +16,7 @@ from jpaged.device.step_inputs import (
     powers_of_two,
     unpack,
 )
-from jpaged.host.step_plan import Chunk, Sample, StepPlan
+from jpaged.host.step_plan import BeamSelect, Chunk, Sample, StepPlan
 from jpaged.request import SamplingParams
 
 MAX_BLOCKS = 5
@@ -29,8 +29,8 @@ def make_sample(chunk, position):
 
 @st.composite
 def plans(draw, max_seqs, max_tokens, block_size):
-    """Any plan the scheduler may make: the budgets kept, tables longer than needed, forks that share a chunk."""
-    chunks, samples, budget = [], [], max_tokens
+    """Any plan the scheduler may make: the budgets kept, tables longer than needed, forks that share a chunk, beams."""
+    chunks, samples, beams, budget = [], [], [], max_tokens
     for seq_id in range(draw(st.integers(0, max_seqs))):
         if budget == 0:
             break
@@ -44,10 +44,15 @@ def plans(draw, max_seqs, max_tokens, block_size):
         token_ids = draw(st.lists(st.integers(0, 999), min_size=num_tokens, max_size=num_tokens))
         chunks.append(Chunk(seq_id, token_ids, start, draw(st.integers(1, capacity)), table))
     for row, chunk in enumerate(chunks):
-        room = max_seqs - len(samples) - (len(chunks) - row)
+        num_beam_rows = sum(len(beam.chunks) for beam in beams)
+        room = max_seqs - len(samples) - num_beam_rows - (len(chunks) - row)
+        if draw(st.booleans()):  # this row belongs to a search, and the last one's beams may be this search's too
+            others = beams.pop().chunks if beams and draw(st.booleans()) else []
+            beams.append(BeamSelect([*others, row], [0.0] * (len(others) + 1), 2))
+            continue
         for _ in range(draw(st.integers(0, 1 + room))):
             samples.append(make_sample(row, chunk.start + len(chunk.token_ids)))
-    return StepPlan(chunks=tuple(chunks), samples=tuple(samples))
+    return StepPlan(chunks=tuple(chunks), samples=tuple(samples), beams=tuple(beams))
 
 
 def naive_inputs(plan, bucket, block_size):
@@ -74,6 +79,11 @@ def naive_inputs(plan, bucket, block_size):
     cu_q_lens += [index] * (bucket.num_rows + 1 - len(cu_q_lens))
     for row, sample in enumerate(plan.samples):
         rows["sample_tokens"][row] = last_token[sample.chunk]
+    row = len(plan.samples)
+    for beam in plan.beams:
+        for chunk in beam.chunks:
+            rows["sample_tokens"][row] = last_token[chunk]
+            row += 1
     return StepInputs(**tokens, **rows, block_tables=tables, cu_q_lens=cu_q_lens)
 
 
@@ -145,3 +155,7 @@ def test_smallest_bucket_that_holds_a_plan_is_chosen():
     assert bucket_for(crowded, buckets) == Bucket(64, 32), "31 tokens would do, but not 16 rows"
     forking = StepPlan(chunks=(chunk,), samples=(make_sample(0, 1),) * 10)  # one chunk read by ten completions
     assert bucket_for(forking, buckets) == Bucket(16, 16)
+    searching = StepPlan(
+        chunks=(chunk,) * 3, samples=(make_sample(0, 1),), beams=(BeamSelect([0, 1, 2, 1], [0] * 4, 8),)
+    )
+    assert bucket_for(searching, buckets) == Bucket(8, 8), "five rows of logits"

@@ -1,4 +1,4 @@
-"""The KV cache on the device: the block pool as a value, and how many blocks fit in memory."""
+"""The KV cache on the device: the block pool as a value, attention over it, and how many blocks fit in memory."""
 
 import math
 import os
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import block_pool_shape, copy_blocks, paged_attention, write_kv
+from jpaged.device.step_inputs import StepInputs
+from pallas_kernels import block_pool_shape, copy_blocks, gather_blocks, paged_attention, scatter_blocks, write_kv
 
 CPU_POOL_BYTES = 1 << 30
 """What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is not its own."""
@@ -75,6 +76,53 @@ class KVCache:
         """Copy blocks (copy-on-write). All sources are read before any destination is written."""
         return type(self)(copy_blocks(self.pool, src, dst))
 
+    def gather(self, blocks: Int[Array, " n"]) -> list[Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]]:
+        """Copies of some blocks, each an array of its own."""
+        return list(gather_blocks(self.pool, blocks))
+
+    def scatter(
+        self,
+        blocks: Int[Array, " n"],
+        data: Sequence[Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]],
+    ) -> Self:
+        """Overwrite some blocks, as ``gather`` returns them. Block 0 may occur any number of times, others once."""
+        return type(self)(scatter_blocks(self.pool, blocks, jnp.stack(data)))
+
+
+class PagedAttend:
+    """The ``attend`` a model calls in a step: store this layer's K/V, then attend to all of each sequence's context.
+
+    Lives during one trace; ``cache`` is the newest value of the cache.
+    """
+
+    def __init__(self, cache: KVCache, inputs: StepInputs, implementation: str | None):
+        self.cache = cache
+        self._inputs = inputs
+        self._implementation = implementation
+
+    def __call__(
+        self,
+        layer: int,
+        q: Float[Array, "tokens num_heads head_dim"],
+        k: Float[Array, "tokens num_kv_heads head_dim"],
+        v: Float[Array, "tokens num_kv_heads head_dim"],
+        *,
+        sm_scale: float,
+        sliding_window: int | None = None,
+    ) -> Float[Array, "tokens num_heads head_dim"]:
+        inputs = self._inputs
+        self.cache = self.cache.write(layer, k, v, inputs.slots)
+        return self.cache.attend(
+            layer,
+            q,
+            inputs.block_tables,
+            inputs.kv_lens,
+            inputs.cu_q_lens,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            implementation=self._implementation,
+        )
+
 
 def block_bytes(
     *, num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: jax.typing.DTypeLike
@@ -101,6 +149,20 @@ def available_bytes(devices: Sequence[Any], memory_fraction: float = 1.0) -> int
             raise ValueError(f"{device} does not report its memory: give num_blocks")
         left.append(int(stats["bytes_limit"] * memory_fraction) - stats["bytes_in_use"])
     return min(left) * len(devices)
+
+
+def check_blocks_fit(num_blocks: int, bytes_per_block: int, devices: Sequence[Any]) -> None:
+    """Check the size of a pool that somebody asked for.
+
+    Raises:
+        ValueError: more blocks than the devices' memory holds.
+    """
+    left = available_bytes(devices)
+    if num_blocks * bytes_per_block > left:
+        raise ValueError(
+            f"num_blocks={num_blocks} x {bytes_per_block:,} bytes do not fit in the {left:,} bytes there are: "
+            f"at most {left // bytes_per_block} would"
+        )
 
 
 def num_blocks_that_fit(

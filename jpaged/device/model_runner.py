@@ -1,7 +1,7 @@
 """Executes step plans: weights, KV cache and the compiled programs that join them."""
 
-import dataclasses
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -15,19 +15,46 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from jpaged.config import EngineConfig
-from jpaged.device.kv_cache import KVCache, available_bytes, block_bytes, num_blocks_that_fit
-from jpaged.device.sampler import SampledTokens, SampleInputs, Scores, make_sample_inputs, sample, score
-from jpaged.device.sharding import pool_sharding
-from jpaged.device.step_inputs import (
-    Bucket,
-    StepInputs,
-    all_buckets,
-    bucket_for,
-    pack,
-    packed_size,
-    unpack,
+from jpaged.device.beams import (
+    BeamInputs,
+    Candidates,
+    beam_candidates,
+    empty_beam_inputs,
+    make_beam_inputs,
+    power_of_two,
+    split_candidates,
 )
-from jpaged.host.step_plan import BlockCopy, PromptScore, StepPlan, StepResult, TokenScores
+from jpaged.device.kv_cache import (
+    KVCache,
+    PagedAttend,
+    available_bytes,
+    block_bytes,
+    check_blocks_fit,
+    num_blocks_that_fit,
+)
+from jpaged.device.sampler import (
+    NO_SCORES,
+    SampledTokens,
+    SampleInputs,
+    Scores,
+    empty_sample_inputs,
+    first_rows,
+    join_scores,
+    make_sample_inputs,
+    sample,
+    score,
+)
+from jpaged.device.sharding import pool_sharding
+from jpaged.device.step_inputs import Bucket, all_buckets, bucket_for, pack, packed_size, unpack
+from jpaged.device.transfer import (
+    MAX_STAGED_BLOCKS,
+    MOVE_SIZES,
+    HostPool,
+    block_sharding,
+    has_host_pool,
+    num_host_blocks_for,
+)
+from jpaged.host.step_plan import BlockCopy, Chunk, Costs, PromptScore, StepPlan, StepResult, TokenScores
 from jpaged.models import ModelConfig
 from jpaged.request import MAX_LOGPROBS
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
@@ -36,50 +63,18 @@ SCORE_ROWS = 64
 """Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
 
 
-NO_SCORES = TokenScores(
-    np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
-)
-
-
-class PagedAttend:
-    """The ``attend`` a model calls in a step: store this layer's K/V, then attend to all of each sequence's context.
-
-    Lives during one trace; ``cache`` is the newest value of the cache.
-    """
-
-    def __init__(self, cache: KVCache, inputs: StepInputs, implementation: str | None):
-        self.cache = cache
-        self._inputs = inputs
-        self._implementation = implementation
-
-    def __call__(
-        self,
-        layer: int,
-        q: Float[Array, "tokens num_heads head_dim"],
-        k: Float[Array, "tokens num_kv_heads head_dim"],
-        v: Float[Array, "tokens num_kv_heads head_dim"],
-        *,
-        sm_scale: float,
-        sliding_window: int | None = None,
-    ) -> Float[Array, "tokens num_heads head_dim"]:
-        inputs = self._inputs
-        self.cache = self.cache.write(layer, k, v, inputs.slots)
-        return self.cache.attend(
-            layer,
-            q,
-            inputs.block_tables,
-            inputs.kv_lens,
-            inputs.cu_q_lens,
-            sm_scale=sm_scale,
-            sliding_window=sliding_window,
-            implementation=self._implementation,
-        )
-
-
 class ForwardResult(NamedTuple):
     cache: KVCache
     hidden: Float[Array, "tokens hidden_size"]
     sample_hidden: Float[Array, "rows hidden_size"]
+
+
+class Enqueued(NamedTuple):
+    """What a step's chunks will bring; None where the plan asks for nothing of the kind."""
+
+    hidden: Float[Array, "tokens hidden_size"] | None = None
+    sampled: SampledTokens | None = None
+    candidates: Candidates | None = None
 
 
 def num_cores() -> int:
@@ -147,7 +142,14 @@ class ModelRunner:
         self._compiled: dict[tuple, jax.stages.Compiled] = {}  # warm-up's threads each write keys of their own
         self.num_blocks = self._check_num_blocks()
         self._fit_model_len()
+        self.num_host_blocks = num_host_blocks_for(
+            config, self.bytes_per_block, is_on_cpu=self._is_on_cpu, useful_blocks=config.max_num_seqs * self.max_blocks
+        )
         self.cache = self._allocate_cache()
+        self.host_pool = (
+            HostPool(self.num_host_blocks, self._abstract_block(), self._program) if self.num_host_blocks else None
+        )
+        self._is_idle = True  # nothing enqueued whose results were not fetched
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -155,24 +157,18 @@ class ModelRunner:
         """The blocks asked for, or as many as fit."""
         devices, wanted = list(self.mesh.devices.flat), self.config.num_blocks
         if wanted is not None:
-            left = available_bytes(devices)
-            if wanted * self.bytes_per_block > left:
-                raise ValueError(
-                    f"num_blocks={wanted} x {self.bytes_per_block:,} bytes do not fit in the {left:,} bytes there are: "
-                    f"at most {left // self.bytes_per_block} would"
-                )
+            check_blocks_fit(wanted, self.bytes_per_block, devices)
             return wanted
-        is_cpu = devices[0].platform == "cpu"
         num_blocks = num_blocks_that_fit(
             self.bytes_per_block,
             devices,
             self.config.memory_fraction,
-            reserved_bytes=0 if is_cpu else self._workspace_bytes() * len(devices),
+            reserved_bytes=0 if self._is_on_cpu else self._workspace_bytes() * len(devices),
             least_blocks=self.max_blocks + 1,
             useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
         )
         if num_blocks < 2:
-            remedy = "give num_blocks" if is_cpu else "raise memory_fraction, or lower max_num_batched_tokens"
+            remedy = "give num_blocks" if self._is_on_cpu else "raise memory_fraction, or lower max_num_batched_tokens"
             raise ValueError(
                 f"no memory for a KV cache: one block takes {self.bytes_per_block:,} bytes, and memory_fraction="
                 f"{self.config.memory_fraction} leaves less than two after {self.weight_bytes:,} bytes of weights and "
@@ -195,6 +191,10 @@ class ModelRunner:
             )
 
     @property
+    def _is_on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
     def max_blocks(self) -> int:
         """Width of a block table."""
         return -(-self.max_model_len // self.config.block_size)
@@ -207,10 +207,15 @@ class ModelRunner:
         devices = list(self.mesh.devices.flat)
         pool_blocks = max(2, available_bytes(devices, self.config.memory_fraction) // self.bytes_per_block)
         largest = max(self._copy_sizes)
-        keys = (("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, 0), ("copy", largest))
+        keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, 0)]
+        keys.append(("copy", largest))
+        staged_bytes = 0
+        if has_host_pool(self.config, is_on_cpu=self._is_on_cpu):
+            keys += ("gather", MOVE_SIZES[-1]), ("scatter", MOVE_SIZES[-1])
+            staged_bytes = 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // len(devices)
         with ThreadPoolExecutor() as threads:
             programs = list(threads.map(partial(self._compile, pool_blocks=pool_blocks), keys))
-        total = 0
+        total = staged_bytes
         for program in programs:
             analysis = program.memory_analysis()
             assert analysis is not None
@@ -223,13 +228,15 @@ class ModelRunner:
     # Programs -----------------------------------------------------------------------------------------------------
 
     def warm_up(self, *, use_tqdm: bool = True) -> None:
-        """Compile every bucket's step, its plain sampler and the block copies, in parallel.
+        """Compile every bucket's step, its plain sampler and all that moves blocks, in parallel.
 
-        Log-probabilities of alternatives, penalties and logit biases compile when first asked for.
+        Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
         """
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
         keys += [("sample", rows, 0, 0, 0) for rows in {bucket.num_rows for bucket in self.buckets}]
         keys += [("copy", size) for size in self._copy_sizes]
+        if self.host_pool is not None:
+            keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
         threads = ThreadPoolExecutor(max_workers=num_cores())
         try:
             jobs = [threads.submit(self._program, key) for key in keys]
@@ -270,16 +277,27 @@ class ModelRunner:
             case "sample":
                 rows, num_biases, num_seen, num_top = sizes
                 hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
-                inputs = _empty_sample_inputs(rows, num_biases, num_seen)
+                inputs = empty_sample_inputs(rows, num_biases, num_seen)
                 return self._jit(self._sample, num_top).lower(weights, hidden, inputs)
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
                 rows = self._abstract((SCORE_ROWS,), jnp.int32)
                 return self._jit(self._score, num_top).lower(weights, hidden, rows, rows)
+            case "beam":
+                rows, groups, width, num_candidates, num_biases = sizes
+                hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
+                inputs = empty_beam_inputs(groups, width, num_biases)
+                return self._jit(self._beam, num_candidates).lower(weights, hidden, inputs)
             case "copy":
                 blocks = self._abstract((sizes[0],), jnp.int32)
                 return jax.jit(KVCache.copy, donate_argnums=0).lower(cache, blocks, blocks)
+            case "gather":
+                blocks = self._abstract((sizes[0],), jnp.int32)
+                return jax.jit(KVCache.gather, out_shardings=block_sharding(self.mesh)).lower(cache, blocks)
+            case "scatter":
+                blocks, data = self._abstract((sizes[0],), jnp.int32), [self._abstract_block()] * sizes[0]
+                return jax.jit(KVCache.scatter, donate_argnums=0).lower(cache, blocks, data)
             case _:
                 raise AssertionError(key)
 
@@ -294,6 +312,10 @@ class ModelRunner:
         cache = jax.eval_shape(partial(self._new_cache, num_blocks=num_blocks))
         sharding = pool_sharding(self.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
+
+    def _abstract_block(self) -> jax.ShapeDtypeStruct:
+        pool = self._abstract_cache(1).pool
+        return jax.ShapeDtypeStruct(pool.shape[1:], pool.dtype, sharding=block_sharding(self.mesh))
 
     # The traced functions -----------------------------------------------------------------------------------------
 
@@ -315,6 +337,12 @@ class ModelRunner:
         model = self._merge(weights)
         return sample(model.logits(hidden), inputs, num_top=num_top)
 
+    def _beam(
+        self, num_candidates: int, weights: list[Array], hidden: Float[Array, "rows hidden_size"], inputs: BeamInputs
+    ) -> Candidates:
+        model = self._merge(weights)
+        return beam_candidates(model.logits(hidden), inputs, num_candidates=num_candidates)
+
     def _score(
         self,
         num_top: int,
@@ -329,30 +357,84 @@ class ModelRunner:
     # A step -------------------------------------------------------------------------------------------------------
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step: copies, then the forward pass over all chunks, then the samples and scores."""
+        """Run one step: what goes to the host, copies, the forward pass, what comes from the host, then fetch results.
+
+        The results fetched, arrivals may still be under way: the next step is enqueued behind them.
+        """
         if self.cache.pool.is_deleted():
             self.cache = self._allocate_cache()
+        if plan.to_host or plan.from_host:
+            assert self.host_pool is not None
+            self.cache = self.host_pool.start(self.cache, plan.to_host, plan.from_host)
         if plan.copies:
             self._copy(plan.copies)
+        started, num_programs, was_idle = time.perf_counter(), self.num_programs, self._is_idle
+        enqueued = self._enqueue(plan) if plan.chunks else Enqueued()
+        if plan.from_host and self.host_pool is not None:
+            self.cache = self.host_pool.finish(self.cache)
+        prompt_scores = tuple(self._score_prompt(plan, piece, enqueued) for piece in plan.prompt_scores)
+        sampled, candidates = jax.device_get((enqueued.sampled, enqueued.candidates))
+        self._is_idle = plan.num_logit_rows > 0
+        if self.host_pool is not None:
+            self.host_pool.poll()
+            is_large = 2 * plan.num_tokens >= self.buckets[-1].num_tokens
+            is_plain = was_idle and self._is_idle and not prompt_scores and self.num_programs == num_programs
+            if is_large and is_plain:
+                self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - started)
+        num_samples = len(plan.samples)
+        return StepResult(
+            token_ids=sampled.token_ids[:num_samples] if sampled else np.zeros(0, np.int32),
+            scores=first_rows(sampled.scores, num_samples) if sampled else NO_SCORES,
+            prompt_scores=prompt_scores,
+            beams=split_candidates(candidates, plan.beams) if candidates else (),
+        )
+
+    def _enqueue(self, plan: StepPlan) -> Enqueued:
+        """Everything that the chunks and their logits are for, without waiting for it."""
         bucket = bucket_for(plan, self.buckets)
         packed = pack(plan, bucket, self.max_blocks, self.config.block_size)
         forward = self._program(("forward", bucket))(self._weights, self.cache, packed)
         self.cache = forward.cache
-        num_samples = len(plan.samples)
-        prompt_scores = tuple(self._score_prompt(plan, piece, forward.hidden) for piece in plan.prompt_scores)
-        if num_samples == 0:
-            return StepResult(np.zeros(0, np.int32), NO_SCORES, prompt_scores)
-        num_top = MAX_LOGPROBS if any(s.params.logprobs for s in plan.samples) else 0
-        inputs = make_sample_inputs(plan.samples, bucket.num_rows)
-        key = ("sample", bucket.num_rows, len(inputs.bias_rows), len(inputs.seen_rows), num_top)
-        sampled = self._program(key)(self._weights, forward.sample_hidden, inputs)
-        token_ids, scores = jax.device_get((sampled.token_ids, sampled.scores))
-        return StepResult(token_ids[:num_samples], _token_scores(scores, num_samples), prompt_scores)
+        rows, sampled, candidates = bucket.num_rows, None, None
+        if plan.samples:
+            num_top = MAX_LOGPROBS if any(s.params.logprobs for s in plan.samples) else 0
+            inputs = make_sample_inputs(plan.samples, rows)
+            key = ("sample", rows, len(inputs.bias_rows), len(inputs.seen_rows), num_top)
+            sampled = self._program(key)(self._weights, forward.sample_hidden, inputs)
+        if plan.beams:
+            num_candidates = power_of_two(max(beam.num_candidates for beam in plan.beams))
+            inputs = make_beam_inputs(plan.beams, first_row=len(plan.samples), num_rows=rows)
+            key = ("beam", rows, *inputs.group_rows.shape, num_candidates, len(inputs.bias_rows))
+            candidates = self._program(key)(self._weights, forward.sample_hidden, inputs)
+        return Enqueued(forward.hidden, sampled, candidates)
 
     def forget_pool(self) -> None:
         """A step failed, and with it whatever the pool holds or will hold: the next step starts with an empty one."""
         if not self.cache.pool.is_deleted():
             self.cache.pool.delete()
+        if self.host_pool is not None:
+            self.host_pool.forget()
+
+    @property
+    def costs(self) -> Costs | None:
+        """What bringing KV back costs here, kept current; None until ``measure_costs``."""
+        return self.host_pool.costs if self.host_pool is not None else None
+
+    def measure_costs(self) -> None:
+        """Measure ``costs``, before the first step: copies both ways, and a prefill that writes to block 0 alone."""
+        assert self.host_pool is not None
+        bucket, width = self.buckets[-1], min(self.max_model_len, self.buckets[-1].num_tokens)
+        num_chunks = min(bucket.num_tokens // width, bucket.num_rows)
+        padding = Chunk(0, [0] * width, 0, width, [0] * self.max_blocks)
+        plan = StepPlan(chunks=(padding,) * num_chunks)
+        packed = pack(plan, bucket, self.max_blocks, self.config.block_size)
+        program = self._program(("forward", bucket))
+        for _ in range(2):  # the first run loads the program
+            started = time.perf_counter()
+            self.cache = program(self._weights, self.cache, packed).cache
+            jax.block_until_ready(self.cache.pool)
+            prefill_s = time.perf_counter() - started
+        self.host_pool.measure(self.cache, prefill_token_s=prefill_s / plan.num_tokens)
 
     @property
     def _copy_sizes(self) -> list[int]:
@@ -367,9 +449,9 @@ class ModelRunner:
         dst[: len(copies)] = [copy.dst for copy in copies]
         self.cache = self._program(("copy", size))(self.cache, src, dst)
 
-    def _score_prompt(
-        self, plan: StepPlan, piece: PromptScore, hidden: Float[Array, "tokens hidden_size"]
-    ) -> TokenScores:
+    def _score_prompt(self, plan: StepPlan, piece: PromptScore, enqueued: Enqueued) -> TokenScores:
+        hidden = enqueued.hidden
+        assert hidden is not None
         first = sum(len(chunk.token_ids) for chunk in plan.chunks[: piece.chunk])
         num_top = min(MAX_LOGPROBS, self.model_config.vocab_size) if piece.num_logprobs else 0
         program = self._program(("score", hidden.shape[0], num_top))
@@ -380,30 +462,5 @@ class ModelRunner:
             rows[: len(targets)] = first + start + np.arange(len(targets))
             padded[: len(targets)] = targets
             scores = jax.device_get(program(self._weights, hidden, rows, padded))
-            parts.append(_token_scores(scores, len(targets)))
-        return TokenScores(
-            logprobs=np.concatenate([p.logprobs for p in parts]),
-            ranks=np.concatenate([p.ranks for p in parts]),
-            top_ids=np.concatenate([p.top_ids for p in parts]),
-            top_logprobs=np.concatenate([p.top_logprobs for p in parts]),
-        )
-
-
-def _empty_sample_inputs(rows: int, num_biases: int, num_seen: int) -> SampleInputs:
-    """Inputs of the given sizes that ask for nothing: what a sampler is compiled for."""
-    inputs = make_sample_inputs([], rows)
-    flat = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-    for name, value in flat.items():
-        size = num_biases if name.startswith("bias") else num_seen if name.startswith("seen") else len(value)
-        flat[name] = np.zeros(size, value.dtype)
-    return SampleInputs(**flat)
-
-
-def _token_scores(scores: Any, num_rows: int) -> TokenScores:
-    """The first rows of a ``Scores`` fetched to the host."""
-    return TokenScores(
-        logprobs=scores.logprobs[:num_rows],
-        ranks=scores.ranks[:num_rows],
-        top_ids=scores.top_ids[:num_rows],
-        top_logprobs=scores.top_logprobs[:num_rows],
-    )
+            parts.append(first_rows(scores, len(targets)))
+        return join_scores(parts)

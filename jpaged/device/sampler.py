@@ -3,6 +3,8 @@
 The vocabulary is never sorted: each filter is one logit threshold a row, found by bisection over float32 bit patterns.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jpaged.host.step_plan import Sample
+from jpaged.host.step_plan import Sample, TokenScores
 
 MIN_TEMPERATURE = 1e-5
 """Below this a row is greedy: the division would leave nothing for the noise to decide."""
@@ -21,6 +23,10 @@ _MIN_FLAT_LEN = 64
 _MAX_INT32 = 2**31 - 1
 _MAX_FLOAT = 1e30  # parameters and their reciprocals stay normal float32: 0 * inf and -inf * 0 would be NaN
 _NUM_PIVOTS = 7  # a pass over the logits then settles 3 of the threshold's 32 bits
+
+NO_SCORES = TokenScores(
+    np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
+)
 
 _Column = Array | np.ndarray  # numpy on the host, where make_sample_inputs builds it; Array under jit
 
@@ -148,13 +154,23 @@ def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs
         frequency_penalty=frequency_penalty,
         seeds=np.array(seeds + [0] * num_padding, np.uint32),
         positions=positions,
-        bias_rows=_padded(np.array(bias_rows, np.int32), num_rows),
-        bias_ids=_padded(np.array(bias_ids, np.int32), 0),
-        bias_values=_padded(_to_float32(bias_values), 0),
-        seen_rows=_padded(np.repeat(np.array([row for row, _, _ in history], np.int32), seen_lens), num_rows),
-        seen_ids=_padded(np.concatenate([np.zeros(0, np.int32), *seen_ids]), 0),
-        seen_is_output=_padded(np.repeat(np.array([is_output for _, _, is_output in history], bool), seen_lens), False),
+        bias_rows=padded(np.array(bias_rows, np.int32), num_rows),
+        bias_ids=padded(np.array(bias_ids, np.int32), 0),
+        bias_values=padded(_to_float32(bias_values), 0),
+        seen_rows=padded(np.repeat(np.array([row for row, _, _ in history], np.int32), seen_lens), num_rows),
+        seen_ids=padded(np.concatenate([np.zeros(0, np.int32), *seen_ids]), 0),
+        seen_is_output=padded(np.repeat(np.array([is_output for _, _, is_output in history], bool), seen_lens), False),
     )
+
+
+def empty_sample_inputs(num_rows: int, num_biases: int, num_seen: int) -> SampleInputs:
+    """Inputs of the given sizes that ask for nothing: what a sampler is compiled for."""
+    inputs = make_sample_inputs([], num_rows)
+    flat = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    for name, value in flat.items():
+        size = num_biases if name.startswith("bias") else num_seen if name.startswith("seen") else len(value)
+        flat[name] = np.zeros(size, value.dtype)
+    return SampleInputs(**flat)
 
 
 def _to_float32(values: list) -> np.ndarray:
@@ -163,7 +179,7 @@ def _to_float32(values: list) -> np.ndarray:
     return np.where(np.isinf(exact), exact, np.clip(exact, -_MAX_FLOAT, _MAX_FLOAT)).astype(np.float32)
 
 
-def _padded(values: np.ndarray, fill: int) -> np.ndarray:
+def padded(values: np.ndarray, fill: int) -> np.ndarray:
     """To 64, 256, 1024, ... entries: each length is a program of its own, and padding costs next to nothing."""
     if len(values) == 0:
         return values
@@ -211,13 +227,60 @@ def score(logits: Float[Array, "rows vocab"], targets: Int[Array, "rows"], *, nu
     """
     log_normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    top_logits, top_ids = lax.top_k(logits, min(num_top, logits.shape[-1]))
+    top_logits, top_ids = top_k(logits, min(num_top, logits.shape[-1]))
     return Scores(
         logprobs=(target_logits - log_normaliser)[:, 0],
         ranks=1 + jnp.sum(logits > target_logits, axis=-1, dtype=jnp.int32),
         top_ids=top_ids,
         top_logprobs=top_logits - log_normaliser,
     )
+
+
+def first_rows(scores: Scores, num_rows: int) -> TokenScores:
+    """Scores fetched to the host, without padding rows."""
+    return TokenScores(
+        logprobs=np.asarray(scores.logprobs)[:num_rows],
+        ranks=np.asarray(scores.ranks)[:num_rows],
+        top_ids=np.asarray(scores.top_ids)[:num_rows],
+        top_logprobs=np.asarray(scores.top_logprobs)[:num_rows],
+    )
+
+
+def join_scores(parts: Sequence[TokenScores]) -> TokenScores:
+    """The rows of all parts, which have equally many alternatives."""
+    return TokenScores(
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        ranks=np.concatenate([part.ranks for part in parts]),
+        top_ids=np.concatenate([part.top_ids for part in parts]),
+        top_logprobs=np.concatenate([part.top_logprobs for part in parts]),
+    )
+
+
+def top_k(values: Float[Array, "rows vocab"], k: int) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
+    """The ``k`` greatest values of each row and where they are, the lower index first among equals.
+
+    ``lax.top_k`` sorts whole rows on an accelerator. Here the row is cut into chunks and only the ``k`` chunks of the
+    greatest maxima are searched: a value of any other chunk is preceded by one from each of them.
+
+    Args:
+        values: of rows with NaN, some are returned.
+        k: at most the vocabulary (static).
+    """
+    rows, size = values.shape
+    values = jnp.where(values == 0, 0.0, values)  # lax.top_k orders 0.0 before -0.0, a maximum does not
+    # Two sorts, of size / chunk maxima and of k * chunk values: shortest when they are equally long.
+    chunk = 1 << round(math.log2(size / max(k, 1)) / 2)
+    if k == 0 or chunk == 1:
+        return lax.top_k(values, k)
+    num_chunks = -(-size // chunk)
+    chunks = jnp.pad(values, ((0, 0), (0, num_chunks * chunk - size)), constant_values=-jnp.inf)
+    chunks = chunks.reshape(rows, num_chunks, chunk)
+    _, best = lax.top_k(jnp.max(chunks, axis=-1), k)
+    best = jnp.sort(best, axis=-1)  # in the order of the row, so that ties still go to the lower index
+    searched = jnp.take_along_axis(chunks, best[:, :, None], axis=1).reshape(rows, k * chunk)
+    top, at = lax.top_k(searched, k)
+    indices = jnp.take_along_axis(best, at // chunk, axis=-1) * chunk + at % chunk
+    return top, jnp.minimum(indices, size - 1)  # padding, in a row of NaN
 
 
 def _biased(logits: Float[Array, "rows vocab"], inputs: SampleInputs) -> Float[Array, "rows vocab"]:

@@ -15,7 +15,7 @@ class Bucket:
 
     Args:
         num_tokens: tokens in the ragged batch, padding included.
-        num_rows: sequences in the batch, and tokens drawn from it, at most.
+        num_rows: sequences in the batch at most, and rows of logits read.
     """
 
     num_tokens: int
@@ -52,7 +52,7 @@ def all_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
 
 def bucket_for(plan: StepPlan, buckets: list[Bucket]) -> Bucket:
     """The smallest bucket of the plan's kind that holds it, or of the other kind if none does."""
-    num_tokens, num_rows = plan.num_tokens, max(len(plan.chunks), len(plan.samples))
+    num_tokens, num_rows = plan.num_tokens, max(len(plan.chunks), plan.num_logit_rows)
     is_decode = num_tokens == len(plan.chunks)
     fitting = [b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows]
     return min(fitting, key=lambda b: (b.is_decode != is_decode, b))
@@ -68,7 +68,7 @@ class StepInputs:
         prompt_lens: length of the prompt of each token's sequence.
         slots: where each token's K and V go in the pool.
         block_tables, kv_lens, cu_q_lens: as ``paged_attention`` takes them.
-        sample_tokens: index of the token whose logits each sample reads; 0 for padding.
+        sample_tokens: index of the token whose logits are read by each sample, then by each live beam; 0 for padding.
     """
 
     token_ids: Int[Array, " tokens"]
@@ -132,8 +132,8 @@ def pack(plan: StepPlan, bucket: Bucket, max_blocks: int, block_size: int) -> np
     fields["kv_lens"][: len(plan.chunks)] = starts + lens
     fields["cu_q_lens"][1 : len(plan.chunks) + 1] = ends
     fields["cu_q_lens"][len(plan.chunks) + 1 :] = total
-    for row, sample in enumerate(plan.samples):
-        fields["sample_tokens"][row] = ends[sample.chunk] - 1
+    read = [sample.chunk for sample in plan.samples] + [chunk for beam in plan.beams for chunk in beam.chunks]
+    fields["sample_tokens"][: len(read)] = ends[read] - 1
     return packed
 
 

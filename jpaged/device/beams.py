@@ -1,0 +1,140 @@
+"""Beam search on the device: the best continuations of each group of beams, found without leaving it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jpaged.device.sampler import padded, top_k
+from jpaged.host.step_plan import BeamCandidates, BeamSelect
+
+_Column = Array | np.ndarray  # numpy on the host, where make_beam_inputs builds it; Array under jit
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BeamInputs:
+    """What ``beam_candidates`` reads besides the logits.
+
+    Args:
+        group_rows: the row of logits of each beam, a group's beams in order; padding holds the number of rows.
+        scores: cumulative log-probability of each beam; 0 for padding.
+        bias_rows: the row of each bias; padding holds the number of rows.
+        bias_ids: its token.
+        bias_values: what is added to that token's log-probability; -inf bans it.
+    """
+
+    group_rows: Int[_Column, "groups width"]
+    scores: Float[_Column, "groups width"]
+    bias_rows: Int[_Column, "biases"]
+    bias_ids: Int[_Column, "biases"]
+    bias_values: Float[_Column, "biases"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Candidates:
+    """Continuations of each group, best first: which beam, by which token, and the cumulative log-probability.
+
+    Where the group has no more to offer, the score is -inf, beam and token 0.
+    """
+
+    beams: Int[Array, "groups candidates"]
+    token_ids: Int[Array, "groups candidates"]
+    scores: Float[Array, "groups candidates"]
+
+
+def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: int) -> BeamInputs:
+    """Lay searches out as padded numpy arrays, group i for ``beams[i]``.
+
+    Groups and width are rounded up to powers of two: every pair is a program of its own.
+
+    Args:
+        beams: the searches; their beams' rows of logits follow one another.
+        first_row: the first of these rows.
+        num_rows: rows of the logits, padding included.
+    """
+    shape = power_of_two(len(beams)), power_of_two(max(len(beam.chunks) for beam in beams))
+    group_rows, scores = np.full(shape, num_rows, np.int32), np.zeros(shape, np.float32)
+    bias_rows, bias_ids = [], []
+    row = first_row
+    for group, beam in enumerate(beams):
+        rows = range(row, row + len(beam.chunks))
+        group_rows[group, : len(rows)] = rows
+        scores[group, : len(rows)] = beam.scores
+        bias_rows += np.repeat(rows, len(beam.banned_token_ids)).tolist()
+        bias_ids += [*beam.banned_token_ids] * len(rows)
+        row += len(rows)
+    assert row <= num_rows, (row, num_rows)
+    return BeamInputs(
+        group_rows,
+        scores,
+        bias_rows=padded(np.array(bias_rows, np.int32), num_rows),
+        bias_ids=padded(np.array(bias_ids, np.int32), 0),
+        bias_values=padded(np.full(len(bias_ids), -np.inf, np.float32), 0),
+    )
+
+
+def empty_beam_inputs(groups: int, width: int, num_biases: int) -> BeamInputs:
+    """Inputs of the given sizes: what a program is compiled for."""
+    return BeamInputs(
+        np.zeros((groups, width), np.int32),
+        np.zeros((groups, width), np.float32),
+        np.zeros(num_biases, np.int32),
+        np.zeros(num_biases, np.int32),
+        np.zeros(num_biases, np.float32),
+    )
+
+
+def power_of_two(count: int) -> int:
+    """The lowest power of two that is no less than ``count``, itself 1 or more."""
+    return 1 << (count - 1).bit_length()
+
+
+def beam_candidates(logits: Float[Array, "rows vocab"], inputs: BeamInputs, *, num_candidates: int) -> Candidates:
+    """The best ``num_candidates`` of each group's beams x vocabulary; to be called under jit.
+
+    A candidate's score is its beam's plus the token's log-probability, in float32. Bans act on log-probabilities and
+    nothing is renormalised after them, as in Hugging Face's beam search. Among equal scores the lower beam comes first,
+    then the lower token.
+
+    Args:
+        logits: the model's own, float32.
+        inputs: a row belongs to one beam at most.
+        num_candidates: of each group (static); more than it has are filled with -inf.
+    """
+    assert logits.dtype == jnp.float32, logits.dtype
+    rows, vocab_size = logits.shape
+    groups, width = inputs.group_rows.shape
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    if inputs.bias_rows.shape[0] > 0:
+        logprobs = logprobs.at[inputs.bias_rows, inputs.bias_ids].add(inputs.bias_values, mode="drop")
+    # Scores join before the search: rounding them may make equals of log-probabilities that differ.
+    scores = jnp.zeros(rows, jnp.float32).at[inputs.group_rows].set(inputs.scores, mode="drop")
+    per_row, per_group = min(num_candidates, vocab_size), min(num_candidates, width * vocab_size)
+    row_scores, row_tokens = top_k(logprobs + scores[:, None], per_row)
+    of_groups = row_scores.at[inputs.group_rows].get(mode="fill", fill_value=-jnp.inf).reshape(groups, width * per_row)
+    token_ids = row_tokens.at[inputs.group_rows].get(mode="fill", fill_value=0).reshape(groups, width * per_row)
+    best, at = top_k(of_groups, per_group)
+    is_there = best > -jnp.inf
+    missing = ((0, 0), (0, num_candidates - per_group))
+    return Candidates(
+        beams=jnp.pad(jnp.where(is_there, at // per_row, 0), missing),
+        token_ids=jnp.pad(jnp.where(is_there, jnp.take_along_axis(token_ids, at, axis=-1), 0), missing),
+        scores=jnp.pad(best, missing, constant_values=-jnp.inf),
+    )
+
+
+def split_candidates(candidates: Candidates, beams: Sequence[BeamSelect]) -> tuple[BeamCandidates, ...]:
+    """Candidates fetched to the host, one result per search with as many as it asked for."""
+    return tuple(
+        BeamCandidates(
+            np.asarray(candidates.beams)[group, : beam.num_candidates],
+            np.asarray(candidates.token_ids)[group, : beam.num_candidates],
+            np.asarray(candidates.scores)[group, : beam.num_candidates],
+        )
+        for group, beam in enumerate(beams)
+    )
