@@ -10,11 +10,20 @@ if TYPE_CHECKING:
     from jpaged.config import EngineConfig
     from jpaged.device.kv_cache import KVCache
     from jpaged.host.block_manager import BlockManager, OutOfBlocks
-    from jpaged.llm import LLM
-    from jpaged.request import CompletionDelta, CompletionOutput, FinishReason, Logprob, RequestOutput, SamplingParams
+    from jpaged.llm import LLM, PinnedPrefix
+    from jpaged.request import (
+        BeamSearchParams,
+        CompletionDelta,
+        CompletionOutput,
+        FinishReason,
+        Logprob,
+        RequestOutput,
+        SamplingParams,
+    )
 
 _HOMES = {
     "LLM": "jpaged.llm",
+    "BeamSearchParams": "jpaged.request",
     "BlockManager": "jpaged.host.block_manager",
     "CompletionDelta": "jpaged.request",
     "CompletionOutput": "jpaged.request",
@@ -23,12 +32,14 @@ _HOMES = {
     "KVCache": "jpaged.device.kv_cache",
     "Logprob": "jpaged.request",
     "OutOfBlocks": "jpaged.host.block_manager",
+    "PinnedPrefix": "jpaged.llm",
     "RequestOutput": "jpaged.request",
     "SamplingParams": "jpaged.request",
 }
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "BlockManager",
     "CompletionDelta",
     "CompletionOutput",
@@ -37,6 +48,7 @@ __all__ = [
     "KVCache",
     "Logprob",
     "OutOfBlocks",
+    "PinnedPrefix",
     "RequestOutput",
     "SamplingParams",
 ]

@@ -1,9 +1,10 @@
 """Ties the halves together: validates prompts, runs plan -> execute -> update, and turns tokens into results."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -26,13 +27,21 @@ from jpaged.request import (
 )
 
 
+class TextPrompt(TypedDict):
+    """A prompt given as text. Prompts share cached KV only if their ``cache_salt`` is equal or both have none."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
 class TokensPrompt(TypedDict):
-    """A prompt given as token ids."""
+    """A prompt given as token ids; ``cache_salt`` as in ``TextPrompt``."""
 
     prompt_token_ids: list[int]
+    cache_salt: NotRequired[str]
 
 
-Prompt = str | TokensPrompt
+Prompt = str | TextPrompt | TokensPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +54,26 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """The state of the pool and counters since the start.
+    """The state of the pools, and counters since the start.
 
     Args:
-        num_blocks: blocks that can be handed out.
-        num_used_blocks, num_shared_blocks: held by one sequence or more; by two or more.
+        num_blocks: device blocks that can be handed out.
+        num_used_blocks, num_shared_blocks: held by one sequence (or pin) or more; by two or more.
         num_cached_blocks: in the prefix cache, held or not.
         tokens_held: slots that hold a token of a running sequence, each counted once.
         internal_waste_percent: slots of used blocks that hold no token.
+        saved_by_sharing_percent: blocks saved / blocks needed without sharing, over all steps so far (section 6.3).
+        num_copies_on_write: blocks copied because a sequence wrote to one that others share.
         num_waiting, num_running: requests.
+        num_pinned_prefixes: prefixes that stay in the pool.
         num_preemptions: requests preempted, each time counted.
-        prefix_cache_hit_rate: fraction of admitted tokens whose KV came from the prefix cache.
+        num_swaps_out, num_swaps_in: those of them moved to the host pool, and back.
+        bytes_to_host, bytes_from_host: moved between the pools, for swaps and for the prefix cache.
+        transfer_stalled_s: seconds that steps waited for such copies.
+        num_host_blocks: blocks of the host pool.
+        num_host_used_blocks, num_host_cached_blocks: held by preempted requests; in the prefix cache.
+        prefix_cache_hit_rate: fraction of admitted tokens whose KV came from the prefix cache, either tier.
+        host_cache_hit_tokens: those of them that came from the host pool.
         num_steps: steps run.
     """
 
@@ -65,10 +83,22 @@ class EngineStats:
     num_cached_blocks: int
     tokens_held: int
     internal_waste_percent: float
+    saved_by_sharing_percent: float
+    num_copies_on_write: int
     num_waiting: int
     num_running: int
+    num_pinned_prefixes: int
     num_preemptions: int
+    num_swaps_out: int
+    num_swaps_in: int
+    bytes_to_host: int
+    bytes_from_host: int
+    transfer_stalled_s: float
+    num_host_blocks: int
+    num_host_used_blocks: int
+    num_host_cached_blocks: int
     prefix_cache_hit_rate: float
+    host_cache_hit_tokens: int
     num_steps: int
 
 
@@ -103,10 +133,16 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self.model_config = runner.model_config
+        num_host_blocks = runner.num_host_blocks
+        if config.num_host_blocks is not None:
+            num_host_blocks = min(config.num_host_blocks, num_host_blocks)
+        if num_host_blocks and config.preemption == "auto" and runner.costs is None:
+            runner.measure_costs()
         self.blocks = BlockManager(
             min(config.num_blocks or runner.num_blocks, runner.num_blocks),
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
+            num_host_blocks=num_host_blocks,
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -114,6 +150,8 @@ class Engine:
             max_num_batched_tokens=config.token_budget,
             max_model_len=runner.max_model_len,
             eos_token_ids=runner.model_config.eos_token_ids,
+            preemption=config.preemption,
+            costs=runner.costs,
         )
         self._groups: dict[str, SequenceGroup] = {}  # requests whose result was not handed out, by request id
         self._to_collect: dict[str, SequenceGroup] = {}  # those that may have gained tokens, by request id
@@ -123,8 +161,16 @@ class Engine:
 
     # Requests -----------------------------------------------------------------------------------------------------
 
-    def make_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+    def make_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, priority: int = 0
+    ) -> Request:
         """Check a prompt and its parameters against this engine. Changes nothing.
+
+        Args:
+            request_id: unique among unfinished requests.
+            prompt: text or token ids.
+            params: how to generate.
+            priority: lower is served first and preempted last.
 
         Raises:
             ValueError: a prompt that is empty, too long or out of the vocabulary; parameters that can never be met.
@@ -132,12 +178,13 @@ class Engine:
         params = params or SamplingParams()
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(params).__name__}: expected SamplingParams")
-        text, token_ids = self._encode(prompt)
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise ValueError(f"priority={priority!r} is not valid: expected an integer, lower is served first")
+        text, token_ids, salt = self._encode(prompt)
         self._check_token_ids(params)
         if params.stop_strings and self.tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this model has none: use stop_token_ids")
-        salt = self.model_config.prefix_salt(len(token_ids))
-        request = Request(request_id, text, token_ids, params, params.seed, salt)
+        request = Request(request_id, text, token_ids, params, params.seed, salt, priority)
         self.scheduler.check(request)
         return request
 
@@ -145,13 +192,35 @@ class Engine:
         """Queue a request made by ``make_request``; draws its seed if it has none."""
         if request.seed is None:
             request = dataclasses.replace(request, seed=int(self._random.integers(2**32)))
-        group = self.scheduler.add(request)
-        self._groups[request.request_id] = group
-        for seq in group.sequences:
-            detokenizer = None
-            if self.tokenizer is not None:
-                detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids, request.params.stop_strings)
-            self._progress[seq.seq_id] = _Progress(detokenizer)
+        self._groups[request.request_id] = self.scheduler.add(request)
+
+    def pin(self, request_id: str, prefix: Prompt) -> list[int]:
+        """Queue a prefix to be computed and kept in the pool until ``unpin``; it is there once ``is_pinned``.
+
+        Returns:
+            The prefix's token ids.
+
+        Raises:
+            ValueError: prefix caching is off, the prefix is no valid prompt, or it leaves others too little room.
+        """
+        if not self.config.enable_prefix_caching:
+            raise ValueError("enable_prefix_caching=False: a pinned prefix would never be found; turn it on")
+        text, token_ids, salt = self._encode(prefix)
+        params = SamplingParams(max_tokens=1)  # nothing is drawn
+        self.scheduler.pin(Request(request_id, text, token_ids, params, 0, salt))
+        return token_ids
+
+    def is_pinned(self, request_id: str) -> bool:
+        """Whether a prefix that ``pin`` queued is in the pool."""
+        return self.scheduler.is_pinned(request_id)
+
+    def unpin(self, request_id: str) -> None:
+        """Let a prefix go: its blocks stay in the prefix cache like any others.
+
+        Raises:
+            ValueError: it is not pinned, or not any more.
+        """
+        self.scheduler.unpin(request_id)
 
     def abort(self, request_id: str) -> bool:
         """End a request now and free its blocks; its last deltas and its result wait for ``take``.
@@ -179,21 +248,32 @@ class Engine:
         """Whether some request's result was not collected yet."""
         return bool(self._groups)
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int], bytes]:
+        """The prompt's text, its token ids, and what separates its KV from that of others in the prefix cache."""
         if isinstance(prompt, str):
-            return prompt, self._check_ids("the prompt", self._tokenize(prompt))
-        if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt:
-            raise ValueError(f"prompt={prompt!r} is not valid: expected a string or {{'prompt_token_ids': [...]}}")
-        token_ids = prompt["prompt_token_ids"]
-        if isinstance(token_ids, str) or not isinstance(token_ids, Sequence | np.ndarray):
-            raise ValueError(f"prompt_token_ids={token_ids!r} is not valid: expected a list of integers")
-        if len(token_ids) == 0:
-            raise ValueError("prompt_token_ids is empty: give at least one token")
-        return None, self._check_ids("prompt_token_ids", token_ids)
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, Mapping) or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+            raise ValueError(
+                f"prompt={prompt!r} is not valid: expected a string, {{'prompt': ...}} or {{'prompt_token_ids': [...]}}"
+            )
+        cache_salt = prompt.get("cache_salt")
+        if cache_salt is not None and not isinstance(cache_salt, str):
+            raise ValueError(f"cache_salt={cache_salt!r} is not valid: expected a string")
+        if "prompt" in prompt:
+            text = prompt["prompt"]
+            token_ids = self._check_ids("the prompt", self._tokenize(text))
+        else:
+            text, token_ids = None, self._check_ids("prompt_token_ids", _as_list(prompt["prompt_token_ids"]))
+        salt = self.model_config.prefix_salt(len(token_ids))
+        if cache_salt is not None:
+            salt += hashlib.sha256(cache_salt.encode(errors="surrogatepass")).digest()
+        return text, token_ids, salt
 
     def _tokenize(self, prompt: str) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: give the prompt as {'prompt_token_ids': [...]}")
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt={prompt!r} is not valid: expected a string")
         if not prompt:
             raise ValueError("the prompt is empty: give at least one character")
         try:
@@ -240,6 +320,7 @@ class Engine:
                 self.scheduler.forget_pool()
                 self.runner.forget_pool()
                 raise
+            self.scheduler.costs = self.runner.costs
             self._to_collect |= {group.request.request_id: group for group in touched}
         self._collect_all()
         return self.take()
@@ -261,22 +342,38 @@ class Engine:
     def _collect(self, group: SequenceGroup) -> None:
         """Turn the tokens a group gained into deltas; end sequences whose text met a stop string."""
         request_id = group.request.request_id
-        for seq in group.sequences:
-            progress = self._progress[seq.seq_id]
-            if progress.is_ended:
-                continue
-            end = 0 if progress.detokenizer is None else self._read(group, seq, progress.detokenizer)
-            new_ids = seq.token_ids[seq.prompt_len + progress.num_tokens :]
-            if new_ids or seq.is_finished:
-                text = "" if progress.detokenizer is None else progress.detokenizer.text[progress.num_characters : end]
-                delta = CompletionDelta(request_id, seq.index, text, new_ids, seq.finish_reason)
-                self._output.deltas.append(delta)
-                progress.num_tokens, progress.num_characters = seq.num_outputs, max(end, progress.num_characters)
-                progress.is_ended = seq.is_finished
+        if group.beam is None or group.is_finished:  # live beams come and go
+            for seq in group.sequences:
+                self._collect_sequence(group, seq)
         if group.is_finished and request_id in self._groups:
             self._output.finished.append(self._finished_output(group))
             self.forget(request_id)
         self._to_collect.pop(request_id, None)
+
+    def _collect_sequence(self, group: SequenceGroup, seq: Seq) -> None:
+        progress = self._progress_of(group, seq)
+        if progress.is_ended:
+            return
+        end = 0 if progress.detokenizer is None else self._read(group, seq, progress.detokenizer)
+        if _is_ranked(group):  # which sequences are results is known in the end
+            return
+        new_ids = seq.token_ids[seq.prompt_len + progress.num_tokens :]
+        if new_ids or seq.is_finished:
+            text = "" if progress.detokenizer is None else progress.detokenizer.text[progress.num_characters : end]
+            delta = CompletionDelta(group.request.request_id, seq.index, text, new_ids, seq.finish_reason)
+            self._output.deltas.append(delta)
+            progress.num_tokens, progress.num_characters = seq.num_outputs, max(end, progress.num_characters)
+            progress.is_ended = seq.is_finished
+
+    def _progress_of(self, group: SequenceGroup, seq: Seq) -> _Progress:
+        progress = self._progress.get(seq.seq_id)
+        if progress is None:
+            detokenizer = None
+            if self.tokenizer is not None:
+                request = group.request
+                detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids, request.params.stop_strings)
+            progress = self._progress[seq.seq_id] = _Progress(detokenizer)
+        return progress
 
     def _read(self, group: SequenceGroup, seq: Seq, detokenizer: Detokenizer) -> int:
         """Turn new tokens into text; returns how many characters of it are decided."""
@@ -293,8 +390,14 @@ class Engine:
         return detokenizer.num_decided(is_last=seq.is_finished)
 
     def _finished_output(self, group: SequenceGroup) -> RequestOutput:
-        outputs = [self._completion(group, seq) for seq in group.sequences]
         request = group.request
+        outputs = [self._completion(group, seq) for seq in group.sequences]
+        if _is_ranked(group):
+            outputs.sort(key=lambda output: -(output.cumulative_logprob if output.score is None else output.score))
+            outputs = [dataclasses.replace(output, index=i) for i, output in enumerate(outputs[: request.params.n])]
+            self._output.deltas.extend(
+                CompletionDelta(request.request_id, o.index, o.text, o.token_ids, o.finish_reason) for o in outputs
+            )
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -311,14 +414,19 @@ class Engine:
         if num_logprobs is not None:
             rows = zip(token_ids, seq.scores, strict=True)
             logprobs = [self._logprobs(t, scores, row, num_logprobs) for t, (scores, row) in rows]
-        detokenizer = self._progress[seq.seq_id].detokenizer
+        detokenizer = self._progress_of(group, seq).detokenizer
+        cumulative_logprob, score = float(sum(scores.logprobs[row] for scores, row in seq.scores)), None
+        if group.beam is not None:
+            cumulative_logprob = seq.cumulative_logprob or 0.0
+            score = group.beam.score(cumulative_logprob, max(len(token_ids), 1))
         return CompletionOutput(
             index=seq.index,
             text="" if detokenizer is None else detokenizer.text,
             token_ids=token_ids,
-            cumulative_logprob=float(sum(scores.logprobs[row] for scores, row in seq.scores)),
+            cumulative_logprob=cumulative_logprob,
             logprobs=logprobs,
             finish_reason=seq.finish_reason,
+            score=score,
         )
 
     def _prompt_logprobs(self, group: SequenceGroup) -> list[dict[int, Logprob] | None] | None:
@@ -346,8 +454,8 @@ class Engine:
     # Accounting ---------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        blocks, scheduler = self.blocks.stats(), self.scheduler.stats()
-        queried = blocks.prefix_queried_tokens
+        blocks, scheduler, pool = self.blocks.stats(), self.scheduler.stats(), self.runner.host_pool
+        queried, logical = blocks.prefix_queried_tokens, scheduler.num_logical_blocks
         return EngineStats(
             num_blocks=blocks.num_blocks,
             num_used_blocks=blocks.num_used,
@@ -355,9 +463,34 @@ class Engine:
             num_cached_blocks=blocks.num_cached,
             tokens_held=blocks.tokens_held,
             internal_waste_percent=100 * blocks.waste,
+            saved_by_sharing_percent=100 * (1 - scheduler.num_physical_blocks / logical) if logical else 0.0,
+            num_copies_on_write=blocks.num_copies,
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
+            num_pinned_prefixes=scheduler.num_pins,
             num_preemptions=scheduler.num_preemptions,
+            num_swaps_out=scheduler.num_swaps_out,
+            num_swaps_in=scheduler.num_swaps_in,
+            bytes_to_host=pool.bytes_to_host if pool else 0,
+            bytes_from_host=pool.bytes_from_host if pool else 0,
+            transfer_stalled_s=pool.stalled_s if pool else 0.0,
+            num_host_blocks=blocks.num_host_blocks,
+            num_host_used_blocks=blocks.num_host_used,
+            num_host_cached_blocks=blocks.num_host_cached,
             prefix_cache_hit_rate=blocks.prefix_hit_tokens / queried if queried else 0.0,
+            host_cache_hit_tokens=blocks.host_hit_tokens,
             num_steps=scheduler.num_steps,
         )
+
+
+def _is_ranked(group: SequenceGroup) -> bool:
+    """Whether the results are the best of more sequences: none can be told of before all have ended."""
+    return group.beam is not None or group.request.params.num_sequences > group.request.params.n
+
+
+def _as_list(token_ids: Any) -> Sequence[Any] | np.ndarray:
+    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence | np.ndarray):
+        raise ValueError(f"prompt_token_ids={token_ids!r} is not valid: expected a list of integers")
+    if len(token_ids) == 0:
+        raise ValueError("prompt_token_ids is empty: give at least one token")
+    return token_ids

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,10 +18,23 @@ from jpaged.device.model_runner import ModelRunner, check_settings
 from jpaged.device.sharding import make_mesh
 from jpaged.engine import Engine, EngineStats, Prompt, StepOutput
 from jpaged.models import ModelConfig, import_transformers, load_config, load_model
-from jpaged.request import CompletionDelta, Request, RequestOutput, SamplingParams
+from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 """The small model that ships with the package."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedPrefix:
+    """A prefix that stays in the pool until ``LLM.unpin``.
+
+    Args:
+        pin_id: its name in the engine.
+        num_tokens: its length.
+    """
+
+    pin_id: str
+    num_tokens: int
 
 
 class LLM:
@@ -41,6 +55,11 @@ class LLM:
         max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
         max_model_len: tokens a sequence may reach; None is the checkpoint's own limit, or what the pool holds if less.
         enable_prefix_caching: share the KV of equal prompt prefixes across requests.
+        preemption: what becomes of a request that has to make way: "swap" moves its KV to the host pool, "recompute"
+            computes it again, "auto" does what is cheaper on this machine.
+        num_host_blocks: blocks of the host pool, in pinned memory: for preempted requests, and for cached prefixes that
+            the device has no room for. None: as many as ``host_memory_bytes`` hold.
+        host_memory_bytes: None is 4 GiB on an accelerator, and nothing on a CPU, where all memory is the host's.
         seed: of the seeds drawn for requests without one.
         tensor_parallel_size: devices the model and its KV heads are spread over.
         attention_implementation: a name from ``pallas_kernels``; None takes the best one for the device.
@@ -65,6 +84,9 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        preemption: str = "auto",
+        num_host_blocks: int | None = None,
+        host_memory_bytes: int | None = None,
         seed: int = 0,
         tensor_parallel_size: int = 1,
         attention_implementation: str | None = None,
@@ -80,6 +102,9 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
+            preemption=preemption,
+            num_host_blocks=num_host_blocks,
+            host_memory_bytes=host_memory_bytes,
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
             attention_implementation=attention_implementation,
@@ -111,6 +136,16 @@ class LLM:
         self._start(model, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
         return self
 
+    @classmethod
+    def from_engine(cls, engine: Engine) -> Self:
+        """An LLM over an engine: one with other settings, say, over a runner whose programs are compiled already.
+
+        Engines over one runner write to the same pools: once a newer one has run, none of the older may.
+        """
+        self = cls.__new__(cls)
+        self._serve(engine)
+        return self
+
     def _start(
         self,
         model: nnx.Module,
@@ -126,7 +161,10 @@ class LLM:
         runner = ModelRunner(model, model_config, config, mesh)
         if jax.default_backend() != "cpu" if warm_up is None else warm_up:
             runner.warm_up(use_tqdm=use_tqdm)
-        self.engine = Engine(runner, config, tokenizer)
+        self._serve(Engine(runner, config, tokenizer))
+
+    def _serve(self, engine: Engine) -> None:
+        self.engine = engine
         self._num_requests = 0
         self._awaited: set[str] = set()
         self._finished: dict[str, RequestOutput] = {}  # of the awaited ones
@@ -149,13 +187,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete every prompt, all of them batched together.
 
         Args:
-            prompts: strings or ``{"prompt_token_ids": [...]}``, one or many.
+            prompts: strings, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``, one or many. With a "cache_salt"
+                a prompt shares cached KV only with prompts of the same salt.
             sampling_params: one for all prompts, or one each; None is ``SamplingParams()``.
+            priority: one for all prompts, or one each: lower is served first and preempted last.
             use_tqdm: show progress, with the rate of tokens.
 
         Returns:
@@ -164,7 +205,7 @@ class LLM:
         Raises:
             ValueError: any prompt or parameter is invalid. Raised before anything runs, whichever prompt it is.
         """
-        requests = self._make_requests(prompts, sampling_params)
+        requests = self._make_requests(prompts, sampling_params, priority)
         self._awaited |= {request.request_id for request in requests}
         try:
             for request in requests:
@@ -174,19 +215,52 @@ class LLM:
         finally:
             self._abandon(requests)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams | Sequence[BeamSearchParams],
+        *,
+        priority: int | Sequence[int] = 0,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Search for the most probable completions of every prompt, all searches batched together.
+
+        Args:
+            prompts: as of ``generate``.
+            params: one for all prompts, or one each.
+            priority: as of ``generate``.
+            use_tqdm: show progress, with the rate of tokens.
+
+        Returns:
+            One result per prompt, in order: ``outputs`` are the ``beam_width`` best sequences, best first, each with
+            its ``score``.
+
+        Raises:
+            ValueError: as ``generate``.
+        """
+        many = [params] if isinstance(params, BeamSearchParams) else params
+        if not isinstance(many, list | tuple) or not all(isinstance(one, BeamSearchParams) for one in many):
+            raise ValueError(f"params={params!r} is not valid: expected BeamSearchParams or a list of them")
+        each = [one.to_sampling_params() for one in many]
+        sampling = each[0] if isinstance(params, BeamSearchParams) else each
+        return self.generate(prompts, sampling, priority=priority, use_tqdm=use_tqdm)
+
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> Generator[CompletionDelta]:
         """Complete prompts, yielding what each completion gains as soon as it is there.
 
+        Beam searches, and ``best_of`` above ``n``, yield their results in the end, one delta each.
         Closing the iterator aborts what is left. Several streams may be read in turns: they share every step.
 
         Raises:
             ValueError: as ``generate``, when called, not when first read.
         """
-        requests = self._make_requests(prompts, sampling_params)
+        requests = self._make_requests(prompts, sampling_params, priority)
         return self._stream(requests)
 
     def abort(self, request_id: str) -> bool:
@@ -199,13 +273,43 @@ class LLM:
         self._deliver(self.engine.take())
         return is_aborted
 
+    def pin_prefix(self, prefix: Prompt) -> PinnedPrefix:
+        """Compute a prefix now and keep its KV in the pool until ``unpin``: prompts that begin with it find it there.
+
+        Args:
+            prefix: text, or ``{"prompt_token_ids": [...]}``; "cache_salt" as of ``generate``.
+
+        Raises:
+            ValueError: not a valid prompt, or it leaves too little room for requests under way.
+        """
+        pin_id = f"pin {self._num_requests}"
+        token_ids = self.engine.pin(pin_id, prefix)
+        self._num_requests += 1
+        try:
+            while not self.engine.is_pinned(pin_id):
+                self._deliver(self.engine.step())
+        except BaseException:
+            self.engine.unpin(pin_id)
+            raise
+        return PinnedPrefix(pin_id, len(token_ids))
+
+    def unpin(self, pinned: PinnedPrefix) -> None:
+        """Let a pinned prefix go: its blocks stay in the prefix cache like any others, until they are reused.
+
+        Raises:
+            ValueError: it is not pinned, or not any more.
+        """
+        if not isinstance(pinned, PinnedPrefix):
+            raise ValueError(f"{pinned!r} is not valid: expected what pin_prefix returned")
+        self.engine.unpin(pinned.pin_id)
+
     def stats(self) -> EngineStats:
-        """Blocks total, used, shared and cached, tokens held, waste, preemptions and the prefix cache's hit rate."""
+        """The state of both pools, and counters since the start: see ``EngineStats``."""
         return self.engine.stats()
 
     # Inside -------------------------------------------------------------------------------------------------------
 
-    def _make_requests(self, prompts: Any, sampling_params: Any) -> list[Request]:
+    def _make_requests(self, prompts: Any, sampling_params: Any, priority: Any) -> list[Request]:
         if isinstance(prompts, str | Mapping):
             prompts = [prompts]
         if not isinstance(prompts, Iterable):
@@ -221,10 +325,13 @@ class LLM:
             raise ValueError(
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: give one for all, or one each"
             )
+        priorities = priority if isinstance(priority, Sequence) else [priority] * len(prompts)
+        if len(priorities) != len(prompts):
+            raise ValueError(f"{len(priorities)} priorities for {len(prompts)} prompts: give one for all, or one each")
         requests = []
-        for i, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+        for i, (prompt, params, rank) in enumerate(zip(prompts, sampling_params, priorities, strict=True)):
             try:
-                requests.append(self.engine.make_request(str(self._num_requests + i), prompt, params))
+                requests.append(self.engine.make_request(str(self._num_requests + i), prompt, params, rank))
             except ValueError as error:
                 where = f"prompt {i}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{where}{error}") from None

@@ -13,6 +13,9 @@ MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 64
 MAX_N = 4096
 
+MAX_BEAM_WIDTH = 64
+"""Beams of one search at most: a step takes twice as many candidates from each of them."""
+
 
 class FinishReason(enum.StrEnum):
     """Why a completion ended."""
@@ -43,8 +46,15 @@ class SamplingParams:
     """How to choose the tokens of one request. Names and meanings follow vLLM and the OpenAI API.
 
     Args:
-        n: completions of the prompt. The prompt is computed once and forked; completion i draws with
+        n: completions to return. The prompt is computed once and forked; completion i draws with
             ``derive_seed(seed, i)``.
+        best_of: completions to draw, of which the ``n`` of greatest cumulative log-probability are returned, best
+            first; with beam search the width of the beam. None is ``n``.
+        use_beam_search: search for the ``n`` sequences of greatest score instead of drawing, as Hugging Face's
+            ``generate(num_beams=best_of)``; see ``BeamSearchParams``. Needs ``temperature=0``.
+        length_penalty: of beam search: a sequence's score is its log-probability / length ** length_penalty.
+        early_stopping: of beam search: True ends it with ``best_of`` finished sequences, False when no better one
+            seems likely, "never" when none is possible.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose probability reaches it. In (0, 1].
         top_k: keep the k most probable tokens (ties with the k-th are kept). 0 or -1 keeps all.
@@ -68,6 +78,10 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -87,6 +101,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
+        _require(
+            self.best_of is None or (_is_int(self.best_of) and 1 <= self.best_of <= MAX_N),
+            "best_of", self.best_of, f"None or an integer from 1 to {MAX_N}",
+        )  # fmt: skip
+        if self.num_sequences < self.n:
+            raise ValueError(f"best_of={self.best_of} is less than n={self.n}: raise the first or lower the second")
         _require(
             _is_number(self.temperature) and self.temperature >= 0,
             "temperature", self.temperature, "a finite number, 0 (greedy) or more",
@@ -128,6 +148,50 @@ class SamplingParams:
                 name, value, f"None or an integer from 0 to {MAX_LOGPROBS}",
             )  # fmt: skip
 
+        self._check_beam_search()
+
+    def _check_beam_search(self) -> None:
+        _require(isinstance(self.use_beam_search, bool), "use_beam_search", self.use_beam_search, "True or False")
+        penalty = self.length_penalty
+        _require(_is_number(penalty) and -10 <= penalty <= 10, "length_penalty", penalty, "a number in [-10, 10]")
+        is_stopping = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        _require(is_stopping, "early_stopping", self.early_stopping, 'True, False or "never"')
+        if not self.use_beam_search:
+            for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is of beam search: set use_beam_search=True")
+            return
+        _require(
+            self.num_sequences <= MAX_BEAM_WIDTH,
+            "best_of" if self.best_of else "n", self.num_sequences, f"a beam width from 1 to {MAX_BEAM_WIDTH}",
+        )  # fmt: skip
+        # Everything that changes a distribution that a search does not draw from, or speaks of one token's choice.
+        unsupported = {
+            "temperature": self.temperature != 0,
+            "top_p": self.top_p != 1,
+            "top_k": self.top_k > 0,
+            "min_p": self.min_p != 0,
+            "presence_penalty": self.presence_penalty != 0,
+            "frequency_penalty": self.frequency_penalty != 0,
+            "repetition_penalty": self.repetition_penalty != 1,
+            "logit_bias": bool(self.logit_bias),
+            "seed": self.seed is not None,
+            "stop": bool(self.stop_strings),
+            "logprobs": self.logprobs is not None,
+        }
+        for name, is_set in unsupported.items():
+            if is_set:
+                remedy = "set temperature=0" if name == "temperature" else f"leave {name} at its default"
+                raise ValueError(
+                    f"{name}={reprlib.repr(getattr(self, name))} does not go with use_beam_search, which ranks whole "
+                    f"sequences by the model's own probabilities: {remedy}"
+                )
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run at once: ``best_of`` or ``n``."""
+        return self.n if self.best_of is None else self.best_of
+
     def _check_logit_bias(self) -> None:
         if self.logit_bias is None:
             return
@@ -162,6 +226,58 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
+@dataclass(frozen=True, slots=True)
+class BeamSearchParams:
+    """How to search for the most probable completions of a prompt; the semantics are Hugging Face ``generate``'s.
+
+    Every step keeps the ``beam_width`` most probable unfinished sequences. One that meets end-of-sequence, or
+    ``max_tokens``, while among them is finished, and the finished ones of greatest score are returned. A width of 1 is
+    greedy decoding.
+
+    Args:
+        beam_width: sequences kept, and returned.
+        max_tokens: tokens to generate at most.
+        length_penalty: a score is the sum of a sequence's log-probabilities / its generated length ** length_penalty:
+            above 0 favours long sequences.
+        early_stopping: True ends the search with ``beam_width`` finished sequences, False when no better one seems
+            likely, "never" when none is possible.
+        ignore_eos: go on past end-of-sequence.
+        temperature: only 0: sampled beams are not supported.
+
+    Raises:
+        ValueError: a value out of range, with the value and the range.
+    """
+
+    beam_width: int
+    max_tokens: int
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    ignore_eos: bool = False
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        width = self.beam_width
+        _require(
+            _is_int(width) and 1 <= width <= MAX_BEAM_WIDTH,
+            "beam_width", width, f"an integer from 1 to {MAX_BEAM_WIDTH}",
+        )  # fmt: skip
+        _require(_is_int(self.max_tokens), "max_tokens", self.max_tokens, "an integer of 1 or more")
+        self.to_sampling_params()
+
+    def to_sampling_params(self) -> SamplingParams:
+        """The same as parameters of ``LLM.generate``, to mix searches with other requests."""
+        return SamplingParams(
+            n=self.beam_width,
+            best_of=self.beam_width,
+            use_beam_search=True,
+            max_tokens=self.max_tokens,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+        )
+
+
 def derive_seed(seed: int, index: int) -> int:
     """The seed of completion ``index`` of a request; ``seed`` itself for the first.
 
@@ -181,6 +297,7 @@ class Request:
         params: how to sample.
         seed: 32-bit; completion i draws with ``derive_seed(seed, i)``. None until the engine draws one.
         prefix_salt: prompts share cached blocks only under equal salts.
+        priority: lower is served first and preempted last; among equals, the first to arrive.
     """
 
     request_id: str
@@ -189,6 +306,7 @@ class Request:
     params: SamplingParams
     seed: int | None
     prefix_salt: bytes = b""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +322,8 @@ class Logprob:
 class CompletionOutput:
     """One completion of a request, so far or finished.
 
-    ``logprobs`` has one mapping (token id -> Logprob) per generated token, None unless asked for.
+    ``logprobs`` has one mapping (token id -> Logprob) per generated token, None unless asked for. ``score`` is that of
+    beam search: cumulative_logprob / length ** length_penalty.
     """
 
     index: int
@@ -213,6 +332,7 @@ class CompletionOutput:
     cumulative_logprob: float
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
+    score: float | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -221,7 +341,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What a request has produced: ``outputs[i]`` is its i-th completion.
+    """What a request has produced: ``outputs[i]`` is its i-th completion, or its i-th best (``best_of``, beams).
 
     ``prompt_logprobs[0]`` is None (nothing precedes the first token); the whole list is None unless asked for.
     ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.

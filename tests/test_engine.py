@@ -1,6 +1,7 @@
 """The whole engine: its tokens are those of a loop without a cache, whatever else happens."""
 
 import dataclasses
+import re
 from functools import cache
 
 import hypothesis.strategies as st
@@ -11,7 +12,13 @@ import pytest
 from flax import nnx
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from oracles import HF_CASES, HF_REFERENCE, load_reference, teacher_forced_logits
+from oracles import (
+    HF_CASES,
+    HF_REFERENCE,
+    beam_search_without_cache,
+    load_reference,
+    teacher_forced_logits,
+)
 
 from jpaged.config import EngineConfig
 from jpaged.device.model_runner import ModelRunner
@@ -24,7 +31,7 @@ from jpaged.models import LlamaConfig, Rope, load_config, load_model, random_mod
 from jpaged.request import FinishReason, RequestOutput, SamplingParams, derive_seed
 
 MODEL_LEN = 64
-ROWS, BUDGET, NUM_BLOCKS, BLOCK_SIZE = 4, 16, 40, 4
+ROWS, BUDGET, NUM_BLOCKS, BLOCK_SIZE, NUM_HOST_BLOCKS = 4, 16, 40, 4, 24
 
 TINY = LlamaConfig(
     architecture="LlamaForCausalLM",
@@ -53,7 +60,11 @@ def tiny_model() -> nnx.Module:
 @cache
 def tiny_runner() -> ModelRunner:
     config = EngineConfig(
-        block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, max_num_seqs=ROWS, max_num_batched_tokens=BUDGET
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+        max_num_seqs=ROWS,
+        max_num_batched_tokens=BUDGET,
+        num_host_blocks=NUM_HOST_BLOCKS,
     )
     return ModelRunner(tiny_model(), TINY, config, make_mesh(1))
 
@@ -82,7 +93,13 @@ def add(engine: Engine, name: str, prompt: list[int], **params) -> None:
 def assert_tokens_are_those_of_a_loop_without_cache(
     prompt: list[int], seed: int, params: SamplingParams, token_ids: list[int]
 ) -> None:
-    """Each token is what the sampler draws from the logits of one dense pass over all tokens before it."""
+    assert token_ids == tokens_of_a_loop_without_cache(prompt, seed, params, token_ids)
+
+
+def tokens_of_a_loop_without_cache(
+    prompt: list[int], seed: int, params: SamplingParams, token_ids: list[int]
+) -> list[int]:
+    """Each token is what the sampler draws from the logits of one dense pass over ``token_ids`` before it."""
     sequence = np.array(prompt + token_ids)
     logits = teacher_forced_logits(tiny_model(), [sequence], [len(prompt)], MODEL_LEN)[0]
     stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else TINY.eos_token_ids))
@@ -93,7 +110,16 @@ def assert_tokens_are_those_of_a_loop_without_cache(
     rows = np.zeros((MODEL_LEN, TINY.vocab_size), np.float32)
     rows[: len(samples)] = logits[len(prompt) - 1 : len(sequence) - 1]
     expected = _sample(jnp.asarray(rows), make_sample_inputs(samples, MODEL_LEN))
-    assert token_ids == np.asarray(expected)[: len(token_ids)].tolist()
+    return np.asarray(expected)[: len(token_ids)].tolist()
+
+
+def logprobs_after(sequences: list[list[int]], banned: tuple[int, ...] = ()) -> np.ndarray:
+    """What ``beam_search_without_cache`` asks of a model: one dense pass over a few sequences of one length."""
+    rows = [np.array(tokens) for tokens in sequences + sequences[:1] * (ROWS - len(sequences))]
+    logits = teacher_forced_logits(tiny_model(), rows, [1] * ROWS, MODEL_LEN)
+    logprobs = np.array(jax.nn.log_softmax(logits[: len(sequences), len(sequences[0]) - 1]))
+    logprobs[:, list(banned)] = -np.inf
+    return logprobs
 
 
 @jax.jit
@@ -101,29 +127,57 @@ def _sample(logits, inputs):
     return sample(logits, inputs, num_top=0).token_ids
 
 
+PREFIXES = [[i % TINY.vocab_size for i in range(start, start + 14)] for start in (0, 5)]
+
+
 class EngineMachine(RuleBasedStateMachine):
-    """Random arrivals, aborts, budgets and pools so small that preemption is constant."""
+    """Random arrivals, searches, pins, aborts and failures in pools so small that preemption is constant."""
 
     @initialize(
         num_blocks=st.integers(9, 17),
+        num_host_blocks=st.sampled_from([0, 5, NUM_HOST_BLOCKS]),
+        preemption=st.sampled_from(["auto", "swap", "recompute"]),
         budget=st.integers(ROWS, BUDGET),
         rows=st.integers(2, ROWS),
         caching=st.booleans(),
     )
-    def start(self, num_blocks, budget, rows, caching):
+    def start(self, num_blocks, num_host_blocks, preemption, budget, rows, caching):
         self.engine = tiny_engine(
             num_blocks=num_blocks,
+            num_host_blocks=num_host_blocks,
+            preemption=preemption if num_host_blocks else "auto",
             max_num_batched_tokens=budget,
             max_num_seqs=min(rows, budget),
             enable_prefix_caching=caching,
         )
         self.requests = {}
         self.finished = {}
+        self.pins = set()
+
+    def add(self, prefix, tail, salt, priority, **params):
+        prompt = {"prompt_token_ids": prefix + tail} | ({} if salt is None else {"cache_salt": salt})
+        name = str(len(self.requests))
+        try:
+            request = self.engine.make_request(name, prompt, SamplingParams(**params), priority)
+        except ValueError as error:
+            assert "never fit" in str(error) or "is more than max_num_seqs" in str(error)  # noqa: PT017
+            return
+        self.engine.add(request)
+        self.requests[name] = request
+
+    prompts = {  # noqa: RUF012
+        "prefix": st.sampled_from([(), (), *PREFIXES]).flatmap(
+            lambda p: st.integers(0, len(p)).map(lambda n: [*p[:n]])
+        ),
+        "tail": st.lists(st.integers(0, TINY.vocab_size - 1), min_size=1, max_size=10),
+        "salt": st.sampled_from([None, None, None, "a"]),
+        "priority": st.sampled_from([0, 0, 0, 1, -1]),
+    }
 
     @rule(
-        prefix=st.sampled_from([0, 0, 4, 9, 12]),
-        tail=st.lists(st.integers(0, TINY.vocab_size - 1), min_size=1, max_size=10),
+        **prompts,
         n=st.integers(1, 2),
+        more=st.sampled_from([None, None, 0, 1, 2]),
         max_tokens=st.integers(1, 12),
         temperature=st.sampled_from([0.0, 0.7, 1.5]),
         seed=st.integers(0, 5),
@@ -134,48 +188,70 @@ class EngineMachine(RuleBasedStateMachine):
         bias=st.sampled_from([None, None, {5: 3.0, 9: -50.0}]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
     )
-    def arrive(
-        self,
-        prefix,
-        tail,
-        n,
-        max_tokens,
-        temperature,
-        seed,
-        ignore_eos,
-        penalty,
-        min_tokens,
-        stops,
-        bias,
-        prompt_logprobs,
-    ):
-        prompt = [i % TINY.vocab_size for i in range(prefix)] + tail
-        params = SamplingParams(
+    def arrive(self, prefix, tail, salt, priority, n, more, max_tokens, penalty, min_tokens, stops, bias, **params):
+        self.add(
+            prefix,
+            tail,
+            salt,
+            priority,
             n=n,
+            best_of=None if more is None else n + more,
             max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            ignore_eos=ignore_eos,
             repetition_penalty=penalty,
             min_tokens=min(min_tokens, max_tokens),
             stop_token_ids=stops,
             logit_bias=bias,
-            prompt_logprobs=prompt_logprobs,
+            **params,
         )
-        name = str(len(self.requests))
-        try:
-            request = self.engine.make_request(name, {"prompt_token_ids": prompt}, params)
-        except ValueError as error:
-            assert "never fit" in str(error)  # noqa: PT017
-            return
-        self.engine.add(request)
-        self.requests[name] = request
+
+    @rule(
+        **prompts,
+        width=st.integers(1, ROWS),
+        max_tokens=st.integers(1, 10),
+        length_penalty=st.sampled_from([-0.5, 0.0, 1.0, 2.0]),
+        early_stopping=st.sampled_from([False, True, "never"]),
+        ignore_eos=st.booleans(),
+        min_tokens=st.sampled_from([0, 0, 2]),
+    )
+    def search(self, prefix, tail, salt, priority, width, max_tokens, min_tokens, **params):
+        self.add(
+            prefix,
+            tail,
+            salt,
+            priority,
+            use_beam_search=True,
+            n=width,
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens),
+            temperature=0,
+            **params,
+        )
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps):
         for _ in range(steps):
             self.finished |= {output.request_id: output for output in self.engine.step().finished}
             self.engine.blocks.check_invariants()
+
+    @rule(prefix=st.sampled_from(PREFIXES), length=st.integers(1, 14), salt=st.sampled_from([None, None, "a"]))
+    def pin(self, prefix, length, salt):
+        name = f"pin {len(self.pins)} {self.engine.scheduler.stats().num_steps}"
+        prompt = {"prompt_token_ids": prefix[:length]} | ({} if salt is None else {"cache_salt": salt})
+        try:
+            self.engine.pin(name, prompt)
+        except ValueError as error:
+            assert re.search("cannot be pinned|enable_prefix_caching|already in use", str(error))  # noqa: PT017
+            return
+        self.pins.add(name)
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data):
+        name = data.draw(st.sampled_from(sorted(self.pins)))
+        self.pins.remove(name)
+        self.engine.unpin(name)
+        with pytest.raises(ValueError, match="is not pinned"):
+            self.engine.unpin(name)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -187,9 +263,13 @@ class EngineMachine(RuleBasedStateMachine):
         assert [result.request_id for result in output.finished] == [] if was_finished else [name]
         for result in output.finished:
             self.finished[name] = result
-            aborted = [o.index for o in result.outputs if o.finish_reason is FinishReason.ABORT]
-            assert aborted
-            assert aborted == [delta.index for delta in output.deltas]
+            told = [delta.index for delta in output.deltas]
+            if is_ranked(self.requests[name].params):
+                assert told == [o.index for o in result.outputs]
+            else:
+                aborted = [o.index for o in result.outputs if o.finish_reason is FinishReason.ABORT]
+                assert aborted
+                assert aborted == told
 
     @precondition(lambda self: self.engine.scheduler.stats().num_running)
     @rule(when=st.sampled_from(["before it runs", "after it ran"]))
@@ -213,17 +293,55 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
+        for name in self.pins:
+            self.engine.unpin(name)
         self.finished |= run(self.engine)
         assert self.finished.keys() == self.requests.keys()
         assert self.engine.blocks.num_free_blocks == self.engine.blocks.num_blocks - 1
+        assert self.engine.stats().num_host_used_blocks == 0
         assert not any((self.engine._groups, self.engine._to_collect, self.engine._progress))
         for name, output in self.finished.items():
             request = self.requests[name]
             is_aborted = any(o.finish_reason is FinishReason.ABORT for o in output.outputs)
             if request.params.prompt_logprobs is not None and not is_aborted:
                 self.check_prompt_logprobs(request, output)
+            if request.params.use_beam_search:
+                if not is_aborted:
+                    self.check_search(request, output)
+                continue
             for i, completion in enumerate(output.outputs):
-                self.check(request, derive_seed(request.seed, i), completion)
+                if is_ranked(request.params):
+                    self.check_is_one_of(request, completion)
+                else:
+                    self.check(request, derive_seed(request.seed, i), completion)
+
+    def check_search(self, request, output):
+        params = request.params
+        eos = () if params.ignore_eos else TINY.eos_token_ids
+        prompt_len = len(request.prompt_token_ids)
+
+        def logprobs_of(sequences):
+            is_early = len(sequences[0]) - prompt_len < params.min_tokens
+            return logprobs_after(sequences, eos if is_early else ())
+
+        expected = beam_search_without_cache(
+            logprobs_of,
+            request.prompt_token_ids,
+            params.n,
+            params.max_tokens,
+            params.length_penalty,
+            params.early_stopping,
+            eos,
+        )
+        assert [o.token_ids for o in output.outputs] == [tokens for tokens, _ in expected]
+        np.testing.assert_allclose([o.score for o in output.outputs], [score for _, score in expected], atol=1e-4)
+
+    def check_is_one_of(self, request, completion):
+        prompt, params, token_ids = request.prompt_token_ids, request.params, completion.token_ids
+        assert token_ids in [
+            tokens_of_a_loop_without_cache(prompt, derive_seed(request.seed, i), params, token_ids)
+            for i in range(params.best_of)
+        ]
 
     def check(self, request, seed, completion):
         token_ids, params = completion.token_ids, request.params
@@ -243,6 +361,10 @@ class EngineMachine(RuleBasedStateMachine):
         expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(prompt) - 1), prompt[1:]]
         actual = [entry[t].logprob for t, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
         np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def is_ranked(params):
+    return params.use_beam_search or params.num_sequences > params.n
 
 
 def _broken(*args, **kwargs):
@@ -285,9 +407,118 @@ def test_cached_prefixes_are_used_and_change_nothing():
         add(engine, name, prompt, temperature=0, max_tokens=5, ignore_eos=True, logprobs=2)
         results.append(run(engine)[name])
     cold, warm = results
-    assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 16)
+    assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 18), (
+        "all but the one that is computed for its logits"
+    )
     assert cold.outputs[0].token_ids == warm.outputs[0].token_ids
-    assert engine.stats().prefix_cache_hit_rate == pytest.approx(16 / 38)
+    assert engine.stats().prefix_cache_hit_rate == pytest.approx(18 / 38)
+
+
+def test_best_of_returns_the_most_probable_of_all_its_samples():
+    engine, prompt = tiny_engine(), [5, 6, 7]
+    common = {"seed": 9, "max_tokens": 6, "temperature": 1.5, "ignore_eos": True}
+    add(engine, "all", prompt, n=4, **common)
+    everything = run(engine)["all"].outputs
+    add(engine, "best", prompt, n=2, best_of=4, **common)
+    best = run(engine)["best"].outputs
+    expected = sorted(everything, key=lambda o: -o.cumulative_logprob)[:2]
+    assert [o.token_ids for o in best] == [o.token_ids for o in expected]
+    assert [o.index for o in best] == [0, 1]
+
+
+def test_prefixes_under_different_salts_are_not_shared():
+    engine, prompt = tiny_engine(), list(range(1, 14))
+    cached = []
+    for name, salt in enumerate((None, "a", "b", "a", None)):
+        request = {"prompt_token_ids": prompt} | ({} if salt is None else {"cache_salt": salt})
+        engine.add(engine.make_request(str(name), request, SamplingParams(max_tokens=2, temperature=0)))
+        cached.append(run(engine)[str(name)].num_cached_tokens)
+    assert cached == [0, 0, 0, 12, 12]
+
+
+def test_a_pinned_prefix_outlives_pressure_and_a_failed_step(monkeypatch):
+    engine, prefix = tiny_engine(num_blocks=12, num_host_blocks=0), list(range(1, 10))
+    engine.pin("p", {"prompt_token_ids": prefix})
+    engine.step()
+    assert engine.is_pinned("p")
+
+    def cached_after_pressure(round_: int) -> int:
+        for i in range(4):
+            other = [(7 * i + round_ + j) % 23 for j in range(12)]
+            add(engine, f"other {round_} {i}", other, max_tokens=9, temperature=0, ignore_eos=True)
+        add(engine, f"mine {round_}", [*prefix, 20], max_tokens=1, temperature=0)
+        finished = {}
+        while engine.has_unfinished:
+            finished |= {output.request_id: output for output in engine.step().finished}
+            engine.blocks.check_invariants()
+        return finished[f"mine {round_}"].num_cached_tokens
+
+    assert cached_after_pressure(0) == len(prefix)
+    monkeypatch.setattr(engine.runner, "execute", _broken)
+    add(engine, "unlucky", [1, 2], max_tokens=1)
+    with pytest.raises(RuntimeError, match="the device broke"):
+        engine.step()
+    monkeypatch.undo()
+    assert not engine.is_pinned("p")
+    assert cached_after_pressure(1) == len(prefix)
+    assert engine.is_pinned("p")
+    engine.unpin("p")
+    assert engine.stats().num_used_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("prefix", "settings", "match"),
+    [
+        ([1, 2], {"enable_prefix_caching": False}, "enable_prefix_caching=False"),
+        (list(range(20)) * 2, {"num_blocks": 10}, "cannot be pinned: it takes 10 blocks of 4"),
+        (list(range(20)) * 4, {}, "max_model_len is 64"),
+        ([], {}, "empty"),
+        ([99], {}, "99"),
+    ],
+)
+def test_a_prefix_that_cannot_be_pinned_is_refused_and_changes_nothing(prefix, settings, match):
+    engine = tiny_engine(**settings)
+    with pytest.raises(ValueError, match=match):
+        engine.pin("p", {"prompt_token_ids": prefix})
+    assert engine.stats().num_pinned_prefixes == 0
+    add(engine, "a", [1, 2, 3], max_tokens=2, temperature=0)
+    assert run(engine)["a"].outputs[0].token_ids
+
+
+def test_a_prefix_is_not_pinned_where_a_request_under_way_needs_the_room():
+    engine = tiny_engine(num_blocks=12)
+    add(engine, "a", [1, 2, 3, 4], max_tokens=37, temperature=0, ignore_eos=True)  # 10 of 11 blocks in the end
+    with pytest.raises(ValueError, match="requests under way may need 10, and 11 are not pinned"):
+        engine.pin("p", {"prompt_token_ids": [5] * 8})
+    run(engine)
+    engine.pin("p", {"prompt_token_ids": [5] * 8})
+    with pytest.raises(ValueError, match=r"can never fit.*the pool has 9 \(2 more are pinned\)"):
+        engine.make_request("b", {"prompt_token_ids": [1, 2, 3, 4]}, SamplingParams(max_tokens=37))
+    shares_it = engine.make_request("c", {"prompt_token_ids": [5] * 8}, SamplingParams(max_tokens=33))
+    engine.add(shares_it)
+    while engine.has_unfinished:
+        engine.step()
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_searches_and_samples_come_back_from_preemption_unchanged(preemption):
+    """The same requests with room for all of them and with room for one: the way back does not show."""
+    results = []
+    for num_blocks in (NUM_BLOCKS, 13):
+        num_host_blocks = NUM_HOST_BLOCKS if preemption == "swap" else 0
+        engine = tiny_engine(num_blocks=num_blocks, preemption=preemption, num_host_blocks=num_host_blocks)
+        for i in range(4):
+            prompt = list(range(i, 2 * i + 6))
+            add(engine, f"samples {i}", prompt, n=2, seed=i, max_tokens=14, ignore_eos=True)
+            search = {"use_beam_search": True, "n": 2, "temperature": 0, "early_stopping": "never"}
+            add(engine, f"search {i}", prompt, max_tokens=14, ignore_eos=True, **search)
+        outputs = run(engine)
+        results.append({name: [o.token_ids for o in output.outputs] for name, output in outputs.items()})
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert (stats.num_swaps_in > 0) == (preemption == "swap")
+    assert (engine.blocks.stats().num_blocks_swapped_in > 0) == (preemption == "swap")
+    assert results[0] == results[1]
 
 
 def test_logprobs_are_the_models_own_and_ranked():
@@ -332,7 +563,7 @@ def test_logprobs_are_the_models_own_and_ranked():
         ({"prompt_token_ids": [1, 23]}, {}, r"prompt_token_ids\[1\]=23 .* 0 to 22"),
         ({"prompt_token_ids": [-1]}, {}, r"prompt_token_ids\[0\]=-1"),
         ({"prompt_token_ids": [1.5]}, {}, "1.5"),
-        ({"token_ids": [1]}, {}, "expected a string or"),
+        ({"token_ids": [1]}, {}, "expected a string, "),
         ("text", {}, "no tokenizer"),
         ({"prompt_token_ids": list(range(20)) * 4}, {}, "max_model_len=64"),
         ({"prompt_token_ids": [True]}, {}, r"prompt_token_ids\[0\]=True"),
@@ -346,6 +577,11 @@ def test_logprobs_are_the_models_own_and_ranked():
         ({"prompt_token_ids": [1]}, {"stop": "x"}, "needs a tokenizer"),
         ({"prompt_token_ids": [1]}, {"stop_token_ids": [99]}, "99"),
         ({"prompt_token_ids": [1]}, {"logit_bias": {99: 1.0}}, "99"),
+        ({"prompt_token_ids": [1]}, {"best_of": 5}, "best_of=5 is more than max_num_seqs=4"),
+        ({"prompt_token_ids": [1]}, {"use_beam_search": True, "temperature": 0, "n": 5}, "n=5 is more than max_num"),
+        ({"prompt_token_ids": [1], "prompt": "a"}, {}, "expected a string, "),
+        ({"prompt": 5}, {}, "no tokenizer"),
+        ({"prompt_token_ids": [1], "cache_salt": 5}, {}, "cache_salt=5"),
     ],
 )
 def test_bad_input_is_refused_and_the_others_go_on(prompt, params, match):

@@ -12,6 +12,7 @@ from jpaged.request import (
     MAX_LOGPROBS,
     MAX_N,
     MAX_STOP_STRINGS,
+    BeamSearchParams,
     CompletionOutput,
     FinishReason,
     RequestOutput,
@@ -23,6 +24,10 @@ NOT_INTEGERS = [True, 1.0, "1", [1], math.nan]
 
 INVALID = {
     "n": [*NOT_INTEGERS, None, 0, -1, MAX_N + 1, 10**400],
+    "best_of": [*NOT_INTEGERS, 0, -1, MAX_N + 1],
+    "use_beam_search": [None, 0, 1, "yes"],
+    "length_penalty": [*NOT_NUMBERS, -10.5, 11, 2.0],
+    "early_stopping": [None, 1, 0.5, "sometimes", True],
     "temperature": [*NOT_NUMBERS, -0.1],
     "top_p": [*NOT_NUMBERS, 0, 0.0, -0.5, 1.01],
     "top_k": [*NOT_INTEGERS, None, -2],
@@ -43,6 +48,10 @@ INVALID = {
 
 VALID = {
     "n": [1, MAX_N],
+    "best_of": [None, 1, MAX_N],
+    "use_beam_search": [False],
+    "length_penalty": [1, 1.0],
+    "early_stopping": [False],
     "temperature": [0, 0.0, 1, 1e-300, 1e300],
     "top_p": [1, 1.0, 1e-9],
     "top_k": [-1, 0, 1, 10**12],
@@ -130,6 +139,82 @@ def test_stop_strings_is_a_tuple_whatever_was_given():
 )
 def test_has_penalties(penalties, expected):
     assert SamplingParams(**penalties).has_penalties is expected
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of=2 is less than n=3"),
+        ({"best_of": 0}, "best_of=0"),
+        ({"best_of": True}, "best_of=True"),
+        ({"length_penalty": 2.0}, "length_penalty=2.0 is of beam search"),
+        ({"early_stopping": True}, "early_stopping=True is of beam search"),
+        ({"use_beam_search": 1}, "use_beam_search=1"),
+        ({"use_beam_search": True}, "temperature=1.0 does not go with use_beam_search.*set temperature=0"),
+    ],
+)
+def test_incompatible_parameters_are_refused(params, match):
+    with pytest.raises(ValueError, match=match):
+        SamplingParams(**params)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"presence_penalty": 1.0},
+        {"frequency_penalty": 1.0},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {1: 1.0}},
+        {"seed": 3},
+        {"stop": "x"},
+        {"logprobs": 1},
+    ],
+)
+def test_sampling_options_do_not_go_with_beam_search(option):
+    [name] = option
+    with pytest.raises(ValueError, match=f"{name}=.* does not go with use_beam_search"):
+        SamplingParams(use_beam_search=True, temperature=0, n=2, **option)
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"beam_width": 0}, "beam_width=0 is not valid: expected an integer from 1 to 64"),
+        ({"beam_width": 65}, "beam_width=65"),
+        ({"beam_width": 2.0}, "beam_width=2.0"),
+        ({"max_tokens": None}, "max_tokens=None"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"length_penalty": float("nan")}, "length_penalty=nan"),
+        ({"length_penalty": 1e9}, "length_penalty=1000000000.0"),
+        ({"early_stopping": "sometimes"}, "early_stopping='sometimes'.*never"),
+        ({"temperature": 0.5}, "temperature=0.5 does not go with"),
+    ],
+)
+def test_invalid_beam_search_parameters_are_refused(params, match):
+    with pytest.raises(ValueError, match=match):
+        BeamSearchParams(**({"beam_width": 4, "max_tokens": 8} | params))
+
+
+def test_a_beam_wider_than_the_cap_is_refused_as_sampling_parameters_too():
+    with pytest.raises(ValueError, match="best_of=65 is not valid: expected a beam width from 1 to 64"):
+        SamplingParams(use_beam_search=True, temperature=0, best_of=65)
+
+
+def test_beam_search_parameters_become_sampling_parameters():
+    params = BeamSearchParams(4, 8, length_penalty=0.5, early_stopping="never", ignore_eos=True)
+    assert params.to_sampling_params() == SamplingParams(
+        n=4,
+        best_of=4,
+        use_beam_search=True,
+        temperature=0,
+        max_tokens=8,
+        length_penalty=0.5,
+        early_stopping="never",
+        ignore_eos=True,
+    )
 
 
 anything = (

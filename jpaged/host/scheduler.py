@@ -1,14 +1,18 @@
 """Decides, every step, which sequences run and with which blocks: admit, chunk, preempt, resume, finish."""
 
 import math
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jpaged.host.block_manager import BlockManager, OutOfBlocks
-from jpaged.host.policies.preemption import choose_victim
+from jpaged.host.beam import BeamSearch
+from jpaged.host.block_manager import BlockManager, OutOfBlocks, PrefixMatch
+from jpaged.host.capacity import Capacity
+from jpaged.host.plan_builder import PlanBuilder
+from jpaged.host.policies.preemption import choose_victim, is_swap_cheaper
+from jpaged.host.policies.scheduling import schedule_order
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.host.step_plan import BlockCopy, Chunk, PromptScore, Sample, StepPlan, StepResult
+from jpaged.host.step_plan import BeamCandidates, BlockCopy, Costs, StepPlan, StepResult
 from jpaged.request import FinishReason, Request, derive_seed
 
 WATERMARK = 0.01
@@ -17,30 +21,43 @@ WATERMARK = 0.01
 
 @dataclass(frozen=True, slots=True)
 class SchedulerStats:
-    """Counters since the start, and the queues now (in sequence groups)."""
+    """Counters since the start, and the queues now (in sequence groups).
+
+    ``num_logical_blocks`` and ``num_physical_blocks`` are sums over all steps: blocks in the tables of running
+    sequences, and distinct blocks among them. What sharing saves is one minus their ratio (section 6.3).
+    """
 
     num_waiting: int
     num_running: int
+    num_pins: int
     num_preemptions: int
+    num_swaps_out: int
+    num_swaps_in: int
     num_steps: int
+    num_logical_blocks: int
+    num_physical_blocks: int
 
 
 class Scheduler:
     """Continuous batching over a block manager (PagedAttention, section 4.5; iteration-level as in Orca).
 
     Each step: every running sequence that has a token to feed decodes it, prompts under way take the next chunk of what
-    the token budget leaves, then waiting groups are admitted in order of arrival. When blocks run out, the latest
-    arrival is preempted whole, its blocks freed and its tokens kept to be recomputed, and nothing is admitted while it
-    waits. Every running group therefore arrived before every waiting one.
+    the token budget leaves, then waiting groups are admitted, by priority and then in order of arrival. When blocks run
+    out, the group that would be served last is preempted whole: swapped to the host pool, or freed and its tokens kept
+    to be recomputed. Nothing is admitted before it. Of equal priority, every running group therefore arrived before
+    every waiting one.
 
     ``plan = schedule()`` must be followed by ``update(plan, result)`` before the next ``schedule()``.
 
     Args:
-        blocks: the pool's bookkeeping; the scheduler is its one writer.
+        blocks: the pools' bookkeeping; the scheduler is its one writer.
         max_num_seqs: sequences in one step at most.
         max_num_batched_tokens: tokens in one step at most; at least ``max_num_seqs``.
         max_model_len: tokens of prompt and output a sequence may reach.
         eos_token_ids: the model's end-of-sequence ids.
+        preemption: "swap", "recompute", or "auto": what ``costs`` say is cheaper. Without room in the host pool it is
+            always recompute.
+        costs: of this machine; None until somebody has measured them, when "auto" swaps.
     """
 
     def __init__(
@@ -51,6 +68,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
+        preemption: str = "auto",
+        costs: Costs | None = None,
     ):
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
@@ -58,75 +77,54 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.preemption = preemption
+        self.costs = costs
         self._groups: dict[str, SequenceGroup] = {}  # unfinished, by request id
         self._sequences: dict[int, tuple[SequenceGroup, Sequence]] = {}  # the same, by sequence id
-        self._waiting: deque[SequenceGroup] = deque()  # by arrival; preempted groups return to the front
-        self._running: list[SequenceGroup] = []  # by arrival
+        self._waiting: list[SequenceGroup] = []  # new or preempted, in schedule_order
+        self._running: list[SequenceGroup] = []  # in schedule_order
+        self._loading: list[Sequence] = []  # the sequences that this step brings back from the host
+        self._preempted: set[SequenceGroup] = set()  # by this step: their blocks are still on their way out
+        self._pins: dict[str, SequenceGroup] = {}  # by request id, from when they are asked for until unpinned
         # The last admission refused, and the blocks then free and cached.
         self._refused: tuple[SequenceGroup, tuple[int, int]] | None = None
         self._num_arrivals = 0
         self._num_seqs = 0
         self._num_preemptions = 0
+        self._num_swaps_out = 0
+        self._num_swaps_in = 0
         self._num_steps = 0
+        self._num_logical_blocks = 0
+        self._num_physical_blocks = 0
 
     # Requests -----------------------------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
         """Raise ValueError, with the arithmetic, if ``request`` could never run to its end here."""
-        prompt_len, params = len(request.prompt_token_ids), request.params
-        if request.request_id in self._groups:
-            raise ValueError(f"request_id {request.request_id!r} is already in use by an unfinished request")
-        if prompt_len == 0:
-            raise ValueError("the prompt has no tokens: give at least one")
-        if params.n > self.max_num_seqs:
+        params = request.params
+        self._check_new(request)
+        if params.num_sequences > self.max_num_seqs:
+            name = "n" if params.best_of is None else "best_of"
             raise ValueError(
-                f"n={params.n} is more than max_num_seqs={self.max_num_seqs}: lower n or raise max_num_seqs"
+                f"{name}={params.num_sequences} is more than max_num_seqs={self.max_num_seqs}: "
+                f"lower {name} or raise max_num_seqs"
             )
-        room = self.max_model_len - prompt_len
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {prompt_len} tokens, but max_model_len={self.max_model_len} leaves room for at most "
-                f"{self.max_model_len - 1} and one to generate: shorten the prompt"
-            )
-        for name in ("max_tokens", "min_tokens"):
-            value = getattr(params, name)
-            if value is not None and value > self.max_model_len:
-                raise ValueError(f"{name}={value} is more than max_model_len={self.max_model_len}: lower it")
-        wanted = 1 if params.max_tokens is None else min(params.max_tokens, room)
-        if self._group_blocks(prompt_len, [prompt_len + wanted - 1] * params.n) > self._num_usable_blocks:
-            raise ValueError(self._never_fits(prompt_len, wanted, params.n))
+        self._capacity(request).check(request)
 
     def add(self, request: Request) -> SequenceGroup:
         """Queue a request, its seed settled. Raises what ``check`` raises, changing nothing."""
         self.check(request)
-        assert request.seed is not None
         params, prompt_len = request.params, len(request.prompt_token_ids)
-        sequences = [
-            Sequence(
-                seq_id=self._num_seqs + i,
-                index=i,
-                seed=derive_seed(request.seed, i),
-                token_ids=list(request.prompt_token_ids),
-                prompt_len=prompt_len,
-            )
-            for i in range(params.n)
-        ]
-        room = self.max_model_len - prompt_len
+        if params.max_tokens is None:
+            max_tokens = self._capacity(request).most_tokens(prompt_len, params.num_sequences)
+        else:
+            max_tokens = min(params.max_tokens, self.max_model_len - prompt_len)
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        group = SequenceGroup(
-            request=request,
-            arrival=self._num_arrivals,
-            sequences=sequences,
-            max_tokens=self._most_tokens(prompt_len, params.n)
-            if params.max_tokens is None
-            else min(params.max_tokens, room),
-            stop_token_ids=stops,
-        )
-        self._num_seqs += params.n
-        self._num_arrivals += 1
-        self._groups[request.request_id] = group
-        self._sequences |= {seq.seq_id: (group, seq) for seq in sequences}
-        self._waiting.append(group)
+        group = self._new_group(request, max_tokens, stops)
+        if params.use_beam_search:
+            group.beam = BeamSearch(params, max_tokens, stops)
+        self._new_sequences(group, 1 if group.beam else params.num_sequences)
+        self._enqueue(group)
         return group
 
     def abort(self, request_id: str) -> SequenceGroup | None:
@@ -145,64 +143,164 @@ class Scheduler:
         seq.finish_reason = reason
         if seq.is_finished:
             return
-        if seq.state is SequenceState.RUNNING:
-            self.blocks.free(seq.seq_id)
+        self._release(group, seq)
         seq.state = SequenceState.FINISHED
         del self._sequences[seq.seq_id]
         if group.is_finished:
-            self._refused = None
-            del self._groups[group.request.request_id]
-            (self._running if group in self._running else self._waiting).remove(group)
+            self._leave(group)
+
+    def pin(self, request: Request) -> SequenceGroup:
+        """Queue the computation of a prompt whose blocks are then kept in the pool until ``unpin``.
+
+        Raises:
+            ValueError: it does not fit beside what is pinned and under way.
+        """
+        self._check_new(request)
+        others = [self._most_blocks(group) for group in self._groups.values() if not group.is_pin]
+        self._capacity(None).check_pin(len(request.prompt_token_ids), others)
+        group = self._new_group(request, 0, frozenset())
+        group.is_pin = True
+        self._new_sequences(group, 1)
+        self._pins[request.request_id] = group
+        self._enqueue(group)
+        return group
+
+    def is_pinned(self, request_id: str) -> bool:
+        """Whether the blocks of a pin are in the pool."""
+        return request_id in self._pins and request_id not in self._groups
+
+    def unpin(self, request_id: str) -> None:
+        """Let go of a pin's blocks, which stay in the prefix cache; end its computation if it is still under way.
+
+        Raises:
+            ValueError: unknown, or unpinned already.
+        """
+        group = self._pins.pop(request_id, None)
+        if group is None:
+            raise ValueError(f"{request_id!r} is not pinned: it never was, or it was unpinned already")
+        if request_id in self._groups:
+            self.abort(request_id)
+        else:
+            self.blocks.free(group.sequences[0].seq_id)
+        self._refused = None
 
     def forget_pool(self) -> None:
-        """The pool's content is lost (a step failed): every running group recomputes, nothing cached is trusted."""
-        while self._running:
-            self._preempt(self._running[-1])
-        self.blocks.clear_prefix_cache()
+        """The pools' content is lost (a step failed): all groups recompute, nothing cached is trusted."""
+        for group in self._running:
+            insort(self._waiting, group, key=schedule_order)
+            self._num_preemptions += 1
+        self._running.clear()
+        for group in self._groups.values():
+            self._drop_blocks(group)
+        self._loading.clear()
+        for request_id, group in self._pins.items():
+            if request_id not in self._groups:
+                self.blocks.free(group.sequences[0].seq_id)
+                self._enqueue(group)
+        self.blocks.forget_all()
+        self._refused = None
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self._groups)
 
     def stats(self) -> SchedulerStats:
-        return SchedulerStats(len(self._waiting), len(self._running), self._num_preemptions, self._num_steps)
+        return SchedulerStats(
+            num_waiting=len(self._waiting),
+            num_running=len(self._running),
+            num_pins=len(self._pins),
+            num_preemptions=self._num_preemptions,
+            num_swaps_out=self._num_swaps_out,
+            num_swaps_in=self._num_swaps_in,
+            num_steps=self._num_steps,
+            num_logical_blocks=self._num_logical_blocks,
+            num_physical_blocks=self._num_physical_blocks,
+        )
+
+    def _check_new(self, request: Request) -> None:
+        if request.request_id in self._groups or request.request_id in self._pins:
+            raise ValueError(f"request_id {request.request_id!r} is already in use by an unfinished request")
+        if not request.prompt_token_ids:
+            raise ValueError("the prompt has no tokens: give at least one")
+
+    def _new_group(self, request: Request, max_tokens: int, stop_token_ids: frozenset[int]) -> SequenceGroup:
+        assert request.seed is not None
+        self._num_arrivals += 1
+        return SequenceGroup(
+            request=request,
+            arrival=self._num_arrivals - 1,
+            sequences=[],
+            max_tokens=max_tokens,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def _new_sequences(self, group: SequenceGroup, count: int) -> None:
+        for index in range(count):
+            self._new_sequence(group, index, list(group.request.prompt_token_ids))
+
+    def _new_sequence(self, group: SequenceGroup, index: int, token_ids: list[int]) -> Sequence:
+        assert group.request.seed is not None
+        seed = derive_seed(group.request.seed, index)
+        seq = Sequence(self._num_seqs, index, seed, token_ids, prompt_len=group.prompt_len)
+        self._num_seqs += 1
+        group.sequences.append(seq)
+        return seq
+
+    def _enqueue(self, group: SequenceGroup) -> None:
+        for seq in group.sequences:
+            seq.state, seq.num_computed = SequenceState.WAITING, 0
+            self._sequences[seq.seq_id] = group, seq
+        self._groups[group.request.request_id] = group
+        insort(self._waiting, group, key=schedule_order)
+
+    def _leave(self, group: SequenceGroup) -> None:
+        """The group is finished, or pinned: it is no concern of the queues any more."""
+        self._refused = None
+        del self._groups[group.request.request_id]
+        (self._running if group in self._running else self._waiting).remove(group)
 
     # A step -------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Plan one step. Empty only if nothing is unfinished."""
+        """Plan one step. Without chunks only if nothing is unfinished, or what is comes back in the next step."""
+        self._preempted.clear()
+        self._make_way()
         num_preempted = self._num_preemptions
-        copies = self._make_room()
-        plan = _PlanBuilder(self.max_num_batched_tokens, copies)
-        active = [(group, seq) for group in self._running for seq in group.running]
-        for group, seq in active:
-            if self._num_to_compute(group, seq) == 1:
-                self._compute(plan, group, seq)
-        for group, seq in active:
-            if self._num_to_compute(group, seq) > 0 and plan.budget > 0:
-                self._compute(plan, group, seq)
+        plan = PlanBuilder(self.max_num_batched_tokens, self._make_room())
+        feeds = [(group, seq, target - seq.num_computed) for group in self._running for seq, target in _targets(group)]
+        for group, seq, num_tokens in feeds:
+            if num_tokens == 1:
+                self._compute(plan, group, seq, num_tokens)
+        for group, seq, num_tokens in feeds:
+            if num_tokens > 1 and plan.budget > 0:
+                self._compute(plan, group, seq, num_tokens)
         if self._num_preemptions == num_preempted:
             self._admit(plan)
         self._num_steps += 1
-        return plan.build()
+        self._num_logical_blocks += self.blocks.num_logical_blocks
+        self._num_physical_blocks += self.blocks.num_used_blocks
+        transfers = self.blocks.take_transfers()
+        return plan.build(transfers.to_host, transfers.from_host)
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Take in what the step of ``plan`` produced.
 
-        Publishes the blocks it filled, forks groups whose prompt is done, appends the tokens and ends the sequences
-        that are complete.
+        Publishes the blocks it filled, forks groups whose shared tokens are done, appends the tokens, moves beams on
+        and ends the sequences that are complete.
 
         Returns:
             The groups that gained tokens, each once, in plan order.
         """
+        self._land()
         block_size = self.blocks.block_size
         for chunk in plan.chunks:
             group, seq = self._sequences[chunk.seq_id]
             if seq.num_computed // block_size > chunk.start // block_size:
-                salt = group.request.prefix_salt
-                self.blocks.publish(seq.seq_id, seq.token_ids, seq.num_computed, salt=salt)
-            if seq.num_computed == seq.prompt_len:
+                self._publish(group, seq)
+            if seq.num_computed == group.fork_at:
                 self._fork_siblings(group, seq)
+            if group.is_pin and seq.num_computed == seq.prompt_len:
+                self._settle_pin(group, seq)
         for score, piece in zip(plan.prompt_scores, result.prompt_scores, strict=True):
             self._sequences[plan.chunks[score.chunk].seq_id][0].prompt_scores.append(piece)
         touched: dict[int, SequenceGroup] = {}
@@ -215,9 +313,24 @@ class Scheduler:
             reason = self._finish_reason(group, seq)
             if reason is not None:
                 self.finish(group, seq, reason)
+        for select, candidates in zip(plan.beams, result.beams, strict=True):
+            live = [self._sequences[plan.chunks[chunk].seq_id][1] for chunk in select.chunks]
+            group = self._sequences[live[0].seq_id][0]
+            self._advance_beams(group, live, candidates)
+            touched[group.arrival] = group
         return list(touched.values())
 
     # Inside a step ------------------------------------------------------------------------------------------------
+
+    def _make_way(self) -> None:
+        """Preempt groups of lower priority than the first in the queue, until it fits or none are left."""
+        if not self._waiting:
+            return
+        first = self._waiting[0]
+        while self._running and self._running[-1].request.priority > first.request.priority:
+            if self._has_rows(first) and self._blocks_short(first, self._match(first)) <= 0:
+                return
+            self._preempt(self._running[-1])
 
     def _make_room(self) -> list[BlockCopy]:
         """Give every running sequence room for all its tokens, preempting from the back while blocks are short."""
@@ -225,102 +338,203 @@ class Scheduler:
         index = 0
         while index < len(self._running):
             group = self._running[index]
-            group_copies: list[BlockCopy] = []
-            while not self._append(group, group_copies):
+            while (group_copies := self._append(group)) is None:
                 victim = choose_victim(self._running)
                 self._preempt(victim)
-                if victim is group:  # its copies are void: the blocks are free again
+                if victim is group:
                     return copies
             copies += group_copies
             index += 1
         return copies
 
-    def _append(self, group: SequenceGroup, copies: list[BlockCopy]) -> bool:
-        """Give each of the group's sequences the room it still misses; False when blocks ran out on the way."""
+    def _append(self, group: SequenceGroup) -> list[BlockCopy] | None:
+        """Give each of the group's sequences the room it still misses; None, and nothing, when blocks are short."""
+        missing = []
+        for seq, target in _targets(group):
+            num_tokens = target - self.blocks.num_tokens(seq.seq_id)
+            if num_tokens > 0:
+                missing.append((seq.seq_id, num_tokens))
         try:
-            for seq in group.running:
-                missing = self._target(group, seq) - self.blocks.num_tokens(seq.seq_id)
-                if missing > 0:
-                    copies += self.blocks.append(seq.seq_id, missing)
+            return self.blocks.append_all(missing)
         except OutOfBlocks:
-            return False
-        return True
+            return None
 
     def _preempt(self, group: SequenceGroup) -> None:
-        """Take all blocks from a group and queue it to recompute them (PagedAttention, section 4.5)."""
+        """Take all device blocks from a group and queue it (PagedAttention, section 4.5)."""
         assert group is self._running[-1]
-        for seq in group.unfinished:
-            if seq.state is SequenceState.RUNNING:
-                self.blocks.free(seq.seq_id)
-            seq.state, seq.num_computed = SequenceState.WAITING, 0
-        if group.needs_prompt_scores:
-            group.prompt_scores.clear()
         self._running.pop()
-        self._waiting.appendleft(group)
+        if self._swap_out(group):
+            self._num_swaps_out += 1
+        else:
+            self._drop_blocks(group)
+        insort(self._waiting, group, key=schedule_order)
+        self._preempted.add(group)
         self._num_preemptions += 1
 
-    def _admit(self, plan: "_PlanBuilder") -> None:
-        """Start waiting groups in order while the budget, the rows and the pool allow."""
-        num_rows = sum(len(group.unfinished) for group in self._running)
-        while self._waiting and plan.budget > 0:
+    def _swap_out(self, group: SequenceGroup) -> bool:
+        """Move a group to the host pool, if that is the way to preempt it and there is room."""
+        members = group.running
+        seq_ids = [seq.seq_id for seq in members]
+        if self.preemption == "recompute" or self.blocks.num_host_blocks == 0:
+            return False
+        if self.preemption == "auto" and self.costs is not None:
+            is_cheaper = is_swap_cheaper(
+                self.costs,
+                num_blocks_out=self.blocks.num_host_blocks_to_swap_out(seq_ids),
+                num_blocks_in=len({block for seq_id in seq_ids for block in self.blocks.block_table(seq_id)}),
+                num_tokens=sum(seq.num_computed for seq in members) - (len(members) - 1) * _num_shared(members),
+            )
+            if not is_cheaper:
+                return False
+        try:
+            self.blocks.swap_out(seq_ids)
+        except OutOfBlocks:
+            return False
+        for seq in members:
+            seq.state = SequenceState.SWAPPED
+        return True
+
+    def _drop_blocks(self, group: SequenceGroup) -> None:
+        """Free all that an unfinished group holds; it will compute its tokens again."""
+        for seq in group.unfinished:
+            self._release(group, seq)
+            seq.state, seq.num_computed = SequenceState.WAITING, 0
+        group.fork_at = None
+        if group.needs_prompt_scores:
+            group.prompt_scores.clear()
+
+    def _release(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Free a sequence's blocks, if it holds any; what they contain can be found in the prefix cache."""
+        if seq.state is SequenceState.RUNNING:
+            self._publish(group, seq, include_partial=True)
+        if seq.state.holds_blocks:
+            self.blocks.free(seq.seq_id)
+
+    def _publish(self, group: SequenceGroup, seq: Sequence, *, include_partial: bool = False) -> None:
+        salt = group.request.prefix_salt
+        self.blocks.publish(seq.seq_id, seq.token_ids, seq.num_computed, salt=salt, include_partial=include_partial)
+
+    def _admit(self, plan: PlanBuilder) -> None:
+        """Start waiting groups in order while the rows, the pool and, for those to be computed, the budget allow."""
+        while self._waiting:
             group = self._waiting[0]
-            members = group.unfinished
+            if group in self._preempted:
+                return
             pool = self.blocks.num_free_blocks, self.blocks.num_cached_blocks
             if self._refused == (group, pool):
                 return  # no block was freed or published since: matching its prompt again would end the same way
-            if num_rows + len(members) > self.max_num_seqs:
+            if not self._has_rows(group) or (plan.budget == 0 and not group.is_swapped):
                 return
-            leader = members[0]
-            target = leader.prompt_len if len(members) > 1 else len(leader.token_ids)
-            cached = self._cached_prefix(group, leader, target)
-            to_grow = self._group_blocks(group.prompt_len, [len(seq.token_ids) for seq in members])
-            fresh = self.blocks.num_fresh_blocks(target, cached) + to_grow - self._num_blocks(target)
-            watermark = math.ceil(WATERMARK * self._num_usable_blocks) if self._running else 0
-            if fresh + watermark > self.blocks.num_free_blocks:
+            match = self._match(group)
+            if self._blocks_short(group, match) > 0:
                 self._refused = group, pool
                 return
-            self.blocks.reserve(leader.seq_id, target, cached_blocks=cached)
-            leader.num_computed = len(cached) * self.blocks.block_size
-            if group.num_cached_tokens is None:
-                group.num_cached_tokens = leader.num_computed
-            for seq in members:
-                seq.state = SequenceState.UNFORKED
-            leader.state = SequenceState.RUNNING
-            self._waiting.popleft()
-            self._running.append(group)
-            num_rows += len(members)
-            self._compute(plan, group, leader)
+            self._waiting.pop(0)
+            insort(self._running, group, key=schedule_order)
+            if group.is_swapped:
+                self._swap_in(group)
+            else:
+                self._start(plan, group, match)
 
-    def _cached_prefix(self, group: SequenceGroup, leader: Sequence, target: int) -> list[int]:
-        """Blocks of the prefix cache the group may start from; one token is always left to compute."""
-        if group.needs_prompt_scores:
-            return []
+    def _swap_in(self, group: SequenceGroup) -> None:
+        """Bring a swapped group back: it computes again from the next step on."""
+        members = [seq for seq in group.sequences if seq.state is SequenceState.SWAPPED]
+        self.blocks.swap_in([seq.seq_id for seq in members])
+        for seq in members:
+            seq.state = SequenceState.LOADING
+        self._loading += members
+        self._num_swaps_in += 1
+
+    def _start(self, plan: PlanBuilder, group: SequenceGroup, match: PrefixMatch) -> None:
+        """Give a group's leader its blocks and its first chunk; the others wait for the tokens they share."""
+        leader, *others = group.unfinished
+        group.fork_at = self._fork_len(group) if others else None
+        leader.state = SequenceState.LOADING if match.is_on_host else SequenceState.RUNNING
+        for seq in others:
+            seq.state = SequenceState.UNFORKED
+        target = group.fork_at or len(leader.token_ids)
+        plan.copies += self.blocks.reserve(leader.seq_id, target, match=match)
+        leader.num_computed = match.num_tokens
+        if group.num_cached_tokens is None:
+            group.num_cached_tokens = leader.num_computed
+        if leader.state is SequenceState.LOADING:
+            self._loading.append(leader)
+        else:
+            self._compute(plan, group, leader, target - leader.num_computed)
+
+    def _land(self) -> None:
+        """Blocks on their way from the host are in the pool: their sequences run."""
+        self.blocks.finish_transfers()
+        for seq in self._loading:
+            if seq.state is SequenceState.LOADING:
+                seq.state = SequenceState.RUNNING
+        self._loading.clear()
+
+    def _match(self, group: SequenceGroup) -> PrefixMatch:
+        """What the prefix cache has of what the group's leader must compute; one token is always left to compute."""
+        if group.needs_prompt_scores or group.is_swapped:
+            return PrefixMatch()
+        leader = group.unfinished[0]
+        target = self._fork_len(group) if len(group.unfinished) > 1 else len(leader.token_ids)
         return self.blocks.match_prefix(leader.token_ids[: target - 1], salt=group.request.prefix_salt)
 
-    def _compute(self, plan: "_PlanBuilder", group: SequenceGroup, seq: Sequence) -> None:
-        """Add the next chunk of ``seq`` to the plan, with the samples and scores it allows."""
-        start = seq.num_computed
-        stop = start + min(self._num_to_compute(group, seq), plan.budget)
-        chunk = plan.add_chunk(
-            Chunk(seq.seq_id, seq.token_ids[start:stop], start, seq.prompt_len, self.blocks.block_table(seq.seq_id))
-        )
-        seq.num_computed = stop
-        if group.needs_prompt_scores and start < seq.prompt_len - 1:
-            targets = seq.token_ids[start + 1 : min(stop + 1, seq.prompt_len)]
-            plan.prompt_scores.append(PromptScore(chunk, targets, group.request.params.prompt_logprobs or 0))
-        if stop < len(seq.token_ids):
-            return
-        # A prompt just finished serves its unforked siblings too: they have no token of their own yet.
-        siblings = [s for s in group.unfinished if s.state is SequenceState.UNFORKED and s.num_outputs == 0]
-        for owner in [seq, *siblings]:
-            plan.samples.append(_sample(group, owner, chunk))
+    def _compute(self, plan: PlanBuilder, group: SequenceGroup, seq: Sequence, num_tokens: int) -> None:
+        plan.add(group, seq, num_tokens, self.blocks.block_table(seq.seq_id))
 
     def _fork_siblings(self, group: SequenceGroup, leader: Sequence) -> None:
-        """The prompt is in the pool: every waiting sibling shares its blocks (PagedAttention, section 4.4)."""
+        """The shared tokens are in the pool: every sibling shares their blocks (PagedAttention, section 4.4)."""
         for seq in group.unfinished:
             if seq.state is SequenceState.UNFORKED:
                 self.blocks.fork(leader.seq_id, seq.seq_id)
-                seq.state, seq.num_computed = SequenceState.RUNNING, seq.prompt_len
+                seq.state, seq.num_computed = SequenceState.RUNNING, leader.num_computed
+        group.fork_at = None
+
+    def _advance_beams(self, group: SequenceGroup, live: list[Sequence], candidates: BeamCandidates) -> None:
+        """Fork, continue and free beams (PagedAttention, section 4.4): no block moves until two children write."""
+        assert group.beam is not None
+        continuations = group.beam.advance([seq.output_token_ids for seq in live], candidates)
+        successors: list[Sequence] = []
+        group.sequences = successors
+        kept: set[int] = set()
+        for beam in continuations:
+            parent = live[beam.parent]
+            if parent.seq_id in kept:
+                child = self._new_sequence(group, 0, parent.token_ids[: parent.num_computed])
+                self.blocks.fork(parent.seq_id, child.seq_id)
+                child.state, child.num_computed = SequenceState.RUNNING, parent.num_computed
+                self._sequences[child.seq_id] = group, child
+            else:
+                kept.add(parent.seq_id)
+                child = parent
+                successors.append(child)
+            child.token_ids.append(beam.token_id)
+            child.cumulative_logprob = beam.cumulative_logprob
+        for seq in live:
+            if seq.seq_id not in kept:
+                self.blocks.free(seq.seq_id)
+                del self._sequences[seq.seq_id]
+        if not continuations:
+            self._end_search(group)
+
+    def _end_search(self, group: SequenceGroup) -> None:
+        """Put the results of a search in the place of its live sequences."""
+        assert group.beam is not None
+        for index, hypothesis in enumerate(group.beam.finished[: group.request.params.n]):
+            token_ids = [*group.request.prompt_token_ids, *hypothesis.token_ids]
+            seq = self._new_sequence(group, index, token_ids)
+            seq.state, seq.finish_reason = SequenceState.FINISHED, hypothesis.finish_reason
+            seq.cumulative_logprob, seq.score = hypothesis.cumulative_logprob, hypothesis.score
+        self._leave(group)
+
+    def _settle_pin(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Hold the very blocks that the prefix cache finds: somebody else may have published the same content first."""
+        self._release(group, seq)
+        match = self.blocks.match_prefix(seq.token_ids, salt=group.request.prefix_salt)
+        assert match.num_tokens == seq.prompt_len
+        assert not match.is_on_host
+        self.blocks.reserve(seq.seq_id, seq.prompt_len, match=match)
+        del self._sequences[seq.seq_id]
+        self._leave(group)
 
     def _finish_reason(self, group: SequenceGroup, seq: Sequence) -> FinishReason | None:
         if seq.token_ids[-1] in group.stop_token_ids and seq.num_outputs > group.request.params.min_tokens:
@@ -329,78 +543,82 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _target(self, group: SequenceGroup, seq: Sequence) -> int:
-        """Tokens of ``seq`` to bring into the pool now; a leader stops at the prompt until its siblings have forked."""
-        is_leader = (
-            any(s.state is SequenceState.UNFORKED for s in group.sequences) if len(group.sequences) > 1 else False
-        )
-        return seq.prompt_len if is_leader else len(seq.token_ids)
-
-    def _num_to_compute(self, group: SequenceGroup, seq: Sequence) -> int:
-        return self._target(group, seq) - seq.num_computed
-
     # Arithmetic ---------------------------------------------------------------------------------------------------
 
-    @property
-    def _num_usable_blocks(self) -> int:
-        return self.blocks.num_blocks - 1  # block 0 is padding
+    def _fork_len(self, group: SequenceGroup) -> int:
+        """Tokens the leader computes for all of a group: the prompt, or when it comes back, all they have in common."""
+        members = group.unfinished
+        if members[0].num_outputs == 0:
+            return group.prompt_len
+        # Each keeps a token of its own to compute, to have its logits.
+        return min(_num_shared(members), min(len(seq.token_ids) for seq in members) - 1)
 
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.blocks.block_size)
+    def _has_rows(self, group: SequenceGroup) -> bool:
+        return sum(g.num_rows for g in self._running) + group.num_rows <= self.max_num_seqs
 
-    def _group_blocks(self, prompt_len: int, lens: list[int]) -> int:
-        """Blocks of a forked group: full prompt blocks once, the rest per sequence of ``lens`` tokens."""
-        shared = prompt_len // self.blocks.block_size
-        return shared + sum(self._num_blocks(n) - shared for n in lens)
+    def _blocks_short(self, group: SequenceGroup, match: PrefixMatch) -> int:
+        """Blocks missing to start the first group of the queue, 0 or less if it can start."""
+        watermark = math.ceil(WATERMARK * (self.blocks.num_blocks - 1)) if self._running else 0
+        members = group.unfinished
+        if group.is_swapped:
+            held = [seq.seq_id for seq in members if seq.state is SequenceState.SWAPPED]
+            # One more for each, to write its next token.
+            needed = self.blocks.num_blocks_to_swap_in(held) + (len(held) if self._running else 0)
+        else:
+            leader, shared = members[0], self._fork_len(group)
+            target = shared if len(members) > 1 else len(leader.token_ids)
+            lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
+            capacity = self._capacity(None)
+            to_grow = capacity.forked_blocks(shared, lens) - capacity.num_covering(target)
+            needed = self.blocks.num_fresh_blocks(target, match) + to_grow
+        return needed + watermark - self.blocks.num_free_blocks
 
-    def _most_tokens(self, prompt_len: int, n: int) -> int:
-        """Output tokens each of ``n`` sequences can reach alone in the pool, within the model's context."""
-        shared = prompt_len // self.blocks.block_size
-        blocks_each = shared + (self._num_usable_blocks - shared) // n
-        return min(self.max_model_len - prompt_len, blocks_each * self.blocks.block_size - prompt_len + 1)
+    def _capacity(self, request: Request | None) -> Capacity:
+        """The pool without what is pinned, but with what ``request`` would share of it."""
+        block_size, num_usable = self.blocks.block_size, self.blocks.num_blocks - 1  # block 0 is padding
+        num_pinned = sum(-(-pin.prompt_len // block_size) for pin in self._pins.values())
+        if request is not None and request.params.prompt_logprobs is None:
+            num_pinned -= max((self._num_common_blocks(pin.request, request) for pin in self._pins.values()), default=0)
+        return Capacity(num_usable - num_pinned, num_pinned, block_size, self.max_model_len)
 
-    def _never_fits(self, prompt_len: int, max_tokens: int, n: int) -> str:
-        block_size, usable = self.blocks.block_size, self._num_usable_blocks
-        shared = prompt_len // block_size
-        last = prompt_len + max_tokens - 1  # the last token drawn is never fed back
-        own = self._num_blocks(last) - shared
-        return (
-            f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in the "
-            f"pool; in blocks of {block_size} that is {shared} full prompt blocks + n={n} x {own} more = "
-            f"{shared + n * own} blocks, and the pool has {usable}. Lower max_tokens or n, or raise num_blocks or "
-            "memory_fraction"
-        )
+    def _num_common_blocks(self, pin: Request, request: Request) -> int:
+        """Full blocks that both prompts begin with."""
+        if pin.prefix_salt != request.prefix_salt:
+            return 0
+        return _common_len(pin.prompt_token_ids, request.prompt_token_ids) // self.blocks.block_size
 
-
-class _PlanBuilder:
-    """A StepPlan under construction and what is left of the token budget."""
-
-    def __init__(self, budget: int, copies: list[BlockCopy]):
-        self.budget = budget
-        self.copies = copies
-        self.chunks: list[Chunk] = []
-        self.samples: list[Sample] = []
-        self.prompt_scores: list[PromptScore] = []
-
-    def add_chunk(self, chunk: Chunk) -> int:
-        self.budget -= len(chunk.token_ids)
-        self.chunks.append(chunk)
-        return len(self.chunks) - 1
-
-    def build(self) -> StepPlan:
-        return StepPlan(tuple(self.copies), tuple(self.chunks), tuple(self.samples), tuple(self.prompt_scores))
+    def _most_blocks(self, group: SequenceGroup) -> int:
+        """Blocks that an unfinished group may come to need of its own."""
+        capacity = self._capacity(None)
+        return capacity.most_blocks(group.prompt_len, group.max_tokens, group.request.params.num_sequences)
 
 
-def _sample(group: SequenceGroup, seq: Sequence, chunk: int) -> Sample:
-    params = group.request.params
-    is_early = seq.num_outputs < params.min_tokens
-    return Sample(
-        seq_id=seq.seq_id,
-        chunk=chunk,
-        position=len(seq.token_ids),
-        seed=seq.seed,
-        params=params,
-        banned_token_ids=tuple(group.stop_token_ids) if is_early else (),
-        prompt_token_ids=group.request.prompt_token_ids if params.has_penalties else (),
-        output_token_ids=seq.output_token_ids if params.has_penalties else (),
-    )
+def _targets(group: SequenceGroup) -> list[tuple[Sequence, int]]:
+    """The group's running sequences, and how many tokens of each to bring into the pool now.
+
+    A leader stops at what its siblings share until they have forked. Beams feed their last token all in one step, since
+    it takes the logits of all to choose among them: those that come back sooner wait for the others.
+    """
+    if group.fork_at is not None:
+        return [(seq, group.fork_at) for seq in group.running]
+    is_held_back = group.beam is not None and len(group.sequences) > 1 and not _is_abreast(group)
+    return [(seq, len(seq.token_ids) - is_held_back) for seq in group.running]
+
+
+def _is_abreast(group: SequenceGroup) -> bool:
+    """Whether every beam has just its last token to compute."""
+    return all(len(seq.token_ids) - seq.num_computed == 1 for seq in group.sequences)
+
+
+def _num_shared(members: list[Sequence]) -> int:
+    """Tokens that all sequences begin with."""
+    first, *others = (seq.token_ids for seq in members)
+    return min((_common_len(first, other) for other in others), default=len(first))
+
+
+def _common_len(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])

@@ -3,17 +3,24 @@
 import enum
 from dataclasses import dataclass, field
 
+from jpaged.host.beam import BeamSearch
 from jpaged.host.step_plan import TokenScores
 from jpaged.request import FinishReason, Request
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence is. Only RUNNING sequences hold blocks."""
+    """Where a sequence is, and where its KV."""
 
-    WAITING = enum.auto()  # new or preempted: nothing in the pool
-    UNFORKED = enum.auto()  # its group runs, but its leader still computes the prompt they share
-    RUNNING = enum.auto()
+    WAITING = enum.auto()  # new, or preempted to be recomputed: in no pool
+    UNFORKED = enum.auto()  # its group runs, but its leader still computes the tokens they share: in no pool of its own
+    LOADING = enum.auto()  # on its way to the device pool, there when this step has run
+    RUNNING = enum.auto()  # in the device pool
+    SWAPPED = enum.auto()  # preempted: in the host pool
     FINISHED = enum.auto()
+
+    @property
+    def holds_blocks(self) -> bool:
+        return self in (SequenceState.LOADING, SequenceState.RUNNING, SequenceState.SWAPPED)
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +34,8 @@ class Sequence:
         token_ids: prompt and output, in order.
         prompt_len: how many of ``token_ids`` are the prompt.
         num_computed: leading tokens whose K/V are in the pool, counting those of the step being planned.
-        scores: (scores, row) of each output token; read by whoever turns tokens into results.
+        scores: (scores, row) of each output token; read by whoever turns tokens into results. Empty in beam search.
+        cumulative_logprob, score: of beam search, once finished.
     """
 
     seq_id: int
@@ -39,6 +47,8 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
     scores: list[tuple[TokenScores, int]] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    score: float | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -60,9 +70,12 @@ class SequenceGroup:
     Args:
         request: what was asked.
         arrival: counts requests; lower came first.
-        sequences: one per completion.
+        sequences: one per completion. Of a beam search: its live sequences, best first; in the end, its results.
         max_tokens: output tokens a sequence may reach, ``params.max_tokens`` or what fits.
         stop_token_ids: tokens that end a sequence.
+        beam: the search, if it is one.
+        is_pin: nothing is generated: the prompt is to stay in the pool.
+        fork_at: while some sequences are UNFORKED, how many tokens the leader computes for all of them.
         num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
         prompt_scores: of prompt tokens 1, 2, ...; in pieces, one per chunk.
     """
@@ -72,6 +85,9 @@ class SequenceGroup:
     sequences: list[Sequence]
     max_tokens: int
     stop_token_ids: frozenset[int]
+    beam: BeamSearch | None = None
+    is_pin: bool = False
+    fork_at: int | None = None
     num_cached_tokens: int | None = None
     prompt_scores: list[TokenScores] = field(default_factory=list)
 
@@ -86,6 +102,15 @@ class SequenceGroup:
     @property
     def running(self) -> list[Sequence]:
         return [seq for seq in self.sequences if seq.state is SequenceState.RUNNING]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a batch that the group may come to need: a search has one sequence first, and then ``width``."""
+        return len(self.unfinished) if self.beam is None else self.beam.width
+
+    @property
+    def is_swapped(self) -> bool:
+        return any(seq.state is SequenceState.SWAPPED for seq in self.sequences)
 
     @property
     def is_finished(self) -> bool:

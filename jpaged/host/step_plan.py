@@ -95,7 +95,7 @@ class StepPlan:
     Args:
         to_host: device block ``src`` to host block ``dst``, as it is before this step writes anything.
         from_host: host block ``src`` to device block ``dst``. Started before the forward pass and in the pool after it:
-            nothing else in this plan reads or writes these device blocks. Sees what ``to_host`` of the same plan stores;
+            nothing else in this plan reads or writes these device blocks. Sees what ``to_host`` of this plan stores;
             no host block is both read here and written there.
         copies: device to device (copy-on-write), after ``to_host`` and before the forward pass. All sources are read
             before any destination is written.

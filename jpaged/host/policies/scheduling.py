@@ -3,6 +3,6 @@
 from jpaged.host.sequence import SequenceGroup
 
 
-def schedule_order(group: SequenceGroup) -> int:
-    """First come, first served: groups with a lower key run first (PagedAttention, section 4.5)."""
-    return group.arrival
+def schedule_order(group: SequenceGroup) -> tuple[int, int]:
+    """By priority, then first come, first served: lower keys run first (PagedAttention, section 4.5)."""
+    return group.request.priority, group.arrival

@@ -1,0 +1,84 @@
+"""The arithmetic of what can fit: blocks that a request needs at most, and what to say when they are too many."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jpaged.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """A pool as one request sees it.
+
+    Args:
+        num_blocks: blocks it may take at most, when all others have made way: all but block 0 and pinned ones, and
+            those pinned ones that hold the beginning of its prompt.
+        num_pinned: pinned blocks that it cannot take.
+        block_size: tokens in a block.
+        max_model_len: tokens of prompt and output a sequence may reach.
+    """
+
+    num_blocks: int
+    num_pinned: int
+    block_size: int
+    max_model_len: int
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError, with the arithmetic, if the request could never run to its end here."""
+        prompt_len, params = len(request.prompt_token_ids), request.params
+        room = self.max_model_len - prompt_len
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {prompt_len} tokens, but max_model_len={self.max_model_len} leaves room for at most "
+                f"{self.max_model_len - 1} and one to generate: shorten the prompt"
+            )
+        for name in ("max_tokens", "min_tokens"):
+            value = getattr(params, name)
+            if value is not None and value > self.max_model_len:
+                raise ValueError(f"{name}={value} is more than max_model_len={self.max_model_len}: lower it")
+        wanted = 1 if params.max_tokens is None else min(params.max_tokens, room)
+        if self.most_blocks(prompt_len, wanted, params.num_sequences) > self.num_blocks:
+            raise ValueError(self._never_fits(prompt_len, wanted, params.num_sequences))
+
+    def check_pin(self, prompt_len: int, others: Iterable[int]) -> None:
+        """Raise ValueError if pinning so many tokens leaves too little for requests of so many blocks each."""
+        if prompt_len > self.max_model_len:
+            raise ValueError(f"the prefix has {prompt_len} tokens, max_model_len is {self.max_model_len}: shorten it")
+        num_blocks = self.num_covering(prompt_len)
+        most = max(others, default=1)
+        if num_blocks + most > self.num_blocks:
+            raise ValueError(
+                f"the prefix cannot be pinned: it takes {num_blocks} blocks of {self.block_size}, requests under way "
+                f"may need {most}, and {self.num_blocks} are not pinned yet. Unpin another, shorten it, wait for the "
+                "requests, or raise num_blocks or memory_fraction"
+            )
+
+    def most_blocks(self, prompt_len: int, max_tokens: int, num_sequences: int) -> int:
+        """Blocks of a group whose sequences all reach ``max_tokens``; the last token drawn is never fed back."""
+        return self.forked_blocks(prompt_len, [prompt_len + max_tokens - 1] * num_sequences)
+
+    def most_tokens(self, prompt_len: int, num_sequences: int) -> int:
+        """Output tokens each of a group's sequences can reach alone in the pool, within the model's context."""
+        shared = prompt_len // self.block_size
+        blocks_each = shared + (self.num_blocks - shared) // num_sequences
+        return min(self.max_model_len - prompt_len, blocks_each * self.block_size - prompt_len + 1)
+
+    def forked_blocks(self, shared_len: int, lens: list[int]) -> int:
+        """Blocks of sequences of these lengths that share their first tokens: full shared blocks count once."""
+        shared = shared_len // self.block_size
+        return shared + sum(self.num_covering(n) - shared for n in lens)
+
+    def num_covering(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _never_fits(self, prompt_len: int, max_tokens: int, num_sequences: int) -> str:
+        shared = prompt_len // self.block_size
+        last = prompt_len + max_tokens - 1
+        own = self.num_covering(last) - shared
+        pinned = f" ({self.num_pinned} more are pinned)" if self.num_pinned else ""
+        return (
+            f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in the "
+            f"pool; in blocks of {self.block_size} that is {shared} full prompt blocks + n={num_sequences} x {own} "
+            f"more = {shared + num_sequences * own} blocks, and the pool has {self.num_blocks}{pinned}. Lower "
+            "max_tokens or n, or raise num_blocks or memory_fraction"
+        )

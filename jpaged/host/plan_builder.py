@@ -1,0 +1,81 @@
+"""A StepPlan under construction: chunks, and what their logits are read for."""
+
+from collections import defaultdict
+
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+from jpaged.host.step_plan import BeamSelect, BlockCopy, Chunk, PromptScore, Sample, StepPlan
+
+
+class PlanBuilder:
+    """Collects one step.
+
+    Args:
+        budget: tokens that may still be added; goes down.
+        copies: those already decided; the scheduler adds more.
+    """
+
+    def __init__(self, budget: int, copies: list[BlockCopy]):
+        self.budget = budget
+        self.copies = copies
+        self._chunks: list[Chunk] = []
+        self._samples: list[Sample] = []
+        self._prompt_scores: list[PromptScore] = []
+        self._beams: defaultdict[SequenceGroup, list[int]] = defaultdict(list)
+
+    def add(self, group: SequenceGroup, seq: Sequence, num_tokens: int, block_table: list[int]) -> None:
+        """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits."""
+        start = seq.num_computed
+        stop = start + min(num_tokens, self.budget)
+        index = len(self._chunks)
+        self._chunks.append(Chunk(seq.seq_id, seq.token_ids[start:stop], start, seq.prompt_len, block_table))
+        self.budget -= stop - start
+        seq.num_computed = stop
+        if group.needs_prompt_scores and start < seq.prompt_len - 1:
+            targets = seq.token_ids[start + 1 : min(stop + 1, seq.prompt_len)]
+            self._prompt_scores.append(PromptScore(index, targets, group.request.params.prompt_logprobs or 0))
+        if stop < len(seq.token_ids) or group.is_pin:
+            return
+        if group.beam is not None:
+            self._beams[group].append(index)
+            return
+        self._samples.append(_sample(group, seq, index))
+        if seq.num_outputs == 0:  # a prompt just finished serves its unforked siblings too: they have no token either
+            siblings = (other for other in group.sequences if other.state is SequenceState.UNFORKED)
+            self._samples += [_sample(group, other, index) for other in siblings]
+
+    def build(self, to_host: tuple[BlockCopy, ...], from_host: tuple[BlockCopy, ...]) -> StepPlan:
+        return StepPlan(
+            copies=tuple(self.copies),
+            chunks=tuple(self._chunks),
+            samples=tuple(self._samples),
+            prompt_scores=tuple(self._prompt_scores),
+            beams=tuple(_select(group, chunks) for group, chunks in self._beams.items()),
+            to_host=to_host,
+            from_host=from_host,
+        )
+
+
+def _sample(group: SequenceGroup, seq: Sequence, chunk: int) -> Sample:
+    params = group.request.params
+    return Sample(
+        seq_id=seq.seq_id,
+        chunk=chunk,
+        position=len(seq.token_ids),
+        seed=seq.seed,
+        params=params,
+        banned_token_ids=_banned(group, seq),
+        prompt_token_ids=group.request.prompt_token_ids if params.has_penalties else (),
+        output_token_ids=seq.output_token_ids if params.has_penalties else (),
+    )
+
+
+def _select(group: SequenceGroup, chunks: list[int]) -> BeamSelect:
+    beam = group.beam
+    assert beam is not None
+    assert len(chunks) == len(beam.scores), "every live beam feeds its last token in this step"
+    return BeamSelect(tuple(chunks), tuple(beam.scores), beam.num_candidates, _banned(group, group.sequences[0]))
+
+
+def _banned(group: SequenceGroup, seq: Sequence) -> tuple[int, ...]:
+    is_early = seq.num_outputs < group.request.params.min_tokens
+    return tuple(group.stop_token_ids) if is_early else ()
