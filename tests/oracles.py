@@ -1,9 +1,10 @@
 """What tests compare with: dense attention, cache-free decoding, and Hugging Face's results on tiny checkpoints."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -102,3 +103,92 @@ def greedy_without_cache(
         rows.append(logits[0, len(token_ids) - 1])
         token_ids.append(int(rows[-1].argmax()))
     return token_ids[len(prompt_ids) :], np.stack(rows)
+
+
+@dataclass(frozen=True)
+class BeamReference:
+    """One beam search of Hugging Face: what it was asked for, and its hypotheses, best first.
+
+    A hypothesis's score is its cumulative log-probability over its length to the ``length_penalty``.
+    """
+
+    prompt: list[int]
+    width: int
+    max_tokens: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    eos_token_ids: tuple[int, ...]
+    hypotheses: list[list[int]]
+    scores: Float[np.ndarray, "width"]
+
+
+_EARLY_STOPPING: tuple[bool | Literal["never"], ...] = (False, True, "never")  # by number, as in beams.npz
+
+
+def load_beam_references(case: str) -> list[BeamReference]:
+    """What Hugging Face's beam search finds with the checkpoint ``HF_REFERENCE / case``, as make_beams.py writes it."""
+    with np.load(HF_REFERENCE / case / "beams.npz") as file:
+        settings, prompts, tokens, scores = (file[name] for name in ("settings", "prompts", "tokens", "scores"))
+    ends = np.cumsum(settings["width"], dtype=int)
+    return [
+        BeamReference(
+            prompt=_unpadded(prompt),
+            width=int(setting["width"]),
+            max_tokens=int(setting["max_tokens"]),
+            length_penalty=float(setting["length_penalty"]),
+            early_stopping=_EARLY_STOPPING[setting["early_stopping"]],
+            eos_token_ids=tuple(_unpadded(setting["eos_token_ids"])),
+            hypotheses=[_unpadded(row) for row in tokens[end - setting["width"] : end]],
+            scores=scores[end - setting["width"] : end],
+        )
+        for setting, prompt, end in zip(settings, prompts, ends, strict=True)
+    ]
+
+
+def _unpadded(token_ids: Int32[np.ndarray, "padded_len"]) -> list[int]:
+    return token_ids[token_ids >= 0].tolist()
+
+
+def beam_search_without_cache(
+    logprobs_of: Callable[[list[list[int]]], Float[np.ndarray, "sequences vocab"]],
+    prompt: list[int],
+    width: int,
+    max_tokens: int,
+    length_penalty: float,
+    early_stopping: bool | Literal["never"],
+    eos_token_ids: Sequence[int],
+) -> list[tuple[list[int], float]]:
+    """Hugging Face's beam search (``generate(num_beams=width)``): hypotheses and scores, best first.
+
+    Width 1 is their greedy search, which stops at the first end-of-sequence.
+
+    Args:
+        logprobs_of: log-probabilities of what follows each of some sequences; -inf where a token is banned.
+        prompt: token ids; the hypotheses returned are without it.
+        width, max_tokens, length_penalty, early_stopping, eos_token_ids: as in ``generate``.
+    """
+    beams: list[tuple[list[int], float]] = [([], 0.0)]
+    finished: list[tuple[list[int], float]] = []
+    for length in range(1, max_tokens + 1):
+        logprobs = logprobs_of([prompt + tokens for tokens, _ in beams])
+        vocab_size = logprobs.shape[1]
+        totals = (logprobs + np.array([[total] for _, total in beams])).ravel()
+        best = np.argsort(-totals, kind="stable")[: max(2, 1 + len(eos_token_ids)) * width]
+        candidates = [
+            ([*beams[i // vocab_size][0], int(i % vocab_size)], float(totals[i])) for i in best if totals[i] > -np.inf
+        ]
+        is_ended = [length == max_tokens or tokens[-1] in eos_token_ids for tokens, _ in candidates]
+        for (tokens, total), ended in zip(candidates[:width], is_ended, strict=False):
+            if ended:
+                finished.append((tokens, total / length**length_penalty))
+        finished = sorted(finished, key=lambda hypothesis: -hypothesis[1])[:width]
+        beams = [candidate for candidate, ended in zip(candidates, is_ended, strict=True) if not ended][:width]
+        if not beams:
+            break
+        if len(finished) == width:
+            # How long the best beam is taken to be in the end: "never" stops only once nothing better can come.
+            reach = max_tokens if early_stopping == "never" and length_penalty > 0 else length
+            can_improve = beams[0][1] / reach**length_penalty > finished[-1][1]
+            if early_stopping is True or width == 1 or not can_improve:
+                break
+    return finished
