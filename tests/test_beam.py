@@ -18,9 +18,10 @@ from oracles import (
 )
 
 from jpaged.config import EngineConfig
-from jpaged.device import beams, model_runner
 from jpaged.device.sharding import make_mesh
 from jpaged.engine import Engine
+from jpaged.host.beam import BeamSearch
+from jpaged.host.step_plan import BeamCandidates
 from jpaged.llm import LLM
 from jpaged.models import load_config, load_model
 from jpaged.request import SamplingParams
@@ -102,10 +103,8 @@ def _load_llm(case: str) -> LLM:
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 @pytest.mark.parametrize("case", HF_CASES)
-def test_searches_under_pressure_equal_hugging_face(case, preemption, monkeypatch):
+def test_searches_under_pressure_equal_hugging_face(case, preemption):
     """All searches of a case and some greedy requests in one batch, in a pool that holds few of them."""
-    for module in (beams, model_runner):  # one program for all searches, as for all steps: compiling dominates here
-        monkeypatch.setattr(module, "power_of_two", lambda count: NUM_ROWS)
     llm = _load_llm(case)
     num_host_blocks = 256 if preemption == "swap" else 0
     config = dataclasses.replace(llm.engine.config, preemption=preemption, num_host_blocks=num_host_blocks)
@@ -132,3 +131,53 @@ def test_searches_under_pressure_equal_hugging_face(case, preemption, monkeypatc
     assert stats.num_used_blocks == 0
     assert stats.num_preemptions > 0
     assert (stats.num_swaps_out > 0) == (stats.num_swaps_in > 0) == (preemption == "swap")
+
+
+def _search(**params) -> BeamSearch:
+    sampling = SamplingParams(use_beam_search=True, temperature=0, max_tokens=10, **params)
+    return BeamSearch(sampling, 10, frozenset({0}))
+
+
+def _candidates(*rows: tuple[int, int, float]) -> BeamCandidates:
+    beams, tokens, scores = zip(*rows, strict=True)
+    return BeamCandidates(np.array(beams, np.int32), np.array(tokens, np.int32), np.array(scores, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty", "is_over"),
+    [
+        (False, 1.0, True),  # -0.8 / 2 is worse than the worst result, -0.7 / 2
+        ("never", 1.0, False),  # -0.8 / 10 would be better
+        (False, -1.0, False),  # -0.65 * 2 is better than -0.7 * 2
+        ("never", -1.0, False),  # and -0.65 * 10 is not asked for, since no length would make it better
+        (True, -1.0, True),
+    ],
+)
+def test_a_search_ends_when_no_live_beam_can_beat_the_worst_result(early_stopping, length_penalty, is_over):
+    search = _search(n=2, length_penalty=length_penalty, early_stopping=early_stopping)
+    live = search.advance([[]], _candidates((0, 0, -0.3), (0, 5, -0.35), (0, 6, -0.6), (0, 7, -0.9)))
+    assert [beam.token_id for beam in live] == [5, 6]
+    best_live = -0.8 if length_penalty > 0 else -0.65
+    rows = [(0, 0, -0.7), (0, 3, best_live), (1, 3, -0.9), (1, 4, -1.0)]
+    live = search.advance([[5], [6]], _candidates(*sorted(rows, key=lambda row: -row[2])))
+    assert len(search.finished) == 2
+    assert (live == []) is is_over
+
+
+@pytest.mark.parametrize(("stop_token_ids", "expected"), [((), 8), ((1,), 8), ((1, 2), 12), ((1, 2, 3), 16)])
+def test_enough_candidates_go_on_even_if_every_stop_token_is_among_them(stop_token_ids, expected):
+    search = BeamSearch(SamplingParams(use_beam_search=True, temperature=0, n=4), 10, frozenset(stop_token_ids))
+    assert search.num_candidates == expected
+
+
+def test_a_candidate_beyond_the_width_shows_that_others_go_on_but_is_no_result():
+    search = _search(n=2)
+    live = search.advance([[]], _candidates((0, 5, -1.0), (0, 6, -1.1), (0, 0, -1.2), (0, 7, -1.3)))
+    assert search.finished == []
+    assert [(beam.parent, beam.token_id) for beam in live] == [(0, 5), (0, 6)]
+
+
+def test_a_vocabulary_with_nothing_left_ends_the_search():
+    search = _search(n=2)
+    assert search.advance([[]], _candidates((0, 0, -0.5), (0, 0, -np.inf), (0, 0, -np.inf), (0, 0, -np.inf))) == []
+    assert [hypothesis.token_ids for hypothesis in search.finished] == [[0]]

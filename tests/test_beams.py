@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.device.beams import beam_candidates, make_beam_inputs, split_candidates
+from jpaged.device.beams import beam_candidates, make_beam_inputs, num_candidates_of, split_candidates
 from jpaged.device.sampler import top_k
 from jpaged.host.step_plan import BeamSelect
 
@@ -86,7 +86,7 @@ def candidates_oracle(logprobs: np.ndarray, beam: BeamSelect) -> list[tuple[floa
 
 def find(logits: np.ndarray, beams: list[BeamSelect], first_row: int = 0):
     inputs = make_beam_inputs(beams, first_row=first_row, num_rows=len(logits))
-    found = jitted_candidates(logits, inputs, num_candidates=16)
+    found = jitted_candidates(logits, inputs, num_candidates=num_candidates_of(beams))
     return split_candidates(jax.device_get(found), beams)
 
 
@@ -109,7 +109,7 @@ def searches(draw, vocab_size: int) -> list[BeamSelect]:
     for width in draw(st.sampled_from([(4,), (3, 1), (1, 1, 3), (2, 4), (1, 1, 1, 4), (5, 2), (7,)])):
         scores = draw(st.lists(st.sampled_from([0.0, -1.0, -2.5, -1e6]), min_size=width, max_size=width))
         banned = draw(st.lists(st.integers(0, vocab_size - 1), max_size=3))
-        beams.append(BeamSelect([0] * width, scores, draw(st.sampled_from([2, 6, 16])), banned))
+        beams.append(BeamSelect([0] * width, scores, draw(st.sampled_from([2 * width, 2 * width + 1, 16])), banned))
     return beams
 
 

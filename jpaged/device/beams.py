@@ -50,16 +50,18 @@ class Candidates:
 def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: int) -> BeamInputs:
     """Lay searches out as padded numpy arrays, group i for ``beams[i]``.
 
-    Groups and width are rounded up to powers of two: every pair is a program of its own.
+    There are as many groups as rows, and half as many beams in a group as ``num_candidates_of``: a search has no more,
+    and so a program serves every mixture of searches that asks for no more candidates.
 
     Args:
         beams: the searches; their beams' rows of logits follow one another.
         first_row: the first of these rows.
         num_rows: rows of the logits, padding included.
     """
-    shape = power_of_two(len(beams)), power_of_two(max(len(beam.chunks) for beam in beams))
+    shape = num_rows, num_candidates_of(beams) // 2
     group_rows, scores = np.full(shape, num_rows, np.int32), np.zeros(shape, np.float32)
     bias_rows, bias_ids = [], []
+    assert all(2 * len(beam.chunks) <= beam.num_candidates for beam in beams), "two for each beam, at least"
     row = first_row
     for group, beam in enumerate(beams):
         rows = range(row, row + len(beam.chunks))
@@ -78,20 +80,21 @@ def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: i
     )
 
 
-def empty_beam_inputs(groups: int, width: int, num_biases: int) -> BeamInputs:
+def empty_beam_inputs(num_rows: int, num_candidates: int, num_biases: int) -> BeamInputs:
     """Inputs of the given sizes: what a program is compiled for."""
+    shape = num_rows, num_candidates // 2
     return BeamInputs(
-        np.zeros((groups, width), np.int32),
-        np.zeros((groups, width), np.float32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.float32),
         np.zeros(num_biases, np.int32),
         np.zeros(num_biases, np.int32),
         np.zeros(num_biases, np.float32),
     )
 
 
-def power_of_two(count: int) -> int:
-    """The lowest power of two that is no less than ``count``, itself 1 or more."""
-    return 1 << (count - 1).bit_length()
+def num_candidates_of(beams: Sequence[BeamSelect]) -> int:
+    """How many candidates to find for every search: what the widest asks for, up to a power of two."""
+    return 1 << (max(beam.num_candidates for beam in beams) - 1).bit_length()
 
 
 def beam_candidates(logits: Float[Array, "rows vocab"], inputs: BeamInputs, *, num_candidates: int) -> Candidates:

@@ -21,7 +21,7 @@ from jpaged.device.beams import (
     beam_candidates,
     empty_beam_inputs,
     make_beam_inputs,
-    power_of_two,
+    num_candidates_of,
     split_candidates,
 )
 from jpaged.device.kv_cache import (
@@ -285,9 +285,9 @@ class ModelRunner:
                 rows = self._abstract((SCORE_ROWS,), jnp.int32)
                 return self._jit(self._score, num_top).lower(weights, hidden, rows, rows)
             case "beam":
-                rows, groups, width, num_candidates, num_biases = sizes
+                rows, num_candidates, num_biases = sizes
                 hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
-                inputs = empty_beam_inputs(groups, width, num_biases)
+                inputs = empty_beam_inputs(rows, num_candidates, num_biases)
                 return self._jit(self._beam, num_candidates).lower(weights, hidden, inputs)
             case "copy":
                 blocks = self._abstract((sizes[0],), jnp.int32)
@@ -402,9 +402,9 @@ class ModelRunner:
             key = ("sample", rows, len(inputs.bias_rows), len(inputs.seen_rows), num_top)
             sampled = self._program(key)(self._weights, forward.sample_hidden, inputs)
         if plan.beams:
-            num_candidates = power_of_two(max(beam.num_candidates for beam in plan.beams))
+            num_candidates = num_candidates_of(plan.beams)
             inputs = make_beam_inputs(plan.beams, first_row=len(plan.samples), num_rows=rows)
-            key = ("beam", rows, *inputs.group_rows.shape, num_candidates, len(inputs.bias_rows))
+            key = ("beam", rows, num_candidates, len(inputs.bias_rows))
             candidates = self._program(key)(self._weights, forward.sample_hidden, inputs)
         return Enqueued(forward.hidden, sampled, candidates)
 

@@ -242,13 +242,14 @@ def free_machine_bytes() -> int:
 
 
 def has_host_pool(config: EngineConfig, *, is_on_cpu: bool) -> bool:
-    """Whether the settings ask for a host pool, or by saying nothing leave room for one.
+    """Whether the settings ask for a host pool or, where they say nothing, have a use for one.
 
-    On a CPU, where device memory is the machine's already, only those that ask for it get one.
+    On a CPU device memory is the machine's already: there only "swap" has.
     """
     if config.num_host_blocks is not None or config.host_memory_bytes is not None:
         return bool(config.num_host_blocks or config.host_memory_bytes)
-    return not is_on_cpu or config.preemption == "swap"
+    has_use = config.enable_prefix_caching or config.preemption != "recompute"
+    return config.preemption == "swap" if is_on_cpu else has_use
 
 
 def num_host_blocks_for(config: EngineConfig, bytes_per_block: int, *, is_on_cpu: bool, useful_blocks: int) -> int:
