@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 
 SHAREGPT_MEAN_IN, SHAREGPT_MEAN_OUT = 161.31, 337.99
-"""Mean lengths in tokens of ShareGPT (PagedAttention, section 6.1, figure 11)."""
+ALPACA_MEAN_IN, ALPACA_MEAN_OUT = 19.31, 58.45
+"""Mean lengths in tokens of ShareGPT and of Alpaca (PagedAttention, section 6.1, figure 11)."""
+
+SHAREGPT_SIGMA_IN, SHAREGPT_SIGMA_OUT = 1.0, 0.9
+ALPACA_SIGMA_IN, ALPACA_SIGMA_OUT = 0.6, 0.9
+TRANSLATION_MEAN_IN, TRANSLATION_MEAN_OUT, TRANSLATION_SIGMA = 35.0, 40.0, 0.5
+CHAT_MEAN_ROUNDS = 5
+"""What the paper does not state, chosen here: the spread of the log-normals (figure 11 shows ShareGPT broad, Alpaca
+short), the lengths of WMT16 sentences in tokens, and the rounds before a request in a conversation (figure 17 says only
+that most prompts fill their 1024 tokens)."""
 
 LOWEST_TOKEN_ID = 5  # below lie the special tokens of most vocabularies
 
@@ -33,6 +42,13 @@ def _lognormal_lens(rng: np.random.Generator, count: int, mean: float, sigma: fl
     return np.clip(rescaled, 4, longest).astype(int)
 
 
+def _random_tokens(
+    rng: np.random.Generator, prompt_lens: np.ndarray, output_lens: np.ndarray, vocab_size: int
+) -> Workload:
+    prompts = [rng.integers(LOWEST_TOKEN_ID, vocab_size, n).tolist() for n in prompt_lens]
+    return Workload(prompts, output_lens.tolist())
+
+
 def sharegpt(
     count: int,
     seed: int = 0,
@@ -44,10 +60,49 @@ def sharegpt(
 ) -> Workload:
     """Random tokens in lengths distributed like ShareGPT's: log-normal, clipped to [4, longest]."""
     rng = np.random.default_rng(seed)
-    prompt_lens = _lognormal_lens(rng, count, mean_in, 1.0, longest)
-    output_lens = _lognormal_lens(rng, count, mean_out, 0.9, longest)
-    prompts = [rng.integers(LOWEST_TOKEN_ID, vocab_size, n).tolist() for n in prompt_lens]
-    return Workload(prompts, output_lens.tolist())
+    prompt_lens = _lognormal_lens(rng, count, mean_in, SHAREGPT_SIGMA_IN, longest)
+    output_lens = _lognormal_lens(rng, count, mean_out, SHAREGPT_SIGMA_OUT, longest)
+    return _random_tokens(rng, prompt_lens, output_lens, vocab_size)
+
+
+def alpaca(count: int, seed: int = 0, *, longest: int = 1024, vocab_size: int = 30_000) -> Workload:
+    """Random tokens in lengths distributed like Alpaca's: log-normal, clipped to [4, longest]."""
+    rng = np.random.default_rng(seed)
+    prompt_lens = _lognormal_lens(rng, count, ALPACA_MEAN_IN, ALPACA_SIGMA_IN, longest)
+    output_lens = _lognormal_lens(rng, count, ALPACA_MEAN_OUT, ALPACA_SIGMA_OUT, longest)
+    return _random_tokens(rng, prompt_lens, output_lens, vocab_size)
+
+
+def translation(count: int, prefix_len: int, seed: int = 0, *, vocab_size: int = 30_000) -> Workload:
+    """Sentences to translate, all behind one prefix of examples (PagedAttention, section 6.4)."""
+    rng = np.random.default_rng(seed)
+    prefix = rng.integers(LOWEST_TOKEN_ID, vocab_size, prefix_len).tolist()
+    prompt_lens = _lognormal_lens(rng, count, TRANSLATION_MEAN_IN, TRANSLATION_SIGMA, 1024)
+    output_lens = _lognormal_lens(rng, count, TRANSLATION_MEAN_OUT, TRANSLATION_SIGMA, 1024)
+    tail = _random_tokens(rng, prompt_lens, output_lens, vocab_size)
+    return Workload([prefix + prompt for prompt in tail.prompts], tail.output_lens)
+
+
+def chat(count: int, seed: int = 0, *, longest_prompt: int = 1024, vocab_size: int = 30_000) -> Workload:
+    """Rounds of conversations: the history and a question, cut to its last tokens (PagedAttention, section 6.5).
+
+    Before each question lie rounds of ShareGPT lengths, their number geometric.
+    """
+    rng = np.random.default_rng(seed)
+    rounds = rng.geometric(1 / (1 + CHAT_MEAN_ROUNDS), count) - 1
+    num_turns = int(rounds.sum()) + count
+    asked = _lognormal_lens(rng, num_turns, SHAREGPT_MEAN_IN, SHAREGPT_SIGMA_IN, 1024)
+    answered = _lognormal_lens(rng, num_turns, SHAREGPT_MEAN_OUT, SHAREGPT_SIGMA_OUT, 1024)
+    last = np.cumsum(rounds + 1) - 1  # the turn to answer; those since the previous request's are its history
+    spoken = np.cumsum(asked + answered)
+    before = np.concatenate([[0], spoken[last[:-1]]])
+    prompt_lens = np.minimum(spoken[last] - answered[last] - before, longest_prompt)
+    return _random_tokens(rng, prompt_lens, answered[last], vocab_size)
+
+
+def poisson_arrivals(count: int, rate: float, seed: int = 0) -> np.ndarray:
+    """Arrival times in seconds of ``count`` requests, ``rate`` a second. One seed gives one pattern at every rate."""
+    return np.random.default_rng(seed).exponential(size=count).cumsum() / rate
 
 
 def shared_prefix(count: int, prefix_len: int, seed: int = 5, *, vocab_size: int = 30_000) -> Workload:

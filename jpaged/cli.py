@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from jpaged.cli_options import CHAT_MAX_TOKENS, GENERATE_MAX_TOKENS, make_parser
+from jpaged.cli_options import CHAT_MAX_TOKENS, DRAWING, EARLY_STOPPING, GENERATE_MAX_TOKENS, make_parser
 from jpaged.config import EngineConfig
-from jpaged.request import CompletionDelta, FinishReason, SamplingParams
+from jpaged.request import BeamSearchParams, CompletionDelta, CompletionOutput, FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from jpaged.llm import LLM
@@ -27,11 +27,13 @@ MAX_BATCHED_TOKENS = 512
 
 _ENGINE_OPTIONS = (
     "dtype", "block_size", "num_blocks", "memory_fraction", "max_model_len", "tensor_parallel_size",
-    "attention_implementation",
+    "attention_implementation", "preemption", "num_host_blocks", "host_memory_bytes",
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
-    "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop",
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "seed", "stop",
 )  # fmt: skip
+_GENERATE_OPTIONS = "n", "best_of", "min_tokens", "logprobs", "prompt_logprobs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,24 +87,19 @@ def _is_ours(error: Exception) -> bool:
 def _generate(args: argparse.Namespace) -> None:
     if not args.json and (args.logprobs is not None or args.prompt_logprobs is not None):
         raise ValueError("--logprobs and --prompt-logprobs are shown by --json only: add it")
-    params = replace(
-        _sampling_params(args, GENERATE_MAX_TOKENS),
-        n=args.n,
-        ignore_eos=args.ignore_eos,
-        min_tokens=args.min_tokens,
-        logprobs=args.logprobs,
-        prompt_logprobs=args.prompt_logprobs,
-    )
+    params = _generate_params(args) if args.beam_width is None else _beam_params(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character")
-    llm = _load(args, max_num_seqs=args.n)
+    llm = _load(args, max_num_seqs=params.num_sequences)
     if args.max_tokens is None:
         params = _cap(params, llm.max_model_len)
     if args.json:
         [output] = llm.generate(prompt, params, use_tqdm=sys.stderr.isatty())
         print(json.dumps(asdict(output), ensure_ascii=False))
-    elif args.n == 1:
+    elif params.use_beam_search or params.num_sequences > params.n:
+        _print_ranked(llm, prompt, params)
+    elif params.n == 1:
         answer = _Answer()
         _show(prompt, llm.stream(prompt, params), answer)
         _end_line(prompt + answer.text)
@@ -119,8 +116,29 @@ def _print_whole(llm: LLM, prompt: str, params: SamplingParams) -> None:
         texts[delta.index] += delta.text
         if delta.finish_reason is not None:
             print(f"=== completion {delta.index + 1} of {params.n} ({delta.finish_reason}) ===")
-            sys.stdout.write(prompt + texts[delta.index])
-            _end_line(prompt + texts[delta.index])
+            _print_text(prompt + texts[delta.index])
+
+
+def _print_ranked(llm: LLM, prompt: str, params: SamplingParams) -> None:
+    """Print the best of several completions, best first, once all are complete; a single one needs no header."""
+    with _waiting(f"{'searching' if params.use_beam_search else 'drawing'} {params.num_sequences} at once ..."):
+        [result] = llm.generate(prompt, params, use_tqdm=False)
+    for output in result.outputs:
+        if params.use_beam_search or params.n > 1:
+            print(f"=== completion {output.index + 1} of {params.n}, {_rank(output)} ({output.finish_reason}) ===")
+        _print_text(prompt + output.text)
+
+
+def _rank(output: CompletionOutput) -> str:
+    """What a completion was ranked by."""
+    if output.score is None:
+        return f"log-probability {output.cumulative_logprob:.5g}"
+    return f"score {output.score:.5g}"
+
+
+def _print_text(text: str) -> None:
+    sys.stdout.write(text)
+    _end_line(text)
 
 
 def _end_line(text: str) -> None:
@@ -321,13 +339,41 @@ def _load(args: argparse.Namespace, *, max_num_seqs: int) -> LLM:
     )
 
 
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
 def _sampling_params(args: argparse.Namespace, max_tokens: int) -> SamplingParams:
     """What the options say, with a command's own ``max_tokens`` and a newly drawn seed where none was given."""
-    return SamplingParams(
-        max_tokens=max_tokens if args.max_tokens is None else args.max_tokens,
-        seed=random.SystemRandom().getrandbits(32) if args.seed is None else args.seed,
-        **{name: getattr(args, name) for name in _SAMPLING_OPTIONS},
+    seed = random.SystemRandom().getrandbits(32)
+    return replace(DRAWING, **{"max_tokens": max_tokens, "seed": seed} | _given(args, _SAMPLING_OPTIONS))
+
+
+def _generate_params(args: argparse.Namespace) -> SamplingParams:
+    if args.length_penalty is not None or args.early_stopping is not None:
+        raise ValueError("--length-penalty and --early-stopping are of beam search: add --beam-width")
+    return replace(
+        _sampling_params(args, GENERATE_MAX_TOKENS), ignore_eos=args.ignore_eos, **_given(args, _GENERATE_OPTIONS)
     )
+
+
+def _beam_params(args: argparse.Namespace) -> SamplingParams:
+    """A beam search. The defaults of drawing are not part of it; what was given and cannot be is refused."""
+    if args.best_of is not None:
+        raise ValueError("--best-of does not go with --beam-width: the width says how many are searched for")
+    search = BeamSearchParams(
+        args.beam_width,
+        GENERATE_MAX_TOKENS,
+        early_stopping=EARLY_STOPPING[args.early_stopping or "false"],
+        ignore_eos=args.ignore_eos,
+        **_given(args, ["length_penalty"]),
+    )
+    if args.n is not None and args.n > args.beam_width:
+        raise ValueError(
+            f"-n {args.n} is more than --beam-width {args.beam_width}: lower the first or raise the second"
+        )
+    return replace(search.to_sampling_params(), **_given(args, (*_SAMPLING_OPTIONS, *_GENERATE_OPTIONS)))
 
 
 def _cap(params: SamplingParams, most: int) -> SamplingParams:

@@ -3,14 +3,15 @@
 import argparse
 from importlib.metadata import version
 
-from jpaged.config import DTYPES, EngineConfig
-from jpaged.request import MAX_LOGPROBS, SamplingParams
+from jpaged.config import DTYPES, PREEMPTIONS, EngineConfig
+from jpaged.request import MAX_BEAM_WIDTH, MAX_LOGPROBS, SamplingParams
 
 GENERATE_MAX_TOKENS = 128
 CHAT_MAX_TOKENS = 512
-TEMPERATURE = 0.8
-TOP_P = 0.9
+DRAWING = SamplingParams(temperature=0.8, top_p=0.9)
 """Small models, such as the one in the package, repeat themselves when greedy and lose the thread when free."""
+
+EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
 
 _EPILOG = """\
 examples:
@@ -28,16 +29,21 @@ programs are kept for the next run, in the directory that jpaged info names.
 _GENERATE = """\
 Continue PROMPT and print it together with its continuation, token by token as they come. With -n above 1 each
 completion is printed whole, after the prompt and under a header, when it is complete. --json prints the result
-alone: an object whose "outputs" hold text, token_ids, finish_reason ("stop" or "length") and log-probabilities.
+alone: an object whose "outputs" hold text, token_ids, finish_reason ("stop" or "length"), log-probabilities and
+the score of a beam search.
 
 Text is drawn at random, and differs from one run to the next; on a terminal the seed that repeats it is shown.
 With --temperature 0 the likeliest token is taken at every step, so the same prompt always gives the same text.
+
+With --beam-width nothing is drawn: the completions that are the likeliest as a whole are searched for, and printed
+with their scores, best first, when the search is over. Options that change what is drawn do not go with it.
 """
 
 _GENERATE_EXAMPLES = """\
 examples:
   jpaged generate "def fibonacci(n):"
   jpaged generate "class Stack:" -n 3 --max-tokens 60 --stop $'\\n\\n\\n'
+  jpaged generate "def add(a, b):" --beam-width 4 --max-tokens 16
   jpaged generate - --temperature 0.4 --seed 1 < start.py > whole.py
   jpaged generate "import " --json --logprobs 5 | python -m json.tool
 """
@@ -54,8 +60,9 @@ tokens were.
 
 _INFO = """\
 Show versions, devices, the attention kernel chosen and why, where compiled programs are kept, the model's shape,
-and the KV cache that jpaged.LLM would make with these options. Reads config.json but no weights, and allocates
-nothing; on an accelerator a step's workspace still comes off the pool.
+the KV cache that jpaged.LLM would make with these options, its host pool, and what becomes of a request that has to
+make way. Reads config.json but no weights, and allocates nothing; on an accelerator a step's workspace still comes
+off the KV cache.
 """
 
 
@@ -86,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin, as it is")
     _add_sampling_options(generate, GENERATE_MAX_TOKENS)
     _add_generate_options(generate)
+    _add_beam_options(generate)
     _add_engine_options(generate)
     _add_prefix_caching_option(generate)
     chat = commands.add_parser(
@@ -108,7 +116,13 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("completions")
     add = group.add_argument
-    add("-n", type=int, default=1, metavar="N", help="completions of the prompt, computed together (default: 1)")
+    add(
+        "-n",
+        type=int,
+        metavar="N",
+        help="completions of the prompt, computed together (default: 1; with --beam-width all it finds)",
+    )
+    add("--best-of", type=int, metavar="N", help="draw this many and print the -n likeliest, best first (default: -n)")
     add("--min-tokens", type=int, default=0, metavar="N", help="no end of text before this many tokens (default: 0)")
     add("--ignore-eos", action="store_true", help="go on past the end of text, up to --max-tokens")
     add("--json", action="store_true", help="print one JSON object when all is done, instead of text as it comes")
@@ -119,13 +133,31 @@ def _add_generate_options(parser: argparse.ArgumentParser) -> None:
     add("--prompt-logprobs", type=int, metavar="N", help=f"the same for the tokens of the prompt ({logprobs})")
 
 
+def _add_beam_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("beam search").add_argument
+    width = f"search for the likeliest completions, following this many at once: 1 to {MAX_BEAM_WIDTH} (default: off)"
+    add("--beam-width", type=int, metavar="N", help=width)
+    add(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="a score is the log-probability / length ** X: above 0 favours long texts (default: 1.0)",
+    )
+    add(
+        "--early-stopping",
+        choices=tuple(EARLY_STOPPING),
+        help="true stops at --beam-width finished texts; false when a better one is unlikely, never when it is "
+        "impossible (default: false)",
+    )
+
+
 def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    defaults = SamplingParams(temperature=TEMPERATURE, top_p=TOP_P)
     add = parser.add_argument_group("sampling").add_argument
 
     def add_number(name: str, type_: type, help_: str) -> None:
-        option, value = f"--{name.replace('_', '-')}", getattr(defaults, name)
-        add(option, type=type_, default=value, metavar="X", help=f"{help_} (default: %(default)s)")
+        """An option that stays None where it is not given: a beam search has no use for the default."""
+        option = f"--{name.replace('_', '-')}"
+        add(option, type=type_, metavar="X", help=f"{help_} (default: {getattr(DRAWING, name)})")
 
     add(
         "--max-tokens",
@@ -190,6 +222,25 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--attention-implementation",
         metavar="NAME",
         help="attention kernel (default: the best one here; jpaged info names it)",
+    )
+    add(
+        "--preemption",
+        choices=PREEMPTIONS,
+        default=defaults.preemption,
+        help="how a request that had to make way comes back: its KV from the host pool (swap), computed again "
+        "(recompute), or what is quicker here (default: %(default)s)",
+    )
+    add(
+        "--num-host-blocks",
+        type=int,
+        metavar="N",
+        help="blocks in the host pool, where KV goes that makes way; 0: none",
+    )
+    add(
+        "--host-memory-bytes",
+        type=int,
+        metavar="N",
+        help="the host pool's size in bytes instead (default: up to 4 GiB; none on a CPU unless --preemption swap)",
     )
 
 

@@ -15,6 +15,7 @@ from jpaged.device.compile_cache import enable_compile_cache
 from jpaged.device.kv_cache import block_bytes, num_blocks_that_fit
 from jpaged.device.model_runner import check_settings
 from jpaged.device.sharding import make_mesh
+from jpaged.device.transfer import num_host_blocks_for
 from jpaged.llm import DEMO_MODEL, resolve_dtype
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.registry import abstract_model
@@ -57,6 +58,15 @@ class PoolInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class HostPoolInfo:
+    """Where KV goes that makes way on the device; sized by the memory that is free now unless the settings say."""
+
+    num_blocks: int
+    pool_bytes: int
+    memory_kind: str = "pinned_host"
+
+
+@dataclass(frozen=True, slots=True)
 class Info:
     """Everything ``jpaged info`` shows; as text, one line for each."""
 
@@ -67,6 +77,8 @@ class Info:
     compile_cache_dir: str | None
     model: ModelInfo
     kv_cache: PoolInfo
+    host_pool: HostPoolInfo
+    preemption: str
 
     def __str__(self) -> str:
         model, pool = self.model, self.kv_cache
@@ -82,6 +94,8 @@ class Info:
             "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}",
             "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
             f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
+            "host pool": _describe_host_pool(self.host_pool),
+            "preemption": _describe_preemption(self.preemption, self.host_pool),
         }
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
 
@@ -102,6 +116,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     mesh = make_mesh(config.tensor_parallel_size)
     weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh)[1])
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+    kv_cache = _plan_pool(model_config, config, dtype, weight_bytes, list(mesh.devices.flat))
     choice = best_implementation()
     named = config.attention_implementation
     cache_dir = enable_compile_cache()
@@ -125,7 +140,9 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             weight_bytes=weight_bytes,
             dtype=dtype.name,
         ),
-        kv_cache=_plan_pool(model_config, config, dtype, weight_bytes, list(mesh.devices.flat)),
+        kv_cache=kv_cache,
+        host_pool=_plan_host_pool(model_config, config, kv_cache),
+        preemption=config.preemption,
     )
 
 
@@ -161,6 +178,31 @@ def _plan_pool(
         pool_bytes=num_blocks * bytes_per_block,
         num_tokens=max(0, num_blocks - 1) * config.block_size,
     )
+
+
+def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo) -> HostPoolInfo:
+    """The host pool that ``ModelRunner`` would allocate beside ``kv_cache``."""
+    bytes_per_block = kv_cache.block_size * kv_cache.bytes_per_token
+    max_model_len = min(check_settings(model, config), kv_cache.num_tokens)
+    num_blocks = num_host_blocks_for(
+        config,
+        bytes_per_block,
+        is_on_cpu=jax.default_backend() == "cpu",
+        useful_blocks=config.max_num_seqs * -(-max_model_len // config.block_size),
+    )
+    return HostPoolInfo(num_blocks, num_blocks * bytes_per_block)
+
+
+def _describe_host_pool(pool: HostPoolInfo) -> str:
+    if pool.num_blocks == 0:
+        return "none; num_host_blocks or host_memory_bytes makes one"
+    return f"{pool.num_blocks:,} blocks are {_size(pool.pool_bytes)} of {pool.memory_kind.replace('_', ' ')} memory"
+
+
+def _describe_preemption(preemption: str, pool: HostPoolInfo) -> str:
+    if preemption == "auto" and pool.num_blocks == 0:
+        return "auto: recompute, as there is no host pool"
+    return "auto: swap or recompute, whichever is quicker here" if preemption == "auto" else preemption
 
 
 def _size(num_bytes: int) -> str:

@@ -56,7 +56,7 @@ def checkpoints(tmp_path_factory):
 def llms(checkpoints):
     """One LLM per checkpoint, as the command makes it: commands share the programs it has compiled."""
     return {
-        str(path): jpaged.llm.LLM(path, max_num_seqs=2, max_num_batched_tokens=16, warm_up=False, use_tqdm=False)
+        str(path): jpaged.llm.LLM(path, max_num_seqs=3, max_num_batched_tokens=16, warm_up=False, use_tqdm=False)
         for path in checkpoints.values()
     }
 
@@ -140,6 +140,84 @@ def test_seed_repeats_a_draw_and_no_seed_does_not(run):
     assert text() != text()
 
 
+def test_best_of_prints_the_likeliest_of_what_n_draws(run):
+    options = ("generate", "ab", "--seed", "3", "--max-tokens", "6", "--ignore-eos")
+    _, out, _ = run(*options, "-n", "3", "--json")
+    best, second, _ = sorted(json.loads(out)["outputs"], key=lambda output: -output["cumulative_logprob"])
+    assert best["index"] != 0, "or the first would do"
+    status, out, err = run(*options, "--best-of", "3")
+    text = "ab" + best["text"]
+    assert (status, out, err) == (0, text + "\n" * (not text.endswith("\n")), "")
+    _, out, _ = run(*options, "-n", "2", "--best-of", "3")
+    first, last = (
+        out.index(f"=== completion {i} of 2, log-probability {o['cumulative_logprob']:.5g} (length) ===\nab{o['text']}")
+        for i, o in ((1, best), (2, second))
+    )
+    assert first < last
+
+
+# Beam search ----------------------------------------------------------------------------------------------------------
+
+BEAMS = ("generate", "ab", "--beam-width", "2", "--max-tokens", "6", "--ignore-eos")
+
+
+def test_beams_are_printed_best_first_with_their_scores(run):
+    status, out, err = run(*BEAMS, "--length-penalty", "0.5", "--json")
+    assert (status, err) == (0, "")
+    outputs = json.loads(out)["outputs"]
+    scores = [output["score"] for output in outputs]
+    assert scores == pytest.approx([output["cumulative_logprob"] / 6**0.5 for output in outputs])
+    assert scores[0] > scores[1]
+    printed = [
+        f"=== completion {i + 1} of 2, score {output['score']:.5g} (length) ===\nab{output['text']}"
+        for i, output in enumerate(outputs)
+    ]
+    status, out, err = run(*BEAMS, "--length-penalty", "0.5")
+    assert (status, err) == (0, "")
+    first, second = (out.index(text) for text in printed)
+    assert first < second
+    _, out, _ = run(*BEAMS, "--length-penalty", "0.5", "-n", "1")
+    assert out.startswith(printed[0].replace("of 2", "of 1"))
+    assert out.count("===") == 2
+
+
+def test_beam_of_width_1_is_greedy(run):
+    _, greedy, _ = run("generate", "ab", "--temperature", "0", "--max-tokens", "6", "--json")
+    _, searched, _ = run("generate", "ab", "--beam-width", "1", "--max-tokens", "6", "--json")
+    greedy, searched = (json.loads(out)["outputs"][0] for out in (greedy, searched))
+    assert searched["token_ids"] == greedy["token_ids"]
+    assert searched["cumulative_logprob"] == pytest.approx(greedy["cumulative_logprob"], abs=1e-4)
+
+
+def test_drawing_that_changes_nothing_goes_with_beams(run):
+    _, plain, _ = run(*BEAMS)
+    assert run(*BEAMS, "--temperature", "0", "--top-p", "1", "--min-tokens", "6") == (0, plain, "")
+
+
+def test_early_stopping_is_as_asked(run, monkeypatch, llms, checkpoints):
+    asked = []
+    llm = llms[str(checkpoints["plain"])]
+    generate = llm.generate
+
+    def spy(prompt, params, **options):
+        asked.append(params)
+        return generate(prompt, params, **options)
+
+    monkeypatch.setattr(llm, "generate", spy)
+    for choice in ("false", "true", "never"):
+        run(*BEAMS, "--early-stopping", choice)
+    assert [params.early_stopping for params in asked] == [False, True, "never"]
+
+
+def test_rows_and_engine_options_reach_the_engine(run, monkeypatch, llms, checkpoints):
+    asked = []
+    monkeypatch.setattr(jpaged.llm, "LLM", lambda model, **options: asked.append(options) or llms[model])
+    options = ("--preemption", "swap", "--num-host-blocks", "7", "--max-tokens", "1")
+    assert run("generate", "a", "--best-of", "2", *options)[0] == 0
+    assert run("generate", "a", "--beam-width", "2", "-n", "1", *options)[0] == 0
+    assert [(o["max_num_seqs"], o["preemption"], o["num_host_blocks"]) for o in asked] == [(2, "swap", 7)] * 2
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
@@ -158,9 +236,23 @@ def test_seed_repeats_a_draw_and_no_seed_does_not(run):
         (("generate", "a", "--seed", "-1"), "seed=-1"),
         (("generate", "a", "--logprobs", "1"), "--json"),
         (("generate", "a", "--json", "--logprobs", "21"), "logprobs=21"),
+        (("generate", "a", "-n", "2", "--best-of", "1"), "best_of=1 is less than n=2"),
+        (("generate", "a", "--beam-width", "0"), "beam_width=0"),
+        (("generate", "a", "--beam-width", "65"), "beam_width=65"),
+        (("generate", "a", "--beam-width", "2", "-n", "3"), "-n 3 is more than --beam-width 2"),
+        (("generate", "a", "--beam-width", "2", "--best-of", "2"), "--best-of does not go with --beam-width"),
+        (("generate", "a", "--beam-width", "2", "--temperature", "0.8"), "temperature=0.8 does not go with"),
+        (("generate", "a", "--beam-width", "2", "--top-p", "0.9"), "top_p=0.9 does not go with"),
+        (("generate", "a", "--beam-width", "2", "--seed", "1"), "seed=1 does not go with"),
+        (("generate", "a", "--beam-width", "2", "--stop", "b"), "stop=['b'] does not go with"),
+        (("generate", "a", "--length-penalty", "2"), "add --beam-width"),
+        (("generate", "a", "--early-stopping", "true"), "add --beam-width"),
         (("generate", "x" * CONTEXT), "shorten the prompt"),
         (("info", "--block-size", "0"), "block_size=0"),
         (("info", "--tensor-parallel-size", "99"), "tensor_parallel_size=99"),
+        (("info", "--num-host-blocks", "1", "--host-memory-bytes", "9999"), "give one of them"),
+        (("info", "--preemption", "swap", "--num-host-blocks", "0"), "preemption='swap' needs a host pool"),
+        (("info", "--host-memory-bytes", str(1 << 60)), "does not fit"),
         (("chat",), "no chat template"),
     ],
 )
@@ -402,15 +494,36 @@ def test_info_names_shape_kernel_and_pool(run, checkpoints):
         "pool_bytes": 11 * 8 * bytes_per_token,
         "num_tokens": 80,
     }
+    assert info["host_pool"]["num_blocks"] == 0, "a CPU's pool is host memory already"
+    assert info["preemption"] == "auto"
 
 
-def test_info_foretells_the_pool(checkpoints, capsys):
-    path = checkpoints["plain"]
-    llm = jpaged.llm.LLM(path, warm_up=False, use_tqdm=False)
-    assert cli.main(["info", "--json", "--model", str(path)]) == 0
-    info = json.loads(capsys.readouterr().out)
-    assert info["kv_cache"]["num_blocks"] == llm.engine.runner.num_blocks
-    assert info["model"]["weight_bytes"] == llm.engine.runner.weight_bytes
+def test_info_foretells_the_pools(checkpoints, capsys):
+    path, num_bytes = checkpoints["plain"], 100_000
+    llm = jpaged.llm.LLM(path, host_memory_bytes=num_bytes, preemption="swap", warm_up=False, use_tqdm=False)
+    options = ["--host-memory-bytes", str(num_bytes), "--preemption", "swap"]
+    assert cli.main(["info", "--json", "--model", str(path), *options]) == 0
+    info, runner = json.loads(capsys.readouterr().out), llm.engine.runner
+    assert info["kv_cache"]["num_blocks"] == runner.num_blocks
+    assert info["model"]["weight_bytes"] == runner.weight_bytes
+    assert info["preemption"] == "swap"
+    assert info["host_pool"] == {
+        "num_blocks": runner.num_host_blocks,
+        "pool_bytes": runner.num_host_blocks * runner.bytes_per_block,
+        "memory_kind": "pinned_host",
+    }
+    assert num_bytes - runner.bytes_per_block < info["host_pool"]["pool_bytes"] <= num_bytes
+
+
+def test_info_says_how_requests_make_way(run):
+    def last_lines(*options):
+        return [line.partition("  ")[2].strip() for line in run("info", *options)[1].splitlines()[-2:]]
+
+    assert last_lines()[1] == "auto: recompute, as there is no host pool"
+    assert last_lines("--preemption", "recompute")[1] == "recompute"
+    pool, preemption = last_lines("--num-host-blocks", "1024", "--preemption", "auto")
+    assert pool == "1,024 blocks are 1.00 MiB of pinned host memory", "1,024 x 16 tokens x 64 bytes"
+    assert preemption.startswith("auto: swap or recompute")
 
 
 def test_info_reads_no_weights(run, checkpoints, tmp_path):
@@ -421,6 +534,7 @@ def test_info_reads_no_weights(run, checkpoints, tmp_path):
 def test_info_as_text_has_a_line_for_everything(run):
     _, out, _ = run("info", "--attention-implementation", "xla")
     assert [line.split("  ")[0] for line in out.splitlines()] == [
-        "versions", "devices", "attention", "compile cache", "model", "shape", "weights", "KV cache",
+        "versions", "devices", "attention", "compile cache", "model", "shape", "weights", "KV cache", "host pool",
+        "preemption",
     ]  # fmt: skip
     assert "xla (as asked)" in out
