@@ -154,15 +154,6 @@ def test_moving_programs_allocate_nothing_of_the_pools_size(size):
     assert scatter.output_size_in_bytes == scatter.alias_size_in_bytes
 
 
-def test_warm_up_leaves_no_move_to_compile():
-    runner = make_runner()
-    runner._compiled = {}
-    runner.warm_up(use_tqdm=False)
-    num_programs = runner.num_programs
-    runner.execute(StepPlan(to_host=moves(range(1, 40), range(39)), from_host=moves([100], [90])))
-    assert runner.num_programs == num_programs
-
-
 def test_bytes_are_counted_each_way_over_all_devices_without_padding():
     runner = make_runner(tensor_parallel_size=2)
     block_bytes = 2 * 2 * 2 * 8 * 16 * 4
@@ -275,7 +266,8 @@ def test_large_steps_keep_the_cost_of_a_prefill_current_and_small_ones_do_not():
         return runner.costs.prefill_token_s
 
     runner.measure_costs()
-    prefill(7), prefill(16)  # compiles
+    for num_tokens in (7, 16):  # compiles, which no cost is to include
+        prefill(num_tokens)
     runner.host_pool.costs = Costs(1.0, 1.0, 1.0, 1000.0)
     assert prefill(7) == 1000.0
     assert 0.79 * 1000 < prefill(8) < 0.81 * 1000, "a fifth of the way to what it took"
@@ -323,6 +315,18 @@ def test_an_accelerators_default_is_4_gib_and_less_if_the_machine_or_the_rows_ne
     assert default(100) == 100
     monkeypatch.setattr(transfer, "free_machine_bytes", lambda: 1 << 30)
     assert default(10**6) == 256
+
+
+def test_recomputing_without_a_prefix_cache_needs_no_host_pool():
+    config = EngineConfig(preemption="recompute", enable_prefix_caching=False)
+    assert not transfer.has_host_pool(config, is_on_cpu=False)
+    assert transfer.has_host_pool(EngineConfig(preemption="recompute"), is_on_cpu=False)
+
+
+def test_the_workspace_has_room_for_staged_blocks():
+    with_pool, without = make_runner(), make_runner(num_host_blocks=0)
+    room = with_pool._workspace_bytes() - without._workspace_bytes()
+    assert room >= 2 * MAX_STAGED_BLOCKS * with_pool.bytes_per_block
 
 
 @pytest.mark.parametrize("settings", [{"num_host_blocks": 11}, {"host_memory_bytes": 11 * 4096}])
