@@ -21,7 +21,7 @@ def snapshot(value):
     if isinstance(value, dict):
         return [(key, snapshot(item)) for key, item in value.items()]
     if isinstance(value, list):
-        return [snapshot(item) for item in value]
+        return [item if type(item) is int else snapshot(item) for item in value]
     if isinstance(value, Prefix) or not type(value).__module__.startswith("jpaged"):
         return value
     names = [field.name for field in fields(value)] if is_dataclass(value) else vars(value)

@@ -161,7 +161,7 @@ CONTINUATIONS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), ma
 )
 def test_the_longest_common_start_is_found_among_all_continuations(known, query, evicted):
     """Token ids of several bytes, whose bytes agree where the tokens do not; the oracle tries them all."""
-    cache, ids = PrefixCache(4), [1, 257, 2**32 + 1]
+    cache, ids = PrefixCache(4), [1, 257, 2**56 + 1]
     parent = Prefix.empty().extend(as_bytes([7, 7, 7, 7]))
     for block, tokens in enumerate(known):
         cache.insert(parent.extend(as_bytes([ids[t] for t in tokens])), block)

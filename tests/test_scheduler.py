@@ -168,14 +168,16 @@ def test_a_resumed_group_shares_its_prompt_again():
     assert [s.output_token_ids for s in group.sequences] == [drawn(0, i, 9, 17) for i in range(3)]
 
 
-def test_prefix_hit_starts_after_the_cached_blocks_and_leaves_one_token():
+def test_a_prefix_hit_may_end_inside_a_block_and_leaves_one_token_to_compute():
     scheduler = make_scheduler(caching=True)
     scheduler.add(request("a", 8, max_tokens=2))
     run(scheduler)
     group = scheduler.add(request("b", 8, max_tokens=2))
-    [chunk] = step(scheduler).chunks
-    assert (chunk.start, list(chunk.token_ids)) == (4, [4, 5, 6, 7]), "of two cached blocks one is computed again"
-    assert group.num_cached_tokens == 4
+    plan = step(scheduler)
+    [chunk] = plan.chunks
+    assert (chunk.start, list(chunk.token_ids)) == (7, [7]), "7 of 8 tokens are found in two blocks"
+    assert [copy.dst for copy in plan.copies] == [chunk.block_table[1]], "the second is copied, as its last is written"
+    assert group.num_cached_tokens == 7
     run(scheduler)
 
 

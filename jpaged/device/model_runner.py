@@ -59,6 +59,11 @@ from jpaged.models import ModelConfig
 from jpaged.request import MAX_LOGPROBS
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
+GPU_COMPILER_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+}
+"""Loops run inside CUDA graphs: otherwise every turn of one waits for the host to read whether there is another."""
+
 SCORE_ROWS = 64
 """Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
 
@@ -263,7 +268,8 @@ class ModelRunner:
     def _compile(self, key: tuple, pool_blocks: int) -> jax.stages.Compiled:
         precision = "highest" if self.dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision), jax.set_mesh(self.mesh):
-            return self._lower(key, pool_blocks).compile()
+            is_gpu = self.mesh.devices.flat[0].platform == "gpu"
+            return self._lower(key, pool_blocks).compile(compiler_options=GPU_COMPILER_OPTIONS if is_gpu else None)
 
     def _lower(self, key: tuple, pool_blocks: int) -> jax.stages.Lowered:
         kind, *sizes = key

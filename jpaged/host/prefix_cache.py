@@ -170,7 +170,7 @@ class PrefixCache:
     def check_invariants(self) -> None:
         """Assert that the three maps mirror each other."""
         assert len(self._blocks) == len(self._prefixes) == sum(map(len, self._children.values()))
-        assert all(siblings == sorted(siblings) for siblings in self._children.values())
+        assert all(siblings and siblings == sorted(siblings) for siblings in self._children.values())
         for block, prefix in self._prefixes.items():
             assert self._blocks[prefix.digest] == block
             assert 0 < len(prefix.tokens) <= TOKEN_BYTES * self.block_size

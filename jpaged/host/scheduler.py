@@ -582,10 +582,12 @@ class Scheduler:
         return Capacity(num_usable - num_pinned, num_pinned, block_size, self.max_model_len)
 
     def _num_common_blocks(self, pin: Request, request: Request) -> int:
-        """Full blocks that both prompts begin with."""
+        """Full blocks of a pin that a request shares."""
         if pin.prefix_salt != request.prefix_salt:
             return 0
-        return _common_len(pin.prompt_token_ids, request.prompt_token_ids) // self.blocks.block_size
+        # One token of the prompt is computed at least: a block that ends with it is copied, not shared.
+        common = _common_len(pin.prompt_token_ids, request.prompt_token_ids)
+        return min(common, len(request.prompt_token_ids) - 1) // self.blocks.block_size
 
     def _most_blocks(self, group: SequenceGroup) -> int:
         """Blocks that an unfinished group may come to need of its own."""
