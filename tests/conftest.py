@@ -18,3 +18,9 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--soak-steps", type=int, default=4000, help="steps of test_scheduler_soak.py: 4,000 or more, 100,000 by hand"
+    )
