@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
@@ -314,7 +317,9 @@ class Engine:
         if self.scheduler.has_unfinished:
             try:
                 plan = self.scheduler.schedule()
-                touched = self.scheduler.update(plan, self.runner.execute(plan))
+                result = self.runner.execute(plan)
+                with _interrupts_wait():
+                    touched = self.scheduler.update(plan, result)
             except BaseException:
                 self._to_collect |= self._groups
                 self.scheduler.forget_pool()
@@ -481,6 +486,23 @@ class Engine:
             host_cache_hit_tokens=blocks.host_hit_tokens,
             num_steps=scheduler.num_steps,
         )
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C take effect after the block: half of a step's bookkeeping could not be told from all of it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    pending: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _is_ranked(group: SequenceGroup) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import signal
 from functools import cache
 
 import hypothesis.strategies as st
@@ -625,6 +626,36 @@ def test_a_step_interrupted_while_its_tokens_are_taken_in_loses_none(monkeypatch
     monkeypatch.undo()
     assert engine.has_unfinished
     assert run(engine).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("method", ["_finish_reason", "finish", "_advance_beams", "_end_search"])
+def test_ctrl_c_while_a_step_is_taken_in_waits_until_it_is(monkeypatch, method):
+    def start() -> Engine:
+        engine = tiny_engine()
+        add(engine, "sample", [1, 2, 3], max_tokens=3, temperature=0, ignore_eos=True)
+        add(engine, "search", [1, 2, 3], max_tokens=3, temperature=0, ignore_eos=True, use_beam_search=True, n=2)
+        return engine
+
+    expected = {name: [o.token_ids for o in output.outputs] for name, output in run(start()).items()}
+    engine, finished, num_interrupts = start(), {}, 0
+    original = getattr(engine.scheduler, method)
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(engine.scheduler, method, interrupted)
+    while engine.has_unfinished:
+        try:
+            output = engine.step()
+        except KeyboardInterrupt:
+            num_interrupts += 1
+            output = engine.take()
+        finished |= {result.request_id: result for result in output.finished}
+        assert num_interrupts < 20
+    assert num_interrupts
+    assert {name: [o.token_ids for o in output.outputs] for name, output in finished.items()} == expected
+    assert engine.stats().num_used_blocks == 0
 
 
 def test_an_unseeded_request_that_is_refused_draws_no_seed():

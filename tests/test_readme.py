@@ -84,3 +84,55 @@ def test_measured_figures_are_those_of_the_result_files():
     limits = llama["limits"]
     assert f"({limits['read_bytes_per_s'] / 1e12:.2f} TB/s)" in README
     assert f"({limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s)" in README
+
+
+def _result(name: str) -> dict:
+    return json.loads((README_PATH.parent / "bench" / "results" / f"{name}.json").read_text())
+
+
+def _rows() -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:1] == "|"]
+
+
+def test_sharing_is_that_of_the_result_files():
+    measured, simulated = _result("sharing_demo_cpu"), _result("paper")["experiments"]["fig15"]["figures"]
+    ours = {figure["label"]: figure["ours"] for figure in simulated}
+    for trace in ("Alpaca", "ShareGPT"):
+        for kind, title, label in (("parallel", "samples", "n ="), ("beam", "beams", "beam width")):
+            figures = [f["percent"] for f in measured["traces"][trace]["figures"] if f["kind"] == kind]
+            in_traces = [ours[f"{trace}: {label} {width}"] for width in (2, 4, 6)]
+            cells = [" / ".join(f"{value:.1f}" for value in values) for values in (figures, in_traces)]
+            assert [row[2:] for row in _rows() if row[0] == f"{title}, {trace}"] == [cells]
+
+
+def test_pressure_is_that_of_the_result_files():
+    beams = _result("serving_llama3-8b_sharing_nvidia-h200")["figures"]["beam4_64x64_tokens_per_s"]
+    pressure = _result("serving_llama3-8b_pressure_nvidia-h200")["figures"]
+    rows = {row[0]: row[1:] for row in _rows()}
+    unit = "beam tokens/s"
+    expected = [f"{beams['value']:,.0f} {unit}", f"{beams['peer']:,} {unit}", f"{beams['ratio_to_peer']:.2f}"]
+    assert rows["64 prompts, beam width 4, 64 tokens"] == expected
+    assert rows["of plain decoding of as many rows"][0] == f"{beams['of_plain_percent']:.0f}%"
+    for name, title in (("swap", "throughput kept with 2,048 blocks, swap"), ("recompute", "recompute")):
+        kept = pressure[f"sharegpt1000_2048blocks_{name}_kept_percent"]
+        assert rows[title] == [f"{kept['value']:.1f}%", f"{kept['peer']}%", f"{kept['ratio_to_peer']:.2f}"]
+    swap = pressure["sharegpt1000_2048blocks_swap_tokens_per_s"]
+    to_host, from_host = (swap[name] / 2**30 for name in ("bytes_to_host", "bytes_from_host"))
+    said = (
+        f"With {swap['num_swaps_out']} swaps, {to_host:.0f} GiB went to the host and {from_host:.0f} GiB came back, "
+        f"spilled prefixes included, and steps waited {swap['transfer_stalled_s']:.2f} s of {swap['elapsed_s']:.0f} "
+    )
+    assert said in " ".join(README.split())
+
+
+def test_the_papers_figures_are_those_of_the_result_file():
+    experiments, rows = _result("paper")["experiments"], {row[0]: row[1:] for row in _rows()}
+    for title, experiment, label in (
+        ("KV memory that holds tokens, of the pool (figure 2)", "fig02", "jpaged: token states"),
+        ("sustained rate over Orca (Oracle), ShareGPT (figure 12)", "fig12", "ShareGPT: jpaged over Orca (Oracle)"),
+        ("behind a shared prefix of 80 tokens (figure 16)", "fig16", "1-shot (80 tokens): jpaged over Orca (Oracle)"),
+        ("of 341 tokens", "fig16", "5-shot (341 tokens): jpaged over Orca (Oracle)"),
+        ("chat (figure 17)", "fig17", "Chat: jpaged over Orca (Oracle)"),
+    ):
+        [ours] = [figure["ours"] for figure in experiments[experiment]["figures"] if figure["label"] == label]
+        assert rows[title][1] == (f"{ours:.1f}%" if experiment == "fig02" else f"{ours:.2f}x")
