@@ -323,14 +323,21 @@ class Scheduler:
     # Inside a step ------------------------------------------------------------------------------------------------
 
     def _make_way(self) -> None:
-        """Preempt groups of lower priority than the first in the queue, until it fits or none are left."""
+        """Preempt groups of lower priority than the first in the queue, if and while that is what it takes."""
         if not self._waiting:
             return
         first = self._waiting[0]
-        while self._running and self._running[-1].request.priority > first.request.priority:
-            if self._has_rows(first) and self._blocks_short(first, self._match(first)) <= 0:
-                return
-            self._preempt(self._running[-1])
+        lower = [group for group in self._running if group.request.priority > first.request.priority]
+        if not lower:
+            return
+        match = self._match(first)
+        num_rows = sum(group.num_rows for group in lower)
+        num_blocks = len({block for group in lower for block in self._blocks_of(group)})
+        if self._rows_short(first) > num_rows or self._blocks_short(first, match) > num_blocks:
+            return  # it would not help
+        while lower and (self._rows_short(first) > 0 or self._blocks_short(first, match) > 0):
+            self._preempt(lower.pop())
+            match = self._match(first)  # what was freed may have been part of it
 
     def _make_room(self) -> list[BlockCopy]:
         """Give every running sequence room for all its tokens, preempting from the back while blocks are short."""
@@ -381,7 +388,7 @@ class Scheduler:
             is_cheaper = is_swap_cheaper(
                 self.costs,
                 num_blocks_out=self.blocks.num_host_blocks_to_swap_out(seq_ids),
-                num_blocks_in=len({block for seq_id in seq_ids for block in self.blocks.block_table(seq_id)}),
+                num_blocks_in=len(self._blocks_of(group)),
                 num_tokens=sum(seq.num_computed for seq in members) - (len(members) - 1) * _num_shared(members),
             )
             if not is_cheaper:
@@ -423,7 +430,7 @@ class Scheduler:
             pool = self.blocks.num_free_blocks, self.blocks.num_cached_blocks
             if self._refused == (group, pool):
                 return  # no block was freed or published since: matching its prompt again would end the same way
-            if not self._has_rows(group) or (plan.budget == 0 and not group.is_swapped):
+            if self._rows_short(group) > 0 or (plan.budget == 0 and not group.is_swapped):
                 return
             match = self._match(group)
             if self._blocks_short(group, match) > 0:
@@ -553,8 +560,12 @@ class Scheduler:
         # Each keeps a token of its own to compute, to have its logits.
         return min(_num_shared(members), min(len(seq.token_ids) for seq in members) - 1)
 
-    def _has_rows(self, group: SequenceGroup) -> bool:
-        return sum(g.num_rows for g in self._running) + group.num_rows <= self.max_num_seqs
+    def _rows_short(self, group: SequenceGroup) -> int:
+        """Rows missing to start a group, 0 or less if it can start."""
+        return sum(g.num_rows for g in self._running) + group.num_rows - self.max_num_seqs
+
+    def _blocks_of(self, group: SequenceGroup) -> set[int]:
+        return {block for seq in group.running for block in self.blocks.block_table(seq.seq_id)}
 
     def _blocks_short(self, group: SequenceGroup, match: PrefixMatch) -> int:
         """Blocks missing to start the first group of the queue, 0 or less if it can start."""
