@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Self, TypedDict
 
 import numpy as np
 
@@ -66,9 +66,10 @@ class EngineStats:
         tokens_held: slots that hold a token of a running sequence, each counted once.
         internal_waste_percent: slots of used blocks that hold no token.
         saved_by_sharing_percent: blocks saved / blocks needed without sharing, over all steps so far (section 6.3).
-        num_copies_on_write: blocks copied because a sequence wrote to one that others share.
-        num_waiting, num_running: requests.
-        num_pinned_prefixes: prefixes that stay in the pool.
+        num_copies_on_write: blocks copied because a sequence was about to write to one that others, or the prefix
+            cache, rely on.
+        num_waiting, num_running: requests, and prefixes on their way to be pinned.
+        num_pinned_prefixes: prefixes that stay in the pool, or will once they are computed.
         num_preemptions: requests preempted, each time counted.
         num_swaps_out, num_swaps_in: those of them moved to the host pool, and back.
         bytes_to_host, bytes_from_host: moved between the pools, for swaps and for the prefix cache.
@@ -139,6 +140,10 @@ class Engine:
         num_host_blocks = runner.num_host_blocks
         if config.num_host_blocks is not None:
             num_host_blocks = min(config.num_host_blocks, num_host_blocks)
+        if config.host_memory_bytes is not None:
+            num_host_blocks = min(config.host_memory_bytes // runner.bytes_per_block, num_host_blocks)
+        if config.preemption == "swap" and num_host_blocks == 0:
+            raise ValueError("preemption='swap' needs a host pool, and the runner has none: build it with one")
         if num_host_blocks and config.preemption == "auto" and runner.costs is None:
             runner.measure_costs()
         self.blocks = BlockManager(
@@ -195,7 +200,8 @@ class Engine:
         """Queue a request made by ``make_request``; draws its seed if it has none."""
         if request.seed is None:
             request = dataclasses.replace(request, seed=int(self._random.integers(2**32)))
-        self._groups[request.request_id] = self.scheduler.add(request)
+        with _InterruptsWait():
+            self._groups[request.request_id] = self.scheduler.add(request)
 
     def pin(self, request_id: str, prefix: Prompt) -> list[int]:
         """Queue a prefix to be computed and kept in the pool until ``unpin``; it is there once ``is_pinned``.
@@ -210,7 +216,8 @@ class Engine:
             raise ValueError("enable_prefix_caching=False: a pinned prefix would never be found; turn it on")
         text, token_ids, salt = self._encode(prefix)
         params = SamplingParams(max_tokens=1)  # nothing is drawn
-        self.scheduler.pin(Request(request_id, text, token_ids, params, 0, salt))
+        with _InterruptsWait():
+            self.scheduler.pin(Request(request_id, text, token_ids, params, 0, salt))
         return token_ids
 
     def is_pinned(self, request_id: str) -> bool:
@@ -223,7 +230,8 @@ class Engine:
         Raises:
             ValueError: it is not pinned, or not any more.
         """
-        self.scheduler.unpin(request_id)
+        with _InterruptsWait():
+            self.scheduler.unpin(request_id)
 
     def abort(self, request_id: str) -> bool:
         """End a request now and free its blocks; its last deltas and its result wait for ``take``.
@@ -231,20 +239,27 @@ class Engine:
         Returns:
             False if it is unknown or has finished.
         """
-        group = self.scheduler.abort(request_id)
-        if group is None:
+        if request_id not in self._groups:
             return False
-        self._to_collect[request_id] = group
-        self._collect(group)
+        with _InterruptsWait():
+            group = self.scheduler.abort(request_id)
+            if group is None:
+                return False
+            self._to_collect[request_id] = group
+            self._collect(group)
         return True
 
     def forget(self, request_id: str) -> None:
         """End a request, if it is there, and keep nothing of it: nobody waits for its result."""
-        self.scheduler.abort(request_id)
-        self._to_collect.pop(request_id, None)
-        group = self._groups.pop(request_id, None)
-        for seq in group.sequences if group else ():
-            self._progress.pop(seq.seq_id, None)
+        group = self._groups.get(request_id)
+        if group is None:
+            return
+        with _InterruptsWait():
+            self.scheduler.abort(request_id)
+            self._to_collect.pop(request_id, None)
+            del self._groups[request_id]
+            for seq in group.sequences:
+                self._progress.pop(seq.seq_id, None)
 
     @property
     def has_unfinished(self) -> bool:
@@ -258,6 +273,11 @@ class Engine:
         if not isinstance(prompt, Mapping) or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
             raise ValueError(
                 f"prompt={prompt!r} is not valid: expected a string, {{'prompt': ...}} or {{'prompt_token_ids': [...]}}"
+            )
+        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown:
+            raise ValueError(
+                f"prompt has {sorted(unknown, key=str)}: expected prompt or prompt_token_ids, and cache_salt"
             )
         cache_salt = prompt.get("cache_salt")
         if cache_salt is not None and not isinstance(cache_salt, str):
@@ -313,21 +333,22 @@ class Engine:
         A step that fails or is interrupted costs the running requests a recomputation, and nobody a token. A request
         whose text cannot be made (its tokenizer raised) is forgotten.
         """
-        self._collect_all()  # what an interruption left
-        if self.scheduler.has_unfinished:
-            try:
-                plan = self.scheduler.schedule()
-                result = self.runner.execute(plan)
-                with _interrupts_wait():
+        with _InterruptsWait() as interrupts:
+            self._collect_all()  # what an error left
+            if self.scheduler.has_unfinished:
+                try:
+                    plan = self.scheduler.schedule()
+                    with interrupts.let_through():
+                        result = self.runner.execute(plan)
                     touched = self.scheduler.update(plan, result)
-            except BaseException:
-                self._to_collect |= self._groups
-                self.scheduler.forget_pool()
-                self.runner.forget_pool()
-                raise
-            self.scheduler.costs = self.runner.costs
-            self._to_collect |= {group.request.request_id: group for group in touched}
-        self._collect_all()
+                except BaseException:
+                    self._to_collect |= self._groups
+                    self.scheduler.forget_pool()
+                    self.runner.forget_pool()
+                    raise
+                self.scheduler.costs = self.runner.costs
+                self._to_collect |= {group.request.request_id: group for group in touched}
+            self._collect_all()
         return self.take()
 
     def take(self) -> StepOutput:
@@ -423,7 +444,7 @@ class Engine:
         cumulative_logprob, score = float(sum(scores.logprobs[row] for scores, row in seq.scores)), None
         if group.beam is not None:
             cumulative_logprob = seq.cumulative_logprob or 0.0
-            score = group.beam.score(cumulative_logprob, max(len(token_ids), 1))
+            score = group.beam.score(cumulative_logprob, max(len(token_ids), 1)) if seq.score is None else seq.score
         return CompletionOutput(
             index=seq.index,
             text="" if detokenizer is None else detokenizer.text,
@@ -488,21 +509,41 @@ class Engine:
         )
 
 
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Let Ctrl-C take effect after the block: half of a step's bookkeeping could not be told from all of it."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield
-        return
-    pending: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pending:
-        signal.raise_signal(signal.SIGINT)
+class _InterruptsWait:
+    """Lets Ctrl-C take effect after the block: half of a step's bookkeeping could not be told from all of it."""
+
+    def __init__(self) -> None:
+        self._before = signal.getsignal(signal.SIGINT)
+        # Only the main thread is interrupted, and only it may say how.
+        self._is_needed = threading.current_thread() is threading.main_thread() and self._before is not None
+        self._num_pending = 0
+
+    def __enter__(self) -> Self:
+        if self._is_needed:
+            signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_needed:
+            signal.signal(signal.SIGINT, self._before)
+            if self._num_pending:
+                signal.raise_signal(signal.SIGINT)
+
+    @contextmanager
+    def let_through(self) -> Iterator[None]:
+        """Let Ctrl-C take effect at once: of what runs here nothing is relied upon."""
+        if not self._is_needed:
+            yield
+            return
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self._num_pending = 0
+            self.__enter__()
+
+    def _remember(self, number: int, frame: object) -> None:
+        self._num_pending += 1
 
 
 def _is_ranked(group: SequenceGroup) -> bool:

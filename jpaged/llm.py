@@ -2,9 +2,11 @@
 
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from uuid import uuid4
 
 import jax
 import jax.numpy as jnp
@@ -258,7 +260,7 @@ class LLM:
         Closing the iterator aborts what is left. Several streams may be read in turns: they share every step.
 
         Raises:
-            ValueError: as ``generate``, when called, not when first read.
+            ValueError: as ``generate``, when called; when first read only if a prefix pinned since took the room.
         """
         requests = self._make_requests(prompts, sampling_params, priority)
         return self._stream(requests)
@@ -282,14 +284,14 @@ class LLM:
         Raises:
             ValueError: not a valid prompt, or it leaves too little room for requests under way.
         """
-        pin_id = f"pin {self._num_requests}"
-        token_ids = self.engine.pin(pin_id, prefix)
-        self._num_requests += 1
+        pin_id = f"pin {uuid4()}"  # no other LLM's handle is taken for it
         try:
+            token_ids = self.engine.pin(pin_id, prefix)
             while not self.engine.is_pinned(pin_id):
                 self._deliver(self.engine.step())
         except BaseException:
-            self.engine.unpin(pin_id)
+            with suppress(ValueError):  # it was refused
+                self.engine.unpin(pin_id)
             raise
         return PinnedPrefix(pin_id, len(token_ids))
 
@@ -325,7 +327,8 @@ class LLM:
             raise ValueError(
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: give one for all, or one each"
             )
-        priorities = priority if isinstance(priority, Sequence) else [priority] * len(prompts)
+        priority = 0 if priority is None else priority
+        priorities = priority if isinstance(priority, list | tuple) else [priority] * len(prompts)
         if len(priorities) != len(prompts):
             raise ValueError(f"{len(priorities)} priorities for {len(prompts)} prompts: give one for all, or one each")
         requests = []

@@ -14,7 +14,9 @@ MAX_STOP_STRINGS = 64
 MAX_N = 4096
 
 MAX_BEAM_WIDTH = 64
-"""Beams of one search at most: a step takes twice as many candidates from each of them."""
+
+MAX_BEAM_CANDIDATES = 512
+"""Continuations one search looks at in a step at most: width x (1 + stop tokens), and twice the width at least."""
 
 
 class FinishReason(enum.StrEnum):
@@ -48,8 +50,8 @@ class SamplingParams:
     Args:
         n: completions to return. The prompt is computed once and forked; completion i draws with
             ``derive_seed(seed, i)``.
-        best_of: completions to draw, of which the ``n`` of greatest cumulative log-probability are returned, best
-            first; with beam search the width of the beam. None is ``n``.
+        best_of: completions to draw, of which, if they are more than ``n``, the ``n`` of greatest cumulative
+            log-probability are returned, best first; with beam search the width of the beam. None is ``n``.
         use_beam_search: search for the ``n`` sequences of greatest score instead of drawing, as Hugging Face's
             ``generate(num_beams=best_of)``; see ``BeamSearchParams``. Needs ``temperature=0``.
         length_penalty: of beam search: a sequence's score is its log-probability / length ** length_penalty.
@@ -262,6 +264,7 @@ class BeamSearchParams:
             "beam_width", width, f"an integer from 1 to {MAX_BEAM_WIDTH}",
         )  # fmt: skip
         _require(_is_int(self.max_tokens), "max_tokens", self.max_tokens, "an integer of 1 or more")
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer of 1 or more")
         self.to_sampling_params()
 
     def to_sampling_params(self) -> SamplingParams:

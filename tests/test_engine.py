@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import signal
+import sys
 from functools import cache
 
 import hypothesis.strategies as st
@@ -486,6 +487,35 @@ def test_a_prefix_that_cannot_be_pinned_is_refused_and_changes_nothing(prefix, s
     assert run(engine)["a"].outputs[0].token_ids
 
 
+def test_a_search_with_more_candidates_than_a_step_looks_at_is_refused(monkeypatch):
+    engine = tiny_engine()
+    search = {"use_beam_search": True, "temperature": 0, "n": 4, "max_tokens": 2}
+    monkeypatch.setattr("jpaged.host.scheduler.MAX_BEAM_CANDIDATES", 16)
+    add(engine, "3 stop tokens", [1], ignore_eos=True, stop_token_ids=[4, 5, 6], **search)
+    with pytest.raises(ValueError, match=r"a beam of 4 with 4 stop tokens looks at 20 continuations .* at most 16"):
+        add(engine, "4 with end-of-sequence", [1], stop_token_ids=[4, 5, 6], **search)
+    assert run(engine).keys() == {"3 stop tokens"}
+
+
+def test_equal_pins_share_their_blocks_and_are_counted_once():
+    engine, prefix = tiny_engine(num_blocks=12), list(range(16))
+    for name in "abc":
+        engine.pin(name, {"prompt_token_ids": prefix})
+        engine.step()
+    assert engine.stats().num_used_blocks == 4
+    add(engine, "other", [20] * 4, max_tokens=24, temperature=0, ignore_eos=True)  # 7 blocks: all that are not pinned
+    while engine.has_unfinished:
+        engine.step()
+    with pytest.raises(ValueError, match=r"has 7 \(4 more are pinned\)"):
+        add(engine, "too long", [20] * 4, max_tokens=26, temperature=0, ignore_eos=True)
+
+
+def test_an_engine_that_must_swap_needs_a_runner_with_a_host_pool(monkeypatch):
+    monkeypatch.setattr(tiny_runner(), "num_host_blocks", 0)
+    with pytest.raises(ValueError, match="preemption='swap' needs a host pool"):
+        tiny_engine(preemption="swap")
+
+
 def test_a_prefix_is_not_pinned_where_a_request_under_way_needs_the_room():
     engine = tiny_engine(num_blocks=12)
     add(engine, "a", [1, 2, 3, 4], max_tokens=37, temperature=0, ignore_eos=True)  # 10 of 11 blocks in the end
@@ -579,9 +609,14 @@ def test_logprobs_are_the_models_own_and_ranked():
         ({"prompt_token_ids": [1]}, {"stop_token_ids": [99]}, "99"),
         ({"prompt_token_ids": [1]}, {"logit_bias": {99: 1.0}}, "99"),
         ({"prompt_token_ids": [1]}, {"best_of": 5}, "best_of=5 is more than max_num_seqs=4"),
-        ({"prompt_token_ids": [1]}, {"use_beam_search": True, "temperature": 0, "n": 5}, "n=5 is more than max_num"),
+        (
+            {"prompt_token_ids": [1]},
+            {"use_beam_search": True, "temperature": 0, "n": 5},
+            "beam width=5 is more than max_num_seqs=4",
+        ),
         ({"prompt_token_ids": [1], "prompt": "a"}, {}, "expected a string, "),
         ({"prompt": 5}, {}, "no tokenizer"),
+        ({"prompt_token_ids": [1], "cache_slat": "a"}, {}, r"prompt has \['cache_slat'\]: expected"),
         ({"prompt_token_ids": [1], "cache_salt": 5}, {}, "cache_salt=5"),
     ],
 )
@@ -628,34 +663,72 @@ def test_a_step_interrupted_while_its_tokens_are_taken_in_loses_none(monkeypatch
     assert run(engine).keys() == {"a", "b"}
 
 
-@pytest.mark.parametrize("method", ["_finish_reason", "finish", "_advance_beams", "_end_search"])
-def test_ctrl_c_while_a_step_is_taken_in_waits_until_it_is(monkeypatch, method):
-    def start() -> Engine:
-        engine = tiny_engine()
-        add(engine, "sample", [1, 2, 3], max_tokens=3, temperature=0, ignore_eos=True)
-        add(engine, "search", [1, 2, 3], max_tokens=3, temperature=0, ignore_eos=True, use_beam_search=True, n=2)
-        return engine
+class CtrlC:
+    """Interrupts a function when it comes to its ``number``-th line of the engine or the host half, over all calls."""
 
-    expected = {name: [o.token_ids for o in output.outputs] for name, output in run(start()).items()}
-    engine, finished, num_interrupts = start(), {}, 0
-    original = getattr(engine.scheduler, method)
+    def __init__(self, number: int):
+        self.number, self.num_lines = number, 0
 
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGINT)
-        return original(*args)
-
-    monkeypatch.setattr(engine.scheduler, method, interrupted)
-    while engine.has_unfinished:
+    def run(self, function):
+        sys.settrace(self._trace)
         try:
-            output = engine.step()
-        except KeyboardInterrupt:
-            num_interrupts += 1
-            output = engine.take()
-        finished |= {result.request_id: result for result in output.finished}
-        assert num_interrupts < 20
-    assert num_interrupts
-    assert {name: [o.token_ids for o in output.outputs] for name, output in finished.items()} == expected
+            return function()
+        finally:
+            sys.settrace(None)
+
+    def _trace(self, frame, event, argument):
+        name = frame.f_code.co_filename
+        if "/jpaged/host/" not in name and not name.endswith("/jpaged/engine.py"):
+            return None
+        if frame.f_code.co_name == "take":  # what was handed out and not received is lost, whoever it is
+            return None
+        if event == "line":
+            self.num_lines += 1
+            if self.num_lines == self.number:
+                signal.raise_signal(signal.SIGINT)
+        return self._trace
+
+
+def test_ctrl_c_on_whatever_line_of_a_step_changes_nothing():
+    """Two samples, a search and a swap, interrupted once: the same results, no block lost."""
+
+    def run_interrupted(number: int) -> tuple[dict, CtrlC, Engine]:
+        engine = tiny_engine(num_blocks=9, num_host_blocks=NUM_HOST_BLOCKS, preemption="swap")
+        add(engine, "samples", [1, 2, 3], n=2, seed=0, max_tokens=9, ignore_eos=True)
+        search = {"use_beam_search": True, "n": 2, "temperature": 0}
+        add(engine, "search", [1, 2, 4], max_tokens=9, ignore_eos=True, **search)
+        finished, ctrl_c, num_interrupts = {}, CtrlC(number), 0
+        while engine.has_unfinished:
+            try:
+                outputs = ctrl_c.run(engine.step).finished
+            except KeyboardInterrupt:
+                num_interrupts += 1
+                outputs = engine.take().finished
+            finished |= {output.request_id: [o.token_ids for o in output.outputs] for output in outputs}
+        engine.blocks.check_invariants()
+        assert engine.stats().num_used_blocks == engine.stats().num_host_used_blocks == 0
+        assert num_interrupts == (number > 0)
+        return finished, ctrl_c, engine
+
+    expected, ctrl_c, engine = run_interrupted(0)
+    assert engine.stats().num_swaps_in > 0
+    for number in range(1, ctrl_c.num_lines, ctrl_c.num_lines // 60):
+        assert run_interrupted(number)[0] == expected, number
+
+
+@pytest.mark.parametrize("end", ["abort", "forget", "unpin"])
+def test_a_pin_that_is_not_computed_yet_can_be_ended(end):
+    engine = tiny_engine()
+    engine.pin("p", {"prompt_token_ids": list(range(20))})
+    engine.step()
+    getattr(engine, end)("p")
+    if end != "unpin":  # they are for requests
+        assert not engine.take().deltas
+        engine.unpin("p")
+    assert not engine.is_pinned("p")
     assert engine.stats().num_used_blocks == 0
+    add(engine, "a", [1, 2], max_tokens=2, temperature=0)
+    assert run(engine).keys() == {"a"}
 
 
 def test_an_unseeded_request_that_is_refused_draws_no_seed():

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from jpaged import LLM, FinishReason, SamplingParams
+from jpaged import LLM, BeamSearchParams, FinishReason, PinnedPrefix, SamplingParams
 from jpaged.llm import DEMO_MODEL
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -137,6 +137,66 @@ def test_an_invalid_prompt_is_refused_before_any_work():
         with pytest.raises(ValueError, match="prompt"):
             generate(prompts)
     assert llm().stats().num_steps == steps
+
+
+def test_a_pinned_prefix_is_found_until_it_is_let_go():
+    prefix = "class Stack:\n    def push(self, item):\n"
+    pinned = llm().pin_prefix(prefix)
+    assert pinned.num_tokens == len(llm().tokenizer.encode(prefix))
+    assert llm().stats().num_pinned_prefixes == 1
+    ids = llm().tokenizer.encode(prefix)
+    [output] = generate({"prompt_token_ids": [*ids, *ids[:3]]})
+    assert output.num_cached_tokens == pinned.num_tokens
+    for foreign in ("class", PinnedPrefix("pin 0", 3)):
+        with pytest.raises(ValueError, match=r"expected what pin_prefix returned|is not pinned"):
+            llm().unpin(foreign)
+    llm().unpin(pinned)
+    with pytest.raises(ValueError, match="unpinned already"):
+        llm().unpin(pinned)
+
+
+def test_an_interrupted_pin_leaves_nothing(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm().engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm().pin_prefix("import os\n")
+    assert llm().stats().num_pinned_prefixes == 0
+
+
+def test_beam_search_returns_sequences_best_first_and_greedy_for_width_one():
+    prompts = ["import os\n", "def f(x):"]
+    found = llm().beam_search(prompts, BeamSearchParams(3, 12, ignore_eos=True), use_tqdm=False)
+    for output in found:
+        scores = [completion.score for completion in output.outputs]
+        assert scores == sorted(scores, reverse=True)
+        assert len({tuple(completion.token_ids) for completion in output.outputs}) == 3
+        for completion in output.outputs:
+            assert completion.score == pytest.approx(completion.cumulative_logprob / 12)
+    greedy = llm().beam_search(prompts, [BeamSearchParams(1, 12, ignore_eos=True)] * 2, use_tqdm=False)
+    assert [o.outputs[0].text for o in greedy] == [o.outputs[0].text for o in generate(prompts)]
+
+
+def test_a_streamed_search_yields_each_sequence_once_in_the_end():
+    params = BeamSearchParams(2, 6, ignore_eos=True).to_sampling_params()
+    deltas = list(llm().stream("def f(x):", params))
+    [output] = generate("def f(x):", params)
+    assert [(d.index, d.text, d.token_ids) for d in deltas] == [(o.index, o.text, o.token_ids) for o in output.outputs]
+
+
+@pytest.mark.parametrize(
+    ("params", "match"), [(SamplingParams(), "expected BeamSearchParams"), ([BeamSearchParams(2, 4)] * 2, "2 sampling")]
+)
+def test_beam_search_with_wrong_parameters_is_refused(params, match):
+    with pytest.raises(ValueError, match=match):
+        llm().beam_search("a", params)
+
+
+@pytest.mark.parametrize(("priority", "match"), [("high", "priority='high'"), ([1, 2], "2 priorities for 1 prompts")])
+def test_an_invalid_priority_is_refused(priority, match):
+    with pytest.raises(ValueError, match=match):
+        llm().generate(["a"], GREEDY, priority=priority, use_tqdm=False)
 
 
 def test_no_prompts_give_no_results():

@@ -10,6 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from jpaged.device.sampler import padded, top_k
 from jpaged.host.step_plan import BeamCandidates, BeamSelect
+from jpaged.request import MAX_BEAM_CANDIDATES, MAX_BEAM_WIDTH
+
+CANDIDATE_SIZES = (8, 32, 128, MAX_BEAM_CANDIDATES)
+"""Each is a program for each size of batch, compiled when first needed."""
 
 _Column = Array | np.ndarray  # numpy on the host, where make_beam_inputs builds it; Array under jit
 
@@ -50,15 +54,15 @@ class Candidates:
 def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: int) -> BeamInputs:
     """Lay searches out as padded numpy arrays, group i for ``beams[i]``.
 
-    There are as many groups as rows, and half as many beams in a group as ``num_candidates_of``: a search has no more,
-    and so a program serves every mixture of searches that asks for no more candidates.
+    There are as many groups as rows, and in each as many beams as a search of ``num_candidates_of`` can have: a program
+    serves every mixture of searches that asks for no more candidates.
 
     Args:
         beams: the searches; their beams' rows of logits follow one another.
         first_row: the first of these rows.
         num_rows: rows of the logits, padding included.
     """
-    shape = num_rows, num_candidates_of(beams) // 2
+    shape = num_rows, _most_beams(num_candidates_of(beams))
     group_rows, scores = np.full(shape, num_rows, np.int32), np.zeros(shape, np.float32)
     bias_rows, bias_ids = [], []
     assert all(2 * len(beam.chunks) <= beam.num_candidates for beam in beams), "two for each beam, at least"
@@ -82,7 +86,7 @@ def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: i
 
 def empty_beam_inputs(num_rows: int, num_candidates: int, num_biases: int) -> BeamInputs:
     """Inputs of the given sizes: what a program is compiled for."""
-    shape = num_rows, num_candidates // 2
+    shape = num_rows, _most_beams(num_candidates)
     return BeamInputs(
         np.zeros(shape, np.int32),
         np.zeros(shape, np.float32),
@@ -93,8 +97,14 @@ def empty_beam_inputs(num_rows: int, num_candidates: int, num_biases: int) -> Be
 
 
 def num_candidates_of(beams: Sequence[BeamSelect]) -> int:
-    """How many candidates to find for every search: what the widest asks for, up to a power of two."""
-    return 1 << (max(beam.num_candidates for beam in beams) - 1).bit_length()
+    """How many candidates to find for every search: what the widest asks for, up to one of a few sizes."""
+    wanted = max(beam.num_candidates for beam in beams)
+    return next(size for size in CANDIDATE_SIZES if size >= wanted)
+
+
+def _most_beams(num_candidates: int) -> int:
+    """A search has two candidates for each beam at least."""
+    return min(num_candidates // 2, MAX_BEAM_WIDTH)
 
 
 def beam_candidates(logits: Float[Array, "rows vocab"], inputs: BeamInputs, *, num_candidates: int) -> Candidates:

@@ -383,7 +383,8 @@ class ModelRunner:
         self._is_idle = plan.num_logit_rows > 0
         if self.host_pool is not None:
             self.host_pool.poll()
-            is_large = 2 * plan.num_tokens >= self.buckets[-1].num_tokens
+            num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
+            is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
             is_plain = was_idle and self._is_idle and not prompt_scores and self.num_programs == num_programs
             if is_large and is_plain:
                 self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - started)

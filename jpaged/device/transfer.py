@@ -37,7 +37,7 @@ _WEIGHT = 0.2  # of a new observation in a cost's average
 _MAX_GROWTH = 4.0  # a process that was stopped for a while must not make a cost a thousandfold
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Transfer:
     """Blocks of one step on their way in one direction. ``arrays`` are where they arrive."""
 
@@ -231,14 +231,21 @@ def block_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 
 def free_machine_bytes() -> int:
-    """Bytes of the machine's memory that programs may still take; all it has where the system does not say."""
+    """Bytes of the machine's memory, or of what a container may use of it, that a pool may take.
+
+    A tenth of what is free is left alone: loading and compiling take memory too.
+    """
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             name, _, amount = line.partition(":")
             if name == "MemAvailable":
-                return int(amount.split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+                free = int(amount.split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, max(int(limit.read_text()) - int(used.read_text()), 0))
+    return free * 9 // 10
 
 
 def has_host_pool(config: EngineConfig, *, is_on_cpu: bool) -> bool:

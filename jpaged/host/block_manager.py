@@ -149,7 +149,7 @@ class BlockManager:
 
     # Starting a sequence ------------------------------------------------------------------------------------------
 
-    def match_prefix(self, token_ids: Sequence[int], *, salt: bytes = b"") -> PrefixMatch:
+    def match_prefix(self, token_ids: Sequence[int], *, salt: bytes = b"", least_inside: int = 1) -> PrefixMatch:
         """Find the longest cached prefix of ``token_ids``, of either tier; change nothing.
 
         Its last block may be cached with other tokens after those that match. A model needs at least one token to
@@ -158,13 +158,14 @@ class BlockManager:
         Args:
             token_ids: what the sequence will hold.
             salt: only blocks published under the same salt match.
+            least_inside: tokens of a hit that ends inside a block, at least: it costs a copy, or a load.
 
         Returns:
             What ``reserve`` takes, valid until the next call that takes blocks. Empty when prefix caching is off.
         """
         if not self.enable_prefix_caching:
             return NO_MATCH
-        return self._tiers.match(token_ids, salt)
+        return self._tiers.match(token_ids, salt, least_inside)
 
     def num_fresh_blocks(self, num_tokens: int, match: PrefixMatch = NO_MATCH) -> int:
         """Count the free blocks that ``reserve`` needs, cached ones that no sequence holds included.
@@ -182,17 +183,19 @@ class BlockManager:
             copied={hit.block for hit in copied},
         )
 
-    def reserve(self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH) -> list[BlockCopy]:
+    def reserve(
+        self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, is_query: bool = True
+    ) -> list[BlockCopy]:
         """Start a sequence that holds ``num_tokens`` tokens, the first of them as ``match`` says.
 
         Device blocks are shared; one that matches only in part is copied, unless the sequence ends with the match.
         Host blocks are loaded into device blocks, which nothing may read or write before ``finish_transfers``.
-        Counts one query of the prefix cache (when caching is on), so retried admissions count once.
 
         Args:
             seq_id: a new name.
             num_tokens: tokens to hold, matched ones included.
             match: what ``match_prefix`` just found, or the first few hits of it.
+            is_query: count this as one query of the prefix cache (if caching is on).
 
         Returns:
             The copy to run, as for ``append``.
@@ -290,7 +293,8 @@ class BlockManager:
             OutOfBlocks: not enough free blocks; nothing has changed.
             ValueError: as ``append``.
         """
-        if len(appends) > 1:
+        most = sum(2 + num_tokens // self.block_size for _, num_tokens in appends)
+        if len(appends) > 1 and most > self._device.num_free:
             _require_free(self._device, self._num_blocks_to_append_all(appends))
         return [copy for seq_id, num_tokens in appends for copy in self.append(seq_id, num_tokens)]
 
@@ -307,6 +311,15 @@ class BlockManager:
                 writers[holding.blocks[-1]] += 1
         in_place = sum(1 < count == self._device.ref_counts[block] for block, count in writers.items())
         return needed - in_place
+
+    def num_blocks_freed_by(self, seq_ids: Iterable[Hashable]) -> int:
+        """Count the blocks that would be free if these sequences were gone: those that nobody else holds.
+
+        Raises:
+            ValueError: an unknown or swapped sequence.
+        """
+        holders = Counter(block for seq_id in seq_ids for block in self._held_by(seq_id).blocks)
+        return sum(self._device.ref_counts[block] == count for block, count in holders.items())
 
     def fork(self, parent_id: Hashable, child_id: Hashable) -> None:
         """Start ``child_id`` with everything ``parent_id`` holds, sharing every block, the partial last one too.
@@ -357,8 +370,8 @@ class BlockManager:
             num_computed: how many of them have their KV in the pool.
             salt: only a ``match_prefix`` with the same salt finds the blocks.
             include_partial: the sequence is about to be freed. Enter the last, partial block too, so that a later
-                prompt may match inside it, and read all tokens again: blocks that were left out, because others
-                held the entries, take the place of those that have been reused since.
+                prompt may match inside it; and enter blocks again that were left out because others held the
+                entries, in place of those that have been reused since.
 
         Raises:
             ValueError: an unknown or swapped ``seq_id``, ``num_computed`` beyond the tokens, or a salt that changed.
@@ -374,12 +387,15 @@ class BlockManager:
             raise ValueError(
                 f"salt={salt!r}: sequence {seq_id!r} shares or published blocks under {holding.prefix.salt!r}"
             )
+        if not self.enable_prefix_caching:
+            return
         num_full = num_computed // self.block_size
-        start, stop = holding.num_published, num_full * self.block_size
+        start, stop = holding.num_published, num_computed if include_partial else num_full * self.block_size
         prefix = holding.prefix or Prefix.empty(salt)
         if include_partial:
-            start, stop, prefix = 0, num_computed, Prefix.empty(salt)
-        if stop <= start * self.block_size or not self.enable_prefix_caching:
+            for link, block in zip(prefix.chain(), holding.blocks, strict=False):
+                self._device.cache.insert(link, block)
+        if stop <= start * self.block_size:
             return
         new_tokens = token_ids[start * self.block_size : stop]
         for index, tokens in enumerate(split_blocks(new_tokens, self.block_size), start):

@@ -234,7 +234,7 @@ class TwoTiers:
 
     # The prefix caches --------------------------------------------------------------------------------------------
 
-    def match(self, token_ids: Sequence[int], salt: bytes) -> PrefixMatch:
+    def match(self, token_ids: Sequence[int], salt: bytes, least_inside: int) -> PrefixMatch:
         """Find the longest cached start of ``token_ids``: full blocks, then perhaps the first tokens of one more.
 
         Each block is looked up on the device, then on the host.
@@ -242,7 +242,7 @@ class TwoTiers:
         hits: list[PrefixHit] = []
         prefix = Prefix.empty(salt)
         for tokens in split_blocks(token_ids, self.block_size):
-            hit = self._find(prefix.extend(tokens)) or self._find_inside(prefix, tokens)
+            hit = self._find(prefix.extend(tokens)) or self._find_inside(prefix, tokens, least_inside)
             if hit is not None:
                 hits.append(hit)
             if hit is None or hit.num_tokens < self.block_size:
@@ -286,10 +286,12 @@ class TwoTiers:
         block = self.host.cache.find(prefix)
         return None if block is None or self.is_storing(block) else PrefixHit(block, self.block_size, is_on_host=True)
 
-    def _find_inside(self, prefix: Prefix, tokens: bytes) -> PrefixHit | None:
-        """The block after ``prefix`` that starts with most of ``tokens``, if any with some; the device's on ties."""
+    def _find_inside(self, prefix: Prefix, tokens: bytes, least: int) -> PrefixHit | None:
+        """The block after ``prefix`` that starts with most of ``tokens``, ``least`` or more; the device's on ties."""
         on_device, num_on_device = self.device.cache.find_longest(prefix, tokens)
         on_host, num_on_host = self.host.cache.find_longest(prefix, tokens)
+        if max(num_on_device, num_on_host) < least:
+            return None
         if on_host is not None and num_on_host > num_on_device and not self.is_storing(on_host):
             return PrefixHit(on_host, num_on_host, is_on_host=True)
         return None if on_device is None else PrefixHit(on_device, num_on_device)

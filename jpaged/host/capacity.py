@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from jpaged.request import Request
+from jpaged.request import Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Capacity:
                 raise ValueError(f"{name}={value} is more than max_model_len={self.max_model_len}: lower it")
         wanted = 1 if params.max_tokens is None else min(params.max_tokens, room)
         if self.most_blocks(prompt_len, wanted, params.num_sequences) > self.num_blocks:
-            raise ValueError(self._never_fits(prompt_len, wanted, params.num_sequences))
+            raise ValueError(self._never_fits(prompt_len, wanted, params))
 
     def check_pin(self, prompt_len: int, others: Iterable[int]) -> None:
         """Raise ValueError if pinning so many tokens leaves too little for requests of so many blocks each."""
@@ -71,14 +71,22 @@ class Capacity:
     def num_covering(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _never_fits(self, prompt_len: int, max_tokens: int, num_sequences: int) -> str:
+    def _never_fits(self, prompt_len: int, max_tokens: int, params: SamplingParams) -> str:
+        name, num_sequences = width_name(params), params.num_sequences
         shared = prompt_len // self.block_size
         last = prompt_len + max_tokens - 1
         own = self.num_covering(last) - shared
         pinned = f" ({self.num_pinned} more are pinned)" if self.num_pinned else ""
         return (
             f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in the "
-            f"pool; in blocks of {self.block_size} that is {shared} full prompt blocks + n={num_sequences} x {own} "
-            f"more = {shared + num_sequences * own} blocks, and the pool has {self.num_blocks}{pinned}. Lower "
-            "max_tokens or n, or raise num_blocks or memory_fraction"
+            f"pool; in blocks of {self.block_size} that is {shared} full prompt blocks + {name}={num_sequences} x "
+            f"{own} more = {shared + num_sequences * own} blocks, and the pool has {self.num_blocks}{pinned}. Lower "
+            f"max_tokens or {name}, or raise num_blocks or memory_fraction"
         )
+
+
+def width_name(params: SamplingParams) -> str:
+    """What the caller knows the number of a request's sequences by."""
+    if params.use_beam_search:
+        return "beam width"
+    return "n" if params.best_of is None else "best_of"

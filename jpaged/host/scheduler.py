@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from jpaged.host.beam import BeamSearch
 from jpaged.host.block_manager import BlockManager, OutOfBlocks, PrefixMatch
-from jpaged.host.capacity import Capacity
+from jpaged.host.capacity import Capacity, width_name
 from jpaged.host.plan_builder import PlanBuilder
+from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 from jpaged.host.policies.preemption import choose_victim, is_swap_cheaper
 from jpaged.host.policies.scheduling import schedule_order
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.host.step_plan import BeamCandidates, BlockCopy, Costs, StepPlan, StepResult
-from jpaged.request import FinishReason, Request, derive_seed
+from jpaged.request import MAX_BEAM_CANDIDATES, FinishReason, Request, derive_seed
 
 WATERMARK = 0.01
 """Fraction of the pool an admission leaves free, so that running sequences can grow before anyone is preempted."""
@@ -104,12 +105,19 @@ class Scheduler:
         params = request.params
         self._check_new(request)
         if params.num_sequences > self.max_num_seqs:
-            name = "n" if params.best_of is None else "best_of"
+            name = width_name(request.params)
             raise ValueError(
                 f"{name}={params.num_sequences} is more than max_num_seqs={self.max_num_seqs}: "
                 f"lower {name} or raise max_num_seqs"
             )
         self._capacity(request).check(request)
+        stop_token_ids = self._stop_token_ids(request)
+        if params.use_beam_search and (1 + len(stop_token_ids)) * params.num_sequences > MAX_BEAM_CANDIDATES:
+            raise ValueError(
+                f"a beam of {params.num_sequences} with {len(stop_token_ids)} stop tokens looks at "
+                f"{(1 + len(stop_token_ids)) * params.num_sequences} continuations in a step: at most "
+                f"{MAX_BEAM_CANDIDATES} are taken; give a narrower beam or fewer stop_token_ids"
+            )
 
     def add(self, request: Request) -> SequenceGroup:
         """Queue a request, its seed settled. Raises what ``check`` raises, changing nothing."""
@@ -119,7 +127,7 @@ class Scheduler:
             max_tokens = self._capacity(request).most_tokens(prompt_len, params.num_sequences)
         else:
             max_tokens = min(params.max_tokens, self.max_model_len - prompt_len)
-        stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        stops = self._stop_token_ids(request)
         group = self._new_group(request, max_tokens, stops)
         if params.use_beam_search:
             group.beam = BeamSearch(params, max_tokens, stops)
@@ -128,8 +136,12 @@ class Scheduler:
         return group
 
     def abort(self, request_id: str) -> SequenceGroup | None:
-        """Finish a request now and free its blocks; None if it is unknown or already finished."""
+        """Finish a request now and free its blocks; None if it is unknown or already finished.
+
+        Of a beam search remain its live sequences as they are, not those that had finished.
+        """
         group = self._groups.get(request_id)
+        self._pins.pop(request_id, None)
         if group is not None:
             for seq in group.unfinished:
                 self.finish(group, seq, FinishReason.ABORT)
@@ -157,7 +169,7 @@ class Scheduler:
         """
         self._check_new(request)
         others = [self._most_blocks(group) for group in self._groups.values() if not group.is_pin]
-        self._capacity(None).check_pin(len(request.prompt_token_ids), others)
+        self._capacity(request).check_pin(len(request.prompt_token_ids), others)
         group = self._new_group(request, 0, frozenset())
         group.is_pin = True
         self._new_sequences(group, 1)
@@ -191,7 +203,7 @@ class Scheduler:
             self._num_preemptions += 1
         self._running.clear()
         for group in self._groups.values():
-            self._drop_blocks(group)
+            self._drop_blocks(group, is_trusted=False)
         self._loading.clear()
         for request_id, group in self._pins.items():
             if request_id not in self._groups:
@@ -216,6 +228,10 @@ class Scheduler:
             num_logical_blocks=self._num_logical_blocks,
             num_physical_blocks=self._num_physical_blocks,
         )
+
+    def _stop_token_ids(self, request: Request) -> frozenset[int]:
+        params = request.params
+        return frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self.eos_token_ids)
 
     def _check_new(self, request: Request) -> None:
         if request.request_id in self._groups or request.request_id in self._pins:
@@ -277,10 +293,16 @@ class Scheduler:
         if self._num_preemptions == num_preempted:
             self._admit(plan)
         self._num_steps += 1
-        self._num_logical_blocks += self.blocks.num_logical_blocks
-        self._num_physical_blocks += self.blocks.num_used_blocks
+        self._count_blocks()
         transfers = self.blocks.take_transfers()
         return plan.build(transfers.to_host, transfers.from_host)
+
+    def _count_blocks(self) -> None:
+        """Add this step's blocks to the sums; those that only pins hold are nobody's."""
+        pins = [pin.sequences[0].seq_id for name, pin in self._pins.items() if name not in self._groups]
+        num_pinned = sum(len(self.blocks.block_table(seq_id)) for seq_id in pins)
+        self._num_logical_blocks += self.blocks.num_logical_blocks - num_pinned
+        self._num_physical_blocks += self.blocks.num_used_blocks - self.blocks.num_blocks_freed_by(pins)
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Take in what the step of ``plan`` produced.
@@ -330,10 +352,12 @@ class Scheduler:
         lower = [group for group in self._running if group.request.priority > first.request.priority]
         if not lower:
             return
-        match = self._match(first)
         num_rows = sum(group.num_rows for group in lower)
-        num_blocks = len({block for group in lower for block in self._blocks_of(group)})
-        if self._rows_short(first) > num_rows or self._blocks_short(first, match) > num_blocks:
+        if self._rows_short(first) > num_rows:
+            return
+        match = self._match(first)
+        num_blocks = self.blocks.num_blocks_freed_by([seq.seq_id for group in lower for seq in group.running])
+        if self._blocks_short(first, match) > num_blocks:
             return  # it would not help
         while lower and (self._rows_short(first) > 0 or self._blocks_short(first, match) > 0):
             self._preempt(lower.pop())
@@ -385,11 +409,14 @@ class Scheduler:
         if self.preemption == "recompute" or self.blocks.num_host_blocks == 0:
             return False
         if self.preemption == "auto" and self.costs is not None:
+            # What others hold will still be there, whichever way the group comes back.
+            num_blocks = self.blocks.num_blocks_freed_by(seq_ids)
+            num_computed = sum(seq.num_computed for seq in members) - (len(members) - 1) * _num_shared(members)
             is_cheaper = is_swap_cheaper(
                 self.costs,
                 num_blocks_out=self.blocks.num_host_blocks_to_swap_out(seq_ids),
-                num_blocks_in=len(self._blocks_of(group)),
-                num_tokens=sum(seq.num_computed for seq in members) - (len(members) - 1) * _num_shared(members),
+                num_blocks_in=num_blocks,
+                num_tokens=min(num_computed, num_blocks * self.blocks.block_size),
             )
             if not is_cheaper:
                 return False
@@ -401,18 +428,18 @@ class Scheduler:
             seq.state = SequenceState.SWAPPED
         return True
 
-    def _drop_blocks(self, group: SequenceGroup) -> None:
+    def _drop_blocks(self, group: SequenceGroup, *, is_trusted: bool = True) -> None:
         """Free all that an unfinished group holds; it will compute its tokens again."""
         for seq in group.unfinished:
-            self._release(group, seq)
+            self._release(group, seq, is_trusted=is_trusted)
             seq.state, seq.num_computed = SequenceState.WAITING, 0
         group.fork_at = None
         if group.needs_prompt_scores:
             group.prompt_scores.clear()
 
-    def _release(self, group: SequenceGroup, seq: Sequence) -> None:
+    def _release(self, group: SequenceGroup, seq: Sequence, *, is_trusted: bool = True) -> None:
         """Free a sequence's blocks, if it holds any; what they contain can be found in the prefix cache."""
-        if seq.state is SequenceState.RUNNING:
+        if seq.state is SequenceState.RUNNING and is_trusted:
             self._publish(group, seq, include_partial=True)
         if seq.state.holds_blocks:
             self.blocks.free(seq.seq_id)
@@ -423,6 +450,7 @@ class Scheduler:
 
     def _admit(self, plan: PlanBuilder) -> None:
         """Start waiting groups in order while the rows, the pool and, for those to be computed, the budget allow."""
+        num_rows = self._num_rows
         while self._waiting:
             group = self._waiting[0]
             if group in self._preempted:
@@ -430,12 +458,13 @@ class Scheduler:
             pool = self.blocks.num_free_blocks, self.blocks.num_cached_blocks
             if self._refused == (group, pool):
                 return  # no block was freed or published since: matching its prompt again would end the same way
-            if self._rows_short(group) > 0 or (plan.budget == 0 and not group.is_swapped):
+            if num_rows + group.num_rows > self.max_num_seqs or (plan.budget == 0 and not group.is_swapped):
                 return
             match = self._match(group)
             if self._blocks_short(group, match) > 0:
                 self._refused = group, pool
                 return
+            num_rows += group.num_rows
             self._waiting.pop(0)
             insort(self._running, group, key=schedule_order)
             if group.is_swapped:
@@ -483,7 +512,11 @@ class Scheduler:
             return PrefixMatch()
         leader = group.unfinished[0]
         target = self._fork_len(group) if len(group.unfinished) > 1 else len(leader.token_ids)
-        return self.blocks.match_prefix(leader.token_ids[: target - 1], salt=group.request.prefix_salt)
+        return self.blocks.match_prefix(
+            leader.token_ids[: target - 1],
+            salt=group.request.prefix_salt,
+            least_inside=math.ceil(LEAST_HIT_INSIDE * self.blocks.block_size),
+        )
 
     def _compute(self, plan: PlanBuilder, group: SequenceGroup, seq: Sequence, num_tokens: int) -> None:
         plan.add(group, seq, num_tokens, self.blocks.block_table(seq.seq_id))
@@ -539,7 +572,7 @@ class Scheduler:
         match = self.blocks.match_prefix(seq.token_ids, salt=group.request.prefix_salt)
         assert match.num_tokens == seq.prompt_len
         assert not match.is_on_host
-        self.blocks.reserve(seq.seq_id, seq.prompt_len, match=match)
+        self.blocks.reserve(seq.seq_id, seq.prompt_len, match=match, is_query=False)
         del self._sequences[seq.seq_id]
         self._leave(group)
 
@@ -562,10 +595,11 @@ class Scheduler:
 
     def _rows_short(self, group: SequenceGroup) -> int:
         """Rows missing to start a group, 0 or less if it can start."""
-        return sum(g.num_rows for g in self._running) + group.num_rows - self.max_num_seqs
+        return self._num_rows + group.num_rows - self.max_num_seqs
 
-    def _blocks_of(self, group: SequenceGroup) -> set[int]:
-        return {block for seq in group.running for block in self.blocks.block_table(seq.seq_id)}
+    @property
+    def _num_rows(self) -> int:
+        return sum(group.num_rows for group in self._running)
 
     def _blocks_short(self, group: SequenceGroup, match: PrefixMatch) -> int:
         """Blocks missing to start the first group of the queue, 0 or less if it can start."""
@@ -587,7 +621,9 @@ class Scheduler:
     def _capacity(self, request: Request | None) -> Capacity:
         """The pool without what is pinned, but with what ``request`` would share of it."""
         block_size, num_usable = self.blocks.block_size, self.blocks.num_blocks - 1  # block 0 is padding
-        num_pinned = sum(-(-pin.prompt_len // block_size) for pin in self._pins.values())
+        settled = [pin.sequences[0].seq_id for name, pin in self._pins.items() if name not in self._groups]
+        num_pinned = len({block for seq_id in settled for block in self.blocks.block_table(seq_id)})
+        num_pinned += sum(-(-pin.prompt_len // block_size) for name, pin in self._pins.items() if name in self._groups)
         if request is not None and request.params.prompt_logprobs is None:
             num_pinned -= max((self._num_common_blocks(pin.request, request) for pin in self._pins.values()), default=0)
         return Capacity(num_usable - num_pinned, num_pinned, block_size, self.max_model_len)

@@ -35,7 +35,8 @@ class Sequence:
         prompt_len: how many of ``token_ids`` are the prompt.
         num_computed: leading tokens whose K/V are in the pool, counting those of the step being planned.
         scores: (scores, row) of each output token; read by whoever turns tokens into results. Empty in beam search.
-        cumulative_logprob, score: of beam search, once finished.
+        cumulative_logprob: of beam search: of the output tokens.
+        score: of beam search, once finished.
     """
 
     seq_id: int

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Sequence
 MAX_SPILLS_PER_STEP = 32
 """Cached blocks one step may save to the host tier; more are dropped, so that saving never delays a step for long."""
 
+LEAST_HIT_INSIDE = 0.25
+"""Of a block: a hit that ends inside one costs a copy or a load, which fewer tokens are not worth."""
+
 
 def order_release(block_table: Sequence[int]) -> Iterable[int]:
     """The order in which a finished sequence's blocks enter the free queue: tail first."""
