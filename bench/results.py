@@ -16,9 +16,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def current_commit() -> str:
-    """The checkout's commit, marked if files differ from it."""
+    """The checkout's commit, marked if files other than results differ from it."""
     try:
-        commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + (" with changes" if changed else "")

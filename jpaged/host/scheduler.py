@@ -12,7 +12,7 @@ from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 from jpaged.host.policies.preemption import choose_victim, is_swap_cheaper
 from jpaged.host.policies.scheduling import schedule_order
-from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState, common_len, num_shared_tokens
 from jpaged.host.step_plan import BeamCandidates, BlockCopy, Costs, StepPlan, StepResult
 from jpaged.request import MAX_BEAM_CANDIDATES, FinishReason, Request, derive_seed
 
@@ -283,7 +283,7 @@ class Scheduler:
         self._make_way()
         num_preempted = self._num_preemptions
         plan = PlanBuilder(self.max_num_batched_tokens, self._make_room())
-        feeds = [(group, seq, target - seq.num_computed) for group in self._running for seq, target in _targets(group)]
+        feeds = [(group, seq, target - seq.num_computed) for group in self._running for seq, target in group.targets()]
         for group, seq, num_tokens in feeds:
             if num_tokens == 1:
                 self._compute(plan, group, seq, num_tokens)
@@ -381,7 +381,7 @@ class Scheduler:
     def _append(self, group: SequenceGroup) -> list[BlockCopy] | None:
         """Give each of the group's sequences the room it still misses; None, and nothing, when blocks are short."""
         missing = []
-        for seq, target in _targets(group):
+        for seq, target in group.targets():
             num_tokens = target - self.blocks.num_tokens(seq.seq_id)
             if num_tokens > 0:
                 missing.append((seq.seq_id, num_tokens))
@@ -392,8 +392,7 @@ class Scheduler:
 
     def _preempt(self, group: SequenceGroup) -> None:
         """Take all device blocks from a group and queue it (PagedAttention, section 4.5)."""
-        assert group is self._running[-1]
-        self._running.pop()
+        self._running.remove(group)
         if self._swap_out(group):
             self._num_swaps_out += 1
         else:
@@ -411,7 +410,7 @@ class Scheduler:
         if self.preemption == "auto" and self.costs is not None:
             # What others hold will still be there, whichever way the group comes back.
             num_blocks = self.blocks.num_blocks_freed_by(seq_ids)
-            num_computed = sum(seq.num_computed for seq in members) - (len(members) - 1) * _num_shared(members)
+            num_computed = sum(seq.num_computed for seq in members) - (len(members) - 1) * num_shared_tokens(members)
             is_cheaper = is_swap_cheaper(
                 self.costs,
                 num_blocks_out=self.blocks.num_host_blocks_to_swap_out(seq_ids),
@@ -484,7 +483,7 @@ class Scheduler:
     def _start(self, plan: PlanBuilder, group: SequenceGroup, match: PrefixMatch) -> None:
         """Give a group's leader its blocks and its first chunk; the others wait for the tokens they share."""
         leader, *others = group.unfinished
-        group.fork_at = self._fork_len(group) if others else None
+        group.fork_at = group.fork_len() if others else None
         leader.state = SequenceState.LOADING if match.is_on_host else SequenceState.RUNNING
         for seq in others:
             seq.state = SequenceState.UNFORKED
@@ -511,7 +510,7 @@ class Scheduler:
         if group.needs_prompt_scores or group.is_swapped:
             return PrefixMatch()
         leader = group.unfinished[0]
-        target = self._fork_len(group) if len(group.unfinished) > 1 else len(leader.token_ids)
+        target = group.fork_len() if len(group.unfinished) > 1 else len(leader.token_ids)
         return self.blocks.match_prefix(
             leader.token_ids[: target - 1],
             salt=group.request.prefix_salt,
@@ -585,14 +584,6 @@ class Scheduler:
 
     # Arithmetic ---------------------------------------------------------------------------------------------------
 
-    def _fork_len(self, group: SequenceGroup) -> int:
-        """Tokens the leader computes for all of a group: the prompt, or when it comes back, all they have in common."""
-        members = group.unfinished
-        if members[0].num_outputs == 0:
-            return group.prompt_len
-        # Each keeps a token of its own to compute, to have its logits.
-        return min(_num_shared(members), min(len(seq.token_ids) for seq in members) - 1)
-
     def _rows_short(self, group: SequenceGroup) -> int:
         """Rows missing to start a group, 0 or less if it can start."""
         return self._num_rows + group.num_rows - self.max_num_seqs
@@ -610,7 +601,7 @@ class Scheduler:
             # One more for each, to write its next token.
             needed = self.blocks.num_blocks_to_swap_in(held) + (len(held) if self._running else 0)
         else:
-            leader, shared = members[0], self._fork_len(group)
+            leader, shared = members[0], group.fork_len()
             target = shared if len(members) > 1 else len(leader.token_ids)
             lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
             capacity = self._capacity(None)
@@ -633,41 +624,10 @@ class Scheduler:
         if pin.prefix_salt != request.prefix_salt:
             return 0
         # One token of the prompt is computed at least: a block that ends with it is copied, not shared.
-        common = _common_len(pin.prompt_token_ids, request.prompt_token_ids)
+        common = common_len(pin.prompt_token_ids, request.prompt_token_ids)
         return min(common, len(request.prompt_token_ids) - 1) // self.blocks.block_size
 
     def _most_blocks(self, group: SequenceGroup) -> int:
         """Blocks that an unfinished group may come to need of its own."""
         capacity = self._capacity(None)
         return capacity.most_blocks(group.prompt_len, group.max_tokens, group.request.params.num_sequences)
-
-
-def _targets(group: SequenceGroup) -> list[tuple[Sequence, int]]:
-    """The group's running sequences, and how many tokens of each to bring into the pool now.
-
-    A leader stops at what its siblings share until they have forked. Beams feed their last token all in one step, since
-    it takes the logits of all to choose among them: those that come back sooner wait for the others.
-    """
-    if group.fork_at is not None:
-        return [(seq, group.fork_at) for seq in group.running]
-    is_held_back = group.beam is not None and len(group.sequences) > 1 and not _is_abreast(group)
-    return [(seq, len(seq.token_ids) - is_held_back) for seq in group.running]
-
-
-def _is_abreast(group: SequenceGroup) -> bool:
-    """Whether every beam has just its last token to compute."""
-    return all(len(seq.token_ids) - seq.num_computed == 1 for seq in group.sequences)
-
-
-def _num_shared(members: list[Sequence]) -> int:
-    """Tokens that all sequences begin with."""
-    first, *others = (seq.token_ids for seq in members)
-    return min((_common_len(first, other) for other in others), default=len(first))
-
-
-def _common_len(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:
-        return length
-    return next(i for i in range(length) if a[i] != b[i])

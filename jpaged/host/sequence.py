@@ -123,3 +123,37 @@ class SequenceGroup:
         if self.request.params.prompt_logprobs is None:
             return False
         return sum(len(piece.logprobs) for piece in self.prompt_scores) < self.prompt_len - 1
+
+    def targets(self) -> list[tuple[Sequence, int]]:
+        """The running sequences, and how many tokens of each to bring into the pool now.
+
+        A leader stops at what its siblings share until they have forked. Beams feed their last token all in one step,
+        since it takes the logits of all to choose among them: those that come back sooner wait for the others.
+        """
+        if self.fork_at is not None:
+            return [(seq, self.fork_at) for seq in self.running]
+        is_search = self.beam is not None and len(self.sequences) > 1
+        is_held_back = is_search and any(len(seq.token_ids) - seq.num_computed > 1 for seq in self.sequences)
+        return [(seq, len(seq.token_ids) - is_held_back) for seq in self.running]
+
+    def fork_len(self) -> int:
+        """Tokens the leader computes for all: the prompt, or when the group comes back, all they have in common."""
+        members = self.unfinished
+        if members[0].num_outputs == 0:
+            return self.prompt_len
+        # Each keeps a token of its own to compute, to have its logits.
+        return min(num_shared_tokens(members), min(len(seq.token_ids) for seq in members) - 1)
+
+
+def num_shared_tokens(sequences: list[Sequence]) -> int:
+    """Tokens that all sequences begin with."""
+    first, *others = (seq.token_ids for seq in sequences)
+    return min((common_len(first, other) for other in others), default=len(first))
+
+
+def common_len(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])
