@@ -394,7 +394,8 @@ class BlockManager:
         prefix = holding.prefix or Prefix.empty(salt)
         if include_partial:
             for link, block in zip(prefix.chain(), holding.blocks, strict=False):
-                self._device.cache.insert(link, block)
+                if block not in self._device.cache:
+                    self._device.cache.insert(link, block)
         if stop <= start * self.block_size:
             return
         new_tokens = token_ids[start * self.block_size : stop]
