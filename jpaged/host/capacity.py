@@ -44,7 +44,7 @@ class Capacity:
         """Raise ValueError if pinning so many tokens leaves too little for requests of so many blocks each."""
         if prompt_len > self.max_model_len:
             raise ValueError(f"the prefix has {prompt_len} tokens, max_model_len is {self.max_model_len}: shorten it")
-        num_blocks = self.num_covering(prompt_len)
+        num_blocks = num_blocks_covering(prompt_len, self.block_size)
         most = max(others, default=1)
         if num_blocks + most > self.num_blocks:
             raise ValueError(
@@ -55,7 +55,7 @@ class Capacity:
 
     def most_blocks(self, prompt_len: int, max_tokens: int, num_sequences: int) -> int:
         """Blocks of a group whose sequences all reach ``max_tokens``; the last token drawn is never fed back."""
-        return self.forked_blocks(prompt_len, [prompt_len + max_tokens - 1] * num_sequences)
+        return num_forked_blocks(prompt_len, [prompt_len + max_tokens - 1] * num_sequences, self.block_size)
 
     def most_tokens(self, prompt_len: int, num_sequences: int) -> int:
         """Output tokens each of a group's sequences can reach alone in the pool, within the model's context."""
@@ -63,19 +63,11 @@ class Capacity:
         blocks_each = shared + (self.num_blocks - shared) // num_sequences
         return min(self.max_model_len - prompt_len, blocks_each * self.block_size - prompt_len + 1)
 
-    def forked_blocks(self, shared_len: int, lens: list[int]) -> int:
-        """Blocks of sequences of these lengths that share their first tokens: full shared blocks count once."""
-        shared = shared_len // self.block_size
-        return shared + sum(self.num_covering(n) - shared for n in lens)
-
-    def num_covering(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
     def _never_fits(self, prompt_len: int, max_tokens: int, params: SamplingParams) -> str:
         name, num_sequences = width_name(params), params.num_sequences
         shared = prompt_len // self.block_size
         last = prompt_len + max_tokens - 1
-        own = self.num_covering(last) - shared
+        own = num_blocks_covering(last, self.block_size) - shared
         pinned = f" ({self.num_pinned} more are pinned)" if self.num_pinned else ""
         return (
             f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in the "
@@ -83,6 +75,17 @@ class Capacity:
             f"{own} more = {shared + num_sequences * own} blocks, and the pool has {self.num_blocks}{pinned}. Lower "
             f"max_tokens or {name}, or raise num_blocks or memory_fraction"
         )
+
+
+def num_blocks_covering(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold so many tokens."""
+    return -(-num_tokens // block_size)
+
+
+def num_forked_blocks(shared_len: int, lens: list[int], block_size: int) -> int:
+    """Blocks of sequences of these lengths that share their first tokens: full shared blocks count once."""
+    shared = shared_len // block_size
+    return shared + sum(num_blocks_covering(num_tokens, block_size) - shared for num_tokens in lens)
 
 
 def width_name(params: SamplingParams) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jpaged.host.beam import BeamSearch
-from jpaged.host.block_manager import BlockManager, OutOfBlocks, PrefixMatch
-from jpaged.host.capacity import Capacity, width_name
+from jpaged.host.block_manager import NO_MATCH, BlockManager, OutOfBlocks, PrefixMatch
+from jpaged.host.capacity import Capacity, num_blocks_covering, num_forked_blocks, width_name
 from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 from jpaged.host.policies.preemption import choose_victim, is_swap_cheaper
@@ -181,6 +181,11 @@ class Scheduler:
         """Whether the blocks of a pin are in the pool."""
         return request_id in self._pins and request_id not in self._groups
 
+    @property
+    def _pinned_seq_ids(self) -> list[int]:
+        """The sequences that hold the blocks of pins."""
+        return [pin.sequences[0].seq_id for request_id, pin in self._pins.items() if self.is_pinned(request_id)]
+
     def unpin(self, request_id: str) -> None:
         """Let go of a pin's blocks, which stay in the prefix cache; end its computation if it is still under way.
 
@@ -206,7 +211,7 @@ class Scheduler:
             self._drop_blocks(group, is_trusted=False)
         self._loading.clear()
         for request_id, group in self._pins.items():
-            if request_id not in self._groups:
+            if self.is_pinned(request_id):
                 self.blocks.free(group.sequences[0].seq_id)
                 self._enqueue(group)
         self.blocks.forget_all()
@@ -299,7 +304,7 @@ class Scheduler:
 
     def _count_blocks(self) -> None:
         """Add this step's blocks to the sums; those that only pins hold are nobody's."""
-        pins = [pin.sequences[0].seq_id for name, pin in self._pins.items() if name not in self._groups]
+        pins = self._pinned_seq_ids
         num_pinned = sum(len(self.blocks.block_table(seq_id)) for seq_id in pins)
         self._num_logical_blocks += self.blocks.num_logical_blocks - num_pinned
         self._num_physical_blocks += self.blocks.num_used_blocks - self.blocks.num_blocks_freed_by(pins)
@@ -508,7 +513,7 @@ class Scheduler:
     def _match(self, group: SequenceGroup) -> PrefixMatch:
         """What the prefix cache has of what the group's leader must compute; one token is always left to compute."""
         if group.needs_prompt_scores or group.is_swapped:
-            return PrefixMatch()
+            return NO_MATCH
         leader = group.unfinished[0]
         target = group.fork_len() if len(group.unfinished) > 1 else len(leader.token_ids)
         return self.blocks.match_prefix(
@@ -604,17 +609,17 @@ class Scheduler:
             leader, shared = members[0], group.fork_len()
             target = shared if len(members) > 1 else len(leader.token_ids)
             lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
-            capacity = self._capacity(None)
-            to_grow = capacity.forked_blocks(shared, lens) - capacity.num_covering(target)
+            block_size = self.blocks.block_size
+            to_grow = num_forked_blocks(shared, lens, block_size) - num_blocks_covering(target, block_size)
             needed = self.blocks.num_fresh_blocks(target, match) + to_grow
         return needed + watermark - self.blocks.num_free_blocks
 
     def _capacity(self, request: Request | None) -> Capacity:
         """The pool without what is pinned, but with what ``request`` would share of it."""
         block_size, num_usable = self.blocks.block_size, self.blocks.num_blocks - 1  # block 0 is padding
-        settled = [pin.sequences[0].seq_id for name, pin in self._pins.items() if name not in self._groups]
-        num_pinned = len({block for seq_id in settled for block in self.blocks.block_table(seq_id)})
-        num_pinned += sum(-(-pin.prompt_len // block_size) for name, pin in self._pins.items() if name in self._groups)
+        num_pinned = len({block for seq_id in self._pinned_seq_ids for block in self.blocks.block_table(seq_id)})
+        queued = (pin for request_id, pin in self._pins.items() if request_id in self._groups)
+        num_pinned += sum(num_blocks_covering(pin.prompt_len, block_size) for pin in queued)
         if request is not None and request.params.prompt_logprobs is None:
             num_pinned -= max((self._num_common_blocks(pin.request, request) for pin in self._pins.values()), default=0)
         return Capacity(num_usable - num_pinned, num_pinned, block_size, self.max_model_len)
