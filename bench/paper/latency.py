@@ -1,7 +1,7 @@
 """Experiments on latency over request rate: figures 12, 16 and 17."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,13 @@ class Panel:
             (self.title, system.name): partial(sweep_rates, system, traces, self.first_rates[system.name])
             for system in (*systems, self.ours)
         }
+
+
+def panel_tasks(
+    panels: Sequence[Panel], systems: tuple[System, ...], scale: float
+) -> dict[tuple[str, str], Callable[[], Sweep]]:
+    """The tasks of all panels, each with the same baselines."""
+    return {key: task for panel in panels for key, task in panel.tasks(systems, scale).items()}
 
 
 def ratio_rows(results: Mapping[Any, Sweep], title: str, papers: Mapping[str, Paper]) -> list[Row]:
@@ -131,15 +138,10 @@ _BASIC = (
 )
 
 
-def _basic_tasks(scale: float) -> dict[tuple[str, str], Callable[[], Sweep]]:
-    systems = (FasterTransformer(), *ORCAS)
-    return {key: task for panel in _BASIC for key, task in panel.tasks(systems, scale).items()}
-
-
 FIG12 = Experiment(
     "fig12",
     "Latency over request rate, one sequence a request",
-    _basic_tasks,
+    partial(panel_tasks, _BASIC, (FasterTransformer(), *ORCAS)),
     partial(
         _report,
         {
@@ -182,15 +184,10 @@ _PREFIXES = (
 )
 
 
-def _prefix_tasks(scale: float) -> dict[tuple[str, str], Callable[[], Sweep]]:
-    oracle = (Orca(Reservation.ORACLE),)
-    return {key: task for panel in _PREFIXES for key, task in panel.tasks(oracle, scale).items()}
-
-
 FIG16 = Experiment(
     "fig16",
     "Latency over request rate behind a shared prefix, LLaMA-13B",
-    _prefix_tasks,
+    partial(panel_tasks, _PREFIXES, (Orca(Reservation.ORACLE),)),
     partial(
         _report,
         {_PREFIXES[0].title: {"Orca (Oracle)": 1.67}, _PREFIXES[1].title: {"Orca (Oracle)": 3.58}},

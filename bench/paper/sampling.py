@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.paper.beams import DEFAULT_CANDIDATES, CandidateModel
 from bench.paper.experiment import Experiment, Paper, Report, Row
-from bench.paper.latency import ORCAS, SETTING, Panel, draw_panels, rate_table, ratio_rows, sweep_data
+from bench.paper.latency import ORCAS, SETTING, Panel, draw_panels, panel_tasks, rate_table, ratio_rows, sweep_data
 from bench.paper.memory import DATASETS, Load
 from bench.paper.paged import Paged
 from bench.paper.plots import add_legend, draw_bars
@@ -32,10 +32,6 @@ _PANELS = tuple(_panel(decoding) for decoding in DECODINGS)
 _GAINS: Mapping[str, Paper] = {"beam width 6": 2.3}
 
 
-def _latency_tasks(scale: float) -> dict[tuple[str, str], Callable[[], Sweep]]:
-    return {key: task for panel in _PANELS for key, task in panel.tasks(ORCAS, scale).items()}
-
-
 def _report_latency(results: Mapping[Any, Sweep]) -> Report:
     rows = [
         row
@@ -56,7 +52,9 @@ def _report_latency(results: Mapping[Any, Sweep]) -> Report:
     )
 
 
-FIG14 = Experiment("fig14", "Latency over request rate, samples and beams", _latency_tasks, _report_latency)
+FIG14 = Experiment(
+    "fig14", "Latency over request rate, samples and beams", partial(panel_tasks, _PANELS, ORCAS), _report_latency
+)
 
 
 # Figure 15 ------------------------------------------------------------------------------------------------------------
