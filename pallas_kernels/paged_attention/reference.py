@@ -6,7 +6,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, read_kv
+from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, read_kv, read_kv_scales
 
 
 def attend_reference(
@@ -22,6 +22,7 @@ def attend_reference(
     soft_cap: float | None,
     alibi_slopes: Float[Array, " num_heads"] | None,
     sinks: Float[Array, " num_heads"] | None,
+    kv_scales: KvScales | None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``.
 
@@ -30,7 +31,7 @@ def attend_reference(
     Raises:
         NotImplementedError: an argument is being traced.
     """
-    if any(isinstance(x, Tracer) for x in (q, pool, block_tables, kv_lens, cu_q_lens, alibi_slopes, sinks)):
+    if any(isinstance(x, Tracer) for x in (q, pool, block_tables, kv_lens, cu_q_lens, alibi_slopes, sinks, kv_scales)):
         raise NotImplementedError(
             "the reference loops over lengths that it must know: call it outside jit, or use 'xla'"
         )
@@ -50,7 +51,7 @@ def attend_reference(
         visible = kv_pos <= q_pos
         if sliding_window is not None:
             visible &= kv_pos > q_pos - sliding_window
-        keys, values = _context(pool, layer, tables[row], kv_len)
+        keys, values = _context(pool, kv_scales, layer, tables[row], kv_len)
         seen = visible.any(axis=0)[:, None]  # what lies behind the window may be anything, NaN too
         keys, values = np.where(seen, keys, 0), np.where(seen, values, 0)
 
@@ -74,7 +75,14 @@ def attend_reference(
     return jnp.asarray(out).astype(q.dtype)
 
 
-def _context(pool: BlockPool, layer: int, table: np.ndarray, kv_len: int) -> tuple[np.ndarray, np.ndarray]:
+def _context(
+    pool: BlockPool, kv_scales: KvScales | None, layer: int, table: np.ndarray, kv_len: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The first ``kv_len`` keys and values of a sequence, each [num_kv_heads, kv_len, head_dim] float32."""
-    keys, values = read_kv(pool, layer, jnp.asarray(table[None]))
-    return np.asarray(keys[0, :, :kv_len], np.float32), np.asarray(values[0, :, :kv_len], np.float32)
+    blocks = jnp.asarray(table[None])
+    keys, values = (np.asarray(x[0, :, :kv_len], np.float32) for x in read_kv(pool, layer, blocks))
+    if kv_scales is None:
+        return keys, values
+    scales = read_kv_scales(kv_scales, layer, blocks, block_size_of(pool))
+    k_scales, v_scales = (np.asarray(x[0, :, :kv_len, None]) for x in scales)
+    return keys * k_scales, values * v_scales

@@ -14,13 +14,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.block_pool import BlockPool, block_size_of, num_kv_heads_of, read_kv
+from pallas_kernels.block_pool import (
+    BlockPool,
+    KvScales,
+    block_size_of,
+    is_quantized,
+    num_kv_heads_of,
+    read_kv,
+    read_kv_scales,
+)
 
 LEAST = -1e30
 """Where the largest score starts: finite, so that one less minus infinity, of a slot not seen, is not NaN."""
 
 PREFILL_TILE = 64
 CHUNK_TOKENS = 128
+
+
+class Cache(NamedTuple):
+    """One layer of the pool."""
+
+    pool: BlockPool
+    kv_scales: KvScales | None
+    layer: int | Int[Array, ""]
 
 
 class Scoring(NamedTuple):
@@ -96,6 +112,7 @@ def attend_xla(
     soft_cap: float | None,
     alibi_slopes: Float[Array, " num_heads"] | None,
     sinks: Float[Array, " num_heads"] | None,
+    kv_scales: KvScales | None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``."""
     if 0 in q.shape or 0 in block_tables.shape:
@@ -107,13 +124,14 @@ def attend_xla(
         return None if x is None else x.astype(jnp.float32).reshape(num_kv_heads, -1)
 
     grouped_q = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    cache = Cache(pool, kv_scales, layer)
     scoring = Scoring(sm_scale, sliding_window, soft_cap, split_heads(alibi_slopes))
     q_lens = jnp.diff(cu_q_lens)
 
     def attend(is_attended: Bool[Array, " num_seqs"], max_queries: int, tile_len: int) -> Array:
         rows = Rows(block_tables, kv_lens, cu_q_lens, jnp.where(is_attended, q_lens, 0))
         tiles = _pack(grouped_q, rows, max_queries, tile_len)
-        out = _attend_tiles(tiles, rows, pool, layer, scoring, split_heads(sinks))
+        out = _attend_tiles(tiles, rows, cache, scoring, split_heads(sinks))
         return _unpack(out, tiles, rows, num_tokens).reshape(q.shape).astype(q.dtype)
 
     if num_tokens <= num_seqs:
@@ -198,18 +216,17 @@ def _take_items(segments: Segments, first: Int[Array, ""], num_items: int, block
 def _attend_tiles(
     tiles: Tiles,
     rows: Rows,
-    pool: BlockPool,
-    layer: int | Int[Array, ""],
+    cache: Cache,
     scoring: Scoring,
     sinks: Float[Array, "num_kv_heads group"] | None,
 ) -> Float[Array, "tiles num_kv_heads tile_len group head_dim"]:
-    block_size = block_size_of(pool)
-    chunk_blocks, items_per_turn = _sizes(tiles, pool, rows.block_tables.shape[1])
+    block_size = block_size_of(cache.pool)
+    chunk_blocks, items_per_turn = _sizes(tiles, cache.pool, rows.block_tables.shape[1])
     segments = _segments(tiles, rows, scoring.sliding_window, block_size, chunk_blocks * block_size)
 
     def turn(index: Int[Array, ""], running: Softmax) -> Softmax:
         items = _take_items(segments, index * items_per_turn, items_per_turn, block_size, chunk_blocks)
-        return _merge(running, _attend_items(items, tiles, rows, pool, layer, scoring), items)
+        return _merge(running, _attend_items(items, tiles, rows, cache, scoring), items)
 
     shape = tiles.q.shape[:-1]
     # A sink is one more score, of a slot without a value.
@@ -221,14 +238,12 @@ def _attend_tiles(
     return done.weighted / jnp.where(done.total == 0, 1, done.total)[..., None]
 
 
-def _attend_items(
-    items: Items, tiles: Tiles, rows: Rows, pool: BlockPool, layer: int | Int[Array, ""], scoring: Scoring
-) -> Softmax:
+def _attend_items(items: Items, tiles: Tiles, rows: Rows, cache: Cache, scoring: Scoring) -> Softmax:
     """Each item's own softmax over its own chunk, [items, ...] in place of [tiles, ...]."""
-    block_size, max_blocks = block_size_of(pool), rows.block_tables.shape[1]
+    block_size, max_blocks = block_size_of(cache.pool), rows.block_tables.shape[1]
     is_read = items.is_live[:, None] & (items.blocks * block_size < items.context_end[:, None])
     table_entry = rows.block_tables[items.row[:, None], jnp.minimum(items.blocks, max_blocks - 1)]
-    k, v = read_kv(pool, layer, jnp.where(is_read, table_entry, 0))
+    k, v, k_scales = _read(cache, jnp.where(is_read, table_entry, 0), tiles.q.dtype)
 
     kv_pos = items.blocks[:, :1] * block_size + jnp.arange(k.shape[2], dtype=jnp.int32)[None, :]
     in_context = (kv_pos >= items.context_start[:, None]) & (kv_pos < items.context_end[:, None])
@@ -247,6 +262,8 @@ def _attend_items(
     precision = lax.Precision.HIGHEST if v.dtype == jnp.float32 else None
     dot = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     scores = dot("nhtgd,nhcd->nhtgc", q, k) * scoring.sm_scale
+    if k_scales is not None:
+        scores = scores * k_scales[:, :, None, None, :]
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
     if scoring.slopes is not None:
@@ -259,6 +276,25 @@ def _attend_items(
     weighted = dot("nhtgc,nhcd->nhtgd", weights.astype(v.dtype), v)
     # A query of another row weighs all of this one's values by zero, and they may have overflowed.
     return Softmax(top, total, jnp.where(total[..., None] > 0, weighted, 0))
+
+
+def _read(
+    cache: Cache, blocks: Int[Array, "items chunk_blocks"], dtype: jnp.dtype
+) -> tuple[
+    Float[Array, "items num_kv_heads context head_dim"],
+    Float[Array, "items num_kv_heads context head_dim"],
+    Float[Array, "items num_kv_heads context"] | None,
+]:
+    """K and V in the queries' type, and the scales by which K's scores are yet to be multiplied, if there are any.
+
+    K as stored is exact in every float type, so its scale is left to the scores, which are float32. V takes its own:
+    a float16 weight times a small scale could vanish.
+    """
+    k, v = read_kv(cache.pool, cache.layer, blocks)
+    if cache.kv_scales is None:
+        return k, v, None
+    k_scales, v_scales = read_kv_scales(cache.kv_scales, cache.layer, blocks, block_size_of(cache.pool))
+    return k.astype(dtype), (v.astype(jnp.float32) * v_scales[..., None]).astype(dtype), k_scales
 
 
 def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
@@ -301,7 +337,8 @@ def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
     num_tiles, num_kv_heads, tile_len, group, head_dim = tiles.q.shape
     block_size = block_size_of(pool)
     chunk_blocks = min(max(CHUNK_TOKENS // block_size, 1), max_blocks)
-    kv_bytes = 2 * head_dim * pool.dtype.itemsize
+    widened_bytes = tiles.q.dtype.itemsize if is_quantized(pool.dtype) else 0
+    kv_bytes = 2 * head_dim * (pool.dtype.itemsize + widened_bytes)
     score_bytes = 2 * 4 * tile_len * group  # scores and weights, float32
     item_bytes = chunk_blocks * block_size * num_kv_heads * (kv_bytes + score_bytes)
     turn_bytes = min(max(pool.size * pool.dtype.itemsize // 1024, 2**21), 2**26)
