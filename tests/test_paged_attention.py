@@ -1,7 +1,10 @@
-"""Every implementation of paged attention against dense attention in float64, on ragged batches over a pool of NaN."""
+"""Portable paged attention against dense attention in float64, on ragged batches over a pool of NaN; and its choice."""
 
+import importlib
 import math
 from dataclasses import dataclass, replace
+from itertools import product
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import KV_HEAD_AXIS, best_implementation, block_pool_shape, paged_attention
+from pallas_kernels import (
+    KV_HEAD_AXIS,
+    best_implementation,
+    block_pool_shape,
+    kv_scales_shape,
+    paged_attention,
+    write_kv_quantized,
+)
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
+from pallas_kernels.paged_attention.hopper import why_not
+
+ANYWHERE = [name for name in IMPLEMENTATIONS if name != "hopper"]
+"""The implementations that need no GPU. test_hopper_decode.py and test_hopper_prefill.py interpret the others."""
 
 LAYER, NUM_LAYERS = 1, 2
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2, jnp.float16: 3e-3}
@@ -30,6 +44,11 @@ class Shape:
     head_dim: int = 16
     block_size: int = 8
     dtype: type = jnp.float32
+    quantized: type | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_seqs * self.max_blocks + 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Batch:
-    """Ragged rows: their queries, and the dense K and V of each, [kv_len, num_kv_heads, head_dim]."""
+    """Ragged rows: their queries, and the dense K and V of each, [kv_len, num_kv_heads, head_dim].
+
+    A quantised pool has scales, and K and V are what it holds exactly.
+    """
 
     shape: Shape
     q_lens: list[int]
@@ -56,6 +78,7 @@ class Batch:
     keys: list[np.ndarray]
     values: list[np.ndarray]
     tables: np.ndarray
+    scales: np.ndarray
 
     @property
     def q_starts(self) -> np.ndarray:
@@ -65,13 +88,13 @@ class Batch:
     def kv_lens(self) -> np.ndarray:
         return np.array([len(keys) for keys in self.keys], np.int32)
 
-    def pool(self, window: int | None = None) -> np.ndarray:
-        """K and V of the slots that some query sees; NaN in all others."""
+    def pool(self, window: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """K and V of the slots that some query sees, and their scales if quantised; NaN in all others."""
         shape = self.shape
-        num_blocks = shape.num_seqs * shape.max_blocks + 2
         full = np.full(
-            block_pool_shape(num_blocks, NUM_LAYERS, shape.num_kv_heads, shape.block_size, shape.head_dim), np.nan
-        ).astype(shape.dtype)
+            block_pool_shape(shape.num_blocks, NUM_LAYERS, shape.num_kv_heads, shape.block_size, shape.head_dim), np.nan
+        )
+        scales = np.full(self.scales.shape, np.nan, np.float32)
         for row, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             if self.q_lens[row] == 0:
                 continue
@@ -80,17 +103,25 @@ class Batch:
             block, offset = self.tables[row][position // shape.block_size], position % shape.block_size
             full[block, LAYER, 0, :, offset] = keys[position]
             full[block, LAYER, 1, :, offset] = values[position]
-        return full
+            scales[block, LAYER] = self.scales[block, LAYER]
+        if shape.quantized is None:
+            return full.astype(shape.dtype), None
+        stored = full / scales[..., None, None]
+        if shape.quantized == jnp.int8:
+            stored = np.nan_to_num(np.round(stored), nan=-128)  # int8 has no NaN: the lowest number stands for it
+        return stored.astype(shape.quantized), scales
 
     def attend(self, implementation: str, options: Options = Options()) -> np.ndarray:
         run = paged_attention if implementation == "reference" else jitted_attention
+        pool, scales = self.pool(options.sliding_window)
         out = run(
             jnp.asarray(self.q),
-            jnp.asarray(self.pool(options.sliding_window)),
+            jnp.asarray(pool),
             LAYER,
             jnp.asarray(self.tables),
             jnp.asarray(self.kv_lens),
             jnp.asarray(self.q_starts),
+            kv_scales=None if scales is None else jnp.asarray(scales),
             implementation=implementation,
             **options.as_arguments(),
         )
@@ -117,10 +148,21 @@ def make_batch(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 
     for row, kv_len in enumerate(kv_lens):
         for logical in range(math.ceil(kv_len / shape.block_size)):
             tables[row, logical] = blocks.pop()
-    kv_axes = (shape.num_kv_heads, shape.head_dim)
+    scales = rng.uniform(0.01, 0.05, kv_scales_shape(shape.num_blocks, NUM_LAYERS, shape.num_kv_heads))
+    scales = scales.astype(np.float32)
+
+    def context(row: int, which: int) -> np.ndarray:
+        kv_len = kv_lens[row]
+        numbers = normal(kv_len, shape.num_kv_heads, shape.head_dim)
+        if shape.quantized is None:
+            return numbers
+        stored = np.round(numbers.astype(np.float32) * 30).astype(shape.quantized).astype(np.float32)
+        blocks = tables[row][np.arange(kv_len) // shape.block_size]
+        return stored * scales[blocks, LAYER, which, :, None]
+
     q = normal(shape.num_tokens, shape.num_heads, shape.head_dim)
-    keys, values = ([normal(kv_len, *kv_axes) for kv_len in kv_lens] for _ in range(2))
-    return Batch(shape, q_lens, q, keys, values, tables)
+    keys, values = ([context(row, which) for row in range(shape.num_seqs)] for which in range(2))
+    return Batch(shape, q_lens, q, keys, values, tables, scales)
 
 
 def dense_attention(batch: Batch, options: Options = Options()) -> np.ndarray:
@@ -174,7 +216,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_mixed_batch_equals_dense_attention(implementation, options):
     # A decode, a prompt, a decode at a block's end, the tail of a prompt, a first token; a padding row and 13 tokens.
     batch = make_batch(MIXED, [1, 70, 1, 64, 1], [130, 70, 256, 300, 1])
@@ -185,7 +227,7 @@ def test_mixed_batch_equals_dense_attention(implementation, options):
 @pytest.mark.parametrize(
     "options", [Options(), Options(sliding_window=1), OPTIONS["all"]], ids=["plain", "window_1", "all"]
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_decode_batch_equals_dense_attention(implementation, options):
     assert_right(make_batch(DECODE, [1, 1, 1, 1, 1], [1, 8, 9, 320, 17]), implementation, options)
 
@@ -210,43 +252,92 @@ GROUPED = Shape(20, 3, 2, num_heads=6, num_kv_heads=2, head_dim=128, block_size=
     ],
     ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-heads-of-{s.head_dim}-block-{s.block_size}-{s.dtype.__name__}",
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_every_head_layout_block_size_and_type(implementation, shape):
     capacity = shape.max_blocks * shape.block_size
     assert_right(make_batch(shape, [17, 1, 2], [17, capacity, 16]), implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(jnp.float32, OPTIONS["all"]), (jnp.bfloat16, Options()), (jnp.float16, Options(sliding_window=20))],
+    ids=["float32-all", "bfloat16-plain", "float16-window"],
+)
+@pytest.mark.parametrize("quantized", [jnp.float8_e4m3fn, jnp.int8])
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_quantised_pool_is_attended_as_its_values(implementation, quantized, dtype, options):
+    shape = replace(MIXED, dtype=dtype, quantized=quantized)
+    assert_right(make_batch(shape, [1, 70, 1, 64, 1], [130, 70, 256, 300, 1]), implementation, options)
+
+
+@pytest.mark.parametrize("quantized", [jnp.float8_e4m3fn, jnp.int8])
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_decode_over_a_quantised_pool(implementation, quantized):
+    shape = replace(DECODE, quantized=quantized)
+    assert_right(make_batch(shape, [1, 1, 1, 1, 1], [1, 8, 9, 320, 17]), implementation)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3e3])
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_values_far_from_1_keep_their_precision_in_float16(implementation, scale):
+    shape = replace(DECODE, dtype=jnp.float16, quantized=jnp.int8)
+    batch = make_batch(shape, [1, 1], [200, 9])
+    batch.scales[:, LAYER, 1] *= scale
+    for values in batch.values:
+        values *= np.float32(scale)
+    out, right = batch.attend(implementation), dense_attention(batch)
+    np.testing.assert_allclose(out, right, atol=3e-3 * np.abs(right).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("quantized", "atol"), [(jnp.float8_e4m3fn, 0.1), (jnp.int8, 0.03)])
+@pytest.mark.parametrize("implementation", ANYWHERE)
+def test_quantised_writes_attend_like_what_was_written(implementation, quantized, atol):
+    batch = make_batch(DECODE, [1, 1], [37, 70])
+    float_pool, _ = batch.pool()
+    pool = jnp.full(float_pool.shape, -128 if quantized == jnp.int8 else jnp.nan, quantized)
+    scales = jnp.full(batch.scales.shape, jnp.nan)
+    write = jax.jit(write_kv_quantized, static_argnames="layer")
+    for first, last in [(0, 30), (30, 31), (31, 50), (50, 70)]:
+        for keys, values, table in zip(batch.keys[:2], batch.values[:2], batch.tables[:2], strict=True):
+            position = np.arange(len(keys))
+            slots = np.where((first <= position) & (position < last), table[position // 8] * 8 + position % 8, 0)
+            pool, scales = write(pool, scales, LAYER, keys, values, jnp.asarray(slots, jnp.int32))
+    rows = (jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts))
+    out = paged_attention(jnp.asarray(batch.q), pool, LAYER, *rows, kv_scales=scales, implementation=implementation)
+    np.testing.assert_allclose(np.asarray(out), dense_attention(batch), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_contexts_too_long_for_one_turn_of_a_loop(implementation):
     shape = Shape(2, 2, 130, num_heads=2, num_kv_heads=1)
     assert_right(make_batch(shape, [1, 1], [1040, 3]), implementation)
     assert_right(make_batch(shape, [1, 1], [1000, 1033]), implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_more_tiles_of_queries_than_one_turn_holds(implementation):
     shape = Shape(200, 4, 20, num_heads=32, num_kv_heads=2)
     assert_right(make_batch(shape, [3, 130, 1, 60], [150, 140, 9, 160]), implementation)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_prefill_in_a_batch_of_no_more_tokens_than_rows(implementation):
     assert_right(make_batch(DECODE, [1, 4, 1], [9, 12, 40]), implementation)
 
 
 @pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_batch_of_padding_alone_gives_zeros(implementation, shape):
     assert not make_batch(shape, [], []).attend(implementation, Options(sinks=SINKS)).any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_no_tokens_and_no_rows(implementation):
     assert make_batch(Shape(0, 2, 2), [0, 0], [0, 0]).attend(implementation).shape == (0, 4, 16)
     assert not make_batch(Shape(3, 0, 2), [], []).attend(implementation).any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_rows_may_share_blocks(implementation):
     batch = make_batch(MIXED, [1, 1, 9], [20, 23, 25])
     for row in (1, 2):
@@ -257,7 +348,7 @@ def test_rows_may_share_blocks(implementation):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_overflow_in_one_row_stays_there(implementation, shape, bad):
     batch = make_batch(shape, [1, 2, 1, 2], [30, 20, 3, 9])
@@ -288,11 +379,13 @@ def test_any_ragged_batch(shape, data):
     options = OPTIONS[data.draw(st.sampled_from(["plain", "window", "all"]))]
     batch = make_batch(shape, q_lens, kv_lens, seed=data.draw(st.integers(0, 3)))
     right = dense_attention(batch, options)
-    for implementation in IMPLEMENTATIONS:
+    for implementation in ANYWHERE:
         np.testing.assert_allclose(batch.attend(implementation, options), right, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    "shape", [MIXED, DECODE, replace(MIXED, quantized=jnp.int8)], ids=["mixed", "decode", "mixed-int8"]
+)
 def test_heads_sharded_over_a_mesh_need_no_communication(shape):
     batch = make_batch(shape, [1, 2, 1], [30, 20, 9])
     mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
@@ -301,11 +394,13 @@ def test_heads_sharded_over_a_mesh_need_no_communication(shape):
         spec = PartitionSpec(*("tensor" if i == axis else None for i in range(x.ndim)))
         return jax.device_put(jnp.asarray(x), NamedSharding(mesh, spec))
 
-    args = (place(batch.q, 1), place(batch.pool(), KV_HEAD_AXIS), LAYER)
+    pool, scales = batch.pool()
+    args = (place(batch.q, 1), place(pool, KV_HEAD_AXIS), LAYER)
     args += tuple(place(x) for x in (batch.tables, batch.kv_lens, batch.q_starts))
-    compiled = jitted_attention.lower(*args).compile()
+    kv_scales = None if scales is None else place(scales, KV_HEAD_AXIS)
+    compiled = jitted_attention.lower(*args, kv_scales=kv_scales).compile()
     assert not any(name in compiled.as_text() for name in ("all-gather", "all-reduce", "all-to-all", "permute("))
-    out = compiled(*(arg for arg in args if arg is not LAYER))
+    out = compiled(*(arg for arg in args if arg is not LAYER), kv_scales=kv_scales)
     np.testing.assert_allclose(np.asarray(out), dense_attention(batch), atol=1e-5, rtol=0)
 
 
@@ -314,10 +409,125 @@ def test_reference_refuses_to_be_traced():
         jitted_attention(**good_arguments(), implementation="reference")
 
 
-def test_best_implementation_is_known_and_gives_its_reason():
-    best = best_implementation()
-    assert best.name in IMPLEMENTATIONS
-    assert jax.default_backend() in best.reason
+def test_hopper_kernels_say_what_they_need_and_what_takes_the_case_instead():
+    with pytest.raises(NotImplementedError, match="need an NVIDIA GPU, not cpu; implementation='xla' takes it"):
+        paged_attention(**arguments_of(GOOD_CASE), implementation="hopper")
+    with pytest.raises(NotImplementedError, match=r"queries in float32.* implementation='xla' takes it"):
+        paged_attention(**good_arguments(), implementation="hopper")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What decides whether the Hopper kernels take a batch, and by default a case that they do."""
+
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: type = jnp.bfloat16
+    quantized: type | None = None
+
+    def why_not(self) -> str | None:
+        q_shape = (3, self.num_heads, self.head_dim)
+        pool_shape = block_pool_shape(4, NUM_LAYERS, self.num_kv_heads, self.block_size, self.head_dim)
+        return why_not(q_shape, jnp.dtype(self.dtype), pool_shape, jnp.dtype(self.quantized or self.dtype))
+
+
+GOOD_CASE = Case()
+
+
+def arguments_of(case: Case) -> dict:
+    pool_shape = block_pool_shape(4, NUM_LAYERS, case.num_kv_heads, case.block_size, case.head_dim)
+    scales = None if case.quantized is None else jnp.ones(kv_scales_shape(4, NUM_LAYERS, case.num_kv_heads))
+    q = jnp.ones((3, case.num_heads, case.head_dim), case.dtype)
+    return good_arguments() | {"q": q, "pool": jnp.zeros(pool_shape, case.quantized or case.dtype), "kv_scales": scales}
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (replace(GOOD_CASE, dtype=jnp.float32), "queries in float32"),
+        (replace(GOOD_CASE, dtype=jnp.float16, quantized=jnp.int8), "a quantised pool under queries in float16"),
+        (replace(GOOD_CASE, dtype=jnp.float32, quantized=jnp.int8), "queries in float32"),
+        (replace(GOOD_CASE, head_dim=72), "head_dim=72: expected a multiple of 16 from 32 to 256"),
+        (replace(GOOD_CASE, head_dim=16), "head_dim=16"),
+        (replace(GOOD_CASE, head_dim=272), "head_dim=272"),
+        (replace(GOOD_CASE, head_dim=80, quantized=jnp.int8), "head_dim=80: expected a multiple of 32"),
+        (replace(GOOD_CASE, block_size=4), "block_size=4: expected a power of two from 8"),
+        (replace(GOOD_CASE, block_size=12), "block_size=12"),
+        (replace(GOOD_CASE, block_size=48), "block_size=48"),
+        (
+            replace(GOOD_CASE, num_heads=128, num_kv_heads=1, head_dim=128),
+            "128 query heads for each KV head: at most 72",
+        ),
+        (replace(GOOD_CASE, num_heads=10, head_dim=80), "head_dim=80 with 5 query heads for each KV head"),
+    ],
+    ids=str,
+)
+def test_hopper_kernels_say_what_a_case_lacks(case, reason):
+    assert reason in case.why_not()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_hopper_kernels_take_the_shapes_of_real_models(head_dim):
+    for block_size, group in product((8, 16, 32, 64, 128), (1, 2, 4, 5, 8, 12, 16)):
+        case = Case(2 * group, 2, head_dim, block_size)
+        if head_dim == 80 and group % 2:
+            continue
+        assert case.why_not() is None
+        assert replace(case, dtype=jnp.float16).why_not() is None
+        for quantized in (jnp.int8, jnp.float8_e4m3fn) if head_dim != 80 else ():
+            assert replace(case, quantized=quantized).why_not() is None
+
+
+def test_xla_is_chosen_where_there_is_no_hopper_gpu_without_a_warning(caplog):
+    for case in (GOOD_CASE, replace(GOOD_CASE, dtype=jnp.float32)):
+        choice = best_implementation(case.why_not())
+        assert choice.name == "xla"
+        assert "need an NVIDIA GPU, not cpu" in choice.reason
+        paged_attention(**arguments_of(case))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "reason"),
+    [("gpu", "9.0", None), ("gpu", "8.0", "capability 9.0, not 8.0"), ("gpu", "10.0", "10.0"), ("tpu", "9.0", "tpu")],
+)
+def test_hopper_kernels_run_on_hopper_gpus_alone(monkeypatch, platform, capability, reason):
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    choice = best_implementation()
+    assert choice.name == ("xla" if reason else "hopper")
+    assert reason is None or reason in choice.reason
+
+
+@pytest.fixture
+def hopper_calls(monkeypatch):
+    """A Hopper GPU, pretended: the queries that its kernels were given. No warning has been logged before or after."""
+    dispatch = importlib.import_module("pallas_kernels.paged_attention")  # the package has a function of this name
+    calls = []
+    monkeypatch.setattr(dispatch, "why_no_device", lambda: None)
+    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", lambda q, *args, **options: calls.append(q) or q)
+    dispatch._log_fallback.cache_clear()
+    yield calls
+    dispatch._log_fallback.cache_clear()
+
+
+def test_hopper_gpu_runs_its_kernels_and_warns_once_of_each_reason_why_not(hopper_calls, caplog):
+    paged_attention(**arguments_of(GOOD_CASE))
+    assert len(hopper_calls) == 1
+    assert not caplog.records
+    for _ in range(2):
+        for lacking in (replace(GOOD_CASE, dtype=jnp.float32), replace(GOOD_CASE, head_dim=72)):
+            assert best_implementation(lacking.why_not()).name == "xla"
+            paged_attention(**arguments_of(lacking))
+    assert len(hopper_calls) == 1
+    in_float32, of_72 = (record.getMessage() for record in caplog.records)
+    assert "XLA, which is slower: the Hopper kernels do not take queries in float32" in in_float32
+    assert "head_dim=72" in of_72
+
+
+INT8_POOL = jnp.zeros(block_pool_shape(4, 2, 2, 8, 16), jnp.int8)
 
 
 def good_arguments() -> dict:
@@ -354,9 +564,14 @@ def good_arguments() -> dict:
         ({"soft_cap": -1.0}, r"soft_cap=-1\.0"),
         ({"alibi_slopes": jnp.zeros(2)}, r"alibi_slopes has shape \(2,\): expected \(4,\)"),
         ({"sinks": jnp.zeros((1, 4))}, "sinks has shape"),
+        ({"kv_scales": jnp.zeros((4, 2, 2, 2))}, "kv_scales came with a pool of float32"),
+        ({"pool": INT8_POOL}, "int8 came without kv_scales"),
+        ({"pool": INT8_POOL, "kv_scales": jnp.zeros((4, 2, 2, 1))}, r"expected float32 of shape \(4, 2, 2, 2\)"),
+        ({"pool": INT8_POOL, "kv_scales": jnp.zeros((4, 2, 2, 2), jnp.bfloat16)}, "kv_scales is bfloat16"),
+        ({"pool": INT8_POOL, "q": jnp.zeros((3, 4, 16), jnp.int8)}, "q is int8 and the pool int8"),
         (
             {"implementation": "cuda"},
-            r"implementation='cuda' is unknown: expected None or one of \['reference', 'xla'\]",
+            r"implementation='cuda' is unknown: expected None or one of \['hopper', 'reference', 'xla'\]",
         ),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",

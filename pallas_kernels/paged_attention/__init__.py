@@ -1,19 +1,27 @@
 """paged_attention: checks its arguments and picks the implementation."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, num_kv_heads_of
+from pallas_kernels.block_pool import BlockPool, KvScales, check_kv_scales, is_quantized, num_kv_heads_of
+from pallas_kernels.paged_attention.hopper import attend_hopper, why_no_device, why_not
 from pallas_kernels.paged_attention.reference import attend_reference
 from pallas_kernels.paged_attention.xla import attend_xla
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": attend_reference, "xla": attend_xla}
+log = logging.getLogger(__name__)
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "reference": attend_reference,
+    "xla": attend_xla,
+    "hopper": attend_hopper,
+}
 """Every implementation by name; each takes the arguments of ``paged_attention``, checked, with the scale filled in."""
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -27,10 +35,23 @@ class Choice:
     reason: str
 
 
-def best_implementation() -> Choice:
-    """The implementation that ``implementation=None`` means on this process's default device."""
-    platform = jax.default_backend()
-    return Choice("xla", f"no kernel of our own for {platform}: the portable one runs everywhere")
+def best_implementation(case: str | None = None) -> Choice:
+    """The implementation that ``implementation=None`` means on this process's default device.
+
+    Args:
+        case: why the device's own kernels cannot take the case at hand, as ``why_not`` says it.
+    """
+    reason = why_no_device()
+    if reason is not None:
+        return Choice("xla", f"{reason}; the portable one runs everywhere")
+    if case is not None:
+        return Choice("xla", f"the Hopper kernels do not take {case}")
+    return Choice("hopper", "our kernels for this GPU")
+
+
+@cache
+def _log_fallback(reason: str) -> None:
+    log.warning("paged attention runs in plain XLA, which is slower: %s", reason)
 
 
 def paged_attention(
@@ -46,6 +67,7 @@ def paged_attention(
     soft_cap: float | None = None,
     alibi_slopes: Float[Array, " num_heads"] | None = None,
     sinks: Float[Array, " num_heads"] | None = None,
+    kv_scales: KvScales | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Causal attention of a ragged batch over K and V in blocks: any mix of prompts, pieces of prompts and decodes.
@@ -54,8 +76,9 @@ def paged_attention(
     pool already (``write_kv`` first).
 
     Args:
-        q: queries of all rows, one row after the other. Tokens past the last row are padding, and come back as zeros.
-        pool: the block pool, read only, of the same type as ``q``.
+        q: queries of all rows, one row after the other, in float32, bfloat16 or float16. Tokens past the last row are
+            padding, and come back as zeros.
+        pool: the block pool, read only, of the same type as ``q`` or quantised.
         layer: which layer of it, a static number.
         block_tables: physical block of each logical block of each row. Entries past a row's length are never used.
         kv_lens: tokens of each row's sequence in the pool, those of this call included; 0 for padding rows.
@@ -65,6 +88,7 @@ def paged_attention(
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
         alibi_slopes: adds ``slope * (kv_position - q_position)`` to each head's scores, after the cap.
         sinks: one logit for each head that takes its share of the softmax and gives no value.
+        kv_scales: the scales of a quantised pool (``write_kv_quantized``), read only; None for any other.
         implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``.
 
     Returns:
@@ -74,12 +98,19 @@ def paged_attention(
         ValueError: shapes, types or options that do not fit together, or an unknown implementation.
         NotImplementedError: the implementation named cannot do this case.
     """
-    name = best_implementation().name if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r} is unknown: expected None or one of {sorted(IMPLEMENTATIONS)}")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation={implementation!r} is unknown: expected None or one of {sorted(IMPLEMENTATIONS)}"
+        )
     _check_arrays(q, pool, layer, block_tables, kv_lens, cu_q_lens)
+    _check_types(q, pool, kv_scales)
     _check_options(q.shape[1], sm_scale, sliding_window, soft_cap, alibi_slopes, sinks)
-    return IMPLEMENTATIONS[name](
+    if implementation is None:
+        choice = best_implementation(why_not(q.shape, q.dtype, pool.shape, pool.dtype))
+        implementation = choice.name
+        if why_no_device() is None and implementation != "hopper":
+            _log_fallback(choice.reason)
+    return IMPLEMENTATIONS[implementation](
         q,
         pool,
         layer,
@@ -91,6 +122,7 @@ def paged_attention(
         soft_cap=soft_cap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        kv_scales=kv_scales,
     )
 
 
@@ -108,11 +140,6 @@ def _check_arrays(q: Array, pool: Array, layer: int, block_tables: Array, kv_len
     if pool.shape[2] != 2:
         raise ValueError(
             f"pool has shape {pool.shape}: expected 2 (K and V) as its third axis; make it with block_pool_shape"
-        )
-    if q.dtype not in DTYPES or q.dtype != pool.dtype:
-        raise ValueError(
-            f"q is {q.dtype} and the pool {pool.dtype}: expected one type for both, float32, bfloat16 or float16; "
-            "cast q to the pool's"
         )
     num_heads, num_kv_heads = q.shape[1], num_kv_heads_of(pool)
     if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
@@ -134,6 +161,15 @@ def _check_arrays(q: Array, pool: Array, layer: int, block_tables: Array, kv_len
             f"block_tables has {num_seqs} rows, kv_lens {kv_lens.shape[0]} and cu_q_lens {cu_q_lens.shape[0]} entries: "
             f"expected {num_seqs} and {num_seqs + 1}, since cu_q_lens begins with 0"
         )
+
+
+def _check_types(q: Array, pool: Array, kv_scales: Array | None) -> None:
+    if q.dtype not in DTYPES or not (q.dtype == pool.dtype or is_quantized(pool.dtype)):
+        raise ValueError(
+            f"q is {q.dtype} and the pool {pool.dtype}: expected one type for both, float32, bfloat16 or float16, or "
+            "one of these with a pool of float8_e4m3fn or int8; cast q"
+        )
+    check_kv_scales(pool, kv_scales)
 
 
 def _check_options(

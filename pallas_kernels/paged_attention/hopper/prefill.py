@@ -1,0 +1,268 @@
+"""Rows with several queries on Hopper: FlashAttention-3 (arXiv:2407.08608) over the blocks of a pool.
+
+A thread block for each multiprocessor takes items of work (see prefill_plan.py) until none are left. Two of its
+warpgroups, the consumers, take half of an item's tokens each: 64 rows of (token, head), against the same tiles of K and
+V. The warps of a third, the producer, choose the next item, and copy its queries, keys and values to shared memory.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxtyping import Float, Int
+
+from pallas_kernels.block_pool import BlockPool, block_size_of, num_kv_heads_of
+from pallas_kernels.paged_attention.hopper.prefill_consumer import Consumer
+from pallas_kernels.paged_attention.hopper.prefill_memory import (
+    ITEM_SLOTS,
+    Inputs,
+    Scratch,
+    copied,
+    for_each_item,
+    scratch_of,
+)
+from pallas_kernels.paged_attention.hopper.prefill_plan import (
+    CONSUMERS,
+    DEFAULT_SIZES,
+    Case,
+    Item,
+    PrefillSizes,
+    Run,
+    first_seen,
+    locate,
+    plan_prefill,
+    span_of,
+)
+from pallas_kernels.paged_attention.hopper.tile import LOG2E, Ref, Scoring
+
+
+def attend_prefill(
+    out: jax.Ref,
+    q: Float[Array, "tokens num_heads head_dim"],
+    pool: BlockPool,
+    layer: Int[Array, ""],
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    kv_lens: Int[Array, " num_seqs"],
+    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    *,
+    scoring: Scoring,
+    alibi_slopes: Float[Array, " num_heads"] | None,
+    sinks: Float[Array, " num_heads"] | None,
+    sizes: PrefillSizes = DEFAULT_SIZES,
+    num_sms: int,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> None:
+    """Attend every row that has more than one query, and write its outputs, and nothing else, into ``out`` (like q).
+
+    Args:
+        layer: on the device, so that one compiled kernel serves all layers.
+        num_sms: multiprocessors to fill.
+        interpret: run on a CPU instead.
+
+    The other arguments are those of ``paged_attention``.
+
+    Raises:
+        ValueError, NotImplementedError: as ``prefill_case``.
+    """
+    case = prefill_case(q, pool, scoring, sizes, is_interpreted=interpret is not None)
+    plan = plan_prefill(case, q.shape[0], kv_lens, cu_q_lens)
+    if len(plan.runs) == 0:
+        return
+    inputs = Inputs(
+        q,
+        pool.reshape(-1, case.block_size, case.head_dim),
+        layer.reshape(1),
+        block_tables,
+        plan,
+        jax.new_ref(jnp.zeros((1,), jnp.int32)),
+        *(None if x is None else _by_unit(case, x) for x in (alibi_slopes, sinks)),
+    )
+    operands, structure = jax.tree.flatten((inputs, out))
+
+    def body(*refs: Ref, **scratch: Ref) -> None:
+        inputs, out_ref = jax.tree.unflatten(structure, refs)
+        _run_warpgroup(case, inputs, out_ref, Scratch(**scratch))
+
+    plgpu.kernel(
+        body,
+        out_type=(),
+        scratch_types=scratch_of(case)._asdict(),
+        grid=(num_sms,),
+        grid_names=("block",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="paged_prefill",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,  # rows lie within a warp
+            lowering_semantics=plgpu.LoweringSemantics.Lane,  # in which warps may have loops of unknown length
+        ),
+        interpret=interpret,
+    )(*operands)
+
+
+def prefill_case(
+    q: Float[Array, "tokens num_heads head_dim"],
+    pool: BlockPool,
+    scoring: Scoring,
+    sizes: PrefillSizes = DEFAULT_SIZES,
+    *,
+    is_interpreted: bool = False,
+) -> Case:
+    """What is static about a launch.
+
+    Raises:
+        ValueError: sizes that no pool fits.
+        NotImplementedError: what ``attend_prefill`` cannot do.
+    """
+    return Case(
+        scoring=scoring,
+        sizes=sizes,
+        dtype=jnp.dtype(q.dtype),
+        num_heads=q.shape[1],
+        num_kv_heads=num_kv_heads_of(pool),
+        head_dim=q.shape[2],
+        num_layers=pool.shape[1],
+        block_size=block_size_of(pool),
+        is_interpreted=is_interpreted,
+    )
+
+
+def _by_unit(case: Case, heads: Float[Array, " num_heads"]) -> Float[Array, "units tile_rows"]:
+    """In powers of two, one for each row of a unit's tiles."""
+    units = heads.astype(jnp.float32).reshape(-1, case.tile_heads) * LOG2E
+    return jnp.tile(units, (1, case.tile_tokens))
+
+
+def _run_warpgroup(case: Case, inputs: Inputs, out_ref: Ref, scratch: Scratch) -> None:
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _() -> None:
+        plgpu.set_max_registers(240, action="increase")
+        Consumer(case, inputs, out_ref, scratch, warpgroup).run()
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _() -> None:
+        plgpu.set_max_registers(24, action="decrease")
+
+        @plgpu.warp_map
+        def _(warp: Array) -> None:
+            for i, role in enumerate((_deal, _copy_queries, _copy_keys, _copy_values)):
+                pl.when(warp == i)(partial(role, case, inputs, scratch))
+
+
+def _deal(case: Case, inputs: Inputs, scratch: Scratch) -> None:
+    """Take the next item for everyone to read, until there are none left."""
+    num_runs, section = inputs.plan.dealing[0], inputs.plan.dealing[1]
+
+    def deal(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        turn, _ = carry
+        slot = lax.rem(turn, ITEM_SLOTS)
+        pl.when(turn >= ITEM_SLOTS)(lambda: plgpu.barrier_wait(scratch.item_free.at[slot]))
+        if case.is_interpreted:
+            index = lax.axis_index("block") + turn * lax.axis_size("block")
+        else:
+            index = _fetch_and_increment(inputs.num_dealt)
+        is_item = index < num_runs * case.num_units
+        place, unit = locate(jnp.where(is_item, index, 0), jnp.maximum(num_runs, 1), section)
+        run = Run(*(inputs.plan.runs[place, column] for column in range(len(Run._fields))))
+        run = run._replace(num_tokens=jnp.where(is_item, run.num_tokens, 0))
+        for column, number in enumerate((unit, *run)):
+            scratch.items[slot, column] = number
+        plgpu.barrier_arrive(scratch.item_full.at[slot])
+        return turn + 1, is_item
+
+    num_turns, _ = lax.while_loop(lambda carry: carry[1], deal, (jnp.int32(0), jnp.bool_(True)))
+    for back in range(min(ITEM_SLOTS, 2), 0, -1):
+        last = num_turns - back
+        pl.when(last >= 0)(lambda last=last: plgpu.barrier_wait(scratch.item_free.at[lax.rem(last, ITEM_SLOTS)]))
+
+
+def _fetch_and_increment(counter: Ref) -> Array:
+    """A warp's next number, atomically; all lanes get it. Pallas has atomics, but none that return something."""
+    ptx = """{
+        .reg .pred is_first; .reg .b32 lane;
+        mov.u32 lane, %laneid; setp.eq.u32 is_first, lane, 0; mov.u32 $0, 0;
+        @is_first atom.add.u32 $0, [$1], 1;
+        shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;
+    }"""
+
+    def fetch(_: mgpu.LaunchContext, counter: ir.Value) -> mgpu.FragmentedArray:
+        pointer, i32 = mgpu.utils.memref_ptr(counter), ir.IntegerType.get_signless(32)
+        number = mgpu.utils.inline_ptx(ptx, pointer, result_types=i32, has_side_effects=True, convergent=True)
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    number = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), plgpu.Layout.WG_SPLAT)
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=number)(fetch)(counter)
+
+
+def _copy_queries(case: Case, inputs: Inputs, scratch: Scratch) -> None:
+    def copy(item: Item, carry: None) -> None:
+        heads = pl.ds(item.unit * case.tile_heads, case.tile_heads)
+        for consumer in range(CONSUMERS):
+            plgpu.barrier_wait(scratch.q_free.at[consumer])
+            tokens = pl.ds(item.run.first_token + consumer * case.tile_tokens, case.tile_tokens)
+            for slab in range(case.num_slabs):
+                plgpu.copy_gmem_to_smem(
+                    inputs.q.at[tokens, heads, pl.ds(slab * case.slab, case.slab)],
+                    copied(case, scratch.q).at[consumer, slab],
+                    scratch.q_full.at[consumer],
+                )
+
+    for_each_item(scratch, copy, None)
+    for consumer in range(CONSUMERS):
+        plgpu.barrier_wait(scratch.q_free.at[consumer])
+
+
+def _copy_keys(case: Case, inputs: Inputs, scratch: Scratch) -> None:
+    _copy_tiles(case, inputs, scratch, 0, scratch.k, scratch.k_full, scratch.k_free)
+
+
+def _copy_values(case: Case, inputs: Inputs, scratch: Scratch) -> None:
+    _copy_tiles(case, inputs, scratch, 1, scratch.v, scratch.v_full, scratch.v_free)
+
+
+def _copy_tiles(case: Case, inputs: Inputs, scratch: Scratch, which: int, smem: Ref, full: Ref, free: Ref) -> None:
+    stages = case.sizes.stages
+
+    def copy_item(item: Item, count: Array) -> Array:
+        span = span_of(case, item)
+
+        def copy_tile(step: Array, count: Array) -> Array:
+            pieces = _pieces(case, inputs, which, item, span.tile(step))  # what they load is there after the wait
+            slot = lax.rem(count, stages)
+            plgpu.barrier_wait(free.at[slot])
+            for i, piece in enumerate(pieces):
+                plgpu.copy_gmem_to_smem(piece, smem.at[slot, pl.ds(i * case.piece, case.piece)], full.at[slot])
+            return count + 1
+
+        return lax.fori_loop(0, span.num_tiles, copy_tile, count)
+
+    for_each_item(scratch, copy_item, jnp.int32(0))
+    for slot in range(stages):  # all that was lent comes back before the barriers go
+        plgpu.barrier_wait(free.at[slot])
+
+
+def _pieces(case: Case, inputs: Inputs, which: int, item: Item, tile: Array) -> list[Ref]:
+    """A tile's pieces in the pool. Outside of what the row sees, some piece that it does see."""
+    kv_head = lax.div(item.unit * case.tile_heads, case.group)
+    first_block = lax.div(first_seen(case, item.run.row_pos), case.block_size)
+    last_block = lax.div(item.run.kv_len - 1, case.block_size)
+    pieces = []
+    for i in range(case.kv_tile // case.piece):
+        pos = tile * case.kv_tile + i * case.piece
+        block = jnp.clip(lax.div(pos, case.block_size), first_block, last_block)
+        physical = inputs.block_tables[item.run.row, block]
+        matrix = ((physical * case.num_layers + inputs.layer[0]) * 2 + which) * case.num_kv_heads + kv_head
+        piece = inputs.pool.at[matrix]
+        if case.piece < case.block_size:
+            piece = piece.at[pl.ds(lax.rem(pos, case.block_size), case.piece)]
+        pieces.append(piece)
+    return pieces

@@ -1,0 +1,120 @@
+"""What the warpgroups of the prefill kernel share: its inputs, shared memory, barriers, and the items they take."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention.hopper.prefill_plan import CONSUMERS, Case, Item, Plan, Run
+from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, Ref, smem_tile, swizzle_of, swizzling
+
+ITEM_SLOTS = 2
+"""Items that are known at one time: the next is chosen while this one is under way."""
+
+ITEM_READERS = 3 + CONSUMERS
+"""Who reads an item: three of the producer's warps, and the consumers."""
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads, in device memory."""
+
+    q: Ref
+    pool: Ref  # [blocks * layers * 2 * num_kv_heads, block_size, head_dim]
+    layer: Ref  # [1]
+    block_tables: Ref
+    plan: Plan
+    num_dealt: Ref  # [1], the items taken so far
+    slopes: Ref | None  # [units, tile_rows]
+    sinks: Ref | None
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers. What is ``full`` is there to be read, what is ``free`` to be written to."""
+
+    q: Ref  # in slabs, one matrix for each consumer
+    out: Ref
+    k: Ref  # [stages, kv_tile, head_dim]
+    v: Ref
+    score_sums: Ref | None  # what stands in for accumulators in the interpreter
+    out_sums: Ref | None
+    items: Ref
+    item_full: Ref
+    item_free: Ref
+    q_full: Ref
+    q_free: Ref
+    k_full: Ref
+    k_free: Ref
+    v_full: Ref
+    v_free: Ref
+    turn: Ref  # one for each consumer: the tensor cores are its own
+    cleared: Ref  # both consumers have cleared their part of a tile of values
+
+
+def scratch_of(case: Case) -> Scratch:
+    stages, pieces = case.sizes.stages, case.kv_tile // case.piece
+    score_sums = out_sums = None
+    if case.is_interpreted:
+        score_sums = plgpu.SMEM((CONSUMERS, TILE_ROWS, case.kv_tile), jnp.float32)
+        out_sums = plgpu.SMEM((CONSUMERS, TILE_ROWS, case.head_dim), jnp.float32)
+    return Scratch(
+        q=_slabs(case, case.num_slabs),
+        out=_slabs(case, case.out_slabs),
+        k=smem_tile((stages, case.kv_tile, case.head_dim), case.dtype),
+        v=smem_tile((stages, case.kv_tile, case.head_dim), case.dtype),
+        score_sums=score_sums,
+        out_sums=out_sums,
+        items=plgpu.SMEM((ITEM_SLOTS, 1 + len(Run._fields)), jnp.int32),
+        item_full=plgpu.Barrier(num_barriers=ITEM_SLOTS),
+        item_free=plgpu.Barrier(num_arrivals=ITEM_READERS, num_barriers=ITEM_SLOTS),
+        q_full=plgpu.Barrier(num_arrivals=case.num_slabs, num_barriers=CONSUMERS),
+        q_free=plgpu.Barrier(num_barriers=CONSUMERS),
+        k_full=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+        k_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        v_full=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        turn=plgpu.Barrier(num_barriers=CONSUMERS),
+        cleared=plgpu.Barrier(num_arrivals=CONSUMERS),
+    )
+
+
+def _slabs(case: Case, num_slabs: int) -> Any:
+    """A matrix of tile rows for each consumer. Copies know tokens and heads, products know rows: two views of it."""
+    swizzle, columns = swizzle_of(case.head_dim, case.dtype.itemsize)
+    copied = (CONSUMERS, num_slabs, case.tile_tokens, case.tile_heads, columns)
+    if case.is_interpreted:  # there, views would be apart, and nothing is swizzled
+        return plgpu.SMEM(copied, case.dtype)
+    return plgpu.RefUnion(
+        plgpu.SMEM(copied, case.dtype, transforms=(swizzling(swizzle),)),
+        smem_tile((CONSUMERS, num_slabs, TILE_ROWS, columns), case.dtype),
+    )
+
+
+def copied(case: Case, slabs: Ref) -> Ref:
+    """[consumer, slab, token, head, column]."""
+    return slabs if case.is_interpreted else slabs[0]
+
+
+def multiplied(case: Case, slabs: Ref) -> Ref:
+    """[consumer, slab, row, column]."""
+    return slabs if case.is_interpreted else slabs[1]
+
+
+def for_each_item[T](scratch: Scratch, body: Callable[[Item, T], T], carry: T) -> T:
+    """``carry = body(item, carry)`` for all items that this block gets."""
+
+    def read(turn: Array) -> Item:
+        slot = lax.rem(turn, ITEM_SLOTS)
+        plgpu.barrier_wait(scratch.item_full.at[slot])
+        unit, *run = (scratch.items[slot, column] for column in range(1 + len(Run._fields)))
+        plgpu.barrier_arrive(scratch.item_free.at[slot])
+        return Item(unit, Run(*run))
+
+    def step(state: tuple[Array, Item, T]) -> tuple[Array, Item, T]:
+        turn, item, carry = state
+        carry = body(item, carry)
+        return turn + 1, read(turn + 1), carry
+
+    start = (jnp.int32(0), read(jnp.int32(0)), carry)
+    return lax.while_loop(lambda state: state[1].run.num_tokens > 0, step, start)[2]

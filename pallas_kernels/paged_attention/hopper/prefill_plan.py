@@ -1,0 +1,236 @@
+"""How the prefill kernel's work is divided: its static sizes, and the runs of tokens worked out on the device.
+
+A run is up to ``item_tokens`` consecutive tokens of one row. An item of work is a run and a unit, which is
+``tile_heads`` query heads of one KV head. Thread blocks take the items in turn, the longest first.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, Scoring, swizzle_of
+
+CONSUMERS = 2
+"""Warpgroups that attend; each has its own half of an item's tokens."""
+
+SMEM_BYTES = 225 * 1024
+"""Shared memory for tiles, of the 227 KiB that a thread block gets; barriers and alignment take the rest."""
+
+CACHED_KV_BYTES = 32 * 2**20
+"""K and V that items under way at one time may cover: what stays in a cache of 50 MB beside everything else."""
+
+
+@dataclass(frozen=True)
+class PrefillSizes:
+    """What the tuner chooses.
+
+    Args:
+        kv_tile: tokens of K or of V that one product covers, a multiple of 64; None chooses by ``head_dim``.
+        stages: tiles of K, and as many of V, in shared memory.
+        ping_pong: the consumers take turns with the tensor cores.
+    """
+
+    kv_tile: int | None = None
+    stages: int = 2
+    ping_pong: bool = True
+
+
+DEFAULT_SIZES = PrefillSizes()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything static about a launch."""
+
+    scoring: Scoring
+    sizes: PrefillSizes
+    dtype: jnp.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+    block_size: int
+    is_interpreted: bool
+
+    def __post_init__(self) -> None:
+        if self.kv_tile % TILE_ROWS:
+            raise ValueError(f"kv_tile={self.kv_tile}: expected a multiple of {TILE_ROWS}")
+        if self.block_size % 8 or max(self.block_size, self.kv_tile) % self.piece:
+            raise NotImplementedError(
+                f"blocks of {self.block_size} and tiles of {self.kv_tile} tokens: expected blocks of a multiple of 8, "
+                "and one of the two to divide the other"
+            )
+        if self.dtype.itemsize != 2:
+            raise NotImplementedError(f"{self.dtype}: the prefill kernel takes bfloat16 and float16")
+        # The last token of an odd number begins at an even one, and copies begin at multiples of 128 bytes.
+        if 2 * self.tile_heads * self.slab * self.dtype.itemsize % 128:
+            raise NotImplementedError(f"head_dim={self.head_dim} with a group of {self.group}: expected an even group")
+        if self.out_slabs < 1:
+            raise NotImplementedError(
+                f"head_dim={self.head_dim}, kv_tile={self.kv_tile}, stages={self.sizes.stages}: "
+                "more than shared memory holds; choose smaller sizes"
+            )
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def tile_heads(self) -> int:
+        """Query heads of a tile: the largest power of two that divides the group, 8 at most."""
+        return min(self.group & -self.group, 8)
+
+    @property
+    def tile_tokens(self) -> int:
+        return TILE_ROWS // self.tile_heads
+
+    @property
+    def item_tokens(self) -> int:
+        return CONSUMERS * self.tile_tokens
+
+    @property
+    def num_units(self) -> int:
+        return self.num_heads // self.tile_heads
+
+    @property
+    def kv_tile(self) -> int:
+        return self.sizes.kv_tile or (128 if self.head_dim <= 128 else 64)
+
+    @property
+    def piece(self) -> int:
+        """Tokens of one copy of K or of V: a block, or what a tile takes of one."""
+        return min(self.block_size, self.kv_tile)
+
+    @property
+    def slab(self) -> int:
+        """Columns of a slab: Q and the output are in slabs of one swizzle's width, [tile_tokens, tile_heads, slab]."""
+        return swizzle_of(self.head_dim, self.dtype.itemsize)[1]
+
+    @property
+    def num_slabs(self) -> int:
+        return self.head_dim // self.slab
+
+    @property
+    def out_slabs(self) -> int:
+        """Slabs of the output that fit in shared memory beside Q, K and V."""
+        row_bytes = self.head_dim * self.dtype.itemsize
+        inputs = (CONSUMERS * TILE_ROWS + 2 * self.sizes.stages * self.kv_tile) * row_bytes
+        slab_bytes = CONSUMERS * TILE_ROWS * self.slab * self.dtype.itemsize
+        fitting = min((SMEM_BYTES - inputs) // slab_bytes, self.num_slabs)
+        return next((n for n in range(fitting, 0, -1) if self.num_slabs % n == 0), 0)
+
+
+class Run(NamedTuple):
+    """The columns of ``Plan.runs``."""
+
+    row: Array
+    first_token: Array  # index into q
+    num_tokens: Array
+    first_pos: Array  # the first token's position in its sequence
+    row_pos: Array  # that of the row's first token
+    kv_len: Array
+
+
+class Plan(NamedTuple):
+    """Items come in sections, of as many units as have all their K and V in the second-level cache.
+
+    In a section, all its units of the first run come before those of the second, and so on. ``dealing`` is [how many
+    runs there are, units of a section].
+    """
+
+    runs: Int[Array, "runs 6"]  # the longest context first
+    dealing: Int[Array, " 2"]
+
+
+def plan_prefill(
+    case: Case, num_tokens: int, kv_lens: Int[Array, " num_seqs"], cu_q_lens: Int[Array, " num_seqs_plus_1"]
+) -> Plan:
+    """The runs of all rows with more than one query."""
+    num_seqs = len(kv_lens)
+    q_lens = jnp.diff(cu_q_lens)
+    num_runs = jnp.where(q_lens > 1, (q_lens + case.item_tokens - 1) // case.item_tokens, 0)
+    ends = jnp.cumsum(num_runs, dtype=jnp.int32)
+    most_runs = num_tokens // case.item_tokens + min(num_seqs, num_tokens // 2)
+
+    run = jnp.arange(most_runs, dtype=jnp.int32)
+    row = jnp.searchsorted(ends, run, side="right", method="compare_all").astype(jnp.int32)
+    is_run = row < num_seqs
+    row = jnp.minimum(row, num_seqs - 1)
+    start = (run - (ends - num_runs)[row]) * case.item_tokens
+    tokens = jnp.minimum(q_lens[row] - start, case.item_tokens)
+    row_pos = kv_lens[row] - q_lens[row]
+    fields = Run(row, cu_q_lens[row] + start, tokens, row_pos + start, row_pos, kv_lens[row])
+    context = row_pos + start + tokens
+    if case.scoring.sliding_window is not None:
+        context = jnp.minimum(context, case.scoring.sliding_window + tokens)
+    longest_first = jnp.argsort(jnp.where(is_run, -context, 1))
+    num_cached = jnp.where(q_lens > 1, kv_lens, 0).sum(dtype=jnp.float32)
+    return Plan(jnp.stack(fields, axis=1)[longest_first], jnp.stack([ends[-1], _section(case, num_cached)]))
+
+
+def _section(case: Case, num_cached: Float[Array, ""]) -> Int[Array, ""]:
+    """The largest divisor of the units whose K and V of so many tokens stay in the cache; 1 if none do."""
+    section = jnp.int32(1)
+    for units in range(2, case.num_units + 1):
+        if case.num_units % units == 0:
+            num_kv_heads = max(units * case.tile_heads // case.group, 1)
+            head_bytes = 2 * case.head_dim * case.dtype.itemsize * num_cached
+            section = jnp.where(num_kv_heads * head_bytes <= CACHED_KV_BYTES, units, section)
+    return section
+
+
+class Item(NamedTuple):
+    """What the kernel knows of an item. A run without tokens ends the work."""
+
+    unit: Array
+    run: Run
+
+
+def locate(index: Array, num_runs: Array, section: Array) -> tuple[Array, Array]:
+    """The run and the unit of an item."""
+    of_section = num_runs * section
+    place = lax.rem(index, of_section)
+    return lax.div(place, section), lax.div(index, of_section) * section + lax.rem(place, section)
+
+
+def first_seen(case: Case, pos: Array) -> Array:
+    """The first position that a query at ``pos`` sees."""
+    window = case.scoring.sliding_window
+    return jnp.zeros_like(pos) if window is None else jnp.maximum(pos - (window - 1), 0)
+
+
+class Span(NamedTuple):
+    """The tiles of K and V that an item sees, taken from the last to the first."""
+
+    first: Array
+    end: Array
+
+    @property
+    def num_tiles(self) -> Array:
+        return self.end - self.first
+
+    def tile(self, step: Array | int) -> Array:
+        return self.end - 1 - step
+
+
+def span_of(case: Case, item: Item) -> Span:
+    """The tiles that some query of the item sees a part of."""
+    end = lax.div(item.run.first_pos + item.run.num_tokens + (case.kv_tile - 1), case.kv_tile)
+    return Span(lax.div(first_seen(case, item.run.first_pos), case.kv_tile), end)
+
+
+def masked_steps(case: Case, span: Span, first_pos: Array) -> tuple[Array, Array]:
+    """How many steps meet keys ahead of some query, 1 at least, and the first step that meets keys behind its window.
+
+    Args:
+        first_pos: the position of the first of a consumer's queries.
+    """
+    num_ahead = jnp.maximum(span.end - lax.div(first_pos + 1, case.kv_tile), 1)
+    if case.scoring.sliding_window is None:
+        return num_ahead, span.num_tiles
+    behind = first_seen(case, first_pos + case.tile_tokens - 1)
+    first_whole = jnp.maximum(lax.div(behind + case.kv_tile - 1, case.kv_tile), span.first)
+    return num_ahead, jnp.maximum(span.end - first_whole, num_ahead)

@@ -1,0 +1,81 @@
+"""Sizes of tiles and rings: measured ones per device from tuned.json, and what fits where nothing was measured."""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.hopper.decode import DecodeSizes, decode_smem_bytes
+from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
+
+TUNED = Path(__file__).parent / "tuned.json"
+"""Device kind -> shape class -> sizes."""
+
+SMEM_BYTES = 227 * 1024
+"""Shared memory of a multiprocessor that thread blocks may use."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of both kernels."""
+
+    decode: DecodeSizes
+    prefill: PrefillSizes
+
+
+def shape_class(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> str:
+    """What sizes are chosen by: known when a program is compiled, unlike lengths."""
+    return f"group {group}, head_dim {head_dim}, block {block_size}, {jnp.dtype(pool_dtype).name}"
+
+
+def sizes_for(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> Sizes:
+    """The tuned sizes of a shape class on the default device, else ones that fit."""
+    key = shape_class(group=group, head_dim=head_dim, block_size=block_size, pool_dtype=pool_dtype)
+    tuned = load().get(jax.devices()[0].device_kind, {}).get(key, {})
+    decode = DecodeSizes(**tuned["decode"]) if "decode" in tuned else _fitting_decode(group, head_dim, pool_dtype)
+    prefill = PrefillSizes(**tuned.get("prefill", {}))
+    return Sizes(decode, prefill)
+
+
+def decode_candidates(group: int, head_dim: int, pool_dtype: jnp.dtype) -> list[DecodeSizes]:
+    """Decode sizes worth timing: those that fit, with as many slots as fit (8 at most)."""
+    candidates = []
+    for tile_tokens in (64, 128):
+        for workers in (1, 2, 3, 4):
+            for slots in range(8, 2, -1):
+                sizes = DecodeSizes(tile_tokens, slots, workers)
+                if workers * decode_smem_bytes(sizes, group, head_dim, pool_dtype) <= SMEM_BYTES:
+                    candidates.append(sizes)
+                    break
+    return candidates
+
+
+def _fitting_decode(group: int, head_dim: int, pool_dtype: jnp.dtype) -> DecodeSizes:
+    fitting = [sizes for sizes in decode_candidates(group, head_dim, pool_dtype) if sizes.tile_tokens == 64]
+    return min(fitting, key=lambda sizes: abs(sizes.workers_per_sm - 2))
+
+
+@cache
+def load() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """The content of tuned.json."""
+    return json.loads(TUNED.read_text())
+
+
+def save(device_kind: str, chosen: dict[str, dict[str, DecodeSizes | PrefillSizes]]) -> Path:
+    """Replace the sizes of some shape classes of a device.
+
+    Args:
+        chosen: shape class -> "decode", "prefill" or both -> sizes.
+
+    Returns:
+        The file written.
+    """
+    tuned = load()
+    of_device = tuned.setdefault(device_kind, {})
+    for key, sizes in chosen.items():
+        of_device[key] = of_device.get(key, {}) | {name: asdict(value) for name, value in sizes.items()}
+    TUNED.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
+    return TUNED

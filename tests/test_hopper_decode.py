@@ -1,0 +1,245 @@
+"""The Hopper decode kernel in Pallas's interpreter, watched for races, against dense attention over a pool of NaN."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_paged_attention import LAYER, Batch, Options, Shape, dense_attention, make_batch
+
+from pallas_kernels import block_pool_shape, kv_scales_shape
+from pallas_kernels.paged_attention.hopper.decode import DecodeSizes, attend_decode
+from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
+from pallas_kernels.paged_attention.hopper.tile import Scoring
+from pallas_kernels.paged_attention.hopper.tuning import sizes_for
+
+SENTINEL = 7.0
+"""Where no output is due."""
+
+SMALL = DecodeSizes(tile_tokens=64, slots=4, workers_per_sm=1)
+NO_OPTIONS = Options()
+WATCHED = plgpu.InterpretGPUParams(detect_races=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_races(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """No launch of the test raced: jax 0.12 raises, 0.11 prints, and keeps no more than the last launch's verdict.
+
+    An exception in a kernel leaves the interpreter's state behind, and would fail every later test.
+    """
+    yield
+    reset_gpu_interpret_mode_state()
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@partial(jax.jit, static_argnames=("of_tokens", "scoring", "sizes", "num_sms", "interpret"))
+def decode(
+    q,
+    pool,
+    tables,
+    kv_lens,
+    q_starts,
+    alibi_slopes,
+    sinks,
+    kv_scales,
+    *,
+    of_tokens,
+    scoring,
+    sizes,
+    num_sms,
+    interpret,
+):
+    if of_tokens:
+        queries = queries_of_tokens(len(q), kv_lens, q_starts, scoring.sliding_window)
+    else:
+        queries = queries_of_rows(kv_lens, q_starts, scoring.sliding_window)
+    out = jax.new_ref(jnp.full_like(q, SENTINEL))
+    attend_decode(
+        out,
+        queries,
+        q,
+        pool,
+        jnp.int32(LAYER),
+        tables,
+        q_starts[-1],
+        scoring=scoring,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        kv_scales=kv_scales,
+        sizes=sizes,
+        num_sms=num_sms,
+        interpret=interpret,
+    )
+    return out[...]
+
+
+def attend(
+    batch: Batch,
+    options: Options = NO_OPTIONS,
+    *,
+    of_tokens: bool = False,
+    sizes: DecodeSizes = SMALL,
+    num_sms: int = 2,
+) -> np.ndarray:
+    arrays = options.as_arguments()
+    scale = batch.shape.head_dim**-0.5 if options.sm_scale is None else options.sm_scale
+    pool, kv_scales = batch.pool(options.sliding_window)
+    out = decode(
+        jnp.asarray(batch.q),
+        jnp.asarray(pool),
+        jnp.asarray(batch.tables),
+        jnp.asarray(batch.kv_lens),
+        jnp.asarray(batch.q_starts),
+        arrays["alibi_slopes"],
+        arrays["sinks"],
+        None if kv_scales is None else jnp.asarray(kv_scales),
+        of_tokens=of_tokens,
+        scoring=Scoring(scale, options.sliding_window, options.soft_cap),
+        sizes=sizes,
+        num_sms=num_sms,
+        interpret=WATCHED,
+    )
+    assert out.dtype == batch.shape.dtype
+    return np.asarray(out).astype(np.float64)
+
+
+def check(batch: Batch, options: Options = NO_OPTIONS, *, of_tokens: bool = False, **launch) -> None:
+    """Attended tokens get dense attention's outputs, padding zeros, and the other kernel's tokens nothing."""
+    is_attended = np.zeros(batch.shape.num_tokens, bool)
+    unattended = np.zeros(batch.q.shape)
+    for start, end in zip(batch.q_starts[:-1], batch.q_starts[1:], strict=True):
+        is_attended[start:end] = of_tokens or end - start == 1
+        unattended[start:end] = SENTINEL
+    out = attend(batch, options, of_tokens=of_tokens, **launch)
+    np.testing.assert_array_equal(out[~is_attended], unattended[~is_attended])
+    assert_near(out[is_attended], dense_attention(batch, options)[is_attended], batch.shape.dtype)
+
+
+def assert_near(out: np.ndarray, right: np.ndarray, dtype: type) -> None:
+    """Within what rounding weights and results to the type costs, and so less than what one token more or less does."""
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(out, right, rtol=rounding, atol=rounding / 4)
+
+
+RAGGED = Shape(9, 6, 10, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
+
+
+def test_rows_of_any_length_beside_padding_and_rows_that_are_not_its_own():
+    # A decode, a piece of a prompt, a first token, no queries, a partly filled tile, a block's end; padding.
+    check(make_batch(RAGGED, [1, 3, 1, 0, 1, 1], [70, 40, 1, 0, 130, 16]), num_sms=5)
+
+
+def test_batch_of_padding_alone_gives_zeros():
+    check(make_batch(RAGGED, [], []), num_sms=5)
+
+
+def test_results_are_the_same_bits_every_time():
+    batch = make_batch(RAGGED, [1, 1, 1], [130, 70, 159])
+    first = attend(batch, num_sms=5)
+    np.testing.assert_array_equal(attend(batch, num_sms=5), first)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_overflow_in_one_row_stays_there():
+    batch = make_batch(RAGGED, [1, 1, 1, 1], [70, 30, 9, 130])
+    right = dense_attention(batch)
+    batch.values[1][0] = np.inf
+    batch.keys[2][0] = np.nan
+    out = attend(batch, num_sms=5)
+    assert_near(out[[0, 3]], right[[0, 3]], batch.shape.dtype)
+    assert not np.isfinite(out[[1, 2]]).any()
+
+
+def test_every_token_of_a_prompt_within_its_window():
+    shape = Shape(6, 4, 16, num_heads=2, num_kv_heads=2, head_dim=96, block_size=8, dtype=jnp.bfloat16)
+    check(make_batch(shape, [1, 3, 1], [70, 128, 5]), Options(sliding_window=21), of_tokens=True)
+
+
+def test_items_that_many_workers_share_with_cap_slopes_and_sinks():
+    shape = Shape(2, 2, 41, num_heads=8, num_kv_heads=1, head_dim=128, block_size=16, dtype=jnp.bfloat16)
+    rng = np.random.default_rng(0)
+    slopes, sinks = 0.1 * rng.standard_normal(8), 3 * rng.standard_normal(8)
+    options = Options(soft_cap=2.0, alibi_slopes=slopes, sinks=sinks)
+    check(make_batch(shape, [1, 1], [650, 70]), options, num_sms=9)
+
+
+def test_blocks_that_rows_share_and_that_tiles_divide_under_a_wide_group():
+    shape = Shape(2, 2, 2, num_heads=12, num_kv_heads=1, head_dim=64, block_size=128, dtype=jnp.float16)
+    batch = make_batch(shape, [1, 1], [200, 130])
+    batch.tables[1, 0] = batch.tables[0, 0]
+    batch.keys[1][:128], batch.values[1][:128] = batch.keys[0][:128], batch.values[0][:128]
+    check(batch, num_sms=3)
+
+
+def test_heads_narrower_than_their_tile():
+    shape = Shape(3, 3, 10, num_heads=12, num_kv_heads=2, head_dim=80, block_size=16, dtype=jnp.bfloat16)
+    check(make_batch(shape, [1, 1], [150, 17]), Options(sliding_window=100, sinks=np.linspace(-2, 5, 12)))
+
+
+def test_large_tiles_of_several_workers_of_a_multiprocessor_under_an_odd_group():
+    shape = Shape(2, 2, 20, num_heads=10, num_kv_heads=2, head_dim=64, block_size=32, dtype=jnp.float16)
+    check(make_batch(shape, [1, 1], [600, 130]), sizes=DecodeSizes(128, 3, 2))
+
+
+@pytest.mark.parametrize("quantized", [jnp.int8, jnp.float8_e4m3fn])
+def test_quantised_pool_is_attended_as_its_values(quantized):
+    shape = replace(RAGGED, head_dim=128 if quantized == jnp.int8 else 64, quantized=quantized)
+    options = Options(sliding_window=100, sinks=np.array([-1.0, 0.0, 2.0, 5.0]))
+    check(make_batch(shape, [1, 1, 1], [130, 70, 1]), options)
+
+
+@pytest.mark.parametrize("quantized", [jnp.int8, jnp.float8_e4m3fn])
+def test_numbers_far_from_1_keep_their_precision_in_float16(quantized):
+    shape = Shape(2, 2, 9, num_heads=2, num_kv_heads=1, head_dim=64, block_size=16, dtype=jnp.bfloat16)
+    batch = make_batch(replace(shape, quantized=quantized), [1, 1], [130, 40])
+    factors = 2.0 ** np.random.default_rng(0).integers(-30, 30, len(batch.scales))
+    batch.scales[:, LAYER, 1] *= factors[:, None]
+    for values, table in zip(batch.values, batch.tables, strict=True):
+        values *= factors[table[np.arange(len(values)) // 16], None, None]
+    batch.q[:, 0] *= 2.0**40
+    out, right = attend(batch, Options(sm_scale=2.0**-43)), dense_attention(batch, Options(sm_scale=2.0**-43))
+    largest = np.abs(right).max(axis=(1, 2), keepdims=True)
+    assert_near(out / largest, right / largest, shape.dtype)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "block_size", "dtype", "quantized"),
+    [
+        (40, 64, 8, jnp.bfloat16, None),
+        (32, 80, 16, jnp.float16, None),
+        (8, 96, 128, jnp.bfloat16, None),
+        (64, 128, 64, jnp.bfloat16, jnp.int8),
+        (32, 128, 16, jnp.bfloat16, jnp.float8_e4m3fn),
+        (96, 256, 32, jnp.bfloat16, None),
+    ],
+)
+def test_compiles_for_the_gpu_at_real_sizes(num_heads, head_dim, block_size, dtype, quantized):
+    num_blocks, num_layers, num_kv_heads, num_seqs = 4096, 32, 8, 128
+    abstract = jax.ShapeDtypeStruct
+    pool_dtype = jnp.dtype(quantized or dtype)
+    scales = abstract(kv_scales_shape(num_blocks, num_layers, num_kv_heads), jnp.float32)
+    traced = decode.trace(
+        abstract((num_seqs, num_heads, head_dim), dtype),
+        abstract(block_pool_shape(num_blocks, num_layers, num_kv_heads, block_size, head_dim), pool_dtype),
+        abstract((num_seqs, 256), jnp.int32),
+        abstract((num_seqs,), jnp.int32),
+        abstract((num_seqs + 1,), jnp.int32),
+        abstract((num_heads,), jnp.float32),
+        abstract((num_heads,), jnp.float32),
+        scales if quantized else None,
+        of_tokens=True,
+        scoring=Scoring(0.1, 1000, 30.0),
+        sizes=fitting_sizes(num_heads // num_kv_heads, head_dim, block_size, pool_dtype),
+        num_sms=132,
+        interpret=None,
+    )
+    traced.lower(lowering_platforms=("cuda",))
+
+
+def fitting_sizes(group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> DecodeSizes:
+    return sizes_for(group=group, head_dim=head_dim, block_size=block_size, pool_dtype=pool_dtype).decode
