@@ -12,14 +12,13 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.device.compile_cache import enable_compile_cache
-from jpaged.device.kv_cache import block_bytes, num_blocks_that_fit
+from jpaged.device.kv_cache import block_bytes, choose_attention, num_blocks_that_fit
 from jpaged.device.model_runner import check_settings
 from jpaged.device.sharding import make_mesh
 from jpaged.device.transfer import num_host_blocks_for
 from jpaged.llm import DEMO_MODEL, resolve_dtype
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.registry import abstract_model
-from pallas_kernels import best_implementation
 
 PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 
@@ -117,14 +116,13 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh)[1])
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     kv_cache = _plan_pool(model_config, config, dtype, weight_bytes, list(mesh.devices.flat))
-    choice = best_implementation()
-    named = config.attention_implementation
+    attention = choose_attention(model_config, config, dtype, mesh.size)
     cache_dir = enable_compile_cache()
     return Info(
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         devices=[f"{device.device_kind} ({device.platform}:{device.id})" for device in jax.devices()],
-        attention_implementation=named or choice.name,
-        attention_reason="as asked" if named else choice.reason,
+        attention_implementation=attention.name,
+        attention_reason=attention.reason,
         compile_cache_dir=None if cache_dir is None else str(cache_dir),
         model=ModelInfo(
             path=str(path),

@@ -22,6 +22,9 @@ from bench.attention.timing import Timing, time_program
 from bench.machine import MachineLimits
 from pallas_kernels.block_pool import read_kv
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
+from pallas_kernels.paged_attention.hopper.decode import DecodeSizes
+from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
+from pallas_kernels.paged_attention.hopper.tuning import Sizes
 
 LIMITS = MachineLimits(read_bytes_per_s=1e9, matmul_flops_per_s=1e12, dtype="bfloat16")
 RAGGED = AttentionShape(
@@ -400,13 +403,14 @@ def test_flashinfer_rows_come_from_its_process(run_kernels, monkeypatch):
 
 
 def test_tuner_keeps_the_best_of_each_class_that_runs_on_all_its_shapes(monkeypatch):
-    us = {("one", "small"): 4.0, ("one", "large"): 1.0, ("two", "small"): 4.0, ("two", "large"): 9.0}
+    broken, small, large = (Sizes(DecodeSizes(slots=slots), PrefillSizes()) for slots in (2, 3, 4))
+    us = {("one", small): 4.0, ("one", large): 1.0, ("two", small): 4.0, ("two", large): 9.0}
     times = {shape.name: shape for shape in (replace(SHARED, name="one"), replace(SHARED, name="two"))}
     saved = {}
 
     def time_candidates(shape, candidates, num_samples):
         return [
-            np.inf if sizes == "broken" and shape.name == "two" else us.get((shape.name, sizes), 0.1)
+            np.inf if sizes == broken and shape.name == "two" else us.get((shape.name, sizes), 0.1)
             for sizes in candidates
         ]
 
@@ -414,11 +418,16 @@ def test_tuner_keeps_the_best_of_each_class_that_runs_on_all_its_shapes(monkeypa
         saved.update(chosen)
         return "a file"
 
-    from pallas_kernels.paged_attention import hopper
-
-    fake = SimpleNamespace(candidates=lambda name: ["broken", "small", "large"], save=save)
-    monkeypatch.setattr(hopper, "tuning", fake, raising=False)
+    monkeypatch.setattr(tune, "candidates", lambda shape: [broken, small, large])
+    monkeypatch.setattr(tune.tuning, "save", save)
     monkeypatch.setattr(tune, "_time_candidates", time_candidates)
     report = tune.tune([*times.values(), RAGGED], num_samples=1)
-    assert saved == {tune.shape_class(SHARED): "large"}
-    assert report[tune.shape_class(SHARED)]["geometric_mean_us"]["small"] == pytest.approx(4)
+    name = tune.class_of(SHARED)
+    assert saved[name] == {"decode": large.decode}
+    assert report[f"decode: {name}"]["geometric_mean_us"][str(small.decode)] == pytest.approx(4)
+
+
+def test_candidates_fit_and_differ():
+    for shape in MEASURED:
+        tried = tune.candidates(shape)
+        assert len(set(tried)) == len(tried) > 1

@@ -458,7 +458,7 @@ def arguments_of(case: Case) -> dict:
         (replace(GOOD_CASE, block_size=48), "block_size=48"),
         (
             replace(GOOD_CASE, num_heads=128, num_kv_heads=1, head_dim=128),
-            "128 query heads for each KV head: at most 72",
+            "128 query heads of head_dim 128 for each KV head",
         ),
         (replace(GOOD_CASE, num_heads=10, head_dim=80), "head_dim=80 with 5 query heads for each KV head"),
     ],

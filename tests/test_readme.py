@@ -94,6 +94,22 @@ def _rows() -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:1] == "|"]
 
 
+def test_kernels_are_those_of_the_result_file():
+    result, rows = _result("kernels_nvidia-h200"), _rows()
+    peers = json.loads((README_PATH.parent / "bench" / "peers.json").read_text())["attention_kernels"]["figures"]
+    assert result["rows"]
+    for row in result["rows"]:
+        is_decode = row["shape"].startswith("decode")
+        rate = f"{row['bytes_per_s'] / 1e12:.2f} TB/s" if is_decode else f"{row['flops_per_s'] / 1e12:.0f} TFLOP/s"
+        limit = row["fraction_of_read_bandwidth" if is_decode else "fraction_of_matmul_rate"]
+        peer = peers.get(row["shape"], {}).get("FlashInfer")
+        shown = "" if peer is None else f"{peer:.2f} TB/s" if is_decode else f"{peer:.0f} TFLOP/s"
+        assert [f"{row['us']:.1f}", rate, f"{limit:.0%}", shown] in [cells[1:] for cells in rows], row["shape"]
+    limits = result["limits"]
+    assert f"{limits['read_bytes_per_s'] / 1e12:.2f} TB/s read" in README
+    assert f"{limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s" in README
+
+
 def test_sharing_is_that_of_the_result_files():
     measured, simulated = _result("sharing_demo_cpu"), _result("paper")["experiments"]["fig15"]["figures"]
     ours = {figure["label"]: figure["ours"] for figure in simulated}

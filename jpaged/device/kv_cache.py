@@ -10,8 +10,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jpaged.config import EngineConfig
 from jpaged.device.step_inputs import StepInputs
-from pallas_kernels import block_pool_shape, copy_blocks, gather_blocks, paged_attention, scatter_blocks, write_kv
+from jpaged.models import ModelConfig
+from pallas_kernels import (
+    best_implementation,
+    block_pool_shape,
+    copy_blocks,
+    gather_blocks,
+    paged_attention,
+    scatter_blocks,
+    write_kv,
+)
+from pallas_kernels.paged_attention import Choice, why_not
 
 CPU_POOL_BYTES = 1 << 30
 """What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is not its own."""
@@ -122,6 +133,19 @@ class PagedAttend:
             sliding_window=sliding_window,
             implementation=self._implementation,
         )
+
+
+def choose_attention(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, num_devices: int) -> Choice:
+    """The implementation of paged attention that a model's steps use, and why."""
+    if config.attention_implementation is not None:
+        return Choice(config.attention_implementation, "as asked")
+    pool = block_pool_shape(1, model.num_layers, model.num_kv_heads, config.block_size, model.head_dim)
+    choice = best_implementation(
+        why_not((1, model.num_heads, model.head_dim), jnp.dtype(dtype), pool, jnp.dtype(dtype))
+    )
+    if choice.name != "xla" and num_devices > 1:
+        return Choice("xla", f"over {num_devices} devices: the compiler splits no kernel of ours among them")
+    return choice
 
 
 def block_bytes(

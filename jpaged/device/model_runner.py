@@ -30,6 +30,7 @@ from jpaged.device.kv_cache import (
     available_bytes,
     block_bytes,
     check_blocks_fit,
+    choose_attention,
     num_blocks_that_fit,
 )
 from jpaged.device.sampler import (
@@ -102,6 +103,11 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
             f"attention_implementation={config.attention_implementation!r} cannot be had: "
             f"expected None or one of {servable}"
         )
+    if config.attention_implementation == "hopper" and config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"attention_implementation='hopper' runs on one device, not on tensor_parallel_size="
+            f"{config.tensor_parallel_size}: leave it out, or ask for 'xla'"
+        )
     limit, wanted = model_config.max_model_len, config.max_model_len
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
@@ -134,6 +140,7 @@ class ModelRunner:
         self.dtype = jnp.dtype(next(x.dtype for x in self._weights if jnp.issubdtype(x.dtype, jnp.floating)))
         self.weight_bytes = sum(x.nbytes for x in self._weights)
         self.max_model_len = check_settings(model_config, config)
+        self.attention = choose_attention(model_config, config, self.dtype, mesh.size)
         block = {
             "num_layers": model_config.num_layers,
             "num_kv_heads": model_config.num_kv_heads,
@@ -333,7 +340,7 @@ class ModelRunner:
     ) -> ForwardResult:
         inputs = unpack(packed, bucket, self.max_blocks)
         model = self._merge(weights)
-        attend = PagedAttend(cache, inputs, self.config.attention_implementation)
+        attend = PagedAttend(cache, inputs, self.attention.name)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return ForwardResult(attend.cache, hidden, hidden[inputs.sample_tokens])
 

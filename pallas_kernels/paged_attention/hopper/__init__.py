@@ -13,7 +13,7 @@ from pallas_kernels.paged_attention.hopper.decode import attend_decode, columns_
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tile import Scoring
-from pallas_kernels.paged_attention.hopper.tuning import Sizes, sizes_for
+from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidates, sizes_for
 
 COMPUTE_CAPABILITY = "9.0"
 NUM_SMS = 132
@@ -47,8 +47,10 @@ def why_not(
     if block_size < 8 or block_size & (block_size - 1):
         return f"block_size={block_size}: expected a power of two from 8"
     group = num_heads // num_kv_heads
-    if group > columns_that_fit(head_dim):
-        return f"{group} query heads for each KV head: at most {columns_that_fit(head_dim)}"
+    if group > columns_that_fit(head_dim) or not decode_candidates(group, head_dim, pool_dtype):
+        return (
+            f"{group} query heads of head_dim {head_dim} for each KV head: more than registers and shared memory hold"
+        )
     if head_dim % 32 and group % 2:
         return f"head_dim={head_dim} with {group} query heads for each KV head: only an even number of them"
     return None

@@ -29,9 +29,12 @@ from pallas_kernels.paged_attention.hopper.tile import (
     LEAST,
     LOG2E,
     MATRIX,
+    Ref,
     Scoring,
     powers_of_two,
     swizzle_of,
+    swizzling,
+    tiled_smem,
 )
 
 ROW = plgpu.Layout.WGMMA.reduce(0)
@@ -44,7 +47,11 @@ SEGMENT, MERGE = Segment(), Merge()
 WIDE_SLOTS = 4
 """Tiles of K and V of a quantised pool that wait in float16."""
 
+WIDENED_BYTES = 64
+"""Of a row, what a widener makes wide at once: a thread's registers hold no more beside it."""
+
 WIDENER_REGISTERS = 80
+"""Of a thread of each of the three warpgroups of a worker: two workers share a multiprocessor's 65,536."""
 
 PARTS_AT_ONCE = 4
 """Parts that a merge loads together: their latencies overlap."""
@@ -155,17 +162,17 @@ class _Scratch(NamedTuple):
 class _Inputs(NamedTuple):
     """What the kernel reads, in device memory."""
 
-    q: jax.Ref
-    q_scales: jax.Ref | None  # [tokens, num_kv_heads, columns], for a quantised pool
-    pieces: jax.Ref  # [.., piece, head_dim]: the pool
-    kv_scales: jax.Ref | None
-    layer: jax.Ref
-    block_tables: jax.Ref
-    segments: jax.Ref
-    first_segment: jax.Ref
-    last_segment: jax.Ref
-    slopes: jax.Ref | None  # [num_kv_heads, columns]
-    sinks: jax.Ref | None
+    q: Ref
+    q_scales: Ref | None  # [tokens, num_kv_heads, columns], for a quantised pool
+    pieces: Ref  # [.., piece, head_dim]: the pool
+    kv_scales: Ref | None
+    layer: Ref
+    block_tables: Ref
+    segments: Ref
+    first_segment: Ref
+    last_segment: Ref
+    slopes: Ref | None  # [num_kv_heads, columns]
+    sinks: Ref | None
 
 
 def columns_that_fit(head_dim: int) -> int:
@@ -260,7 +267,7 @@ def _fit_float16(
 
 
 def _attend(
-    out: jax.Ref,
+    out: Ref,
     q: Float[Array, "tokens num_heads head_dim"],
     pool: BlockPool,
     kv_scales: KvScales | None,
@@ -333,7 +340,7 @@ def _scratch_types(shape: _Shape) -> _Scratch:
         q_smem = plgpu.SMEM(queries, dtype)
     else:
         # A copy may fill part of what a product reads: two views of the same bytes, both swizzled.
-        swizzle = plgpu.SwizzleTransform(swizzle_of(shape.head_dim, dtype.itemsize)[0])
+        swizzle = swizzling(swizzle_of(shape.head_dim, dtype.itemsize)[0])
         q_smem = plgpu.RefUnion(
             plgpu.SMEM(queries, dtype, transforms=(swizzle,)), _operand(queries, shape.head_dim, dtype)
         )
@@ -360,12 +367,10 @@ def _ring(shape: _Shape, slots: int, dtype: jnp.dtype) -> _Ring:
     )
 
 
-def _operand(dims: tuple[int, ...], head_dim: int, dtype: jnp.dtype) -> plgpu.SMEM:
+def _operand(dims: tuple[int, ...], head_dim: int, dtype: jnp.dtype) -> Any:
     """Shared memory that tensor cores read. Both operands of a product need one swizzle; head_dim bounds it."""
-    swizzle, elements = swizzle_of(head_dim, dtype.itemsize)
-    if dtype.itemsize == 1 and swizzle == 128:  # so that a widener's thread has half a row at a time
-        swizzle, elements = 64, 64
-    return plgpu.SMEM(dims, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(swizzle)))
+    swizzle, _ = swizzle_of(head_dim, dtype.itemsize)
+    return tiled_smem(dims, dtype, swizzle if dtype.itemsize > 1 else min(swizzle, WIDENED_BYTES))
 
 
 def _my_segments(inputs: _Inputs) -> tuple[Array, Array]:
@@ -421,7 +426,7 @@ def _produce(inputs: _Inputs, scratch: _Scratch, shape: _Shape) -> None:
     _drain(scratch.q_free, jnp.maximum(last - first - 2, 0), last - first, 2)
 
 
-def _drain(barriers: jax.Ref, start: Array, stop: Array, slots: int) -> None:
+def _drain(barriers: Ref, start: Array, stop: Array, slots: int) -> None:
     @pl.loop(start, stop)
     def _wait(turn: Array) -> None:
         plgpu.barrier_wait(barriers.at[lax.rem(turn, jnp.int32(slots))])
@@ -472,7 +477,7 @@ def _load_scales_of(
     )
 
 
-def _store_scales(scales: tuple[Array, ...], destination: jax.Ref, shape: _Shape) -> None:
+def _store_scales(scales: tuple[Array, ...], destination: Ref, shape: _Shape) -> None:
     """Leave each token's scale, relative to the tile's largest, and that one: [2, tile]."""
     largest = reduce(jnp.maximum, scales)
 
@@ -487,9 +492,7 @@ def _store_scales(scales: tuple[Array, ...], destination: jax.Ref, shape: _Shape
     destination.at[1][...] = spread(largest)
 
 
-def _consume(
-    inputs: _Inputs, scratch: _Scratch, out: jax.Ref, part_outputs: jax.Ref, part_sums: jax.Ref, shape: _Shape
-) -> None:
+def _consume(inputs: _Inputs, scratch: _Scratch, out: Ref, part_outputs: Ref, part_sums: Ref, shape: _Shape) -> None:
     """Attend the worker's tiles."""
     if shape.is_quantized:
         plgpu.set_max_registers(WIDENER_REGISTERS, action="increase")
@@ -539,9 +542,9 @@ def _attend_tiles(
 
         plgpu.barrier_wait(kv.full.at[k_slot])
         products = _multiply_keys(kv.tiles.at[k_slot], queries, shape)
-        if shape.is_quantized:
+        if q_scales is not None:
             column, largest = _load_scales(kv.scales.at[k_slot])
-            products = products * _each_column(column, products) * (_each_row(q_scales, products) * largest)
+            products = products * _each_column(column, products) * _each_row(q_scales, products) * largest
         plgpu.barrier_arrive(kv.free.at[k_slot])
 
         scores = _scores(products, start, at, slopes, shape)
@@ -579,7 +582,7 @@ def _attend_tiles(
     return output, top, total.sum(axis=0)
 
 
-def _load_scales(scales: jax.Ref) -> tuple[Array, Array]:
+def _load_scales(scales: Ref) -> tuple[Array, Array]:
     """Each token's relative scale, and the largest."""
     return _load_column(scales.at[0]), scales[1, 0]
 
@@ -589,7 +592,7 @@ def _widen_tiles(inputs: _Inputs, scratch: _Scratch, shape: _Shape) -> None:
     plgpu.set_max_registers(WIDENER_REGISTERS, action="increase")
     stored, wide = scratch.stored, scratch.operands
     first, last = _my_segments(inputs)
-    width = min(swizzle_of(shape.head_dim, 1)[1], 64)
+    width = min(swizzle_of(shape.head_dim, 1)[0], WIDENED_BYTES)
 
     def segment(index: Array, tiles_done: Array) -> Array:
         at = _field(inputs, index)
@@ -638,21 +641,21 @@ def _widen(quantized: Array) -> Array:
     return lax.bitcast_convert_type(shifted, jnp.float16) - jnp.float16(1024 + 128)
 
 
-def _multiply_keys(keys: jax.Ref, queries: jax.Ref, shape: _Shape) -> Array:
-    def multiply(accumulator: jax.Ref) -> Array:
+def _multiply_keys(keys: Ref, queries: Ref, shape: _Shape) -> Array:
+    def multiply(accumulator: Ref) -> Array:
         for slab in range(shape.num_slabs):
             plgpu.wgmma(accumulator, keys.at[:, pl.ds(slab * shape.slab, shape.slab)], queries.at[slab].T)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((shape.tile, shape.columns), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((shape.tile, shape.columns), jnp.float32))
 
 
-def _product(a: jax.Ref, b: jax.Ref, dims: tuple[int, int]) -> Array:
-    def multiply(accumulator: jax.Ref) -> Array:
+def _product(a: Ref, b: Ref, dims: tuple[int, int]) -> Array:
+    def multiply(accumulator: Ref) -> Array:
         plgpu.wgmma(accumulator, a, b)
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(dims, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(dims, jnp.float32))
 
 
 def _scores(products: Array, start: Array, at: Segment, slopes: Array | None, shape: _Shape) -> Array:
@@ -667,7 +670,7 @@ def _scores(products: Array, start: Array, at: Segment, slopes: Array | None, sh
     return jnp.where(is_seen, scores, -jnp.inf)
 
 
-def _clear_unseen(values: jax.Ref, start: Array, at: Segment) -> None:
+def _clear_unseen(values: Ref, start: Array, at: Segment) -> None:
     """Slots that nobody may see can hold anything, and 0 * NaN is NaN."""
     for first_row in range(0, values.shape[0], 64):
         position = plgpu.broadcasted_iota(jnp.int32, (64, 64), 0, layout=MATRIX) + (start + first_row)
@@ -688,15 +691,15 @@ def _each_column(column: Array, like: Array) -> Array:
     return lax.broadcast_in_dim(column, like.shape, [0])
 
 
-def _load_column(ref: jax.Ref) -> Array:
+def _load_column(ref: Ref) -> Array:
     return plgpu.load(ref, layout=COLUMN, optimized=False)
 
 
-def _load_row(ref: jax.Ref) -> Array:
+def _load_row(ref: Ref) -> Array:
     return plgpu.load(ref, layout=ROW, optimized=False)
 
 
-def _store(output: Array, out_smem: Any, destination: jax.Ref, shape: _Shape) -> None:
+def _store(output: Array, out_smem: Any, destination: Ref, shape: _Shape) -> None:
     """Write [rows, columns] to [group, head_dim] in device memory."""
     tiled = out_smem if shape.is_interpreted else out_smem[0]
     tiled.T[...] = plgpu.layout_cast(output.astype(shape.dtype), TRANSPOSED)
@@ -724,13 +727,13 @@ def _out_smem(shape: _Shape) -> Any:
         plgpu.SMEM(
             (shape.columns // 8, shape.rows // slab, 8, slab),
             shape.dtype,
-            transforms=(plgpu.SwizzleTransform(swizzle),),
+            transforms=(swizzling(swizzle),),
         ),
     )
 
 
 def _merge(
-    out: jax.Ref,
+    out: Ref,
     part_outputs: Float[Array, "parts rows columns"],
     part_sums: Float[Array, "parts 64 columns"],
     schedule: Schedule,

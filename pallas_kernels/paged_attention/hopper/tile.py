@@ -114,8 +114,12 @@ def swizzle_of(head_dim: int, itemsize: int) -> tuple[int, int]:
 
 def smem_tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     """Shared memory for matrices [..., rows, columns] that tensor cores multiply."""
-    swizzle, columns = swizzle_of(shape[-1], dtype.itemsize)
-    tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
+    return tiled_smem(shape, dtype, swizzle_of(shape[-1], dtype.itemsize)[0])
+
+
+def tiled_smem(shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int) -> Any:
+    """Shared memory for matrices [..., rows, columns] in tiles of eight rows of so many swizzled bytes."""
+    tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling(swizzle)))
 
 

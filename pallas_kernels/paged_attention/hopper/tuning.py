@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def _fitting_decode(group: int, head_dim: int, pool_dtype: jnp.dtype) -> DecodeS
 
 
 @cache
-def load() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+def load() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
     """The content of tuned.json."""
     return json.loads(TUNED.read_text())
 
