@@ -14,10 +14,23 @@ if (
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def no_races(capsys):
+    """No launch of an interpreted kernel raced: jax 0.12 raises, 0.11 prints, and keeps only the last launch's verdict.
+
+    An exception in a kernel leaves the interpreter's state behind, and would fail every later test.
+    """
+    yield
+    reset_gpu_interpret_mode_state()
+    assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 def pytest_addoption(parser):

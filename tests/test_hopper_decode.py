@@ -1,6 +1,5 @@
 """The Hopper decode kernel in Pallas's interpreter, watched for races, against dense attention over a pool of NaN."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -8,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_paged_attention import LAYER, Batch, Options, Shape, dense_attention, make_batch
 
 from pallas_kernels import block_pool_shape, kv_scales_shape
+from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper.decode import DecodeSizes, attend_decode
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tile import Scoring
 from pallas_kernels.paged_attention.hopper.tuning import sizes_for
+
+pytestmark = pytest.mark.usefixtures("no_races")
 
 SENTINEL = 7.0
 """Where no output is due."""
@@ -24,17 +25,6 @@ SENTINEL = 7.0
 SMALL = DecodeSizes(tile_tokens=64, slots=4, workers_per_sm=1)
 NO_OPTIONS = Options()
 WATCHED = plgpu.InterpretGPUParams(detect_races=True)
-
-
-@pytest.fixture(autouse=True)
-def _no_races(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """No launch of the test raced: jax 0.12 raises, 0.11 prints, and keeps no more than the last launch's verdict.
-
-    An exception in a kernel leaves the interpreter's state behind, and would fail every later test.
-    """
-    yield
-    reset_gpu_interpret_mode_state()
-    assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 @partial(jax.jit, static_argnames=("of_tokens", "scoring", "sizes", "num_sms", "interpret"))
@@ -66,7 +56,6 @@ def decode(
         pool,
         jnp.int32(LAYER),
         tables,
-        q_starts[-1],
         scoring=scoring,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
@@ -109,14 +98,12 @@ def attend(
 
 
 def check(batch: Batch, options: Options = NO_OPTIONS, *, of_tokens: bool = False, **launch) -> None:
-    """Attended tokens get dense attention's outputs, padding zeros, and the other kernel's tokens nothing."""
+    """Attended tokens get dense attention's outputs; padding and the other kernel's tokens, nothing."""
     is_attended = np.zeros(batch.shape.num_tokens, bool)
-    unattended = np.zeros(batch.q.shape)
     for start, end in zip(batch.q_starts[:-1], batch.q_starts[1:], strict=True):
         is_attended[start:end] = of_tokens or end - start == 1
-        unattended[start:end] = SENTINEL
     out = attend(batch, options, of_tokens=of_tokens, **launch)
-    np.testing.assert_array_equal(out[~is_attended], unattended[~is_attended])
+    np.testing.assert_array_equal(out[~is_attended], SENTINEL)
     assert_near(out[is_attended], dense_attention(batch, options)[is_attended], batch.shape.dtype)
 
 
@@ -134,8 +121,38 @@ def test_rows_of_any_length_beside_padding_and_rows_that_are_not_its_own():
     check(make_batch(RAGGED, [1, 3, 1, 0, 1, 1], [70, 40, 1, 0, 130, 16]), num_sms=5)
 
 
-def test_batch_of_padding_alone_gives_zeros():
+def test_batch_of_padding_alone_writes_nothing():
     check(make_batch(RAGGED, [], []), num_sms=5)
+
+
+def test_tiles_of_a_large_block_that_lie_behind_the_window_are_no_ones_part():
+    shape = Shape(1, 1, 2, num_heads=4, num_kv_heads=2, head_dim=64, block_size=128, dtype=jnp.bfloat16)
+    check(make_batch(shape, [1], [240]), Options(sliding_window=140), num_sms=4)
+
+
+@pytest.mark.parametrize("quantized", [None, jnp.int8])
+def test_both_kernels_together_attend_a_mixed_batch_and_give_zeros_for_padding(quantized):
+    shape = Shape(16, 4, 5, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
+    batch = make_batch(replace(shape, quantized=quantized), [1, 9, 0, 1], [70, 30, 0, 1])
+    pool, kv_scales = batch.pool()
+    out = attend_hopper(
+        jnp.asarray(batch.q),
+        jnp.asarray(pool),
+        LAYER,
+        *(jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts)),
+        sm_scale=shape.head_dim**-0.5,
+        sliding_window=None,
+        soft_cap=None,
+        alibi_slopes=None,
+        sinks=None,
+        kv_scales=None if kv_scales is None else jnp.asarray(kv_scales),
+        num_sms=2,
+        interpret=WATCHED,
+    )
+    out = np.asarray(out).astype(np.float64)
+    num_tokens = int(batch.q_starts[-1])
+    assert_near(out[:num_tokens], dense_attention(batch)[:num_tokens], shape.dtype)
+    np.testing.assert_array_equal(out[num_tokens:], 0)
 
 
 def test_results_are_the_same_bits_every_time():

@@ -1,6 +1,5 @@
 """The Hopper prefill kernel in Pallas's interpreter, watched for races, against dense attention over a pool of NaN."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_paged_attention import LAYER, TOLERANCE, Batch, Options, Shape, dense_attention, make_batch
 
@@ -17,18 +15,13 @@ from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.prefill_plan import DEFAULT_SIZES, Case, PrefillSizes, Run, plan_prefill
 from pallas_kernels.paged_attention.hopper.tile import Scoring
 
+pytestmark = pytest.mark.usefixtures("no_races")
+
 SENTINEL = 7.0
 """Where no output is due."""
 
 NO_OPTIONS = Options()
 SMALL = PrefillSizes(kv_tile=64)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_interpreter() -> Iterator[None]:
-    """An exception in a kernel leaves the interpreter's state behind, and would fail every later test."""
-    yield
-    reset_gpu_interpret_mode_state()
 
 
 def scoring_of(shape: Shape, options: Options) -> Scoring:

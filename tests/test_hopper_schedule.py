@@ -66,7 +66,8 @@ def items_of(rows: list[Row], division: Division, *, of_tokens: bool) -> dict[It
         for nth in range(q_len):
             end = cached + nth + 1
             begin = max(0, end - (division.sliding_window or end))
-            starts = range(begin - begin % division.block_size, end, division.tile_tokens)
+            granule = min(division.block_size, division.tile_tokens)
+            starts = range(begin - begin % granule, end, division.tile_tokens)
             if of_tokens or q_len == 1:
                 for head in range(division.num_kv_heads):
                     items[token, head] = Item(row, begin, end, tuple(starts))

@@ -496,6 +496,7 @@ def test_xla_is_chosen_where_there_is_no_hopper_gpu_without_a_warning(caplog):
 def test_hopper_kernels_run_on_hopper_gpus_alone(monkeypatch, platform, capability, reason):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     choice = best_implementation()
     assert choice.name == ("xla" if reason else "hopper")
     assert reason is None or reason in choice.reason
@@ -507,10 +508,27 @@ def hopper_calls(monkeypatch):
     dispatch = importlib.import_module("pallas_kernels.paged_attention")  # the package has a function of this name
     calls = []
     monkeypatch.setattr(dispatch, "why_no_device", lambda: None)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setitem(IMPLEMENTATIONS, "hopper", lambda q, *args, **options: calls.append(q) or q)
     dispatch._log_fallback.cache_clear()
     yield calls
     dispatch._log_fallback.cache_clear()
+
+
+def test_arrays_over_several_devices_take_the_portable_path_except_under_shard_map(hopper_calls, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert "over 2 devices" in best_implementation().reason
+    assert best_implementation(num_devices=1).name == "hopper"
+    names = []
+
+    def shard(x):
+        names.append(best_implementation().name)
+        return x
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
+    spec = PartitionSpec("tensor")
+    jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec))(jnp.arange(2))
+    assert names == ["hopper"]
 
 
 def test_hopper_gpu_runs_its_kernels_and_warns_once_of_each_reason_why_not(hopper_calls, caplog):

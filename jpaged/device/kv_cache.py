@@ -140,12 +140,8 @@ def choose_attention(model: ModelConfig, config: EngineConfig, dtype: jax.typing
     if config.attention_implementation is not None:
         return Choice(config.attention_implementation, "as asked")
     pool = block_pool_shape(1, model.num_layers, model.num_kv_heads, config.block_size, model.head_dim)
-    choice = best_implementation(
-        why_not((1, model.num_heads, model.head_dim), jnp.dtype(dtype), pool, jnp.dtype(dtype))
-    )
-    if choice.name != "xla" and num_devices > 1:
-        return Choice("xla", f"over {num_devices} devices: the compiler splits no kernel of ours among them")
-    return choice
+    case = why_not((1, model.num_heads, model.head_dim), jnp.dtype(dtype), pool, jnp.dtype(dtype))
+    return best_implementation(case, num_devices)
 
 
 def block_bytes(

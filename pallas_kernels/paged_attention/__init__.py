@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -35,15 +36,23 @@ class Choice:
     reason: str
 
 
-def best_implementation(case: str | None = None) -> Choice:
+def best_implementation(case: str | None = None, num_devices: int | None = None) -> Choice:
     """The implementation that ``implementation=None`` means on this process's default device.
 
     Args:
         case: why the device's own kernels cannot take the case at hand, as ``why_not`` says it.
+        num_devices: how many the arrays are spread over. If None, all that this process has, since a traced array does
+            not say; except under ``jax.shard_map``, where every device has its own.
     """
     reason = why_no_device()
     if reason is not None:
         return Choice("xla", f"{reason}; the portable one runs everywhere")
+    if num_devices is None:
+        num_devices = 1 if jax.sharding.get_abstract_mesh().manual_axes else jax.device_count()
+    if num_devices > 1:
+        return Choice(
+            "xla", f"over {num_devices} devices: the compiler splits no kernel of ours, but jax.shard_map does"
+        )
     if case is not None:
         return Choice("xla", f"the Hopper kernels do not take {case}")
     return Choice("hopper", "our kernels for this GPU")
@@ -81,7 +90,8 @@ def paged_attention(
         pool: the block pool, read only, of the same type as ``q`` or quantised.
         layer: which layer of it, a static number.
         block_tables: physical block of each logical block of each row. Entries past a row's length are never used.
-        kv_lens: tokens of each row's sequence in the pool, those of this call included; 0 for padding rows.
+        kv_lens: tokens of each row's sequence in the pool, those of this call included, so no fewer than its queries;
+            0 for padding rows.
         cu_q_lens: row i owns ``q[cu_q_lens[i]:cu_q_lens[i + 1]]``, whose last token sits at ``kv_lens[i] - 1``.
         sm_scale: factor on the scores; ``1 / sqrt(head_dim)`` if None.
         sliding_window: a token at position p sees positions ``p - sliding_window + 1`` to p; all up to p if None.
@@ -89,7 +99,8 @@ def paged_attention(
         alibi_slopes: adds ``slope * (kv_position - q_position)`` to each head's scores, after the cap.
         sinks: one logit for each head that takes its share of the softmax and gives no value.
         kv_scales: the scales of a quantised pool (``write_kv_quantized``), read only; None for any other.
-        implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``.
+        implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``. Over several devices,
+            "hopper" wants ``jax.shard_map``.
 
     Returns:
         One output for each query, in q's type; sums are float32 throughout.

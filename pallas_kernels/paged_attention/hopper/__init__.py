@@ -13,7 +13,7 @@ from pallas_kernels.paged_attention.hopper.decode import attend_decode, columns_
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tile import Scoring
-from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidates, sizes_for
+from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidates, default_device, sizes_for
 
 COMPUTE_CAPABILITY = "9.0"
 NUM_SMS = 132
@@ -22,7 +22,7 @@ NUM_SMS = 132
 
 def why_no_device() -> str | None:
     """Why this process's default device cannot run the kernels; None if it can."""
-    device = jax.devices()[0]
+    device = default_device()
     if device.platform != "gpu":
         return f"the Hopper kernels need an NVIDIA GPU, not {device.platform}"
     capability = str(getattr(device, "compute_capability", "unknown"))
@@ -71,12 +71,14 @@ def attend_hopper(
     sinks: Float[Array, " num_heads"] | None,
     kv_scales: KvScales | None,
     sizes: Sizes | None = None,
+    num_sms: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``.
 
     Args:
         sizes: of tiles and rings; the tuned ones if None.
+        num_sms: multiprocessors to fill; the device's if None.
         interpret: run in Pallas's interpreter for Mosaic GPU instead of on a GPU.
 
     Raises:
@@ -99,7 +101,7 @@ def attend_hopper(
         kv_scales,
         scoring=Scoring(sm_scale, sliding_window, soft_cap),
         sizes=sizes or _tuned_sizes(q, pool),
-        num_sms=_num_sms(),
+        num_sms=num_sms or _num_sms(),
         interpret=interpret,
     )
 
@@ -110,7 +112,7 @@ def _tuned_sizes(q: Array, pool: Array) -> Sizes:
 
 
 def _num_sms() -> int:
-    device = jax.devices()[0]
+    device = default_device()
     return device.core_count if device.platform == "gpu" else NUM_SMS
 
 
@@ -139,8 +141,7 @@ def _attend(
         queries = queries_of_tokens(num_tokens, kv_lens, cu_q_lens, scoring.sliding_window)
     else:
         queries = queries_of_rows(kv_lens, cu_q_lens, scoring.sliding_window)
-    # Every token is written: by the launch that attends it, or with zeros, past the last.
-    out = jax.empty_ref(jax.ShapeDtypeStruct(q.shape, q.dtype))
+    out = jax.new_ref(jnp.zeros_like(q))  # as padding is to come back
     attend_decode(
         out,
         queries,
@@ -148,7 +149,6 @@ def _attend(
         pool,
         layer,
         block_tables,
-        cu_q_lens[-1],
         scoring=scoring,
         alibi_slopes=alibi_slopes,
         sinks=sinks,

@@ -12,7 +12,7 @@ copies: 64 tokens of K and V (32 KB) take 1.0 us of a multiprocessor's share of 
 """
 
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +46,9 @@ SEGMENT, MERGE = Segment(), Merge()
 
 WIDE_SLOTS = 4
 """Tiles of K and V of a quantised pool that wait in float16."""
+
+SMALLEST_SCALE = 2.0**-126
+"""Scales of a pool not written yet are 0, and 0 / 0 is NaN."""
 
 WIDENED_BYTES = 64
 """Of a row, what a widener makes wide at once: a thread's registers hold no more beside it."""
@@ -201,7 +204,6 @@ def attend_decode(
     pool: BlockPool,
     layer: Int[Array, ""],
     block_tables: Int[Array, "num_seqs max_blocks"],
-    num_tokens: Int[Array, ""],
     *,
     scoring: Scoring,
     alibi_slopes: Float[Array, " num_heads"] | None,
@@ -211,10 +213,10 @@ def attend_decode(
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> None:
-    """Attend single queries and write their outputs into ``out`` (like q), and zeros from ``num_tokens`` on.
+    """Attend single queries and write their outputs, and nothing else, into ``out`` (like q).
 
     Args:
-        queries: which; no other token below ``num_tokens`` is written.
+        queries: which.
         layer: on the device, so that one compiled kernel serves all layers.
         num_sms: multiprocessors to fill.
         interpret: run on a CPU instead.
@@ -243,7 +245,7 @@ def attend_decode(
     )
     slopes, sinks = (_by_kv_head(x, shape) for x in (alibi_slopes, sinks))
     parts = _attend(out, q, pool, kv_scales, layer, block_tables, schedule, slopes, sinks, shape, interpret)
-    _merge(out, *parts, schedule, sinks, num_tokens, shape, interpret)
+    _merge(out, *parts, schedule, sinks, shape, interpret)
 
 
 def _by_kv_head(x: Float[Array, " num_heads"] | None, shape: _Shape) -> Float[Array, "num_kv_heads columns"] | None:
@@ -479,7 +481,7 @@ def _load_scales_of(
 
 def _store_scales(scales: tuple[Array, ...], destination: Ref, shape: _Shape) -> None:
     """Leave each token's scale, relative to the tile's largest, and that one: [2, tile]."""
-    largest = reduce(jnp.maximum, scales)
+    largest = reduce(jnp.maximum, scales, jnp.float32(SMALLEST_SCALE))
 
     def spread(scale: Array) -> Array:
         return plgpu.layout_cast(jnp.full((shape.tile,), scale, jnp.float32), COLUMN)
@@ -614,8 +616,12 @@ def _widen_tiles(inputs: _Inputs, scratch: _Scratch, shape: _Shape) -> None:
                 for row in range(2):
                     wide.scales.at[target, row][...] = _load_column(stored.scales.at[source, row])
                 if which == 1:
-                    values = wide.tiles.at[target]
-                    pl.when(_is_partial(at, start, shape))(partial(_clear_unseen, values, start, at))
+
+                    @pl.when(_is_partial(at, start, shape))
+                    def _clear(target: Array = target) -> None:
+                        plgpu.commit_smem()  # other threads may hold what this one clears
+                        _clear_unseen(wide.tiles.at[target], start, at)
+
                 plgpu.commit_smem()  # before the tensor cores read what was written, and copies write what was read
                 plgpu.barrier_arrive(stored.free.at[source])
                 plgpu.barrier_arrive(wide.full.at[target])
@@ -738,16 +744,15 @@ def _merge(
     part_sums: Float[Array, "parts 64 columns"],
     schedule: Schedule,
     sinks: Float[Array, "num_kv_heads columns"] | None,
-    num_tokens: Int[Array, ""],
     shape: _Shape,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> None:
-    """Write the outputs of items that several workers share, their parts' weighted by their sums; and the zeros."""
-    inputs = (part_outputs, part_sums, schedule.merges, sinks, num_tokens.reshape(1), out)
+    """Write the outputs of items that several workers share: their parts', weighted by the sums."""
+    inputs = (part_outputs, part_sums, schedule.merges, sinks, out)
     operands, structure = jax.tree.flatten(inputs)
 
     def body(*refs):
-        part_outputs, part_sums, merges, sinks, num_tokens, out = jax.tree.unflatten(structure, refs[: len(operands)])
+        part_outputs, part_sums, merges, sinks, out = jax.tree.unflatten(structure, refs[: len(operands)])
         (out_smem,) = refs[len(operands) :]
         worker = lax.axis_index("worker")
         at = Merge(*(merges[worker, column] for column in MERGE))
@@ -782,17 +787,6 @@ def _merge(
                 total = total + jnp.exp2(_load_row(sinks.at[at.kv_head]) - top)
             heads = pl.ds(at.kv_head * shape.group, shape.group)
             _store(output / _each_row(total, output), out_smem, out.at[at.token, heads], shape)
-
-        first_zero = num_tokens[0] + worker
-
-        @pl.when(first_zero < out.shape[0])
-        def _pad() -> None:
-            zeros = plgpu.layout_cast(jnp.zeros((shape.rows, shape.columns), jnp.float32), MATRIX)
-
-            @pl.loop(first_zero, out.shape[0], step=shape.num_workers)
-            def _zero(token: Array) -> None:
-                for kv_head in range(shape.num_kv_heads):
-                    _store(zeros, out_smem, out.at[token, pl.ds(kv_head * shape.group, shape.group)], shape)
 
     plgpu.kernel(
         body,

@@ -180,7 +180,7 @@ def _deal(case: Case, inputs: Inputs, scratch: Scratch) -> None:
         return turn + 1, is_item
 
     num_turns, _ = lax.while_loop(lambda carry: carry[1], deal, (jnp.int32(0), jnp.bool_(True)))
-    for back in range(min(ITEM_SLOTS, 2), 0, -1):
+    for back in range(ITEM_SLOTS, 0, -1):
         last = num_turns - back
         pl.when(last >= 0)(lambda last=last: plgpu.barrier_wait(scratch.item_free.at[lax.rem(last, ITEM_SLOTS)]))
 

@@ -148,9 +148,10 @@ class Plan(NamedTuple):
 def plan_prefill(
     case: Case, num_tokens: int, kv_lens: Int[Array, " num_seqs"], cu_q_lens: Int[Array, " num_seqs_plus_1"]
 ) -> Plan:
-    """The runs of all rows with more than one query."""
+    """The runs of all rows with more than one query. A row that has fewer positions than queries is left out."""
     num_seqs = len(kv_lens)
     q_lens = jnp.diff(cu_q_lens)
+    q_lens = jnp.where(kv_lens >= q_lens, q_lens, 0)
     num_runs = jnp.where(q_lens > 1, (q_lens + case.item_tokens - 1) // case.item_tokens, 0)
     ends = jnp.cumsum(num_runs, dtype=jnp.int32)
     most_runs = num_tokens // case.item_tokens + min(num_seqs, num_tokens // 2)

@@ -1,4 +1,6 @@
-"""How the decode kernel's work is divided: plain integer arithmetic on the device, once for all layers of a step.
+"""How the decode kernel's work is divided: plain integer arithmetic on the device.
+
+It depends on lengths only, so the compiler keeps one copy for all layers of a step.
 
 The unit of work is a tile: ``tile_tokens`` tokens of the context of one row and KV head (an *item*). All tiles stand in
 one line, item after item, and every worker takes an equal stretch of it (Stream-K, arXiv:2301.03598). So the chip is
@@ -88,9 +90,10 @@ class Schedule(NamedTuple):
 def schedule_decode(
     queries: Queries, *, num_kv_heads: int, block_size: int, tile_tokens: int, num_workers: int
 ) -> Schedule:
-    """Divide the context of all queries among the workers. A query's tiles begin at a block boundary."""
+    """Divide the context of all queries among the workers. Tiles begin where a copy can, so that none is unseen."""
     last_query = queries.token.size - 1
-    start = queries.kv_begin // block_size * block_size
+    copied = min(block_size, tile_tokens)
+    start = queries.kv_begin // copied * copied
     tiles = jnp.where(queries.kv_end > 0, -(-(queries.kv_end - start) // tile_tokens), 0)  # of each of its items
     query_end = jnp.cumsum(tiles * num_kv_heads, dtype=jnp.int32)
     query_start = query_end - tiles * num_kv_heads

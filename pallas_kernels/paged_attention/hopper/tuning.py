@@ -27,6 +27,14 @@ class Sizes:
     prefill: PrefillSizes
 
 
+def default_device() -> Any:
+    """Where what is not placed anywhere runs."""
+    default = jax.config.jax_default_device  # a device, a platform's name, or None
+    if isinstance(default, str):
+        return jax.devices(default)[0]
+    return default or jax.devices()[0]
+
+
 def shape_class(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> str:
     """What sizes are chosen by: known when a program is compiled, unlike lengths."""
     return f"group {group}, head_dim {head_dim}, block {block_size}, {jnp.dtype(pool_dtype).name}"
@@ -35,7 +43,7 @@ def shape_class(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.d
 def sizes_for(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> Sizes:
     """The tuned sizes of a shape class on the default device, else ones that fit."""
     key = shape_class(group=group, head_dim=head_dim, block_size=block_size, pool_dtype=pool_dtype)
-    tuned = load().get(jax.devices()[0].device_kind, {}).get(key, {})
+    tuned = load().get(default_device().device_kind, {}).get(key, {})
     decode = DecodeSizes(**tuned["decode"]) if "decode" in tuned else _fitting_decode(group, head_dim, pool_dtype)
     prefill = PrefillSizes(**tuned.get("prefill", {}))
     return Sizes(decode, prefill)
@@ -74,9 +82,10 @@ def save(device_kind: str, chosen: dict[str, dict[str, DecodeSizes | PrefillSize
     Returns:
         The file written.
     """
-    tuned = load()
+    tuned = json.loads(TUNED.read_text())
     of_device = tuned.setdefault(device_kind, {})
     for key, sizes in chosen.items():
         of_device[key] = of_device.get(key, {}) | {name: asdict(value) for name, value in sizes.items()}
     TUNED.write_text(json.dumps(tuned, indent=2, sort_keys=True) + "\n")
+    load.cache_clear()
     return TUNED
