@@ -12,7 +12,8 @@ from test_paged_attention import LAYER, Batch, Options, Shape, dense_attention, 
 
 from pallas_kernels import block_pool_shape, kv_scales_shape
 from pallas_kernels.paged_attention.hopper import attend_hopper
-from pallas_kernels.paged_attention.hopper.decode import DecodeSizes, attend_decode
+from pallas_kernels.paged_attention.hopper.decode import attend_decode
+from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tile import Scoring
 from pallas_kernels.paged_attention.hopper.tuning import sizes_for

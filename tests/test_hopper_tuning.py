@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.paged_attention.hopper import tuning, why_not
-from pallas_kernels.paged_attention.hopper.decode import DecodeSizes, columns_that_fit, decode_smem_bytes
+from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes, columns_that_fit, decode_smem_bytes
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 from pallas_kernels.paged_attention.hopper.tuning import (
     SMEM_BYTES,

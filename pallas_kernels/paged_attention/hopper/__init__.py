@@ -9,7 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, is_quantized, num_kv_heads_of
-from pallas_kernels.paged_attention.hopper.decode import attend_decode, columns_that_fit
+from pallas_kernels.paged_attention.hopper.decode import attend_decode
+from pallas_kernels.paged_attention.hopper.decode_memory import columns_that_fit
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tile import Scoring

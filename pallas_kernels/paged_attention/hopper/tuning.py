@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.hopper.decode import DecodeSizes, decode_smem_bytes
+from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes, decode_smem_bytes
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 
 TUNED = Path(__file__).parent / "tuned.json"
