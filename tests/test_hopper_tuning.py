@@ -1,7 +1,9 @@
 """Sizes of the Hopper kernels: those of tuned.json fit, as do those that stand in, and what is saved is chosen."""
 
 import json
+import tomllib
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -88,3 +90,10 @@ def test_saved_sizes_are_chosen_on_their_device_for_their_shapes_alone(tuned):
     tuning.load.cache_clear()
     assert sizes_for(**LLAMA) == Sizes(decode, prefill)
     assert json.loads(tuned.read_text()).keys() == {"another GPU", here}
+
+
+def test_installed_package_has_the_tuned_sizes():
+    root = Path(__file__).parent.parent
+    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = TUNED.parent.relative_to(root).as_posix().replace("/", ".")
+    assert TUNED.name in packaged[folder]
