@@ -8,31 +8,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.hopper.decode_memory import (
+    REGISTERS,
     WIDE_SLOTS,
     WIDENED_BYTES,
     DecodeShape,
     Inputs,
     Scratch,
+    drain,
     my_segments,
     segment_at,
 )
-from pallas_kernels.paged_attention.hopper.decode_producer import drain
 from pallas_kernels.paged_attention.hopper.schedule import Segment
-from pallas_kernels.paged_attention.hopper.tile import COLUMN, LEAST, MATRIX, Ref, powers_of_two, swizzle_of
+from pallas_kernels.paged_attention.hopper.tile import COLUMN, LEAST, MATRIX, Ref, powers_of_two, spread, swizzle_of
 
 ROW = plgpu.Layout.WGMMA.reduce(0)
 """One entry for each head."""
 
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
-WIDENER_REGISTERS = 80
-"""Of a thread of each of the three warpgroups of a worker: two workers share a multiprocessor's 65,536."""
-
 
 def consume(inputs: Inputs, scratch: Scratch, out: Ref, part_outputs: Ref, part_sums: Ref, shape: DecodeShape) -> None:
     """Attend the worker's tiles."""
     if shape.is_quantized:
-        plgpu.set_max_registers(WIDENER_REGISTERS, action="increase")
+        plgpu.set_max_registers(REGISTERS, action="increase")
     first, last = my_segments(inputs)
 
     def segment(index: Array, tiles_done: Array) -> Array:
@@ -81,7 +79,7 @@ def _attend_tiles(
         products = _multiply_keys(kv.tiles.at[k_slot], queries, shape)
         if q_scales is not None:
             column, largest = _load_scales(kv.scales.at[k_slot])
-            products = products * _each_column(column, products) * each_row(q_scales, products) * largest
+            products = products * spread(column, columns) * each_row(q_scales, products) * largest
         plgpu.barrier_arrive(kv.free.at[k_slot])
 
         scores = _scores(products, start, at, slopes, shape)
@@ -93,7 +91,7 @@ def _attend_tiles(
         if shape.is_quantized:
             # Relative to the tile's largest scale they stay in float16's range.
             column, largest = _load_scales(kv.scales.at[v_slot])
-            scaled = weights * _each_column(column, weights)
+            scaled = weights * spread(column, columns)
         else:
             pl.when(_is_partial(at, start, shape))(lambda: _clear_unseen(kv.tiles.at[v_slot], start, at))
         scratch.weights.T[...] = plgpu.layout_cast(scaled.astype(shape.compute_dtype), TRANSPOSED)
@@ -126,7 +124,7 @@ def _load_scales(scales: Ref) -> tuple[Array, Array]:
 
 def widen_tiles(inputs: Inputs, scratch: Scratch, shape: DecodeShape) -> None:
     """Make the tiles of a quantised pool what the tensor cores multiply."""
-    plgpu.set_max_registers(WIDENER_REGISTERS, action="increase")
+    plgpu.set_max_registers(REGISTERS, action="increase")
     stored, wide = scratch.stored, scratch.operands
     first, last = my_segments(inputs)
     width = min(swizzle_of(shape.head_dim, 1)[0], WIDENED_BYTES)
@@ -225,11 +223,6 @@ def _clear_unseen(values: Ref, start: Array, at: Segment) -> None:
 def each_row(row: Array, like: Array) -> Array:
     """A value for each column, repeated down the columns."""
     return lax.broadcast_in_dim(row, like.shape, [1])
-
-
-def _each_column(column: Array, like: Array) -> Array:
-    """A value for each row, repeated along the rows."""
-    return lax.broadcast_in_dim(column, like.shape, [0])
 
 
 def _load_column(ref: Ref) -> Array:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_pool import is_quantized
@@ -18,6 +19,9 @@ WIDE_SLOTS = 4
 
 WIDENED_BYTES = 64
 """Of a row, what a widener makes wide at once: a thread's registers hold no more beside it."""
+
+REGISTERS, PRODUCER_REGISTERS = 80, 72
+"""Of a thread, where a widener makes the warpgroups three: two workers share a multiprocessor's 65,536."""
 
 
 @dataclass(frozen=True)
@@ -219,3 +223,9 @@ def my_segments(inputs: Inputs) -> tuple[Array, Array]:
 
 def segment_at(inputs: Inputs, segment: Array) -> Segment:
     return Segment(*(inputs.segments[segment, column] for column in SEGMENT))
+
+
+def drain(barriers: Ref, start: Array, stop: Array, slots: int) -> None:
+    @pl.loop(start, stop)
+    def _wait(turn: Array) -> None:
+        plgpu.barrier_wait(barriers.at[lax.rem(turn, jnp.int32(slots))])

@@ -8,7 +8,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.hopper.decode_memory import DecodeShape, Inputs, Scratch, my_segments, segment_at
+from pallas_kernels.paged_attention.hopper.decode_memory import (
+    PRODUCER_REGISTERS,
+    DecodeShape,
+    Inputs,
+    Scratch,
+    drain,
+    my_segments,
+    segment_at,
+)
 from pallas_kernels.paged_attention.hopper.schedule import Segment
 from pallas_kernels.paged_attention.hopper.tile import COLUMN, Ref
 
@@ -19,7 +27,7 @@ SMALLEST_SCALE = 2.0**-126
 def produce(inputs: Inputs, scratch: Scratch, shape: DecodeShape) -> None:
     """Copy the worker's queries and tiles into shared memory."""
     if shape.is_quantized:
-        plgpu.set_max_registers(72, action="decrease")
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
     kv, slots, layer = scratch.stored, shape.sizes.slots, inputs.layer[0]
     first, last = my_segments(inputs)
 
@@ -58,12 +66,6 @@ def produce(inputs: Inputs, scratch: Scratch, shape: DecodeShape) -> None:
     # A thread block may not end before all that was signalled to it.
     drain(kv.free, jnp.maximum(num_turns - slots, 0), num_turns, slots)
     drain(scratch.q_free, jnp.maximum(last - first - 2, 0), last - first, 2)
-
-
-def drain(barriers: Ref, start: Array, stop: Array, slots: int) -> None:
-    @pl.loop(start, stop)
-    def _wait(turn: Array) -> None:
-        plgpu.barrier_wait(barriers.at[lax.rem(turn, jnp.int32(slots))])
 
 
 def _copy_queries(inputs: Inputs, scratch: Scratch, at: Segment, nth: Array, shape: DecodeShape) -> None:
