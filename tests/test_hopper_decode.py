@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_paged_attention import LAYER, Batch, Options, Shape, dense_attention, make_batch
 
 from pallas_kernels import block_pool_shape, kv_scales_shape
+from pallas_kernels.block_pool import SMALLEST_SCALE
 from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
@@ -204,11 +205,36 @@ def test_large_tiles_of_several_workers_of_a_multiprocessor_under_an_odd_group()
     check(make_batch(shape, [1, 1], [600, 130]), sizes=DecodeSizes(128, 3, 2))
 
 
-@pytest.mark.parametrize("quantized", [jnp.int8, jnp.float8_e4m3fn])
-def test_quantised_pool_is_attended_as_its_values(quantized):
-    shape = replace(RAGGED, head_dim=128 if quantized == jnp.int8 else 64, quantized=quantized)
+@pytest.mark.parametrize(
+    ("quantized", "head_dim", "block_size"),
+    [
+        (jnp.int8, 128, 16),
+        (jnp.float8_e4m3fn, 64, 16),
+        (jnp.float8_e4m3fn, 96, 8),
+        (jnp.int8, 32, 64),
+    ],
+)
+def test_quantised_pool_is_attended_as_its_values(quantized, head_dim, block_size):
+    shape = replace(RAGGED, head_dim=head_dim, block_size=block_size, max_blocks=-(-160 // block_size))
     options = Options(sliding_window=100, sinks=np.array([-1.0, 0.0, 2.0, 5.0]))
-    check(make_batch(shape, [1, 1, 1], [130, 70, 1]), options)
+    check(make_batch(replace(shape, quantized=quantized), [1, 1, 1], [130, 70, 1]), options)
+
+
+def test_large_tiles_of_a_quantised_pool_with_cap_and_slopes():
+    shape = Shape(2, 2, 20, num_heads=10, num_kv_heads=2, head_dim=64, block_size=32, dtype=jnp.bfloat16)
+    options = Options(soft_cap=2.0, alibi_slopes=np.linspace(-0.1, 0.1, 10))
+    batch = make_batch(replace(shape, quantized=jnp.float8_e4m3fn), [1, 1], [600, 130])
+    check(batch, options, sizes=DecodeSizes(128, 3, 2))
+
+
+def test_tokens_of_nothing_but_zeros_take_their_share_whatever_their_scale():
+    shape = Shape(1, 1, 8, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
+    batch = make_batch(replace(shape, quantized=jnp.int8), [1], [100])
+    batch.values[0][:] *= 2.0**20
+    batch.scales[:, LAYER, 1] *= 2.0**20
+    batch.values[0][16:80] = 0
+    batch.scales[batch.tables[0, 1:5], LAYER, 1] = SMALLEST_SCALE
+    check(batch)
 
 
 @pytest.mark.parametrize("quantized", [jnp.int8, jnp.float8_e4m3fn])
@@ -234,6 +260,9 @@ def test_numbers_far_from_1_keep_their_precision_in_float16(quantized):
         (64, 128, 64, jnp.bfloat16, jnp.int8),
         (32, 128, 16, jnp.bfloat16, jnp.float8_e4m3fn),
         (96, 256, 32, jnp.bfloat16, None),
+        (32, 256, 8, jnp.bfloat16, jnp.int8),
+        (40, 96, 16, jnp.bfloat16, jnp.float8_e4m3fn),
+        (320, 32, 128, jnp.bfloat16, jnp.int8),
     ],
 )
 def test_compiles_for_the_gpu_at_real_sizes(num_heads, head_dim, block_size, dtype, quantized):

@@ -135,6 +135,8 @@ def _attend(
     interpret: plgpu.InterpretGPUParams | None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     num_tokens, num_seqs = q.shape[0], kv_lens.size
+    # A part of a larger array, which XLA passes on by its address, need not be aligned as a kernel's operand has to be.
+    block_tables = jnp.maximum(block_tables, 0)
     # A decode step, most likely. Single queries serve a prefill among them too, only less quickly; the prefill kernel
     # does not read quantised pools.
     has_prefill = num_tokens > num_seqs and not is_quantized(pool.dtype)

@@ -8,7 +8,8 @@ then V transposed, as the large operand, and the heads of a group as the small o
     output [head_dim, heads]   += V^T [head_dim, tile_tokens] @ weights [tile_tokens, heads]
 
 So a group of up to 8 heads costs what the tensor cores' smallest product costs, and the arithmetic hides behind the
-copies: 64 tokens of K and V (32 KB) take 1.0 us of a multiprocessor's share of the bandwidth.
+copies: 64 tokens of K and V (32 KB) take 1.0 us of a multiprocessor's share of the bandwidth. Of 8-bit pools they take
+half of that; the consumer makes those tiles float16 as it reads them (see decode_quantized.py).
 """
 
 import jax
@@ -25,7 +26,6 @@ from pallas_kernels.paged_attention.hopper.decode_consumer import (
     each_row,
     load_row,
     store_output,
-    widen_tiles,
 )
 from pallas_kernels.paged_attention.hopper.decode_memory import (
     DecodeShape,
@@ -36,6 +36,7 @@ from pallas_kernels.paged_attention.hopper.decode_memory import (
     scratch_types,
 )
 from pallas_kernels.paged_attention.hopper.decode_producer import produce
+from pallas_kernels.paged_attention.hopper.decode_quantized import with_stored_order
 from pallas_kernels.paged_attention.hopper.schedule import Merge, Queries, Schedule, schedule_decode
 from pallas_kernels.paged_attention.hopper.tile import LEAST, LOG2E, MATRIX, Ref, Scoring
 
@@ -136,8 +137,7 @@ def _attend(
     q_scales = None
     if shape.is_quantized:
         q, q_scales = _fit_float16(q, shape)
-    if shape.pool_dtype == jnp.int8:
-        pool = lax.bitcast_convert_type(pool, jnp.uint8)
+        q = with_stored_order(q)
     inputs = Inputs(
         q,
         q_scales,
@@ -163,8 +163,6 @@ def _attend(
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == 0)(lambda: produce(inputs, scratch, shape))
         pl.when(warpgroup == 1)(lambda: consume(inputs, scratch, out_ref, part_outputs, part_sums, shape))
-        if shape.is_quantized:
-            pl.when(warpgroup == 2)(lambda: widen_tiles(inputs, scratch, shape))
 
     return plgpu.kernel(
         body,
@@ -174,7 +172,7 @@ def _attend(
         ],
         grid=(shape.num_workers,),
         grid_names=("worker",),
-        num_threads=3 if shape.is_quantized else 2,
+        num_threads=2,
         thread_name="warpgroup",
         kernel_name="paged_decode",
         scratch_types=scratch_types(shape),

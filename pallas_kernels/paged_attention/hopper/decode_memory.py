@@ -14,15 +14,6 @@ from pallas_kernels.paged_attention.hopper.tile import Ref, Scoring, swizzle_of,
 
 SEGMENT = Segment()
 
-WIDE_SLOTS = 4
-"""Tiles of K and V of a quantised pool that wait in float16."""
-
-WIDENED_BYTES = 64
-"""Of a row, what a widener makes wide at once: a thread's registers hold no more beside it."""
-
-REGISTERS, PRODUCER_REGISTERS = 80, 72
-"""Of a thread, where a widener makes the warpgroups three: two workers share a multiprocessor's 65,536."""
-
 
 @dataclass(frozen=True)
 class DecodeSizes:
@@ -87,9 +78,14 @@ class DecodeShape:
         return 8 if self.head_dim < self.rows else min(self.block_size, self.tile)
 
     @property
+    def swizzle(self) -> int:
+        """Of tiles and queries, in bytes."""
+        return swizzle_of(self.head_dim, self.pool_dtype.itemsize)[0]
+
+    @property
     def slab(self) -> int:
         """Columns of a slab: as wide as the swizzle. The queries lie in slabs of [columns, slab]."""
-        return swizzle_of(self.head_dim, self.compute_dtype.itemsize)[1]
+        return self.swizzle // self.dtype.itemsize
 
     @property
     def num_slabs(self) -> int:
@@ -99,31 +95,29 @@ class DecodeShape:
     def pieces_per_tile(self) -> int:
         return self.tile // self.piece
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, where all of a multiprocessor's workers divide its 65,536 among them."""
+        return min(65536 // (256 * self.sizes.workers_per_sm) // 8 * 8, 232)
 
-class Ring(NamedTuple):
-    """Tiles of K and of V in turn, and barriers: ``full`` when one has landed, ``free`` when it has been read."""
-
-    tiles: Any  # [slots, tile, rows]
-    scales: Any  # [slots, 2, tile]: each token's, relative to the largest of the tile; and that one. None: unscaled
-    full: Any
-    free: Any
+    @property
+    def scaled_alike(self) -> int:
+        """Tokens for which the ring holds scales once: those of a piece that a warp multiplies together."""
+        return min(self.piece, 16)
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers."""
+    """Shared memory and barriers. The ring has tiles of K and V in turn: ``full`` when landed, ``free`` when read."""
 
-    stored: Ring  # as the pool has them
-    wide: Ring | None  # the same in float16, of a quantised pool
+    tiles: Any  # [slots, tile, rows]
+    scales: Any  # [slots, tile / scaled_alike, 2], of K and of V, in the slots of K; None: unscaled
+    full: Any
+    free: Any
     q: Any  # [2, num_slabs, columns, slab]
     q_full: Any
     q_free: Any
     weights: Any  # [columns, tile]
     out: Any  # [columns, rows]
-
-    @property
-    def operands(self) -> Ring:
-        """What the tensor cores multiply."""
-        return self.wide or self.stored
 
 
 class Inputs(NamedTuple):
@@ -150,11 +144,10 @@ def columns_that_fit(head_dim: int) -> int:
 def decode_smem_bytes(sizes: DecodeSizes, group: int, head_dim: int, pool_dtype: jnp.dtype) -> int:
     """Shared memory that a worker takes."""
     columns, rows = up(group, 8), up(head_dim, 64)
-    wide = WIDE_SLOTS * sizes.tile_tokens * (rows * 2 + 8) if is_quantized(pool_dtype) else 0
-    ring = sizes.slots * sizes.tile_tokens * rows * pool_dtype.itemsize
-    scales = 2 * sizes.slots * sizes.tile_tokens * 4 if is_quantized(pool_dtype) else 0
+    # The scales of eight tokens each take eight bytes.
+    slot = sizes.tile_tokens * (rows * pool_dtype.itemsize + is_quantized(pool_dtype))
     # Queries (two), weights and output in 2 bytes each; 6 KiB for alignment, barriers and the warps' sums.
-    return ring + wide + scales + 2 * columns * (2 * head_dim + sizes.tile_tokens + rows) + 6 * 1024
+    return sizes.slots * slot + 2 * columns * (2 * head_dim + sizes.tile_tokens + rows) + 6 * 1024
 
 
 def up(n: int, multiple: int) -> int:
@@ -163,42 +156,41 @@ def up(n: int, multiple: int) -> int:
 
 def scratch_types(shape: DecodeShape) -> Scratch:
     slots, queries = shape.sizes.slots, (2, shape.num_slabs, shape.columns, shape.slab)
-    dtype = shape.compute_dtype
+    scales = (slots, shape.tile // shape.scaled_alike, 2)
     if shape.is_interpreted:
-        q_smem = plgpu.SMEM(queries, dtype)
+        q_smem = plgpu.SMEM(queries, shape.compute_dtype)
     else:
         # A copy may fill part of what a product reads: two views of the same bytes, both swizzled.
-        swizzle = swizzling(swizzle_of(shape.head_dim, dtype.itemsize)[0])
         q_smem = plgpu.RefUnion(
-            plgpu.SMEM(queries, dtype, transforms=(swizzle,)), _operand(queries, shape.head_dim, dtype)
+            plgpu.SMEM(queries, shape.compute_dtype, transforms=(swizzling(shape.swizzle),)),
+            tiled_smem(queries, shape.compute_dtype, shape.swizzle),
         )
     return Scratch(
-        stored=_ring(shape, slots, jnp.dtype(jnp.uint8) if shape.pool_dtype == jnp.int8 else shape.pool_dtype),
-        wide=_ring(shape, WIDE_SLOTS, dtype) if shape.is_quantized else None,
+        tiles=_tiles(shape),
+        scales=plgpu.SMEM(scales, jnp.float32) if shape.is_quantized else None,
+        full=plgpu.Barrier(num_arrivals=shape.pieces_per_tile, num_barriers=slots),
+        free=plgpu.Barrier(num_barriers=slots),
         q=q_smem,
         q_full=plgpu.Barrier(num_arrivals=shape.num_slabs, num_barriers=2),
         q_free=plgpu.Barrier(num_barriers=2),
-        weights=_operand((shape.columns, shape.tile), shape.head_dim, dtype),
+        weights=_weights(shape),
         out=out_smem_of(shape),
     )
 
 
-def _ring(shape: DecodeShape, slots: int, dtype: jnp.dtype) -> Ring:
-    is_copied = dtype.itemsize == shape.pool_dtype.itemsize
-    # A copy for each piece, and the producer's word that the scales are there; or the widener's word.
-    arrivals = shape.pieces_per_tile + shape.is_quantized if is_copied else 1
-    return Ring(
-        _operand((slots, shape.tile, shape.rows), shape.head_dim, dtype),
-        plgpu.SMEM((slots, 2, shape.tile), jnp.float32) if shape.is_quantized else None,
-        plgpu.Barrier(num_arrivals=arrivals, num_barriers=slots),
-        plgpu.Barrier(num_barriers=slots),
-    )
+def _tiles(shape: DecodeShape) -> Any:
+    dims = (shape.sizes.slots, shape.tile, shape.rows)
+    stored = tiled_smem(dims, shape.pool_dtype, shape.swizzle)
+    if not shape.is_quantized or shape.is_interpreted:
+        return stored
+    # What loads matrices into registers knows elements of 16 bits: here, pairs.
+    return plgpu.RefUnion(stored, tiled_smem((*dims[:2], shape.rows // 2), jnp.dtype(jnp.uint16), shape.swizzle))
 
 
-def _operand(dims: tuple[int, ...], head_dim: int, dtype: jnp.dtype) -> Any:
-    """Shared memory that tensor cores read. Both operands of a product need one swizzle; head_dim bounds it."""
-    swizzle, _ = swizzle_of(head_dim, dtype.itemsize)
-    return tiled_smem(dims, dtype, swizzle if dtype.itemsize > 1 else min(swizzle, WIDENED_BYTES))
+def _weights(shape: DecodeShape) -> Any:
+    # Operands of a product that are both in shared memory need one swizzle.
+    swizzle = 128 if shape.is_quantized else shape.swizzle
+    return tiled_smem((shape.columns, shape.tile), shape.compute_dtype, swizzle)
 
 
 def out_smem_of(shape: DecodeShape) -> Any:
@@ -207,13 +199,23 @@ def out_smem_of(shape: DecodeShape) -> Any:
         return plgpu.SMEM((shape.columns, shape.rows), shape.dtype)
     swizzle, slab = swizzle_of(shape.head_dim, shape.dtype.itemsize)
     return plgpu.RefUnion(
-        _operand((shape.columns, shape.rows), shape.head_dim, shape.dtype),
+        tiled_smem((shape.columns, shape.rows), shape.dtype, swizzle),
         plgpu.SMEM(
             (shape.columns // 8, shape.rows // slab, 8, slab),
             shape.dtype,
             transforms=(swizzling(swizzle),),
         ),
     )
+
+
+def copied(scratch: Scratch, shape: DecodeShape) -> Ref:
+    """The ring's tiles as copies write them."""
+    return scratch.tiles[0] if shape.is_quantized and not shape.is_interpreted else scratch.tiles
+
+
+def multiplied(scratch: Scratch, shape: DecodeShape) -> Ref:
+    """The ring's tiles as the consumer reads them: of a quantised pool in pairs, [slots, tile, rows / 2]."""
+    return scratch.tiles[1] if shape.is_quantized and not shape.is_interpreted else scratch.tiles
 
 
 def my_segments(inputs: Inputs) -> tuple[Array, Array]:

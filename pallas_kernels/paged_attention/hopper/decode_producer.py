@@ -1,6 +1,5 @@
 """The decode kernel's producer: copies a worker's queries, and the blocks of its tiles, into shared memory."""
 
-from functools import reduce
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,63 +8,71 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.hopper.decode_memory import (
-    PRODUCER_REGISTERS,
     DecodeShape,
     Inputs,
     Scratch,
+    copied,
     drain,
     my_segments,
     segment_at,
 )
 from pallas_kernels.paged_attention.hopper.schedule import Segment
-from pallas_kernels.paged_attention.hopper.tile import COLUMN, Ref
+from pallas_kernels.paged_attention.hopper.tile import Ref
 
-SMALLEST_SCALE = 2.0**-126
-"""Scales of a pool not written yet are 0, and 0 / 0 is NaN."""
+WARPS = 4
+QUERY_WARP = WARPS - 1
 
 
 def produce(inputs: Inputs, scratch: Scratch, shape: DecodeShape) -> None:
-    """Copy the worker's queries and tiles into shared memory."""
-    if shape.is_quantized:
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-    kv, slots, layer = scratch.stored, shape.sizes.slots, inputs.layer[0]
+    """Copy the worker's queries and tiles into shared memory, each warp every fourth piece of a tile."""
+    plgpu.warp_map(lambda warp: _copy_share(inputs, scratch, warp, shape))
+
+
+def _copy_share(inputs: Inputs, scratch: Scratch, warp: Array, shape: DecodeShape) -> None:
+    slots, layer = shape.sizes.slots, inputs.layer[0]
     first, last = my_segments(inputs)
+    tiles = copied(scratch, shape)
+    pieces = [warp + nth for nth in range(0, shape.pieces_per_tile, WARPS)]
 
     def segment(index: Array, tiles_done: Array) -> Array:
         at = segment_at(inputs, index)
-        _copy_queries(inputs, scratch, at, index - first, shape)
+        pl.when(warp == QUERY_WARP)(lambda: _copy_queries(inputs, scratch, at, index - first, shape))
 
         def copy_tile(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             tiles_done, blocks, scales, next_blocks = carry
             # What is loaded here is looked at a turn later: a warp waits for what it uses, not for what it carries.
             next_scales = _load_scales_of(inputs, next_blocks, at, layer, shape)
-            blocks_after = _load_blocks(inputs, at, index + 2, shape)
+            blocks_after = _load_blocks(inputs, at, index + 2, pieces, shape)
             for which in range(2):
                 turn = 2 * tiles_done + which
                 slot = lax.rem(turn, jnp.int32(slots))
 
                 @pl.when(turn >= slots)
                 def _wait(slot: Array = slot) -> None:
-                    plgpu.barrier_wait(kv.free.at[slot])
+                    plgpu.barrier_wait(scratch.free.at[slot])
 
-                for nth, block in enumerate(blocks):
-                    head = _head(block, which, at, layer, shape)
-                    piece = head * (shape.block_size // shape.piece) + _piece_of_block(at, index, nth, shape)
-                    destination = kv.tiles.at[slot, pl.ds(nth * shape.piece, shape.piece), pl.ds(0, shape.head_dim)]
-                    plgpu.copy_gmem_to_smem(inputs.pieces.at[piece], destination, kv.full.at[slot])
-                if scales is not None:
-                    _store_scales(scales[which], kv.scales.at[slot], shape)
-                    plgpu.barrier_arrive(kv.full.at[slot])
+                for nth, piece in enumerate(pieces):
+                    if scales is not None and which == 0:
+                        _store_scales(scales[nth], scratch.scales.at[slot], piece, shape)
+                    head = _head(blocks[nth], which, at, layer, shape)
+                    source = head * (shape.block_size // shape.piece) + _piece_of_block(at, index, piece, shape)
+                    tokens = pl.ds(piece * shape.piece, shape.piece)
+                    destination = tiles.at[slot, tokens, pl.ds(0, shape.head_dim)]
+                    plgpu.copy_gmem_to_smem(inputs.pieces.at[source], destination, scratch.full.at[slot])
             return tiles_done + 1, next_blocks, next_scales, blocks_after
 
-        blocks, next_blocks = (_load_blocks(inputs, at, jnp.int32(tile), shape) for tile in range(2))
+        blocks, next_blocks = (_load_blocks(inputs, at, jnp.int32(tile), pieces, shape) for tile in range(2))
         scales = _load_scales_of(inputs, blocks, at, layer, shape)
-        return lax.fori_loop(0, at.num_tiles, copy_tile, (tiles_done, blocks, scales, next_blocks))[0]
+        num_tiles = jnp.where(warp < shape.pieces_per_tile, at.num_tiles, 0)
+        return lax.fori_loop(0, num_tiles, copy_tile, (tiles_done, blocks, scales, next_blocks))[0]
 
     num_turns = 2 * lax.fori_loop(first, last, segment, jnp.int32(0))
     # A thread block may not end before all that was signalled to it.
-    drain(kv.free, jnp.maximum(num_turns - slots, 0), num_turns, slots)
-    drain(scratch.q_free, jnp.maximum(last - first - 2, 0), last - first, 2)
+    drain(scratch.free, jnp.maximum(num_turns - slots, 0), num_turns, slots)
+
+    @pl.when(warp == QUERY_WARP)
+    def _drain_queries() -> None:
+        drain(scratch.q_free, jnp.maximum(last - first - 2, 0), last - first, 2)
 
 
 def _copy_queries(inputs: Inputs, scratch: Scratch, at: Segment, nth: Array, shape: DecodeShape) -> None:
@@ -82,19 +89,21 @@ def _copy_queries(inputs: Inputs, scratch: Scratch, at: Segment, nth: Array, sha
         )
 
 
-def _token(at: Segment, tile: Array, nth: int, shape: DecodeShape) -> Array:
+def _token(at: Segment, tile: Array, piece: Array, shape: DecodeShape) -> Array:
     """Where a piece begins in its sequence. Past the context's end, its last piece stands in."""
-    return jnp.minimum(at.start + tile * shape.tile + nth * shape.piece, at.kv_end - 1)
+    return jnp.minimum(at.start + tile * shape.tile + piece * shape.piece, at.kv_end - 1)
 
 
-def _load_blocks(inputs: Inputs, at: Segment, tile: Array, shape: DecodeShape) -> tuple[Array, ...]:
-    """The physical block of each piece of a tile."""
-    tokens = (_token(at, tile, nth, shape) for nth in range(shape.pieces_per_tile))
+def _load_blocks(
+    inputs: Inputs, at: Segment, tile: Array, pieces: list[Array], shape: DecodeShape
+) -> tuple[Array, ...]:
+    """The physical blocks of pieces of a tile."""
+    tokens = (_token(at, tile, piece, shape) for piece in pieces)
     return tuple(inputs.block_tables[at.row, lax.div(token, jnp.int32(shape.block_size))] for token in tokens)
 
 
-def _piece_of_block(at: Segment, tile: Array, nth: int, shape: DecodeShape) -> Array:
-    return lax.div(lax.rem(_token(at, tile, nth, shape), jnp.int32(shape.block_size)), jnp.int32(shape.piece))
+def _piece_of_block(at: Segment, tile: Array, piece: Array, shape: DecodeShape) -> Array:
+    return lax.div(lax.rem(_token(at, tile, piece, shape), jnp.int32(shape.block_size)), jnp.int32(shape.piece))
 
 
 def _head(block: Array, which: int, at: Segment, layer: Array, shape: DecodeShape) -> Array:
@@ -105,24 +114,17 @@ def _head(block: Array, which: int, at: Segment, layer: Array, shape: DecodeShap
 def _load_scales_of(
     inputs: Inputs, blocks: tuple[Array, ...], at: Segment, layer: Array, shape: DecodeShape
 ) -> tuple[tuple[Array, ...], ...] | None:
-    """The scales of a quantised tile's pieces, of K and of V."""
+    """The scales of K and of V of quantised pieces."""
     if inputs.kv_scales is None:
         return None
     return tuple(
-        tuple(inputs.kv_scales[_head(block, which, at, layer, shape)] for block in blocks) for which in range(2)
+        tuple(inputs.kv_scales[_head(block, which, at, layer, shape)] for which in range(2)) for block in blocks
     )
 
 
-def _store_scales(scales: tuple[Array, ...], destination: Ref, shape: DecodeShape) -> None:
-    """Leave each token's scale, relative to the tile's largest, and that one: [2, tile]."""
-    largest = reduce(jnp.maximum, scales, jnp.float32(SMALLEST_SCALE))
-
-    def spread(scale: Array) -> Array:
-        return plgpu.layout_cast(jnp.full((shape.tile,), scale, jnp.float32), COLUMN)
-
-    token = plgpu.broadcasted_iota(jnp.int32, (shape.tile,), 0, layout=COLUMN)
-    column = spread(jnp.float32(1))
-    for nth, scale in enumerate(scales):
-        column = jnp.where(token >= nth * shape.piece, spread(scale / largest), column)
-    destination.at[0][...] = column
-    destination.at[1][...] = spread(largest)
+def _store_scales(scales: tuple[Array, ...], destination: Ref, piece: Array, shape: DecodeShape) -> None:
+    """Leave a piece's scales for the consumer. The copy that follows is what tells it."""
+    per_piece = shape.piece // shape.scaled_alike
+    for nth in range(per_piece):
+        for which, scale in enumerate(scales):
+            destination[piece * per_piece + nth, which] = scale

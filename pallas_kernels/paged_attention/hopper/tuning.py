@@ -50,11 +50,11 @@ def sizes_for(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dty
 
 
 def decode_candidates(group: int, head_dim: int, pool_dtype: jnp.dtype) -> list[DecodeSizes]:
-    """Decode sizes worth timing: those that fit, with as many slots as fit (8 at most)."""
+    """Decode sizes worth timing: those that fit, with as many slots as fit (8 at most, or 16 of 8-bit tiles)."""
     candidates = []
     for tile_tokens in (64, 128):
         for workers in (1, 2, 3, 4):
-            for slots in range(8, 2, -1):
+            for slots in range(16 // pool_dtype.itemsize, 2, -1):
                 sizes = DecodeSizes(tile_tokens, slots, workers)
                 if workers * decode_smem_bytes(sizes, group, head_dim, pool_dtype) <= SMEM_BYTES:
                     candidates.append(sizes)
