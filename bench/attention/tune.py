@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bench.attention.contenders import NUM_LAYERS
+from bench.attention.compiling import Source, compile_all, one_line
+from bench.attention.contenders import NUM_LAYERS, NUM_OUR_LAYERS
 from bench.attention.inputs import Inputs, make_inputs, make_queries
 from bench.attention.shapes import AttentionShape
 from bench.attention.timing import time_program
@@ -67,10 +68,18 @@ def tune(shapes: list[AttentionShape], num_samples: int) -> dict[str, Any]:
     for shape in shapes:
         if shape.kind in ("decode", "prefill"):
             classes[shape.kind, class_of(shape)].append(shape)
+    programs = compile_all(
+        {
+            (shape.name, sizes): _source(shape, sizes)
+            for of in classes.values()
+            for shape in of
+            for sizes in candidates(shape)
+        }
+    )
     chosen, report = defaultdict(dict), {}
     for (kind, name), members in classes.items():
         tried = candidates(members[0])
-        times = [_time_candidates(shape, tried, num_samples) for shape in members]
+        times = [_time_candidates(shape, tried, programs, num_samples) for shape in members]
         means = [_geometric_mean(of_one) for of_one in zip(*times, strict=True)]
         best = min(range(len(tried)), key=means.__getitem__)
         named = [str(getattr(sizes, kind)) for sizes in tried]
@@ -86,24 +95,34 @@ def tune(shapes: list[AttentionShape], num_samples: int) -> dict[str, Any]:
     return report
 
 
-def _time_candidates(shape: AttentionShape, candidates: list[Any], num_samples: int) -> list[float]:
+def _source(shape: AttentionShape, sizes: Sizes) -> Source:
+    """A program that attends ``NUM_OUR_LAYERS`` layers, which its pool's take turns to be."""
+
+    def run(q: Array, inputs: Inputs) -> Array:
+        for layer in range(NUM_OUR_LAYERS):
+            q = attend_with(sizes, q, inputs, layer % NUM_LAYERS, shape)
+        return q
+
+    arguments = jax.eval_shape(lambda: (make_queries(shape), make_inputs(shape, NUM_LAYERS, grows=True)))
+    return Source(jax.jit(run), arguments)
+
+
+def _time_candidates(
+    shape: AttentionShape, candidates: list[Sizes], programs: dict[tuple[str, Sizes], Any], num_samples: int
+) -> list[float]:
     """Microseconds a layer of each candidate, infinite if it cannot run."""
-    inputs = make_inputs(shape, NUM_LAYERS, grows=True)
-    q, times = make_queries(shape), []
+    inputs, q, times = make_inputs(shape, NUM_LAYERS, grows=True), make_queries(shape), []
     for sizes in candidates:
-
-        def run(q: Array, inputs: Inputs, sizes: Any = sizes) -> Array:
-            for layer in range(NUM_LAYERS):
-                q = attend_with(sizes, q, inputs, layer, shape)
-            return q
-
+        program = programs[shape.name, sizes]
         try:
-            timing, _ = time_program(jax.jit(run).lower(q, inputs).compile(), q, (inputs,), num_samples)
-            times.append(1e6 * timing.median_s / NUM_LAYERS)
+            if isinstance(program, Exception):
+                raise program
+            timing, _ = time_program(program, q, (inputs,), num_samples)
         except Exception as error:  # too much shared memory, say: not a candidate on this device
             times.append(math.inf)
-            print(f"{shape.name}, {sizes}: {type(error).__name__}: {error}"[:300], file=sys.stderr)
+            print(f"{shape.name}, {sizes}: {one_line(error)}", file=sys.stderr)
         else:
+            times.append(1e6 * timing.median_s / NUM_OUR_LAYERS)
             print(f"{shape.name}, {sizes}: {times[-1]:.1f} us", file=sys.stderr)
     return times
 
