@@ -205,7 +205,6 @@ def _run_random_weights(args: argparse.Namespace) -> dict[str, Any]:
     print(f"limits of this device: {reads:.2f} TB/s read, {flops:.0f} TFLOP/s {limits.dtype}")
     start = time.perf_counter()
     mesh = make_mesh(1)
-    model = random_model(model_config, jnp.dtype(model_config.dtype), mesh, 0)
     config = EngineConfig(
         num_blocks=args.num_blocks,
         max_model_len=min(args.max_model_len, model_config.max_model_len),
@@ -214,7 +213,10 @@ def _run_random_weights(args: argparse.Namespace) -> dict[str, Any]:
     )
     for preemption in args.preemption:
         dataclasses.replace(config, preemption=preemption)  # refused now rather than when its turn comes
-    runner = LLM.from_model(model, model_config, config, mesh=mesh).engine.runner
+    # Nobody keeps the model: the runner joins its projections, and the single ones would take the pool's place.
+    runner = LLM.from_model(
+        random_model(model_config, jnp.dtype(model_config.dtype), mesh, 0), model_config, config, mesh=mesh
+    ).engine.runner
     startup_s = time.perf_counter() - start
     report: dict[str, Any] = {
         "file": args.name or f"serving_{path.name}_{_platform()}",

@@ -135,6 +135,7 @@ class LLM:
         self = cls.__new__(cls)
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
+        model = nnx.clone(model)  # the runner joins its projections
         self._start(model, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
         return self
 

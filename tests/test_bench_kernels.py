@@ -408,7 +408,8 @@ def test_tuner_keeps_the_best_of_each_class_that_runs_on_all_its_shapes(monkeypa
     times = {shape.name: shape for shape in (replace(SHARED, name="one"), replace(SHARED, name="two"))}
     saved = {}
 
-    def time_candidates(shape, candidates, num_samples):
+    def time_candidates(shape, candidates, programs, num_samples):
+        assert programs.keys() >= {(shape.name, sizes) for sizes in candidates}
         return [
             np.inf if sizes == broken and shape.name == "two" else us.get((shape.name, sizes), 0.1)
             for sizes in candidates
@@ -421,6 +422,7 @@ def test_tuner_keeps_the_best_of_each_class_that_runs_on_all_its_shapes(monkeypa
     monkeypatch.setattr(tune, "candidates", lambda shape: [broken, small, large])
     monkeypatch.setattr(tune.tuning, "save", save)
     monkeypatch.setattr(tune, "_time_candidates", time_candidates)
+    monkeypatch.setattr(tune, "compile_all", dict)
     report = tune.tune([*times.values(), RAGGED], num_samples=1)
     name = tune.class_of(SHARED)
     assert saved[name] == {"decode": large.decode}

@@ -13,7 +13,16 @@ from oracles import HF_REFERENCE
 from safetensors.numpy import load_file, save_file
 
 from jpaged.device.sharding import make_mesh
-from jpaged.models import LlamaConfig, OPTConfig, Rope, load_config, load_model, random_model, save_checkpoint
+from jpaged.models import (
+    LlamaConfig,
+    OPTConfig,
+    Rope,
+    fuse_projections,
+    load_config,
+    load_model,
+    random_model,
+    save_checkpoint,
+)
 
 LLAMA = LlamaConfig(
     architecture="Qwen3ForCausalLM",
@@ -91,6 +100,17 @@ def test_saved_model_loads_back_equal(family, request, tmp_path):
     assert before.keys() == after.keys()
     for path, value in before.items():
         np.testing.assert_array_equal(value, after[path])
+
+
+@pytest.mark.parametrize(("case", "tensor_parallel_size"), [("qwen2_window", 2), ("opt_post_norm", 1)])
+def test_model_with_joined_projections_is_saved_like_one_without(case, tensor_parallel_size, tmp_path):
+    model = _load(HF_REFERENCE / case, tensor_parallel_size=tensor_parallel_size)
+    fuse_projections(model)
+    save_checkpoint(model, model.config, tmp_path)
+    expected, written = load_file(HF_REFERENCE / case / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(written[name], value)
 
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])

@@ -1,9 +1,6 @@
 """The mesh, and which logical axis of which array lies along it."""
 
-from typing import Any
-
 import jax
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -76,12 +73,3 @@ def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...],
             )
         ),
     )
-
-
-def param_shardings(state: Any, mesh: Mesh) -> Any:
-    """The sharding of every variable of an nnx state: a tree like ``state`` with shardings in place of arrays."""
-
-    def one(variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(param_sharding(variable.shape, variable.logical_axes, mesh))
-
-    return jax.tree.map(one, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

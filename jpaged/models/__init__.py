@@ -1,6 +1,7 @@
 """Model families in flax.nnx, and Hugging Face checkpoints read into them."""
 
 from jpaged.models.config import ModelConfig, import_transformers
+from jpaged.models.fused import fuse_projections
 from jpaged.models.llama import LlamaConfig, LlamaForCausalLM
 from jpaged.models.opt import OPTConfig, OPTForCausalLM
 from jpaged.models.registry import SUPPORTED_ARCHITECTURES, load_config, load_model, random_model
@@ -15,6 +16,7 @@ __all__ = [
     "OPTConfig",
     "OPTForCausalLM",
     "Rope",
+    "fuse_projections",
     "import_transformers",
     "load_config",
     "load_model",

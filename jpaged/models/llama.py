@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jpaged.models.config import MAX_INT, ModelConfig, is_count, is_positive, require
+from jpaged.models.fused import GATE_UP, QKV
 from jpaged.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -139,6 +140,8 @@ def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
 
 
 class LlamaAttention(nnx.Module):
+    fusible = QKV
+
     def __init__(self, config: LlamaConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         hidden, head_dim = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
@@ -161,9 +164,7 @@ class LlamaAttention(nnx.Module):
         attend: Attend,
     ) -> Float[Array, "tokens hidden_size"]:
         config = self.config
-        q = split_heads(self.q_proj(x), config.head_dim)
-        k = split_heads(self.k_proj(x), config.head_dim)
-        v = split_heads(self.v_proj(x), config.head_dim)
+        q, k, v = (split_heads(projected, config.head_dim) for projected in QKV.project(self, x))
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -173,6 +174,8 @@ class LlamaAttention(nnx.Module):
 
 
 class LlamaMLP(nnx.Module):
+    fusible = GATE_UP
+
     def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         hidden, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = linear(hidden, ffn, None, "ffn", bias=bias, dtype=dtype, rngs=rngs)
@@ -181,7 +184,8 @@ class LlamaMLP(nnx.Module):
         self.act = config.hidden_act
 
     def __call__(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens hidden_size"]:
-        return self.down_proj(ACTIVATIONS[self.act](self.gate_proj(x)) * self.up_proj(x))
+        gate, up = GATE_UP.project(self, x)
+        return self.down_proj(ACTIVATIONS[self.act](gate) * up)
 
 
 class LlamaDecoderLayer(nnx.Module):

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jpaged.models.config import MAX_INT, ModelConfig, is_count, require
+from jpaged.models.fused import QKV
 from jpaged.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -87,6 +88,8 @@ class OPTConfig(ModelConfig):
 
 
 class OPTAttention(nnx.Module):
+    fusible = QKV
+
     def __init__(self, config: OPTConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         hidden, bias = config.hidden_size, config.bias
         self.q_proj = linear(hidden, hidden, None, "heads", bias=bias, dtype=dtype, rngs=rngs)
@@ -97,9 +100,7 @@ class OPTAttention(nnx.Module):
         self.layer = layer
 
     def __call__(self, x: Float[Array, "tokens hidden_size"], attend: Attend) -> Float[Array, "tokens hidden_size"]:
-        q = split_heads(self.q_proj(x), self.head_dim)
-        k = split_heads(self.k_proj(x), self.head_dim)
-        v = split_heads(self.v_proj(x), self.head_dim)
+        q, k, v = (split_heads(projected, self.head_dim) for projected in QKV.project(self, x))
         out = attend(self.layer, q, k, v, sm_scale=self.head_dim**-0.5)
         return self.out_proj(out.reshape(x.shape))
 

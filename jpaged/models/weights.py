@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from jpaged.device.sharding import param_sharding
 from jpaged.models.config import ModelConfig, read_json
+from jpaged.models.fused import allocation_order, separate_params
 from jpaged.models.layers import Dtype
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -61,7 +62,7 @@ def load_state(path: Path, state: nnx.State, mesh: Mesh, *, use_tqdm: bool = Tru
     Raises:
         ValueError: files are missing or damaged, or their tensors are not those of ``state``.
     """
-    flat = list(nnx.to_flat_state(state))
+    flat = allocation_order(nnx.to_flat_state(state))
     with ExitStack() as stack:
         stored = _open_tensors(path, stack)
         _check_tensors(path, flat, stored)
@@ -112,8 +113,8 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for where, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        tensor = np.asarray(variable[...]).astype(variable.dtype if dtype is None else jnp.dtype(dtype))
+    for where, tensor in separate_params(model):
+        tensor = tensor.astype(tensor.dtype if dtype is None else jnp.dtype(dtype))
         tensors[hf_name(where)] = np.ascontiguousarray(tensor.T if is_transposed(where) else tensor)
     stored_dtype = next(iter(tensors.values())).dtype.name
     text = json.dumps(replace(config, dtype=stored_dtype).to_hf(), indent=2)
