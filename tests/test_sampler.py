@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.random import threefry_2x32
 
-from jpaged.device import sampler
+from jpaged.device import draws, sampler
+from jpaged.device.draws import CHUNK_LEN, summarise
+from jpaged.device.filters import Filters, find_threshold
 from jpaged.device.sampler import SampledTokens, make_sample_inputs
 from jpaged.host.step_plan import Sample
 from jpaged.request import SamplingParams
@@ -18,6 +21,14 @@ ROWS, VOCAB = 32, 48  # of most cases: few shapes, few compilations
 
 jitted_sample = jax.jit(sampler.sample, static_argnames="num_top")
 jitted_score = jax.jit(sampler.score, static_argnames="num_top")
+
+
+@jax.jit
+def jitted_threshold(logits, inputs):
+    filters = Filters(inputs.top_k, inputs.top_p, inputs.min_p, inputs.temperature)
+    return find_threshold(logits, summarise(logits, 1 / filters.temperature), filters)
+
+
 exact = settings(deadline=None, derandomize=True)
 
 
@@ -26,7 +37,7 @@ def request_sample(params=None, *, seed=0, position=0, banned=(), prompt=(), out
     return Sample(0, 0, position, seed, params, list(banned), list(prompt), list(output))
 
 
-def draw(logits: np.ndarray, samples: list[Sample], num_top: int = 0) -> SampledTokens:
+def draw(logits: np.ndarray, samples: list[Sample], num_top: int | None = 0) -> SampledTokens:
     inputs = make_sample_inputs(samples, len(logits))
     return jitted_sample(jnp.asarray(logits, jnp.float32), inputs, num_top=num_top)
 
@@ -35,10 +46,11 @@ def token_ids(logits: np.ndarray, samples: list[Sample]) -> list[int]:
     return np.asarray(draw(logits, samples).token_ids)[: len(samples)].tolist()
 
 
-def gumbel_oracle(seed: int, position: int, vocab: int) -> np.ndarray:
-    """The noise of a row, by itself and outside of jit: neither the batch nor the compiler may change it."""
-    key = jax.random.fold_in(jax.random.key(np.uint32(seed)), position)
-    bits = np.asarray(jax.random.bits(key, (vocab,), jnp.uint32)).astype(np.float64)
+def gumbel_oracle(seed: int, position: int, level: int, ids: np.ndarray) -> np.ndarray:
+    """The noise of a row, from JAX's own threefry and outside of jit: neither batch nor compiler may change it."""
+    key = jnp.array([seed, position], jnp.uint32)
+    counters = np.concatenate([np.full_like(ids, level), ids]).astype(np.uint32)
+    bits = np.asarray(threefry_2x32(key, jnp.asarray(counters)))[: len(ids)].astype(np.float64)
     return -np.log(-np.log1p(-np.minimum((bits + 0.5) / 2**32, 1 - 2.0**-24)))
 
 
@@ -62,14 +74,23 @@ def draw_oracle(logits: np.ndarray, sample: Sample) -> set[int]:
     params = sample.params
     if params.temperature == 0:
         return {int(np.argmax(logits))}
-    noise = gumbel_oracle(sample.seed, sample.position, len(logits))
+    token_ids = np.arange(len(logits))
+    num_chunks = -(-len(logits) // CHUNK_LEN)
+    chunk_noise = gumbel_oracle(sample.seed, sample.position, 0, np.arange(num_chunks))
+    token_noise = gumbel_oracle(sample.seed, sample.position, 1, token_ids)
     accepted = set()
     for slack in (-1e-5, 0.0, 1e-5):
         kept = probabilities_oracle(logits, params, slack) > 0
-        scores = logits.astype(np.float64) / params.temperature + noise
-        scores[~kept] = -np.inf
-        accepted |= set(np.flatnonzero(scores >= scores.max() - 1e-4 * max(1, abs(scores.max()))).tolist())
+        scores = np.where(kept, logits.astype(np.float64) / params.temperature, -np.inf)
+        masses = [np.logaddexp.reduce(scores[chunk::num_chunks]) for chunk in range(num_chunks)]
+        for chunk in nearly_greatest(masses + chunk_noise):
+            is_member = token_ids % num_chunks == chunk
+            accepted |= set(nearly_greatest(np.where(is_member, scores + token_noise, -np.inf)))
     return accepted
+
+
+def nearly_greatest(scores: np.ndarray) -> list[int]:
+    return np.flatnonzero(scores >= scores.max() - 1e-4 * max(1, abs(scores.max()))).tolist()
 
 
 def random_params(rng: np.random.Generator) -> SamplingParams:
@@ -130,17 +151,61 @@ def test_draws_follow_the_filtered_probabilities(params):
     assert chi_square < 29.9  # seven degrees of freedom stay below this in all but 1 of 10,000
 
 
-@pytest.mark.parametrize("neighbour", [{"position": 1}, {"seed": 1}])
-def test_neighbouring_positions_and_seeds_draw_independently(neighbour):
-    first = [request_sample(seed=2 * i, position=2 * i) for i in range(4096)]
-    second = [
-        request_sample(seed=2 * i + neighbour.get("seed", 0), position=2 * i + neighbour.get("position", 0))
-        for i in range(4096)
-    ]
-    logits = np.zeros((4096, 8), np.float32)
-    pairs = Counter(zip(token_ids(logits, first), token_ids(logits, second), strict=True))
-    chi_square = sum((pairs[a, b] - 64) ** 2 / 64 for a in range(8) for b in range(8))
+CHUNK_OF, MEMBER_OF = (lambda token_id: token_id % 8), (lambda token_id: token_id // 32)
+"""Of 256 tokens in 8 chunks of 32: the chunk, and an eighth of the members of all chunks."""
+
+
+def assert_independent(firsts, seconds) -> None:
+    pairs = Counter(zip(firsts, seconds, strict=True))
+    expected = len(firsts) / 64
+    chi_square = sum((pairs[a, b] - expected) ** 2 / expected for a in range(8) for b in range(8))
     assert chi_square < 113.5  # 63 degrees of freedom: all but 1 of 10,000
+
+
+@pytest.mark.parametrize("part", [CHUNK_OF, MEMBER_OF])
+@pytest.mark.parametrize(("seed_step", "position_step"), [(0, 1), (1, 0), (1, 1), (1 << 31, 0), (0, 1 << 16)])
+def test_neighbouring_positions_and_seeds_draw_independently(seed_step, position_step, part):
+    firsts = [request_sample(seed=2 * i, position=2 * i) for i in range(4096)]
+    seconds = [request_sample(seed=2 * i + seed_step, position=2 * i + position_step) for i in range(4096)]
+    logits = np.zeros((4096, 256), np.float32)
+    assert_independent(*([part(token_id) for token_id in token_ids(logits, row)] for row in (firsts, seconds)))
+
+
+def test_seed_and_position_do_not_stand_for_each_other():
+    logits = np.zeros((4096, 256), np.float32)
+    firsts = [request_sample(seed=i, position=7) for i in range(4096)]
+    seconds = [request_sample(seed=7, position=i) for i in range(4096)]
+    assert_independent(*([CHUNK_OF(token_id) for token_id in token_ids(logits, row)] for row in (firsts, seconds)))
+
+
+@pytest.mark.parametrize("stream", ["positions of one seed", "seeds at one position"])
+def test_every_token_of_every_chunk_has_its_probability(stream):
+    logits = np.tile(np.linspace(-1, 1, 250, dtype=np.float32), (4096, 1))  # the last chunks have a member less
+    counts = np.zeros(250)
+    for part in range(8):
+        numbers = range(4096 * part, 4096 * (part + 1))
+        is_seed = stream == "seeds at one position"
+        samples = [request_sample(seed=i if is_seed else 5, position=5 if is_seed else i) for i in numbers]
+        drawn = token_ids(logits, samples)
+        counts += np.bincount(drawn, minlength=250)
+    expected = counts.sum() * probabilities_oracle(logits[0], SamplingParams())
+    assert np.sum((counts - expected) ** 2 / expected) < 340  # 249 degrees of freedom: all but 1 of 10,000
+
+
+@pytest.mark.parametrize("seed_and_position", [(5, 9), (2**32 - 1, 0)])
+def test_noise_is_threefry_as_published(seed_and_position):
+    # Known answers of Random123 for threefry2x32 with 20 rounds: counter, key, result.
+    for counter, key, result in (
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+    ):
+        words = [jnp.uint32(word) for word in (*key, *counter)]
+        assert tuple(map(int, draws.threefry_2x32((words[0], words[1]), (words[2], words[3])))) == result
+    seed, position = seed_and_position
+    ids = np.arange(1000)
+    noise = draws.gumbel(jnp.uint32([seed]), jnp.int32([position]), 1, jnp.asarray(ids, jnp.uint32)[None])
+    np.testing.assert_allclose(noise[0], gumbel_oracle(seed, position, 1, ids), rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_depends_on_seed_position_and_logits_alone():
@@ -268,6 +333,67 @@ def test_ties_with_a_threshold_are_kept():
     for params in (SamplingParams(top_k=2), SamplingParams(top_p=0.75)):
         samples = [request_sample(params, position=i) for i in range(4096)]
         assert set(token_ids(logits, samples)) == {0, 1, 2, 3}
+
+
+LONG_VOCAB = 128 * CHUNK_LEN + 901  # more chunks than are listed, so that the search has work to do
+
+
+def long_rows(rng: np.random.Generator) -> np.ndarray:
+    """Of kinds that a search finds hard: flat, peaked, rounded, constant, with masks of several sorts."""
+    logits = rng.normal(size=(8, LONG_VOCAB)).astype(np.float32) * rng.choice([0.05, 1, 5], (8, 1)).astype(np.float32)
+    logits[1] = np.round(logits[1])
+    logits[2] = 0.0
+    logits[3] = np.where(rng.random(LONG_VOCAB) < 0.5, -1e9, logits[3])
+    logits[4] = np.where(rng.random(LONG_VOCAB) < 0.9, -np.inf, logits[4])
+    logits[5] = np.where(rng.random(LONG_VOCAB) < 0.5, 0.0, rng.choice([-1e-30, 1e-30, -5.0], LONG_VOCAB))
+    logits[6] = np.finfo(np.float32).min
+    logits[6, :3000] = rng.normal(size=3000)
+    return logits
+
+
+@settings(exact, max_examples=25)
+@given(st.integers(0, 2**32 - 1))
+def test_thresholds_of_long_rows_equal_those_of_a_sorting_oracle(case):
+    rng = np.random.default_rng(case)
+    logits = long_rows(rng)
+    params = [
+        SamplingParams(
+            temperature=float(rng.choice([0.3, 1, 2.5])),
+            top_k=int(rng.choice([0, 0, 1, 50, 128, 129, 700, 4000, LONG_VOCAB - 1, LONG_VOCAB + 5])),
+            top_p=float(rng.choice([1, 0.1, 0.5, 0.9, 0.99])),
+            min_p=float(rng.choice([0, 0, 0.05, 1])),
+        )
+        for _ in logits
+    ]
+    thresholds = np.asarray(
+        jitted_threshold(jnp.asarray(logits), make_sample_inputs(list(map(request_sample, params)), 8))
+    )
+    for row, param in enumerate(params):
+        kept = logits[row] >= thresholds[row]
+        accepted = [probabilities_oracle(logits[row], param, slack) > 0 for slack in (-1e-5, 0.0, 1e-5)]
+        is_possible = logits[row] > -1e8
+        most, least = accepted[0] | accepted[1] | accepted[2], accepted[0] & accepted[1] & accepted[2]
+        assert np.all(kept[least & is_possible]), (row, param)
+        assert not np.any(kept & ~most & is_possible), (row, param)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_k=3000), SamplingParams(top_p=0.9)])
+def test_long_searches_draw_what_they_kept(params):
+    logits = np.random.default_rng(4).normal(size=(1, LONG_VOCAB)).astype(np.float32)
+    for position in range(30):
+        sample = request_sample(params, seed=1, position=position)
+        assert token_ids(logits, [sample])[0] in draw_oracle(logits[0], sample)
+
+
+def test_nobodys_logprobs_cost_the_drawn_tokens_rank_and_change_nothing_else():
+    rng = np.random.default_rng(8)
+    logits = random_logits(rng)
+    samples = [request_sample(random_params(rng), seed=row) for row in range(ROWS)]
+    unasked, asked = draw(logits, samples, num_top=None), draw(logits, samples, num_top=0)
+    np.testing.assert_array_equal(unasked.token_ids, asked.token_ids)
+    np.testing.assert_array_equal(unasked.scores.logprobs, asked.scores.logprobs)
+    assert not np.any(unasked.scores.ranks)
+    assert unasked.scores.top_ids.shape == (ROWS, 0)
 
 
 def test_scores_are_the_models_own_whatever_was_drawn():
