@@ -97,14 +97,28 @@ def _rows() -> list[list[str]]:
 def test_kernels_are_those_of_the_result_file():
     result, rows = _result("kernels_nvidia-h200"), _rows()
     peers = json.loads((README_PATH.parent / "bench" / "peers.json").read_text())["attention_kernels"]["figures"]
-    assert result["rows"]
-    for row in result["rows"]:
-        is_decode = row["shape"].startswith("decode")
-        rate = f"{row['bytes_per_s'] / 1e12:.2f} TB/s" if is_decode else f"{row['flops_per_s'] / 1e12:.0f} TFLOP/s"
-        limit = row["fraction_of_read_bandwidth" if is_decode else "fraction_of_matmul_rate"]
-        peer = peers.get(row["shape"], {}).get("FlashInfer")
-        shown = "" if peer is None else f"{peer:.2f} TB/s" if is_decode else f"{peer:.0f} TFLOP/s"
-        assert [f"{row['us']:.1f}", rate, f"{limit:.0%}", shown] in [cells[1:] for cells in rows], row["shape"]
+    figures = {(row["shape"], row["implementation"]): row for row in result["rows"] if "us" in row}
+    shapes = [shape for shape, name in figures if name == "hopper" and not shape.startswith("mixed")]
+    assert shapes
+    for shape in shapes:
+        is_decode = shape.startswith("decode")
+
+        def rate(bytes_per_s, flops_per_s, is_decode=is_decode):
+            return f"{bytes_per_s / 1e12:.2f} TB/s" if is_decode else f"{flops_per_s / 1e12:.0f} TFLOP/s"
+
+        ours, other = (figures.get((shape, name)) for name in ("hopper", "jax" if is_decode else "cudnn"))
+        limit = ours["fraction_of_read_bandwidth" if is_decode else "fraction_of_matmul_rate"]
+        beside = "" if other is None else rate(other["bytes_per_s"], other["flops_per_s"])
+        peer = peers.get(shape, {}).get("FlashInfer")
+        peer = "" if peer is None else rate(peer * 1e12, peer * 1e12)
+        cells = [f"{ours['us']:.1f}", rate(ours["bytes_per_s"], ours["flops_per_s"]), f"{limit:.0%}", beside, peer]
+        assert cells in [row[1:] for row in rows], shape
+    comparisons = {title: of["hopper"] for title, of in result["comparisons"].items()}
+    assert f"read {1 / comparisons['fp8 over bf16']:.2f} (fp8)" in README
+    assert f"{1 / comparisons['int8 over bf16']:.2f} (int8)" in README
+    assert f"takes {comparisons['mixed over its decodes and chunks alone']:.2f} times" in README
+    write = next(copy for copy in result["copies"] if copy["name"] == "write_kv_256_decodes")
+    assert f"takes {write['us']:.1f} us" in README
     limits = result["limits"]
     assert f"{limits['read_bytes_per_s'] / 1e12:.2f} TB/s read" in README
     assert f"{limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s" in README
