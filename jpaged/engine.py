@@ -13,12 +13,12 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.detokenizer import Detokenizer, Tokenizer
-from jpaged.device.model_runner import ModelRunner
+from jpaged.device.model_runner import ModelRunner, StepUnderWay
 from jpaged.host.block_manager import BlockManager
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence as Seq
 from jpaged.host.sequence import SequenceGroup
-from jpaged.host.step_plan import TokenScores
+from jpaged.host.step_plan import StepPlan, TokenScores
 from jpaged.request import (
     CompletionDelta,
     CompletionOutput,
@@ -166,6 +166,7 @@ class Engine:
         self._output = StepOutput()  # what ``take`` will hand out
         self._progress: dict[int, _Progress] = {}  # of the sequences of ``_groups``, by sequence id
         self._random = np.random.default_rng(config.seed)
+        self._under_way: list[StepUnderWay] = []  # oldest first
 
     # Requests -----------------------------------------------------------------------------------------------------
 
@@ -328,20 +329,18 @@ class Engine:
     # Steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
-        """Run one step and take what it brought.
+        """Finish one step and take what it brought. The next one is under way then, if it could be planned.
 
         A step that fails or is interrupted costs the running requests a recomputation, and nobody a token. A request
         whose text cannot be made (its tokenizer raised) is forgotten.
         """
         with _InterruptsWait() as interrupts:
             self._collect_all()  # what an error left
-            if self.scheduler.has_unfinished:
+            if self.scheduler.has_unfinished or self._under_way:
                 try:
-                    plan = self.scheduler.schedule()
-                    with interrupts.let_through():
-                        result = self.runner.execute(plan)
-                    touched = self.scheduler.update(plan, result)
+                    touched = self._run_step(interrupts)
                 except BaseException:
+                    self._under_way.clear()
                     self._to_collect |= self._groups
                     self.scheduler.forget_pool()
                     self.runner.forget_pool()
@@ -350,6 +349,24 @@ class Engine:
                 self._to_collect |= {group.request.request_id: group for group in touched}
             self._collect_all()
         return self.take()
+
+    def _run_step(self, interrupts: "_InterruptsWait") -> list[SequenceGroup]:
+        """Keep one step in flight: plan and enqueue the next before waiting for the results of this one."""
+        if not self._under_way:
+            self._enqueue(self.scheduler.schedule(), interrupts)
+        plan = self.scheduler.schedule_ahead()
+        if plan is not None:
+            self._enqueue(plan, interrupts)
+        step = self._under_way[0]
+        with interrupts.let_through():
+            result = self.runner.fetch(step)
+        del self._under_way[0]
+        return self.scheduler.update(step.plan, result)
+
+    def _enqueue(self, plan: StepPlan, interrupts: "_InterruptsWait") -> None:
+        with interrupts.let_through():
+            step = self.runner.enqueue(plan)
+        self._under_way.append(step)
 
     def take(self) -> StepOutput:
         """What was collected and not yet handed out: by the last step, and by aborts since."""

@@ -6,6 +6,7 @@ are subtly wrong later on. Tokens are drawn from these numbers: any schedule mus
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int, Int64
 from oracles import beam_search_without_cache
 
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.sequence import SequenceGroup, SequenceState
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.host.step_plan import (
     BeamCandidates,
     BeamSelect,
@@ -143,8 +144,10 @@ class FakeDevice:
         self.block_size = blocks.block_size
         self.pool = np.full((blocks.num_blocks, self.block_size), LOST)
         self.host_pool = np.full((blocks.num_host_blocks, self.block_size), LOST)
+        self._latest: list[int] = []  # the tokens that the last step drew
 
     def execute(self, plan: StepPlan) -> StepResult:
+        plan = self._resolved(plan)
         self._check_chunks(plan)
         self._check_moves(plan)
         to_host, from_host, copies = (_columns(moves) for moves in (plan.to_host, plan.from_host, plan.copies))
@@ -155,7 +158,18 @@ class FakeDevice:
         numbers = self._compute(plan)
         result = self._results(plan, numbers)
         self.pool[from_host[1]] = landing
+        self._latest = result.token_ids.tolist()
         return result
+
+    def _resolved(self, plan: StepPlan) -> StepPlan:
+        """The plan with the tokens that the last step drew in the place of their rows."""
+        chunks = []
+        for chunk in plan.chunks:
+            if any(token_id < 0 for token_id in chunk.token_ids):
+                (token_id,) = chunk.token_ids
+                chunk = replace(chunk, token_ids=[self._latest[~token_id]])
+            chunks.append(chunk)
+        return replace(plan, chunks=tuple(chunks))
 
     def lose(self) -> None:
         """Forget the content of both pools, as a device does whose step failed."""
@@ -167,7 +181,7 @@ class FakeDevice:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         for group, seq in scheduler._sequences.values():
             if seq.state is SequenceState.RUNNING:
-                self._check_content(self.pool, blocks.block_table(seq.seq_id), group, seq.token_ids, seq.num_computed)
+                self._check_content(self.pool, blocks.block_table(seq.seq_id), group, seq.token_ids, seq.num_known)
             elif seq.state is SequenceState.SWAPPED:
                 table = blocks._swapped[seq.seq_id].blocks
                 self._check_content(self.host_pool, table, group, seq.token_ids, seq.num_computed)
@@ -208,11 +222,15 @@ class FakeDevice:
         assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks), "one chunk a sequence"
         for chunk in plan.chunks:
             group, seq = scheduler._sequences[chunk.seq_id]
-            stop = chunk.start + len(chunk.token_ids)
-            assert chunk.start < stop <= scheduler.max_model_len
-            assert list(chunk.token_ids) == seq.token_ids[chunk.start : stop]
+            assert chunk.start < chunk.stop <= scheduler.max_model_len
+            assert list(chunk.token_ids) == self._tokens_fed(seq, chunk)[chunk.start : chunk.stop]
             assert chunk.prompt_len == group.prompt_len
-            assert len(chunk.block_table) * self.block_size >= stop
+            assert len(chunk.block_table) * self.block_size >= chunk.stop
+
+    def _tokens_fed(self, seq: Sequence, chunk: Chunk) -> list[int]:
+        """A sequence's tokens, with the one that the last step drew if its chunk feeds it and nobody has told of it."""
+        is_pending = chunk.start == len(seq.token_ids)
+        return [*seq.token_ids, *chunk.token_ids] if is_pending else seq.token_ids
 
     def _check_moves(self, plan: StepPlan) -> None:
         """Assert that blocks are read and written only where, and as often as, ``StepPlan`` allows."""
@@ -264,9 +282,10 @@ class FakeDevice:
     def _draw(self, sample: Sample, plan: StepPlan, numbers: list[list[int]]) -> int:
         group, seq = self.scheduler._sequences[sample.seq_id]
         chunk, prefix = plan.chunks[sample.chunk], numbers[sample.chunk][-1]
-        assert sample.position == len(seq.token_ids) == chunk.start + len(chunk.token_ids)
+        token_ids = self._tokens_fed(seq, chunk)
+        assert sample.position == len(token_ids) == chunk.stop
         assert sample.seed == seq.seed
-        assert prefix == hash_prefixes(seq.token_ids, group.request.prefix_salt)[-1], "drawn from another's logits"
+        assert prefix == hash_prefixes(token_ids, group.request.prefix_salt)[-1], "drawn from another's logits"
         return draw(prefix, sample.position, sample.seed, sample.params.temperature, sample.banned_token_ids)
 
 

@@ -1,10 +1,12 @@
 """The whole engine: its tokens are those of a loop without a cache, whatever else happens."""
 
+import contextlib
 import dataclasses
 import re
 import signal
 import sys
 from functools import cache
+from unittest import mock
 
 import hypothesis.strategies as st
 import jax
@@ -278,19 +280,19 @@ class EngineMachine(RuleBasedStateMachine):
     def fail(self, when):
         """A step dies after its blocks were planned: nothing may depend on what it wrote or would have written."""
         runner = self.engine.runner
-        execute = runner.execute
+        fetch = runner.fetch
 
-        def broken(plan):
+        def broken(step):
             if when == "after it ran":
-                execute(plan)
+                fetch(step)
             raise RuntimeError("the device broke")
 
-        runner.execute = broken
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(runner, "fetch", side_effect=broken))
+            if when == "before it runs":  # while the one before it is still under way, if one is
+                stack.enter_context(mock.patch.object(runner, "enqueue", side_effect=broken))
             with pytest.raises(RuntimeError, match="the device broke"):
                 self.engine.step()
-        finally:
-            runner.execute = execute
 
     def teardown(self):
         if not hasattr(self, "engine"):
@@ -456,7 +458,7 @@ def test_a_pinned_prefix_outlives_pressure_and_a_failed_step(monkeypatch):
         return finished[f"mine {round_}"].num_cached_tokens
 
     assert cached_after_pressure(0) == len(prefix)
-    monkeypatch.setattr(engine.runner, "execute", _broken)
+    monkeypatch.setattr(engine.runner, "fetch", _broken)
     add(engine, "unlucky", [1, 2], max_tokens=1)
     with pytest.raises(RuntimeError, match="the device broke"):
         engine.step()

@@ -210,7 +210,7 @@ def test_an_interrupted_batch_leaves_nothing_and_the_engine_goes_on(monkeypatch)
     stream = llm().stream("z = 3", GREEDY)
     next(stream)
     with monkeypatch.context() as patched:
-        patched.setattr(llm().engine.runner, "execute", interrupted)
+        patched.setattr(llm().engine.runner, "fetch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             generate(["x = 1", "y = 2"])
     assert len(generate("x = 1")[0].outputs[0].token_ids) == 12

@@ -13,7 +13,7 @@ from jpaged.host.block_manager import BlockManager
 from jpaged.host.policies.scheduling import schedule_order
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.host.step_plan import Costs, StepPlan
+from jpaged.host.step_plan import Costs, StepPlan, StepResult
 from jpaged.request import FinishReason, Request, SamplingParams
 
 SWAP_IS_CHEAPER = Costs(transfer_s=0, to_host_block_s=0, from_host_block_s=0, prefill_token_s=1)
@@ -117,6 +117,9 @@ FEATURES = {
     "a step failed after it ran",
     "a step failed with a pin",
     "a step failed while a group was swapped out",
+    "two steps failed at once",
+    "planned ahead",
+    "ended while a token of theirs was under way",
     "aborted while waiting",
     "aborted while running",
     "aborted while swapped out",
@@ -167,6 +170,8 @@ class Episode:
         self.pins: set[str] = set()
         self.num_steps = 0
         self.was_idle = False
+        self.under_way: list[tuple[StepPlan, StepResult]] = []
+        self.ahead_rate = draw.choice([0.0, 0.5, 1.0])
 
     def run(self) -> int:
         """Returns the number of steps."""
@@ -177,6 +182,8 @@ class Episode:
         while self.scheduler.has_unfinished:
             self._step()
             assert self.num_steps < most, "it goes round in circles"
+        while self.under_way:  # of sequences that have ended
+            self._update()
         self._check_end()
         return self.num_steps
 
@@ -286,9 +293,11 @@ class Episode:
         self.seen[f"a step failed {when} it ran"] += 1
         self.seen["a step failed with a pin"] += any(map(self.scheduler.is_pinned, self.pins))
         self.seen["a step failed while a group was swapped out"] += any(group.is_swapped for group in self.groups)
-        plan = self.scheduler.schedule()
-        if when == "after":
+        self.seen["two steps failed at once"] += bool(self.under_way)
+        plan = self.scheduler.schedule_ahead() if self.under_way else self.scheduler.schedule()
+        if when == "after" and plan is not None:
             self.device.execute(plan)
+        self.under_way.clear()
         self.device.lose()
         self.scheduler.forget_pool()
         self.blocks.check_invariants()
@@ -297,19 +306,17 @@ class Episode:
 
     def _step(self) -> None:
         scheduler = self.scheduler
-        running, has_work = list(scheduler._running), scheduler.has_unfinished
-        plan = scheduler.schedule()
-        self._check_order(running)
-        self._count(plan, running)
-        is_idle = not (plan.chunks or plan.to_host or plan.from_host)
-        assert not (is_idle and self.was_idle and has_work), "it stands still"
-        assert has_work or is_idle
-        self.was_idle = is_idle and has_work
-        gaining = [scheduler._sequences[sample.seq_id][0] for sample in plan.samples]
-        gaining += [scheduler._sequences[plan.chunks[select.chunks[0]].seq_id][0] for select in plan.beams]
-        touched = scheduler.update(plan, self.device.execute(plan))
-        assert touched == list(dict.fromkeys(gaining))
-        self._stop_some(touched)
+        has_work = scheduler.has_unfinished
+        if not self.under_way:
+            plan = self._plan(scheduler.schedule)
+            is_idle = not (plan.chunks or plan.to_host or plan.from_host)
+            assert not (is_idle and self.was_idle and has_work), "it stands still"
+            assert has_work or is_idle
+            self.was_idle = is_idle and has_work
+        if self.random.random() < self.ahead_rate:
+            plan = self._plan(scheduler.schedule_ahead)
+            self.seen["planned ahead"] += plan is not None
+        self._update()
         self.blocks.check_invariants()
         self.device.audit()
         for name in filter(scheduler.is_pinned, self.pins):
@@ -318,6 +325,28 @@ class Episode:
             assert match.num_tokens == len(request.prompt_token_ids)
             assert not match.is_on_host
         self.num_steps += 1
+
+    def _plan(self, schedule: Callable[[], StepPlan | None]) -> StepPlan | None:
+        """Plan a step and run it; its results wait."""
+        running = list(self.scheduler._running)
+        plan = schedule()
+        self._check_order(running)
+        if plan is not None:
+            self._count(plan, running)
+            self.under_way.append((plan, self.device.execute(plan)))
+        return plan
+
+    def _update(self) -> None:
+        """Take in the results of the oldest step under way."""
+        sequences = self.scheduler._sequences
+        plan, result = self.under_way.pop(0)
+        gaining = [sample.seq_id for sample in plan.samples]
+        gaining += [plan.chunks[select.chunks[0]].seq_id for select in plan.beams]
+        self.seen["ended while a token of theirs was under way"] += not sequences.keys() >= set(gaining)
+        gaining = [sequences[seq_id][0] for seq_id in gaining if seq_id in sequences]
+        touched = self.scheduler.update(plan, result)
+        assert touched == list(dict.fromkeys(gaining))
+        self._stop_some(touched)
 
     def _check_order(self, running_before: list[SequenceGroup]) -> None:
         running, waiting = self.scheduler._running, self.scheduler._waiting

@@ -42,10 +42,11 @@ from jpaged.device.sampler import (
     first_rows,
     join_scores,
     make_sample_inputs,
+    num_top_of,
     sample,
     score,
 )
-from jpaged.device.sharding import pool_sharding
+from jpaged.device.sharding import TENSOR_AXIS, pool_sharding, replicated
 from jpaged.device.step_inputs import Bucket, all_buckets, bucket_for, pack, packed_size, unpack
 from jpaged.device.transfer import (
     MAX_STAGED_BLOCKS,
@@ -56,14 +57,19 @@ from jpaged.device.transfer import (
     num_host_blocks_for,
 )
 from jpaged.host.step_plan import BlockCopy, Chunk, Costs, PromptScore, StepPlan, StepResult, TokenScores
-from jpaged.models import ModelConfig
+from jpaged.models import ModelConfig, fuse_projections
 from jpaged.request import MAX_LOGPROBS
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 GPU_COMPILER_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_disable_hlo_passes": "rematerialization",
 }
-"""Loops run inside CUDA graphs: otherwise every turn of one waits for the host to read whether there is another."""
+"""Loops run inside CUDA graphs: otherwise every turn of one waits for the host to read whether there is another.
+
+Nothing is computed again to save memory: XLA counts the pool, which every layer writes in place, once for each layer,
+and finds that memory is short.
+"""
 
 SCORE_ROWS = 64
 """Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
@@ -75,12 +81,20 @@ class ForwardResult(NamedTuple):
     sample_hidden: Float[Array, "rows hidden_size"]
 
 
-class Enqueued(NamedTuple):
-    """What a step's chunks will bring; None where the plan asks for nothing of the kind."""
+class StepUnderWay(NamedTuple):
+    """A step that was enqueued, and what it will bring; None where its plan asks for nothing of the kind.
 
-    hidden: Float[Array, "tokens hidden_size"] | None = None
+    Args:
+        started_s: when, by ``time.perf_counter``.
+        is_clean: whether its time is its own: nothing was under way before, and nothing had to be compiled.
+    """
+
+    plan: StepPlan
+    started_s: float
+    is_clean: bool
     sampled: SampledTokens | None = None
     candidates: Candidates | None = None
+    prompt_scores: tuple[list[Scores], ...] = ()
 
 
 def num_cores() -> int:
@@ -121,7 +135,8 @@ class ModelRunner:
     donated, so that a step writes its K/V in place.
 
     Args:
-        model: a flax.nnx model (``jpaged.models``), its weights on the devices of ``mesh``.
+        model: a flax.nnx model (``jpaged.models``), its weights on the devices of ``mesh``; changed: its projections
+            are joined (``fuse_projections``).
         model_config: its configuration.
         config: the engine's settings.
         mesh: the devices.
@@ -134,6 +149,7 @@ class ModelRunner:
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
+        fuse_projections(model)
         self._graphdef, state = nnx.split(model)
         # A flat list: flattening an nnx state in every call costs more than a small step.
         self._weights, self._weights_tree = jax.tree.flatten(state)
@@ -161,6 +177,7 @@ class ModelRunner:
         self.host_pool = (
             HostPool(self.num_host_blocks, self._abstract_block(), self._program) if self.num_host_blocks else None
         )
+        self._latest = self._no_tokens()
         self._is_idle = True  # nothing enqueued whose results were not fetched
 
     # Sizes --------------------------------------------------------------------------------------------------------
@@ -219,7 +236,7 @@ class ModelRunner:
         devices = list(self.mesh.devices.flat)
         pool_blocks = max(2, available_bytes(devices, self.config.memory_fraction) // self.bytes_per_block)
         largest = max(self._copy_sizes)
-        keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, 0)]
+        keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, None)]
         keys.append(("copy", largest))
         staged_bytes = 0
         if has_host_pool(self.config, is_on_cpu=self._is_on_cpu):
@@ -245,7 +262,7 @@ class ModelRunner:
         Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
         """
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
-        keys += [("sample", rows, 0, 0, 0) for rows in {bucket.num_rows for bucket in self.buckets}]
+        keys += [("sample", rows, 0, 0, None) for rows in {bucket.num_rows for bucket in self.buckets}]
         keys += [("copy", size) for size in self._copy_sizes]
         if self.host_pool is not None:
             keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
@@ -286,7 +303,8 @@ class ModelRunner:
             case "forward":
                 (bucket,) = sizes
                 packed = self._abstract((packed_size(bucket, self.max_blocks),), jnp.int32)
-                return self._jit(self._forward, bucket, donate=1).lower(weights, cache, packed)
+                latest = self._abstract((self.config.max_num_seqs,), jnp.int32)
+                return self._jit(self._forward, bucket, donate=1).lower(weights, cache, latest, packed)
             case "sample":
                 rows, num_biases, num_seen, num_top = sizes
                 hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
@@ -318,8 +336,7 @@ class ModelRunner:
         return jax.jit(partial(method, *static), donate_argnums=() if donate is None else donate)
 
     def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
-        replicated = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
     def _abstract_cache(self, num_blocks: int) -> KVCache:
         cache = jax.eval_shape(partial(self._new_cache, num_blocks=num_blocks))
@@ -336,19 +353,38 @@ class ModelRunner:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._weights_tree, weights))
 
     def _forward(
-        self, bucket: Bucket, weights: list[Array], cache: KVCache, packed: Int[Array, " size"]
+        self,
+        bucket: Bucket,
+        weights: list[Array],
+        cache: KVCache,
+        latest: Int[Array, " max_num_seqs"],
+        packed: Int[Array, " size"],
     ) -> ForwardResult:
+        """``latest`` are the tokens drawn by the step before; see ``Chunk.token_ids``."""
         inputs = unpack(packed, bucket, self.max_blocks)
+        token_ids = jnp.where(inputs.token_ids < 0, latest[~inputs.token_ids], inputs.token_ids)
         model = self._merge(weights)
         attend = PagedAttend(cache, inputs, self.attention.name)
-        hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
+        hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
         return ForwardResult(attend.cache, hidden, hidden[inputs.sample_tokens])
 
     def _sample(
-        self, num_top: int, weights: list[Array], hidden: Float[Array, "rows hidden_size"], inputs: SampleInputs
-    ) -> SampledTokens:
+        self, num_top: int | None, weights: list[Array], hidden: Float[Array, "rows hidden_size"], inputs: SampleInputs
+    ) -> tuple[SampledTokens, Int[Array, " max_num_seqs"]]:
+        """The drawn tokens, and the same filled up, for the next step."""
         model = self._merge(weights)
-        return sample(model.logits(hidden), inputs, num_top=num_top)
+        sampled = sample(self._whole_rows(model.logits(hidden)), inputs, num_top=num_top)
+        latest = jnp.pad(sampled.token_ids, (0, self.config.max_num_seqs - hidden.shape[0]))
+        return sampled, jax.lax.with_sharding_constraint(latest, replicated(self.mesh))
+
+    def _whole_rows(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
+        """Each row on one device, whose part of the vocabulary is then no concern of what reads it."""
+        is_divisible = logits.shape[0] % self.mesh.size == 0
+        rows = jax.sharding.PartitionSpec(TENSOR_AXIS if is_divisible else None, None)
+        return jax.lax.with_sharding_constraint(logits, jax.sharding.NamedSharding(self.mesh, rows))
+
+    def _no_tokens(self) -> Int[Array, " max_num_seqs"]:
+        return jnp.zeros(self.config.max_num_seqs, jnp.int32, device=replicated(self.mesh))
 
     def _beam(
         self, num_candidates: int, weights: list[Array], hidden: Float[Array, "rows hidden_size"], inputs: BeamInputs
@@ -365,14 +401,18 @@ class ModelRunner:
         targets: Int[Array, " score_rows"],
     ) -> Scores:
         model = self._merge(weights)
-        return score(model.logits(hidden[rows]), targets, num_top=num_top)
+        return score(self._whole_rows(model.logits(hidden[rows])), targets, num_top=num_top)
 
     # A step -------------------------------------------------------------------------------------------------------
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step: what goes to the host, copies, the forward pass, what comes from the host, then fetch results.
+        """Run one step and wait for its results."""
+        return self.fetch(self.enqueue(plan))
 
-        The results fetched, arrivals may still be under way: the next step is enqueued behind them.
+    def enqueue(self, plan: StepPlan) -> StepUnderWay:
+        """Start one step: what goes to the host, copies, the forward pass, sampling, what comes from the host.
+
+        Waits for nothing. Steps run in the order in which they were enqueued.
         """
         if self.cache.pool.is_deleted():
             self.cache = self._allocate_cache()
@@ -381,51 +421,63 @@ class ModelRunner:
             self.cache = self.host_pool.start(self.cache, plan.to_host, plan.from_host)
         if plan.copies:
             self._copy(plan.copies)
-        started, num_programs, was_idle = time.perf_counter(), self.num_programs, self._is_idle
-        enqueued = self._enqueue(plan) if plan.chunks else Enqueued()
+        num_programs, was_idle, self._is_idle = self.num_programs, self._is_idle, False
+        step = StepUnderWay(plan, time.perf_counter(), is_clean=False)
+        if plan.chunks:
+            step = self._compute(step)
         if plan.from_host and self.host_pool is not None:
             self.cache = self.host_pool.finish(self.cache)
-        prompt_scores = tuple(self._score_prompt(plan, piece, enqueued) for piece in plan.prompt_scores)
-        sampled, candidates = jax.device_get((enqueued.sampled, enqueued.candidates))
+        jax.tree.map(lambda x: x.copy_to_host_async(), (step.sampled, step.candidates))
+        return step._replace(is_clean=was_idle and self.num_programs == num_programs)
+
+    def fetch(self, step: StepUnderWay) -> StepResult:
+        """Wait for the results of a step. What it moves between the pools may still be under way."""
+        plan = step.plan
+        sampled, candidates, prompt_scores = jax.device_get((step.sampled, step.candidates, step.prompt_scores))
         self._is_idle = plan.num_logit_rows > 0
         if self.host_pool is not None:
             self.host_pool.poll()
             num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
             is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
-            is_plain = was_idle and self._is_idle and not prompt_scores and self.num_programs == num_programs
-            if is_large and is_plain:
-                self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - started)
+            if is_large and self._is_idle and step.is_clean and not prompt_scores:
+                self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - step.started_s)
         num_samples = len(plan.samples)
         return StepResult(
             token_ids=sampled.token_ids[:num_samples] if sampled else np.zeros(0, np.int32),
             scores=first_rows(sampled.scores, num_samples) if sampled else NO_SCORES,
-            prompt_scores=prompt_scores,
+            prompt_scores=tuple(
+                _cut_scores(parts, len(piece.target_ids))
+                for parts, piece in zip(prompt_scores, plan.prompt_scores, strict=True)
+            ),
             beams=split_candidates(candidates, plan.beams) if candidates else (),
         )
 
-    def _enqueue(self, plan: StepPlan) -> Enqueued:
-        """Everything that the chunks and their logits are for, without waiting for it."""
+    def _compute(self, step: StepUnderWay) -> StepUnderWay:
+        """Enqueue the forward pass and all that is made of its logits."""
+        plan = step.plan
         bucket = bucket_for(plan, self.buckets)
         packed = pack(plan, bucket, self.max_blocks, self.config.block_size)
-        forward = self._program(("forward", bucket))(self._weights, self.cache, packed)
+        forward = self._program(("forward", bucket))(self._weights, self.cache, self._latest, packed)
         self.cache = forward.cache
         rows, sampled, candidates = bucket.num_rows, None, None
         if plan.samples:
-            num_top = MAX_LOGPROBS if any(s.params.logprobs for s in plan.samples) else 0
+            num_top = num_top_of(plan.samples)
             inputs = make_sample_inputs(plan.samples, rows)
             key = ("sample", rows, len(inputs.bias_rows), len(inputs.seen_rows), num_top)
-            sampled = self._program(key)(self._weights, forward.sample_hidden, inputs)
+            sampled, self._latest = self._program(key)(self._weights, forward.sample_hidden, inputs)
         if plan.beams:
             num_candidates = num_candidates_of(plan.beams)
             inputs = make_beam_inputs(plan.beams, first_row=len(plan.samples), num_rows=rows)
             key = ("beam", rows, num_candidates, len(inputs.bias_rows))
             candidates = self._program(key)(self._weights, forward.sample_hidden, inputs)
-        return Enqueued(forward.hidden, sampled, candidates)
+        scores = tuple(self._score_prompt(plan, piece, forward.hidden) for piece in plan.prompt_scores)
+        return step._replace(sampled=sampled, candidates=candidates, prompt_scores=scores)
 
     def forget_pool(self) -> None:
         """A step failed, and with it whatever the pool holds or will hold: the next step starts with an empty one."""
         if not self.cache.pool.is_deleted():
             self.cache.pool.delete()
+        self._latest = self._no_tokens()  # those there are failed with the step
         if self.host_pool is not None:
             self.host_pool.forget()
 
@@ -445,7 +497,7 @@ class ModelRunner:
         program = self._program(("forward", bucket))
         for _ in range(2):  # the first run loads the program
             started = time.perf_counter()
-            self.cache = program(self._weights, self.cache, packed).cache
+            self.cache = program(self._weights, self.cache, self._latest, packed).cache
             jax.block_until_ready(self.cache.pool)
             prefill_s = time.perf_counter() - started
         self.host_pool.measure(self.cache, prefill_token_s=prefill_s / plan.num_tokens)
@@ -463,9 +515,10 @@ class ModelRunner:
         dst[: len(copies)] = [copy.dst for copy in copies]
         self.cache = self._program(("copy", size))(self.cache, src, dst)
 
-    def _score_prompt(self, plan: StepPlan, piece: PromptScore, enqueued: Enqueued) -> TokenScores:
-        hidden = enqueued.hidden
-        assert hidden is not None
+    def _score_prompt(
+        self, plan: StepPlan, piece: PromptScore, hidden: Float[Array, "tokens hidden_size"]
+    ) -> list[Scores]:
+        """Scores of a piece, ``SCORE_ROWS`` at a time, the last ones padded."""
         first = sum(len(chunk.token_ids) for chunk in plan.chunks[: piece.chunk])
         num_top = min(MAX_LOGPROBS, self.model_config.vocab_size) if piece.num_logprobs else 0
         program = self._program(("score", hidden.shape[0], num_top))
@@ -475,6 +528,13 @@ class ModelRunner:
             rows, padded = np.zeros(SCORE_ROWS, np.int32), np.zeros(SCORE_ROWS, np.int32)
             rows[: len(targets)] = first + start + np.arange(len(targets))
             padded[: len(targets)] = targets
-            scores = jax.device_get(program(self._weights, hidden, rows, padded))
-            parts.append(first_rows(scores, len(targets)))
-        return join_scores(parts)
+            parts.append(program(self._weights, hidden, rows, padded))
+        return parts
+
+
+def _cut_scores(parts: list[Scores], num_rows: int) -> TokenScores:
+    """The scores of a piece, fetched, without padding."""
+    starts = range(0, num_rows, SCORE_ROWS)
+    return join_scores(
+        [first_rows(part, min(SCORE_ROWS, num_rows - start)) for part, start in zip(parts, starts, strict=True)]
+    )

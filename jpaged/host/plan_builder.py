@@ -27,21 +27,43 @@ class PlanBuilder:
         start = seq.num_computed
         stop = start + min(num_tokens, self.budget)
         index = len(self._chunks)
-        self._chunks.append(Chunk(seq.seq_id, seq.token_ids[start:stop], start, seq.prompt_len, block_table))
+        # A token that is pending is fed alone: all before it have been computed.
+        token_ids = [~seq.pending_row] if start >= len(seq.token_ids) else seq.token_ids[start:stop]
+        self._chunks.append(Chunk(seq.seq_id, token_ids, start, seq.prompt_len, block_table))
         self.budget -= stop - start
         seq.num_computed = stop
         if group.needs_prompt_scores and start < seq.prompt_len - 1:
             targets = seq.token_ids[start + 1 : min(stop + 1, seq.prompt_len)]
             self._prompt_scores.append(PromptScore(index, targets, group.request.params.prompt_logprobs or 0))
-        if stop < len(seq.token_ids) or group.is_pin:
+        if stop < seq.num_tokens or group.is_pin:
             return
         if group.beam is not None:
             self._beams[group].append(index)
             return
-        self._samples.append(_sample(group, seq, index))
-        if seq.num_outputs == 0:  # a prompt just finished serves its unforked siblings too: they have no token either
-            siblings = (other for other in group.sequences if other.state is SequenceState.UNFORKED)
-            self._samples += [_sample(group, other, index) for other in siblings]
+        is_first = seq.num_tokens == seq.prompt_len
+        self._draw(group, seq, index)
+        if is_first:  # a prompt just finished serves its unforked siblings too: they have no token either
+            for other in group.sequences:
+                if other.state is SequenceState.UNFORKED:
+                    self._draw(group, other, index)
+
+    def _draw(self, group: SequenceGroup, seq: Sequence, chunk: int) -> None:
+        """Draw the next token of ``seq`` from the logits of a chunk."""
+        params = group.request.params
+        self._samples.append(
+            Sample(
+                seq_id=seq.seq_id,
+                chunk=chunk,
+                position=seq.num_tokens,
+                seed=seq.seed,
+                params=params,
+                banned_token_ids=_banned(group, seq),
+                prompt_token_ids=group.request.prompt_token_ids if params.has_penalties else (),
+                output_token_ids=seq.output_token_ids if params.has_penalties else (),
+            )
+        )
+        seq.pending_row = len(self._samples) - 1
+        seq.num_pending += 1
 
     def build(self, to_host: tuple[BlockCopy, ...], from_host: tuple[BlockCopy, ...]) -> StepPlan:
         return StepPlan(
@@ -55,20 +77,6 @@ class PlanBuilder:
         )
 
 
-def _sample(group: SequenceGroup, seq: Sequence, chunk: int) -> Sample:
-    params = group.request.params
-    return Sample(
-        seq_id=seq.seq_id,
-        chunk=chunk,
-        position=len(seq.token_ids),
-        seed=seq.seed,
-        params=params,
-        banned_token_ids=_banned(group, seq),
-        prompt_token_ids=group.request.prompt_token_ids if params.has_penalties else (),
-        output_token_ids=seq.output_token_ids if params.has_penalties else (),
-    )
-
-
 def _select(group: SequenceGroup, chunks: list[int]) -> BeamSelect:
     beam = group.beam
     assert beam is not None
@@ -77,5 +85,5 @@ def _select(group: SequenceGroup, chunks: list[int]) -> BeamSelect:
 
 
 def _banned(group: SequenceGroup, seq: Sequence) -> tuple[int, ...]:
-    is_early = seq.num_outputs < group.request.params.min_tokens
+    is_early = seq.num_tokens - seq.prompt_len < group.request.params.min_tokens
     return tuple(group.stop_token_ids) if is_early else ()

@@ -48,7 +48,10 @@ class Scheduler:
     to be recomputed. Nothing is admitted before it. Of equal priority, every running group therefore arrived before
     every waiting one.
 
-    ``plan = schedule()`` must be followed by ``update(plan, result)`` before the next ``schedule()``.
+    ``plan = schedule()`` must be followed by ``update(plan, result)`` before the next ``schedule()``. In between
+    ``schedule_ahead()`` may plan the step after it, which is updated after it. The device must run them in order:
+    blocks that an update frees may be written by the next plan, while the one under way still computes, in vain, a
+    token of the sequence that had them.
 
     Args:
         blocks: the pools' bookkeeping; the scheduler is its one writer.
@@ -89,6 +92,8 @@ class Scheduler:
         self._pins: dict[str, SequenceGroup] = {}  # by request id, from when they are asked for until unpinned
         # The last admission refused, and the blocks then free and cached.
         self._refused: tuple[SequenceGroup, tuple[int, int]] | None = None
+        self._num_under_way = 0  # plans scheduled and not updated
+        self._can_be_followed = False  # the newest of them
         self._num_arrivals = 0
         self._num_seqs = 0
         self._num_preemptions = 0
@@ -207,7 +212,10 @@ class Scheduler:
             insort(self._waiting, group, key=schedule_order)
             self._num_preemptions += 1
         self._running.clear()
+        self._num_under_way = 0
         for group in self._groups.values():
+            for seq in group.unfinished:
+                seq.num_pending = 0
             self._drop_blocks(group, is_trusted=False)
         self._loading.clear()
         for request_id, group in self._pins.items():
@@ -284,6 +292,27 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan one step. Without chunks only if nothing is unfinished, or what is comes back in the next step."""
+        assert self._num_under_way == 0, "the results of the step before come first"
+        plan = self._schedule()
+        self._send_off(plan)
+        return plan
+
+    def schedule_ahead(self) -> StepPlan | None:
+        """Plan the step after the one under way; None if the results of that come first, or if there is nothing to do.
+
+        Nobody is preempted before it is known who ends.
+        """
+        assert self._num_under_way == 1
+        if not self._can_be_followed or self._groups_to_make_way() or not self._is_room_for_all():
+            return None
+        self._land()  # the step under way moves nothing between the pools
+        plan = self._schedule()
+        if plan.is_empty:
+            return None
+        self._send_off(plan)
+        return plan
+
+    def _schedule(self) -> StepPlan:
         self._preempted.clear()
         self._make_way()
         num_preempted = self._num_preemptions
@@ -297,13 +326,14 @@ class Scheduler:
                 self._compute(plan, group, seq, num_tokens)
         if self._num_preemptions == num_preempted:
             self._admit(plan)
-        self._num_steps += 1
-        self._count_blocks()
         transfers = self.blocks.take_transfers()
         return plan.build(transfers.to_host, transfers.from_host)
 
-    def _count_blocks(self) -> None:
-        """Add this step's blocks to the sums; those that only pins hold are nobody's."""
+    def _send_off(self, plan: StepPlan) -> None:
+        """The plan is under way. Its blocks are added to the sums; those that only pins hold are nobody's."""
+        self._num_under_way += 1
+        self._can_be_followed = plan.can_be_followed
+        self._num_steps += 1
         pins = self._pinned_seq_ids
         num_pinned = sum(len(self.blocks.block_table(seq_id)) for seq_id in pins)
         self._num_logical_blocks += self.blocks.num_logical_blocks - num_pinned
@@ -318,22 +348,31 @@ class Scheduler:
         Returns:
             The groups that gained tokens, each once, in plan order.
         """
-        self._land()
+        self._num_under_way -= 1
+        if self._num_under_way == 0:  # otherwise nothing moves between the pools
+            self._land()
         block_size = self.blocks.block_size
         for chunk in plan.chunks:
+            if chunk.seq_id not in self._sequences:
+                continue  # ended since this was planned
             group, seq = self._sequences[chunk.seq_id]
-            if seq.num_computed // block_size > chunk.start // block_size:
+            if chunk.stop // block_size > chunk.start // block_size:
                 self._publish(group, seq)
-            if seq.num_computed == group.fork_at:
+            if chunk.stop == group.fork_at:
                 self._fork_siblings(group, seq)
-            if group.is_pin and seq.num_computed == seq.prompt_len:
+            if group.is_pin and chunk.stop == seq.prompt_len:
                 self._settle_pin(group, seq)
         for score, piece in zip(plan.prompt_scores, result.prompt_scores, strict=True):
-            self._sequences[plan.chunks[score.chunk].seq_id][0].prompt_scores.append(piece)
+            seq_id = plan.chunks[score.chunk].seq_id
+            if seq_id in self._sequences:
+                self._sequences[seq_id][0].prompt_scores.append(piece)
         touched: dict[int, SequenceGroup] = {}
         token_ids = result.token_ids.tolist()
         for row, sample in enumerate(plan.samples):
+            if sample.seq_id not in self._sequences:
+                continue
             group, seq = self._sequences[sample.seq_id]
+            seq.num_pending -= 1
             seq.token_ids.append(token_ids[row])
             seq.scores.append((result.scores, row))
             touched[group.arrival] = group
@@ -341,8 +380,10 @@ class Scheduler:
             if reason is not None:
                 self.finish(group, seq, reason)
         for select, candidates in zip(plan.beams, result.beams, strict=True):
-            live = [self._sequences[plan.chunks[chunk].seq_id][1] for chunk in select.chunks]
-            group = self._sequences[live[0].seq_id][0]
+            seq_ids = [plan.chunks[chunk].seq_id for chunk in select.chunks]
+            if seq_ids[0] not in self._sequences:
+                continue
+            group, live = self._sequences[seq_ids[0]][0], [self._sequences[seq_id][1] for seq_id in seq_ids]
             self._advance_beams(group, live, candidates)
             touched[group.arrival] = group
         return list(touched.values())
@@ -351,12 +392,10 @@ class Scheduler:
 
     def _make_way(self) -> None:
         """Preempt groups of lower priority than the first in the queue, if and while that is what it takes."""
-        if not self._waiting:
-            return
-        first = self._waiting[0]
-        lower = [group for group in self._running if group.request.priority > first.request.priority]
+        lower = self._groups_to_make_way()
         if not lower:
             return
+        first = self._waiting[0]
         num_rows = sum(group.num_rows for group in lower)
         if self._rows_short(first) > num_rows:
             return
@@ -367,6 +406,31 @@ class Scheduler:
         while lower and (self._rows_short(first) > 0 or self._blocks_short(first, match) > 0):
             self._preempt(lower.pop())
             match = self._match(first)  # what was freed may have been part of it
+
+    def _groups_to_make_way(self) -> list[SequenceGroup]:
+        """Running groups of lower priority than the first in the queue."""
+        if not self._waiting:
+            return []
+        priority = self._waiting[0].request.priority
+        return [group for group in self._running if group.request.priority > priority]
+
+    def _is_room_for_all(self) -> bool:
+        """Whether every running sequence can have room for all its tokens, pending ones included."""
+        appends = [append for group in self._running for append in self._missing(group)]
+        num_tokens = sum(num_tokens for _, num_tokens in appends)
+        most = 2 * len(appends) + num_tokens // self.blocks.block_size
+        if most <= self.blocks.num_free_blocks:
+            return True
+        return sum(self.blocks.num_blocks_to_append(*append) for append in appends) <= self.blocks.num_free_blocks
+
+    def _missing(self, group: SequenceGroup) -> list[tuple[int, int]]:
+        """The room that the group's sequences still need: (seq_id, number of tokens)."""
+        missing = []
+        for seq, target in group.targets():
+            num_tokens = target - self.blocks.num_tokens(seq.seq_id)
+            if num_tokens > 0:
+                missing.append((seq.seq_id, num_tokens))
+        return missing
 
     def _make_room(self) -> list[BlockCopy]:
         """Give every running sequence room for all its tokens, preempting from the back while blocks are short."""
@@ -385,13 +449,8 @@ class Scheduler:
 
     def _append(self, group: SequenceGroup) -> list[BlockCopy] | None:
         """Give each of the group's sequences the room it still misses; None, and nothing, when blocks are short."""
-        missing = []
-        for seq, target in group.targets():
-            num_tokens = target - self.blocks.num_tokens(seq.seq_id)
-            if num_tokens > 0:
-                missing.append((seq.seq_id, num_tokens))
         try:
-            return self.blocks.append_all(missing)
+            return self.blocks.append_all(self._missing(group))
         except OutOfBlocks:
             return None
 
@@ -450,7 +509,7 @@ class Scheduler:
 
     def _publish(self, group: SequenceGroup, seq: Sequence, *, include_partial: bool = False) -> None:
         salt = group.request.prefix_salt
-        self.blocks.publish(seq.seq_id, seq.token_ids, seq.num_computed, salt=salt, include_partial=include_partial)
+        self.blocks.publish(seq.seq_id, seq.token_ids, seq.num_known, salt=salt, include_partial=include_partial)
 
     def _admit(self, plan: PlanBuilder) -> None:
         """Start waiting groups in order while the rows, the pool and, for those to be computed, the budget allow."""

@@ -33,7 +33,9 @@ class Sequence:
         seed: its own 32-bit seed.
         token_ids: prompt and output, in order.
         prompt_len: how many of ``token_ids`` are the prompt.
-        num_computed: leading tokens whose K/V are in the pool, counting those of the step being planned.
+        num_computed: leading tokens whose K/V are in the pool, counting those of the steps planned.
+        num_pending: tokens that the steps planned will add to ``token_ids``.
+        pending_row: the sample of the newest plan that brings the last of them.
         scores: (scores, row) of each output token; read by whoever turns tokens into results. Empty in beam search.
         cumulative_logprob: of beam search: of the output tokens.
         score: of beam search, once finished.
@@ -45,6 +47,8 @@ class Sequence:
     token_ids: list[int]
     prompt_len: int
     num_computed: int = 0
+    num_pending: int = 0
+    pending_row: int = 0
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
     scores: list[tuple[TokenScores, int]] = field(default_factory=list)
@@ -54,6 +58,16 @@ class Sequence:
     @property
     def num_outputs(self) -> int:
         return len(self.token_ids) - self.prompt_len
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output, with what is pending."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_known(self) -> int:
+        """Leading tokens whose K/V are in the pool and which are known."""
+        return min(self.num_computed, len(self.token_ids))
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -127,14 +141,19 @@ class SequenceGroup:
     def targets(self) -> list[tuple[Sequence, int]]:
         """The running sequences, and how many tokens of each to bring into the pool now.
 
-        A leader stops at what its siblings share until they have forked. Beams feed their last token all in one step,
+        A leader stops at what its siblings share until they have forked, and a sequence whose last token is pending
+        needs no more. Beams feed their last token all in one step,
         since it takes the logits of all to choose among them: those that come back sooner wait for the others.
         """
         if self.fork_at is not None:
             return [(seq, self.fork_at) for seq in self.running]
         is_search = self.beam is not None and len(self.sequences) > 1
         is_held_back = is_search and any(len(seq.token_ids) - seq.num_computed > 1 for seq in self.sequences)
-        return [(seq, len(seq.token_ids) - is_held_back) for seq in self.running]
+        return [(seq, seq.num_tokens - is_held_back) for seq in self.running if not self.is_ending(seq)]
+
+    def is_ending(self, seq: Sequence) -> bool:
+        """Whether a pending token is the last that a sequence may have."""
+        return seq.num_pending > 0 and seq.num_tokens - seq.prompt_len >= self.max_tokens
 
     def fork_len(self) -> int:
         """Tokens the leader computes for all: the prompt, or when the group comes back, all they have in common."""

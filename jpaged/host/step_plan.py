@@ -25,7 +25,8 @@ class Chunk:
 
     Args:
         seq_id: the sequence.
-        token_ids: the tokens fed to the model; the first sits at position ``start``.
+        token_ids: the tokens fed to the model; the first sits at position ``start``. One below 0 is not known yet:
+            ``~row``, the token that sample ``row`` of the plan before brings.
         start: tokens of the sequence whose KV is already in the pool.
         prompt_len: length of the sequence's prompt (some rope scalings depend on it).
         block_table: physical blocks of logical blocks 0, 1, ...; covers at least ``start + len(token_ids)`` tokens.
@@ -36,6 +37,11 @@ class Chunk:
     start: int
     prompt_len: int
     block_table: Sequence[int]
+
+    @property
+    def stop(self) -> int:
+        """Tokens of the sequence whose KV is in the pool once this has run."""
+        return self.start + len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,26 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.chunks or self.copies or self.to_host or self.from_host)
+
+    @property
+    def can_be_followed(self) -> bool:
+        """Whether the next step can be planned before this one's results are known.
+
+        Who penalises tokens must have seen them, a search chooses among its results, and what moves between the pools
+        is settled by the host.
+        """
+        return not (
+            self.beams
+            or self.prompt_scores
+            or self.to_host
+            or self.from_host
+            or any(sample.params.has_penalties for sample in self.samples)
+        )
+
+    @property
     def num_logit_rows(self) -> int:
         """Rows of logits the step reads: one per sample, then one per live beam of each search, in plan order."""
         return len(self.samples) + sum(len(beam.chunks) for beam in self.beams)
@@ -127,7 +153,7 @@ class TokenScores:
 
     Args:
         logprobs: [rows] float32, of the chosen token.
-        ranks: [rows] int32, 1 for the most probable token.
+        ranks: [rows] int32, 1 for the most probable token; 0 when nobody asked.
         top_ids: [rows, alternatives] int32, most probable first; zero alternatives when nobody asked.
         top_logprobs: [rows, alternatives] float32.
     """
