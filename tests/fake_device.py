@@ -145,9 +145,12 @@ class FakeDevice:
         self.pool = np.full((blocks.num_blocks, self.block_size), LOST)
         self.host_pool = np.full((blocks.num_host_blocks, self.block_size), LOST)
         self._latest: list[int] = []  # the tokens that the last step drew
+        self._drawn: dict[int, list[int]] = {}  # the tokens of each sequence (by id), with what was drawn last
 
     def execute(self, plan: StepPlan) -> StepResult:
         plan = self._resolved(plan)
+        if plan.num_steps > 1:
+            return self._burst(plan)
         self._check_chunks(plan)
         self._check_moves(plan)
         to_host, from_host, copies = (_columns(moves) for moves in (plan.to_host, plan.from_host, plan.copies))
@@ -159,7 +162,38 @@ class FakeDevice:
         result = self._results(plan, numbers)
         self.pool[from_host[1]] = landing
         self._latest = result.token_ids.tolist()
+        for sample, token_id in zip(plan.samples, self._latest, strict=True):
+            _, seq = self.scheduler._sequences[sample.seq_id]
+            known = self._tokens_fed(seq, plan.chunks[sample.chunk])[: sample.position]
+            self._drawn[sample.seq_id] = [*known, token_id]
         return result
+
+    def _burst(self, plan: StepPlan) -> StepResult:
+        """Run the steps of a burst, each a plan of its own that feeds what the one before drew."""
+        assert [sample.chunk for sample in plan.samples] == list(range(len(plan.chunks)))
+        assert not plan.beams
+        assert not plan.prompt_scores
+        assert not plan.from_host
+        assert max(sample.num_tokens for sample in plan.samples) == plan.num_steps
+        latest, results = [0] * len(plan.samples), []
+        for step in range(plan.num_steps):
+            rows = [row for row, sample in enumerate(plan.samples) if step < sample.num_tokens]
+            chunks, samples = [], []
+            for i, row in enumerate(rows):
+                chunk, sample = plan.chunks[row], plan.samples[row]
+                token_ids = [latest[row]] if step else chunk.token_ids
+                chunks.append(chunk._replace(start=chunk.start + step, token_ids=token_ids))
+                samples.append(sample._replace(chunk=i, position=sample.position + step, num_tokens=1))
+            before = StepPlan() if step else plan
+            one = StepPlan(chunks=tuple(chunks), samples=tuple(samples), to_host=before.to_host, copies=before.copies)
+            result = self.execute(one)
+            for row, token_id in zip(rows, result.token_ids.tolist(), strict=True):
+                latest[row] = token_id
+            logprobs = np.zeros(len(latest), np.float32)
+            logprobs[rows] = result.scores.logprobs
+            results.append((np.array(latest, np.int32), replace(_scores([(0, 0)] * len(latest)), logprobs=logprobs)))
+        self._latest = latest
+        return StepResult(*results[0], later=tuple(results[1:]))
 
     def _resolved(self, plan: StepPlan) -> StepPlan:
         """The plan with the tokens that the last step drew in the place of their rows."""
@@ -167,7 +201,7 @@ class FakeDevice:
         for chunk in plan.chunks:
             if any(token_id < 0 for token_id in chunk.token_ids):
                 (token_id,) = chunk.token_ids
-                chunk = replace(chunk, token_ids=[self._latest[~token_id]])
+                chunk = chunk._replace(token_ids=[self._latest[~token_id]])
             chunks.append(chunk)
         return replace(plan, chunks=tuple(chunks))
 
@@ -228,9 +262,8 @@ class FakeDevice:
             assert len(chunk.block_table) * self.block_size >= chunk.stop
 
     def _tokens_fed(self, seq: Sequence, chunk: Chunk) -> list[int]:
-        """A sequence's tokens, with the one that the last step drew if its chunk feeds it and nobody has told of it."""
-        is_pending = chunk.start == len(seq.token_ids)
-        return [*seq.token_ids, *chunk.token_ids] if is_pending else seq.token_ids
+        """A sequence's tokens, with those drawn since that the scheduler was not told of."""
+        return seq.token_ids if chunk.stop <= len(seq.token_ids) else self._drawn[seq.seq_id]
 
     def _check_moves(self, plan: StepPlan) -> None:
         """Assert that blocks are read and written only where, and as often as, ``StepPlan`` allows."""
@@ -258,7 +291,8 @@ class FakeDevice:
         for chunk, own in zip(plan.chunks, slots, strict=True):
             assert not is_written[own[: chunk.start]].any(), "a slot is read and written in one step"
             group, seq = self.scheduler._sequences[chunk.seq_id]
-            self._check_content(self.pool, list(chunk.block_table), group, seq.token_ids, chunk.start)
+            token_ids = self._tokens_fed(seq, chunk)
+            self._check_content(self.pool, list(chunk.block_table), group, token_ids, chunk.start)
             prefix = int(flat[own[chunk.start - 1]]) if chunk.start else _before(group.request.prefix_salt)
             numbers.append([prefix := extend(prefix, token_id) for token_id in chunk.token_ids])
         for chunk, own, written in zip(plan.chunks, slots, numbers, strict=True):

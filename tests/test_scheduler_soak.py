@@ -31,6 +31,7 @@ def make_device(
     eos: tuple[int, ...] = (),
     preemption: str = "swap",
     caching: bool = True,
+    max_burst: int = 1,
 ) -> FakeDevice:
     blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching, num_host_blocks=num_host_blocks)
     scheduler = Scheduler(
@@ -40,6 +41,7 @@ def make_device(
         max_model_len=model_len,
         eos_token_ids=eos,
         preemption=preemption,
+        max_burst=max_burst,
     )
     return FakeDevice(scheduler)
 
@@ -119,6 +121,8 @@ FEATURES = {
     "a step failed while a group was swapped out",
     "two steps failed at once",
     "planned ahead",
+    "bursts",
+    "bursts that some end in",
     "ended while a token of theirs was under way",
     "aborted while waiting",
     "aborted while running",
@@ -157,6 +161,7 @@ class Episode:
             eos=draw.choice([(), (EOS,), (EOS, 4), (EOS, 4, 5)]),
             preemption=draw.choice(["auto", "auto", "swap", "recompute"]),
             caching=draw.random() < 0.85,
+            max_burst=draw.choice([1, 2, 5]),
         )
         self.scheduler = self.device.scheduler
         self.blocks = self.scheduler.blocks
@@ -382,6 +387,8 @@ class Episode:
             num_loading = len(plan.from_host) * self.blocks.block_size
             seen["hits in both tiers at once"] += is_loading and num_loading < leader.num_computed
         seen["copies on write"] += len(plan.copies)
+        seen["bursts"] += plan.num_steps > 1
+        seen["bursts that some end in"] += len({sample.num_tokens for sample in plan.samples}) > 1
         for chunk in plan.chunks:
             group, _ = scheduler._sequences[chunk.seq_id]
             seen["chunked prompt"] += 0 < chunk.start < group.prompt_len

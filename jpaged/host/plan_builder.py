@@ -20,50 +20,51 @@ class PlanBuilder:
         self._chunks: list[Chunk] = []
         self._samples: list[Sample] = []
         self._prompt_scores: list[PromptScore] = []
+        self._num_steps = 1
         self._beams: defaultdict[SequenceGroup, list[int]] = defaultdict(list)
 
-    def add(self, group: SequenceGroup, seq: Sequence, num_tokens: int, block_table: list[int]) -> None:
-        """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits."""
-        start = seq.num_computed
+    def add(
+        self, group: SequenceGroup, seq: Sequence, num_tokens: int, block_table: list[int], *, num_draws: int = 1
+    ) -> None:
+        """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits.
+
+        Args:
+            num_draws: tokens to draw one after the other; more than one for a decode only.
+        """
+        start, num_known = seq.num_computed, len(seq.token_ids)
         stop = start + min(num_tokens, self.budget)
         index = len(self._chunks)
         # A token that is pending is fed alone: all before it have been computed.
-        token_ids = [~seq.pending_row] if start >= len(seq.token_ids) else seq.token_ids[start:stop]
+        token_ids = [~seq.pending_row] if start >= num_known else seq.token_ids[start:stop]
         self._chunks.append(Chunk(seq.seq_id, token_ids, start, seq.prompt_len, block_table))
         self.budget -= stop - start
         seq.num_computed = stop
         if group.needs_prompt_scores and start < seq.prompt_len - 1:
             targets = seq.token_ids[start + 1 : min(stop + 1, seq.prompt_len)]
             self._prompt_scores.append(PromptScore(index, targets, group.request.params.prompt_logprobs or 0))
-        if stop < seq.num_tokens or group.is_pin:
+        if stop < num_known + seq.num_pending or group.is_pin:
             return
         if group.beam is not None:
             self._beams[group].append(index)
             return
         is_first = seq.num_tokens == seq.prompt_len
-        self._draw(group, seq, index)
+        self._draw(group, seq, index, num_draws)
+        seq.num_computed += num_draws - 1
         if is_first:  # a prompt just finished serves its unforked siblings too: they have no token either
             for other in group.sequences:
                 if other.state is SequenceState.UNFORKED:
                     self._draw(group, other, index)
 
-    def _draw(self, group: SequenceGroup, seq: Sequence, chunk: int) -> None:
-        """Draw the next token of ``seq`` from the logits of a chunk."""
+    def _draw(self, group: SequenceGroup, seq: Sequence, chunk: int, num_tokens: int = 1) -> None:
+        """Draw the next tokens of ``seq``, the first from the logits of a chunk."""
         params = group.request.params
-        self._samples.append(
-            Sample(
-                seq_id=seq.seq_id,
-                chunk=chunk,
-                position=seq.num_tokens,
-                seed=seq.seed,
-                params=params,
-                banned_token_ids=_banned(group, seq),
-                prompt_token_ids=group.request.prompt_token_ids if params.has_penalties else (),
-                output_token_ids=seq.output_token_ids if params.has_penalties else (),
-            )
-        )
-        seq.pending_row = len(self._samples) - 1
-        seq.num_pending += 1
+        history = (group.request.prompt_token_ids, seq.output_token_ids) if params.has_penalties else ((), ())
+        position, row = seq.num_tokens, len(self._samples)
+        banned = _banned(group, seq)
+        self._samples.append(Sample(seq.seq_id, chunk, position, seq.seed, params, banned, *history, num_tokens))
+        self._num_steps = max(self._num_steps, num_tokens)
+        seq.pending_row = row
+        seq.num_pending += num_tokens
 
     def build(self, to_host: tuple[BlockCopy, ...], from_host: tuple[BlockCopy, ...]) -> StepPlan:
         return StepPlan(
@@ -74,6 +75,7 @@ class PlanBuilder:
             beams=tuple(_select(group, chunks) for group, chunks in self._beams.items()),
             to_host=to_host,
             from_host=from_host,
+            num_steps=self._num_steps,
         )
 
 
@@ -85,5 +87,6 @@ def _select(group: SequenceGroup, chunks: list[int]) -> BeamSelect:
 
 
 def _banned(group: SequenceGroup, seq: Sequence) -> tuple[int, ...]:
-    is_early = seq.num_tokens - seq.prompt_len < group.request.params.min_tokens
+    min_tokens = group.request.params.min_tokens
+    is_early = min_tokens > 0 and seq.num_tokens - seq.prompt_len < min_tokens
     return tuple(group.stop_token_ids) if is_early else ()

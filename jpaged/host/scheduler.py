@@ -4,6 +4,7 @@ import math
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jpaged.host.beam import BeamSearch
 from jpaged.host.block_manager import NO_MATCH, BlockManager, OutOfBlocks, PrefixMatch
@@ -39,6 +40,18 @@ class SchedulerStats:
     num_physical_blocks: int
 
 
+class Feed(NamedTuple):
+    """A running sequence, and how many of its tokens the next step is to bring into the pool, if the budget allows."""
+
+    group: SequenceGroup
+    seq: Sequence
+    target: int
+
+
+def _feeds_of(group: SequenceGroup) -> list[Feed]:
+    return [Feed(group, seq, target) for seq, target in group.targets()]
+
+
 class Scheduler:
     """Continuous batching over a block manager (PagedAttention, section 4.5; iteration-level as in Orca).
 
@@ -59,6 +72,7 @@ class Scheduler:
         max_num_batched_tokens: tokens in one step at most; at least ``max_num_seqs``.
         max_model_len: tokens of prompt and output a sequence may reach.
         eos_token_ids: the model's end-of-sequence ids.
+        max_burst: steps that one plan may run in a row while nobody can be admitted.
         preemption: "swap", "recompute", or "auto": what ``costs`` say is cheaper. Without room in the host pool it is
             always recompute.
         costs: of this machine; None until somebody has measured them, when "auto" swaps.
@@ -72,6 +86,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
+        max_burst: int = 1,
         preemption: str = "auto",
         costs: Costs | None = None,
     ):
@@ -81,6 +96,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_burst = max_burst
         self.preemption = preemption
         self.costs = costs
         self._groups: dict[str, SequenceGroup] = {}  # unfinished, by request id
@@ -293,7 +309,11 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step. Without chunks only if nothing is unfinished, or what is comes back in the next step."""
         assert self._num_under_way == 0, "the results of the step before come first"
-        plan = self._schedule()
+        self._preempted.clear()
+        self._make_way()
+        num_preemptions = self._num_preemptions
+        feeds, copies = self._make_room()
+        plan = self._plan(feeds, copies, may_admit=self._num_preemptions == num_preemptions)
         self._send_off(plan)
         return plan
 
@@ -303,37 +323,82 @@ class Scheduler:
         Nobody is preempted before it is known who ends.
         """
         assert self._num_under_way == 1
-        if not self._can_be_followed or self._groups_to_make_way() or not self._is_room_for_all():
+        if not self._can_be_followed or self._groups_to_make_way():
             return None
         self._land()  # the step under way moves nothing between the pools
-        plan = self._schedule()
+        self._preempted.clear()
+        feeds = [feed for group in self._running for feed in _feeds_of(group)]
+        missing = self._missing(feeds)
+        if not self._is_room_for(missing):
+            return None
+        plan = self._plan(feeds, self._append_all(missing))
         if plan.is_empty:
             return None
         self._send_off(plan)
         return plan
 
-    def _schedule(self) -> StepPlan:
-        self._preempted.clear()
-        self._make_way()
-        num_preempted = self._num_preemptions
-        plan = PlanBuilder(self.max_num_batched_tokens, self._make_room())
-        feeds = [(group, seq, target - seq.num_computed) for group in self._running for seq, target in group.targets()]
-        for group, seq, num_tokens in feeds:
-            if num_tokens == 1:
-                self._compute(plan, group, seq, num_tokens)
-        for group, seq, num_tokens in feeds:
-            if num_tokens > 1 and plan.budget > 0:
-                self._compute(plan, group, seq, num_tokens)
-        if self._num_preemptions == num_preempted:
-            self._admit(plan)
+    def _plan(self, feeds: list[Feed], copies: list[BlockCopy], *, may_admit: bool = True) -> StepPlan:
+        """One step: decodes, chunks of prompts under way, and whoever can be admitted. Or a burst of decodes."""
+        plan = PlanBuilder(self.max_num_batched_tokens, copies)
+        if burst := self._find_burst(feeds, copies):
+            for feed, num_draws in zip(feeds, burst, strict=True):
+                self._compute(plan, feed.group, feed.seq, 1, num_draws=num_draws)
+        else:
+            self._compute_all(plan, feeds)
+            if may_admit:
+                self._admit(plan)
         transfers = self.blocks.take_transfers()
         return plan.build(transfers.to_host, transfers.from_host)
+
+    def _compute_all(self, plan: PlanBuilder, feeds: list[Feed]) -> None:
+        """Decodes first, then chunks of prompts while the budget lasts."""
+        chunks: list[Feed] = []
+        for feed in feeds:
+            num_tokens = feed.target - feed.seq.num_computed
+            if num_tokens == 1:
+                self._compute(plan, feed.group, feed.seq, 1)
+            elif num_tokens > 1:
+                chunks.append(feed)
+        for group, seq, target in chunks:
+            if plan.budget > 0:
+                self._compute(plan, group, seq, target - seq.num_computed)
+
+    def _find_burst(self, feeds: list[Feed], copies: list[BlockCopy]) -> list[int]:
+        """How many tokens each sequence is to draw in a burst, with room for them; empty where one step is better."""
+        if self.max_burst == 1 or self._preempted or self._may_admit():
+            return []
+        if not feeds or any(feed.target - feed.seq.num_computed != 1 or not feed.group.can_burst for feed in feeds):
+            return []
+        lens = [min(self.max_burst, group.max_tokens - (target - seq.prompt_len)) for group, seq, target in feeds]
+        missing = self._missing(
+            [feed._replace(target=feed.target + num_draws - 1) for feed, num_draws in zip(feeds, lens, strict=True)]
+        )
+        if max(lens) == 1 or not self._is_room_for(missing):
+            return []
+        copies += self._append_all(missing)
+        return lens
+
+    def _may_admit(self) -> bool:
+        """Whether the first in the queue might be admitted now; what is found out cheaply."""
+        if not self._waiting:
+            return False
+        group = self._waiting[0]
+        return self._rows_short(group) <= 0 and self._refused != (group, self._pool)
+
+    @property
+    def _pool(self) -> tuple[int, int]:
+        """What an admission depends on, beside the rows: blocks free and cached."""
+        return self.blocks.num_free_blocks, self.blocks.num_cached_blocks
+
+    def _append_all(self, missing: list[tuple[int, int]]) -> list[BlockCopy]:
+        """Give sequences the room they miss, which is there."""
+        return [copy for append in missing for copy in self.blocks.append(*append)]
 
     def _send_off(self, plan: StepPlan) -> None:
         """The plan is under way. Its blocks are added to the sums; those that only pins hold are nobody's."""
         self._num_under_way += 1
         self._can_be_followed = plan.can_be_followed
-        self._num_steps += 1
+        self._num_steps += plan.num_steps
         pins = self._pinned_seq_ids
         num_pinned = sum(len(self.blocks.block_table(seq_id)) for seq_id in pins)
         self._num_logical_blocks += self.blocks.num_logical_blocks - num_pinned
@@ -367,18 +432,20 @@ class Scheduler:
             if seq_id in self._sequences:
                 self._sequences[seq_id][0].prompt_scores.append(piece)
         touched: dict[int, SequenceGroup] = {}
-        token_ids = result.token_ids.tolist()
-        for row, sample in enumerate(plan.samples):
-            if sample.seq_id not in self._sequences:
-                continue
-            group, seq = self._sequences[sample.seq_id]
-            seq.num_pending -= 1
-            seq.token_ids.append(token_ids[row])
-            seq.scores.append((result.scores, row))
-            touched[group.arrival] = group
-            reason = self._finish_reason(group, seq)
-            if reason is not None:
-                self.finish(group, seq, reason)
+        for step, (token_ids, scores) in enumerate([(result.token_ids, result.scores), *result.later]):
+            for row, (sample, token_id) in enumerate(zip(plan.samples, token_ids.tolist(), strict=True)):
+                if sample.seq_id not in self._sequences or step >= sample.num_tokens:
+                    continue
+                group, seq = self._sequences[sample.seq_id]
+                seq.num_pending -= 1
+                seq.token_ids.append(token_id)
+                seq.scores.append((scores, row))
+                touched[group.arrival] = group
+                reason = self._finish_reason(group, seq)
+                if reason is not None:
+                    self.finish(group, seq, reason)
+        if plan.num_steps > 1:
+            self._publish_drawn(plan)
         for select, candidates in zip(plan.beams, result.beams, strict=True):
             seq_ids = [plan.chunks[chunk].seq_id for chunk in select.chunks]
             if seq_ids[0] not in self._sequences:
@@ -387,6 +454,14 @@ class Scheduler:
             self._advance_beams(group, live, candidates)
             touched[group.arrival] = group
         return list(touched.values())
+
+    def _publish_drawn(self, plan: StepPlan) -> None:
+        """Publish the blocks that a burst filled with tokens of its own."""
+        for chunk in plan.chunks:
+            if chunk.seq_id in self._sequences:
+                group, seq = self._sequences[chunk.seq_id]
+                if seq.num_known // self.blocks.block_size > chunk.start // self.blocks.block_size:
+                    self._publish(group, seq)
 
     # Inside a step ------------------------------------------------------------------------------------------------
 
@@ -412,45 +487,48 @@ class Scheduler:
         if not self._waiting:
             return []
         priority = self._waiting[0].request.priority
+        if not self._running or self._running[-1].request.priority <= priority:
+            return []
         return [group for group in self._running if group.request.priority > priority]
 
-    def _is_room_for_all(self) -> bool:
-        """Whether every running sequence can have room for all its tokens, pending ones included."""
-        appends = [append for group in self._running for append in self._missing(group)]
-        num_tokens = sum(num_tokens for _, num_tokens in appends)
-        most = 2 * len(appends) + num_tokens // self.blocks.block_size
+    def _is_room_for(self, missing: list[tuple[int, int]]) -> bool:
+        """Whether there are blocks for all that is missing."""
+        most = 2 * len(missing) + sum(num_tokens for _, num_tokens in missing) // self.blocks.block_size
         if most <= self.blocks.num_free_blocks:
             return True
-        return sum(self.blocks.num_blocks_to_append(*append) for append in appends) <= self.blocks.num_free_blocks
+        return sum(self.blocks.num_blocks_to_append(*append) for append in missing) <= self.blocks.num_free_blocks
 
-    def _missing(self, group: SequenceGroup) -> list[tuple[int, int]]:
-        """The room that the group's sequences still need: (seq_id, number of tokens)."""
-        missing = []
-        for seq, target in group.targets():
-            num_tokens = target - self.blocks.num_tokens(seq.seq_id)
-            if num_tokens > 0:
-                missing.append((seq.seq_id, num_tokens))
-        return missing
+    def _missing(self, feeds: list[Feed]) -> list[tuple[int, int]]:
+        """The room that sequences still need for the tokens they feed: (seq_id, number of tokens)."""
+        held = self.blocks.num_tokens
+        return [(seq.seq_id, target - num_held) for _, seq, target in feeds if (num_held := held(seq.seq_id)) < target]
 
-    def _make_room(self) -> list[BlockCopy]:
-        """Give every running sequence room for all its tokens, preempting from the back while blocks are short."""
+    def _make_room(self) -> tuple[list[Feed], list[BlockCopy]]:
+        """Give every running sequence room for all its tokens, preempting from the back while blocks are short.
+
+        Returns:
+            What those that still run feed, and the copies to be made before.
+        """
+        feeds: list[Feed] = []
         copies: list[BlockCopy] = []
         index = 0
         while index < len(self._running):
             group = self._running[index]
-            while (group_copies := self._append(group)) is None:
+            group_feeds = _feeds_of(group)
+            while (group_copies := self._append(group_feeds)) is None:
                 victim = choose_victim(self._running)
                 self._preempt(victim)
                 if victim is group:
-                    return copies
+                    return feeds, copies
+            feeds += group_feeds
             copies += group_copies
             index += 1
-        return copies
+        return feeds, copies
 
-    def _append(self, group: SequenceGroup) -> list[BlockCopy] | None:
-        """Give each of the group's sequences the room it still misses; None, and nothing, when blocks are short."""
+    def _append(self, feeds: list[Feed]) -> list[BlockCopy] | None:
+        """Give a group's sequences the room they still miss; None, and nothing, when blocks are short."""
         try:
-            return self.blocks.append_all(self._missing(group))
+            return self.blocks.append_all(self._missing(feeds))
         except OutOfBlocks:
             return None
 
@@ -518,14 +596,13 @@ class Scheduler:
             group = self._waiting[0]
             if group in self._preempted:
                 return
-            pool = self.blocks.num_free_blocks, self.blocks.num_cached_blocks
-            if self._refused == (group, pool):
+            if self._refused == (group, self._pool):
                 return  # no block was freed or published since: matching its prompt again would end the same way
             if num_rows + group.num_rows > self.max_num_seqs or (plan.budget == 0 and not group.is_swapped):
                 return
             match = self._match(group)
             if self._blocks_short(group, match) > 0:
-                self._refused = group, pool
+                self._refused = group, self._pool
                 return
             num_rows += group.num_rows
             self._waiting.pop(0)
@@ -581,8 +658,10 @@ class Scheduler:
             least_inside=math.ceil(LEAST_HIT_INSIDE * self.blocks.block_size),
         )
 
-    def _compute(self, plan: PlanBuilder, group: SequenceGroup, seq: Sequence, num_tokens: int) -> None:
-        plan.add(group, seq, num_tokens, self.blocks.block_table(seq.seq_id))
+    def _compute(
+        self, plan: PlanBuilder, group: SequenceGroup, seq: Sequence, num_tokens: int, *, num_draws: int = 1
+    ) -> None:
+        plan.add(group, seq, num_tokens, self.blocks.block_table(seq.seq_id), num_draws=num_draws)
 
     def _fork_siblings(self, group: SequenceGroup, leader: Sequence) -> None:
         """The shared tokens are in the pool: every sibling shares their blocks (PagedAttention, section 4.4)."""

@@ -132,6 +132,13 @@ class SequenceGroup:
         return all(seq.is_finished for seq in self.sequences)
 
     @property
+    def can_burst(self) -> bool:
+        """Whether its sequences may draw several tokens in a row before the host has seen the first."""
+        params = self.request.params
+        is_plain = self.beam is None and not self.is_pin and self.fork_at is None
+        return is_plain and not (params.has_penalties or params.stop_strings or params.min_tokens)
+
+    @property
     def needs_prompt_scores(self) -> bool:
         """Whether prompt log-probabilities were asked for and are not complete."""
         if self.request.params.prompt_logprobs is None:
@@ -145,6 +152,10 @@ class SequenceGroup:
         needs no more. Beams feed their last token all in one step,
         since it takes the logits of all to choose among them: those that come back sooner wait for the others.
         """
+        if len(self.sequences) == 1 and self.beam is None:  # most are of this kind: kept free of other work
+            seq = self.sequences[0]
+            is_fed = seq.state is SequenceState.RUNNING and not self.is_ending(seq)
+            return [(seq, seq.num_tokens)] if is_fed else []
         if self.fork_at is not None:
             return [(seq, self.fork_at) for seq in self.running]
         is_search = self.beam is not None and len(self.sequences) > 1

@@ -1,10 +1,12 @@
 """The contract between the halves: a StepPlan crosses to the device, a StepResult comes back.
 
-Nothing here decides and nothing executes; lists inside a plan are read, never changed, by its receiver.
+Nothing here decides and nothing executes; lists inside a plan are read, never changed, by its receiver. What a step has
+hundreds of is a named tuple: the cheapest to make.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +21,7 @@ class BlockCopy:
     dst: int
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive tokens of one sequence to compute this step: a decode (one token) or a piece of a prompt.
 
     Args:
@@ -44,8 +45,7 @@ class Chunk:
         return self.start + len(self.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """Draw one token from the logits of the last token of ``chunks[chunk]``.
 
     Args:
@@ -56,6 +56,7 @@ class Sample:
         params: the request's sampling parameters.
         banned_token_ids: tokens that may not be drawn now (end-of-sequence before ``min_tokens``).
         prompt_token_ids, output_token_ids: what penalties count; a view of the sequence's lists.
+        num_tokens: how many to draw, one in each of the plan's first steps, feeding each to the next.
     """
 
     seq_id: int
@@ -66,6 +67,7 @@ class Sample:
     banned_token_ids: Sequence[int]
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
+    num_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,8 @@ class StepPlan:
             before any destination is written.
         chunks: all in one ragged batch. May be empty when blocks move.
         samples, beams, prompt_scores: what to make of the logits.
+        num_steps: more than one is a burst: steps in a row without the host. All chunks are decodes then, sample i
+            reads chunk i, nothing else is made of the logits, and block tables cover what the samples will feed.
     """
 
     copies: tuple[BlockCopy, ...] = ()
@@ -116,6 +120,7 @@ class StepPlan:
     beams: tuple[BeamSelect, ...] = ()
     to_host: tuple[BlockCopy, ...] = ()
     from_host: tuple[BlockCopy, ...] = ()
+    num_steps: int = 1
 
     @property
     def num_tokens(self) -> int:
@@ -188,12 +193,14 @@ class StepResult:
         scores: one row per sample.
         prompt_scores: one per ``StepPlan.prompt_scores``.
         beams: one per ``StepPlan.beams``.
+        later: (token_ids, scores) of each further step of a burst.
     """
 
     token_ids: np.ndarray
     scores: TokenScores
     prompt_scores: tuple[TokenScores, ...] = ()
     beams: tuple[BeamCandidates, ...] = ()
+    later: tuple[tuple[np.ndarray, TokenScores], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
