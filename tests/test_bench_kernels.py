@@ -429,6 +429,42 @@ def test_tuner_keeps_the_best_of_each_class_that_runs_on_all_its_shapes(monkeypa
     assert report[f"decode: {name}"]["geometric_mean_us"][str(small.decode)] == pytest.approx(4)
 
 
+def test_candidates_of_other_outputs_do_not_count(monkeypatch):
+    nan, first, close, off, in_one_head, crashing = (Sizes(DecodeSizes(slots=n), PrefillSizes()) for n in range(6))
+
+    def program(change):
+        def run(state, inputs):
+            return state._replace(first=change(state.q))
+
+        return run
+
+    def crash(q):
+        raise RuntimeError("too much shared memory")
+
+    changes = {
+        nan: lambda q: q * jnp.asarray(jnp.nan, q.dtype),
+        first: lambda q: q,
+        close: lambda q: q * jnp.asarray(1.008, q.dtype),
+        off: lambda q: q * jnp.asarray(1.03, q.dtype),
+        in_one_head: lambda q: q.at[1, 2].add(jnp.asarray(0.1, q.dtype)),
+        crashing: crash,
+    }
+    programs: dict = {(SHARED.name, sizes): program(change) for sizes, change in changes.items()}
+    not_compiled = Sizes(DecodeSizes(slots=6), PrefillSizes())
+    programs[SHARED.name, not_compiled] = RuntimeError("it does not compile")
+    monkeypatch.setattr(tune, "time_program", lambda program, state, args, num_samples: (Timing(1.0, 1.0, 1.0, 1), 0))
+    times = tune._time_candidates(SHARED, [*changes, not_compiled], programs, num_samples=1)
+    assert dict(zip([*changes, not_compiled], np.isfinite(times), strict=True)) == {
+        nan: False,
+        first: True,
+        close: True,
+        off: False,
+        in_one_head: False,
+        crashing: False,
+        not_compiled: False,
+    }
+
+
 def test_candidates_fit_and_differ():
     for shape in MEASURED:
         tried = tune.candidates(shape)

@@ -15,6 +15,7 @@ from pallas_kernels.block_pool import SMALLEST_SCALE
 from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
+from pallas_kernels.paged_attention.hopper.decode_quantized import LEAST_V_SCALE
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tile import Scoring
 from pallas_kernels.paged_attention.hopper.tuning import sizes_for
@@ -227,14 +228,61 @@ def test_large_tiles_of_a_quantised_pool_with_cap_and_slopes():
     check(batch, options, sizes=DecodeSizes(128, 3, 2))
 
 
-def test_tokens_of_nothing_but_zeros_take_their_share_whatever_their_scale():
-    shape = Shape(1, 1, 8, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
-    batch = make_batch(replace(shape, quantized=jnp.int8), [1], [100])
-    batch.values[0][:] *= 2.0**20
-    batch.scales[:, LAYER, 1] *= 2.0**20
+ONE_ROW = Shape(1, 1, 8, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
+
+
+def scale_values(batch: Batch, of_block: np.ndarray) -> None:
+    """Multiply the V of each of the first row's blocks, and its scale, by a factor."""
+    blocks = np.arange(len(batch.values[0])) // batch.shape.block_size
+    batch.values[0][:] *= of_block[blocks, None, None]
+    batch.scales[batch.tables[0, : len(of_block)], LAYER, 1] *= of_block[:, None].astype(np.float32)
+
+
+@pytest.mark.parametrize("exponent", [-94, -20, 20])
+def test_tokens_of_nothing_but_zeros_take_their_share_whatever_the_scales(exponent):
+    batch = make_batch(replace(ONE_ROW, quantized=jnp.int8), [1], [100])
+    scale_values(batch, np.full(7, 2.0**exponent))
     batch.values[0][16:80] = 0
     batch.scales[batch.tables[0, 1:5], LAYER, 1] = SMALLEST_SCALE
-    check(batch)
+    check_dims(batch)
+
+
+@pytest.mark.parametrize(("quantized", "exponent"), [(jnp.int8, -65), (jnp.float8_e4m3fn, -88)])
+def test_values_of_tiny_scales_are_attended_as_they_are(quantized, exponent):
+    batch = make_batch(replace(ONE_ROW, quantized=quantized), [1], [100])
+    scale_values(batch, 2.0 ** (exponent - np.array([0, 2, 1, 0, 5, 1, 0])))
+    assert batch.scales[batch.tables[0, :7], LAYER, 1].min() > LEAST_V_SCALE
+    check_dims(batch)
+
+
+@pytest.mark.parametrize("quantized", [jnp.int8, jnp.float8_e4m3fn])
+def test_dims_that_only_values_of_small_scales_have_keep_their_precision(quantized):
+    batch = make_batch(replace(ONE_ROW, quantized=quantized), [1], [100])
+    scale_values(batch, np.array([1, 2.0**10, 1, 2.0**10, 1, 1, 2.0**10]))
+    for first in (16, 48, 96):
+        batch.values[0][first : first + 16, :, 1::2] = 0
+    right = dense_attention(batch)
+    assert np.abs(right[..., ::2]).mean() > 100 * np.abs(right[..., 1::2]).mean()
+    check_dims(batch)
+
+
+def check_dims(batch: Batch) -> None:
+    """Like ``check`` for a row whose even dims may be of another size than its odd ones."""
+    out, right = attend(batch), dense_attention(batch)
+    size = np.empty(right.shape)
+    for nth in range(2):
+        size[..., nth::2] = np.abs(right[..., nth::2]).max(axis=2, keepdims=True)
+    assert_near(out / size, right / size, batch.shape.dtype)
+
+
+def test_queries_as_large_as_bfloat16_can_hold():
+    batch = make_batch(replace(ONE_ROW, quantized=jnp.int8), [1], [100])
+    batch.scales[:, LAYER, 0] *= np.float32(2.0**-60)
+    batch.keys[0][:] *= 2.0**-60
+    largest = np.abs(batch.q.astype(np.float32)).max(axis=2, keepdims=True)
+    batch.q[:] = (batch.q.astype(np.float32) / largest * (1.99 * 2.0**127)).astype(jnp.bfloat16)
+    options = Options(sm_scale=2.0**-70)
+    assert_near(attend(batch, options), dense_attention(batch, options), batch.shape.dtype)
 
 
 @pytest.mark.parametrize("quantized", [jnp.int8, jnp.float8_e4m3fn])

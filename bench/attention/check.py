@@ -34,7 +34,8 @@ def coverage() -> list[AttentionShape]:
     variants: list[dict[str, Any]] = [
         *({"head_dim": head_dim} for head_dim in (64, 80, 96, 128, 192, 256)),
         *({"block_size": block_size} for block_size in (8, 32, 64, 128)),
-        *({"num_heads": heads, "num_kv_heads": kv} for heads, kv in ((8, 8), (16, 8), (64, 8), (32, 1), (71, 1))),
+        *({"num_heads": heads, "num_kv_heads": kv} for heads, kv in ((8, 8), (16, 8), (64, 8), (32, 1))),
+        {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64},
         {"dtype": "float16", "kv_dtype": "float16"},
         *({"kv_dtype": kv_dtype, "block_size": size} for kv_dtype in ("float8_e4m3fn", "int8") for size in (16, 64)),
         {"dtype": "float16", "kv_dtype": "int8"},
@@ -48,7 +49,11 @@ def coverage() -> list[AttentionShape]:
     ]
     return [_covering(_name("mixed", variant), MIXED_ROWS, 13, variant) for variant in variants] + [
         _covering(_name("decodes", variant), DECODE_ROWS, 0, variant)
-        for variant in ({}, {"sliding_window": 200}, {"num_heads": 71, "num_kv_heads": 1, "has_alibi": True})
+        for variant in (
+            {},
+            {"sliding_window": 200},
+            {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64, "has_alibi": True},
+        )
     ]
 
 

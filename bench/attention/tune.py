@@ -3,12 +3,14 @@
 import math
 import sys
 from collections import defaultdict
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bench.attention.check import TOLERANCE
 from bench.attention.compiling import Source, compile_all, one_line
 from bench.attention.contenders import NUM_LAYERS, NUM_OUR_LAYERS
 from bench.attention.inputs import Inputs, make_inputs, make_queries
@@ -17,6 +19,13 @@ from bench.attention.timing import time_program
 from pallas_kernels.paged_attention.hopper import attend_hopper, tuning
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 from pallas_kernels.paged_attention.hopper.tuning import Sizes
+
+
+class State(NamedTuple):
+    """What one run of a program leaves to the next: its queries. The first layer's output shows whether it is right."""
+
+    q: Array
+    first: Array
 
 
 def attend_with(sizes: Sizes, q: Array, inputs: Inputs, layer: int, shape: AttentionShape) -> Array:
@@ -39,7 +48,7 @@ def attend_with(sizes: Sizes, q: Array, inputs: Inputs, layer: int, shape: Atten
 
 
 def class_of(shape: AttentionShape) -> str:
-    """What sizes are chosen by: known when a program is compiled, unlike lengths."""
+    """The shape class under which the sizes tuned on a shape are saved."""
     return tuning.shape_class(
         group=shape.group,
         head_dim=shape.head_dim,
@@ -62,20 +71,14 @@ def tune(shapes: list[AttentionShape], num_samples: int) -> dict[str, Any]:
     """Time every candidate; save each class's best; report all of them.
 
     A class's best is the least geometric mean over its shapes of microseconds a layer, among the candidates that ran on
-    all of them. Mixed batches are left out: their rows are those of the other two kinds.
+    all of them, with outputs like the first one's. Mixed batches are left out: their rows are those of the other two
+    kinds.
     """
     classes: dict[tuple[str, str], list[AttentionShape]] = defaultdict(list)
     for shape in shapes:
         if shape.kind in ("decode", "prefill"):
             classes[shape.kind, class_of(shape)].append(shape)
-    programs = compile_all(
-        {
-            (shape.name, sizes): _source(shape, sizes)
-            for of in classes.values()
-            for shape in of
-            for sizes in candidates(shape)
-        }
-    )
+    programs = compile_all(_sources([shape for members in classes.values() for shape in members]))
     chosen, report = defaultdict(dict), {}
     for (kind, name), members in classes.items():
         tried = candidates(members[0])
@@ -95,36 +98,59 @@ def tune(shapes: list[AttentionShape], num_samples: int) -> dict[str, Any]:
     return report
 
 
-def _source(shape: AttentionShape, sizes: Sizes) -> Source:
-    """A program that attends ``NUM_OUR_LAYERS`` layers, which its pool's take turns to be."""
+def _sources(shapes: list[AttentionShape]) -> dict[tuple[str, Sizes], Source]:
+    """A program for every candidate of every shape."""
+    sources = {}
+    for shape in shapes:
+        arguments = jax.eval_shape(lambda shape=shape: _arguments(shape))
+        for sizes in candidates(shape):
+            sources[shape.name, sizes] = Source(jax.jit(partial(_run, shape=shape, sizes=sizes)), arguments)
+    return sources
 
-    def run(q: Array, inputs: Inputs) -> Array:
-        for layer in range(NUM_OUR_LAYERS):
-            q = attend_with(sizes, q, inputs, layer % NUM_LAYERS, shape)
-        return q
 
-    arguments = jax.eval_shape(lambda: (make_queries(shape), make_inputs(shape, NUM_LAYERS, grows=True)))
-    return Source(jax.jit(run), arguments)
+def _arguments(shape: AttentionShape) -> tuple[State, Inputs]:
+    q = make_queries(shape)
+    return State(q, q), make_inputs(shape, NUM_LAYERS, grows=True)
+
+
+def _run(state: State, inputs: Inputs, *, shape: AttentionShape, sizes: Sizes) -> State:
+    """Attend ``NUM_OUR_LAYERS`` layers, which the pool's take turns to be."""
+    outputs = []
+    for layer in range(NUM_OUR_LAYERS):
+        outputs.append(attend_with(sizes, outputs[-1] if outputs else state.q, inputs, layer % NUM_LAYERS, shape))
+    return State(outputs[-1], outputs[0])
 
 
 def _time_candidates(
     shape: AttentionShape, candidates: list[Sizes], programs: dict[tuple[str, Sizes], Any], num_samples: int
 ) -> list[float]:
-    """Microseconds a layer of each candidate, infinite if it cannot run."""
-    inputs, q, times = make_inputs(shape, NUM_LAYERS, grows=True), make_queries(shape), []
+    """Microseconds a layer of each candidate, infinite if it cannot run or its output is not the first one's."""
+    state, inputs = _arguments(shape)
+    right, times = None, []
     for sizes in candidates:
-        program = programs[shape.name, sizes]
+        program, seconds, problem = programs[shape.name, sizes], math.inf, None
         try:
             if isinstance(program, Exception):
-                raise program
-            timing, _ = time_program(program, q, (inputs,), num_samples)
+                problem = one_line(program)
+            else:
+                out = program(state, inputs).first
+                right = out if right is None and is_alike(out, out, shape) else right
+                if right is None or not is_alike(out, right, shape):
+                    problem = "its output is not finite, or not the first candidate's"
+                else:
+                    seconds = time_program(program, state, (inputs,), num_samples)[0].median_s
         except Exception as error:  # too much shared memory, say: not a candidate on this device
-            times.append(math.inf)
-            print(f"{shape.name}, {sizes}: {one_line(error)}", file=sys.stderr)
-        else:
-            times.append(1e6 * timing.median_s / NUM_OUR_LAYERS)
-            print(f"{shape.name}, {sizes}: {times[-1]:.1f} us", file=sys.stderr)
+            problem = one_line(error)
+        times.append(1e6 * seconds / NUM_OUR_LAYERS)
+        print(f"{shape.name}, {sizes}: {problem or f'{times[-1]:.1f} us'}", file=sys.stderr)
     return times
+
+
+def is_alike(out: Array, right: Array, shape: AttentionShape) -> bool:
+    """Whether each query's and head's output is finite, and off by no more than two right ones can be."""
+    out, right = (x.astype(jnp.float32) for x in (out, right))
+    error, size = jnp.linalg.norm(out - right, axis=-1), jnp.linalg.norm(right, axis=-1)
+    return bool((error <= 2 * TOLERANCE[shape.dtype] * size).all())
 
 
 def _geometric_mean(times: tuple[float, ...]) -> float:

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, is_quantized, num_kv_heads_of
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
-from pallas_kernels.paged_attention.hopper.decode_memory import columns_that_fit
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tile import Scoring
@@ -48,7 +47,7 @@ def why_not(
     if block_size < 8 or block_size & (block_size - 1):
         return f"block_size={block_size}: expected a power of two from 8"
     group = num_heads // num_kv_heads
-    if group > columns_that_fit(head_dim) or not decode_candidates(group, head_dim, pool_dtype):
+    if not decode_candidates(group, head_dim, pool_dtype):
         return (
             f"{group} query heads of head_dim {head_dim} for each KV head: more than registers and shared memory hold"
         )
@@ -136,6 +135,8 @@ def _attend(
 ) -> Float[Array, "tokens num_heads head_dim"]:
     num_tokens, num_seqs = q.shape[0], kv_lens.size
     # A part of a larger array, which XLA passes on by its address, need not be aligned as a kernel's operand has to be.
+    # This makes a copy of its own, and by an operation that XLA cannot drop: entries below 0 there may be, for all it
+    # knows.
     block_tables = jnp.maximum(block_tables, 0)
     # A decode step, most likely. Single queries serve a prefill among them too, only less quickly; the prefill kernel
     # does not read quantised pools.

@@ -113,6 +113,8 @@ def _fit_float16(
     """Queries in float16 whatever their range, and the powers of two that they are to be multiplied by."""
     largest = jnp.abs(q).max(axis=2).astype(jnp.float32)
     _, exponent = jnp.frexp(largest)
+    # Powers of two that are normal numbers, as are their reciprocals: compilers divide by multiplying with those.
+    exponent = jnp.clip(exponent, -126, 126)
     scales = jnp.ldexp(jnp.float32(1), jnp.where(jnp.isfinite(largest), exponent, 0))
     grouped = scales.reshape(-1, shape.num_kv_heads, shape.group)
     padded = jnp.pad(grouped, ((0, 0), (0, 0), (0, shape.columns - shape.group)), constant_values=1)

@@ -1,7 +1,7 @@
 """The decode kernel's consumer: attends a worker's tiles."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,20 +25,27 @@ from pallas_kernels.paged_attention.hopper.decode_quantized import (
     widened_values,
 )
 from pallas_kernels.paged_attention.hopper.schedule import Segment
-from pallas_kernels.paged_attention.hopper.tile import LEAST, MATRIX, Ref, powers_of_two, spread, swizzle_of
+from pallas_kernels.paged_attention.hopper.tile import (
+    LEAST,
+    MATRIX,
+    Ref,
+    interpreted_product,
+    powers_of_two,
+    spread,
+    swizzle_of,
+)
 
 ROW = plgpu.Layout.WGMMA.reduce(0)
 """One entry for each head."""
-
-BOUNDED_COLUMNS = 16
-"""Up to here a quantised pool's consumer is held to its workers' share of the registers: more would not fit in it."""
 
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
 def consume(inputs: Inputs, scratch: Scratch, out: Ref, part_outputs: Ref, part_sums: Ref, shape: DecodeShape) -> None:
     """Attend the worker's tiles."""
-    if shape.is_quantized and shape.columns <= BOUNDED_COLUMNS:
+    if shape.is_quantized and shape.sizes.workers_per_sm > 1:
+        # No warpgroup gives registers away for these, and no thread gets more than it starts with: this only tells
+        # ptxas where to stop. Left alone it takes more than the share, and one worker would be all that fits.
         plgpu.set_max_registers(shape.registers, action="increase")
     first, last = my_segments(inputs)
 
@@ -126,17 +133,22 @@ def _is_partial(at: Segment, start: Array, shape: DecodeShape) -> Array:
 
 def _multiply_keys(keys: Ref, queries: Ref, shape: DecodeShape) -> Array:
     """Products [tile, columns] of a tile's keys and a group's queries."""
-    if shape.is_quantized:
-        half = shape.num_slabs // 2
-        terms = (
-            (part, slab + nth * half)
-            for slab in range(half)
-            for nth, part in enumerate(widened_keys(keys, slab, shape))
-        )
-    else:
-        slabs = range(shape.num_slabs)
-        terms = ((keys.at[:, pl.ds(slab * shape.slab, shape.slab)], slab) for slab in slabs)
-    return _product(((a, queries.at[slab].T) for a, slab in terms), (shape.tile, shape.columns), shape)
+    return _product(_key_terms(keys, queries, shape), (shape.tile, shape.columns), shape)
+
+
+def _key_terms(keys: Ref, queries: Ref, shape: DecodeShape) -> Iterator[tuple[Array | Ref, Ref]]:
+    """Slabs of keys, each with the queries' that it is multiplied by.
+
+    One at a time, when it is asked for: a slab is widened while the products of those before it are under way.
+    """
+    if not shape.is_quantized:
+        for slab in range(shape.num_slabs):
+            yield keys.at[:, pl.ds(slab * shape.slab, shape.slab)], queries.at[slab].T
+        return
+    half = shape.num_slabs // 2
+    for slab in range(half):
+        for nth, part in enumerate(widened_keys(keys, slab, shape)):
+            yield part, queries.at[slab + nth * half].T
 
 
 def _multiply_values(values: Ref, weights: Ref, shape: DecodeShape) -> Array:
@@ -146,16 +158,18 @@ def _multiply_values(values: Ref, weights: Ref, shape: DecodeShape) -> Array:
     """
     a = widened_values(values, shape) if shape.is_quantized else values.T
     plgpu.commit_smem()
-    return _product([(a, weights.T)], (shape.rows, shape.columns), shape)
+    return _product(iter([(a, weights.T)]), (shape.rows, shape.columns), shape)
 
 
-def _product(terms: Iterable[tuple[Array | Ref, Ref]], dims: tuple[int, int], shape: DecodeShape) -> Array:
-    """The sum of the products of a and b. The interpreter does plain arithmetic where a is in registers."""
+def _product(terms: Iterator[tuple[Array | Ref, Ref]], dims: tuple[int, int], shape: DecodeShape) -> Array:
+    """The sum of the products of a and b, each started before the next term is made.
+
+    The interpreter does plain arithmetic where a is in registers.
+    """
     if shape.is_quantized and shape.is_interpreted:
         products = jnp.zeros(dims, jnp.float32)
         for a, b in terms:
-            products = products + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()  # tensor cores read as copies write; these reads did not, and a copy may come next
+            products = products + interpreted_product(a, b[...])
         return products
 
     def multiply(accumulator: Ref) -> Array:

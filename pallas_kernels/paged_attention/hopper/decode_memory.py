@@ -14,13 +14,26 @@ from pallas_kernels.paged_attention.hopper.tile import Ref, Scoring, swizzle_of,
 
 SEGMENT = Segment()
 
+REGISTERS_OF_SM = 65536
+THREADS = 256
+"""Of a worker: two warpgroups."""
+
+MOST_COLUMNS = {
+    # (is quantised, workers of a multiprocessor): for 64, 128, 192 and 256 rows
+    (False, 1): (80, 56, 40, 32),
+    (False, 2): (24, 16, 16, 8),
+    (True, 1): (64, 48, 32, 24),
+    (True, 2): (24, 16, 8, 0),
+}
+"""See ``columns_that_fit``."""
+
 
 @dataclass(frozen=True)
 class DecodeSizes:
     """What the tuner chooses.
 
     Args:
-        tile_tokens: tokens that one product covers, a multiple of 64.
+        tile_tokens: tokens that one product covers: 64 or 128.
         slots: tiles of K or of V that the ring holds.
         workers_per_sm: thread blocks that share a multiprocessor.
     """
@@ -46,9 +59,17 @@ class DecodeShape:
     num_workers: int
     is_interpreted: bool
 
+    def __post_init__(self) -> None:
+        assert self.tile % self.piece == 0, f"tiles of {self.tile} tokens and pieces of {self.piece}"
+
     @property
     def is_quantized(self) -> bool:
         return is_quantized(self.pool_dtype)
+
+    @property
+    def is_in_pairs(self) -> bool:
+        """Whether tiles are read as pairs of bytes, which is how tensor cores' operands are made of them."""
+        return self.is_quantized and not self.is_interpreted
 
     @property
     def compute_dtype(self) -> jnp.dtype:
@@ -97,8 +118,8 @@ class DecodeShape:
 
     @property
     def registers(self) -> int:
-        """Of a thread, where all of a multiprocessor's workers divide its 65,536 among them."""
-        return min(65536 // (256 * self.sizes.workers_per_sm) // 8 * 8, 232)
+        """Of a thread, where all of a multiprocessor's workers divide its registers among them, eight at a time."""
+        return REGISTERS_OF_SM // (THREADS * self.sizes.workers_per_sm) // 8 * 8
 
     @property
     def scaled_alike(self) -> int:
@@ -107,10 +128,13 @@ class DecodeShape:
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers. The ring has tiles of K and V in turn: ``full`` when landed, ``free`` when read."""
+    """Shared memory and barriers. The ring has tiles of K and V in turn: ``full`` when landed, ``free`` when read.
+
+    The scales of both are in the slot of K's tile: if the number of slots is even, every other slot's are not used.
+    """
 
     tiles: Any  # [slots, tile, rows]
-    scales: Any  # [slots, tile / scaled_alike, 2], of K and of V, in the slots of K; None: unscaled
+    scales: Any  # [slots, tile / scaled_alike, 2], of K and of V; None: unscaled
     full: Any
     free: Any
     q: Any  # [2, num_slabs, columns, slab]
@@ -136,9 +160,14 @@ class Inputs(NamedTuple):
     sinks: Ref | None
 
 
-def columns_that_fit(head_dim: int) -> int:
-    """Query heads of a KV head for which the consumer's sums stay in registers."""
-    return 152 * 128 // (up(head_dim, 64) + 128) // 8 * 8
+def columns_that_fit(head_dim: int, pool_dtype: jnp.dtype, workers_per_sm: int) -> int:
+    """Query heads of a KV head with which the consumer stays in its share of the registers.
+
+    Compiled by ptxas of CUDA 13.0 for tiles of 64 tokens, with window, cap, slopes and sinks, so many spill nothing, or
+    up to 24 bytes of an 8-bit pool. Eight more would spill 24 to 350 bytes in every tile, or, of a 16-bit pool that
+    two workers share, leave registers for one. More than two workers are taken like two.
+    """
+    return MOST_COLUMNS[is_quantized(pool_dtype), min(workers_per_sm, 2)][up(head_dim, 64) // 64 - 1]
 
 
 def decode_smem_bytes(sizes: DecodeSizes, group: int, head_dim: int, pool_dtype: jnp.dtype) -> int:
@@ -181,7 +210,7 @@ def scratch_types(shape: DecodeShape) -> Scratch:
 def _tiles(shape: DecodeShape) -> Any:
     dims = (shape.sizes.slots, shape.tile, shape.rows)
     stored = tiled_smem(dims, shape.pool_dtype, shape.swizzle)
-    if not shape.is_quantized or shape.is_interpreted:
+    if not shape.is_in_pairs:
         return stored
     # What loads matrices into registers knows elements of 16 bits: here, pairs.
     return plgpu.RefUnion(stored, tiled_smem((*dims[:2], shape.rows // 2), jnp.dtype(jnp.uint16), shape.swizzle))
@@ -210,12 +239,12 @@ def out_smem_of(shape: DecodeShape) -> Any:
 
 def copied(scratch: Scratch, shape: DecodeShape) -> Ref:
     """The ring's tiles as copies write them."""
-    return scratch.tiles[0] if shape.is_quantized and not shape.is_interpreted else scratch.tiles
+    return scratch.tiles[0] if shape.is_in_pairs else scratch.tiles
 
 
 def multiplied(scratch: Scratch, shape: DecodeShape) -> Ref:
     """The ring's tiles as the consumer reads them: of a quantised pool in pairs, [slots, tile, rows / 2]."""
-    return scratch.tiles[1] if shape.is_quantized and not shape.is_interpreted else scratch.tiles
+    return scratch.tiles[1] if shape.is_in_pairs else scratch.tiles
 
 
 def my_segments(inputs: Inputs) -> tuple[Array, Array]:

@@ -6,6 +6,11 @@ would two numbers of float16 for the A operand of a product, and makes two such 
 K [tokens, head_dim]: a thread has four dims of a token. Dims 0 and 1 of each four make one operand, dims 2 and 3 the
 other; the queries have their dims in that order too. V^T [head_dim, tokens]: a thread has two dims of each of two
 tokens. The even dims make the operand's rows 0-7 of each 16 and the odd dims rows 8-15, and so they come out.
+
+V's scales go into the weights: exp2(score + log2(scale) - top), at most 1 since ``top`` includes them. The weights are
+float16, whose precision ends at 2^-14: a token whose score is the largest keeps it as long as its scale is no less than
+2^-14 of the row's largest, and one of less weight by so much less. What comes of tokens below is off by up to 2^-25 of
+the largest scale for each stored unit, which is little beside the output unless a dim of the others' is nearly zero.
 """
 
 from typing import NamedTuple
@@ -38,10 +43,12 @@ IN_PLACE, EVEN_FIRST = 0x3210, 0x3120
 ROWS_APART = 8
 """From a row that a thread holds to its next."""
 
-LEAST_V_SCALE = 2.0**-64
-"""What smaller scales of V count as, so that weights times scales stay in float32's range.
+LEAST_V_SCALE = 2.0**-100
+"""What smaller scales of V count as, so that weights over scales, summed over any context, stay in float32's range.
 
-A block of nothing but zeros has the smallest scale there is, yet its tokens take their share of the softmax.
+A block of nothing but zeros has the smallest scale there is, yet its tokens take their share of the softmax, unless
+the row's largest scale is above 2^26, where such weights end. Other values of scales below this one, all of them less
+than 2^-91, come out too large.
 """
 
 
@@ -159,9 +166,10 @@ def _load_columns(scales: ir.Value, shape: DecodeShape) -> list[mgpu.FragmentedA
     layout = COLUMN.to_mgpu()
     columns = []
     for which in range(2):
-        registers = [vector.extract_strided_slice(number, pair, [which], [1], [1]) for pair in pairs]
-        shaped = np.array(registers, object).reshape(layout.registers_shape((shape.tile,)))
-        columns.append(mgpu.FragmentedArray(_registers=shaped, _layout=layout, _is_signed=None))
+        registers = np.empty(len(pairs), object)
+        registers[:] = [vector.extract_strided_slice(number, pair, [which], [1], [1]) for pair in pairs]
+        registers = registers.reshape(layout.registers_shape((shape.tile,)))
+        columns.append(mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None))
     return columns
 
 

@@ -155,9 +155,13 @@ def accumulate(accumulator: Accumulator, a: Array | Ref, b: Ref, *, transpose_b:
         plgpu.wgmma(accumulator, a, b.transpose((1, 0)) if transpose_b else b)
         return
     left = a if isinstance(a, jax.Array) else a[...].reshape(TILE_ROWS, -1)
-    right = b[...].T if transpose_b else b[...]
+    accumulator.ref[...] += interpreted_product(left, b[...].T if transpose_b else b[...])
+
+
+def interpreted_product(a: Array, b: Array) -> Array:
+    """What the tensor cores would make of two matrices, just read from shared memory, in plain arithmetic."""
     plgpu.commit_smem()  # tensor cores read as copies write; these reads did not, and a copy may come next
-    accumulator.ref[...] += jnp.dot(left, right, preferred_element_type=jnp.float32)
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def read_accumulator(accumulator: Accumulator, *, in_flight: int) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes, decode_smem_bytes
+from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes, columns_that_fit, decode_smem_bytes
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 
 TUNED = Path(__file__).parent / "tuned.json"
@@ -17,6 +17,12 @@ TUNED = Path(__file__).parent / "tuned.json"
 
 SMEM_BYTES = 227 * 1024
 """Shared memory of a multiprocessor that thread blocks may use."""
+
+MOST_SLOTS = 16
+"""Worth trying, of 8-bit tiles: half as many of 16-bit ones are as many bytes."""
+
+MOST_WORKERS = {1: 3, 2: 4}
+"""Worth trying, by the bytes of a number: four leave 64 registers, in which 8-bit tiles cannot be widened."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,13 @@ def sizes_for(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dty
 
 
 def decode_candidates(group: int, head_dim: int, pool_dtype: jnp.dtype) -> list[DecodeSizes]:
-    """Decode sizes worth timing: those that fit, with as many slots as fit (8 at most, or 16 of 8-bit tiles)."""
+    """Decode sizes worth timing: those that fit registers and shared memory, with as many slots as fit there."""
     candidates = []
     for tile_tokens in (64, 128):
-        for workers in (1, 2, 3, 4):
-            for slots in range(16 // pool_dtype.itemsize, 2, -1):
+        for workers in range(1, MOST_WORKERS[pool_dtype.itemsize] + 1):
+            if group > columns_that_fit(head_dim, pool_dtype, workers):
+                continue
+            for slots in range(MOST_SLOTS // pool_dtype.itemsize, 2, -1):
                 sizes = DecodeSizes(tile_tokens, slots, workers)
                 if workers * decode_smem_bytes(sizes, group, head_dim, pool_dtype) <= SMEM_BYTES:
                     candidates.append(sizes)
