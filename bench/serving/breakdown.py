@@ -1,0 +1,157 @@
+"""What a step is made of: its kernels by kind, from a profile, and what is left of its time."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from heapq import nlargest
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+GEMM = re.compile(r"nvjet|gemm|gemv|cublas|cutlass|xmma|splitk", re.IGNORECASE)
+"""Products, cuBLAS's and Triton's: nvjet_sm90_..., gemm_fusion_dot_..., cublasLt::splitKreduce_kernel."""
+
+ATTENTION = re.compile(r"paged_decode|merge_decode_parts|paged_prefill")
+SAMPLING_PROGRAM = re.compile(r"_sample|_beam")
+"""Names of the runner's programs that choose tokens. Their one product makes the logits and counts as a GEMM."""
+
+NUM_LARGEST = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A launch on the device, as profiled; ``program`` is the HLO module it belongs to, "" if the profile lacks it."""
+
+    name: str
+    start_ns: float
+    duration_ns: float
+    program: str = ""
+
+    @property
+    def group(self) -> str:
+        """The column it counts in."""
+        if ATTENTION.search(self.name):
+            return "attention"
+        if GEMM.search(self.name):
+            return "gemm"
+        return "sampling" if SAMPLING_PROGRAM.search(self.program) else "other"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSum:
+    """All launches of one name in one group: microseconds and launches a step."""
+
+    name: str
+    group: str
+    us: float
+    num_launches: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepBreakdown:
+    """Where the time of a step goes, in microseconds a step.
+
+    Args:
+        step_us: of a step without a profiler, by the host's clock.
+        gemm_us, attention_us, sampling_us, other_us: of kernels by kind. Sampling is None where the profile does not
+            tell programs apart; "other" holds its kernels then.
+        gaps_us: ``step_us`` less the time in which any kernel ran. Not the profile's own gaps: under a profiler XLA
+            launches its kernels one by one, outside CUDA graphs.
+        traced_step_us: from the first kernel profiled to the end of the last, with those gaps.
+        num_launches: kernels, copies and fills.
+        num_steps: profiled.
+        largest: the kernels that take the most, by name.
+        host_us: of the parts of a step on the host; they run beside the device.
+    """
+
+    step_us: float
+    gemm_us: float
+    attention_us: float
+    sampling_us: float | None
+    other_us: float
+    gaps_us: float
+    traced_step_us: float
+    num_launches: float
+    num_steps: int
+    largest: tuple[KernelSum, ...]
+    host_us: dict[str, float]
+
+
+def break_down(kernels: list[Kernel], num_steps: int, *, step_us: float, host_us: dict[str, float]) -> StepBreakdown:
+    """The breakdown of the ``num_steps`` steps that launched ``kernels``, nothing else being profiled.
+
+    Raises:
+        ValueError: no kernels.
+    """
+    if not kernels or not num_steps:
+        raise ValueError(f"{len(kernels)} kernels in {num_steps} steps: nothing of the device was profiled")
+    scale = 1e-3 / num_steps
+    groups: defaultdict[str, float] = defaultdict(float)
+    durations: defaultdict[tuple[str, str], float] = defaultdict(float)
+    launches: Counter[tuple[str, str]] = Counter()
+    for kernel in kernels:
+        key = kernel.name, kernel.group
+        groups[kernel.group] += kernel.duration_ns
+        durations[key] += kernel.duration_ns
+        launches[key] += 1
+    is_sampling_known = any(SAMPLING_PROGRAM.search(kernel.program) for kernel in kernels)
+    first, last = min(k.start_ns for k in kernels), max(k.start_ns + k.duration_ns for k in kernels)
+    return StepBreakdown(
+        step_us=step_us,
+        gemm_us=groups["gemm"] * scale,
+        attention_us=groups["attention"] * scale,
+        sampling_us=groups["sampling"] * scale if is_sampling_known else None,
+        other_us=groups["other"] * scale,
+        gaps_us=step_us - _busy_ns(kernels) * scale,
+        traced_step_us=(last - first) * scale,
+        num_launches=len(kernels) / num_steps,
+        num_steps=num_steps,
+        largest=tuple(
+            KernelSum(name, group, ns * scale, launches[name, group] / num_steps)
+            for (name, group), ns in nlargest(NUM_LARGEST, durations.items(), key=itemgetter(1))
+        ),
+        host_us=host_us,
+    )
+
+
+def _busy_ns(kernels: list[Kernel]) -> float:
+    """Time in which some kernel ran: those of several streams may overlap."""
+    busy, until = 0.0, float("-inf")
+    for kernel in sorted(kernels, key=lambda k: k.start_ns):
+        end = kernel.start_ns + kernel.duration_ns
+        busy += max(0.0, end - max(kernel.start_ns, until))
+        until = max(until, end)
+    return busy
+
+
+def read_kernels(directory: Path) -> list[Kernel]:
+    """The kernels of the first GPU in the newest profile under a directory; on a CPU, XLA's operations.
+
+    Those of a CPU lie inside each other where there are loops, and count twice then.
+
+    Raises:
+        FileNotFoundError: there is no profile.
+    """
+    from jax.profiler import ProfileData
+
+    paths = sorted(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise FileNotFoundError(f"no profile (*.xplane.pb) under {directory}")
+    return list(kernels_of(ProfileData.from_file(str(paths[-1])).planes))
+
+
+def kernels_of(planes: Iterable[Any]) -> Iterator[Kernel]:
+    """The kernels in the planes of a ``jax.profiler.ProfileData``."""
+    by_name = {plane.name: plane for plane in planes}
+    gpus = sorted(name for name in by_name if name.startswith("/device:GPU"))
+    if gpus:
+        # Lines of other names sum up what is on the streams.
+        lines = [line for line in by_name[gpus[0]].lines if line.name.startswith("Stream")]
+    else:
+        lines = by_name["/host:CPU"].lines
+    for line in lines:
+        for event in line.events:
+            stats = dict(event.stats)
+            if gpus or "hlo_op" in stats:
+                yield Kernel(event.name, event.start_ns, event.duration_ns, str(stats.get("hlo_module", "")))

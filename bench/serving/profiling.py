@@ -1,0 +1,123 @@
+"""Breakdowns of steps that the real engine runs: timed first, then profiled."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+
+from bench.serving.breakdown import StepBreakdown, break_down, read_kernels
+from bench.serving.runs import sampling
+from bench.serving.stopwatch import Stopwatch
+from jpaged import LLM
+
+QUIET_S = 0.1
+"""Longer than any step: the device is done with all that was enqueued."""
+
+NUM_SETTLING_STEPS = 3
+
+
+def profile_decode(
+    llm: LLM, prompts: list[list[int]], num_timed: int, num_traced: int, directory: Path | None
+) -> StepBreakdown:
+    """Steps in which every prompt gains a token. The prompts are best in the prefix cache already.
+
+    Args:
+        llm: with nothing under way.
+        prompts: no more than rows, all of one length.
+        num_timed, num_traced: steps without and with the profiler.
+        directory: where the trace goes; None keeps none.
+
+    Raises:
+        ValueError: the pool does not hold all of them at once.
+    """
+    engine, watch = llm.engine, Stopwatch()
+    ids = _add(llm, prompts, max_tokens=llm.max_model_len - len(prompts[0]))
+    try:
+        _settle(llm, len(prompts))
+        start = time.perf_counter()
+        with watch.watch_steps(engine):
+            num_timed = _decode(llm, len(prompts), num_timed)
+        step_us = 1e6 * (time.perf_counter() - start) / num_timed
+        with _kept(directory) as path:
+            with _trace(path):
+                num_traced = _decode(llm, len(prompts), num_traced)
+            kernels = read_kernels(path)
+    finally:
+        for request_id in ids:
+            engine.forget(request_id)
+        engine.step()  # lets go of what was under way
+    return break_down(kernels, num_traced, step_us=step_us, host_us=watch.us_per_step(num_timed))
+
+
+def profile_prefill(llm: LLM, timed: list[list[int]], traced: list[list[int]], directory: Path | None) -> StepBreakdown:
+    """Steps full of prompts, one token each.
+
+    Args:
+        llm: with nothing under way.
+        timed, traced: prompts for the time without and for the profile; none of them cached.
+        directory: where the trace goes; None keeps none.
+    """
+    watch, watch_traced = Stopwatch(), Stopwatch()
+    start = time.perf_counter()
+    _run_all(llm, timed, watch)
+    step_us = 1e6 * (time.perf_counter() - start) / watch.num_steps
+    with _kept(directory) as path:
+        with _trace(path):
+            _run_all(llm, traced, watch_traced)
+        kernels = read_kernels(path)
+    return break_down(kernels, watch_traced.num_steps, step_us=step_us, host_us=watch.us_per_step(watch.num_steps))
+
+
+def _settle(llm: LLM, num_rows: int) -> None:
+    """Step until all requests decode together, and a few steps more."""
+    while len(llm.engine.step().deltas) < num_rows:
+        if not llm.engine.has_unfinished:
+            raise ValueError(f"{num_rows} prompts never decoded together: the pool is too small for them")
+    _decode(llm, num_rows, NUM_SETTLING_STEPS)
+
+
+def _decode(llm: LLM, num_rows: int, at_least: int) -> int:
+    """Let every row gain so many tokens; returns how many. As many are enqueued meanwhile, one step ahead."""
+    num_tokens = 0
+    while num_tokens < at_least * num_rows:
+        num_tokens += sum(len(delta.token_ids) for delta in llm.engine.step().deltas)
+    return num_tokens // num_rows
+
+
+def _run_all(llm: LLM, prompts: list[list[int]], watch: Stopwatch) -> None:
+    with watch.watch_steps(llm.engine):
+        _add(llm, prompts, max_tokens=1)
+        while llm.engine.has_unfinished:
+            llm.engine.step()
+
+
+def _add(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[str]:
+    """Queue prompts at the engine itself; their request ids."""
+    ids = [f"profiled {i}" for i in range(len(prompts))]
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        params = sampling(max_tokens=max_tokens)
+        llm.engine.add(llm.engine.make_request(request_id, {"prompt_token_ids": prompt}, params))
+    return ids
+
+
+def _kept(directory: Path | None) -> "nullcontext[Path] | _Temporary":
+    return _Temporary() if directory is None else nullcontext(directory)
+
+
+class _Temporary(TemporaryDirectory):
+    def __enter__(self) -> Path:
+        return Path(super().__enter__())
+
+
+@contextmanager
+def _trace(directory: Path) -> Iterator[None]:
+    """Profile what is enqueued meanwhile, all of it and nothing else."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # a step makes many thousand calls
+    time.sleep(QUIET_S)
+    with jax.profiler.trace(str(directory), profiler_options=options):
+        yield
+        time.sleep(QUIET_S)

@@ -1,0 +1,204 @@
+"""Timed runs of ``LLM.generate``: what they made, what moved meanwhile, and when they have to stop."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from bench.serving.figures import Figures, Floor
+from bench.serving.sizes import Sizes
+from bench.serving.stopwatch import Stopwatch, replaced
+from bench.workloads import LOWEST_TOKEN_ID
+from jpaged import LLM, EngineConfig, SamplingParams
+from jpaged.device.model_runner import ModelRunner
+from jpaged.engine import Engine, Prompt
+from jpaged.request import RequestOutput
+
+PEER_VOCAB_SIZE = 30_000
+COUNTERS = (
+    "num_steps", "num_preemptions", "num_swaps_out", "num_swaps_in", "bytes_to_host", "bytes_from_host",
+    "transfer_stalled_s",
+)  # fmt: skip
+
+
+class TimeIsUp(Exception):
+    """A workload took longer than it may, and has no figure to show for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One timed ``LLM.generate``: what it made, and by how much it moved the engine's counters.
+
+    Args:
+        elapsed_s: of all of it, at once in the queue.
+        is_complete: False if it was stopped. What was done until then counts, but requests count when they finish.
+        num_requests, num_prompt_tokens, num_output_tokens: the work done.
+        num_cached_prompt_tokens: found in the prefix cache.
+        num_programs_compiled: while the clock ran; anything but 0 spoils the figure.
+        num_steps, ..., transfer_stalled_s: see ``EngineStats``.
+        num_block_reads: sum over the steps of the distinct blocks held by running sequences.
+        saved_by_sharing_percent: the same as of ``EngineStats``, over the steps of this run.
+        host_us_per_step: microseconds on the host, by part of a step.
+    """
+
+    elapsed_s: float
+    is_complete: bool
+    num_requests: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_prompt_tokens: int
+    num_programs_compiled: int
+    num_steps: int
+    num_preemptions: int
+    num_swaps_out: int
+    num_swaps_in: int
+    bytes_to_host: int
+    bytes_from_host: int
+    transfer_stalled_s: float
+    num_block_reads: int
+    saved_by_sharing_percent: float
+    host_us_per_step: dict[str, float]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_output_tokens / self.elapsed_s
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return self.num_prompt_tokens - self.num_cached_prompt_tokens + self.num_output_tokens
+
+    def note(self) -> str:
+        """Warnings, if the figure is worth less than it seems."""
+        count = self.num_programs_compiled
+        note = f"; {count} programs were compiled while the clock ran" if count else ""
+        return note if self.is_complete else f"{note}; STOPPED after {self.elapsed_s:.0f} s: the time limit"
+
+
+@dataclass(slots=True)
+class Bench:
+    """What all workloads share: one runner, whose programs are compiled once, and where figures go.
+
+    Args:
+        runner, config: as of ``Engine``.
+        sizes: of the workloads.
+        figures, floor: what is measured, and what cannot be beaten.
+        limit_s: of a workload, from ``start_clock`` on.
+    """
+
+    runner: ModelRunner
+    config: EngineConfig
+    sizes: Sizes
+    figures: Figures
+    floor: Floor
+    limit_s: float
+    deadline: float = field(init=False, default=float("inf"))
+
+    def start_clock(self) -> None:
+        """A workload begins."""
+        self.deadline = time.perf_counter() + self.limit_s
+
+    def llm(self, **changes: Any) -> LLM:
+        """An LLM over the runner, its pools empty. Those made before it are done with."""
+        return LLM.from_engine(Engine(self.runner, replace(self.config, **changes)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the prompts: what the peers were given, if the model has as many."""
+        return min(PEER_VOCAB_SIZE, self.runner.model_config.vocab_size)
+
+    def run(self, llm: LLM, prompts: list[list[int]], params: Any) -> Run:
+        """``LLM.generate``, until it is done or the workload's time is up."""
+        engine, watch, progress = llm.engine, Stopwatch(), _Progress()
+        before, blocks_before, programs_before = llm.stats(), engine.scheduler.stats(), self.runner.num_programs
+        start = time.perf_counter()
+        with _stopping(engine, self.deadline, progress), watch.watch_steps(engine):
+            try:
+                llm.generate(as_prompts(prompts), params)
+            except TimeIsUp:
+                progress.is_complete = False  # and LLM.generate has dropped the rest
+        elapsed_s = time.perf_counter() - start
+        if not progress.is_complete:
+            engine.step()  # lets go of what was under way
+        after, blocks_after = llm.stats(), engine.scheduler.stats()
+        logical = blocks_after.num_logical_blocks - blocks_before.num_logical_blocks
+        physical = blocks_after.num_physical_blocks - blocks_before.num_physical_blocks
+        return Run(
+            elapsed_s=elapsed_s,
+            is_complete=progress.is_complete,
+            num_requests=len(progress.finished),
+            num_prompt_tokens=sum(len(result.prompt_token_ids) for result in progress.finished),
+            num_output_tokens=progress.num_tokens,
+            num_cached_prompt_tokens=sum(result.num_cached_tokens for result in progress.finished),
+            num_programs_compiled=self.runner.num_programs - programs_before,
+            num_block_reads=physical,
+            saved_by_sharing_percent=100 * (1 - physical / max(logical, 1)),
+            host_us_per_step=watch.us_per_step(watch.num_steps),
+            **{name: getattr(after, name) - getattr(before, name) for name in COUNTERS},
+        )
+
+    def run_to_the_end(self, llm: LLM, prompts: list[list[int]], params: Any) -> Run:
+        """As ``run``, for figures that part of a run cannot give.
+
+        Raises:
+            TimeIsUp: it was stopped.
+        """
+        run = self.run(llm, prompts, params)
+        if not run.is_complete:
+            raise TimeIsUp
+        return run
+
+    def load_programs(self) -> None:
+        """Run every program of plain steps: the first runs of one also load it and record its CUDA graphs."""
+        llm, random = self.llm(), np.random.default_rng(0)
+        longest = self.runner.max_model_len - 3
+        for bucket in self.runner.buckets:
+            count, length = bucket.num_rows, 2
+            if not bucket.is_decode:
+                length = min(bucket.num_tokens, longest)
+                count = bucket.num_tokens // length
+            for _ in range(1 if bucket.is_decode else 2):
+                prompts = random.integers(LOWEST_TOKEN_ID, self.vocab_size, (count, length)).tolist()
+                llm.generate(as_prompts(prompts), sampling(max_tokens=3), use_tqdm=False)
+
+
+def as_prompts(token_ids: list[list[int]]) -> list[Prompt]:
+    """As ``LLM.generate`` takes them."""
+    return [{"prompt_token_ids": each} for each in token_ids]
+
+
+def sampling(**options: Any) -> SamplingParams:
+    """Plain sampling that never ends early."""
+    return SamplingParams(temperature=1.0, ignore_eos=True, **options)
+
+
+@dataclass(slots=True)
+class _Progress:
+    finished: list[RequestOutput] = field(default_factory=list)
+    num_unfinished_tokens: int = 0
+    is_complete: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        finished = sum(len(output.token_ids) for result in self.finished for output in result.outputs)
+        return finished + self.num_unfinished_tokens
+
+
+@contextmanager
+def _stopping(engine: Engine, deadline: float, progress: _Progress) -> Iterator[None]:
+    """Keep the results that the engine's steps bring; from the deadline on they raise TimeIsUp instead."""
+    step = engine.step
+
+    def counted() -> Any:
+        if time.perf_counter() > deadline:
+            groups = engine._groups.values()
+            progress.num_unfinished_tokens = sum(seq.num_outputs for group in groups for seq in group.sequences)
+            raise TimeIsUp
+        output = step()
+        progress.finished += output.finished
+        return output
+
+    with replaced(engine, "step", counted):
+        yield

@@ -1,0 +1,232 @@
+"""The workloads, each of them a function that adds its figures to a ``Bench``."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench import workloads
+from bench.serving.figures import host_line
+from bench.serving.profiling import profile_decode, profile_prefill
+from bench.serving.runs import Bench, Run, TimeIsUp, sampling
+from bench.serving.sizes import WORKLOADS
+from bench.workloads import Workload, uniform
+from jpaged import BeamSearchParams
+
+WARM_UP_ROWS, WARM_UP_LEN = 32, 8
+"""Of the short run before a timed one: plain programs are loaded already, but forks and swaps have theirs."""
+
+WARM_UP_BLOCKS, WARM_UP_PRESSED_ROWS, WARM_UP_PRESSED_LEN = 257, 64, 48
+"""So few blocks that so many requests preempt each other."""
+
+BEAM_WIDTH = 4
+
+
+def run_workload(name: str, bench: Bench, options: Any) -> None:
+    """Run one workload.
+
+    Args:
+        name: one of ``WORKLOADS``.
+        bench: what it uses and fills.
+        options: decode_batches, preemption, profile (see ``python -m bench.serving --help``).
+
+    Raises:
+        TimeIsUp: it took too long, and a figure is missing.
+    """
+    bench.start_clock()
+    _RUNS[name](bench, options)
+
+
+def _sharegpt(bench: Bench, _: Any) -> None:
+    _throughput(bench, _sharegpt_name(bench), _sharegpt_work(bench))
+
+
+def _shared_prefix(bench: Bench, _: Any) -> None:
+    sizes = bench.sizes
+    prefix_len = 341 // sizes.length_divisor
+    work = workloads.shared_prefix(sizes.num_shared_prefix, prefix_len, vocab_size=bench.vocab_size)
+    _throughput(bench, f"sharedprefix{prefix_len}_{sizes.num_shared_prefix}", _cut(work, bench), unit="requests")
+
+
+def _parallel(bench: Bench, _: Any) -> None:
+    count = bench.sizes.num_parallel
+    work = _cut(workloads.sharegpt(count, 6, vocab_size=bench.vocab_size), bench)
+    _throughput(bench, f"parallel4_{count}", work, n=4)
+
+
+def _beams(bench: Bench, _: Any) -> None:
+    """Searches; and as many samples of the same prompts, plain decoding of as many rows.
+
+    Before each the beginning of the same: its steps have the shapes that the timed ones have.
+    """
+    count, length = bench.sizes.num_beam_prompts, bench.sizes.beam_len
+    prompts = _cut(workloads.sharegpt(count, 7, vocab_size=bench.vocab_size), bench).prompts
+
+    def timed(make_params: Callable[[int], Any]) -> Run:
+        bench.run(bench.llm(), prompts, make_params(min(length, 2 * WARM_UP_LEN)))
+        return bench.run_to_the_end(bench.llm(), prompts, make_params(length))
+
+    plain = timed(lambda length: sampling(max_tokens=length, n=BEAM_WIDTH))
+    run = timed(lambda length: BeamSearchParams(BEAM_WIDTH, length, ignore_eos=True).to_sampling_params())
+    assert run.num_output_tokens == plain.num_output_tokens == count * BEAM_WIDTH * length
+    of_plain = 100 * run.tokens_per_s / plain.tokens_per_s
+    bench.figures.add(
+        f"beam{BEAM_WIDTH}_{count}x{length}_tokens_per_s",
+        run.tokens_per_s,
+        lower_is_better=False,
+        floor=_floor_per_s(bench, run, run.num_output_tokens),
+        **asdict(run),
+        of_plain_percent=of_plain,
+        plain_tokens_per_s=plain.tokens_per_s,
+        plain=asdict(plain),
+    )
+    print(
+        f"  {of_plain:.0f}% of plain decoding ({plain.tokens_per_s:,.0f} tokens/s: {BEAM_WIDTH} samples a prompt); "
+        f"{run.saved_by_sharing_percent:.1f}% of the blocks saved by sharing, plain "
+        f"{plain.saved_by_sharing_percent:.1f}%{run.note() or plain.note()}\n  {host_line(run.host_us_per_step)}"
+    )
+
+
+def _under_pressure(bench: Bench, options: Any) -> None:
+    """The ShareGPT work in a small pool, against the same engine with all of its pool."""
+    name, num_blocks = _sharegpt_name(bench), bench.sizes.num_pressure_blocks
+    figures = bench.figures.report["figures"]
+    if f"{name}_tokens_per_s" not in figures:
+        _sharegpt(bench, options)
+    unconstrained = figures[f"{name}_tokens_per_s"]
+    work, title = _sharegpt_work(bench), f"{name}_{num_blocks}blocks"
+    params = [sampling(max_tokens=length) for length in work.output_lens]
+    for preemption in options.preemption:
+        bench.start_clock()
+        pressed = bench.llm(num_blocks=min(WARM_UP_BLOCKS, 1 + num_blocks), preemption=preemption)
+        _warm_up(bench, pressed, work, WARM_UP_PRESSED_ROWS, WARM_UP_PRESSED_LEN)
+        # Block 0 is for padding.
+        run = bench.run(bench.llm(num_blocks=1 + num_blocks, preemption=preemption), work.prompts, params)
+        bench.figures.add(
+            f"{title}_{preemption}_tokens_per_s",
+            run.tokens_per_s,
+            lower_is_better=False,
+            floor=_floor_per_s(bench, run, run.num_output_tokens),
+            peer_name=f"{title}_tokens_per_s",
+            costs=None if bench.runner.costs is None else asdict(bench.runner.costs),
+            **asdict(run),
+        )
+        if run.is_complete and unconstrained["is_complete"]:  # parts of the work differ in their lengths
+            bench.figures.add(
+                f"{title}_{preemption}_kept_percent",
+                100 * run.tokens_per_s / unconstrained["value"],
+                lower_is_better=False,
+                peer_name=f"{title}_kept_percent",
+                unconstrained_tokens_per_s=unconstrained["value"],
+            )
+        print(
+            f"  {run.num_preemptions:,} preemptions, {run.num_swaps_out:,} swaps out and {run.num_swaps_in:,} in; "
+            f"{run.bytes_to_host / 2**30:.3g} GiB to the host and {run.bytes_from_host / 2**30:.3g} GiB back; "
+            f"{run.transfer_stalled_s:.2f} of {run.elapsed_s:.1f} s stalled{run.note()}\n"
+            f"  {host_line(run.host_us_per_step)}"
+        )
+
+
+def _decode(bench: Bench, options: Any) -> None:
+    """Prompts already cached: the time that more tokens take, over their number. Then what a step is made of."""
+    llm, sizes = bench.llm(), bench.sizes
+    few, many = sizes.decode_lens
+    for batch in options.decode_batches:
+        prompts = uniform(batch, sizes.prompt_len, 1, seed=batch, vocab_size=bench.vocab_size).prompts
+        bench.run_to_the_end(llm, prompts, sampling(max_tokens=2))  # caches them
+        short, long = (bench.run_to_the_end(llm, prompts, sampling(max_tokens=length)) for length in (few, many))
+        num_compiled = short.num_programs_compiled + long.num_programs_compiled
+        bench.figures.add(
+            f"decode_{batch}_ms",
+            1e3 * (long.elapsed_s - short.elapsed_s) / (many - few),
+            lower_is_better=True,
+            floor=1e3 * bench.floor.decode_s(batch, sizes.prompt_len + (few + many) // 2),
+            num_programs_compiled=num_compiled,
+            host_us_per_step=long.host_us_per_step,
+        )
+        name = f"decode_{batch}"
+        step = profile_decode(llm, prompts, sizes.num_timed_steps, sizes.num_traced_steps, _trace_path(options, name))
+        bench.figures.add_step(name, step)
+
+
+def _prefill(bench: Bench, options: Any) -> None:
+    """Prompts of which none is cached, one token each. Then what a step is made of."""
+    llm, sizes = bench.llm(), bench.sizes
+    works = [_fresh_prompts(bench, sizes.num_prefill, seed) for seed in (100, 101)]
+    runs = [bench.run_to_the_end(llm, prompts, sampling(max_tokens=1)) for prompts in works]
+    best = min(runs, key=lambda run: run.elapsed_s)
+    bench.figures.add(
+        f"prefill{sizes.num_prefill}_s",
+        best.elapsed_s,
+        lower_is_better=True,
+        floor=bench.floor.compute_s(sizes.num_prefill * sizes.prompt_len),
+        num_programs_compiled=best.num_programs_compiled,
+        host_us_per_step=best.host_us_per_step,
+    )
+    per_step = bench.config.token_budget / sizes.prompt_len
+    timed, traced = (
+        _fresh_prompts(bench, max(1, int(num_steps * per_step)), seed)
+        for num_steps, seed in ((sizes.num_timed_steps // 2, 102), (sizes.num_traced_steps // 2, 103))
+    )
+    bench.figures.add_step("prefill", profile_prefill(llm, timed, traced, _trace_path(options, "prefill")))
+
+
+_RUNS: dict[str, Callable[[Bench, Any], None]] = dict(
+    zip(WORKLOADS, (_sharegpt, _decode, _prefill, _shared_prefix, _parallel, _beams, _under_pressure), strict=True)
+)
+
+
+def _throughput(bench: Bench, name: str, work: Workload, *, n: int = 1, unit: str = "tokens") -> None:
+    _warm_up(bench, bench.llm(), work, WARM_UP_ROWS // n, WARM_UP_LEN, n)
+    run = bench.run(bench.llm(), work.prompts, [sampling(max_tokens=length, n=n) for length in work.output_lens])
+    done = run.num_requests if unit == "requests" else run.num_output_tokens
+    if not done:
+        raise TimeIsUp
+    bench.figures.add(
+        f"{name}_{unit}_per_s",
+        done / run.elapsed_s,
+        lower_is_better=False,
+        floor=_floor_per_s(bench, run, done),
+        **asdict(run),
+    )
+    cached, total = run.num_cached_prompt_tokens, max(run.num_prompt_tokens, 1)
+    print(
+        f"  {run.saved_by_sharing_percent:.1f}% of the blocks saved by sharing; {cached:,} of {total:,} prompt tokens "
+        f"({100 * cached / total:.0f}%) from the prefix cache{run.note()}\n  {host_line(run.host_us_per_step)}"
+    )
+
+
+def _floor_per_s(bench: Bench, run: Run, done: int) -> float | None:
+    """The rate if its steps took no more than their bytes and FLOPs; of all of a run, since only then all is known."""
+    if not run.is_complete:
+        return None
+    return done / bench.floor.run_s(run.num_steps, run.num_block_reads, run.num_computed_tokens)
+
+
+def _warm_up(bench: Bench, llm: Any, work: Workload, num_requests: int, length: int, n: int = 1) -> None:
+    """The beginning of the same work, cut short."""
+    lens = work.output_lens[:num_requests]
+    bench.run(llm, work.prompts[:num_requests], [sampling(max_tokens=min(each, length), n=n) for each in lens])
+
+
+def _sharegpt_name(bench: Bench) -> str:
+    return f"sharegpt{bench.sizes.num_sharegpt}"
+
+
+def _sharegpt_work(bench: Bench) -> Workload:
+    return _cut(workloads.sharegpt(bench.sizes.num_sharegpt, 1, vocab_size=bench.vocab_size), bench)
+
+
+def _cut(work: Workload, bench: Bench) -> Workload:
+    """Its prompts and outputs shortened as the sizes say."""
+    divisor = bench.sizes.length_divisor
+    prompts = [prompt[: -(-len(prompt) // divisor)] for prompt in work.prompts]
+    return Workload(prompts, [-(-length // divisor) for length in work.output_lens])
+
+
+def _fresh_prompts(bench: Bench, count: int, seed: int) -> list[list[int]]:
+    return uniform(count, bench.sizes.prompt_len, 1, seed=seed, vocab_size=bench.vocab_size).prompts
+
+
+def _trace_path(options: Any, name: str) -> Path | None:
+    return None if options.profile is None else options.profile / name

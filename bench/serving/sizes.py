@@ -1,0 +1,53 @@
+"""The workloads' names and how much work each is."""
+
+from dataclasses import dataclass
+
+WORKLOADS = (
+    "sharegpt1000", "decode", "prefill32", "sharedprefix341_500", "parallel4_200", "beam4_64x64",
+    "sharegpt1000_2048blocks",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much work the workloads are. A figure is named after its work, so no peer stands beside what was cut.
+
+    Args:
+        num_sharegpt, num_shared_prefix, num_parallel: requests.
+        length_divisor: of the mean and the longest lengths of these requests.
+        prompt_len: tokens of the prompts of decodes and prefills.
+        decode_lens: tokens of the two runs whose difference is the time of a decode step.
+        num_prefill: prompts.
+        num_beam_prompts, beam_len: searches and their tokens.
+        num_pressure_blocks: blocks of the small pool.
+        num_timed_steps, num_traced_steps: decode steps behind a breakdown. A prefill takes half as many.
+    """
+
+    num_sharegpt: int = 1000
+    num_shared_prefix: int = 500
+    num_parallel: int = 200
+    length_divisor: int = 1
+    prompt_len: int = 1024
+    decode_lens: tuple[int, int] = (33, 161)
+    num_prefill: int = 32
+    num_beam_prompts: int = 64
+    beam_len: int = 64
+    num_pressure_blocks: int = 2048
+    num_timed_steps: int = 32
+    num_traced_steps: int = 8
+
+
+FULL = Sizes()
+QUICK = Sizes(
+    num_sharegpt=100,
+    num_shared_prefix=50,
+    num_parallel=20,
+    length_divisor=4,
+    decode_lens=(9, 41),
+    num_prefill=8,
+    num_beam_prompts=8,
+    beam_len=16,
+    num_pressure_blocks=128,
+    num_timed_steps=8,
+    num_traced_steps=4,
+)
