@@ -9,6 +9,7 @@ MAX_SEQS = 1 << 16
 MAX_BATCHED_TOKENS = 1 << 20
 MAX_SLOTS = 2**31 - 1
 """Slots of a pool are numbered in int32."""
+MAX_BURST = 64
 MAX_HOST_BYTES = 2**63 - 1
 PREEMPTIONS = ("auto", "swap", "recompute")
 
@@ -39,6 +40,9 @@ class EngineConfig:
         seed: of the seeds drawn for requests without one.
         tensor_parallel_size: devices the model and its KV heads are spread over.
         attention_implementation: a name from ``pallas_kernels``; None takes the best one for the device.
+        max_burst: decode steps that may run in a row before the host sees their tokens, while nobody could be admitted;
+            who arrives waits for them, and tokens are streamed in groups of as many. None is 4 on an accelerator, where
+            planning a step takes about as long as a small one runs, and 1 on a CPU.
         preemption: how KV that had to make room comes back: "swap" from the host pool (computed again when that is
             full), "recompute" from tokens, or "auto": whatever takes less time on this machine.
         num_host_blocks: blocks of the host pool, pinned memory for swapped KV and for prefixes evicted from the device;
@@ -61,6 +65,7 @@ class EngineConfig:
     seed: int = 0
     tensor_parallel_size: int = 1
     attention_implementation: str | None = None
+    max_burst: int | None = None
     preemption: str = "auto"
     num_host_blocks: int | None = None
     host_memory_bytes: int | None = None
@@ -89,6 +94,11 @@ class EngineConfig:
         )  # fmt: skip
         is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**32
         _require(is_seed, "seed", self.seed, "an integer from 0 to 2**32 - 1")
+        burst = self.max_burst
+        _require(
+            burst is None or _is_count(burst, MAX_BURST),
+            "max_burst", burst, f"None or an integer from 1 to {MAX_BURST}",
+        )  # fmt: skip
         parts = self.tensor_parallel_size
         _require(_is_count(parts), "tensor_parallel_size", parts, "an integer of 1 or more")
         implementation = self.attention_implementation

@@ -1,4 +1,4 @@
-"""Ties the halves together: validates prompts, runs plan -> execute -> update, and turns tokens into results."""
+"""Ties the halves together: validates prompts, keeps a step in flight, and turns tokens into results."""
 
 import dataclasses
 import hashlib
@@ -49,7 +49,7 @@ Prompt = str | TextPrompt | TokensPrompt
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step brought: the gains of each completion, and the requests that ended with it."""
+    """What one step brought: the gains of each completion of a streamed request, and the requests that ended."""
 
     deltas: list[CompletionDelta] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
@@ -78,7 +78,7 @@ class EngineStats:
         num_host_used_blocks, num_host_cached_blocks: held by preempted requests; in the prefix cache.
         prefix_cache_hit_rate: fraction of admitted tokens whose KV came from the prefix cache, either tier.
         host_cache_hit_tokens: those of them that came from the host pool.
-        num_steps: steps run.
+        num_steps: steps planned, those of a burst each counted.
     """
 
     num_blocks: int
@@ -108,10 +108,10 @@ class EngineStats:
 
 @dataclass(slots=True)
 class _Progress:
-    """How far the deltas of a sequence have told of it."""
+    """How far a sequence was read, and told of by its deltas: of how many tokens, with its prompt, and characters."""
 
     detokenizer: Detokenizer | None
-    num_tokens: int = 0
+    num_tokens: int
     num_characters: int = 0
     is_ended: bool = False
 
@@ -158,11 +158,14 @@ class Engine:
             max_num_batched_tokens=config.token_budget,
             max_model_len=runner.max_model_len,
             eos_token_ids=runner.model_config.eos_token_ids,
+            max_burst=min(config.max_burst or runner.max_burst, runner.max_burst),
             preemption=config.preemption,
             costs=runner.costs,
         )
+        self.num_drawn_tokens = 0  # since the start, with what is drawn before a sequence is known to have ended
         self._groups: dict[str, SequenceGroup] = {}  # requests whose result was not handed out, by request id
-        self._to_collect: dict[str, SequenceGroup] = {}  # those that may have gained tokens, by request id
+        self._streamed: dict[str, bool] = {}  # of those whose deltas are wanted: as they gain tokens, or in the end
+        self._to_collect: dict[str, SequenceGroup] = {}  # those that may have something to tell, by request id
         self._output = StepOutput()  # what ``take`` will hand out
         self._progress: dict[int, _Progress] = {}  # of the sequences of ``_groups``, by sequence id
         self._random = np.random.default_rng(config.seed)
@@ -197,12 +200,20 @@ class Engine:
         self.scheduler.check(request)
         return request
 
-    def add(self, request: Request) -> None:
-        """Queue a request made by ``make_request``; draws its seed if it has none."""
+    def add(self, request: Request, *, is_streamed: bool = True) -> None:
+        """Queue a request made by ``make_request``; draws its seed if it has none.
+
+        Args:
+            request: what to complete.
+            is_streamed: whether its deltas are wanted; if not, steps only bring its result.
+        """
         if request.seed is None:
             request = dataclasses.replace(request, seed=int(self._random.integers(2**32)))
         with _InterruptsWait():
-            self._groups[request.request_id] = self.scheduler.add(request)
+            self._drop_wasted()  # of requests that were aborted
+            group = self._groups[request.request_id] = self.scheduler.add(request)
+            if is_streamed:
+                self._streamed[request.request_id] = not _is_ranked(group)
 
     def pin(self, request_id: str, prefix: Prompt) -> list[int]:
         """Queue a prefix to be computed and kept in the pool until ``unpin``; it is there once ``is_pinned``.
@@ -258,6 +269,7 @@ class Engine:
         with _InterruptsWait():
             self.scheduler.abort(request_id)
             self._to_collect.pop(request_id, None)
+            self._streamed.pop(request_id, None)
             del self._groups[request_id]
             for seq in group.sequences:
                 self._progress.pop(seq.seq_id, None)
@@ -336,7 +348,7 @@ class Engine:
         """
         with _InterruptsWait() as interrupts:
             self._collect_all()  # what an error left
-            if self.scheduler.has_unfinished or self._under_way:
+            if self.scheduler.has_unfinished:
                 try:
                     touched = self._run_step(interrupts)
                 except BaseException:
@@ -345,8 +357,9 @@ class Engine:
                     self.scheduler.forget_pool()
                     self.runner.forget_pool()
                     raise
+                self._drop_wasted()
                 self.scheduler.costs = self.runner.costs
-                self._to_collect |= {group.request.request_id: group for group in touched}
+                self._to_collect |= {group.request.request_id: group for group in touched if self._is_to_tell(group)}
             self._collect_all()
         return self.take()
 
@@ -361,7 +374,16 @@ class Engine:
         with interrupts.let_through():
             result = self.runner.fetch(step)
         del self._under_way[0]
+        self.num_drawn_tokens += sum([sample.num_tokens for sample in step.plan.samples])
+        self.num_drawn_tokens += sum(len(beam.chunks) for beam in step.plan.beams)
         return self.scheduler.update(step.plan, result)
+
+    def _drop_wasted(self) -> None:
+        """Nobody waits for steps under way whose sequences have all ended."""
+        if not self.scheduler.has_unfinished:
+            for _ in self._under_way:
+                self.scheduler.drop()
+            self._under_way.clear()
 
     def _enqueue(self, plan: StepPlan, interrupts: "_InterruptsWait") -> None:
         with interrupts.let_through():
@@ -373,9 +395,12 @@ class Engine:
         output, self._output = self._output, StepOutput()
         return output
 
+    def _is_to_tell(self, group: SequenceGroup) -> bool:
+        """Whether there is something to do for a group that gained tokens: read them, tell of them, or end."""
+        return self.tokenizer is not None or group.request.request_id in self._streamed or group.is_finished
+
     def _collect_all(self) -> None:
-        while self._to_collect:
-            request_id, group = next(iter(self._to_collect.items()))
+        for request_id, group in list(self._to_collect.items()):
             try:
                 self._collect(group)
             except Exception:
@@ -383,30 +408,35 @@ class Engine:
                 raise
 
     def _collect(self, group: SequenceGroup) -> None:
-        """Turn the tokens a group gained into deltas; end sequences whose text met a stop string."""
+        """Turn the tokens a group gained into text and deltas; end sequences whose text met a stop string."""
         request_id = group.request.request_id
-        if group.beam is None or group.is_finished:  # live beams come and go
-            for seq in group.sequences:
-                self._collect_sequence(group, seq)
+        is_told = self._streamed.get(request_id, False)
+        if is_told or (self.tokenizer is not None and (group.beam is None or group.is_finished)):
+            for seq in group.sequences:  # live beams come and go
+                self._collect_sequence(group, seq, is_told)
         if group.is_finished and request_id in self._groups:
             self._output.finished.append(self._finished_output(group))
             self.forget(request_id)
         self._to_collect.pop(request_id, None)
 
-    def _collect_sequence(self, group: SequenceGroup, seq: Seq) -> None:
-        progress = self._progress_of(group, seq)
+    def _collect_sequence(self, group: SequenceGroup, seq: Seq, is_told: bool) -> None:
+        progress = self._progress.get(seq.seq_id) or self._progress_of(group, seq)
         if progress.is_ended:
             return
-        end = 0 if progress.detokenizer is None else self._read(group, seq, progress.detokenizer)
-        if _is_ranked(group):  # which sequences are results is known in the end
-            return
-        new_ids = seq.token_ids[seq.prompt_len + progress.num_tokens :]
-        if new_ids or seq.is_finished:
-            text = "" if progress.detokenizer is None else progress.detokenizer.text[progress.num_characters : end]
-            delta = CompletionDelta(group.request.request_id, seq.index, text, new_ids, seq.finish_reason)
-            self._output.deltas.append(delta)
-            progress.num_tokens, progress.num_characters = seq.num_outputs, max(end, progress.num_characters)
-            progress.is_ended = seq.is_finished
+        detokenizer, start = progress.detokenizer, progress.num_characters
+        end = 0 if detokenizer is None else self._read(group, seq, detokenizer)
+        is_finished = seq.is_finished
+        if is_told:
+            new_ids = seq.token_ids[progress.num_tokens :]
+            if new_ids or is_finished:
+                text = ""
+                if detokenizer is not None:
+                    text = detokenizer.text[start:end]
+                    progress.num_characters = max(start, end)
+                delta = CompletionDelta(group.request.request_id, seq.index, text, new_ids, seq.finish_reason)
+                self._output.deltas.append(delta)
+                progress.num_tokens += len(new_ids)
+        progress.is_ended = is_finished
 
     def _progress_of(self, group: SequenceGroup, seq: Seq) -> _Progress:
         progress = self._progress.get(seq.seq_id)
@@ -415,7 +445,7 @@ class Engine:
             if self.tokenizer is not None:
                 request = group.request
                 detokenizer = Detokenizer(self.tokenizer, request.prompt_token_ids, request.params.stop_strings)
-            progress = self._progress[seq.seq_id] = _Progress(detokenizer)
+            progress = self._progress[seq.seq_id] = _Progress(detokenizer, seq.prompt_len)
         return progress
 
     def _read(self, group: SequenceGroup, seq: Seq, detokenizer: Detokenizer) -> int:
@@ -438,9 +468,10 @@ class Engine:
         if _is_ranked(group):
             outputs.sort(key=lambda output: -(output.cumulative_logprob if output.score is None else output.score))
             outputs = [dataclasses.replace(output, index=i) for i, output in enumerate(outputs[: request.params.n])]
-            self._output.deltas.extend(
-                CompletionDelta(request.request_id, o.index, o.text, o.token_ids, o.finish_reason) for o in outputs
-            )
+            if request.request_id in self._streamed:
+                self._output.deltas.extend(
+                    CompletionDelta(request.request_id, o.index, o.text, o.token_ids, o.finish_reason) for o in outputs
+                )
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -543,7 +574,8 @@ class _InterruptsWait:
     def __exit__(self, *error: object) -> None:
         if self._is_needed:
             signal.signal(signal.SIGINT, self._before)
-            if self._num_pending:
+            num_pending, self._num_pending = self._num_pending, 0
+            if num_pending:
                 signal.raise_signal(signal.SIGINT)
 
     @contextmanager
@@ -552,11 +584,10 @@ class _InterruptsWait:
         if not self._is_needed:
             yield
             return
-        self.__exit__()
         try:
+            self.__exit__()
             yield
         finally:
-            self._num_pending = 0
             self.__enter__()
 
     def _remember(self, number: int, frame: object) -> None:

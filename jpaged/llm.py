@@ -212,7 +212,7 @@ class LLM:
         self._awaited |= {request.request_id for request in requests}
         try:
             for request in requests:
-                self.engine.add(request)
+                self.engine.add(request, is_streamed=False)
             self._run(requests, use_tqdm=use_tqdm)
             return [self._finished[request.request_id] for request in requests]
         finally:
@@ -345,14 +345,15 @@ class LLM:
     def _run(self, requests: list[Request], *, use_tqdm: bool) -> None:
         """Step until all ``requests`` have finished."""
         waiting = {request.request_id for request in requests}
-        num_tokens = 0
+        num_before = self.engine.num_drawn_tokens
         with tqdm(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
             while waiting:
-                num_tokens += self._step()
-                done = waiting & self._finished.keys()
-                waiting -= done
-                bar.update(len(done))
+                num_waiting = len(waiting)
+                if self._step().finished:
+                    waiting -= self._finished.keys()
+                bar.update(num_waiting - len(waiting))
                 if use_tqdm:
+                    num_tokens = self.engine.num_drawn_tokens - num_before
                     rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
 
@@ -372,19 +373,20 @@ class LLM:
         finally:
             self._abandon(requests)
 
-    def _step(self) -> int:
-        """One step of the engine, its output put where its readers look. Returns the number of tokens."""
+    def _step(self) -> StepOutput:
+        """One step of the engine, its output put where its readers look."""
         output = self.engine.step()
         if not (output.deltas or output.finished or self.engine.has_unfinished):
             raise RuntimeError("a request was dropped after an error and will never finish")
-        return self._deliver(output)
+        self._deliver(output)
+        return output
 
-    def _deliver(self, output: StepOutput) -> int:
+    def _deliver(self, output: StepOutput) -> None:
         for delta in output.deltas:
-            if delta.request_id in self._streams:
-                self._streams[delta.request_id].append(delta)
+            stream = self._streams.get(delta.request_id)
+            if stream is not None:
+                stream.append(delta)
         self._finished |= {r.request_id: r for r in output.finished if r.request_id in self._awaited}
-        return sum(len(delta.token_ids) for delta in output.deltas)
 
     def _abandon(self, requests: list[Request]) -> None:
         """Leave no trace of ``requests``, finished or not."""

@@ -5,6 +5,7 @@ import reprlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 MAX_LOGPROBS = 20
 """Most alternatives a token's log-probabilities may list (the OpenAI limit)."""
@@ -362,9 +363,11 @@ class RequestOutput:
         return all(output.is_finished for output in self.outputs)
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionDelta:
-    """What one completion gained since the last delta of a stream."""
+class CompletionDelta(NamedTuple):
+    """What one completion gained since the last delta of a stream.
+
+    A step brings hundreds of them, and a named tuple costs a third of a frozen dataclass.
+    """
 
     request_id: str
     index: int

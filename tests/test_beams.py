@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.device.beams import beam_candidates, make_beam_inputs, num_candidates_of, split_candidates
+from jpaged.device.beams import (
+    BeamInputs,
+    beam_candidates,
+    make_beam_inputs,
+    num_candidates_of,
+    pack_beam_inputs,
+    split_candidates,
+    unpack_beam_inputs,
+)
 from jpaged.device.sampler import top_k
 from jpaged.host.step_plan import BeamSelect
 
@@ -100,6 +108,18 @@ def assert_equal_to_oracle(logits: np.ndarray, beams: list[BeamSelect], first_ro
         expected += [(-np.inf, 0, 0)] * missing
         assert found.scores.dtype == np.float32
         assert list(zip(found.scores.tolist(), found.beams.tolist(), found.token_ids.tolist(), strict=True)) == expected
+
+
+def test_packed_inputs_come_back_on_the_device_bit_for_bit():
+    beams = [BeamSelect([0, 1], [-1.5, -1e6], 4, (3,)), BeamSelect([2], [0.1], 2)]
+    inputs = make_beam_inputs(beams, first_row=1, num_rows=5)
+    packed = pack_beam_inputs(inputs)
+    assert packed.dtype == np.int32
+    unpacked = jax.jit(lambda packed: unpack_beam_inputs(packed, inputs))(packed)
+    for name in BeamInputs.__dataclass_fields__:
+        expected, actual = getattr(inputs, name), np.asarray(getattr(unpacked, name))
+        assert actual.dtype == expected.dtype, name
+        np.testing.assert_array_equal(actual, expected, err_msg=name)
 
 
 @st.composite

@@ -69,8 +69,9 @@ def tiny_runner() -> ModelRunner:
         max_num_seqs=ROWS,
         max_num_batched_tokens=BUDGET,
         num_host_blocks=NUM_HOST_BLOCKS,
+        max_burst=3,
     )
-    return ModelRunner(tiny_model(), TINY, config, make_mesh(1))
+    return ModelRunner(nnx.clone(tiny_model()), TINY, config, make_mesh(1))
 
 
 def tiny_engine(**settings) -> Engine:
@@ -144,8 +145,9 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(ROWS, BUDGET),
         rows=st.integers(2, ROWS),
         caching=st.booleans(),
+        max_burst=st.integers(1, 3),
     )
-    def start(self, num_blocks, num_host_blocks, preemption, budget, rows, caching):
+    def start(self, num_blocks, num_host_blocks, preemption, budget, rows, caching, max_burst):
         self.engine = tiny_engine(
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
@@ -153,6 +155,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_num_seqs=min(rows, budget),
             enable_prefix_caching=caching,
+            max_burst=max_burst,
         )
         self.requests = {}
         self.finished = {}
@@ -303,7 +306,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.finished.keys() == self.requests.keys()
         assert self.engine.blocks.num_free_blocks == self.engine.blocks.num_blocks - 1
         assert self.engine.stats().num_host_used_blocks == 0
-        assert not any((self.engine._groups, self.engine._to_collect, self.engine._progress))
+        engine = self.engine
+        assert not any((engine._groups, engine._streamed, engine._to_collect, engine._progress))
         for name, output in self.finished.items():
             request = self.requests[name]
             is_aborted = any(o.finish_reason is FinishReason.ABORT for o in output.outputs)
@@ -554,6 +558,35 @@ def test_searches_and_samples_come_back_from_preemption_unchanged(preemption):
     assert results[0] == results[1]
 
 
+def test_a_request_that_is_not_streamed_has_the_same_result_and_no_deltas():
+    prompts = {"plain": [1, 2, 3], "samples": [4, 5], "best": [6, 7], "search": [8, 9]}
+    params = {
+        "plain": SamplingParams(seed=1, max_tokens=7, ignore_eos=True),
+        "samples": SamplingParams(seed=2, n=2, max_tokens=5, stop_token_ids=[4]),
+        "best": SamplingParams(seed=3, n=1, best_of=2, max_tokens=4),
+        "search": SamplingParams(use_beam_search=True, n=2, temperature=0, max_tokens=3),
+    }
+
+    def run_streaming(streamed: set[str]) -> tuple[dict, dict[str, dict[int, list[int]]]]:
+        engine = tiny_engine()
+        for name, prompt in prompts.items():
+            request = engine.make_request(name, {"prompt_token_ids": prompt}, params[name])
+            engine.add(request, is_streamed=name in streamed)
+        finished, told = {}, {}
+        while engine.has_unfinished:
+            output = engine.step()
+            for delta in output.deltas:
+                told.setdefault(delta.request_id, {}).setdefault(delta.index, []).extend(delta.token_ids)
+            finished |= {result.request_id: result for result in output.finished}
+        assert not any((engine._groups, engine._streamed, engine._to_collect, engine._progress))
+        return finished, told
+
+    finished, told = run_streaming(set(prompts))
+    assert told == {name: {o.index: o.token_ids for o in result.outputs} for name, result in finished.items()}
+    for streamed in (set(), {"samples"}, {"plain", "best"}):
+        assert run_streaming(streamed) == (finished, {name: told[name] for name in streamed})
+
+
 def test_logprobs_are_the_models_own_and_ranked():
     engine, prompt = tiny_engine(), [4, 8, 15, 16]
     add(
@@ -634,7 +667,7 @@ def test_bad_input_is_refused_and_the_others_go_on(prompt, params, match):
 
 
 def test_a_failed_step_that_took_the_pool_with_it_is_survived(monkeypatch):
-    engine = tiny_engine(enable_prefix_caching=True)
+    engine = tiny_engine(enable_prefix_caching=True, max_burst=1)
     add(engine, "a", list(range(9)), max_tokens=6, temperature=0, ignore_eos=True)
     engine.step()
     engine.step()

@@ -26,7 +26,7 @@ def _nothing_is_left_behind():
     assert llm().stats().num_used_blocks == 0
     assert not llm().engine.has_unfinished
     engine = llm().engine
-    assert not any((engine._groups, engine._to_collect, engine._progress, engine._output.deltas))
+    assert not any((engine._groups, engine._streamed, engine._to_collect, engine._progress, engine._output.deltas))
     assert not llm()._awaited
     assert not llm()._finished
     assert not llm()._streams

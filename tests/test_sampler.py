@@ -13,7 +13,14 @@ from jax.extend.random import threefry_2x32
 from jpaged.device import draws, sampler
 from jpaged.device.draws import CHUNK_LEN, summarise
 from jpaged.device.filters import Filters, find_threshold
-from jpaged.device.sampler import SampledTokens, make_sample_inputs
+from jpaged.device.sampler import (
+    SampledTokens,
+    SampleInputs,
+    SamplePacker,
+    SampleSizes,
+    make_sample_inputs,
+    unpack_samples,
+)
 from jpaged.host.step_plan import Sample
 from jpaged.request import SamplingParams
 
@@ -438,6 +445,61 @@ def test_inputs_are_padded_with_rows_that_ask_for_nothing():
     assert inputs.seeds.tolist() == [2**32 - 1, 0, 0, 0]
     assert inputs.positions.tolist() == [9, 0, 0, 0]
     assert len(inputs.bias_rows) == len(inputs.seen_rows) == 0
+
+
+def test_unpacking_on_the_device_gives_each_field_bit_for_bit():
+    rng = np.random.default_rng(5)
+    extreme = SamplingParams(temperature=1e300, top_k=2**40, repetition_penalty=1e-300, logit_bias={3: -1e300, 4: 0.1})
+    all_params = [random_params(rng), SamplingParams(presence_penalty=-2, frequency_penalty=0.3), extreme]
+    samples = [
+        request_sample(params, seed=2**32 - 1 - row, position=row, banned=[7], prompt=[1, 2], output=[5])
+        for row, params in enumerate(all_params)
+    ]
+    packed, sizes = SamplePacker().pack(samples, 4)
+    assert sizes == SampleSizes(4, num_biases=64, num_seen=64)
+    assert packed.shape == (sizes.packed_size,)
+    inputs = jax.jit(unpack_samples, static_argnums=1)(packed, sizes)
+    expected = {
+        "temperature": np.float32([all_params[0].temperature, 1, 1e30, 0]),
+        "top_p": np.float32([all_params[0].top_p, 1, 1, 1]),
+        "min_p": np.float32([all_params[0].min_p, 0, 0, 0]),
+        "repetition_penalty": np.float32([1, 1, 1e-30, 1]),
+        "presence_penalty": np.float32([0, -2, 0, 0]),
+        "frequency_penalty": np.float32([0, 0.3, 0, 0]),
+        "top_k": np.int32([all_params[0].top_k, 0, 2**31 - 1, 0]),
+        "seeds": np.uint32([2**32 - 1, 2**32 - 2, 2**32 - 3, 0]),
+        "positions": np.int32([0, 1, 2, 0]),
+        "bias_rows": np.int32([0, 1, 2, 2, 2] + [4] * 59),
+        "bias_ids": np.int32([7, 7, 3, 4, 7] + [0] * 59),
+        "bias_values": np.float32([-np.inf, -np.inf, -1e30, 0.1, -np.inf] + [0] * 59),
+        "seen_rows": np.int32([1, 1, 1, 2, 2, 2] + [4] * 58),
+        "seen_ids": np.int32([1, 2, 5] * 2 + [0] * 58),
+        "seen_is_output": np.array([False, False, True] * 2 + [False] * 58),
+    }
+    for name in SampleInputs.__dataclass_fields__:
+        field = np.asarray(getattr(inputs, name))
+        assert field.dtype == expected[name].dtype, name
+        np.testing.assert_array_equal(field, expected[name], err_msg=name)
+
+
+@settings(exact, max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_samples_packed_one_after_the_other_do_not_depend_on_those_before(case):
+    """Sequences come, go and swap rows, and an id comes back with other parameters."""
+    rng = np.random.default_rng(case)
+    packer = SamplePacker()
+    known = [random_params(rng) for _ in range(3)] + [SamplingParams(logit_bias={1: 2.0}, presence_penalty=1)]
+    owners = {seq_id: known[rng.integers(4)] for seq_id in range(6)}
+    for position in range(4):
+        owners[int(rng.integers(6))] = known[rng.integers(4)]
+        samples = [
+            request_sample(owners[i], seed=i, position=position, output=[i])._replace(seq_id=i)
+            for i in map(int, rng.permutation(6)[: rng.integers(7)])
+        ]
+        packed, sizes = packer.pack(samples, 8)
+        alone, alone_sizes = SamplePacker().pack(samples, 8)
+        assert sizes == alone_sizes
+        np.testing.assert_array_equal(packed, alone)
 
 
 @pytest.mark.parametrize(("num_tokens", "padded_len"), [(1, 64), (64, 64), (65, 256), (1000, 1024), (1025, 4096)])

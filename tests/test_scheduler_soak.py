@@ -321,6 +321,7 @@ class Episode:
         if self.random.random() < self.ahead_rate:
             plan = self._plan(scheduler.schedule_ahead)
             self.seen["planned ahead"] += plan is not None
+            self.was_idle &= plan is None
         self._update()
         self.blocks.check_invariants()
         self.device.audit()

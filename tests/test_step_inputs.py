@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from jpaged.device.step_inputs import (
     Bucket,
     StepInputs,
+    StepPacker,
     all_buckets,
     bucket_for,
-    pack,
+    pack_next,
     packed_size,
     powers_of_two,
     unpack,
@@ -58,7 +59,7 @@ def plans(draw, max_seqs, max_tokens, block_size):
 def naive_inputs(plan, bucket, block_size):
     """What each field must hold, one token at a time."""
     tokens = {name: [0] * bucket.num_tokens for name in ("token_ids", "positions", "prompt_lens", "slots")}
-    rows = {name: [0] * bucket.num_rows for name in ("kv_lens", "sample_tokens")}
+    rows = {name: [0] * bucket.num_rows for name in ("kv_lens", "sample_tokens", "num_draws")}
     tables = [[0] * MAX_BLOCKS for _ in range(bucket.num_rows)]
     cu_q_lens, last_token = [0], {}
     index = 0
@@ -93,7 +94,11 @@ def test_packed_plan_equals_the_naive_loop(data, block_size, max_seqs, extra):
     max_tokens = max_seqs + extra
     plan = data.draw(plans(max_seqs, max_tokens, block_size))
     bucket = bucket_for(plan, all_buckets(max_seqs, max_tokens))
-    packed = pack(plan, bucket, MAX_BLOCKS, block_size)
+    assert_packed_is_naive(StepPacker(MAX_BLOCKS, block_size), plan, bucket, block_size)
+
+
+def assert_packed_is_naive(packer, plan, bucket, block_size):
+    packed = packer.pack(plan, bucket)
     assert packed.dtype == np.int32
     assert packed.shape == (packed_size(bucket, MAX_BLOCKS),)
     actual, expected = unpack(packed, bucket, MAX_BLOCKS), naive_inputs(plan, bucket, block_size)
@@ -101,10 +106,35 @@ def test_packed_plan_equals_the_naive_loop(data, block_size, max_seqs, extra):
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name), err_msg=name)
 
 
+@settings(max_examples=50)
+@given(data=st.data(), block_size=st.sampled_from([1, 4]), max_seqs=st.integers(1, 6))
+def test_plans_packed_one_after_the_other_do_not_depend_on_those_before(data, block_size, max_seqs):
+    """Sequences come, go, swap rows and return with other blocks; the scheduler changes its tables in place."""
+    packer, tables = StepPacker(MAX_BLOCKS, block_size), {}
+    for _ in range(4):
+        plan = data.draw(plans(max_seqs, max_seqs + 20, block_size))
+        chunks = []
+        for chunk, seq_id in zip(plan.chunks, data.draw(st.permutations(range(max_seqs))), strict=False):
+            table = tables.setdefault(seq_id, [])
+            if len(table) < len(chunk.block_table) or data.draw(st.booleans()):
+                table[:] = chunk.block_table
+            chunks.append(Chunk(seq_id, chunk.token_ids, chunk.start, chunk.prompt_len, table))
+        plan = StepPlan(chunks=tuple(chunks), samples=plan.samples, beams=plan.beams)
+        assert_packed_is_naive(packer, plan, bucket_for(plan, all_buckets(max_seqs, max_seqs + 20)), block_size)
+
+
+def test_a_packed_plan_is_left_alone_by_the_next():
+    packer, plan = StepPacker(MAX_BLOCKS, 4), StepPlan(chunks=(Chunk(0, [7], 5, 6, [3, 2]),))
+    first = packer.pack(plan, Bucket(1, 1))
+    before = first.copy()
+    packer.pack(StepPlan(chunks=(Chunk(0, [8], 6, 6, [4, 2]),)), Bucket(1, 1))
+    np.testing.assert_array_equal(first, before)
+
+
 def test_unpack_traces_under_jit():
     bucket = Bucket(4, 2)
     plan = StepPlan(chunks=(Chunk(0, [7, 8, 9], 5, 6, [3, 2]),), samples=(make_sample(0, 8),))
-    packed = pack(plan, bucket, MAX_BLOCKS, 4)
+    packed = StepPacker(MAX_BLOCKS, 4).pack(plan, bucket)
     inputs = jax.jit(lambda packed: unpack(packed, bucket, MAX_BLOCKS))(packed)
     assert inputs.token_ids.tolist() == [7, 8, 9, 0]
     assert inputs.positions.tolist() == [5, 6, 7, 0]
@@ -159,3 +189,32 @@ def test_smallest_bucket_that_holds_a_plan_is_chosen():
         chunks=(chunk,) * 3, samples=(make_sample(0, 1),), beams=(BeamSelect([0, 1, 2, 1], [0] * 4, 8),)
     )
     assert bucket_for(searching, buckets) == Bucket(8, 8), "five rows of logits"
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_each_step_of_a_burst_feeds_what_the_one_before_drew_where_it_belongs(block_size):
+    lens, starts, tables = (3, 1, 2), (3, 0, 7), ([4, 9, 2, 7, 5, 8], [3], [1, 6, 11, 12, 13, 14, 15, 16, 17])
+    max_blocks = 10
+    bucket, packer = Bucket(4, 4), StepPacker(max_blocks, block_size)
+    params = SamplingParams()
+
+    def plan(step):
+        rows = [row for row, num_draws in enumerate(lens) if step < num_draws]
+        chunks = [Chunk(row, [~row if step else 5 + row], starts[row] + step, 1, tables[row]) for row in rows]
+        draws = [lens[row] - step for row in rows]
+        samples = [
+            Sample(row, i, 0, 0, params, (), (), (), n) for i, (row, n) in enumerate(zip(rows, draws, strict=True))
+        ]
+        return StepPlan(chunks=tuple(chunks), samples=tuple(samples), num_steps=max(draws)), rows
+
+    packed = packer.pack(plan(0)[0], bucket)
+    for step in range(1, max(lens)):
+        packed = jax.jit(lambda packed: pack_next(packed, bucket, max_blocks, block_size))(packed)
+        expected, rows = plan(step)
+        actual = unpack(np.asarray(packed), bucket, max_blocks)
+        alone = unpack(packer.pack(expected, bucket), bucket, max_blocks)
+        for name in ("token_ids", "positions", "slots", "kv_lens"):
+            np.testing.assert_array_equal(getattr(actual, name)[rows], getattr(alone, name)[: len(rows)], err_msg=name)
+        done = [row for row in range(4) if row not in rows]
+        assert not actual.slots[done].any(), "who is done writes to block 0"
+        assert actual.cu_q_lens.tolist() == [0, 1, 2, 3, 3]

@@ -96,6 +96,20 @@ def empty_beam_inputs(num_rows: int, num_candidates: int, num_biases: int) -> Be
     )
 
 
+def pack_beam_inputs(inputs: BeamInputs) -> Int[np.ndarray, " size"]:
+    """All fields in one int32 array: one transfer a step."""
+    return np.concatenate([np.asarray(field).reshape(-1).view(np.int32) for field in jax.tree.leaves(inputs)])
+
+
+def unpack_beam_inputs(packed: Int[Array, " size"], like: BeamInputs) -> BeamInputs:
+    """On the device: the fields of a packed array, of the shapes and types of ``like``."""
+    fields, tree = jax.tree.flatten(like)
+    parts = jnp.split(packed, np.cumsum([field.size for field in fields])[:-1])
+    return tree.unflatten(
+        [part.reshape(field.shape).view(field.dtype) for part, field in zip(parts, fields, strict=True)]
+    )
+
+
 def num_candidates_of(beams: Sequence[BeamSelect]) -> int:
     """How many candidates to find for every search: what the widest asks for, up to one of a few sizes."""
     wanted = max(beam.num_candidates for beam in beams)

@@ -1,5 +1,6 @@
 """Executes step plans: weights, KV cache and the compiled programs that join them."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from jpaged.device.beams import (
     empty_beam_inputs,
     make_beam_inputs,
     num_candidates_of,
+    pack_beam_inputs,
     split_candidates,
+    unpack_beam_inputs,
 )
 from jpaged.device.kv_cache import (
     KVCache,
@@ -36,18 +39,18 @@ from jpaged.device.kv_cache import (
 from jpaged.device.sampler import (
     NO_SCORES,
     SampledTokens,
-    SampleInputs,
+    SamplePacker,
+    SampleSizes,
     Scores,
-    empty_sample_inputs,
     first_rows,
     join_scores,
-    make_sample_inputs,
     num_top_of,
     sample,
     score,
+    unpack_samples,
 )
 from jpaged.device.sharding import TENSOR_AXIS, pool_sharding, replicated
-from jpaged.device.step_inputs import Bucket, all_buckets, bucket_for, pack, packed_size, unpack
+from jpaged.device.step_inputs import Bucket, StepPacker, all_buckets, bucket_for, pack_next, packed_size, unpack
 from jpaged.device.transfer import (
     MAX_STAGED_BLOCKS,
     MOVE_SIZES,
@@ -71,28 +74,46 @@ Nothing is computed again to save memory: XLA counts the pool, which every layer
 and finds that memory is short.
 """
 
+ACCELERATOR_BURST = 4
+"""Steps of a burst where nobody says: planning a step takes about as long as a small one runs."""
+
 SCORE_ROWS = 64
 """Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
 
 
 class ForwardResult(NamedTuple):
+    """What a forward pass brings.
+
+    Args:
+        cache: with the K/V of all tokens.
+        hidden: of all tokens.
+        sample_hidden: of those whose logits are read.
+        packed: the inputs of the next step of a burst; None if prompts are in the batch.
+    """
+
     cache: KVCache
     hidden: Float[Array, "tokens hidden_size"]
     sample_hidden: Float[Array, "rows hidden_size"]
+    packed: Int[Array, " size"] | None
 
 
 class StepUnderWay(NamedTuple):
-    """A step that was enqueued, and what it will bring; None where its plan asks for nothing of the kind.
+    """A plan that was enqueued, and what it will bring; None where the plan asks for nothing of the kind.
 
     Args:
+        number: counts steps.
         started_s: when, by ``time.perf_counter``.
-        is_clean: whether its time is its own: nothing was under way before, and nothing had to be compiled.
+        num_programs: compiled by then.
+        was_idle: whether nothing was under way then.
+        sampled: by each step of a burst, or by the one step there is.
     """
 
     plan: StepPlan
+    number: int
     started_s: float
-    is_clean: bool
-    sampled: SampledTokens | None = None
+    num_programs: int
+    was_idle: bool
+    sampled: tuple[SampledTokens, ...] = ()
     candidates: Candidates | None = None
     prompt_scores: tuple[list[Scores], ...] = ()
 
@@ -129,7 +150,7 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
 
 
 class ModelRunner:
-    """The device half: ``execute`` turns a StepPlan into a StepResult.
+    """The device half: ``enqueue`` starts what a StepPlan says, ``fetch`` waits for the StepResult.
 
     Programs are compiled ahead of time per bucket, by ``warm_up`` or when first needed, and called with the cache
     donated, so that a step writes its K/V in place.
@@ -178,7 +199,11 @@ class ModelRunner:
             HostPool(self.num_host_blocks, self._abstract_block(), self._program) if self.num_host_blocks else None
         )
         self._latest = self._no_tokens()
-        self._is_idle = True  # nothing enqueued whose results were not fetched
+        self._numbers = jax.device_put([np.int32(i) for i in range(self.max_burst)], replicated(mesh))
+        self._step_packer = StepPacker(self.max_blocks, config.block_size)
+        self._sample_packer = SamplePacker()
+        self._num_enqueued = 0  # steps
+        self._newest_waited_for = 0  # the number of a step: it has run
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -224,6 +249,11 @@ class ModelRunner:
         return self.mesh.devices.flat[0].platform == "cpu"
 
     @property
+    def max_burst(self) -> int:
+        """Steps that a plan may have."""
+        return self.config.max_burst or (1 if self._is_on_cpu else ACCELERATOR_BURST)
+
+    @property
     def max_blocks(self) -> int:
         """Width of a block table."""
         return -(-self.max_model_len // self.config.block_size)
@@ -236,7 +266,7 @@ class ModelRunner:
         devices = list(self.mesh.devices.flat)
         pool_blocks = max(2, available_bytes(devices, self.config.memory_fraction) // self.bytes_per_block)
         largest = max(self._copy_sizes)
-        keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", self.config.max_num_seqs, 0, 0, None)]
+        keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", SampleSizes(self.config.max_num_seqs), None)]
         keys.append(("copy", largest))
         staged_bytes = 0
         if has_host_pool(self.config, is_on_cpu=self._is_on_cpu):
@@ -262,7 +292,7 @@ class ModelRunner:
         Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
         """
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
-        keys += [("sample", rows, 0, 0, None) for rows in {bucket.num_rows for bucket in self.buckets}]
+        keys += [("sample", SampleSizes(rows), None) for rows in {bucket.num_rows for bucket in self.buckets}]
         keys += [("copy", size) for size in self._copy_sizes]
         if self.host_pool is not None:
             keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
@@ -306,10 +336,11 @@ class ModelRunner:
                 latest = self._abstract((self.config.max_num_seqs,), jnp.int32)
                 return self._jit(self._forward, bucket, donate=1).lower(weights, cache, latest, packed)
             case "sample":
-                rows, num_biases, num_seen, num_top = sizes
-                hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
-                inputs = empty_sample_inputs(rows, num_biases, num_seen)
-                return self._jit(self._sample, num_top).lower(weights, hidden, inputs)
+                sample_sizes, num_top = sizes
+                hidden = self._abstract((sample_sizes.num_rows, self.model_config.hidden_size), self.dtype)
+                packed = self._abstract((sample_sizes.packed_size,), jnp.int32)
+                num_before = self._abstract((), jnp.int32)
+                return self._jit(self._sample, sample_sizes, num_top).lower(weights, hidden, packed, num_before)
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
@@ -318,8 +349,9 @@ class ModelRunner:
             case "beam":
                 rows, num_candidates, num_biases = sizes
                 hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
-                inputs = empty_beam_inputs(rows, num_candidates, num_biases)
-                return self._jit(self._beam, num_candidates).lower(weights, hidden, inputs)
+                empty = empty_beam_inputs(rows, num_candidates, num_biases)
+                packed = self._abstract(pack_beam_inputs(empty).shape, jnp.int32)
+                return self._jit(self._beam, num_candidates, empty).lower(weights, hidden, packed)
             case "copy":
                 blocks = self._abstract((sizes[0],), jnp.int32)
                 return jax.jit(KVCache.copy, donate_argnums=0).lower(cache, blocks, blocks)
@@ -366,13 +398,22 @@ class ModelRunner:
         model = self._merge(weights)
         attend = PagedAttend(cache, inputs, self.attention.name)
         hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
-        return ForwardResult(attend.cache, hidden, hidden[inputs.sample_tokens])
+        after = pack_next(packed, bucket, self.max_blocks, self.config.block_size) if bucket.is_decode else None
+        return ForwardResult(attend.cache, hidden, hidden[inputs.sample_tokens], after)
 
     def _sample(
-        self, num_top: int | None, weights: list[Array], hidden: Float[Array, "rows hidden_size"], inputs: SampleInputs
+        self,
+        sizes: SampleSizes,
+        num_top: int | None,
+        weights: list[Array],
+        hidden: Float[Array, "rows hidden_size"],
+        packed: Int[Array, " size"],
+        num_before: Int[Array, ""],
     ) -> tuple[SampledTokens, Int[Array, " max_num_seqs"]]:
-        """The drawn tokens, and the same filled up, for the next step."""
+        """The drawn tokens, and the same filled up, for the next step. ``num_before``: a burst's steps before this."""
         model = self._merge(weights)
+        inputs = unpack_samples(packed, sizes)
+        inputs = dataclasses.replace(inputs, positions=inputs.positions + num_before)
         sampled = sample(self._whole_rows(model.logits(hidden)), inputs, num_top=num_top)
         latest = jnp.pad(sampled.token_ids, (0, self.config.max_num_seqs - hidden.shape[0]))
         return sampled, jax.lax.with_sharding_constraint(latest, replicated(self.mesh))
@@ -387,9 +428,15 @@ class ModelRunner:
         return jnp.zeros(self.config.max_num_seqs, jnp.int32, device=replicated(self.mesh))
 
     def _beam(
-        self, num_candidates: int, weights: list[Array], hidden: Float[Array, "rows hidden_size"], inputs: BeamInputs
+        self,
+        num_candidates: int,
+        like: BeamInputs,
+        weights: list[Array],
+        hidden: Float[Array, "rows hidden_size"],
+        packed: Int[Array, " size"],
     ) -> Candidates:
         model = self._merge(weights)
+        inputs = unpack_beam_inputs(packed, like)
         return beam_candidates(model.logits(hidden), inputs, num_candidates=num_candidates)
 
     def _score(
@@ -406,14 +453,18 @@ class ModelRunner:
     # A step -------------------------------------------------------------------------------------------------------
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step and wait for its results."""
+        """Run one step and wait for its results: ``fetch`` what was just enqueued."""
         return self.fetch(self.enqueue(plan))
 
     def enqueue(self, plan: StepPlan) -> StepUnderWay:
         """Start one step: what goes to the host, copies, the forward pass, sampling, what comes from the host.
 
-        Waits for nothing. Steps run in the order in which they were enqueued.
+        Waits for no step, but for copies between the pools when too many are under way, and for programs that are
+        needed for the first time. Steps run in the order in which they were enqueued.
         """
+        started_s, num_programs = time.perf_counter(), self.num_programs
+        was_idle = self._newest_waited_for == self._num_enqueued
+        self._num_enqueued += 1
         if self.cache.pool.is_deleted():
             self.cache = self._allocate_cache()
         if plan.to_host or plan.from_host:
@@ -421,65 +472,73 @@ class ModelRunner:
             self.cache = self.host_pool.start(self.cache, plan.to_host, plan.from_host)
         if plan.copies:
             self._copy(plan.copies)
-        num_programs, was_idle, self._is_idle = self.num_programs, self._is_idle, False
-        step = StepUnderWay(plan, time.perf_counter(), is_clean=False)
+        step = StepUnderWay(plan, self._num_enqueued, started_s, num_programs, was_idle)
         if plan.chunks:
             step = self._compute(step)
         if plan.from_host and self.host_pool is not None:
             self.cache = self.host_pool.finish(self.cache)
-        jax.tree.map(lambda x: x.copy_to_host_async(), (step.sampled, step.candidates))
-        return step._replace(is_clean=was_idle and self.num_programs == num_programs)
+        for array in jax.tree.leaves((step.sampled, step.candidates)):
+            array.copy_to_host_async()
+        return step
 
     def fetch(self, step: StepUnderWay) -> StepResult:
         """Wait for the results of a step. What it moves between the pools may still be under way."""
         plan = step.plan
         sampled, candidates, prompt_scores = jax.device_get((step.sampled, step.candidates, step.prompt_scores))
-        self._is_idle = plan.num_logit_rows > 0
+        if plan.num_logit_rows > 0:
+            self._newest_waited_for = step.number
         if self.host_pool is not None:
             self.host_pool.poll()
             num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
             is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
-            if is_large and self._is_idle and step.is_clean and not prompt_scores:
+            is_alone = step.was_idle and self._newest_waited_for == step.number
+            if is_large and is_alone and self.num_programs == step.num_programs and not prompt_scores:
                 self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - step.started_s)
         num_samples = len(plan.samples)
+        draws = [(drawn.token_ids[:num_samples], first_rows(drawn.scores, num_samples)) for drawn in sampled]
+        token_ids, scores = draws[0] if draws else (np.zeros(0, np.int32), NO_SCORES)
         return StepResult(
-            token_ids=sampled.token_ids[:num_samples] if sampled else np.zeros(0, np.int32),
-            scores=first_rows(sampled.scores, num_samples) if sampled else NO_SCORES,
+            token_ids=token_ids,
+            scores=scores,
             prompt_scores=tuple(
                 _cut_scores(parts, len(piece.target_ids))
                 for parts, piece in zip(prompt_scores, plan.prompt_scores, strict=True)
             ),
             beams=split_candidates(candidates, plan.beams) if candidates else (),
+            later=tuple(draws[1:]),
         )
 
     def _compute(self, step: StepUnderWay) -> StepUnderWay:
         """Enqueue the forward pass and all that is made of its logits."""
-        plan = step.plan
+        plan, sampled, candidates = step.plan, [], None
         bucket = bucket_for(plan, self.buckets)
-        packed = pack(plan, bucket, self.max_blocks, self.config.block_size)
-        forward = self._program(("forward", bucket))(self._weights, self.cache, self._latest, packed)
-        self.cache = forward.cache
-        rows, sampled, candidates = bucket.num_rows, None, None
-        if plan.samples:
-            num_top = num_top_of(plan.samples)
-            inputs = make_sample_inputs(plan.samples, rows)
-            key = ("sample", rows, len(inputs.bias_rows), len(inputs.seen_rows), num_top)
-            sampled, self._latest = self._program(key)(self._weights, forward.sample_hidden, inputs)
+        rows, packed = bucket.num_rows, self._step_packer.pack(plan, bucket)
+        run = self._program(("forward", bucket))
+        packed_samples, sizes = self._sample_packer.pack(plan.samples, rows)
+        draw = self._program(("sample", sizes, num_top_of(plan.samples))) if plan.samples else None
+        forward = None
+        for num_before in self._numbers[: plan.num_steps]:
+            forward = run(self._weights, self.cache, self._latest, packed)
+            self.cache, packed = forward.cache, forward.packed
+            if draw is not None:
+                tokens, self._latest = draw(self._weights, forward.sample_hidden, packed_samples, num_before)
+                sampled.append(tokens)
+        assert forward is not None
         if plan.beams:
             num_candidates = num_candidates_of(plan.beams)
             inputs = make_beam_inputs(plan.beams, first_row=len(plan.samples), num_rows=rows)
             key = ("beam", rows, num_candidates, len(inputs.bias_rows))
-            candidates = self._program(key)(self._weights, forward.sample_hidden, inputs)
+            candidates = self._program(key)(self._weights, forward.sample_hidden, pack_beam_inputs(inputs))
         scores = tuple(self._score_prompt(plan, piece, forward.hidden) for piece in plan.prompt_scores)
-        return step._replace(sampled=sampled, candidates=candidates, prompt_scores=scores)
+        return step._replace(sampled=tuple(sampled), candidates=candidates, prompt_scores=scores)
 
     def forget_pool(self) -> None:
         """A step failed, and with it whatever the pool holds or will hold: the next step starts with an empty one."""
         if not self.cache.pool.is_deleted():
             self.cache.pool.delete()
-        self._latest = self._no_tokens()  # those there are failed with the step
         if self.host_pool is not None:
             self.host_pool.forget()
+        self._latest = self._no_tokens()  # those there were failed with the step
 
     @property
     def costs(self) -> Costs | None:
@@ -493,7 +552,7 @@ class ModelRunner:
         num_chunks = min(bucket.num_tokens // width, bucket.num_rows)
         padding = Chunk(0, [0] * width, 0, width, [0] * self.max_blocks)
         plan = StepPlan(chunks=(padding,) * num_chunks)
-        packed = pack(plan, bucket, self.max_blocks, self.config.block_size)
+        packed = self._step_packer.pack(plan, bucket)
         program = self._program(("forward", bucket))
         for _ in range(2):  # the first run loads the program
             started = time.perf_counter()

@@ -1,8 +1,9 @@
 """Logits to tokens and log-probabilities, on the device: penalties, temperature, filters, seeded draws."""
 
-import dataclasses
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jpaged.device.draws import (
 )
 from jpaged.device.filters import Filters, find_threshold, top_k
 from jpaged.host.step_plan import Sample, TokenScores
-from jpaged.request import MAX_LOGPROBS
+from jpaged.request import MAX_LOGPROBS, SamplingParams
 
 MIN_TEMPERATURE = 1e-5
 """Below this a row is greedy: the division would leave nothing for the noise to decide."""
@@ -34,7 +35,7 @@ NO_SCORES = TokenScores(
     np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
 )
 
-_Column = Array | np.ndarray  # numpy on the host, where make_sample_inputs builds it; Array under jit
+_Column = Array | np.ndarray  # numpy on the host, where samples are packed; Array under jit
 
 
 @jax.tree_util.register_dataclass
@@ -106,85 +107,162 @@ class SampledTokens:
     scores: Scores
 
 
-def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs:
-    """Lays samples out as padded numpy arrays, row i for ``samples[i]``.
-
-    The flat arrays (biases, history) have length 0 when no sample needs them, otherwise 64 times a power of 4.
+class SampleSizes(NamedTuple):
+    """The static sizes of packed sample inputs.
 
     Args:
-        samples: at most ``num_rows``.
         num_rows: rows of the logits, padding included.
+        num_biases, num_seen: length of the flat arrays: 0, or 64 times a power of 4.
     """
-    assert len(samples) <= num_rows, (len(samples), num_rows)
-    floats, ints, seeds = [], [], []
-    bias_rows, bias_ids, bias_values = [], [], []
-    history: list[tuple[int, Sequence[int], bool]] = []
-    for row, sample in enumerate(samples):
-        params = sample.params
-        floats.append(
-            (
-                params.temperature,
-                params.top_p,
-                params.min_p,
-                max(params.repetition_penalty, 1 / _MAX_FLOAT),
-                params.presence_penalty,
-                params.frequency_penalty,
-            )
-        )
-        ints.append((min(max(params.top_k, 0), _MAX_INT32), sample.position))
-        seeds.append(sample.seed)
-        if params.logit_bias:
-            bias_rows += [row] * len(params.logit_bias)
-            bias_ids += params.logit_bias.keys()
-            bias_values += params.logit_bias.values()
-        if sample.banned_token_ids:
-            bias_rows += [row] * len(sample.banned_token_ids)
-            bias_ids += sample.banned_token_ids
-            bias_values += [-np.inf] * len(sample.banned_token_ids)
-        if params.has_penalties:
-            history += (row, sample.prompt_token_ids, False), (row, sample.output_token_ids, True)
-    num_padding = num_rows - len(samples)
-    floats += [(0.0, 1.0, 0.0, 1.0, 0.0, 0.0)] * num_padding
-    ints += [(0, 0)] * num_padding
-    temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty = _to_float32(floats).T
-    top_k, positions = np.array(ints, np.int32).T
-    seen_ids = [np.asarray(token_ids, np.int32) for _, token_ids, _ in history]
-    seen_lens = np.array([len(token_ids) for token_ids in seen_ids], np.int64)
-    return SampleInputs(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seeds=np.array(seeds + [0] * num_padding, np.uint32),
-        positions=positions,
-        bias_rows=padded(np.array(bias_rows, np.int32), num_rows),
-        bias_ids=padded(np.array(bias_ids, np.int32), 0),
-        bias_values=padded(_to_float32(bias_values), 0),
-        seen_rows=padded(np.repeat(np.array([row for row, _, _ in history], np.int32), seen_lens), num_rows),
-        seen_ids=padded(np.concatenate([np.zeros(0, np.int32), *seen_ids]), 0),
-        seen_is_output=padded(np.repeat(np.array([is_output for _, _, is_output in history], bool), seen_lens), False),
+
+    num_rows: int
+    num_biases: int = 0
+    num_seen: int = 0
+
+    @property
+    def packed_size(self) -> int:
+        """Length of the packed array."""
+        return len(_COLUMNS) * self.num_rows + len(_BIAS_FIELDS) * self.num_biases + len(_SEEN_FIELDS) * self.num_seen
+
+
+_COLUMNS = {
+    "temperature": np.float32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+    "top_k": np.int32,
+    "seeds": np.uint32,
+    "positions": np.int32,
+}
+_NUM_PARAM_COLUMNS = 7  # those first: what a request's parameters say of each of its rows
+_BIAS_FIELDS = {"bias_rows": np.int32, "bias_ids": np.int32, "bias_values": np.float32}
+_SEEN_FIELDS = {"seen_rows": np.int32, "seen_ids": np.int32, "seen_is_output": np.bool_}
+
+
+class _ParamRow(NamedTuple):
+    """What a request's parameters say of each of its rows: ``_NUM_PARAM_COLUMNS`` packed numbers of 4 bytes each.
+
+    ``has_more`` is whether there is more to tell: biases, or a history.
+    """
+
+    params: SamplingParams
+    packed: bytes
+    has_more: bool
+
+
+class SamplePacker:
+    """Packs the samples of plans, one after the other. Of sequences that the plan before had, parameters are kept."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, _ParamRow] = {}  # of the last plan, by sequence id
+
+    def pack(self, samples: Sequence[Sample], num_rows: int) -> tuple[Int[np.ndarray, " size"], SampleSizes]:
+        """The inputs of samples, row i for ``samples[i]``, in one int32 array, a new one: one transfer a step.
+
+        Args:
+            samples: at most ``num_rows``.
+            num_rows: rows of the logits, padding included.
+        """
+        num_samples = len(samples)
+        assert num_samples <= num_rows, (num_samples, num_rows)
+        fields = zip(*samples, strict=True) if samples else [()] * len(Sample._fields)
+        seq_ids, _, positions, seeds, params, banned, *_ = fields
+        rows = self._rows_of(seq_ids, params)
+        columns = np.empty((len(_COLUMNS), num_rows), np.int32)
+        of_params = np.frombuffer(b"".join([row.packed for row in rows]), np.int32)
+        columns[:_NUM_PARAM_COLUMNS, :num_samples] = of_params.reshape(-1, _NUM_PARAM_COLUMNS).T
+        columns[-2, :num_samples] = np.fromiter(seeds, np.uint32, num_samples).view(np.int32)
+        columns[-1, :num_samples] = np.fromiter(positions, np.int32, num_samples)
+        columns[:, num_samples:] = _PADDING[:, None]
+        has_more = [row.has_more for row in rows]
+        if not (any(has_more) or any(banned)):
+            return columns.reshape(-1), SampleSizes(num_rows)
+        biases, seen = _pack_biases(samples, num_rows), _pack_history(samples, num_rows)
+        sizes = SampleSizes(num_rows, biases.shape[1], seen.shape[1])
+        return np.concatenate([columns.reshape(-1), biases.reshape(-1), seen.reshape(-1)]), sizes
+
+    def _rows_of(self, seq_ids: Sequence[int], params: Sequence[SamplingParams]) -> list[_ParamRow]:
+        before, rows = self._rows, []
+        for seq_id, own in zip(seq_ids, params, strict=True):
+            row = before.get(seq_id)
+            rows.append(row if row is not None and row[0] is own else _param_row(own))
+        self._rows = dict(zip(seq_ids, rows, strict=True))
+        return rows
+
+
+def _param_row(params: SamplingParams) -> _ParamRow:
+    floats = (
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        max(params.repetition_penalty, 1 / _MAX_FLOAT),
+        params.presence_penalty,
+        params.frequency_penalty,
     )
+    top_k = min(max(params.top_k, 0), _MAX_INT32)
+    packed = struct.pack(f"{len(floats)}fi", *(min(max(x, -_MAX_FLOAT), _MAX_FLOAT) for x in floats), top_k)
+    return _ParamRow(params, packed, bool(params.logit_bias) or params.has_penalties)
+
+
+def _padding() -> Int[np.ndarray, " columns"]:
+    """A row that asks for nothing."""
+    floats = np.array([0.0, 1.0, 0.0, 1.0, 0.0, 0.0], np.float32)
+    return np.concatenate([floats.view(np.int32), np.zeros(len(_COLUMNS) - len(floats), np.int32)])
+
+
+_PADDING = _padding()
+
+
+def _pack_biases(samples: Sequence[Sample], num_rows: int) -> Int[np.ndarray, "fields biases"]:
+    """Logit biases and bans, padded."""
+    rows, ids, values = [], [], []
+    for row, sample in enumerate(samples):
+        bias, banned = sample.params.logit_bias or {}, sample.banned_token_ids
+        rows += [row] * (len(bias) + len(banned))
+        ids += [*bias.keys(), *banned]
+        values += [*bias.values(), *[-np.inf] * len(banned)]
+    fields = padded(np.array(rows, np.int32), num_rows), padded(np.array(ids, np.int32), 0)
+    return np.stack([*fields, padded(_to_float32(values), 0).view(np.int32)])
+
+
+def _pack_history(samples: Sequence[Sample], num_rows: int) -> Int[np.ndarray, "fields seen"]:
+    """The tokens that penalties count, padded."""
+    history: list[tuple[int, np.ndarray, bool]] = []
+    for row, sample in enumerate(samples):
+        if sample.params.has_penalties:
+            history.append((row, np.array(sample.prompt_token_ids, np.int32), False))
+            history.append((row, np.array(sample.output_token_ids, np.int32), True))
+    lens = np.array([len(token_ids) for _, token_ids, _ in history], np.int64)
+    rows = np.repeat(np.array([row for row, _, _ in history], np.int32), lens)
+    ids = np.concatenate([np.zeros(0, np.int32), *(token_ids for _, token_ids, _ in history)])
+    is_output = np.repeat(np.array([is_output for _, _, is_output in history], np.int32), lens)
+    return np.stack([padded(rows, num_rows), padded(ids, 0), padded(is_output, 0)])
+
+
+def unpack_samples(packed: Int[_Column, " size"], sizes: SampleSizes) -> SampleInputs:
+    """The fields of a packed array: on the device, or views of a numpy array."""
+    fields, start = {}, 0
+    for dtypes, length in zip((_COLUMNS, _BIAS_FIELDS, _SEEN_FIELDS), sizes, strict=True):
+        for name, dtype in dtypes.items():
+            field = packed[start : start + length]
+            fields[name] = field != 0 if dtype is np.bool_ else field.view(dtype)
+            start += length
+    return SampleInputs(**fields)
+
+
+def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs:
+    """``samples`` laid out as padded numpy arrays; see ``SamplePacker.pack``."""
+    return unpack_samples(*SamplePacker().pack(samples, num_rows))
 
 
 def num_top_of(samples: Sequence[Sample]) -> int | None:
     """What ``sample`` is to be told of the log-probabilities that samples ask for."""
-    wanted = [sample.params.logprobs for sample in samples if sample.params.logprobs is not None]
+    wanted = {sample.params.logprobs for sample in samples} - {None}
     if not wanted:
         return None
     return MAX_LOGPROBS if any(wanted) else 0
-
-
-def empty_sample_inputs(num_rows: int, num_biases: int, num_seen: int) -> SampleInputs:
-    """Inputs of the given sizes that ask for nothing: what a sampler is compiled for."""
-    inputs = make_sample_inputs([], num_rows)
-    flat = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
-    for name, value in flat.items():
-        size = num_biases if name.startswith("bias") else num_seen if name.startswith("seen") else len(value)
-        flat[name] = np.zeros(size, value.dtype)
-    return SampleInputs(**flat)
 
 
 def _to_float32(values: list) -> np.ndarray:

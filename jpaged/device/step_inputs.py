@@ -1,12 +1,18 @@
 """StepPlan -> one padded int32 array: what a step's forward pass reads besides weights and cache."""
 
+import dataclasses
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jpaged.host.step_plan import StepPlan
+from jpaged.host.step_plan import Chunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -69,6 +75,7 @@ class StepInputs:
         slots: where each token's K and V go in the pool.
         block_tables, kv_lens, cu_q_lens: as ``paged_attention`` takes them.
         sample_tokens: index of the token whose logits are read by each sample, then by each live beam; 0 for padding.
+        num_draws: of each row of a burst: tokens it has still to draw, this step's counted. 0 outside of bursts.
     """
 
     token_ids: Int[Array, " tokens"]
@@ -79,6 +86,7 @@ class StepInputs:
     kv_lens: Int[Array, " rows"]
     cu_q_lens: Int[Array, " rows_plus_1"]
     sample_tokens: Int[Array, " rows"]
+    num_draws: Int[Array, " rows"]
 
 
 def _layout(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
@@ -92,51 +100,111 @@ def _layout(bucket: Bucket, max_blocks: int) -> dict[str, tuple[int, ...]]:
         "kv_lens": (rows,),
         "cu_q_lens": (rows + 1,),
         "sample_tokens": (rows,),
+        "num_draws": (rows,),
     }
 
 
 def packed_size(bucket: Bucket, max_blocks: int) -> int:
     """Length of the packed array."""
-    return sum(int(np.prod(shape)) for shape in _layout(bucket, max_blocks).values())
+    return sum(prod(shape) for shape in _layout(bucket, max_blocks).values())
 
 
 def _split(packed, bucket: Bucket, max_blocks: int) -> dict:
     """Views of ``packed`` (numpy or jax) by field name."""
     fields, start = {}, 0
     for name, shape in _layout(bucket, max_blocks).items():
-        stop = start + int(np.prod(shape))
+        stop = start + prod(shape)
         fields[name] = packed[start:stop].reshape(shape)
         start = stop
     return fields
 
 
-def pack(plan: StepPlan, bucket: Bucket, max_blocks: int, block_size: int) -> np.ndarray:
-    """The inputs of ``plan`` in one int32 array: one transfer a step."""
-    packed = np.zeros(packed_size(bucket, max_blocks), np.int32)
-    fields = _split(packed, bucket, max_blocks)
-    lens = np.fromiter((len(c.token_ids) for c in plan.chunks), np.int32, len(plan.chunks))
-    starts = np.fromiter((c.start for c in plan.chunks), np.int32, len(plan.chunks))
-    ends = np.cumsum(lens, dtype=np.int32)
-    total = int(lens.sum())
-    for row, chunk in enumerate(plan.chunks):
-        blocks = chunk.block_table[: -(-(chunk.start + len(chunk.token_ids)) // block_size)]
-        fields["block_tables"][row, : len(blocks)] = blocks
-        fields["token_ids"][ends[row] - lens[row] : ends[row]] = chunk.token_ids
-    rows = np.repeat(np.arange(len(plan.chunks)), lens)
-    positions = np.arange(total, dtype=np.int32) + np.repeat(starts - (ends - lens), lens)
-    fields["positions"][:total] = positions
-    fields["prompt_lens"][:total] = np.repeat([c.prompt_len for c in plan.chunks], lens)
-    fields["slots"][:total] = (
-        fields["block_tables"][rows, positions // block_size] * block_size + positions % block_size
-    )
-    fields["kv_lens"][: len(plan.chunks)] = starts + lens
-    fields["cu_q_lens"][1 : len(plan.chunks) + 1] = ends
-    fields["cu_q_lens"][len(plan.chunks) + 1 :] = total
-    read = [sample.chunk for sample in plan.samples] + [chunk for beam in plan.beams for chunk in beam.chunks]
-    fields["sample_tokens"][: len(read)] = ends[read] - 1
-    return packed
+class StepPacker:
+    """Packs plans, one after the other. Of a block table that is as it was in the plan before, nothing is done again.
+
+    Args:
+        max_blocks: width of a block table.
+        block_size: tokens a block.
+    """
+
+    def __init__(self, max_blocks: int, block_size: int):
+        self._max_blocks = max_blocks
+        self._block_size = block_size
+        self._rows: dict[int, tuple[list[int], bytes]] = {}  # of the last plan: table and its row, by sequence id
+
+    def pack(self, plan: StepPlan, bucket: Bucket) -> np.ndarray:
+        """The inputs of ``plan`` in one int32 array, a new one: one transfer a step."""
+        packed = np.zeros(packed_size(bucket, self._max_blocks), np.int32)
+        fields = _split(packed, bucket, self._max_blocks)
+        num_chunks = len(plan.chunks)
+        columns = zip(*plan.chunks, strict=True) if plan.chunks else [()] * len(Chunk._fields)
+        seq_ids, token_ids, starts, prompt_lens, tables = columns
+        lens = np.fromiter(map(len, token_ids), np.int32, num_chunks)
+        ends = np.cumsum(lens, dtype=np.int32)
+        total = int(lens.sum())
+        kv_lens = np.fromiter(starts, np.int32, num_chunks) + lens
+        rows = np.repeat(np.arange(num_chunks), lens)  # of each token
+        positions = np.arange(total, dtype=np.int32) + (kv_lens - ends)[rows]
+        logical, offsets = np.divmod(positions, self._block_size)
+
+        block_tables = fields["block_tables"][:num_chunks]
+        fed_lens = kv_lens + (plan.num_steps - 1)  # a burst goes on from the tables it began with
+        is_held = np.arange(self._max_blocks, dtype=np.int32) * self._block_size < fed_lens[:, None]
+        np.multiply(self._rows_of(seq_ids, tables), is_held, out=block_tables)
+        fields["token_ids"][:total] = np.fromiter(chain.from_iterable(token_ids), np.int32, total)
+        fields["positions"][:total] = positions
+        fields["prompt_lens"][:total] = np.fromiter(prompt_lens, np.int32, num_chunks)[rows]
+        fields["slots"][:total] = block_tables[rows, logical] * self._block_size + offsets
+        fields["kv_lens"][:num_chunks] = kv_lens
+        fields["cu_q_lens"][1 : num_chunks + 1] = ends
+        fields["cu_q_lens"][num_chunks + 1 :] = total
+        read = [sample.chunk for sample in plan.samples]
+        for beam in plan.beams:
+            read += beam.chunks
+        fields["sample_tokens"][: len(read)] = ends[read] - 1
+        if plan.num_steps > 1:
+            fields["num_draws"][:num_chunks] = [sample.num_tokens for sample in plan.samples]
+        return packed
+
+    def _rows_of(self, seq_ids: Sequence[int], tables: Sequence[Sequence[int]]) -> Int[np.ndarray, "chunks max_blocks"]:
+        """Block tables, whole, padded with zeros."""
+        before, width = self._rows, self._max_blocks
+        rows, packed = {}, []
+        for seq_id, table in zip(seq_ids, tables, strict=True):
+            row = before.get(seq_id)
+            # Mostly the same int objects, which lists compare without a look at the numbers.
+            if row is None or row[0] != table:
+                fitting = table[:width]
+                row = list(table), struct.pack(f"{len(fitting)}i{4 * (width - len(fitting))}x", *fitting)
+            rows[seq_id] = row
+            packed.append(row[1])
+        self._rows = rows
+        return np.frombuffer(b"".join(packed), np.int32).reshape(-1, width)
 
 
 def unpack(packed: Int[Array, " size"], bucket: Bucket, max_blocks: int) -> StepInputs:
     """On the device: the fields of a packed array."""
     return StepInputs(**_split(packed, bucket, max_blocks))
+
+
+def pack_next(packed: Int[Array, " size"], bucket: Bucket, max_blocks: int, block_size: int) -> Int[Array, " size"]:
+    """On the device: the inputs of the step after this one in a burst of decodes.
+
+    Every row that draws on feeds what it has just drawn; those that are done write to block 0.
+    """
+    assert bucket.is_decode
+    inputs = unpack(packed, bucket, max_blocks)
+    goes_on = inputs.num_draws > 1
+    moved = goes_on.astype(jnp.int32)
+    rows = jnp.arange(bucket.num_rows, dtype=jnp.int32)
+    positions = inputs.positions + moved
+    slots = inputs.block_tables[rows, positions // block_size] * block_size + positions % block_size
+    fields = dataclasses.replace(
+        inputs,
+        token_ids=jnp.where(goes_on, ~rows, 0),
+        positions=positions,
+        slots=jnp.where(goes_on, slots, 0),
+        kv_lens=inputs.kv_lens + moved,
+        num_draws=jnp.maximum(inputs.num_draws - 1, 0),
+    )
+    return jnp.concatenate([getattr(fields, name).reshape(-1) for name in _layout(bucket, max_blocks)])

@@ -46,6 +46,10 @@ class _Transfer:
     started: float
     arrays: list[Any]  # Blocks, whose stub lacks is_ready
 
+    @property
+    def is_arrival(self) -> bool:
+        return self.cost == "from_host_block_s"
+
     def is_over(self) -> bool:
         return all(array.is_ready() for array in self.arrays)
 
@@ -54,7 +58,8 @@ class HostPool:
     """Blocks outside of device memory, each an array of its own, sharded like the device pool.
 
     A step's copies go in two parts around its forward pass: ``start`` before, ``finish`` after. Neither waits for the
-    copies of this step, unless they are more than ``MAX_STAGED_BLOCKS``; ``start`` waits for those of earlier ones.
+    copies of this step, unless they are more than ``MAX_STAGED_BLOCKS``; ``start`` waits for those of earlier ones, to
+    stay below that, and around arrivals.
 
     Args:
         num_blocks: host blocks, allocated here. Later writes replace arrays, whose memory JAX's allocator recycles:
@@ -91,7 +96,7 @@ class HostPool:
         Returns:
             The cache, which may hold the first of many arrivals already.
         """
-        self._wait_for_earlier(cache)
+        self._wait_for_earlier(cache, len(to_host), is_for_arrivals=bool(from_host))
         self._store(cache, to_host)
         cache = self._request(cache, from_host)
         self.bytes_to_host += len(to_host) * self._bytes_per_block
@@ -154,16 +159,23 @@ class HostPool:
         padding = [blocks[0]] * (len(ids) - len(blocks))
         return self._program(("scatter", len(ids)))(cache, ids, [*blocks, *padding])
 
-    def _wait_for_earlier(self, cache: KVCache) -> None:
-        """Wait for the copies of earlier steps: so staged blocks are those of one step."""
+    def _wait_for_earlier(self, cache: KVCache, num_blocks: int, *, is_for_arrivals: bool) -> None:
+        """Wait for copies of earlier steps, the oldest first, until so many blocks more may be staged.
+
+        Arrivals are staged until they are written: before and after some, for all there is.
+        """
+        is_for_all = is_for_arrivals or any(transfer.is_arrival for transfer in self._under_way)
+        num_staged = sum(len(transfer.arrays) for transfer in self._under_way)
         if not self._under_way:
             return
-        while self._under_way:
+        while self._under_way and (is_for_all or num_staged + num_blocks > MAX_STAGED_BLOCKS):
             transfer = self._under_way.pop(0)
+            num_staged -= len(transfer.arrays)
             is_end_seen = not transfer.is_over()
             self._stall(transfer.arrays)
             self._learn(transfer, is_end_seen=is_end_seen)
-        self._stall([cache.pool])  # arrivals are staged until they are written
+        if is_for_all:
+            self._stall([cache.pool])
 
     def _stall(self, arrays: Sequence[Array]) -> None:
         started = time.perf_counter()

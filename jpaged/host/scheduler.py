@@ -325,7 +325,7 @@ class Scheduler:
         assert self._num_under_way == 1
         if not self._can_be_followed or self._groups_to_make_way():
             return None
-        self._land()  # the step under way moves nothing between the pools
+        self._land()  # the step under way brings nothing from the host: who resumes found all its blocks on the device
         self._preempted.clear()
         feeds = [feed for group in self._running for feed in _feeds_of(group)]
         missing = self._missing(feeds)
@@ -404,6 +404,12 @@ class Scheduler:
         self._num_logical_blocks += self.blocks.num_logical_blocks - num_pinned
         self._num_physical_blocks += self.blocks.num_used_blocks - self.blocks.num_blocks_freed_by(pins)
 
+    def drop(self) -> None:
+        """The oldest plan is not under way any more: instead of ``update``, where nobody waits for what it brings."""
+        self._num_under_way -= 1
+        if self._num_under_way == 0:  # otherwise nothing came from the host
+            self._land()
+
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Take in what the step of ``plan`` produced.
 
@@ -413,9 +419,7 @@ class Scheduler:
         Returns:
             The groups that gained tokens, each once, in plan order.
         """
-        self._num_under_way -= 1
-        if self._num_under_way == 0:  # otherwise nothing moves between the pools
-            self._land()
+        self.drop()
         block_size = self.blocks.block_size
         for chunk in plan.chunks:
             if chunk.seq_id not in self._sequences:
@@ -468,28 +472,28 @@ class Scheduler:
     def _make_way(self) -> None:
         """Preempt groups of lower priority than the first in the queue, if and while that is what it takes."""
         lower = self._groups_to_make_way()
-        if not lower:
-            return
-        first = self._waiting[0]
-        num_rows = sum(group.num_rows for group in lower)
-        if self._rows_short(first) > num_rows:
-            return
-        match = self._match(first)
-        num_blocks = self.blocks.num_blocks_freed_by([seq.seq_id for group in lower for seq in group.running])
-        if self._blocks_short(first, match) > num_blocks:
-            return  # it would not help
-        while lower and (self._rows_short(first) > 0 or self._blocks_short(first, match) > 0):
+        first = self._waiting[0] if lower else None
+        while first is not None and lower:
             self._preempt(lower.pop())
             match = self._match(first)  # what was freed may have been part of it
+            if self._rows_short(first) <= 0 and self._blocks_short(first, match) <= 0:
+                return
 
     def _groups_to_make_way(self) -> list[SequenceGroup]:
-        """Running groups of lower priority than the first in the queue."""
+        """Running groups of lower priority than the first in the queue, if it needs their room and that would do."""
         if not self._waiting:
             return []
-        priority = self._waiting[0].request.priority
+        first = self._waiting[0]
+        priority = first.request.priority
         if not self._running or self._running[-1].request.priority <= priority:
             return []
-        return [group for group in self._running if group.request.priority > priority]
+        lower = [group for group in self._running if group.request.priority > priority]
+        if self._rows_short(first) > sum(group.num_rows for group in lower):
+            return []
+        num_short = self._blocks_short(first, self._match(first))
+        num_blocks = self.blocks.num_blocks_freed_by([seq.seq_id for group in lower for seq in group.running])
+        is_needed = self._rows_short(first) > 0 or num_short > 0
+        return lower if is_needed and num_short <= num_blocks else []
 
     def _is_room_for(self, missing: list[tuple[int, int]]) -> bool:
         """Whether there are blocks for all that is missing."""
@@ -534,6 +538,7 @@ class Scheduler:
 
     def _preempt(self, group: SequenceGroup) -> None:
         """Take all device blocks from a group and queue it (PagedAttention, section 4.5)."""
+        assert self._num_under_way == 0, "who ends is known before anybody is preempted"
         self._running.remove(group)
         if self._swap_out(group):
             self._num_swaps_out += 1

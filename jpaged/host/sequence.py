@@ -129,7 +129,10 @@ class SequenceGroup:
 
     @property
     def is_finished(self) -> bool:
-        return all(seq.is_finished for seq in self.sequences)
+        for seq in self.sequences:  # asked of every group in every step: a generator would cost more than the answer
+            if seq.state is not SequenceState.FINISHED:
+                return False
+        return True
 
     @property
     def can_burst(self) -> bool:

@@ -135,16 +135,11 @@ class StepPlan:
     def can_be_followed(self) -> bool:
         """Whether the next step can be planned before this one's results are known.
 
-        Who penalises tokens must have seen them, a search chooses among its results, and what moves between the pools
-        is settled by the host.
+        Who penalises tokens must have seen them, a search chooses among its results, and what comes from the host can
+        be used when the host says so. (To leave those sequences out of the next plan would split the batch in two that
+        take turns.)
         """
-        return not (
-            self.beams
-            or self.prompt_scores
-            or self.to_host
-            or self.from_host
-            or any(sample.params.has_penalties for sample in self.samples)
-        )
+        return not (self.beams or self.from_host or any(sample.params.has_penalties for sample in self.samples))
 
     @property
     def num_logit_rows(self) -> int:
