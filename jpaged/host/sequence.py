@@ -129,7 +129,8 @@ class SequenceGroup:
 
     @property
     def is_finished(self) -> bool:
-        for seq in self.sequences:  # asked of every group in every step: a generator would cost more than the answer
+        # Asked of every group in every step: a generator would cost more than the answer.
+        for seq in self.sequences:  # noqa: SIM110
             if seq.state is not SequenceState.FINISHED:
                 return False
         return True
