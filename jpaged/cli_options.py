@@ -224,6 +224,12 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="attention kernel (default: the best one here; jpaged info names it)",
     )
     add(
+        "--max-burst",
+        type=int,
+        metavar="N",
+        help="decode steps in a row before the host sees their tokens (default: 4 on an accelerator, 1 on a CPU)",
+    )
+    add(
         "--preemption",
         choices=PREEMPTIONS,
         default=defaults.preemption,

@@ -57,6 +57,8 @@ class LLM:
         max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
         max_model_len: tokens a sequence may reach; None is the checkpoint's own limit, or what the pool holds if less.
         enable_prefix_caching: share the KV of equal prompt prefixes across requests.
+        max_burst: decode steps that may run in a row before the host sees their tokens, while nobody could be admitted;
+            streams get their tokens in groups of as many. None is 4 on an accelerator and 1 on a CPU.
         preemption: what becomes of a request that has to make way: "swap" moves its KV to the host pool, "recompute"
             computes it again, "auto" does what is cheaper on this machine.
         num_host_blocks: blocks of the host pool, in pinned memory: for preempted requests, and for cached prefixes that
@@ -86,6 +88,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
+        max_burst: int | None = None,
         preemption: str = "auto",
         num_host_blocks: int | None = None,
         host_memory_bytes: int | None = None,
@@ -104,6 +107,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             enable_prefix_caching=enable_prefix_caching,
+            max_burst=max_burst,
             preemption=preemption,
             num_host_blocks=num_host_blocks,
             host_memory_bytes=host_memory_bytes,

@@ -359,7 +359,7 @@ class BlockManager:
         salt: bytes = b"",
         include_partial: bool = False,
     ) -> None:
-        """Enter the sequence's full blocks into the prefix cache, once the step that wrote them has run.
+        """Enter the sequence's full blocks into the prefix cache, once a step that writes them is under way.
 
         Costs only what became full since the last call; does nothing when prefix caching is off. Of two sequences
         that publish the same content, the first keeps the entry.
