@@ -206,15 +206,19 @@ def slow_link(monkeypatch):
     return runner, sent
 
 
-def test_a_step_waits_for_no_copy_of_its_own_but_the_next_one_that_moves_does(slow_link):
+def test_a_step_waits_for_no_copy_but_when_too_many_would_be_staged_and_before_arrivals(slow_link):
     runner, sent = slow_link
     runner.execute(StepPlan(to_host=moves([1, 2], [0, 1])))
     assert runner.host_pool.stalled_s == 0
     runner.execute(StepPlan(chunks=(Chunk(0, [1], 0, 1, [3]),)))
-    assert not sent[0][0].is_over, "a step that moves nothing"
     runner.execute(StepPlan(to_host=moves([3], [2])))
-    assert all(block.is_over for block in sent[0])
+    assert not any(block.is_over for blocks in sent for block in blocks)
+    runner.execute(StepPlan(to_host=moves(range(4, 3 + MAX_STAGED_BLOCKS), range(3, 2 + MAX_STAGED_BLOCKS))))
+    assert all(block.is_over for block in sent[0]), "the oldest make room"
+    assert not any(block.is_over for blocks in sent[1:] for block in blocks)
     assert runner.host_pool.stalled_s == 3.0
+    runner.execute(StepPlan(from_host=moves([100], [3])))
+    assert all(block.is_over for blocks in sent for block in blocks)
 
 
 def test_staged_blocks_are_bounded_within_a_plan(slow_link):
@@ -228,7 +232,7 @@ def test_staged_blocks_are_bounded_within_a_plan(slow_link):
 def test_a_copy_seen_to_end_moves_its_cost_and_no_other(slow_link):
     runner, _ = slow_link
     runner.execute(StepPlan(to_host=moves([1], [0])))  # expected to take 1 + 1 s, takes 3
-    runner.execute(StepPlan(to_host=moves([1], [0])))
+    runner.execute(StepPlan(to_host=moves(range(1, 1 + MAX_STAGED_BLOCKS), range(MAX_STAGED_BLOCKS))))
     costs = runner.costs
     assert 1.0 < costs.to_host_block_s < 1.5
     assert (costs.transfer_s, costs.from_host_block_s, costs.prefill_token_s) == (1.0, 1.0, 1.0)

@@ -87,13 +87,13 @@ class ForwardResult(NamedTuple):
     Args:
         cache: with the K/V of all tokens.
         hidden: of all tokens.
-        sample_hidden: of those whose logits are read.
+        sample_hidden: of those whose logits are read, filled up: how many those are is for who reads them.
         packed: the inputs of the next step of a burst; None if prompts are in the batch.
     """
 
     cache: KVCache
     hidden: Float[Array, "tokens hidden_size"]
-    sample_hidden: Float[Array, "rows hidden_size"]
+    sample_hidden: Float[Array, "max_num_seqs hidden_size"]
     packed: Int[Array, " size"] | None
 
 
@@ -337,7 +337,7 @@ class ModelRunner:
                 return self._jit(self._forward, bucket, donate=1).lower(weights, cache, latest, packed)
             case "sample":
                 sample_sizes, num_top = sizes
-                hidden = self._abstract((sample_sizes.num_rows, self.model_config.hidden_size), self.dtype)
+                hidden = self._abstract((self.config.max_num_seqs, self.model_config.hidden_size), self.dtype)
                 packed = self._abstract((sample_sizes.packed_size,), jnp.int32)
                 num_before = self._abstract((), jnp.int32)
                 return self._jit(self._sample, sample_sizes, num_top).lower(weights, hidden, packed, num_before)
@@ -348,7 +348,7 @@ class ModelRunner:
                 return self._jit(self._score, num_top).lower(weights, hidden, rows, rows)
             case "beam":
                 rows, num_candidates, num_biases = sizes
-                hidden = self._abstract((rows, self.model_config.hidden_size), self.dtype)
+                hidden = self._abstract((self.config.max_num_seqs, self.model_config.hidden_size), self.dtype)
                 empty = empty_beam_inputs(rows, num_candidates, num_biases)
                 packed = self._abstract(pack_beam_inputs(empty).shape, jnp.int32)
                 return self._jit(self._beam, num_candidates, empty).lower(weights, hidden, packed)
@@ -399,14 +399,15 @@ class ModelRunner:
         attend = PagedAttend(cache, inputs, self.attention.name)
         hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
         after = pack_next(packed, bucket, self.max_blocks, self.config.block_size) if bucket.is_decode else None
-        return ForwardResult(attend.cache, hidden, hidden[inputs.sample_tokens], after)
+        sample_hidden = jnp.pad(hidden[inputs.sample_tokens], ((0, self.config.max_num_seqs - bucket.num_rows), (0, 0)))
+        return ForwardResult(attend.cache, hidden, sample_hidden, after)
 
     def _sample(
         self,
         sizes: SampleSizes,
         num_top: int | None,
         weights: list[Array],
-        hidden: Float[Array, "rows hidden_size"],
+        hidden: Float[Array, "max_num_seqs hidden_size"],
         packed: Int[Array, " size"],
         num_before: Int[Array, ""],
     ) -> tuple[SampledTokens, Int[Array, " max_num_seqs"]]:
@@ -414,8 +415,9 @@ class ModelRunner:
         model = self._merge(weights)
         inputs = unpack_samples(packed, sizes)
         inputs = dataclasses.replace(inputs, positions=inputs.positions + num_before)
-        sampled = sample(self._whole_rows(model.logits(hidden)), inputs, num_top=num_top)
-        latest = jnp.pad(sampled.token_ids, (0, self.config.max_num_seqs - hidden.shape[0]))
+        logits = model.logits(hidden[: sizes.num_rows])
+        sampled = sample(self._whole_rows(logits), inputs, num_top=num_top)
+        latest = jnp.pad(sampled.token_ids, (0, hidden.shape[0] - sizes.num_rows))
         return sampled, jax.lax.with_sharding_constraint(latest, replicated(self.mesh))
 
     def _whole_rows(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
@@ -432,12 +434,13 @@ class ModelRunner:
         num_candidates: int,
         like: BeamInputs,
         weights: list[Array],
-        hidden: Float[Array, "rows hidden_size"],
+        hidden: Float[Array, "max_num_seqs hidden_size"],
         packed: Int[Array, " size"],
     ) -> Candidates:
         model = self._merge(weights)
         inputs = unpack_beam_inputs(packed, like)
-        return beam_candidates(model.logits(hidden), inputs, num_candidates=num_candidates)
+        logits = model.logits(hidden[: len(inputs.group_rows)])
+        return beam_candidates(logits, inputs, num_candidates=num_candidates)
 
     def _score(
         self,
@@ -512,8 +515,10 @@ class ModelRunner:
         """Enqueue the forward pass and all that is made of its logits."""
         plan, sampled, candidates = step.plan, [], None
         bucket = bucket_for(plan, self.buckets)
-        rows, packed = bucket.num_rows, self._step_packer.pack(plan, bucket)
+        packed = self._step_packer.pack(plan, bucket)
         run = self._program(("forward", bucket))
+        # As few rows of logits as compiled for: a chunk of a prompt brings one, or none.
+        rows = min(bucket.num_rows for bucket in self.buckets if bucket.num_rows >= len(plan.samples))
         packed_samples, sizes = self._sample_packer.pack(plan.samples, rows)
         draw = self._program(("sample", sizes, num_top_of(plan.samples))) if plan.samples else None
         forward = None
@@ -526,8 +531,8 @@ class ModelRunner:
         assert forward is not None
         if plan.beams:
             num_candidates = num_candidates_of(plan.beams)
-            inputs = make_beam_inputs(plan.beams, first_row=len(plan.samples), num_rows=rows)
-            key = ("beam", rows, num_candidates, len(inputs.bias_rows))
+            inputs = make_beam_inputs(plan.beams, first_row=len(plan.samples), num_rows=bucket.num_rows)
+            key = ("beam", bucket.num_rows, num_candidates, len(inputs.bias_rows))
             candidates = self._program(key)(self._weights, forward.sample_hidden, pack_beam_inputs(inputs))
         scores = tuple(self._score_prompt(plan, piece, forward.hidden) for piece in plan.prompt_scores)
         return step._replace(sampled=tuple(sampled), candidates=candidates, prompt_scores=scores)
