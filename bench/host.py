@@ -2,6 +2,7 @@
 
     python -m bench.host                      # 256 sequences
     python -m bench.host --num-seqs 32 --profile
+    python -m bench.host --max-burst 4        # as on an accelerator, while nobody can be admitted
 
 The real engine, scheduler and block manager over a runner that packs each step as for a device and then makes up its
 tokens, so that nothing but the host's own work is timed, in CPU time of its thread. One step is in flight, as in
@@ -31,16 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--num-seqs", type=int, default=256, metavar="N", help="sequences that decode (default: %(default)s)")
-    add("--num-steps", type=int, default=300, metavar="N", help="steps timed (default: %(default)s)")
+    add("--num-plans", type=int, default=300, metavar="N", help="plans timed (default: %(default)s)")
     add("--prompt-len", type=int, default=512, metavar="N", help="tokens of each prompt (default: %(default)s)")
+    add("--max-burst", type=int, default=1, metavar="N", help="steps planned at once (default: %(default)s)")
     add("--stream", action="store_true", help="tell of every token, as a server does; else of results only")
     add("--no-prefix-caching", action="store_true", help="without the prefix cache")
     add("--profile", action="store_true", help="print where the time goes, by function")
     add("--out", type=Path, default=HERE / "results", help="directory of the result file")
     add("--commit", help="commit to record, where there is no git")
     args = parser.parse_args(argv)
-    if args.prompt_len + args.num_steps + 2 > MAX_MODEL_LEN:
-        parser.error(f"--prompt-len and --num-steps: {MAX_MODEL_LEN - 2} tokens together at most")
+    if args.prompt_len + (args.num_plans + 2) * args.max_burst > MAX_MODEL_LEN:
+        parser.error(f"--prompt-len and --num-plans: they make sequences of more than {MAX_MODEL_LEN} tokens")
     from bench.results import environment, save
 
     timed = _time_steps(args)
@@ -48,18 +50,20 @@ def main(argv: list[str] | None = None) -> int:
     total = sum(rows.values())
     for name, us in rows.items():
         print(f"{name:28} {us:8.0f} us")
-    print(f"{'a step':28} {total:8.0f} us, {total / args.num_seqs:.2f} us a sequence")
+    print(f"{'a plan':28} {total:8.0f} us; a step {total / args.max_burst:.0f} us")
     report = {
         "environment": environment(args.commit),
         "num_seqs": args.num_seqs,
-        "num_steps": args.num_steps,
+        "num_plans": args.num_plans,
+        "max_burst": args.max_burst,
         "prompt_len": args.prompt_len,
         "is_streamed": args.stream,
         "enable_prefix_caching": not args.no_prefix_caching,
         "median_us": rows,
-        "step_us": total,
+        "step_us": total / args.max_burst,
     }
-    print(f"written to {save(f'host_{args.num_seqs}{"_stream" * args.stream}', report, args.out)}")
+    name = f"host_{args.num_seqs}" + f"_burst{args.max_burst}" * (args.max_burst > 1) + "_stream" * args.stream
+    print(f"written to {save(name, report, args.out)}")
     return 0
 
 
@@ -76,10 +80,13 @@ class _Runner:
     num_blocks: int
     timed: dict[str, list[float]]
     num_host_blocks = 0
-    max_burst = 1
     bytes_per_block = 1
     costs = None
     host_pool = None
+
+    @property
+    def max_burst(self) -> int:
+        return self.config.max_burst
 
     def __post_init__(self) -> None:
         from jpaged.device.sampler import SamplePacker
@@ -111,7 +118,8 @@ class _Runner:
         rows = len(step.plan.samples)
         floats, ints = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
         none = np.zeros((rows, 0))
-        return StepResult(ints + 7, TokenScores(floats, ints, none.astype(np.int32), none.astype(np.float32)))
+        scores = TokenScores(floats, ints, none.astype(np.int32), none.astype(np.float32))
+        return StepResult(ints + 7, scores, later=((ints + 7, scores),) * (step.plan.num_steps - 1))
 
 
 def _time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -127,6 +135,7 @@ def _time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
         max_num_seqs=args.num_seqs,
         max_model_len=MAX_MODEL_LEN,
         num_blocks=num_blocks,
+        max_burst=args.max_burst,
         enable_prefix_caching=not args.no_prefix_caching,
     )
     timed: defaultdict[str, list[float]] = defaultdict(list)
@@ -148,7 +157,7 @@ def _time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
     engine.runner.enqueue = _timing(engine.runner.enqueue, elsewhere := [])
     engine.runner.fetch = _timing(engine.runner.fetch, elsewhere)
     profile = cProfile.Profile()
-    for _ in range(args.num_steps):
+    for _ in range(args.num_plans):
         num_before = engine.num_drawn_tokens
         if args.profile:
             profile.enable()
@@ -156,7 +165,7 @@ def _time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
         output = engine.step()
         step_s = time.thread_time() - started
         profile.disable()
-        assert engine.num_drawn_tokens - num_before == args.num_seqs
+        assert engine.num_drawn_tokens - num_before == args.num_seqs * args.max_burst
         assert len(output.deltas) == args.num_seqs * args.stream
         told_apart = sum(elsewhere) + timed["schedule"][-1] + timed["update"][-1]
         timed["collect, and what is left"].append(step_s - told_apart)
