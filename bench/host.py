@@ -147,8 +147,8 @@ def _time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
         params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=MAX_MODEL_LEN - args.prompt_len)
         engine.add(engine.make_request(str(i), {"prompt_token_ids": prompt}, params), is_streamed=args.stream)
     num_before = 0
-    while engine.scheduler.stats().num_waiting or engine.num_drawn_tokens - num_before < args.num_seqs:
-        num_before = engine.num_drawn_tokens
+    while engine.scheduler.stats().num_waiting or engine.num_output_tokens - num_before < args.num_seqs:
+        num_before = engine.num_output_tokens
         engine.step()
     timed.clear()
     scheduler = engine.scheduler
@@ -158,14 +158,14 @@ def _time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
     engine.runner.fetch = _timing(engine.runner.fetch, elsewhere)
     profile = cProfile.Profile()
     for _ in range(args.num_plans):
-        num_before = engine.num_drawn_tokens
+        num_before = engine.num_output_tokens
         if args.profile:
             profile.enable()
         started = time.thread_time()
         output = engine.step()
         step_s = time.thread_time() - started
         profile.disable()
-        assert engine.num_drawn_tokens - num_before == args.num_seqs * args.max_burst
+        assert engine.num_output_tokens - num_before == args.num_seqs * args.max_burst
         assert len(output.deltas) == args.num_seqs * args.stream
         told_apart = sum(elsewhere) + timed["schedule"][-1] + timed["update"][-1]
         timed["collect, and what is left"].append(step_s - told_apart)

@@ -162,7 +162,6 @@ class Engine:
             preemption=config.preemption,
             costs=runner.costs,
         )
-        self.num_drawn_tokens = 0  # since the start, with what is drawn before a sequence is known to have ended
         self._groups: dict[str, SequenceGroup] = {}  # requests whose result was not handed out, by request id
         self._streamed: dict[str, bool] = {}  # of those whose deltas are wanted: as they gain tokens, or in the end
         self._to_collect: dict[str, SequenceGroup] = {}  # those that may have something to tell, by request id
@@ -275,6 +274,11 @@ class Engine:
                 self._progress.pop(seq.seq_id, None)
 
     @property
+    def num_output_tokens(self) -> int:
+        """Tokens that requests gained since the start; of a search, one for each live beam and step."""
+        return self.scheduler.num_output_tokens
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether some request's result was not collected yet."""
         return bool(self._groups)
@@ -357,10 +361,10 @@ class Engine:
                     self.scheduler.forget_pool()
                     self.runner.forget_pool()
                     raise
-                self._drop_wasted()
                 self.scheduler.costs = self.runner.costs
                 self._to_collect |= {group.request.request_id: group for group in touched if self._is_to_tell(group)}
             self._collect_all()
+            self._drop_wasted()
         return self.take()
 
     def _run_step(self, interrupts: "_InterruptsWait") -> list[SequenceGroup]:
@@ -374,8 +378,6 @@ class Engine:
         with interrupts.let_through():
             result = self.runner.fetch(step)
         del self._under_way[0]
-        self.num_drawn_tokens += sum([sample.num_tokens for sample in step.plan.samples])
-        self.num_drawn_tokens += sum(len(beam.chunks) for beam in step.plan.beams)
         return self.scheduler.update(step.plan, result)
 
     def _drop_wasted(self) -> None:

@@ -259,7 +259,7 @@ class LLM:
         *,
         priority: int | Sequence[int] = 0,
     ) -> Generator[CompletionDelta]:
-        """Complete prompts, yielding what each completion gains as soon as it is there.
+        """Complete prompts, yielding what each completion gains as soon as it is there (see ``max_burst``).
 
         Beam searches, and ``best_of`` above ``n``, yield their results in the end, one delta each.
         Closing the iterator aborts what is left. Several streams may be read in turns: they share every step.
@@ -349,7 +349,7 @@ class LLM:
     def _run(self, requests: list[Request], *, use_tqdm: bool) -> None:
         """Step until all ``requests`` have finished."""
         waiting = {request.request_id for request in requests}
-        num_before = self.engine.num_drawn_tokens
+        num_before = self.engine.num_output_tokens
         with tqdm(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
             while waiting:
                 num_waiting = len(waiting)
@@ -357,7 +357,7 @@ class LLM:
                     waiting -= self._finished.keys()
                 bar.update(num_waiting - len(waiting))
                 if use_tqdm:
-                    num_tokens = self.engine.num_drawn_tokens - num_before
+                    num_tokens = self.engine.num_output_tokens - num_before
                     rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
 

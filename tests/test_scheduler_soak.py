@@ -669,3 +669,65 @@ def test_best_of_draws_all_from_one_computation_of_the_prompt():
     assert len(group.sequences) == 5
     assert len({tuple(seq.output_token_ids) for seq in group.sequences}) == 5
     assert [chunk.start for plan in plans for chunk in plan.chunks].count(0) == 1
+
+
+def test_what_a_pin_borrows_is_not_counted_on_once_a_step_has_failed():
+    device = make_device(7, block_size=8, rows=4, budget=64, model_len=48)
+    scheduler = device.scheduler
+
+    def pin(name: str, prompt: list[int]) -> None:
+        scheduler.pin(Request(name, None, prompt, SamplingParams(max_tokens=1), 0))
+        step_until(device, lambda: scheduler.is_pinned(name))
+
+    finish_all(device, add(device, "before", list(range(8)), max_tokens=1))
+    pin("short", [0, 1, 2])
+    pin("long", list(range(9)))
+    tables = [set(scheduler.blocks.block_table(pin.sequences[0].seq_id)) for pin in scheduler._pins.values()]
+    assert len(set.union(*tables)) < sum(map(len, tables)), "one block serves both"
+    prompt = [9] * 5
+    with pytest.raises(ValueError, match="never fit"):
+        add(device, "too long", prompt, max_tokens=27, ignore_eos=True)
+    group = add(device, "fits", prompt, max_tokens=19, ignore_eos=True)
+    step(device)
+    scheduler.schedule()
+    device.lose()
+    scheduler.forget_pool()
+    finish_all(device, group)
+
+
+def test_nobody_makes_way_for_a_request_that_shares_the_blocks_it_would_gain():
+    device = make_device(8, block_size=4, rows=8, budget=64, preemption="recompute")
+    first = add(device, "first", 12, max_tokens=4, ignore_eos=True)
+    low = add(device, "low", 9, max_tokens=3, priority=1, ignore_eos=True)
+    step(device)
+    step(device)
+    sharing = add(device, "sharing", [*low.request.prompt_token_ids[:8], 1, 2, 3, 4, 5], max_tokens=3)
+    step(device)
+    assert device.scheduler.stats().num_preemptions == 0
+    finish_all(device, first, low, sharing)
+
+
+def test_who_resumes_from_blocks_still_on_the_device_preempts_nobody_while_a_step_is_under_way():
+    device = make_device(12, block_size=1, num_host_blocks=32, rows=8, budget=64, model_len=60)
+    scheduler = device.scheduler
+    groups = [add(device, name, 2, max_tokens=6, ignore_eos=True) for name in "abcd"]
+    under_way: list[tuple[StepPlan, StepResult]] = []
+    num_found = 0
+
+    def plan_one(schedule: Callable[[], StepPlan | None]) -> None:
+        nonlocal num_found
+        num_swaps_in = scheduler.stats().num_swaps_in
+        plan = schedule()
+        if plan is not None:
+            num_found += scheduler.stats().num_swaps_in > num_swaps_in and not plan.from_host
+            under_way.append((plan, device.execute(plan)))
+
+    while scheduler.has_unfinished:
+        if not under_way:
+            plan_one(scheduler.schedule)
+        plan_one(scheduler.schedule_ahead)
+        scheduler.update(*under_way.pop(0))
+        device.audit()
+    for group in groups:
+        assert_is_what_was_asked_for(group, scheduler)
+    assert num_found > 0, "whose blocks were all still there"

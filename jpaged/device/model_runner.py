@@ -88,7 +88,7 @@ class ForwardResult(NamedTuple):
         cache: with the K/V of all tokens.
         hidden: of all tokens.
         sample_hidden: of those whose logits are read, filled up: how many those are is for who reads them.
-        packed: the inputs of the next step of a burst; None if prompts are in the batch.
+        packed: the inputs of the next step of a burst; None where there are none.
     """
 
     cache: KVCache
@@ -398,7 +398,9 @@ class ModelRunner:
         model = self._merge(weights)
         attend = PagedAttend(cache, inputs, self.attention.name)
         hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
-        after = pack_next(packed, bucket, self.max_blocks, self.config.block_size) if bucket.is_decode else None
+        after = None
+        if bucket.is_decode and self.max_burst > 1:
+            after = pack_next(packed, bucket, self.max_blocks, self.config.block_size)
         sample_hidden = jnp.pad(hidden[inputs.sample_tokens], ((0, self.config.max_num_seqs - bucket.num_rows), (0, 0)))
         return ForwardResult(attend.cache, hidden, sample_hidden, after)
 

@@ -312,14 +312,19 @@ class BlockManager:
         in_place = sum(1 < count == self._device.ref_counts[block] for block, count in writers.items())
         return needed - in_place
 
-    def num_blocks_freed_by(self, seq_ids: Iterable[Hashable]) -> int:
+    def num_blocks_freed_by(self, seq_ids: Iterable[Hashable], *, match: PrefixMatch = NO_MATCH) -> int:
         """Count the blocks that would be free if these sequences were gone: those that nobody else holds.
+
+        Args:
+            seq_ids: the sequences.
+            match: of a sequence that would come in their place; what it shares of theirs is not counted.
 
         Raises:
             ValueError: an unknown or swapped sequence.
         """
         holders = Counter(block for seq_id in seq_ids for block in self._held_by(seq_id).blocks)
-        return sum(self._device.ref_counts[block] == count for block, count in holders.items())
+        shared = {hit.block for hit in match.hits if not hit.is_on_host}
+        return sum(self._device.ref_counts[block] == n for block, n in holders.items() if block not in shared)
 
     def fork(self, parent_id: Hashable, child_id: Hashable) -> None:
         """Start ``child_id`` with everything ``parent_id`` holds, sharing every block, the partial last one too.

@@ -108,6 +108,7 @@ class Scheduler:
         self._pins: dict[str, SequenceGroup] = {}  # by request id, from when they are asked for until unpinned
         # The last admission refused, and the blocks then free and cached.
         self._refused: tuple[SequenceGroup, tuple[int, int]] | None = None
+        self.num_output_tokens = 0  # since the start; of searches, one for each live beam and step
         self._num_under_way = 0  # plans scheduled and not updated
         self._can_be_followed = False  # the newest of them
         self._num_arrivals = 0
@@ -443,6 +444,7 @@ class Scheduler:
                 group, seq = self._sequences[sample.seq_id]
                 seq.num_pending -= 1
                 seq.token_ids.append(token_id)
+                self.num_output_tokens += 1
                 seq.scores.append((scores, row))
                 touched[group.arrival] = group
                 reason = self._finish_reason(group, seq)
@@ -455,6 +457,7 @@ class Scheduler:
             if seq_ids[0] not in self._sequences:
                 continue
             group, live = self._sequences[seq_ids[0]][0], [self._sequences[seq_id][1] for seq_id in seq_ids]
+            self.num_output_tokens += len(live)
             self._advance_beams(group, live, candidates)
             touched[group.arrival] = group
         return list(touched.values())
@@ -490,8 +493,10 @@ class Scheduler:
         lower = [group for group in self._running if group.request.priority > priority]
         if self._rows_short(first) > sum(group.num_rows for group in lower):
             return []
-        num_short = self._blocks_short(first, self._match(first))
-        num_blocks = self.blocks.num_blocks_freed_by([seq.seq_id for group in lower for seq in group.running])
+        match = self._match(first)
+        num_short = self._blocks_short(first, match)
+        seq_ids = [seq.seq_id for group in lower for seq in group.running]
+        num_blocks = self.blocks.num_blocks_freed_by(seq_ids, match=match)
         is_needed = self._rows_short(first) > 0 or num_short > 0
         return lower if is_needed and num_short <= num_blocks else []
 
@@ -760,12 +765,23 @@ class Scheduler:
     def _capacity(self, request: Request | None) -> Capacity:
         """The pool without what is pinned, but with what ``request`` would share of it."""
         block_size, num_usable = self.blocks.block_size, self.blocks.num_blocks - 1  # block 0 is padding
-        num_pinned = len({block for seq_id in self._pinned_seq_ids for block in self.blocks.block_table(seq_id)})
+        # Pins share full blocks always, and others perhaps: not any more once a failed step has lost the pool.
+        num_pinned = len(self._pinned_blocks())
         queued = (pin for request_id, pin in self._pins.items() if request_id in self._groups)
         num_pinned += sum(num_blocks_covering(pin.prompt_len, block_size) for pin in queued)
         if request is not None and request.params.prompt_logprobs is None:
             num_pinned -= max((self._num_common_blocks(pin.request, request) for pin in self._pins.values()), default=0)
         return Capacity(num_usable - num_pinned, num_pinned, block_size, self.max_model_len)
+
+    def _pinned_blocks(self) -> set[tuple[int, int]]:
+        """What pins hold: full blocks, each once, and each pin's last one that is not full."""
+        held: set[tuple[int, int]] = set()
+        for request_id, pin in self._pins.items():
+            if self.is_pinned(request_id):
+                seq_id = pin.sequences[0].seq_id
+                table, num_full = self.blocks.block_table(seq_id), pin.prompt_len // self.blocks.block_size
+                held |= {(block, -1) for block in table[:num_full]} | {(block, seq_id) for block in table[num_full:]}
+        return held
 
     def _num_common_blocks(self, pin: Request, request: Request) -> int:
         """Full blocks of a pin that a request shares."""

@@ -139,8 +139,11 @@ class SequenceGroup:
     def can_burst(self) -> bool:
         """Whether its sequences may draw several tokens in a row before the host has seen the first."""
         params = self.request.params
-        is_plain = self.beam is None and not self.is_pin and self.fork_at is None
-        return is_plain and not (params.has_penalties or params.stop_strings or params.min_tokens)
+        if self.beam is not None or self.is_pin or self.fork_at is not None:
+            return False
+        if params.min_tokens and any(seq.num_tokens - seq.prompt_len < params.min_tokens for seq in self.unfinished):
+            return False  # what is banned changes from token to token
+        return not (params.has_penalties or params.stop_strings)
 
     @property
     def needs_prompt_scores(self) -> bool:
