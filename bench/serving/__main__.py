@@ -3,7 +3,7 @@
     python -m bench.serving --device cpu                          # the model in the box, on this machine
     python -m bench.serving --random-weights llama3-8b            # the shapes of a real model, on a GPU
     python -m bench.serving --random-weights llama3-8b --quick    # a first look: less work, a file of its own
-    python -m bench.serving --random-weights llama3-8b --warm-start --profile /tmp/traces
+    python -m bench.serving --random-weights llama3-8b --warm-start --profile traces
 
 Columns: what was measured here, the peer's figure, the ratio (above 1: better than the peer), the floor (least time
 from bytes and FLOPs at this device's own rates, measured in the same run; of a throughput: for the steps it took) and
