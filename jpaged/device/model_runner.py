@@ -1,6 +1,7 @@
 """Executes step plans: weights, KV cache and the compiled programs that join them."""
 
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -304,6 +305,9 @@ class ModelRunner:
                 job.result()
         finally:  # an interruption need not wait for programs that nobody started on
             threads.shutdown(cancel_futures=True)
+        # Tracing leaves a million objects that stay. Python's garbage collector would visit them between two steps.
+        gc.collect()
+        gc.freeze()
 
     @property
     def num_programs(self) -> int:
