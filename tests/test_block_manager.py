@@ -495,6 +495,24 @@ def test_the_longest_of_several_continuations_matches():
     assert manager.match_prefix([1, 9]).num_tokens == 1
 
 
+def test_a_block_that_filled_while_another_held_the_entry_is_entered_whole_in_its_place():
+    manager = cached_manager(4)  # three usable blocks
+    manager.reserve("a", 1)
+    manager.fork("a", "b")
+    manager.publish("a", [1], 1, include_partial=True)
+    manager.free("a")
+    manager.reserve("x", 4)
+    manager.publish("x", [1, 2, 3, 4], 4)
+    manager.append("b", 3)
+    manager.publish("b", [1, 2, 3, 4], 4)  # x was first
+    manager.free("x")
+    manager.reserve("y", 8)  # the block of x is reused
+    manager.publish("b", [1, 2, 3, 4], 4, include_partial=True)
+    [hit] = manager.match_prefix([1, 2, 3, 4, 5]).hits
+    assert (hit.block, hit.num_tokens) == (manager.block_table("b")[0], 4)
+    manager.check_invariants()
+
+
 def test_one_who_ends_inside_a_cached_block_shares_it_and_copies_before_writing():
     """The cache holds 4 tokens of the block, the sequence 2: in place, it would overwrite the third."""
     manager = cached_manager()

@@ -399,7 +399,8 @@ class BlockManager:
         prefix = holding.prefix or Prefix.empty(salt)
         if include_partial:
             for link, block in zip(prefix.chain(), holding.blocks, strict=False):
-                if block not in self._device.cache:
+                entered = self._device.cache.prefix_of(block)  # perhaps before the block was full
+                if entered is None or entered.num_last_tokens < link.num_last_tokens:
                     self._device.cache.insert(link, block)
         if stop <= start * self.block_size:
             return
