@@ -92,7 +92,7 @@ class _Runner:
         from jpaged.device.sampler import SamplePacker
         from jpaged.device.step_inputs import StepPacker, all_buckets
 
-        self._buckets = all_buckets(self.config.max_num_seqs, self.config.token_budget)
+        self.buckets = all_buckets(self.config.max_num_seqs, self.config.token_budget)
         self._step_packer = StepPacker(self.max_model_len // self.config.block_size, self.config.block_size)
         self._sample_packer = SamplePacker()
 
@@ -101,7 +101,7 @@ class _Runner:
         from jpaged.device.step_inputs import bucket_for
 
         start = time.thread_time()
-        bucket = bucket_for(plan, self._buckets)
+        bucket = bucket_for(plan, self.buckets)
         self._step_packer.pack(plan, bucket)
         packed = time.thread_time()
         self._sample_packer.pack(plan.samples, bucket.num_rows)

@@ -159,6 +159,7 @@ class Engine:
             max_model_len=runner.max_model_len,
             eos_token_ids=runner.model_config.eos_token_ids,
             max_burst=min(config.max_burst or runner.max_burst, runner.max_burst),
+            step_sizes=[(size.num_tokens, size.num_rows) for size in runner.buckets if not size.is_decode],
             preemption=config.preemption,
             costs=runner.costs,
         )
@@ -362,7 +363,7 @@ class Engine:
                     self.runner.forget_pool()
                     raise
                 self.scheduler.costs = self.runner.costs
-                self._to_collect |= {group.request.request_id: group for group in touched if self._is_to_tell(group)}
+                self._to_collect |= {group.request.request_id: group for group in self._those_to_tell(touched)}
             self._collect_all()
             self._drop_wasted()
         return self.take()
@@ -397,9 +398,11 @@ class Engine:
         output, self._output = self._output, StepOutput()
         return output
 
-    def _is_to_tell(self, group: SequenceGroup) -> bool:
-        """Whether there is something to do for a group that gained tokens: read them, tell of them, or end."""
-        return self.tokenizer is not None or group.request.request_id in self._streamed or group.is_finished
+    def _those_to_tell(self, touched: list[SequenceGroup]) -> list[SequenceGroup]:
+        """Of groups that gained tokens, those for which there is something to do: read them, tell of them, or end."""
+        if self.tokenizer is not None:
+            return touched
+        return [group for group in touched if group.is_finished or group.request.request_id in self._streamed]
 
     def _collect_all(self) -> None:
         for request_id, group in list(self._to_collect.items()):
@@ -488,10 +491,10 @@ class Engine:
         token_ids = seq.output_token_ids
         logprobs = None
         if num_logprobs is not None:
-            rows = zip(token_ids, seq.scores, strict=True)
+            rows = zip(token_ids, seq.output_scores, strict=True)
             logprobs = [self._logprobs(t, scores, row, num_logprobs) for t, (scores, row) in rows]
         detokenizer = self._progress_of(group, seq).detokenizer
-        cumulative_logprob, score = float(sum(scores.logprobs[row] for scores, row in seq.scores)), None
+        cumulative_logprob, score = float(sum(scores.logprobs[row] for scores, row in seq.output_scores)), None
         if group.beam is not None:
             cumulative_logprob = seq.cumulative_logprob or 0.0
             score = group.beam.score(cumulative_logprob, max(len(token_ids), 1)) if seq.score is None else seq.score

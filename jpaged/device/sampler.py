@@ -21,7 +21,7 @@ from jpaged.device.draws import (
     summarise,
 )
 from jpaged.device.filters import Filters, find_threshold, top_k
-from jpaged.host.step_plan import Sample, TokenScores
+from jpaged.host.step_plan import Decoder, DecodeSamples, Sample, TokenScores
 from jpaged.request import MAX_LOGPROBS, SamplingParams
 
 MIN_TEMPERATURE = 1e-5
@@ -156,7 +156,9 @@ class SamplePacker:
     """Packs the samples of plans, one after the other. Of sequences that the plan before had, parameters are kept."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, _ParamRow] = {}  # of the last plan, by sequence id
+        self._rows: dict[int, _ParamRow] = {}  # of those last looked at, by sequence id
+        # Who decoded in the last plan, and all columns, if they tell everything.
+        self._last: tuple[Sequence[Decoder], Int[np.ndarray, "columns rows"]] | None = None
 
     def pack(self, samples: Sequence[Sample], num_rows: int) -> tuple[Int[np.ndarray, " size"], SampleSizes]:
         """The inputs of samples, row i for ``samples[i]``, in one int32 array, a new one: one transfer a step.
@@ -167,28 +169,37 @@ class SamplePacker:
         """
         num_samples = len(samples)
         assert num_samples <= num_rows, (num_samples, num_rows)
-        fields = zip(*samples, strict=True) if samples else [()] * len(Sample._fields)
-        seq_ids, _, positions, seeds, params, banned, *_ = fields
-        rows = self._rows_of(seq_ids, params)
+        decodes = samples.decodes if isinstance(samples, DecodeSamples) else None
+        if decodes is not None and self._last is not None:
+            decoders, columns = self._last
+            if decoders is decodes.decoders and columns.shape[1] == num_rows:
+                columns = columns.copy()
+                columns[-1, :num_samples] = decodes.positions
+                return columns.reshape(-1), SampleSizes(num_rows)
+        owners = samples if decodes is None else decodes.decoders
+        rows = self._rows_of(owners)
         columns = np.empty((len(_COLUMNS), num_rows), np.int32)
         of_params = np.frombuffer(b"".join([row.packed for row in rows]), np.int32)
         columns[:_NUM_PARAM_COLUMNS, :num_samples] = of_params.reshape(-1, _NUM_PARAM_COLUMNS).T
-        columns[-2, :num_samples] = np.fromiter(seeds, np.uint32, num_samples).view(np.int32)
-        columns[-1, :num_samples] = np.fromiter(positions, np.int32, num_samples)
+        columns[-2, :num_samples] = np.array([owner.seed for owner in owners], np.uint32).view(np.int32)
+        columns[-1, :num_samples] = [sample.position for sample in samples] if decodes is None else decodes.positions
         columns[:, num_samples:] = _PADDING[:, None]
-        has_more = [row.has_more for row in rows]
-        if not (any(has_more) or any(banned)):
+        is_all = not any(row.has_more for row in rows)
+        if decodes is None:
+            is_all = is_all and not any(sample.banned_token_ids for sample in samples)
+        self._last = (decodes.decoders, columns) if decodes is not None and is_all else None
+        if is_all:
             return columns.reshape(-1), SampleSizes(num_rows)
         biases, seen = _pack_biases(samples, num_rows), _pack_history(samples, num_rows)
         sizes = SampleSizes(num_rows, biases.shape[1], seen.shape[1])
         return np.concatenate([columns.reshape(-1), biases.reshape(-1), seen.reshape(-1)]), sizes
 
-    def _rows_of(self, seq_ids: Sequence[int], params: Sequence[SamplingParams]) -> list[_ParamRow]:
+    def _rows_of(self, owners: Sequence[Sample] | Sequence[Decoder]) -> list[_ParamRow]:
         before, rows = self._rows, []
-        for seq_id, own in zip(seq_ids, params, strict=True):
-            row = before.get(seq_id)
-            rows.append(row if row is not None and row[0] is own else _param_row(own))
-        self._rows = dict(zip(seq_ids, rows, strict=True))
+        for owner in owners:
+            row = before.get(owner.seq_id)
+            rows.append(row if row is not None and row[0] is owner.params else _param_row(owner.params))
+        self._rows = {owner.seq_id: row for owner, row in zip(owners, rows, strict=True)}
         return rows
 
 
@@ -259,7 +270,8 @@ def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs
 
 def num_top_of(samples: Sequence[Sample]) -> int | None:
     """What ``sample`` is to be told of the log-probabilities that samples ask for."""
-    wanted = {sample.params.logprobs for sample in samples} - {None}
+    owners = samples.decodes.decoders if isinstance(samples, DecodeSamples) else samples
+    wanted = {owner.params.logprobs for owner in owners} - {None}
     if not wanted:
         return None
     return MAX_LOGPROBS if any(wanted) else 0

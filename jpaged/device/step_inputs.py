@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jpaged.host.step_plan import Chunk, StepPlan
+from jpaged.host.step_plan import Chunk, Decoder, Decodes, StepPlan
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -42,15 +43,20 @@ def powers_of_two(low: int, high: int) -> list[int]:
     return [*sizes, high]
 
 
-def all_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> list[Bucket]:
+def all_buckets(max_num_seqs: int, max_num_batched_tokens: int, least_rows: int = 1) -> list[Bucket]:
     """Every bucket a plan can need: as many tokens as rows for decodes, more when prompts are among them.
 
     A mixed step has fewer rows than tokens, so half as many rows do, and the next bucket where they don't.
+
+    Args:
+        max_num_seqs: rows at most.
+        max_num_batched_tokens: tokens at most.
+        least_rows: of a decode, if there can be so many; mixed steps begin with eight tokens for each, or 32.
     """
-    decode = [Bucket(rows, rows) for rows in powers_of_two(1, max_num_seqs)]
+    decode = [Bucket(rows, rows) for rows in powers_of_two(least_rows, max_num_seqs)]
     mixed = [
         Bucket(tokens, min(tokens // 2, max_num_seqs))
-        for tokens in powers_of_two(32, max_num_batched_tokens)
+        for tokens in powers_of_two(max(32, 8 * least_rows), max_num_batched_tokens)
         if tokens < max_num_batched_tokens
     ]
     return sorted({*decode, *mixed, Bucket(max_num_batched_tokens, max_num_seqs)})
@@ -119,8 +125,22 @@ def _split(packed, bucket: Bucket, max_blocks: int) -> dict:
     return fields
 
 
+class _Decoding(NamedTuple):
+    """What a packed plan of decodes leaves for the next one.
+
+    Args:
+        decoders: the sequences, row by row.
+        prompt_lens: theirs.
+        tables: their block tables, padded with zeros; written to by the next plan.
+    """
+
+    decoders: Sequence[Decoder]
+    prompt_lens: Int[np.ndarray, " rows"]
+    tables: Int[np.ndarray, "rows max_blocks"]
+
+
 class StepPacker:
-    """Packs plans, one after the other. Of a block table that is as it was in the plan before, nothing is done again.
+    """Packs every plan, one after the other. Of a block table, what was packed with the plan before is kept.
 
     Args:
         max_blocks: width of a block table.
@@ -130,15 +150,63 @@ class StepPacker:
     def __init__(self, max_blocks: int, block_size: int):
         self._max_blocks = max_blocks
         self._block_size = block_size
-        self._rows: dict[int, tuple[list[int], bytes]] = {}  # of the last plan: table and its row, by sequence id
+        self._rows: dict[int, tuple[list[int], bytes]] = {}  # of the last chunks: table and its row, by sequence id
+        self._last: _Decoding | None = None  # if that is what the last plan did
 
     def pack(self, plan: StepPlan, bucket: Bucket) -> np.ndarray:
         """The inputs of ``plan`` in one int32 array, a new one: one transfer a step."""
         packed = np.zeros(packed_size(bucket, self._max_blocks), np.int32)
         fields = _split(packed, bucket, self._max_blocks)
+        if plan.decodes is not None:
+            self._pack_decodes(plan.decodes, plan.num_steps, fields)
+        else:
+            self._last = None
+            self._pack_chunks(plan, fields)
+        return packed
+
+    def _pack_decodes(self, decodes: Decodes, num_steps: int, fields: dict[str, np.ndarray]) -> None:
+        num_rows, starts = len(decodes.decoders), decodes.positions - 1
+        rows = np.arange(num_rows, dtype=np.int32)
+        self._last = last = self._go_on(decodes)
+        self._extend_tables(last.tables, decodes)
+        fields["token_ids"][:num_rows] = ~decodes.rows
+        fields["positions"][:num_rows] = starts
+        fields["prompt_lens"][:num_rows] = last.prompt_lens
+        logical, offsets = np.divmod(starts, np.int32(self._block_size))
+        fields["slots"][:num_rows] = last.tables[rows, logical] * self._block_size + offsets
+        fields["block_tables"][:num_rows] = last.tables
+        fields["kv_lens"][:num_rows] = decodes.positions
+        fields["cu_q_lens"][1 : num_rows + 1] = rows + 1
+        fields["cu_q_lens"][num_rows + 1 :] = num_rows
+        fields["sample_tokens"][:num_rows] = rows
+        if num_steps > 1:
+            fields["num_draws"][:num_rows] = decodes.num_draws
+
+    def _go_on(self, decodes: Decodes) -> _Decoding:
+        """What was kept of the plan before, in the order of this one."""
+        decoders, last = decodes.decoders, self._last
+        if last is None:
+            prompt_lens = np.array([decoder.prompt_len for decoder in decoders], np.int32)
+            return _Decoding(decoders, prompt_lens, self._rows_of(decoders).copy())
+        if decoders is last.decoders:
+            return last
+        return _Decoding(decoders, last.prompt_lens[decodes.rows], last.tables[decodes.rows])
+
+    def _extend_tables(self, tables: np.ndarray, decodes: Decodes) -> None:
+        """Enter the blocks that this plan is the first to write to."""
+        starts, ends = decodes.positions - 1, decodes.positions - 1 + decodes.num_draws
+        first = -(-starts // self._block_size)
+        num_new = -(-ends // self._block_size) - first
+        for offset in range(num_new.max()):
+            rows = np.flatnonzero(num_new > offset)
+            logical = first[rows] + offset
+            new = zip(rows.tolist(), logical.tolist(), strict=True)
+            tables[rows, logical] = [decodes.decoders[row].block_table[index] for row, index in new]
+
+    def _pack_chunks(self, plan: StepPlan, fields: dict[str, np.ndarray]) -> None:
         num_chunks = len(plan.chunks)
         columns = zip(*plan.chunks, strict=True) if plan.chunks else [()] * len(Chunk._fields)
-        seq_ids, token_ids, starts, prompt_lens, tables = columns
+        _, token_ids, starts, prompt_lens, _ = columns
         lens = np.fromiter(map(len, token_ids), np.int32, num_chunks)
         ends = np.cumsum(lens, dtype=np.int32)
         total = int(lens.sum())
@@ -148,9 +216,13 @@ class StepPacker:
         logical, offsets = np.divmod(positions, self._block_size)
 
         block_tables = fields["block_tables"][:num_chunks]
-        fed_lens = kv_lens + (plan.num_steps - 1)  # a burst goes on from the tables it began with
+        fed_lens = kv_lens
+        if plan.num_steps > 1:  # a burst goes on from the tables it began with
+            num_draws = np.array([sample.num_tokens for sample in plan.samples], np.int32)
+            fields["num_draws"][:num_chunks] = num_draws
+            fed_lens = kv_lens + num_draws - 1
         is_held = np.arange(self._max_blocks, dtype=np.int32) * self._block_size < fed_lens[:, None]
-        np.multiply(self._rows_of(seq_ids, tables), is_held, out=block_tables)
+        np.multiply(self._rows_of(plan.chunks), is_held, out=block_tables)
         fields["token_ids"][:total] = np.fromiter(chain.from_iterable(token_ids), np.int32, total)
         fields["positions"][:total] = positions
         fields["prompt_lens"][:total] = np.fromiter(prompt_lens, np.int32, num_chunks)[rows]
@@ -162,15 +234,13 @@ class StepPacker:
         for beam in plan.beams:
             read += beam.chunks
         fields["sample_tokens"][: len(read)] = ends[read] - 1
-        if plan.num_steps > 1:
-            fields["num_draws"][:num_chunks] = [sample.num_tokens for sample in plan.samples]
-        return packed
 
-    def _rows_of(self, seq_ids: Sequence[int], tables: Sequence[Sequence[int]]) -> Int[np.ndarray, "chunks max_blocks"]:
+    def _rows_of(self, chunks: Sequence[Chunk] | Sequence[Decoder]) -> Int[np.ndarray, "chunks max_blocks"]:
         """Block tables, whole, padded with zeros."""
         before, width = self._rows, self._max_blocks
         rows, packed = {}, []
-        for seq_id, table in zip(seq_ids, tables, strict=True):
+        for chunk in chunks:
+            seq_id, table = chunk.seq_id, chunk.block_table
             row = before.get(seq_id)
             # Mostly the same int objects, which lists compare without a look at the numbers.
             if row is None or row[0] != table:

@@ -140,7 +140,7 @@ class BlockManager:
     @property
     def num_logical_blocks(self) -> int:
         """Blocks in the tables of all sequences on the device: those that would be held if none were shared."""
-        return sum(len(holding.blocks) for holding in self._holdings.values())
+        return self._device.num_holders
 
     @property
     def num_cached_blocks(self) -> int:
@@ -250,21 +250,7 @@ class BlockManager:
             OutOfBlocks: fewer free blocks than ``num_blocks_to_append``.
             ValueError: an unknown or swapped ``seq_id``, or a negative count.
         """
-        holding = self._holdings.get(seq_id) or self._held_by(seq_id)
-        if (  # 15 of 16 decodes with blocks of 16: kept free of other work
-            0 < num_tokens <= holding.num_empty
-            and self._device.ref_counts[holding.blocks[-1]] == 1
-            and not holding.is_borrowing
-        ):
-            holding.num_empty -= num_tokens
-            return []
-        _require_free(self._device, self.num_blocks_to_append(seq_id, num_tokens))
-        total = self._tokens_in(holding) + num_tokens
-        copies = self._copy_last_block(holding) if num_tokens > 0 and self._must_copy_last_block(holding) else []
-        while len(holding.blocks) * self.block_size < total:
-            holding.blocks.append(self._tiers.take())
-        holding.num_empty = len(holding.blocks) * self.block_size - total
-        return copies
+        return self.append_all([(seq_id, num_tokens)])
 
     def num_blocks_to_append(self, seq_id: Hashable, num_tokens: int = 1) -> int:
         """Count the free blocks that ``append`` needs.
@@ -281,7 +267,7 @@ class BlockManager:
         return self._tiers.num_needed(num_new + 1 - num_loads, num_loads=num_loads)
 
     def append_all(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
-        """``append`` for a whole group: all of its sequences or, when blocks are short, none.
+        """``append`` for a whole group, or a whole batch: all of its sequences or, when blocks are short, none.
 
         Args:
             appends: (seq_id, num_tokens) of different sequences.
@@ -293,10 +279,36 @@ class BlockManager:
             OutOfBlocks: not enough free blocks; nothing has changed.
             ValueError: as ``append``.
         """
-        most = sum(2 + num_tokens // self.block_size for _, num_tokens in appends)
-        if len(appends) > 1 and most > self._device.num_free:
-            _require_free(self._device, self._num_blocks_to_append_all(appends))
-        return [copy for seq_id, num_tokens in appends for copy in self.append(seq_id, num_tokens)]
+        holdings, ref_counts = self._holdings, self._device.ref_counts
+        fitting: list[tuple[_Holding, int]] = []
+        others: list[tuple[Hashable, int]] = []
+        for seq_id, num_tokens in appends:
+            holding = holdings.get(seq_id)
+            if (  # 15 of 16 decodes with blocks of 16: kept free of other work
+                holding is not None
+                and 0 < num_tokens <= holding.num_empty
+                and ref_counts[holding.blocks[-1]] == 1
+                and not holding.is_borrowing
+            ):
+                fitting.append((holding, num_tokens))
+            else:
+                others.append((seq_id, num_tokens))
+        growing = [(self._held_by(seq_id), _require_count(num_tokens)) for seq_id, num_tokens in others]
+        most = sum(2 + num_tokens // self.block_size for _, num_tokens in growing)
+        if most > self._device.num_free or self._tiers.has_loads:  # which not every free block can take
+            _require_free(self._device, self._num_blocks_to_append_all(others))
+        for holding, num_tokens in fitting:
+            holding.num_empty -= num_tokens
+        return [copy for holding, num_tokens in growing for copy in self._grow(holding, num_tokens)]
+
+    def _grow(self, holding: _Holding, num_tokens: int) -> list[BlockCopy]:
+        """Make room for which there are blocks."""
+        total = self._tokens_in(holding) + num_tokens
+        copies = self._copy_last_block(holding) if num_tokens > 0 and self._must_copy_last_block(holding) else []
+        while len(holding.blocks) * self.block_size < total:
+            holding.blocks.append(self._tiers.take())
+        holding.num_empty = len(holding.blocks) * self.block_size - total
+        return copies
 
     def _num_blocks_to_append_all(self, appends: Sequence[tuple[Hashable, int]]) -> int:
         """What each would need alone, less one for every shared block whose holders are all among them.
@@ -519,7 +531,7 @@ class BlockManager:
         Raises:
             ValueError: an unknown ``seq_id``.
         """
-        return self._tokens_in(self._swapped.get(seq_id) or self._held_by(seq_id))
+        return self._tokens_in(self._holdings.get(seq_id) or self._swapped.get(seq_id) or self._held_by(seq_id))
 
     def slots(self, seq_id: Hashable, start: int, stop: int) -> Int32[np.ndarray, " tokens"]:
         """The slots (physical_block * block_size + offset) of the sequence's token positions [start, stop).
@@ -682,6 +694,7 @@ def _require_free(tier: BlockTier, num_blocks: int) -> None:
         raise OutOfBlocks(f"{num_blocks} blocks needed, {tier.num_free} free of {len(tier.blocks)}")
 
 
-def _require_count(num_tokens: int) -> None:
+def _require_count(num_tokens: int) -> int:
     if num_tokens < 0:
         raise ValueError(f"num_tokens={num_tokens}: give 0 or more")
+    return num_tokens

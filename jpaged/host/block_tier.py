@@ -23,6 +23,7 @@ class BlockTier:
     def __init__(self, blocks: range, block_size: int) -> None:
         self.blocks = blocks
         self.ref_counts = [0] * blocks.stop
+        self.num_holders = 0  # their sum
         self.cache = PrefixCache(block_size)
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(blocks)  # front: reused first
 
@@ -44,21 +45,25 @@ class BlockTier:
         del self._free[block]
         assert self.ref_counts[block] == 0, "a free block has no holder"
         self.ref_counts[block] = 1
+        self.num_holders += 1
         return block, self.cache.evict(block)
 
     def hold(self, block: int) -> None:
         """Add one holder to a block, which leaves the free queue if it was there."""
         self._free.pop(block, None)
         self.ref_counts[block] += 1
+        self.num_holders += 1
 
     def share(self, blocks: Sequence[int]) -> None:
         """Add one holder to blocks that are held."""
         for block in blocks:
             self.ref_counts[block] += 1
+        self.num_holders += len(blocks)
 
     def release(self, blocks: Sequence[int]) -> list[int]:
         """Remove one holder from each block of a sequence. Returns those that are free now."""
         freed = []
+        self.num_holders -= len(blocks)
         for block in order_release(blocks):
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
@@ -81,6 +86,7 @@ class BlockTier:
     def check_invariants(self, holders: Counter[int]) -> None:
         """Assert what this class promises, where ``holders`` counts the holders of each held block."""
         assert self.ref_counts == [holders[block] for block in range(self.blocks.stop)]
+        assert self.num_holders == holders.total()
         assert len(self._free) + len(holders) == len(self.blocks)
         assert self._free.keys() | holders.keys() == set(self.blocks), "no other block is handed out"
         assert sorted(self._free, key=self.cache.__contains__) == list(self._free), "cached blocks are reused last"
@@ -202,6 +208,11 @@ class TwoTiers:
                 self.host.release([load.src])
             elif block in self._in_flight.loads:
                 self._in_flight.loads[block].prefix = None  # arrives, but by then the block may be somebody else's
+
+    @property
+    def has_loads(self) -> bool:
+        """Whether the plan under construction loads device blocks."""
+        return bool(self._queued.loads)
 
     def is_loading(self, block: int) -> bool:
         """Whether the plan under construction loads this device block."""

@@ -20,18 +20,11 @@ class PlanBuilder:
         self._chunks: list[Chunk] = []
         self._samples: list[Sample] = []
         self._prompt_scores: list[PromptScore] = []
-        self._num_steps = 1
         self._beams: defaultdict[SequenceGroup, list[int]] = defaultdict(list)
 
-    def add(
-        self, group: SequenceGroup, seq: Sequence, num_tokens: int, block_table: list[int], *, num_draws: int = 1
-    ) -> None:
-        """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits.
-
-        Args:
-            num_draws: tokens to draw one after the other; more than one for a decode only.
-        """
-        start, num_known = seq.num_computed, len(seq.token_ids)
+    def add(self, group: SequenceGroup, seq: Sequence, num_tokens: int, block_table: list[int]) -> None:
+        """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits."""
+        start, num_known, total = seq.num_computed, len(seq.token_ids), seq.num_tokens
         stop = start + min(num_tokens, self.budget)
         index = len(self._chunks)
         # A token that is pending is fed alone: all before it have been computed.
@@ -39,32 +32,29 @@ class PlanBuilder:
         self._chunks.append(Chunk(seq.seq_id, token_ids, start, seq.prompt_len, block_table))
         self.budget -= stop - start
         seq.num_computed = stop
-        if group.needs_prompt_scores and start < seq.prompt_len - 1:
+        if start < seq.prompt_len - 1 and group.needs_prompt_scores:
             targets = seq.token_ids[start + 1 : min(stop + 1, seq.prompt_len)]
             self._prompt_scores.append(PromptScore(index, targets, group.request.params.prompt_logprobs or 0))
-        if stop < num_known + seq.num_pending or group.is_pin:
+        if stop < total or group.is_pin:
             return
         if group.beam is not None:
             self._beams[group].append(index)
             return
-        is_first = seq.num_tokens == seq.prompt_len
-        self._draw(group, seq, index, num_draws)
-        seq.num_computed += num_draws - 1
-        if is_first:  # a prompt just finished serves its unforked siblings too: they have no token either
+        self._draw(group, seq, index)
+        if total == seq.prompt_len:  # a prompt just finished serves its unforked siblings too: they have no token yet
             for other in group.sequences:
                 if other.state is SequenceState.UNFORKED:
                     self._draw(group, other, index)
 
-    def _draw(self, group: SequenceGroup, seq: Sequence, chunk: int, num_tokens: int = 1) -> None:
-        """Draw the next tokens of ``seq``, the first from the logits of a chunk."""
+    def _draw(self, group: SequenceGroup, seq: Sequence, chunk: int) -> None:
+        """Draw the next token of ``seq`` from the logits of a chunk."""
         params = group.request.params
         history = (group.request.prompt_token_ids, seq.output_token_ids) if params.has_penalties else ((), ())
         position, row = seq.num_tokens, len(self._samples)
         banned = _banned(group, seq)
-        self._samples.append(Sample(seq.seq_id, chunk, position, seq.seed, params, banned, *history, num_tokens))
-        self._num_steps = max(self._num_steps, num_tokens)
+        self._samples.append(Sample(seq.seq_id, chunk, position, seq.seed, params, banned, *history))
         seq.pending_row = row
-        seq.num_pending += num_tokens
+        seq.num_pending += 1
 
     def build(self, to_host: tuple[BlockCopy, ...], from_host: tuple[BlockCopy, ...]) -> StepPlan:
         return StepPlan(
@@ -75,7 +65,6 @@ class PlanBuilder:
             beams=tuple(_select(group, chunks) for group, chunks in self._beams.items()),
             to_host=to_host,
             from_host=from_host,
-            num_steps=self._num_steps,
         )
 
 

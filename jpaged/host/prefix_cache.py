@@ -6,12 +6,11 @@ cache's business. Each tier of blocks (``block_tier``) has a cache of its own.
 """
 
 import hashlib
+import struct
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
-
-import numpy as np
 
 TOKEN_BYTES = 8
 
@@ -81,7 +80,7 @@ class Prefix:
 def split_blocks(token_ids: Sequence[int], block_size: int) -> Iterator[bytes]:
     """The blocks of ``token_ids`` as fixed-width bytes (8 a token); the last one may be partial, never empty."""
     block_bytes = TOKEN_BYTES * block_size
-    data = np.asarray(token_ids, dtype="<i8").tobytes()
+    data = struct.pack(f"<{len(token_ids)}q", *token_ids)
     for start in range(0, len(data), block_bytes):
         yield data[start : start + block_bytes]
 

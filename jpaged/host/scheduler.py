@@ -6,15 +6,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from jpaged.host.beam import BeamSearch
 from jpaged.host.block_manager import NO_MATCH, BlockManager, OutOfBlocks, PrefixMatch
 from jpaged.host.capacity import Capacity, num_blocks_covering, num_forked_blocks, width_name
+from jpaged.host.decode_batch import DecodeBatch
 from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 from jpaged.host.policies.preemption import choose_victim, is_swap_cheaper
 from jpaged.host.policies.scheduling import schedule_order
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState, common_len, num_shared_tokens
-from jpaged.host.step_plan import BeamCandidates, BlockCopy, Costs, StepPlan, StepResult
+from jpaged.host.step_plan import (
+    BeamCandidates,
+    BlockCopy,
+    Chunk,
+    Costs,
+    DecodeChunks,
+    Decodes,
+    DecodeSamples,
+    StepPlan,
+    StepResult,
+)
 from jpaged.request import MAX_BEAM_CANDIDATES, FinishReason, Request, derive_seed
 
 WATERMARK = 0.01
@@ -72,7 +85,8 @@ class Scheduler:
         max_num_batched_tokens: tokens in one step at most; at least ``max_num_seqs``.
         max_model_len: tokens of prompt and output a sequence may reach.
         eos_token_ids: the model's end-of-sequence ids.
-        max_burst: steps that one plan may run in a row while nobody can be admitted.
+        max_burst: steps that a plan made ahead may run in a row while nobody can be admitted.
+        step_sizes: tokens and rows of the compiled steps that take prompts; empty where padding costs nothing.
         preemption: "swap", "recompute", or "auto": what ``costs`` say is cheaper. Without room in the host pool it is
             always recompute.
         costs: of this machine; None until somebody has measured them, when "auto" swaps.
@@ -87,6 +101,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         max_burst: int = 1,
+        step_sizes: Iterable[tuple[int, int]] = (),
         preemption: str = "auto",
         costs: Costs | None = None,
     ):
@@ -97,6 +112,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_burst = max_burst
+        self.step_sizes = tuple(step_sizes)
         self.preemption = preemption
         self.costs = costs
         self._groups: dict[str, SequenceGroup] = {}  # unfinished, by request id
@@ -111,6 +127,7 @@ class Scheduler:
         self.num_output_tokens = 0  # since the start; of searches, one for each live beam and step
         self._num_under_way = 0  # plans scheduled and not updated
         self._can_be_followed = False  # the newest of them
+        self._batch: DecodeBatch | None = None  # what goes on from it, if it came from a batch
         self._num_arrivals = 0
         self._num_seqs = 0
         self._num_preemptions = 0
@@ -328,28 +345,76 @@ class Scheduler:
             return None
         self._land()  # the step under way brings nothing from the host: who resumes found all its blocks on the device
         self._preempted.clear()
+        if (plan := self._decode_on()) is not None:
+            return plan
         feeds = [feed for group in self._running for feed in _feeds_of(group)]
-        missing = self._missing(feeds)
-        if not self._is_room_for(missing):
+        copies = self._append(self._missing(feeds))
+        if copies is None:
             return None
-        plan = self._plan(feeds, self._append_all(missing))
+        plan = self._plan(feeds, copies)
         if plan.is_empty:
             return None
         self._send_off(plan)
         return plan
 
-    def _plan(self, feeds: list[Feed], copies: list[BlockCopy], *, may_admit: bool = True) -> StepPlan:
-        """One step: decodes, chunks of prompts under way, and whoever can be admitted. Or a burst of decodes."""
-        plan = PlanBuilder(self.max_num_batched_tokens, copies)
-        if burst := self._find_burst(feeds, copies):
-            for feed, num_draws in zip(feeds, burst, strict=True):
-                self._compute(plan, feed.group, feed.seq, 1, num_draws=num_draws)
+    def _decode_on(self) -> StepPlan | None:
+        """Let all that run draw their next tokens, if that is all there is to do and there is room: a step or a burst.
+
+        This is what most steps are. They cost the less the less is done for each sequence.
+        """
+        if self._can_admit():
+            return None
+        batch = self._batch or DecodeBatch.find(self._running, self.blocks)
+        batch = batch and batch.those_that_go_on()
+        if not batch or not batch.seqs:
+            return None
+        seq_ids = [seq.seq_id for seq in batch.seqs]
+        for most in (self.max_burst, 1):
+            num_draws = batch.num_draws(most)
+            copies = self._append(list(zip(seq_ids, num_draws.tolist(), strict=True)))
+            if copies is not None:
+                break
         else:
-            self._compute_all(plan, feeds)
-            if may_admit:
-                self._admit(plan)
+            return None
+        assert not copies, "who writes to a block in the plan before owns it"
+        batch, decodes = batch.draw(num_draws)
+        plan = StepPlan(
+            chunks=DecodeChunks(decodes),
+            samples=DecodeSamples(decodes),
+            to_host=self.blocks.take_transfers().to_host,
+            num_steps=int(num_draws.max()),
+        )
+        self._send_off(plan, batch)
+        return plan
+
+    def _plan(self, feeds: list[Feed], copies: list[BlockCopy], *, may_admit: bool = True) -> StepPlan:
+        """One step: decodes, chunks of prompts under way, and whoever can be admitted."""
+        plan = PlanBuilder(self._find_budget(feeds, may_admit=may_admit), copies)
+        self._compute_all(plan, feeds)
+        if may_admit:
+            self._admit(plan)
         transfers = self.blocks.take_transfers()
         return plan.build(transfers.to_host, transfers.from_host)
+
+    def _find_budget(self, feeds: list[Feed], *, may_admit: bool) -> int:
+        """Tokens of the next step at most.
+
+        Padding costs as much as tokens do. So where prompts fill one of ``step_sizes``, and less than as much again is
+        left of them, the rest waits: it is computed together with what arrives next.
+        """
+        lens = [feed.target - feed.seq.num_computed for feed in feeds]
+        num_tokens, num_rows, num_decodes = sum(lens), len(lens), lens.count(1)
+        for group in self._waiting if may_admit else ():
+            if num_rows + group.num_rows > self.max_num_seqs or num_tokens >= self.max_num_batched_tokens:
+                break
+            num_rows += group.num_rows
+            num_tokens += group.prompt_len
+        full = (
+            size
+            for size, rows in self.step_sizes
+            if num_decodes < size <= num_tokens and rows >= num_rows and size - num_decodes >= num_tokens - size
+        )
+        return max(full, default=self.max_num_batched_tokens)
 
     def _compute_all(self, plan: PlanBuilder, feeds: list[Feed]) -> None:
         """Decodes first, then chunks of prompts while the budget lasts."""
@@ -364,40 +429,27 @@ class Scheduler:
             if plan.budget > 0:
                 self._compute(plan, group, seq, target - seq.num_computed)
 
-    def _find_burst(self, feeds: list[Feed], copies: list[BlockCopy]) -> list[int]:
-        """How many tokens each sequence is to draw in a burst, with room for them; empty where one step is better."""
-        if self.max_burst == 1 or self._preempted or self._may_admit():
-            return []
-        if not feeds or any(feed.target - feed.seq.num_computed != 1 or not feed.group.can_burst for feed in feeds):
-            return []
-        lens = [min(self.max_burst, group.max_tokens - (target - seq.prompt_len)) for group, seq, target in feeds]
-        missing = self._missing(
-            [feed._replace(target=feed.target + num_draws - 1) for feed, num_draws in zip(feeds, lens, strict=True)]
-        )
-        if max(lens) == 1 or not self._is_room_for(missing):
-            return []
-        copies += self._append_all(missing)
-        return lens
-
-    def _may_admit(self) -> bool:
-        """Whether the first in the queue might be admitted now; what is found out cheaply."""
+    def _can_admit(self) -> bool:
+        """Whether the first in the queue could be admitted now."""
         if not self._waiting:
             return False
         group = self._waiting[0]
-        return self._rows_short(group) <= 0 and self._refused != (group, self._pool)
+        if self._rows_short(group) > 0 or self._refused == (group, self._pool):
+            return False
+        if self._blocks_short(group, self._match(group)) > 0:
+            self._refused = group, self._pool
+            return False
+        return True
 
     @property
     def _pool(self) -> tuple[int, int]:
         """What an admission depends on, beside the rows: blocks free and cached."""
         return self.blocks.num_free_blocks, self.blocks.num_cached_blocks
 
-    def _append_all(self, missing: list[tuple[int, int]]) -> list[BlockCopy]:
-        """Give sequences the room they miss, which is there."""
-        return [copy for append in missing for copy in self.blocks.append(*append)]
-
-    def _send_off(self, plan: StepPlan) -> None:
+    def _send_off(self, plan: StepPlan, batch: DecodeBatch | None = None) -> None:
         """The plan is under way. Its blocks are added to the sums; those that only pins hold are nobody's."""
         self._num_under_way += 1
+        self._batch = batch
         self._can_be_followed = plan.can_be_followed
         self._num_steps += plan.num_steps
         pins = self._pinned_seq_ids
@@ -421,37 +473,15 @@ class Scheduler:
             The groups that gained tokens, each once, in plan order.
         """
         self.drop()
-        block_size = self.blocks.block_size
-        for chunk in plan.chunks:
-            if chunk.seq_id not in self._sequences:
-                continue  # ended since this was planned
-            group, seq = self._sequences[chunk.seq_id]
-            if chunk.stop // block_size > chunk.start // block_size:
-                self._publish(group, seq)
-            if chunk.stop == group.fork_at:
-                self._fork_siblings(group, seq)
-            if group.is_pin and chunk.stop == seq.prompt_len:
-                self._settle_pin(group, seq)
+        if plan.decodes is None:
+            self._settle_chunks(plan.chunks)
         for score, piece in zip(plan.prompt_scores, result.prompt_scores, strict=True):
             seq_id = plan.chunks[score.chunk].seq_id
             if seq_id in self._sequences:
                 self._sequences[seq_id][0].prompt_scores.append(piece)
-        touched: dict[int, SequenceGroup] = {}
-        for step, (token_ids, scores) in enumerate([(result.token_ids, result.scores), *result.later]):
-            for row, (sample, token_id) in enumerate(zip(plan.samples, token_ids.tolist(), strict=True)):
-                if sample.seq_id not in self._sequences or step >= sample.num_tokens:
-                    continue
-                group, seq = self._sequences[sample.seq_id]
-                seq.num_pending -= 1
-                seq.token_ids.append(token_id)
-                self.num_output_tokens += 1
-                seq.scores.append((scores, row))
-                touched[group.arrival] = group
-                reason = self._finish_reason(group, seq)
-                if reason is not None:
-                    self.finish(group, seq, reason)
-        if plan.num_steps > 1:
-            self._publish_drawn(plan)
+        touched = dict.fromkeys(self._take_tokens(plan, result))
+        if plan.decodes is not None:
+            self._publish_drawn(plan.decodes)
         for select, candidates in zip(plan.beams, result.beams, strict=True):
             seq_ids = [plan.chunks[chunk].seq_id for chunk in select.chunks]
             if seq_ids[0] not in self._sequences:
@@ -459,16 +489,72 @@ class Scheduler:
             group, live = self._sequences[seq_ids[0]][0], [self._sequences[seq_id][1] for seq_id in seq_ids]
             self.num_output_tokens += len(live)
             self._advance_beams(group, live, candidates)
-            touched[group.arrival] = group
-        return list(touched.values())
+            touched[group] = None
+        return list(touched)
 
-    def _publish_drawn(self, plan: StepPlan) -> None:
-        """Publish the blocks that a burst filled with tokens of its own."""
-        for chunk in plan.chunks:
-            if chunk.seq_id in self._sequences:
-                group, seq = self._sequences[chunk.seq_id]
-                if seq.num_known // self.blocks.block_size > chunk.start // self.blocks.block_size:
-                    self._publish(group, seq)
+    def _settle_chunks(self, chunks: Iterable[Chunk]) -> None:
+        """Publish the blocks that chunks filled; fork the groups, and settle the pins, that waited for their last."""
+        block_size = self.blocks.block_size
+        for chunk in chunks:
+            if (member := self._sequences.get(chunk.seq_id)) is None:
+                continue  # ended since this was planned
+            group, seq = member
+            stop = chunk.stop
+            if stop // block_size > chunk.start // block_size:
+                self._publish(group, seq)
+            if stop == group.fork_at:
+                self._fork_siblings(group, seq)
+            if group.is_pin and stop == seq.prompt_len:
+                self._settle_pin(group, seq)
+
+    def _take_tokens(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
+        """Append what was drawn, and end the sequences that are complete.
+
+        Returns:
+            The group of each sequence that gained tokens, in plan order.
+        """
+        step_token_ids, scores = zip((result.token_ids, result.scores), *result.later, strict=True)
+        drawn = np.stack(step_token_ids, axis=1).tolist()
+        touched: list[SequenceGroup] = []
+        num_taken = 0
+        for row, (seq_id, num_draws, token_ids) in enumerate(zip(*plan.draws, drawn, strict=True)):
+            if (member := self._sequences.get(seq_id)) is None:
+                continue  # ended since this was planned
+            group, seq = member
+            touched.append(group)
+            del token_ids[num_draws:]
+            seq.num_pending -= num_draws
+            seq.scores.append(scores)
+            seq.score_rows.append(row)
+            if (  # mostly none of them is the last: kept free of other work
+                len(seq.token_ids) + num_draws < seq.prompt_len + group.max_tokens
+                and group.stop_token_ids.isdisjoint(token_ids)
+            ):
+                seq.token_ids += token_ids
+                num_taken += num_draws
+            else:
+                self._take_last(group, seq, token_ids)
+        self.num_output_tokens += num_taken
+        return touched
+
+    def _take_last(self, group: SequenceGroup, seq: Sequence, token_ids: list[int]) -> None:
+        """Append what was drawn, up to the token that ends the sequence, if there is one."""
+        for token_id in token_ids:
+            seq.token_ids.append(token_id)
+            self.num_output_tokens += 1
+            if token_id in group.stop_token_ids and seq.num_outputs > group.request.params.min_tokens:
+                return self.finish(group, seq, FinishReason.STOP)
+            if seq.num_outputs >= group.max_tokens:
+                return self.finish(group, seq, FinishReason.LENGTH)
+
+    def _publish_drawn(self, decodes: Decodes) -> None:
+        """Publish the blocks that decodes filled."""
+        block_size, starts = self.blocks.block_size, decodes.positions - 1
+        is_filled = (starts + decodes.num_draws) // block_size > starts // block_size
+        for row in np.flatnonzero(is_filled).tolist():
+            seq_id = decodes.decoders[row].seq_id
+            if seq_id in self._sequences:
+                self._publish(*self._sequences[seq_id])
 
     # Inside a step ------------------------------------------------------------------------------------------------
 
@@ -500,13 +586,6 @@ class Scheduler:
         is_needed = self._rows_short(first) > 0 or num_short > 0
         return lower if is_needed and num_short <= num_blocks else []
 
-    def _is_room_for(self, missing: list[tuple[int, int]]) -> bool:
-        """Whether there are blocks for all that is missing."""
-        most = 2 * len(missing) + sum(num_tokens for _, num_tokens in missing) // self.blocks.block_size
-        if most <= self.blocks.num_free_blocks:
-            return True
-        return sum(self.blocks.num_blocks_to_append(*append) for append in missing) <= self.blocks.num_free_blocks
-
     def _missing(self, feeds: list[Feed]) -> list[tuple[int, int]]:
         """The room that sequences still need for the tokens they feed: (seq_id, number of tokens)."""
         held = self.blocks.num_tokens
@@ -524,7 +603,7 @@ class Scheduler:
         while index < len(self._running):
             group = self._running[index]
             group_feeds = _feeds_of(group)
-            while (group_copies := self._append(group_feeds)) is None:
+            while (group_copies := self._append(self._missing(group_feeds))) is None:
                 victim = choose_victim(self._running)
                 self._preempt(victim)
                 if victim is group:
@@ -534,10 +613,10 @@ class Scheduler:
             index += 1
         return feeds, copies
 
-    def _append(self, feeds: list[Feed]) -> list[BlockCopy] | None:
-        """Give a group's sequences the room they still miss; None, and nothing, when blocks are short."""
+    def _append(self, missing: list[tuple[int, int]]) -> list[BlockCopy] | None:
+        """Give sequences the room they miss; None, and nothing, when blocks are short."""
         try:
-            return self.blocks.append_all(self._missing(feeds))
+            return self.blocks.append_all(missing)
         except OutOfBlocks:
             return None
 
@@ -668,10 +747,8 @@ class Scheduler:
             least_inside=math.ceil(LEAST_HIT_INSIDE * self.blocks.block_size),
         )
 
-    def _compute(
-        self, plan: PlanBuilder, group: SequenceGroup, seq: Sequence, num_tokens: int, *, num_draws: int = 1
-    ) -> None:
-        plan.add(group, seq, num_tokens, self.blocks.block_table(seq.seq_id), num_draws=num_draws)
+    def _compute(self, plan: PlanBuilder, group: SequenceGroup, seq: Sequence, num_tokens: int) -> None:
+        plan.add(group, seq, num_tokens, self.blocks.block_table(seq.seq_id))
 
     def _fork_siblings(self, group: SequenceGroup, leader: Sequence) -> None:
         """The shared tokens are in the pool: every sibling shares their blocks (PagedAttention, section 4.4)."""
@@ -727,13 +804,6 @@ class Scheduler:
         self.blocks.reserve(seq.seq_id, seq.prompt_len, match=match, is_query=False)
         del self._sequences[seq.seq_id]
         self._leave(group)
-
-    def _finish_reason(self, group: SequenceGroup, seq: Sequence) -> FinishReason | None:
-        if seq.token_ids[-1] in group.stop_token_ids and seq.num_outputs > group.request.params.min_tokens:
-            return FinishReason.STOP
-        if seq.num_outputs >= group.max_tokens:
-            return FinishReason.LENGTH
-        return None
 
     # Arithmetic ---------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,8 @@ class Sequence:
         num_computed: leading tokens whose K/V are in the pool, counting those of the steps planned.
         num_pending: tokens that the steps planned will add to ``token_ids``.
         pending_row: the sample of the newest plan that brings the last of them.
-        scores: (scores, row) of each output token; read by whoever turns tokens into results. Empty in beam search.
+        scores, score_rows: of each plan that brought tokens, the scores of its steps, and this sequence's row in them.
+            Empty in beam search.
         cumulative_logprob: of beam search: of the output tokens.
         score: of beam search, once finished.
     """
@@ -51,7 +52,8 @@ class Sequence:
     pending_row: int = 0
     state: SequenceState = SequenceState.WAITING
     finish_reason: FinishReason | None = None
-    scores: list[tuple[TokenScores, int]] = field(default_factory=list)
+    scores: list[tuple[TokenScores, ...]] = field(default_factory=list)
+    score_rows: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     score: float | None = None
 
@@ -72,6 +74,13 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.prompt_len :]
+
+    @property
+    def output_scores(self) -> list[tuple[TokenScores, int]]:
+        """Of each output token, the scores it came with and its row in them. Empty in beam search."""
+        drawn = zip(self.scores, self.score_rows, strict=True)
+        # Of the last burst, a sequence that ended may have taken no more than the beginning.
+        return [(scores, row) for steps, row in drawn for scores in steps][: self.num_outputs]
 
     @property
     def is_finished(self) -> bool:
@@ -121,7 +130,9 @@ class SequenceGroup:
     @property
     def num_rows(self) -> int:
         """Rows of a batch that the group may come to need: a search has one sequence first, and then ``width``."""
-        return len(self.unfinished) if self.beam is None else self.beam.width
+        if self.beam is not None:
+            return self.beam.width
+        return 1 if len(self.sequences) == 1 else len(self.unfinished)
 
     @property
     def is_swapped(self) -> bool:
@@ -136,14 +147,14 @@ class SequenceGroup:
         return True
 
     @property
-    def can_burst(self) -> bool:
-        """Whether its sequences may draw several tokens in a row before the host has seen the first."""
+    def is_steady(self) -> bool:
+        """Whether its sequences draw each token as they drew the one before: nothing is forked, banned or penalised."""
         params = self.request.params
-        if self.beam is not None or self.is_pin or self.fork_at is not None:
+        if self.beam is not None or self.is_pin or self.fork_at is not None or params.has_penalties:
             return False
-        if params.min_tokens and any(seq.num_tokens - seq.prompt_len < params.min_tokens for seq in self.unfinished):
-            return False  # what is banned changes from token to token
-        return not (params.has_penalties or params.stop_strings)
+        return not (
+            params.min_tokens and any(seq.num_tokens - seq.prompt_len < params.min_tokens for seq in self.unfinished)
+        )
 
     @property
     def needs_prompt_scores(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 from jpaged.request import SamplingParams
 
@@ -70,6 +71,66 @@ class Sample(NamedTuple):
     num_tokens: int = 1
 
 
+class Decoder(NamedTuple):
+    """What stays the same of a sequence while it decodes: see ``Chunk`` and ``Sample``."""
+
+    seq_id: int
+    prompt_len: int
+    seed: int
+    params: SamplingParams
+    block_table: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decodes:
+    """The chunks and samples of a plan that does nothing but go on with sequences of the plan before, as columns.
+
+    Each feeds the last token that it drew there, and draws again, with nothing banned and nothing penalised. Its block
+    table is what it was, but for new blocks at the end.
+
+    Args:
+        decoders: the sequences, in the order of the plan; the same object as before if they are the same.
+        rows: [sequences] int32, the row of each among the samples (and chunks) of the plan before.
+        positions: [sequences] int32, where the first token that each draws now will sit; it feeds the one before.
+        num_draws: [sequences] int32, as ``Sample.num_tokens``.
+    """
+
+    decoders: Sequence[Decoder]
+    rows: Int32[np.ndarray, " sequences"]
+    positions: Int32[np.ndarray, " sequences"]
+    num_draws: Int32[np.ndarray, " sequences"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeChunks(Sequence[Chunk]):
+    """The chunks of ``Decodes``, made for whoever asks for one."""
+
+    decodes: Decodes
+
+    def __len__(self) -> int:
+        return len(self.decodes.decoders)
+
+    def __getitem__(self, index: int) -> Chunk:
+        decoder, row = self.decodes.decoders[index], int(self.decodes.rows[index])
+        start = int(self.decodes.positions[index]) - 1
+        return Chunk(decoder.seq_id, [~row], start, decoder.prompt_len, decoder.block_table)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSamples(Sequence[Sample]):
+    """The samples of ``Decodes``, made for whoever asks for one."""
+
+    decodes: Decodes
+
+    def __len__(self) -> int:
+        return len(self.decodes.decoders)
+
+    def __getitem__(self, index: int) -> Sample:
+        decoder, position = self.decodes.decoders[index], int(self.decodes.positions[index])
+        num_tokens = int(self.decodes.num_draws[index])
+        return Sample(decoder.seq_id, index, position, decoder.seed, decoder.params, (), (), (), num_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class BeamSelect:
     """Find the best continuations of one beam search: the top ``num_candidates`` of its beams x vocabulary.
@@ -114,8 +175,8 @@ class StepPlan:
     """
 
     copies: tuple[BlockCopy, ...] = ()
-    chunks: tuple[Chunk, ...] = ()
-    samples: tuple[Sample, ...] = ()
+    chunks: Sequence[Chunk] = ()
+    samples: Sequence[Sample] = ()
     prompt_scores: tuple[PromptScore, ...] = ()
     beams: tuple[BeamSelect, ...] = ()
     to_host: tuple[BlockCopy, ...] = ()
@@ -123,8 +184,20 @@ class StepPlan:
     num_steps: int = 1
 
     @property
+    def decodes(self) -> Decodes | None:
+        """All chunks and samples in one, where they are of that kind: the same, cheaper to read."""
+        return self.chunks.decodes if isinstance(self.chunks, DecodeChunks) else None
+
+    @property
+    def draws(self) -> tuple[list[int], list[int]]:
+        """Of each sample, the sequence, by id, and how many tokens it draws."""
+        if self.decodes is None:
+            return [sample.seq_id for sample in self.samples], [sample.num_tokens for sample in self.samples]
+        return [decoder.seq_id for decoder in self.decodes.decoders], self.decodes.num_draws.tolist()
+
+    @property
     def num_tokens(self) -> int:
-        return sum(len(chunk.token_ids) for chunk in self.chunks)
+        return sum(len(chunk.token_ids) for chunk in self.chunks) if self.decodes is None else len(self.chunks)
 
     @property
     def is_empty(self) -> bool:
@@ -139,6 +212,8 @@ class StepPlan:
         be used when the host says so. (To leave those sequences out of the next plan would split the batch in two that
         take turns.)
         """
+        if self.decodes is not None:
+            return True
         return not (self.beams or self.from_host or any(sample.params.has_penalties for sample in self.samples))
 
     @property
