@@ -165,9 +165,9 @@ class LLM:
         use_tqdm: bool,
     ) -> None:
         enable_compile_cache()
-        runner = ModelRunner(model, model_config, config, mesh)
-        if jax.default_backend() != "cpu" if warm_up is None else warm_up:
-            runner.warm_up(use_tqdm=use_tqdm)
+        if warm_up is None:
+            warm_up = jax.default_backend() != "cpu"
+        runner = ModelRunner(model, model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
         self._serve(Engine(runner, config, tokenizer))
 
     def _serve(self, engine: Engine) -> None:

@@ -28,7 +28,7 @@ class StartUp:
     Args:
         total_s: from nothing on the device to an engine that takes requests.
         weights_s: until all weights are on the device.
-        sizing_s: the runner: joining projections, compiling the largest step to see what it takes, both pools.
+        sizing_s: the runner but for its programs: joining projections, both pools.
         compiling_s: all programs.
         engine_s: the engine over them, which measures what copies to the host cost.
         imports_s: before all that and not in ``total_s``: Python's modules, and the first touch of the device.
@@ -70,7 +70,7 @@ def start(model_config: ModelConfig, config: EngineConfig, imports_s: float) -> 
     return llm, StartUp(
         total_s=time.perf_counter() - began,
         weights_s=watch.seconds["weights"],
-        sizing_s=watch.seconds["sizing"],
+        sizing_s=watch.seconds["sizing"] - watch.seconds["compiling"],
         compiling_s=watch.seconds["compiling"],
         engine_s=watch.seconds["engine"],
         imports_s=imports_s,

@@ -52,12 +52,12 @@ from jpaged.device.sampler import (
 )
 from jpaged.device.sharding import TENSOR_AXIS, pool_sharding, replicated
 from jpaged.device.step_inputs import Bucket, StepPacker, all_buckets, bucket_for, pack_next, packed_size, unpack
+from jpaged.device.step_state import StepState, num_decode_inputs, pack_decode_inputs
 from jpaged.device.transfer import (
     MAX_STAGED_BLOCKS,
     MOVE_SIZES,
     HostPool,
     block_sharding,
-    has_host_pool,
     num_host_blocks_for,
 )
 from jpaged.host.step_plan import BlockCopy, Chunk, Costs, PromptScore, StepPlan, StepResult, TokenScores
@@ -67,9 +67,11 @@ from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 GPU_COMPILER_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,
     "xla_disable_hlo_passes": "rematerialization",
 }
-"""Loops run inside CUDA graphs: otherwise every turn of one waits for the host to read whether there is another.
+"""Loops run inside CUDA graphs, be they all there is of a program: otherwise every turn of one waits for the host to
+read whether there is another.
 
 Nothing is computed again to save memory: XLA counts the pool, which every layer writes in place, once for each layer,
 and finds that memory is short.
@@ -78,24 +80,17 @@ and finds that memory is short.
 ACCELERATOR_BURST = 4
 """Steps of a burst where nobody says: planning a step takes about as long as a small one runs."""
 
+ACCELERATOR_LEAST_ROWS = 16
+"""Of a decode's program: fewer rows read the same weights and take as long."""
+
+GUESSED_WORKSPACE = 1 / 32
+"""Of the memory of an accelerator: what steps take besides weights and pool, until their programs say it."""
+
+SAMPLING_SCOPE = "sampling"
+"""Names the operations that choose tokens, for profiles."""
+
 SCORE_ROWS = 64
 """Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
-
-
-class ForwardResult(NamedTuple):
-    """What a forward pass brings.
-
-    Args:
-        cache: with the K/V of all tokens.
-        hidden: of all tokens.
-        sample_hidden: of those whose logits are read, filled up: how many those are is for who reads them.
-        packed: the inputs of the next step of a burst; None where there are none.
-    """
-
-    cache: KVCache
-    hidden: Float[Array, "tokens hidden_size"]
-    sample_hidden: Float[Array, "max_num_seqs hidden_size"]
-    packed: Int[Array, " size"] | None
 
 
 class StepUnderWay(NamedTuple):
@@ -106,7 +101,8 @@ class StepUnderWay(NamedTuple):
         started_s: when, by ``time.perf_counter``.
         num_programs: compiled by then.
         was_idle: whether nothing was under way then.
-        sampled: by each step of a burst, or by the one step there is.
+        drawn: by plain decodes, as ``StepState.drawn``.
+        sampled: otherwise, by each step.
     """
 
     plan: StepPlan
@@ -114,6 +110,7 @@ class StepUnderWay(NamedTuple):
     started_s: float
     num_programs: int
     was_idle: bool
+    drawn: Int[Array, "2 steps rows"] | None = None
     sampled: tuple[SampledTokens, ...] = ()
     candidates: Candidates | None = None
     prompt_scores: tuple[list[Scores], ...] = ()
@@ -162,12 +159,23 @@ class ModelRunner:
         model_config: its configuration.
         config: the engine's settings.
         mesh: the devices.
+        warm_up: whether to call ``warm_up``, which costs least then.
+        use_tqdm: show how far it is.
 
     Raises:
         ValueError: the pool does not fit, or ``max_model_len`` exceeds what the model or the pool allows.
     """
 
-    def __init__(self, model: nnx.Module, model_config: ModelConfig, config: EngineConfig, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        model: nnx.Module,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        mesh: jax.sharding.Mesh,
+        *,
+        warm_up: bool = False,
+        use_tqdm: bool = True,
+    ):
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
@@ -188,19 +196,18 @@ class ModelRunner:
         }
         self.bytes_per_block = block_bytes(**block)
         self._new_cache = partial(KVCache.allocate, **block)
-        self.buckets = all_buckets(config.max_num_seqs, config.token_budget)
+        least_rows = 1 if self._is_on_cpu else ACCELERATOR_LEAST_ROWS
+        self.buckets = all_buckets(config.max_num_seqs, config.token_budget, least_rows)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}  # warm-up's threads each write keys of their own
-        self.num_blocks = self._check_num_blocks()
-        self._fit_model_len()
         self.num_host_blocks = num_host_blocks_for(
             config, self.bytes_per_block, is_on_cpu=self._is_on_cpu, useful_blocks=config.max_num_seqs * self.max_blocks
         )
+        with ThreadPoolExecutor() as threads:  # both take a while
+            host_pool = threads.submit(self._allocate_host_pool)
+            self._settle_sizes(warm_up=warm_up, use_tqdm=use_tqdm)
+            self.host_pool = host_pool.result()
         self.cache = self._allocate_cache()
-        self.host_pool = (
-            HostPool(self.num_host_blocks, self._abstract_block(), self._program) if self.num_host_blocks else None
-        )
-        self._latest = self._no_tokens()
-        self._numbers = jax.device_put([np.int32(i) for i in range(self.max_burst)], replicated(mesh))
+        self._state = self._allocate_state()
         self._step_packer = StepPacker(self.max_blocks, config.block_size)
         self._sample_packer = SamplePacker()
         self._num_enqueued = 0  # steps
@@ -208,17 +215,36 @@ class ModelRunner:
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
-    def _check_num_blocks(self) -> int:
-        """The blocks asked for, or as many as fit."""
+    def _settle_sizes(self, *, warm_up: bool, use_tqdm: bool) -> None:
+        """``num_blocks`` and ``max_model_len``: as asked, or such that a step's workspace still fits.
+
+        What a step takes only its programs tell, and the size of the pool is one of theirs. So the room they need is
+        guessed, and they are compiled once more if it was too little.
+        """
         devices, wanted = list(self.mesh.devices.flat), self.config.num_blocks
         if wanted is not None:
             check_blocks_fit(wanted, self.bytes_per_block, devices)
-            return wanted
+        reserved = 0 if self._is_on_cpu else int(available_bytes(devices) * GUESSED_WORKSPACE)
+        while True:
+            self.num_blocks = wanted or self._num_blocks_beside(reserved)
+            self._fit_model_len()
+            if warm_up:
+                self.warm_up(use_tqdm=use_tqdm)
+            if wanted is not None or self._is_on_cpu:
+                return
+            needed = self._workspace_bytes() * len(devices)
+            if needed <= reserved:
+                return
+            reserved = needed
+            self._compiled.clear()
+
+    def _num_blocks_beside(self, reserved_bytes: int) -> int:
+        """As many blocks as leave so many bytes of all devices."""
         num_blocks = num_blocks_that_fit(
             self.bytes_per_block,
-            devices,
+            list(self.mesh.devices.flat),
             self.config.memory_fraction,
-            reserved_bytes=0 if self._is_on_cpu else self._workspace_bytes() * len(devices),
+            reserved_bytes=reserved_bytes,
             least_blocks=self.max_blocks + 1,
             useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
         )
@@ -260,30 +286,34 @@ class ModelRunner:
         return -(-self.max_model_len // self.config.block_size)
 
     def _workspace_bytes(self) -> int:
-        """Temporaries and results of the largest step on one device, from the compiler, without running it.
-
-        Compiled for about the pool that will be: what a kernel takes in one go may depend on it.
-        """
-        devices = list(self.mesh.devices.flat)
-        pool_blocks = max(2, available_bytes(devices, self.config.memory_fraction) // self.bytes_per_block)
-        largest = max(self._copy_sizes)
+        """Temporaries and results of the largest step on one device, from the compiler, without running it."""
         keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", SampleSizes(self.config.max_num_seqs), None)]
-        keys.append(("copy", largest))
-        staged_bytes = 0
-        if has_host_pool(self.config, is_on_cpu=self._is_on_cpu):
+        keys.append(("copy", max(self._copy_sizes)))
+        total = 0
+        if self.num_host_blocks:
             keys += ("gather", MOVE_SIZES[-1]), ("scatter", MOVE_SIZES[-1])
-            staged_bytes = 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // len(devices)
-        with ThreadPoolExecutor() as threads:
-            programs = list(threads.map(partial(self._compile, pool_blocks=pool_blocks), keys))
-        total = staged_bytes
-        for program in programs:
-            analysis = program.memory_analysis()
+            total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
+        for key in keys:
+            analysis = self._program(key).memory_analysis()
             assert analysis is not None
             total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return total
 
     def _allocate_cache(self) -> KVCache:
         return self._new_cache(num_blocks=self.num_blocks, sharding=pool_sharding(self.mesh))
+
+    def _allocate_host_pool(self) -> HostPool | None:
+        return HostPool(self.num_host_blocks, self._abstract_block(), self._program) if self.num_host_blocks else None
+
+    def _allocate_state(self) -> StepState:
+        return StepState.allocate(
+            self.buckets,
+            max_blocks=self.max_blocks,
+            max_burst=self.max_burst,
+            hidden_size=self.model_config.hidden_size,
+            dtype=self.dtype,
+            sharding=replicated(self.mesh),
+        )
 
     # Programs -----------------------------------------------------------------------------------------------------
 
@@ -292,22 +322,34 @@ class ModelRunner:
 
         Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
         """
-        keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
-        keys += [("sample", SampleSizes(rows), None) for rows in {bucket.num_rows for bucket in self.buckets}]
-        keys += [("copy", size) for size in self._copy_sizes]
-        if self.host_pool is not None:
-            keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
+        # Lowered one after the other, always in this order: JAX numbers Pallas kernels as it meets them, and these
+        # numbers are part of what the persistent cache finds programs by.
+        missing = [key for key in self._all_keys() if key not in self._compiled]
         threads = ThreadPoolExecutor(max_workers=num_cores())
         try:
-            jobs = [threads.submit(self._program, key) for key in keys]
+            jobs = {threads.submit(self._compile, self._lower(key)): key for key in missing}
             done = as_completed(jobs)
             for job in tqdm(done, total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm):
-                job.result()
+                self._compiled[jobs[job]] = job.result()
         finally:  # an interruption need not wait for programs that nobody started on
             threads.shutdown(cancel_futures=True)
         # Tracing leaves a million objects that stay. Python's garbage collector would visit them between two steps.
         gc.collect()
         gc.freeze()
+
+    def _all_keys(self) -> list[tuple]:
+        """Of all programs that plain requests need."""
+        keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
+        keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
+        keys += [("load", self._num_inputs(bucket)) for bucket in self.buckets]
+        keys += [("read",), *(("copy", size) for size in self._copy_sizes)]
+        if self.num_host_blocks:
+            keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
+        return list(dict.fromkeys(keys))
+
+    def _num_inputs(self, bucket: Bucket) -> int:
+        """Numbers that are loaded for a bucket's program."""
+        return num_decode_inputs(bucket, self.max_blocks) if bucket.is_decode else packed_size(bucket, self.max_blocks)
 
     @property
     def num_programs(self) -> int:
@@ -320,31 +362,37 @@ class ModelRunner:
     def _program(self, key: tuple) -> jax.stages.Compiled:
         """The program of ``key``: a kind and its static sizes. Compiled on first use."""
         if key not in self._compiled:
-            self._compiled[key] = self._compile(key, self.num_blocks)
+            self._compiled[key] = self._compile(self._lower(key))
         return self._compiled[key]
 
-    def _compile(self, key: tuple, pool_blocks: int) -> jax.stages.Compiled:
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        is_gpu = self.mesh.devices.flat[0].platform == "gpu"
+        return lowered.compile(compiler_options=GPU_COMPILER_OPTIONS if is_gpu else None)
+
+    def _lower(self, key: tuple) -> jax.stages.Lowered:
         precision = "highest" if self.dtype == jnp.float32 else None
         with jax.default_matmul_precision(precision), jax.set_mesh(self.mesh):
-            is_gpu = self.mesh.devices.flat[0].platform == "gpu"
-            return self._lower(key, pool_blocks).compile(compiler_options=GPU_COMPILER_OPTIONS if is_gpu else None)
+            return self._lower_kind(*key)
 
-    def _lower(self, key: tuple, pool_blocks: int) -> jax.stages.Lowered:
-        kind, *sizes = key
+    def _lower_kind(self, kind: str, *sizes: Any) -> jax.stages.Lowered:
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._weights)
-        cache = self._abstract_cache(pool_blocks)
+        cache, state = self._abstract_cache(), self._abstract_state()
         match kind:
+            case "load":
+                (num_inputs,) = sizes
+                inputs = self._abstract((num_inputs,), jnp.int32)
+                return jax.jit(StepState.load, donate_argnums=0).lower(state, inputs)
             case "forward":
                 (bucket,) = sizes
-                packed = self._abstract((packed_size(bucket, self.max_blocks),), jnp.int32)
-                latest = self._abstract((self.config.max_num_seqs,), jnp.int32)
-                return self._jit(self._forward, bucket, donate=1).lower(weights, cache, latest, packed)
+                method = self._decode if bucket.is_decode else self._forward
+                return self._jit(method, bucket, donate=(1, 2)).lower(weights, cache, state)
+            case "read":
+                return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":
                 sample_sizes, num_top = sizes
-                hidden = self._abstract((self.config.max_num_seqs, self.model_config.hidden_size), self.dtype)
                 packed = self._abstract((sample_sizes.packed_size,), jnp.int32)
-                num_before = self._abstract((), jnp.int32)
-                return self._jit(self._sample, sample_sizes, num_top).lower(weights, hidden, packed, num_before)
+                method = self._jit(self._sample_next, sample_sizes, num_top, donate=(1,))
+                return method.lower(weights, state.latest, state.sample_hidden, packed, self._abstract((), jnp.int32))
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
@@ -352,10 +400,9 @@ class ModelRunner:
                 return self._jit(self._score, num_top).lower(weights, hidden, rows, rows)
             case "beam":
                 rows, num_candidates, num_biases = sizes
-                hidden = self._abstract((self.config.max_num_seqs, self.model_config.hidden_size), self.dtype)
                 empty = empty_beam_inputs(rows, num_candidates, num_biases)
                 packed = self._abstract(pack_beam_inputs(empty).shape, jnp.int32)
-                return self._jit(self._beam, num_candidates, empty).lower(weights, hidden, packed)
+                return self._jit(self._beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
             case "copy":
                 blocks = self._abstract((sizes[0],), jnp.int32)
                 return jax.jit(KVCache.copy, donate_argnums=0).lower(cache, blocks, blocks)
@@ -366,21 +413,24 @@ class ModelRunner:
                 blocks, data = self._abstract((sizes[0],), jnp.int32), [self._abstract_block()] * sizes[0]
                 return jax.jit(KVCache.scatter, donate_argnums=0).lower(cache, blocks, data)
             case _:
-                raise AssertionError(key)
+                raise AssertionError(kind)
 
-    def _jit(self, method: Callable, *static: object, donate: int | None = None):
-        return jax.jit(partial(method, *static), donate_argnums=() if donate is None else donate)
+    def _jit(self, method: Callable, *static: object, donate: tuple[int, ...] = ()):
+        return jax.jit(partial(method, *static), donate_argnums=donate)
 
     def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
-    def _abstract_cache(self, num_blocks: int) -> KVCache:
-        cache = jax.eval_shape(partial(self._new_cache, num_blocks=num_blocks))
+    def _abstract_cache(self) -> KVCache:
+        cache = jax.eval_shape(partial(self._new_cache, num_blocks=self.num_blocks))
         sharding = pool_sharding(self.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
 
+    def _abstract_state(self) -> StepState:
+        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self._allocate_state))
+
     def _abstract_block(self) -> jax.ShapeDtypeStruct:
-        pool = self._abstract_cache(1).pool
+        pool = jax.eval_shape(partial(self._new_cache, num_blocks=1)).pool
         return jax.ShapeDtypeStruct(pool.shape[1:], pool.dtype, sharding=block_sharding(self.mesh))
 
     # The traced functions -----------------------------------------------------------------------------------------
@@ -389,24 +439,39 @@ class ModelRunner:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._weights_tree, weights))
 
     def _forward(
-        self,
-        bucket: Bucket,
-        weights: list[Array],
-        cache: KVCache,
-        latest: Int[Array, " max_num_seqs"],
-        packed: Int[Array, " size"],
-    ) -> ForwardResult:
-        """``latest`` are the tokens drawn by the step before; see ``Chunk.token_ids``."""
-        inputs = unpack(packed, bucket, self.max_blocks)
-        token_ids = jnp.where(inputs.token_ids < 0, latest[~inputs.token_ids], inputs.token_ids)
+        self, bucket: Bucket, weights: list[Array], cache: KVCache, state: StepState
+    ) -> tuple[KVCache, StepState, Float[Array, "tokens hidden_size"]]:
+        """A forward pass over the inputs loaded, and the hidden states of all its tokens.
+
+        Tokens below 0 were drawn by the step before; see ``Chunk.token_ids``.
+        """
+        inputs = unpack(state.step_inputs(bucket, self.max_blocks), bucket, self.max_blocks)
+        token_ids = jnp.where(inputs.token_ids < 0, state.latest[~inputs.token_ids], inputs.token_ids)
         model = self._merge(weights)
         attend = PagedAttend(cache, inputs, self.attention.name)
         hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
-        after = None
-        if bucket.is_decode and self.max_burst > 1:
+        return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
+
+    def _decode(
+        self, bucket: Bucket, weights: list[Array], cache: KVCache, state: StepState
+    ) -> tuple[KVCache, StepState]:
+        """A forward pass and plain sampling, as often as loaded, each fed with what the one before drew."""
+        packed_samples, num_steps = state.decode_inputs(bucket, self.max_blocks)
+
+        def step(number: Int[Array, ""], before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
+            cache, state, hidden = self._forward(bucket, weights, *before)
+            sizes = SampleSizes(bucket.num_rows)
+            drawn = self._sample(sizes, None, weights, state.sample_hidden, packed_samples, number)
+            packed = state.step_inputs(bucket, self.max_blocks)
             after = pack_next(packed, bucket, self.max_blocks, self.config.block_size)
-        sample_hidden = jnp.pad(hidden[inputs.sample_tokens], ((0, self.config.max_num_seqs - bucket.num_rows), (0, 0)))
-        return ForwardResult(attend.cache, hidden, sample_hidden, after)
+            return cache, self._replicate(state.with_hidden(hidden).with_drawn(number, drawn).load(after))
+
+        if self.max_burst == 1:
+            return step(jnp.int32(0), (cache, state))
+        return jax.lax.fori_loop(0, num_steps, step, (cache, state))
+
+    def _replicate(self, state: StepState) -> StepState:
+        return jax.lax.with_sharding_constraint(state, replicated(self.mesh))
 
     def _sample(
         self,
@@ -416,14 +481,26 @@ class ModelRunner:
         hidden: Float[Array, "max_num_seqs hidden_size"],
         packed: Int[Array, " size"],
         num_before: Int[Array, ""],
-    ) -> tuple[SampledTokens, Int[Array, " max_num_seqs"]]:
-        """The drawn tokens, and the same filled up, for the next step. ``num_before``: a burst's steps before this."""
+    ) -> SampledTokens:
+        """The drawn tokens. ``num_before``: steps of the burst before this one."""
         model = self._merge(weights)
         inputs = unpack_samples(packed, sizes)
         inputs = dataclasses.replace(inputs, positions=inputs.positions + num_before)
-        logits = model.logits(hidden[: sizes.num_rows])
-        sampled = sample(self._whole_rows(logits), inputs, num_top=num_top)
-        latest = jnp.pad(sampled.token_ids, (0, hidden.shape[0] - sizes.num_rows))
+        with jax.named_scope(SAMPLING_SCOPE):
+            logits = model.logits(hidden[: sizes.num_rows])
+            return sample(self._whole_rows(logits), inputs, num_top=num_top)
+
+    def _sample_next(
+        self,
+        sizes: SampleSizes,
+        num_top: int | None,
+        weights: list[Array],
+        latest: Int[Array, " max_num_seqs"],
+        *args: Array,
+    ) -> tuple[SampledTokens, Int[Array, " max_num_seqs"]]:
+        """The drawn tokens, and ``latest`` with them."""
+        sampled = self._sample(sizes, num_top, weights, *args)
+        latest = jax.lax.dynamic_update_slice(latest, sampled.token_ids, (0,))
         return sampled, jax.lax.with_sharding_constraint(latest, replicated(self.mesh))
 
     def _whole_rows(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
@@ -431,9 +508,6 @@ class ModelRunner:
         is_divisible = logits.shape[0] % self.mesh.size == 0
         rows = jax.sharding.PartitionSpec(TENSOR_AXIS if is_divisible else None, None)
         return jax.lax.with_sharding_constraint(logits, jax.sharding.NamedSharding(self.mesh, rows))
-
-    def _no_tokens(self) -> Int[Array, " max_num_seqs"]:
-        return jnp.zeros(self.config.max_num_seqs, jnp.int32, device=replicated(self.mesh))
 
     def _beam(
         self,
@@ -486,25 +560,30 @@ class ModelRunner:
             step = self._compute(step)
         if plan.from_host and self.host_pool is not None:
             self.cache = self.host_pool.finish(self.cache)
-        for array in jax.tree.leaves((step.sampled, step.candidates)):
+        for array in jax.tree.leaves((step.drawn, step.sampled, step.candidates)):
             array.copy_to_host_async()
         return step
 
     def fetch(self, step: StepUnderWay) -> StepResult:
         """Wait for the results of a step. What it moves between the pools may still be under way."""
         plan = step.plan
-        sampled, candidates, prompt_scores = jax.device_get((step.sampled, step.candidates, step.prompt_scores))
+        results = step.drawn, step.sampled, step.candidates, step.prompt_scores
+        drawn, sampled, candidates, prompt_scores = jax.device_get(results)
+        num_samples = len(plan.samples)
         if plan.num_logit_rows > 0:
             self._newest_waited_for = step.number
         if self.host_pool is not None:
             self.host_pool.poll()
+        if self.host_pool is not None and plan.decodes is None:
             num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
             is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
             is_alone = step.was_idle and self._newest_waited_for == step.number
             if is_large and is_alone and self.num_programs == step.num_programs and not prompt_scores:
                 self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - step.started_s)
-        num_samples = len(plan.samples)
-        draws = [(drawn.token_ids[:num_samples], first_rows(drawn.scores, num_samples)) for drawn in sampled]
+        if drawn is not None:
+            draws = _split_draws(drawn, num_samples)[: plan.num_steps]
+        else:
+            draws = [(tokens.token_ids[:num_samples], first_rows(tokens.scores, num_samples)) for tokens in sampled]
         token_ids, scores = draws[0] if draws else (np.zeros(0, np.int32), NO_SCORES)
         return StepResult(
             token_ids=token_ids,
@@ -518,30 +597,69 @@ class ModelRunner:
         )
 
     def _compute(self, step: StepUnderWay) -> StepUnderWay:
-        """Enqueue the forward pass and all that is made of its logits."""
-        plan, sampled, candidates = step.plan, [], None
+        """Enqueue the forward passes and all that is made of their logits."""
+        plan, candidates = step.plan, None
         bucket = bucket_for(plan, self.buckets)
         packed = self._step_packer.pack(plan, bucket)
-        run = self._program(("forward", bucket))
-        # As few rows of logits as compiled for: a chunk of a prompt brings one, or none.
-        rows = min(bucket.num_rows for bucket in self.buckets if bucket.num_rows >= len(plan.samples))
-        packed_samples, sizes = self._sample_packer.pack(plan.samples, rows)
-        draw = self._program(("sample", sizes, num_top_of(plan.samples))) if plan.samples else None
-        forward = None
-        for num_before in self._numbers[: plan.num_steps]:
-            forward = run(self._weights, self.cache, self._latest, packed)
-            self.cache, packed = forward.cache, forward.packed
-            if draw is not None:
-                tokens, self._latest = draw(self._weights, forward.sample_hidden, packed_samples, num_before)
-                sampled.append(tokens)
-        assert forward is not None
+        packed_samples, sizes = self._sample_packer.pack(plan.samples, self._num_sample_rows(plan, bucket))
+        num_top = num_top_of(plan.samples)
+        if bucket.is_decode and num_top is None and sizes == SampleSizes(bucket.num_rows):
+            self._load(pack_decode_inputs(packed, packed_samples, plan.num_steps))
+            hidden = self._run(bucket)
+            step = step._replace(drawn=self._program(("read",))(self._state.drawn))
+        else:
+            hidden, sampled = self._run_and_sample(plan, bucket, packed, packed_samples, sizes)
+            step = step._replace(sampled=sampled)
         if plan.beams:
             num_candidates = num_candidates_of(plan.beams)
             inputs = make_beam_inputs(plan.beams, first_row=len(plan.samples), num_rows=bucket.num_rows)
             key = ("beam", bucket.num_rows, num_candidates, len(inputs.bias_rows))
-            candidates = self._program(key)(self._weights, forward.sample_hidden, pack_beam_inputs(inputs))
-        scores = tuple(self._score_prompt(plan, piece, forward.hidden) for piece in plan.prompt_scores)
-        return step._replace(sampled=tuple(sampled), candidates=candidates, prompt_scores=scores)
+            candidates = self._program(key)(self._weights, self._state.sample_hidden, pack_beam_inputs(inputs))
+        scores = tuple(self._score_prompt(plan, piece, hidden) for piece in plan.prompt_scores)
+        return step._replace(candidates=candidates, prompt_scores=scores)
+
+    def _num_sample_rows(self, plan: StepPlan, bucket: Bucket) -> int:
+        """Rows of logits: as few as compiled for, where a chunk of a prompt brings one or none."""
+        if bucket.is_decode:
+            return bucket.num_rows
+        return min(bucket.num_rows for bucket in self.buckets if bucket.num_rows >= len(plan.samples))
+
+    def _run_and_sample(
+        self, plan: StepPlan, bucket: Bucket, packed: np.ndarray, packed_samples: np.ndarray, sizes: SampleSizes
+    ) -> tuple[Float[Array, "tokens hidden_size"], tuple[SampledTokens, ...]]:
+        """Enqueue the forward passes of a plan, and after each a program that samples as this plan asks for.
+
+        Returns:
+            The hidden states of the last one, and what was drawn by each.
+        """
+        draw = self._program(("sample", sizes, num_top_of(plan.samples))) if plan.samples else None
+        self._load_step(bucket, packed)
+        hidden, sampled = self._state.hidden, []
+        for number in range(plan.num_steps):
+            hidden = self._run(bucket)
+            if draw is not None:
+                state = self._state
+                args = state.latest, state.sample_hidden, packed_samples, np.int32(number)
+                tokens, latest = draw(self._weights, *args)
+                self._state = dataclasses.replace(state, latest=latest)
+                sampled.append(tokens)
+        return hidden, tuple(sampled)
+
+    def _load_step(self, bucket: Bucket, packed: np.ndarray) -> None:
+        """Enqueue the upload of a step's inputs, for its forward pass alone."""
+        if bucket.is_decode:  # its program samples as well, in vain
+            nothing, _ = SamplePacker().pack((), bucket.num_rows)
+            packed = pack_decode_inputs(packed, nothing, 1)
+        self._load(packed)
+
+    def _load(self, inputs: np.ndarray) -> None:
+        """Enqueue the upload of a step's inputs."""
+        self._state = self._program(("load", len(inputs)))(self._state, inputs)
+
+    def _run(self, bucket: Bucket) -> Float[Array, "tokens hidden_size"]:
+        """Enqueue the program of a bucket over what is loaded; the hidden states of its tokens, for the time being."""
+        self.cache, self._state, *hidden = self._program(("forward", bucket))(self._weights, self.cache, self._state)
+        return hidden[0] if hidden else self._state.hidden
 
     def forget_pool(self) -> None:
         """A step failed, and with it whatever the pool holds or will hold: the next step starts with an empty one."""
@@ -549,7 +667,7 @@ class ModelRunner:
             self.cache.pool.delete()
         if self.host_pool is not None:
             self.host_pool.forget()
-        self._latest = self._no_tokens()  # those there were failed with the step
+        self._state = self._allocate_state()
 
     @property
     def costs(self) -> Costs | None:
@@ -564,10 +682,10 @@ class ModelRunner:
         padding = Chunk(0, [0] * width, 0, width, [0] * self.max_blocks)
         plan = StepPlan(chunks=(padding,) * num_chunks)
         packed = self._step_packer.pack(plan, bucket)
-        program = self._program(("forward", bucket))
         for _ in range(2):  # the first run loads the program
             started = time.perf_counter()
-            self.cache = program(self._weights, self.cache, self._latest, packed).cache
+            self._load_step(bucket, packed)
+            self._run(bucket)
             jax.block_until_ready(self.cache.pool)
             prefill_s = time.perf_counter() - started
         self.host_pool.measure(self.cache, prefill_token_s=prefill_s / plan.num_tokens)
@@ -600,6 +718,16 @@ class ModelRunner:
             padded[: len(targets)] = targets
             parts.append(program(self._weights, hidden, rows, padded))
         return parts
+
+
+def _split_draws(
+    drawn: Int[np.ndarray, "2 steps rows"], num_rows: int
+) -> list[tuple[Int[np.ndarray, " rows"], TokenScores]]:
+    """The tokens and scores of each step, without padding rows."""
+    token_ids, logprobs = drawn[0, :, :num_rows], drawn[1, :, :num_rows].view(np.float32)
+    unasked = np.zeros(num_rows, np.int32), np.zeros((num_rows, 0), np.int32), np.zeros((num_rows, 0), np.float32)
+    scores = [TokenScores(of_step, *unasked) for of_step in logprobs]
+    return list(zip(token_ids, scores, strict=True))
 
 
 def _cut_scores(parts: list[Scores], num_rows: int) -> TokenScores:
