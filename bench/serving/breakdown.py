@@ -2,31 +2,44 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import nlargest
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from jpaged.device.model_runner import SAMPLING_SCOPE
+
 GEMM = re.compile(r"nvjet|gemm|gemv|cublas|cutlass|xmma|splitk", re.IGNORECASE)
 """Products, cuBLAS's and Triton's: nvjet_sm90_..., gemm_fusion_dot_..., cublasLt::splitKreduce_kernel."""
 
 ATTENTION = re.compile(r"paged_decode|merge_decode_parts|paged_prefill")
-SAMPLING_PROGRAM = re.compile(r"_sample|_beam")
-"""Names of the runner's programs that choose tokens. Their one product makes the logits and counts as a GEMM."""
+SAMPLING = re.compile(rf"_sample|_beam|/{SAMPLING_SCOPE}/")
+"""In the names of the runner's programs that choose tokens, or of the scope of operations in others. The one product
+among them makes the logits and counts as a GEMM.
+"""
+
+OPERATION = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*metadata={[^}]*op_name="([^"]*)"', re.MULTILINE)
+"""Of a compiled program's text: the name of an operation, and its scope where it was traced."""
 
 NUM_LARGEST = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A launch on the device, as profiled; ``program`` is the HLO module it belongs to, "" if the profile lacks it."""
+    """A launch on the device, as profiled.
+
+    Args:
+        program: the HLO module it belongs to, "" if the profile lacks it.
+        scope: of the operation it runs, "" if nobody said (see ``scopes_of``).
+    """
 
     name: str
     start_ns: float
     duration_ns: float
     program: str = ""
+    scope: str = ""
 
     @property
     def group(self) -> str:
@@ -35,7 +48,12 @@ class Kernel:
             return "attention"
         if GEMM.search(self.name):
             return "gemm"
-        return "sampling" if SAMPLING_PROGRAM.search(self.program) else "other"
+        return "sampling" if self.is_sampling else "other"
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether it helps to choose tokens."""
+        return SAMPLING.search(f"{self.program}/{self.scope}") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +113,7 @@ def break_down(kernels: list[Kernel], num_steps: int, *, step_us: float, host_us
         groups[kernel.group] += kernel.duration_ns
         durations[key] += kernel.duration_ns
         launches[key] += 1
-    is_sampling_known = any(SAMPLING_PROGRAM.search(kernel.program) for kernel in kernels)
+    is_sampling_known = any(kernel.is_sampling for kernel in kernels)
     first, last = min(k.start_ns for k in kernels), max(k.start_ns + k.duration_ns for k in kernels)
     return StepBreakdown(
         step_us=step_us,
@@ -125,10 +143,23 @@ def _busy_ns(kernels: list[Kernel]) -> float:
     return busy
 
 
-def read_kernels(directory: Path) -> list[Kernel]:
+def scopes_of(program: str) -> dict[str, str]:
+    """The scope of each operation in a compiled program's text, by the name that its kernel has."""
+    return {_kernel_name(name): scope for name, scope in OPERATION.findall(program)}
+
+
+def _kernel_name(operation: str) -> str:
+    return re.sub(r"[.-]", "_", operation)
+
+
+def read_kernels(directory: Path, scopes: Mapping[str, str] | None = None) -> list[Kernel]:
     """The kernels of the first GPU in the newest profile under a directory; on a CPU, XLA's operations.
 
     Those of a CPU lie inside each other where there are loops, and count twice then.
+
+    Args:
+        directory: where the profiler wrote.
+        scopes: of the program that ran, or of the largest.
 
     Raises:
         FileNotFoundError: there is no profile.
@@ -138,10 +169,10 @@ def read_kernels(directory: Path) -> list[Kernel]:
     paths = sorted(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not paths:
         raise FileNotFoundError(f"no profile (*.xplane.pb) under {directory}")
-    return list(kernels_of(ProfileData.from_file(str(paths[-1])).planes))
+    return list(kernels_of(ProfileData.from_file(str(paths[-1])).planes, scopes or {}))
 
 
-def kernels_of(planes: Iterable[Any]) -> Iterator[Kernel]:
+def kernels_of(planes: Iterable[Any], scopes: Mapping[str, str]) -> Iterator[Kernel]:
     """The kernels in the planes of a ``jax.profiler.ProfileData``."""
     by_name = {plane.name: plane for plane in planes}
     gpus = sorted(name for name in by_name if name.startswith("/device:GPU"))
@@ -154,4 +185,5 @@ def kernels_of(planes: Iterable[Any]) -> Iterator[Kernel]:
         for event in line.events:
             stats = dict(event.stats)
             if gpus or "hlo_op" in stats:
-                yield Kernel(event.name, event.start_ns, event.duration_ns, str(stats.get("hlo_module", "")))
+                program, scope = str(stats.get("hlo_module", "")), scopes.get(_kernel_name(event.name), "")
+                yield Kernel(event.name, event.start_ns, event.duration_ns, program, scope)

@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 
 import jax
 
-from bench.serving.breakdown import StepBreakdown, break_down, read_kernels
+from bench.serving.breakdown import StepBreakdown, break_down, read_kernels, scopes_of
 from bench.serving.runs import sampling
-from bench.serving.stopwatch import Stopwatch
+from bench.serving.stopwatch import Stopwatch, replaced
 from jpaged import LLM
 
 QUIET_S = 0.1
@@ -42,9 +42,10 @@ def profile_decode(
             num_timed = _decode(llm, len(prompts), num_timed)
         step_us = 1e6 * (time.perf_counter() - start) / num_timed
         with _kept(directory) as path:
-            with _trace(path):
+            # Of a loop that runs inside a graph only one turn is profiled.
+            with _trace(path), replaced(engine.scheduler, "max_burst", 1):
                 num_traced = _decode(llm, len(prompts), num_traced)
-            kernels = read_kernels(path)
+            kernels = read_kernels(path, scopes_of(_program_text(llm, len(prompts))))
     finally:
         for request_id in ids:
             engine.forget(request_id)
@@ -69,6 +70,12 @@ def profile_prefill(llm: LLM, timed: list[list[int]], traced: list[list[int]], d
             _run_all(llm, traced, watch_traced)
         kernels = read_kernels(path)
     return break_down(kernels, watch_traced.num_steps, step_us=step_us, host_us=watch.us_per_step(watch.num_steps))
+
+
+def _program_text(llm: LLM, num_rows: int) -> str:
+    runner = llm.engine.runner
+    bucket = min(bucket for bucket in runner.buckets if bucket.is_decode and bucket.num_rows >= num_rows)
+    return runner.program(bucket).as_text() or ""
 
 
 def _settle(llm: LLM, num_rows: int) -> None:
