@@ -41,9 +41,10 @@ def profile_decode(
         with watch.watch_steps(engine):
             num_timed = _decode(llm, len(prompts), num_timed)
         step_us = 1e6 * (time.perf_counter() - start) / num_timed
-        with _kept(directory) as path:
-            # Of a loop that runs inside a graph only one turn is profiled.
-            with _trace(path), replaced(engine.scheduler, "max_burst", 1):
+        # Of a loop that runs inside a graph only one turn is profiled.
+        with _kept(directory) as path, replaced(engine.scheduler, "max_burst", 1):
+            _decode(llm, len(prompts), NUM_SETTLING_STEPS)  # those of a burst under way
+            with _trace(path):
                 num_traced = _decode(llm, len(prompts), num_traced)
             kernels = read_kernels(path, scopes_of(_program_text(llm, len(prompts))))
     finally:

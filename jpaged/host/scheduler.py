@@ -399,22 +399,27 @@ class Scheduler:
     def _find_budget(self, feeds: list[Feed], *, may_admit: bool) -> int:
         """Tokens of the next step at most.
 
-        Padding costs as much as tokens do. So where prompts fill one of ``step_sizes``, and less than as much again is
-        left of them, the rest waits: it is computed together with what arrives next.
+        Padding costs as much as tokens do. So where prompts beside decodes fill one of ``step_sizes``, and less than as
+        much again is left of them, the rest waits for the next step, which those decodes need anyway.
         """
         lens = [feed.target - feed.seq.num_computed for feed in feeds]
         num_tokens, num_rows, num_decodes = sum(lens), len(lens), lens.count(1)
+        if num_decodes == 0:
+            return self.max_num_batched_tokens
         for group in self._waiting if may_admit else ():
             if num_rows + group.num_rows > self.max_num_seqs or num_tokens >= self.max_num_batched_tokens:
                 break
             num_rows += group.num_rows
             num_tokens += group.prompt_len
+        limit = self.max_num_batched_tokens
         full = (
             size
             for size, rows in self.step_sizes
-            if num_decodes < size <= num_tokens and rows >= num_rows and size - num_decodes >= num_tokens - size
+            if num_decodes < size <= min(num_tokens, limit)
+            and rows >= num_rows
+            and size - num_decodes >= num_tokens - size
         )
-        return max(full, default=self.max_num_batched_tokens)
+        return max(full, default=limit)
 
     def _compute_all(self, plan: PlanBuilder, feeds: list[Feed]) -> None:
         """Decodes first, then chunks of prompts while the budget lasts."""
