@@ -15,7 +15,7 @@ import pytest
 from bench import machine
 from bench.machine import MachineLimits
 from bench.serving import __main__ as command
-from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels
+from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
 from bench.serving.cold_start import start_cold
 from bench.serving.figures import Figures, Floor
 from bench.serving.profiling import profile_decode
@@ -23,6 +23,7 @@ from bench.serving.runs import Bench, sampling
 from bench.serving.sizes import QUICK
 from bench.serving.stopwatch import HOST_PARTS, Stopwatch
 from jpaged import LLM, EngineConfig
+from jpaged.device.model_runner import SAMPLING_SCOPE
 from jpaged.device.sharding import make_mesh
 from jpaged.models import load_config, random_model
 from jpaged.models.llama import LlamaConfig
@@ -93,6 +94,19 @@ def test_kernels_are_grouped_by_name_and_program(name, program, group):
     assert Kernel(name, 0, 1, program).group == group
 
 
+def test_sampling_inside_of_a_larger_program_is_told_by_its_scope():
+    @jax.jit
+    def step(x):
+        with jax.named_scope(SAMPLING_SCOPE):
+            return jnp.sort(x * 2)
+
+    scopes = scopes_of(step.lower(jnp.ones(1000)).compile().as_text())
+    names = [name for name, scope in scopes.items() if scope.endswith("/sort")]
+    assert names
+    assert {Kernel(name, 0, 1, "jit_step", scopes[name]).group for name in names} == {"sampling"}
+    assert Kernel(names[0], 0, 1, "jit_step", "jit(step)/sort").group == "other"
+
+
 def test_breakdown_sums_kernels_a_step_and_leaves_the_rest_as_gaps():
     one_step = [
         Kernel("gemm_fusion_dot", 0, 4000, "jit__forward"),
@@ -146,7 +160,7 @@ def test_kernels_are_those_on_the_streams_of_the_first_gpu():
     gpu = plane("/device:GPU:0", Stream_7=[launch, ("MemcpyH2D", 1, 2, {})], XLA_Ops=[launch], Stream_9=[launch])
     other = plane("/device:GPU:1", Stream_7=[launch])
     forward = Kernel("nvjet", 10, 5, "jit__forward")
-    assert list(kernels_of([host, other, gpu])) == [forward, Kernel("MemcpyH2D", 1, 2), forward]
+    assert list(kernels_of([host, other, gpu], {})) == [forward, Kernel("MemcpyH2D", 1, 2), forward]
 
 
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
@@ -295,7 +309,7 @@ def test_loading_runs_every_program_of_plain_steps(bench, monkeypatch):
         call()
         return used
 
-    compiled = programs_of(bench.runner.warm_up)
+    compiled = set(bench.runner._all_keys())
     assert len(compiled) >= 8
     assert {key for key in compiled if key[0] != "copy"} <= programs_of(bench.load_programs)
 

@@ -184,6 +184,18 @@ def test_of_n_sharers_all_but_one_copy():
     manager.check_invariants()
 
 
+def test_a_group_of_n_sharers_has_room_where_each_but_one_can_copy():
+    manager = BlockManager(1 + 2 + 2, 4)
+    manager.reserve("a", 6)
+    for child in "bc":
+        manager.fork("a", child)
+    copies = manager.append_all([("a", 1), ("b", 2), ("c", 1)])
+    assert manager.num_free_blocks == 0
+    assert [copy.src for copy in copies] == [manager.block_table("c")[1]] * 2
+    assert {copy.dst for copy in copies} == {manager.block_table("a")[1], manager.block_table("b")[1]}
+    assert [manager.num_tokens(seq_id) for seq_id in "abc"] == [7, 8, 7]
+
+
 def test_shared_blocks_outlive_their_first_holder():
     manager = BlockManager(10, 4)
     manager.reserve("parent", 6)
@@ -205,6 +217,8 @@ def test_shared_blocks_outlive_their_first_holder():
         lambda m: m.reserve("new", 20, match=m.match_prefix([1, 2, 3, 4])),
         lambda m: m.append("b", 16),
         lambda m: m.append("child", 11),  # the copy of the shared block and three more
+        lambda m: m.append_all([("b", 1), ("child", 11)]),
+        lambda m: m.append_all([("b", 1), ("a", 3), ("child", 7)]),  # the copy, and one and two more
     ],
 )
 def test_out_of_blocks_changes_nothing(call):
@@ -234,6 +248,8 @@ def test_out_of_blocks_changes_nothing(call):
         (lambda m: m.reserve("new", 7, match=full_hits(*m.block_table("a")[:2])), "more than num_tokens=7"),
         (lambda m: m.append("a", -1), "num_tokens=-1"),
         (lambda m: m.append("nobody"), "unknown sequence 'nobody'"),
+        (lambda m: m.append_all([("a", 1), ("b", 1), ("nobody", 1)]), "unknown sequence 'nobody'"),
+        (lambda m: m.append_all([("a", 1), ("b", 1), ("a", -1)]), "num_tokens=-1"),
         (lambda m: m.num_blocks_to_append("a", -1), "num_tokens=-1"),
         (lambda m: m.num_blocks_to_append("nobody"), "unknown sequence"),
         (lambda m: m.fork("nobody", "new"), "unknown sequence"),
@@ -259,6 +275,29 @@ def test_wrong_calls_are_refused_and_change_nothing(call, message):
     before = snapshot(manager)
     with pytest.raises(ValueError, match=message):
         call(manager)
+    assert snapshot(manager) == before
+
+
+def test_a_loading_block_is_not_loaded_again_where_all_free_blocks_are_copied_from():
+    manager = BlockManager(9, 4, enable_prefix_caching=True, num_host_blocks=8)
+    prompts = [[9] * 6, [8] * 6]
+    for seq_id, prompt in enumerate(prompts):
+        run(manager, seq_id, prompt, include_partial=True)
+    manager.reserve("swapped", 6)
+    manager.swap_out(["swapped"])
+    manager.take_transfers()
+    manager.finish_transfers()
+    for seq_id in range(2):
+        manager.free(seq_id)
+    manager.swap_in(["swapped"])
+    manager.fork("swapped", "child")
+    for seq_id, prompt in enumerate(prompts):
+        longer = [*prompt[:5], 7, 7]
+        assert len(manager.reserve(f"longer {seq_id}", 7, match=manager.match_prefix(longer))) == 1
+    assert manager.num_free_blocks == 2
+    before = snapshot(manager)
+    with pytest.raises(OutOfBlocks):
+        manager.append("child")
     assert snapshot(manager) == before
 
 

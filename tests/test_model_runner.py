@@ -1,5 +1,7 @@
 """What a step costs: its memory, its number of programs; and that execution does what the plan says."""
 
+import dataclasses
+from itertools import product
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from jpaged.config import EngineConfig
-from jpaged.device import kv_cache
+from jpaged.device import kv_cache, model_runner
 from jpaged.device.kv_cache import num_blocks_that_fit
 from jpaged.device.model_runner import ModelRunner
 from jpaged.device.sharding import make_mesh
@@ -33,12 +35,12 @@ TINY = LlamaConfig(
 )
 
 
-def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, **settings) -> ModelRunner:
+def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, warm_up=False, **settings) -> ModelRunner:
     mesh = make_mesh(tensor_parallel_size)
     config = EngineConfig(
         **{"block_size": 8, "num_blocks": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16} | settings
     )
-    return ModelRunner(random_model(TINY, dtype, mesh, 0), TINY, config, mesh)
+    return ModelRunner(random_model(TINY, dtype, mesh, 0), TINY, config, mesh, warm_up=warm_up, use_tqdm=False)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -61,9 +63,11 @@ def test_block_copies_allocate_nothing_of_the_pools_size():
 
 def test_warm_up_compiles_every_bucket_and_serving_plain_requests_nothing_more():
     runner = make_runner(num_host_blocks=2)
+    assert runner.num_programs == 0
     runner.warm_up(use_tqdm=False)
-    num_samplers = len({bucket.num_rows for bucket in runner.buckets})
-    expected = len(runner.buckets) + num_samplers + 1 + 2 * len(MOVE_SIZES)  # copies, and moves both ways
+    num_rows = {bucket.num_rows for bucket in runner.buckets}
+    expected = 2 * len(runner.buckets) + len(num_rows)  # steps, what loads their inputs, samplers
+    expected += 1 + 1 + 2 * len(MOVE_SIZES)  # what reads results, copies, and moves both ways
     assert runner.num_programs == expected
     engine = Engine(runner, runner.config)
     for i in range(9):
@@ -138,7 +142,7 @@ def test_a_step_of_beams_alone_runs_no_sampler():
     chunk = Chunk(0, [1, 2, 3], 0, 3, [1])
     result = runner.execute(StepPlan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 2),)))
     assert result.token_ids.tolist() == []
-    assert {key[0] for key in runner._compiled} == {"forward", "beam"}
+    assert {key[0] for key in runner._compiled} == {"load", "forward", "beam"}
 
 
 def test_any_mixture_of_searches_shares_a_program():
@@ -152,6 +156,92 @@ def test_any_mixture_of_searches_shares_a_program():
         )
         runner.execute(StepPlan(chunks=chunks, beams=beams))
     assert [key for key in runner._compiled if key[0] == "beam"] == [("beam", 8, 8, 0)], "rows, candidates, bans"
+
+
+BURST_PARAMS = [
+    SamplingParams(temperature=1.5),
+    SamplingParams(temperature=0.7, top_p=0.8),
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1.0, top_k=5),
+]
+
+
+@pytest.mark.parametrize("changed", [{}, {"logprobs": 3}, {"logit_bias": {5: 2.0}}], ids=["plain", "scored", "biased"])
+def test_a_burst_draws_what_single_steps_draw(changed):
+    """With rows that end before the others, and whatever program samples."""
+    params = [dataclasses.replace(params, **changed) for params in BURST_PARAMS]
+    starts, num_draws = [3, 6, 7, 9], [3, 1, 2, 3]
+    fed = [[(7 * row + i) % 17 for i in range(start + 1)] for row, start in enumerate(starts)]
+    tables = [[2 * row + 1, 2 * row + 2] for row in range(4)]
+
+    def chunks_of(token_ids, starts):
+        return tuple(
+            Chunk(row, ids, start, 2, table)
+            for row, (ids, start, table) in enumerate(zip(token_ids, starts, tables, strict=True))
+        )
+
+    def samples_of(positions, num_draws):
+        return tuple(
+            Sample(row, row, positions[row], 40 + row, params[row], (), (), (), num_draws[row]) for row in range(4)
+        )
+
+    def prefilled() -> ModelRunner:
+        runner = make_runner(max_num_batched_tokens=32, max_burst=3)
+        runner.execute(StepPlan(chunks=chunks_of([ids[:-1] for ids in fed], [0] * 4)))
+        return runner
+
+    single, tokens, expected = prefilled(), [ids[-1] for ids in fed], []
+    for step in range(3):
+        chunks = chunks_of([[token] for token in tokens], [start + step for start in starts])
+        result = single.execute(StepPlan(chunks=chunks, samples=samples_of([c.stop for c in chunks], [1] * 4)))
+        tokens = result.token_ids.tolist()
+        expected.append((tokens, result.scores))
+    plan = StepPlan(
+        chunks=chunks_of([ids[-1:] for ids in fed], starts),
+        samples=samples_of([start + 1 for start in starts], num_draws),
+        num_steps=3,
+    )
+    burst = prefilled().execute(plan)
+    for step, (token_ids, scores) in enumerate([(burst.token_ids, burst.scores), *burst.later]):
+        going_on = [row for row in range(4) if step < num_draws[row]]
+        assert token_ids[going_on].tolist() == [expected[step][0][row] for row in going_on]
+        np.testing.assert_allclose(scores.logprobs[going_on], expected[step][1].logprobs[going_on], rtol=1e-5)
+        np.testing.assert_array_equal(scores.top_ids[going_on], expected[step][1].top_ids[going_on])
+
+
+def test_a_step_feeds_what_the_step_before_drew_whichever_programs_ran():
+    """The tokens that one plan draws are those the next one knows by their rows alone."""
+    chunk = Chunk(0, [1, 2, 3], 0, 3, [1])
+
+    def sample(position: int, **changed) -> Sample:
+        return Sample(0, 0, position, 7, SamplingParams(temperature=2.0, **changed), (), (), ())
+
+    ahead, known = make_runner(), make_runner()
+    for kinds in product(({}, {"logprobs": 2}), repeat=3):
+        drawn = [ahead.enqueue(StepPlan(chunks=(chunk,), samples=(sample(3, **kinds[0]),)))]
+        [token] = known.execute(drawn[0].plan).token_ids.tolist()
+        tokens = [token]
+        for position, kind in enumerate(kinds[1:], 3):
+            follower = StepPlan(chunks=(Chunk(0, [~0], position, 3, [1]),), samples=(sample(position + 1, **kind),))
+            drawn.append(ahead.enqueue(follower))
+            spelled_out = dataclasses.replace(follower, chunks=(Chunk(0, [token], position, 3, [1]),))
+            [token] = known.execute(spelled_out).token_ids.tolist()
+            tokens.append(token)
+        assert [ahead.fetch(step).token_ids.tolist() for step in drawn] == [[token] for token in tokens]
+
+
+def test_decodes_are_the_largest_step_where_the_budget_is_no_more():
+    runner = make_runner(max_num_seqs=4, max_num_batched_tokens=4, num_host_blocks=2)
+    assert runner.buckets[-1].is_decode
+    runner.measure_costs()
+    assert runner.costs is not None
+    engine = Engine(runner, runner.config)
+    params = SamplingParams(max_tokens=5, temperature=0)
+    engine.add(engine.make_request("a", {"prompt_token_ids": list(range(1, 12))}, params))
+    finished = []
+    while engine.has_unfinished:
+        finished += engine.step().finished
+    assert len(finished[0].outputs[0].token_ids) == 5
 
 
 def test_two_devices_give_the_tokens_of_one():
@@ -198,6 +288,30 @@ def test_the_number_of_blocks_on_an_accelerator_is_a_round_one_if_the_context_fi
     [device] = [SimpleNamespace(platform="gpu")]
     blocks = num_blocks_that_fit(1000, [device], 0.9, reserved_bytes=5000, least_blocks=130, useful_blocks=50)
     assert blocks == expected
+
+
+@pytest.mark.parametrize(("guess", "num_compilations"), [(0.5, 1), (1e-6, 2)], ids=["enough", "too little"])
+def test_room_for_a_step_is_guessed_and_programs_compiled_again_only_if_it_was_too_little(
+    monkeypatch, guess, num_compilations
+):
+    """As on a device of its own memory."""
+    memory, compiled = 1 << 22, []
+    monkeypatch.setattr(model_runner, "GUESSED_WORKSPACE", guess)
+    monkeypatch.setattr(model_runner, "available_bytes", lambda devices: memory)
+    monkeypatch.setattr(ModelRunner, "_is_on_cpu", False)
+    monkeypatch.setattr(
+        model_runner,
+        "num_blocks_that_fit",
+        lambda bytes_per_block, *_, reserved_bytes, **__: (memory - reserved_bytes) // bytes_per_block,
+    )
+    warm_up = ModelRunner.warm_up
+    monkeypatch.setattr(ModelRunner, "warm_up", lambda self, **_: compiled.append(self.num_blocks) or warm_up(self))
+    settings = {"num_blocks": None, "num_host_blocks": 0, "preemption": "recompute", "max_burst": 1}
+    runner = make_runner(**settings, warm_up=True)
+    assert len(compiled) == num_compilations
+    assert runner.num_blocks == compiled[-1] == runner.cache.pool.shape[0]
+    assert runner.num_blocks * runner.bytes_per_block + runner._workspace_bytes() <= memory
+    assert runner.execute(StepPlan(chunks=(Chunk(0, [1], 0, 1, [1]),))).token_ids.tolist() == []
 
 
 def test_a_fraction_of_memory_too_small_for_a_block_is_refused():

@@ -9,10 +9,16 @@ from jpaged.host.step_plan import StepPlan, StepResult, TokenScores
 from jpaged.request import FinishReason, Request, SamplingParams, derive_seed
 
 
-def make_scheduler(num_blocks=64, *, block_size=4, rows=8, budget=64, model_len=512, caching=False, eos=()):
-    blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
+def make_scheduler(
+    num_blocks=64, *, block_size=4, rows=8, budget=64, model_len=512, caching=False, eos=(), step_sizes=()
+):
     return Scheduler(
-        blocks, max_num_seqs=rows, max_num_batched_tokens=budget, max_model_len=model_len, eos_token_ids=eos
+        BlockManager(num_blocks, block_size, enable_prefix_caching=caching),
+        max_num_seqs=rows,
+        max_num_batched_tokens=budget,
+        max_model_len=model_len,
+        eos_token_ids=eos,
+        step_sizes=step_sizes,
     )
 
 
@@ -98,6 +104,38 @@ def test_long_prompts_are_chunked_and_mixed_with_decodes_within_the_budget():
     assert max(plan.num_tokens for plan in plans) == 8
     assert [len(c.token_ids) for plan in plans for c in plan.chunks if c.seq_id == 1] == [7, 7, 7, 7, 2, 1]
     assert all(len(plan.chunks) == 2 for plan in plans[:5]), "the decode goes on beside the prompt's chunks"
+
+
+@pytest.mark.parametrize(
+    ("prompt_lens", "num_tokens"),
+    [
+        ([14], [16]),
+        ([15], [17]),  # beside two decodes 16 take 14: that leaves 1, but there is no row for it
+        ([40], [32, 12]),
+        ([46], [32, 18]),
+        ([60], [32, 32]),
+        ([61], [63]),  # 32 would take less than they leave
+        ([20, 20], [32, 12]),
+        ([100], [64, 32, 10]),
+        ([230], [64, 64, 64, 32, 16]),
+    ],
+)
+def test_prompts_beside_decodes_fill_a_compiled_size_and_their_rest_comes_later(prompt_lens, num_tokens):
+    scheduler = make_scheduler(budget=64, step_sizes=((16, 2), (32, 8), (64, 8), (128, 8)))
+    for name in "ab":
+        scheduler.add(request(name, 1, max_tokens=100))
+    step(scheduler)
+    for i, prompt_len in enumerate(prompt_lens):
+        scheduler.add(request(str(i), prompt_len, first=100 * i, max_tokens=1))
+    assert [step(scheduler).num_tokens for _ in num_tokens] == num_tokens
+    assert step(scheduler).num_tokens == 2
+
+
+def test_prompts_alone_are_computed_at_once():
+    scheduler = make_scheduler(budget=64, step_sizes=((16, 8), (32, 8), (64, 8)))
+    scheduler.add(request("a", 23, max_tokens=1))
+    scheduler.add(request("b", 17, max_tokens=1))
+    assert [plan.num_tokens for plan in run(scheduler)] == [40]
 
 
 def test_requests_are_admitted_in_order_of_arrival():

@@ -32,6 +32,7 @@ def make_device(
     preemption: str = "swap",
     caching: bool = True,
     max_burst: int = 1,
+    step_sizes: tuple[tuple[int, int], ...] = (),
 ) -> FakeDevice:
     blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching, num_host_blocks=num_host_blocks)
     scheduler = Scheduler(
@@ -42,6 +43,7 @@ def make_device(
         eos_token_ids=eos,
         preemption=preemption,
         max_burst=max_burst,
+        step_sizes=step_sizes,
     )
     return FakeDevice(scheduler)
 
@@ -90,7 +92,7 @@ def _assert_samples(group: SequenceGroup, eos: Collection[int], cut_short: Colle
         expected = expected_tokens(group.request, seq.index, group.max_tokens, eos)
         is_cut = seq.finish_reason is FinishReason.ABORT or seq.seq_id in cut_short
         assert tokens == (expected[: len(tokens)] if is_cut else expected)
-        logprobs = [float(scores.logprobs[row]) for scores, row in seq.scores]
+        logprobs = [float(scores.logprobs[row]) for scores, row in seq.output_scores]
         assert logprobs == expected_logprobs(seq.token_ids, group.request.prefix_salt)[seq.prompt_len - 1 :]
 
 
@@ -121,6 +123,10 @@ FEATURES = {
     "a step failed while a group was swapped out",
     "two steps failed at once",
     "planned ahead",
+    "prompts cut to a size",
+    "decoded on",
+    "decoded on without those that ended",
+    "decoded on after prompts",
     "bursts",
     "bursts that some end in",
     "ended while a token of theirs was under way",
@@ -151,17 +157,19 @@ class Episode:
         self.seen = seen
         draw = self.random
         block_size, rows = draw.choice([1, 2, 3, 4, 4, 4, 8]), draw.randint(2, 12)
+        budget = draw.randint(rows, 48)
         self.device = make_device(
             1 + max(draw.randint(16, 96) // block_size, 4),
             block_size=block_size,
             num_host_blocks=draw.choice([0, 2, 4, 8, 16, 128]),
             rows=rows,
-            budget=draw.randint(rows, 48),
+            budget=budget,
             model_len=draw.randint(16, 60),
             eos=draw.choice([(), (EOS,), (EOS, 4), (EOS, 4, 5)]),
             preemption=draw.choice(["auto", "auto", "swap", "recompute"]),
             caching=draw.random() < 0.85,
             max_burst=draw.choice([1, 2, 5]),
+            step_sizes=draw.choice([(), ((8, 4), (16, rows), (32, rows), (budget, rows))]),
         )
         self.scheduler = self.device.scheduler
         self.blocks = self.scheduler.blocks
@@ -339,6 +347,16 @@ class Episode:
         self._check_order(running)
         if plan is not None:
             self._count(plan, running)
+            is_cut = plan.num_tokens < self.scheduler.max_num_batched_tokens and plan.num_tokens in (8, 16, 32)
+            self.seen["prompts cut to a size"] += is_cut and any(chunk.stop < chunk.prompt_len for chunk in plan.chunks)
+            if plan.decodes is not None:
+                fed = {chunk.seq_id for chunk in plan.chunks}
+                for group in self.scheduler._running:
+                    assert all(seq.seq_id in fed or group.is_ending(seq) for seq in group.unfinished), "nobody waits"
+                before = self.under_way[-1][0]
+                self.seen["decoded on"] += 1
+                self.seen["decoded on without those that ended"] += len(plan.samples) < len(before.samples)
+                self.seen["decoded on after prompts"] += before.num_tokens > len(before.chunks)
             self.under_way.append((plan, self.device.execute(plan)))
         return plan
 

@@ -1,11 +1,16 @@
 """Packed step inputs say of every token and row what the plan says, and every plan has a bucket."""
 
+import dataclasses
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
+from fake_device import EOS, FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jpaged.device.sampler import SamplePacker, num_top_of
 from jpaged.device.step_inputs import (
     Bucket,
     StepInputs,
@@ -17,8 +22,10 @@ from jpaged.device.step_inputs import (
     powers_of_two,
     unpack,
 )
+from jpaged.host.block_manager import BlockManager
+from jpaged.host.scheduler import Scheduler
 from jpaged.host.step_plan import BeamSelect, Chunk, Sample, StepPlan
-from jpaged.request import SamplingParams
+from jpaged.request import Request, SamplingParams
 
 MAX_BLOCKS = 5
 NUM_PHYSICAL_BLOCKS = 64
@@ -162,6 +169,13 @@ def test_buckets_of_the_default_engine():
     assert buckets == sorted([*decode, *half, *full])
 
 
+def test_an_accelerator_has_fewer_small_buckets():
+    decode = [Bucket(n, n) for n in (16, 32, 64, 128, 256)]
+    mixed = [Bucket(n, min(n // 2, 256)) for n in (128, 256, 512, 1024, 2048)]
+    assert all_buckets(256, 2048, 16) == sorted([*decode, *mixed])
+    assert all_buckets(6, 20, 16) == [Bucket(6, 6), Bucket(20, 6)]
+
+
 @given(max_seqs=st.integers(1, 300), extra=st.integers(0, 5000))
 def test_buckets_are_few_distinct_and_within_the_limits(max_seqs, extra):
     max_tokens = max_seqs + extra
@@ -218,3 +232,61 @@ def test_each_step_of_a_burst_feeds_what_the_one_before_drew_where_it_belongs(bl
         done = [row for row in range(4) if row not in rows]
         assert not actual.slots[done].any(), "who is done writes to block 0"
         assert actual.cu_q_lens.tolist() == [0, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("max_burst", [1, 3])
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_decodes_are_packed_like_the_chunks_and_samples_they_stand_for(block_size, max_burst):
+    """Sequences come, fork, and end by a token, their length or an abort, while others decode on."""
+    random = np.random.default_rng(0)
+    blocks = BlockManager(200, block_size, enable_prefix_caching=True)
+    scheduler = Scheduler(
+        blocks, max_num_seqs=8, max_num_batched_tokens=40, max_model_len=48, eos_token_ids=[EOS], max_burst=max_burst
+    )
+    max_blocks = 48 // block_size
+    device, buckets = FakeDevice(scheduler), all_buckets(8, 40)
+    packer, sample_packer = StepPacker(max_blocks, block_size), SamplePacker()
+    under_way, seen = [], Counter()
+
+    def enqueue(plan):
+        bucket = bucket_for(plan, buckets)
+        same = dataclasses.replace(plan, chunks=tuple(plan.chunks), samples=tuple(plan.samples))
+        assert bucket_for(same, buckets) == bucket
+        assert (same.num_tokens, same.num_logit_rows) == (plan.num_tokens, plan.num_logit_rows)
+        assert same.draws == plan.draws
+        assert same.can_be_followed == plan.can_be_followed
+        assert num_top_of(same.samples) == num_top_of(plan.samples)
+        expected = StepPacker(max_blocks, block_size).pack(same, bucket)
+        np.testing.assert_array_equal(packer.pack(plan, bucket), expected)
+        expected, sizes = SamplePacker().pack(same.samples, bucket.num_rows)
+        packed = sample_packer.pack(plan.samples, bucket.num_rows)
+        np.testing.assert_array_equal(packed[0], expected)
+        assert packed[1] == sizes
+        seen["decodes"] += plan.decodes is not None
+        if plan.decodes is not None:
+            seen["of fewer than before"] += len(plan.samples) < len(under_way[0][0].samples)
+            seen["with biases"] += sizes.num_biases > 0
+        under_way.append((plan, device.execute(plan)))
+
+    for i in range(400):
+        if random.random() < 0.1:
+            params = SamplingParams(
+                n=int(random.integers(1, 4)),
+                max_tokens=int(random.integers(1, 30)),
+                temperature=random.random(),
+                logprobs=2 if random.random() < 0.1 else None,
+                logit_bias={1: -1.0} if random.random() < 0.1 else None,
+            )
+            prompt = random.integers(0, 2, random.integers(1, 16)).tolist()
+            scheduler.add(Request(str(i), None, prompt, params, seed=i))
+        if scheduler.has_unfinished and random.random() < 0.02:
+            scheduler.abort(random.choice(list(scheduler._groups)))
+        if not under_way:
+            if not scheduler.has_unfinished:
+                continue
+            enqueue(scheduler.schedule())
+        if (plan := scheduler.schedule_ahead()) is not None:
+            enqueue(plan)
+        scheduler.update(*under_way.pop(0))
+    assert seen["decodes"] > 50
+    assert min(seen["of fewer than before"], seen["with biases"]) > 0
