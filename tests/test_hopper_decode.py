@@ -133,11 +133,13 @@ def test_tiles_of_a_large_block_that_lie_behind_the_window_are_no_ones_part():
     check(make_batch(shape, [1], [240]), Options(sliding_window=140), num_sms=4)
 
 
-@pytest.mark.parametrize("quantized", [None, jnp.int8])
-def test_both_kernels_together_attend_a_mixed_batch_and_give_zeros_for_padding(quantized):
+@pytest.mark.parametrize(("quantized", "is_reused"), [(None, True), (jnp.int8, False)])
+def test_both_kernels_together_attend_a_mixed_batch_and_give_zeros_for_padding(quantized, is_reused):
     shape = Shape(16, 4, 5, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
     batch = make_batch(replace(shape, quantized=quantized), [1, 9, 0, 1], [70, 30, 0, 1])
     pool, kv_scales = batch.pool()
+    num_tokens = int(batch.q_starts[-1])
+    before = jnp.zeros(batch.q.shape, shape.dtype).at[:num_tokens].set(7)
     out = attend_hopper(
         jnp.asarray(batch.q),
         jnp.asarray(pool),
@@ -149,11 +151,11 @@ def test_both_kernels_together_attend_a_mixed_batch_and_give_zeros_for_padding(q
         alibi_slopes=None,
         sinks=None,
         kv_scales=None if kv_scales is None else jnp.asarray(kv_scales),
+        into=before if is_reused else None,
         num_sms=2,
         interpret=WATCHED,
     )
     out = np.asarray(out).astype(np.float64)
-    num_tokens = int(batch.q_starts[-1])
     assert_near(out[:num_tokens], dense_attention(batch)[:num_tokens], shape.dtype)
     np.testing.assert_array_equal(out[num_tokens:], 0)
 

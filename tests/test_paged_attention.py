@@ -587,6 +587,7 @@ def good_arguments() -> dict:
         ({"pool": INT8_POOL, "kv_scales": jnp.zeros((4, 2, 2, 1))}, r"expected float32 of shape \(4, 2, 2, 2\)"),
         ({"pool": INT8_POOL, "kv_scales": jnp.zeros((4, 2, 2, 2), jnp.bfloat16)}, "kv_scales is bfloat16"),
         ({"pool": INT8_POOL, "q": jnp.zeros((3, 4, 16), jnp.int8)}, "q is int8 and the pool int8"),
+        ({"into": jnp.zeros((2, 4, 16))}, r"into is float32\[2, 4, 16\]: expected what q is, float32\[3, 4, 16\]"),
         (
             {"implementation": "cuda"},
             r"implementation='cuda' is unknown: expected None or one of \['hopper', 'reference', 'xla'\]",

@@ -110,6 +110,7 @@ class PagedAttend:
         self.cache = cache
         self._inputs = inputs
         self._implementation = implementation
+        self._out: Array | None = None  # of the layer before, whose output projection has read it
 
     def __call__(
         self,
@@ -123,7 +124,7 @@ class PagedAttend:
     ) -> Float[Array, "tokens num_heads head_dim"]:
         inputs = self._inputs
         self.cache = self.cache.write(layer, k, v, inputs.slots)
-        return self.cache.attend(
+        self._out = self.cache.attend(
             layer,
             q,
             inputs.block_tables,
@@ -131,8 +132,10 @@ class PagedAttend:
             inputs.cu_q_lens,
             sm_scale=sm_scale,
             sliding_window=sliding_window,
+            into=self._out,
             implementation=self._implementation,
         )
+        return self._out
 
 
 def choose_attention(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, num_devices: int) -> Choice:

@@ -77,6 +77,7 @@ def paged_attention(
     alibi_slopes: Float[Array, " num_heads"] | None = None,
     sinks: Float[Array, " num_heads"] | None = None,
     kv_scales: KvScales | None = None,
+    into: Float[Array, "tokens num_heads head_dim"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Causal attention of a ragged batch over K and V in blocks: any mix of prompts, pieces of prompts and decodes.
@@ -99,6 +100,8 @@ def paged_attention(
         alibi_slopes: adds ``slope * (kv_position - q_position)`` to each head's scores, after the cap.
         sinks: one logit for each head that takes its share of the softmax and gives no value.
         kv_scales: the scales of a quantised pool (``write_kv_quantized``), read only; None for any other.
+        into: what an earlier call over the same rows returned, and nobody reads any more: its memory may take the
+            result, and its padding need not be cleared once more.
         implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``. Over several devices,
             "hopper" wants ``jax.shard_map``.
 
@@ -115,6 +118,8 @@ def paged_attention(
         )
     _check_arrays(q, pool, layer, block_tables, kv_lens, cu_q_lens)
     _check_types(q, pool, kv_scales)
+    if into is not None and (into.shape, into.dtype) != (q.shape, q.dtype):
+        raise ValueError(f"into is {into.dtype}{list(into.shape)}: expected what q is, {q.dtype}{list(q.shape)}")
     _check_options(q.shape[1], sm_scale, sliding_window, soft_cap, alibi_slopes, sinks)
     if implementation is None:
         choice = best_implementation(why_not(q.shape, q.dtype, pool.shape, pool.dtype))
@@ -134,6 +139,7 @@ def paged_attention(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         kv_scales=kv_scales,
+        into=into,
     )
 
 

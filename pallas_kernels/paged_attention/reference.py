@@ -23,6 +23,7 @@ def attend_reference(
     alibi_slopes: Float[Array, " num_heads"] | None,
     sinks: Float[Array, " num_heads"] | None,
     kv_scales: KvScales | None,
+    into: Float[Array, "tokens num_heads head_dim"] | None = None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``.
 
@@ -31,6 +32,7 @@ def attend_reference(
     Raises:
         NotImplementedError: an argument is being traced.
     """
+    del into  # numpy allocates
     if any(isinstance(x, Tracer) for x in (q, pool, block_tables, kv_lens, cu_q_lens, alibi_slopes, sinks, kv_scales)):
         raise NotImplementedError(
             "the reference loops over lengths that it must know: call it outside jit, or use 'xla'"

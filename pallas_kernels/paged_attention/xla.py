@@ -113,8 +113,10 @@ def attend_xla(
     alibi_slopes: Float[Array, " num_heads"] | None,
     sinks: Float[Array, " num_heads"] | None,
     kv_scales: KvScales | None,
+    into: Float[Array, "tokens num_heads head_dim"] | None = None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``."""
+    del into  # XLA chooses where results go
     if 0 in q.shape or 0 in block_tables.shape:
         return jnp.zeros_like(q)
     num_tokens, num_heads, head_dim = q.shape
