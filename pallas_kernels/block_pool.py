@@ -33,6 +33,9 @@ LARGEST_STORED = {jnp.dtype(jnp.float8_e4m3fn): 448, jnp.dtype(jnp.int8): 127}
 SMALLEST_SCALE = 2.0**-126
 """The scale of nothing but zeros: it and its reciprocal are normal numbers in float32."""
 
+WRITE_IMPLEMENTATIONS = ("xla", "hopper")
+"""What ``write_kv`` can be told to use: a scatter, or the kernel of block_pool_hopper.py."""
+
 TOKENS_RESCALED_AT_ONCE = 4096
 """Blocks of this many tokens are rescaled in one go: the 256 of a large decode batch, if a block holds 16."""
 
@@ -90,6 +93,8 @@ def write_kv(
     k: Float[Array, "tokens num_kv_heads head_dim"],
     v: Float[Array, "tokens num_kv_heads head_dim"],
     slots: Int[Array, " tokens"],
+    *,
+    implementation: str | None = None,
 ) -> BlockPool:
     """Store one layer's K and V of this step's tokens.
 
@@ -99,17 +104,41 @@ def write_kv(
         k, v: in any float type; stored in the pool's.
         slots: ``physical_block * block_size + offset`` of each token. Distinct, except that any number of padding
             tokens may share slots of block 0, which nobody reads.
+        implementation: one of ``WRITE_IMPLEMENTATIONS``; None is "xla". "hopper" leaves block 0 as it is, and over
+            several devices wants ``jax.shard_map``.
 
     Returns:
         The pool, with the slots written.
 
     Raises:
-        ValueError: the pool is quantised.
+        ValueError: the pool is quantised, shapes that do not fit together, or an unknown implementation; "hopper": a
+            layer that the pool has not.
+        NotImplementedError: the implementation named cannot write this pool, or not on this device.
     """
+    if implementation not in (None, *WRITE_IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation={implementation!r} is unknown: expected None or one of {list(WRITE_IMPLEMENTATIONS)}"
+        )
     check_kv_scales(pool, None)
+    _check_written(pool, k, v, slots)
+    if implementation == "hopper":
+        # Not above: it takes what it knows of devices from paged_attention, which needs this module to be there.
+        from pallas_kernels.block_pool_hopper import write_kv_hopper
+
+        return write_kv_hopper(pool, layer, k, v, slots)
     blocks, offsets = jnp.divmod(slots, block_size_of(pool))
     kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
     return pool.at[blocks, layer, :, :, offsets].set(kv, mode="drop", wrap_negative_indices=False)
+
+
+def _check_written(pool: BlockPool, k: Array, v: Array, slots: Array) -> None:
+    expected = (slots.size, num_kv_heads_of(pool), pool.shape[5])
+    for name, array in (("k", k), ("v", v)):
+        if array.shape != expected:
+            raise ValueError(
+                f"{name} has shape {array.shape}: expected {expected}, [tokens, num_kv_heads, head_dim] of as many "
+                "tokens as slots and of the pool's heads"
+            )
 
 
 def write_kv_quantized(

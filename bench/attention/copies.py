@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 
 from bench.attention.timing import Timing, time_program
 from pallas_kernels import block_pool_shape, copy_blocks, write_kv
+from pallas_kernels.paged_attention.hopper import why_no_device
 
 POOL_BYTES, CPU_POOL_BYTES = 60 * 10**9, 2**26
 LARGEST_SHARE = 0.8
@@ -76,13 +78,14 @@ def measure_copies(pool_bytes: int, num_samples: int) -> list[Copy]:
     token_bytes = 2 * (k.nbytes + v.nbytes) // NUM_LAYERS
     copies = [
         measure(
-            f"write_kv_{num_tokens}_{name}",
-            _write_layers,
+            f"write_kv_{num_tokens}_{name}" + ("" if implementation is None else f"_{implementation}"),
+            partial(_write_layers, implementation=implementation),
             (k, v, jnp.asarray(slots[:num_tokens], jnp.int32)),
             NUM_LAYERS,
             token_bytes,
         )
         for name, slots in (("decodes", decode_slots), ("of_a_prompt", prompt_slots))
+        for implementation in ((None,) if why_no_device() else (None, "hopper"))
     ]
     ends = tuple(jnp.asarray(ids, jnp.int32) for ids in np.split(blocks[: 2 * num_copied], 2))
     copies.append(measure(f"copy_blocks_{num_copied}", copy_blocks, ends, 1, 2 * num_copied * block_bytes))
@@ -90,7 +93,7 @@ def measure_copies(pool_bytes: int, num_samples: int) -> list[Copy]:
     return copies
 
 
-def _write_layers(pool: Array, k: Array, v: Array, slots: Array) -> Array:
+def _write_layers(pool: Array, k: Array, v: Array, slots: Array, *, implementation: str | None) -> Array:
     for layer in range(NUM_LAYERS):
-        pool = write_kv(pool, layer, k[layer], v[layer], slots)
+        pool = write_kv(pool, layer, k[layer], v[layer], slots, implementation=implementation)
     return pool
