@@ -101,10 +101,11 @@ def test_sampling_inside_of_a_larger_program_is_told_by_its_scope():
             return jnp.sort(x * 2)
 
     scopes = scopes_of(step.lower(jnp.ones(1000)).compile().as_text())
-    names = [name for name, scope in scopes.items() if scope.endswith("/sort")]
-    assert names
-    assert {Kernel(name, 0, 1, "jit_step", scopes[name]).group for name in names} == {"sampling"}
-    assert Kernel(names[0], 0, 1, "jit_step", "jit(step)/sort").group == "other"
+    sorts = [key for key, scope in scopes.items() if scope.endswith("/sort")]
+    assert sorts
+    assert {Kernel(name, 0, 1, program, scopes[program, name]).group for program, name in sorts} == {"sampling"}
+    assert {program for program, _ in sorts} == {"jit_step"}
+    assert Kernel(sorts[0][1], 0, 1, "jit_step", "jit(step)/sort").group == "other"
 
 
 def test_breakdown_sums_kernels_a_step_and_leaves_the_rest_as_gaps():

@@ -104,6 +104,24 @@ def test_stop_strings_are_cut_off_and_never_streamed():
     assert "".join(delta.text for delta in llm().stream("def f(x):", params)) == expected
 
 
+def test_bursts_draw_nothing_behind_a_stop():
+    """Neither behind a string that only the tokens' text shows, nor behind a token, nor where either is too early."""
+    bursting = LLM(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=64, max_burst=4, warm_up=False, use_tqdm=False)
+    plain = generate("def f(x):")[0].outputs[0]
+    limits = [
+        {"stop": [plain.text[5:8]]},
+        {"stop_token_ids": [plain.token_ids[4]]},
+        {"stop_token_ids": [plain.token_ids[4]], "min_tokens": 8},
+        {"max_tokens": 6},
+    ]
+    params = [SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True} | limit) for limit in limits]
+    expected = [generate("def f(x):", one)[0].outputs[0] for one in params]
+    outputs = [output.outputs[0] for output in bursting.generate(["def f(x):"] * 4, params, use_tqdm=False)]
+    outputs += [bursting.generate("def f(x):", one, use_tqdm=False)[0].outputs[0] for one in params]
+    for output, same in zip(outputs, expected * 2, strict=True):
+        assert (output.token_ids, output.text, output.finish_reason) == (same.token_ids, same.text, same.finish_reason)
+
+
 def test_a_stop_token_ends_the_text_before_it_and_the_tokens_with_it():
     plain = generate("def f(x):")[0].outputs[0]
     stop = plain.token_ids[4]

@@ -1,9 +1,11 @@
 """What a step costs: its memory, its number of programs; and that execution does what the plan says."""
 
 import dataclasses
+import threading
 from itertools import product
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,9 +46,13 @@ def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, warm_up=False, **s
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("bucket", [Bucket(4, 4), Bucket(16, 4)], ids=["decode", "mixed"])
-def test_no_step_allocates_anything_of_the_pools_size(dtype, bucket):
-    runner = make_runner(dtype, num_blocks=4096)
+@pytest.mark.parametrize(
+    ("bucket", "max_burst"),
+    [(Bucket(4, 4), 1), (Bucket(4, 4), 3), (Bucket(16, 4), 3)],
+    ids=["decode", "burst", "mixed"],
+)
+def test_no_step_allocates_anything_of_the_pools_size(dtype, bucket, max_burst):
+    runner = make_runner(dtype, num_blocks=4096, max_burst=max_burst)
     pool_bytes = runner.cache.pool.nbytes
     memory = runner.program(bucket).memory_analysis()
     assert memory.temp_size_in_bytes < pool_bytes / 2
@@ -80,6 +86,23 @@ def test_warm_up_compiles_every_bucket_and_serving_plain_requests_nothing_more()
     runner.execute(StepPlan(to_host=(BlockCopy(1, 0),)))
     runner.execute(StepPlan(from_host=(BlockCopy(0, 1),)))
     assert runner.num_programs == expected
+
+
+def test_programs_are_lowered_in_one_order_by_one_thread(monkeypatch):
+    """JAX numbers Pallas kernels as it lowers them; in another order they would not be found in the compile cache."""
+    lower, calls = ModelRunner._lower, []
+
+    def noted(runner: ModelRunner, key: tuple) -> jax.stages.Lowered:
+        calls[-1].append((key, threading.current_thread() is threading.main_thread()))
+        return lower(runner, key)
+
+    monkeypatch.setattr(ModelRunner, "_lower", noted)
+    for _ in range(2):
+        calls.append([])
+        runner = make_runner(warm_up=True)
+        assert [key for key, _ in calls[-1]] == runner._all_keys()
+    assert calls[0] == calls[1]
+    assert all(is_main for _, is_main in calls[0])
 
 
 def test_copies_run_before_the_chunks_write():
@@ -230,11 +253,14 @@ def test_a_step_feeds_what_the_step_before_drew_whichever_programs_ran():
         assert [ahead.fetch(step).token_ids.tolist() for step in drawn] == [[token] for token in tokens]
 
 
-def test_decodes_are_the_largest_step_where_the_budget_is_no_more():
+def test_decodes_are_the_largest_step_where_the_budget_is_no_more_and_what_was_lost_is_replaced():
     runner = make_runner(max_num_seqs=4, max_num_batched_tokens=4, num_host_blocks=2)
     assert runner.buckets[-1].is_decode
     runner.measure_costs()
     assert runner.costs is not None
+    for array in jax.tree.leaves((runner.cache, runner._state)):  # as an interruption leaves them
+        array.delete()
+    runner.measure_costs()
     engine = Engine(runner, runner.config)
     params = SamplingParams(max_tokens=5, temperature=0)
     engine.add(engine.make_request("a", {"prompt_token_ids": list(range(1, 12))}, params))
@@ -244,10 +270,10 @@ def test_decodes_are_the_largest_step_where_the_budget_is_no_more():
     assert len(finished[0].outputs[0].token_ids) == 5
 
 
-def test_two_devices_give_the_tokens_of_one():
+def test_two_devices_in_bursts_give_the_tokens_of_one_in_steps():
     results = []
     for size in (1, 2):
-        engine = Engine(runner := make_runner(tensor_parallel_size=size), runner.config)
+        engine = Engine(runner := make_runner(tensor_parallel_size=size, max_burst=size), runner.config)
         assert len(runner.cache.pool.sharding.device_set) == size
         engine.add(
             engine.make_request("a", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=6))
@@ -312,6 +338,31 @@ def test_room_for_a_step_is_guessed_and_programs_compiled_again_only_if_it_was_t
     assert runner.num_blocks == compiled[-1] == runner.cache.pool.shape[0]
     assert runner.num_blocks * runner.bytes_per_block + runner._workspace_bytes() <= memory
     assert runner.execute(StepPlan(chunks=(Chunk(0, [1], 0, 1, [1]),))).token_ids.tolist() == []
+
+
+def test_a_guess_refuses_nobody(monkeypatch):
+    """Where the pool beside it would be too small for a context, the programs are asked at once."""
+    memory = 600_000
+    monkeypatch.setattr(model_runner, "available_bytes", lambda devices: memory)
+    monkeypatch.setattr(ModelRunner, "_is_on_cpu", False)
+    monkeypatch.setattr(
+        model_runner,
+        "num_blocks_that_fit",
+        lambda bytes_per_block, *_, reserved_bytes, **__: (memory - reserved_bytes) // bytes_per_block,
+    )
+    settings = {"num_blocks": None, "num_host_blocks": 0, "preemption": "recompute", "max_burst": 1}
+    monkeypatch.setattr(model_runner, "GUESSED_WORKSPACE", 0.95)
+    runner = make_runner(**settings, max_model_len=64)
+    assert runner.num_blocks > 64 // 8
+    assert runner.num_blocks * runner.bytes_per_block + runner._workspace_bytes() <= memory
+    with pytest.raises(ValueError, match="no memory for a KV cache"):
+        make_runner(**settings, max_model_len=128, max_num_batched_tokens=64)
+
+
+def test_the_host_pool_is_no_larger_than_the_context_that_the_device_pool_holds():
+    runner = make_runner(num_blocks=5, preemption="swap")
+    assert runner.max_model_len == 32
+    assert runner.num_host_blocks == 4 * 32 // 8
 
 
 def test_a_fraction_of_memory_too_small_for_a_block_is_refused():

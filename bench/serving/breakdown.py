@@ -20,6 +20,9 @@ SAMPLING = re.compile(rf"_sample|_beam|/{SAMPLING_SCOPE}/")
 among them makes the logits and counts as a GEMM.
 """
 
+PROGRAM = re.compile(r"^HloModule ([\w.-]+)")
+"""The name of a compiled program, at the beginning of its text."""
+
 OPERATION = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*metadata={[^}]*op_name="([^"]*)"', re.MULTILINE)
 """Of a compiled program's text: the name of an operation, and its scope where it was traced."""
 
@@ -143,23 +146,24 @@ def _busy_ns(kernels: list[Kernel]) -> float:
     return busy
 
 
-def scopes_of(program: str) -> dict[str, str]:
-    """The scope of each operation in a compiled program's text, by the name that its kernel has."""
-    return {_kernel_name(name): scope for name, scope in OPERATION.findall(program)}
+def scopes_of(text: str) -> dict[tuple[str, str], str]:
+    """The scope of each operation in a compiled program's text, by the program and the name that its kernel has."""
+    program = PROGRAM.match(text)
+    return {(program[1], _kernel_name(name)): scope for name, scope in OPERATION.findall(text)} if program else {}
 
 
 def _kernel_name(operation: str) -> str:
     return re.sub(r"[.-]", "_", operation)
 
 
-def read_kernels(directory: Path, scopes: Mapping[str, str] | None = None) -> list[Kernel]:
+def read_kernels(directory: Path, scopes: Mapping[tuple[str, str], str] | None = None) -> list[Kernel]:
     """The kernels of the first GPU in the newest profile under a directory; on a CPU, XLA's operations.
 
     Those of a CPU lie inside each other where there are loops, and count twice then.
 
     Args:
         directory: where the profiler wrote.
-        scopes: of the program that ran, or of the largest.
+        scopes: of some programs' operations (``scopes_of``).
 
     Raises:
         FileNotFoundError: there is no profile.
@@ -172,7 +176,7 @@ def read_kernels(directory: Path, scopes: Mapping[str, str] | None = None) -> li
     return list(kernels_of(ProfileData.from_file(str(paths[-1])).planes, scopes or {}))
 
 
-def kernels_of(planes: Iterable[Any], scopes: Mapping[str, str]) -> Iterator[Kernel]:
+def kernels_of(planes: Iterable[Any], scopes: Mapping[tuple[str, str], str]) -> Iterator[Kernel]:
     """The kernels in the planes of a ``jax.profiler.ProfileData``."""
     by_name = {plane.name: plane for plane in planes}
     gpus = sorted(name for name in by_name if name.startswith("/device:GPU"))
@@ -185,5 +189,6 @@ def kernels_of(planes: Iterable[Any], scopes: Mapping[str, str]) -> Iterator[Ker
         for event in line.events:
             stats = dict(event.stats)
             if gpus or "hlo_op" in stats:
-                program, scope = str(stats.get("hlo_module", "")), scopes.get(_kernel_name(event.name), "")
+                program = str(stats.get("hlo_module", ""))
+                scope = scopes.get((program, _kernel_name(event.name)), "")
                 yield Kernel(event.name, event.start_ns, event.duration_ns, program, scope)

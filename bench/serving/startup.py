@@ -28,7 +28,8 @@ class StartUp:
     Args:
         total_s: from nothing on the device to an engine that takes requests.
         weights_s: until all weights are on the device.
-        sizing_s: the runner but for its programs: joining projections, both pools.
+        sizing_s: the runner but for its programs: joining projections, the device pool, what is left of the host pool's
+            allocation once they are compiled.
         compiling_s: all programs.
         engine_s: the engine over them, which measures what copies to the host cost.
         imports_s: before all that and not in ``total_s``: Python's modules, and the first touch of the device.

@@ -58,6 +58,7 @@ from jpaged.device.transfer import (
     MOVE_SIZES,
     HostPool,
     block_sharding,
+    has_host_pool,
     num_host_blocks_for,
 )
 from jpaged.host.step_plan import BlockCopy, Chunk, Costs, PromptScore, StepPlan, StepResult, TokenScores
@@ -101,7 +102,7 @@ class StepUnderWay(NamedTuple):
         started_s: when, by ``time.perf_counter``.
         num_programs: compiled by then.
         was_idle: whether nothing was under way then.
-        drawn: by plain decodes, as ``StepState.drawn``.
+        drawn: by a decode's own program, as ``StepState.drawn``.
         sampled: otherwise, by each step.
     """
 
@@ -151,7 +152,7 @@ class ModelRunner:
     """The device half: ``enqueue`` starts what a StepPlan says, ``fetch`` waits for the StepResult.
 
     Programs are compiled ahead of time per bucket, by ``warm_up`` or when first needed, and called with the cache
-    donated, so that a step writes its K/V in place.
+    and the ``StepState`` donated, so that a step writes in place.
 
     Args:
         model: a flax.nnx model (``jpaged.models``), its weights on the devices of ``mesh``; changed: its projections
@@ -198,13 +199,17 @@ class ModelRunner:
         self._new_cache = partial(KVCache.allocate, **block)
         least_rows = 1 if self._is_on_cpu else ACCELERATOR_LEAST_ROWS
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, least_rows)
-        self._compiled: dict[tuple, jax.stages.Compiled] = {}  # warm-up's threads each write keys of their own
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        guessed_bytes = self._guess_sizes()
         self.num_host_blocks = num_host_blocks_for(
             config, self.bytes_per_block, is_on_cpu=self._is_on_cpu, useful_blocks=config.max_num_seqs * self.max_blocks
         )
-        with ThreadPoolExecutor() as threads:  # both take a while
-            host_pool = threads.submit(self._allocate_host_pool)
-            self._settle_sizes(warm_up=warm_up, use_tqdm=use_tqdm)
+        with ThreadPoolExecutor(max_workers=1) as thread:  # both take a while
+            host_pool = thread.submit(self._allocate_host_pool)
+            if warm_up:
+                self.warm_up(use_tqdm=use_tqdm)
+            if guessed_bytes is not None and self._correct_sizes(guessed_bytes) and warm_up:
+                self.warm_up(use_tqdm=use_tqdm)
             self.host_pool = host_pool.result()
         self.cache = self._allocate_cache()
         self._state = self._allocate_state()
@@ -215,32 +220,44 @@ class ModelRunner:
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
-    def _settle_sizes(self, *, warm_up: bool, use_tqdm: bool) -> None:
-        """``num_blocks`` and ``max_model_len``: as asked, or such that a step's workspace still fits.
+    def _guess_sizes(self) -> int | None:
+        """``num_blocks`` and ``max_model_len``: as asked, or such that a step's workspace should fit beside the pool.
 
-        What a step takes only its programs tell, and the size of the pool is one of theirs. So the room they need is
-        guessed, and they are compiled once more if it was too little.
+        What a step takes only its programs tell, and the size of the pool is one of theirs: so it is guessed first.
+
+        Returns:
+            The bytes left for the workspace if they are guessed, of all devices.
         """
         devices, wanted = list(self.mesh.devices.flat), self.config.num_blocks
         if wanted is not None:
             check_blocks_fit(wanted, self.bytes_per_block, devices)
-        reserved = 0 if self._is_on_cpu else int(available_bytes(devices) * GUESSED_WORKSPACE)
-        while True:
-            self.num_blocks = wanted or self._num_blocks_beside(reserved)
-            self._fit_model_len()
-            if warm_up:
-                self.warm_up(use_tqdm=use_tqdm)
-            if wanted is not None or self._is_on_cpu:
-                return
-            needed = self._workspace_bytes() * len(devices)
-            if needed <= reserved:
-                return
-            reserved = needed
-            self._compiled.clear()
+            self.num_blocks = wanted
+        elif self._is_on_cpu:
+            self.num_blocks = self._require_blocks(self._num_blocks_beside(0))
+        else:
+            guessed_bytes = int(available_bytes(devices) * GUESSED_WORKSPACE)
+            self.num_blocks = self._num_blocks_beside(guessed_bytes)
+            if self.num_blocks <= self.max_blocks:  # a guess refuses nobody
+                self.num_blocks = max(2, self._num_blocks_beside(0))
+                self._correct_sizes(0)
+                return None
+            return guessed_bytes
+        self._fit_model_len()
+        return None
+
+    def _correct_sizes(self, guessed_bytes: int) -> bool:
+        """Size the pool by what a step takes, if that is more than was guessed. Returns whether it was."""
+        needed = self._workspace_bytes() * self.mesh.size
+        if needed <= guessed_bytes:
+            return False
+        self._compiled.clear()
+        self.num_blocks = self._require_blocks(self._num_blocks_beside(needed))
+        self._fit_model_len()
+        return True
 
     def _num_blocks_beside(self, reserved_bytes: int) -> int:
         """As many blocks as leave so many bytes of all devices."""
-        num_blocks = num_blocks_that_fit(
+        return num_blocks_that_fit(
             self.bytes_per_block,
             list(self.mesh.devices.flat),
             self.config.memory_fraction,
@@ -248,6 +265,8 @@ class ModelRunner:
             least_blocks=self.max_blocks + 1,
             useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
         )
+
+    def _require_blocks(self, num_blocks: int) -> int:
         if num_blocks < 2:
             remedy = "give num_blocks" if self._is_on_cpu else "raise memory_fraction, or lower max_num_batched_tokens"
             raise ValueError(
@@ -290,7 +309,7 @@ class ModelRunner:
         keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", SampleSizes(self.config.max_num_seqs), None)]
         keys.append(("copy", max(self._copy_sizes)))
         total = 0
-        if self.num_host_blocks:
+        if has_host_pool(self.config, is_on_cpu=self._is_on_cpu):
             keys += ("gather", MOVE_SIZES[-1]), ("scatter", MOVE_SIZES[-1])
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
         for key in keys:
@@ -496,10 +515,12 @@ class ModelRunner:
         num_top: int | None,
         weights: list[Array],
         latest: Int[Array, " max_num_seqs"],
-        *args: Array,
+        hidden: Float[Array, "max_num_seqs hidden_size"],
+        packed: Int[Array, " size"],
+        num_before: Int[Array, ""],
     ) -> tuple[SampledTokens, Int[Array, " max_num_seqs"]]:
         """The drawn tokens, and ``latest`` with them."""
-        sampled = self._sample(sizes, num_top, weights, *args)
+        sampled = self._sample(sizes, num_top, weights, hidden, packed, num_before)
         latest = jax.lax.dynamic_update_slice(latest, sampled.token_ids, (0,))
         return sampled, jax.lax.with_sharding_constraint(latest, replicated(self.mesh))
 
@@ -548,8 +569,7 @@ class ModelRunner:
         started_s, num_programs = time.perf_counter(), self.num_programs
         was_idle = self._newest_waited_for == self._num_enqueued
         self._num_enqueued += 1
-        if self.cache.pool.is_deleted():
-            self.cache = self._allocate_cache()
+        self._replace_lost()
         if plan.to_host or plan.from_host:
             assert self.host_pool is not None
             self.cache = self.host_pool.start(self.cache, plan.to_host, plan.from_host)
@@ -563,6 +583,13 @@ class ModelRunner:
         for array in jax.tree.leaves((step.drawn, step.sampled, step.candidates)):
             array.copy_to_host_async()
         return step
+
+    def _replace_lost(self) -> None:
+        """Anew what went with a program that did not bring it back."""
+        if self.cache.pool.is_deleted():
+            self.cache = self._allocate_cache()
+        if any(x.is_deleted() for x in jax.tree.leaves(self._state)):
+            self._state = self._allocate_state()
 
     def fetch(self, step: StepUnderWay) -> StepResult:
         """Wait for the results of a step. What it moves between the pools may still be under way."""
@@ -682,6 +709,7 @@ class ModelRunner:
         padding = Chunk(0, [0] * width, 0, width, [0] * self.max_blocks)
         plan = StepPlan(chunks=(padding,) * num_chunks)
         packed = self._step_packer.pack(plan, bucket)
+        self._replace_lost()
         for _ in range(2):  # the first run loads the program
             started = time.perf_counter()
             self._load_step(bucket, packed)
@@ -725,8 +753,13 @@ def _split_draws(
 ) -> list[tuple[Int[np.ndarray, " rows"], TokenScores]]:
     """The tokens and scores of each step, without padding rows."""
     token_ids, logprobs = drawn[0, :, :num_rows], drawn[1, :, :num_rows].view(np.float32)
-    unasked = np.zeros(num_rows, np.int32), np.zeros((num_rows, 0), np.int32), np.zeros((num_rows, 0), np.float32)
-    scores = [TokenScores(of_step, *unasked) for of_step in logprobs]
+    unasked = TokenScores(
+        logprobs=np.zeros(num_rows, np.float32),
+        ranks=np.zeros(num_rows, np.int32),
+        top_ids=np.zeros((num_rows, 0), np.int32),
+        top_logprobs=np.zeros((num_rows, 0), np.float32),
+    )
+    scores = [dataclasses.replace(unasked, logprobs=of_step) for of_step in logprobs]
     return list(zip(token_ids, scores, strict=True))
 
 

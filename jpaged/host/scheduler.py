@@ -86,7 +86,7 @@ class Scheduler:
         max_model_len: tokens of prompt and output a sequence may reach.
         eos_token_ids: the model's end-of-sequence ids.
         max_burst: steps that a plan made ahead may run in a row while nobody can be admitted.
-        step_sizes: tokens and rows of the compiled steps that take prompts; empty where padding costs nothing.
+        step_sizes: tokens and rows of the compiled steps that take prompts, for those who pad to them.
         preemption: "swap", "recompute", or "auto": what ``costs`` say is cheaper. Without room in the host pool it is
             always recompute.
         costs: of this machine; None until somebody has measured them, when "auto" swaps.
@@ -378,10 +378,12 @@ class Scheduler:
             return None
         assert not copies, "who writes to a block in the plan before owns it"
         batch, decodes = batch.draw(num_draws)
+        transfers = self.blocks.take_transfers()
+        assert not transfers.from_host, "only an admission brings blocks back"
         plan = StepPlan(
             chunks=DecodeChunks(decodes),
             samples=DecodeSamples(decodes),
-            to_host=self.blocks.take_transfers().to_host,
+            to_host=transfers.to_host,
             num_steps=int(num_draws.max()),
         )
         self._send_off(plan, batch)
@@ -400,7 +402,8 @@ class Scheduler:
         """Tokens of the next step at most.
 
         Padding costs as much as tokens do. So where prompts beside decodes fill one of ``step_sizes``, and less than as
-        much again is left of them, the rest waits for the next step, which those decodes need anyway.
+        much again is left of them, the rest waits for the next step, which those decodes need anyway. An estimate: what
+        a prompt will find in the prefix cache is not known yet, nor whether its blocks will be there.
         """
         lens = [feed.target - feed.seq.num_computed for feed in feeds]
         num_tokens, num_rows, num_decodes = sum(lens), len(lens), lens.count(1)
@@ -466,6 +469,7 @@ class Scheduler:
         """The oldest plan is not under way any more: instead of ``update``, where nobody waits for what it brings."""
         self._num_under_way -= 1
         if self._num_under_way == 0:  # otherwise nothing came from the host
+            self._batch = None
             self._land()
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
