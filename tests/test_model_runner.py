@@ -316,24 +316,30 @@ def test_the_number_of_blocks_on_an_accelerator_is_a_round_one_if_the_context_fi
     assert blocks == expected
 
 
-@pytest.mark.parametrize(("guess", "num_compilations"), [(0.5, 1), (1e-6, 2)], ids=["enough", "too little"])
-def test_room_for_a_step_is_guessed_and_programs_compiled_again_only_if_it_was_too_little(
-    monkeypatch, guess, num_compilations
-):
-    """As on a device of its own memory."""
-    memory, compiled = 1 << 22, []
-    monkeypatch.setattr(model_runner, "GUESSED_WORKSPACE", guess)
+SIZED_FROM_MEMORY = {"num_blocks": None, "num_host_blocks": 0, "preemption": "recompute", "max_burst": 1}
+
+
+def give_memory(monkeypatch, memory: int, guess: float) -> None:
+    """So many bytes for pool and workspace, as on a device with memory of its own; ``guess`` is the latter's part."""
     monkeypatch.setattr(model_runner, "available_bytes", lambda devices: memory)
+    monkeypatch.setattr(model_runner, "GUESSED_WORKSPACE", guess)
     monkeypatch.setattr(ModelRunner, "_is_on_cpu", False)
     monkeypatch.setattr(
         model_runner,
         "num_blocks_that_fit",
         lambda bytes_per_block, *_, reserved_bytes, **__: (memory - reserved_bytes) // bytes_per_block,
     )
+
+
+@pytest.mark.parametrize(("guess", "num_compilations"), [(0.5, 1), (1e-6, 2)], ids=["enough", "too little"])
+def test_room_for_a_step_is_guessed_and_programs_compiled_again_only_if_it_was_too_little(
+    monkeypatch, guess, num_compilations
+):
+    memory, compiled = 1 << 22, []
+    give_memory(monkeypatch, memory, guess)
     warm_up = ModelRunner.warm_up
     monkeypatch.setattr(ModelRunner, "warm_up", lambda self, **_: compiled.append(self.num_blocks) or warm_up(self))
-    settings = {"num_blocks": None, "num_host_blocks": 0, "preemption": "recompute", "max_burst": 1}
-    runner = make_runner(**settings, warm_up=True)
+    runner = make_runner(**SIZED_FROM_MEMORY, warm_up=True)
     assert len(compiled) == num_compilations
     assert runner.num_blocks == compiled[-1] == runner.cache.pool.shape[0]
     assert runner.num_blocks * runner.bytes_per_block + runner._workspace_bytes() <= memory
@@ -343,20 +349,12 @@ def test_room_for_a_step_is_guessed_and_programs_compiled_again_only_if_it_was_t
 def test_a_guess_refuses_nobody(monkeypatch):
     """Where the pool beside it would be too small for a context, the programs are asked at once."""
     memory = 600_000
-    monkeypatch.setattr(model_runner, "available_bytes", lambda devices: memory)
-    monkeypatch.setattr(ModelRunner, "_is_on_cpu", False)
-    monkeypatch.setattr(
-        model_runner,
-        "num_blocks_that_fit",
-        lambda bytes_per_block, *_, reserved_bytes, **__: (memory - reserved_bytes) // bytes_per_block,
-    )
-    settings = {"num_blocks": None, "num_host_blocks": 0, "preemption": "recompute", "max_burst": 1}
-    monkeypatch.setattr(model_runner, "GUESSED_WORKSPACE", 0.95)
-    runner = make_runner(**settings, max_model_len=64)
+    give_memory(monkeypatch, memory, 0.95)
+    runner = make_runner(**SIZED_FROM_MEMORY, max_model_len=64)
     assert runner.num_blocks > 64 // 8
     assert runner.num_blocks * runner.bytes_per_block + runner._workspace_bytes() <= memory
     with pytest.raises(ValueError, match="no memory for a KV cache"):
-        make_runner(**settings, max_model_len=128, max_num_batched_tokens=64)
+        make_runner(**SIZED_FROM_MEMORY, max_model_len=128, max_num_batched_tokens=64)
 
 
 def test_the_host_pool_is_no_larger_than_the_context_that_the_device_pool_holds():
