@@ -34,8 +34,8 @@ class StartUp:
         engine_s: the engine over them, which measures what copies to the host cost.
         imports_s: before all that and not in ``total_s``: Python's modules, and the first touch of the device.
         num_programs: that serve.
-        num_from_cache, num_compiled: programs served by the persistent cache, and not; those of the sizing included,
-            those of less than 0.1 s, which it does not keep, compiled each time.
+        num_from_cache, num_compiled: programs served by the persistent cache, and not: those of less than 0.1 s, which
+            it does not keep, are compiled each time.
     """
 
     total_s: float

@@ -570,8 +570,10 @@ class Scheduler:
     def _make_way(self) -> None:
         """Preempt groups of lower priority than the first in the queue, if and while that is what it takes."""
         lower = self._groups_to_make_way()
-        first = self._waiting[0] if lower else None
-        while first is not None and lower:
+        if not lower:
+            return
+        first = self._waiting[0]
+        while lower:
             self._preempt(lower.pop())
             match = self._match(first)  # what was freed may have been part of it
             if self._rows_short(first) <= 0 and self._blocks_short(first, match) <= 0:
