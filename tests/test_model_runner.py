@@ -14,6 +14,7 @@ from jpaged.config import EngineConfig
 from jpaged.device import kv_cache, model_runner
 from jpaged.device.kv_cache import num_blocks_that_fit
 from jpaged.device.model_runner import ModelRunner
+from jpaged.device.program_cache import ProgramCache
 from jpaged.device.sharding import make_mesh
 from jpaged.device.step_inputs import Bucket
 from jpaged.device.transfer import MOVE_SIZES
@@ -261,13 +262,17 @@ def test_decodes_are_the_largest_step_where_the_budget_is_no_more_and_what_was_l
     for array in jax.tree.leaves((runner.cache, runner._state)):  # as an interruption leaves them
         array.delete()
     runner.measure_costs()
+    assert len(greedy_tokens(runner, list(range(1, 12)), 5)) == 5
+
+
+def greedy_tokens(runner: ModelRunner, prompt: list[int], max_tokens: int) -> list[int]:
     engine = Engine(runner, runner.config)
-    params = SamplingParams(max_tokens=5, temperature=0)
-    engine.add(engine.make_request("a", {"prompt_token_ids": list(range(1, 12))}, params))
+    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+    engine.add(engine.make_request("a", {"prompt_token_ids": prompt}, params))
     finished = []
     while engine.has_unfinished:
         finished += engine.step().finished
-    assert len(finished[0].outputs[0].token_ids) == 5
+    return finished[0].outputs[0].token_ids
 
 
 def test_two_devices_in_bursts_give_the_tokens_of_one_in_steps():
@@ -366,3 +371,18 @@ def test_the_host_pool_is_no_larger_than_the_context_that_the_device_pool_holds(
 def test_a_fraction_of_memory_too_small_for_a_block_is_refused():
     with pytest.raises(ValueError, match="no memory for a KV cache: one block takes"):
         make_runner(num_blocks=None, memory_fraction=1e-9)
+
+
+def test_a_second_start_loads_its_programs_without_tracing_them(monkeypatch, tmp_path):
+    kept = ProgramCache(tmp_path / "kept", jax.devices()[:1])
+    monkeypatch.setattr(ModelRunner, "_program_cache", lambda self: kept)
+    first = make_runner(warm_up=True, max_burst=2)
+    monkeypatch.setattr(ModelRunner, "_lower", lambda self, key: pytest.fail(f"{key} was traced"))
+    second = make_runner(warm_up=True, max_burst=2)
+    assert (first.num_programs_loaded, second.num_programs_loaded) == (0, first.num_programs)
+    tokens = [greedy_tokens(runner, list(range(1, 12)), 6) for runner in (first, second)]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_cpu_keeps_no_programs():
+    assert make_runner()._program_cache() is None

@@ -176,6 +176,15 @@ def test_an_accelerator_has_fewer_small_buckets():
     assert all_buckets(6, 20, 16) == [Bucket(6, 6), Bucket(20, 6)]
 
 
+def test_sizes_halfway_begin_where_they_are_said_to():
+    decode, mixed = [(96, 96), (192, 192)], [(192, 96), (384, 192), (768, 256), (1536, 256)]
+    plain = set(all_buckets(256, 2048, 16))
+    assert set(all_buckets(256, 2048, 16, 64)) - plain == {Bucket(*each) for each in [*decode, *mixed]}
+    assert set(all_buckets(256, 2048, 16, 256)) - plain == {Bucket(*each) for each in mixed[1:]}
+    assert set(all_buckets(256, 700, 16, 500)) - set(all_buckets(256, 700, 16)) == {Bucket(606, 256)}
+    assert all_buckets(6, 20, 16, 64) == all_buckets(6, 20, 16)
+
+
 @given(max_seqs=st.integers(1, 300), extra=st.integers(0, 5000))
 def test_buckets_are_few_distinct_and_within_the_limits(max_seqs, extra):
     max_tokens = max_seqs + extra

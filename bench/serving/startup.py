@@ -34,8 +34,8 @@ class StartUp:
         engine_s: the engine over them, which measures what copies to the host cost.
         imports_s: before all that and not in ``total_s``: Python's modules, and the first touch of the device.
         num_programs: that serve.
-        num_from_cache, num_compiled: programs served by the persistent cache, and not: those of less than 0.1 s, which
-            it does not keep, are compiled each time.
+        num_from_cache, num_compiled: programs that an earlier process compiled, and others: what JAX compiles in less
+            than 0.1 s, it does not keep.
     """
 
     total_s: float
@@ -76,7 +76,7 @@ def start(model_config: ModelConfig, config: EngineConfig, imports_s: float) -> 
         engine_s=watch.seconds["engine"],
         imports_s=imports_s,
         num_programs=llm.engine.runner.num_programs,
-        num_from_cache=programs["hits"],
+        num_from_cache=llm.engine.runner.num_programs_loaded + programs["hits"],
         num_compiled=programs["misses"],
     )
 

@@ -27,6 +27,10 @@ from pallas_kernels.paged_attention import Choice, why_not
 CPU_POOL_BYTES = 1 << 30
 """What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is not its own."""
 
+WRITE_KERNEL_FROM = 256
+"""Tokens of a step from which our kernel writes a layer's KV faster than XLA's scatter. In Llama-3-8B on an H200: of
+2,048 tokens in 18 us instead of 37, of 256 in 4.3 instead of 7.5, of 16 no faster."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
@@ -67,9 +71,10 @@ class KVCache:
         k: Float[Array, "tokens num_kv_heads head_dim"],
         v: Float[Array, "tokens num_kv_heads head_dim"],
         slots: Int[Array, " tokens"],
+        implementation: str | None = None,
     ) -> Self:
-        """Store one layer's K and V of each token at its slot (``BlockManager.slots``)."""
-        return type(self)(write_kv(self.pool, layer, k, v, slots))
+        """Store one layer's K and V of each token at its slot (``BlockManager.slots``); see ``write_kv``."""
+        return type(self)(write_kv(self.pool, layer, k, v, slots, implementation=implementation))
 
     def attend(
         self,
@@ -110,6 +115,8 @@ class PagedAttend:
         self.cache = cache
         self._inputs = inputs
         self._implementation = implementation
+        is_large = inputs.slots.size >= WRITE_KERNEL_FROM
+        self._writer = "hopper" if implementation == "hopper" and is_large else None
         self._out: Array | None = None  # of the layer before, whose output projection has read it
 
     def __call__(
@@ -123,7 +130,7 @@ class PagedAttend:
         sliding_window: int | None = None,
     ) -> Float[Array, "tokens num_heads head_dim"]:
         inputs = self._inputs
-        self.cache = self.cache.write(layer, k, v, inputs.slots)
+        self.cache = self.cache.write(layer, k, v, inputs.slots, self._writer)
         self._out = self.cache.attend(
             layer,
             q,

@@ -5,7 +5,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from jpaged.device.kv_cache import (
     choose_attention,
     num_blocks_that_fit,
 )
+from jpaged.device.program_cache import ProgramCache, model_identity, program_cache_for
 from jpaged.device.sampler import (
     NO_SCORES,
     SampledTokens,
@@ -62,7 +63,7 @@ from jpaged.device.transfer import (
     num_host_blocks_for,
 )
 from jpaged.host.step_plan import BlockCopy, Chunk, Costs, PromptScore, StepPlan, StepResult, TokenScores
-from jpaged.models import ModelConfig, fuse_projections
+from jpaged.models import ModelConfig, fuse_norms, fuse_projections
 from jpaged.request import MAX_LOGPROBS
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
@@ -83,6 +84,10 @@ ACCELERATOR_BURST = 4
 
 ACCELERATOR_LEAST_ROWS = 16
 """Of a decode's program: fewer rows read the same weights and take as long."""
+
+ACCELERATOR_HALFWAY_FROM = 64
+"""Tokens of a step from which each costs, so that padding does: Llama-3-8B on an H200 decodes 64 rows in 5.9 ms, and
+256 in 10.9, of which attention is less than half."""
 
 GUESSED_WORKSPACE = 1 / 32
 """Of the memory of an accelerator: what steps take besides weights and pool, until their programs say it."""
@@ -156,7 +161,7 @@ class ModelRunner:
 
     Args:
         model: a flax.nnx model (``jpaged.models``), its weights on the devices of ``mesh``; changed: its projections
-            are joined (``fuse_projections``).
+            are joined (``fuse_projections``), and on some devices its norms fused (``fuse_norms``).
         model_config: its configuration.
         config: the engine's settings.
         mesh: the devices.
@@ -180,14 +185,17 @@ class ModelRunner:
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
+        self.max_model_len = check_settings(model_config, config)
         fuse_projections(model)
+        floats = (x.dtype for x in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(x.dtype, jnp.floating))
+        self.dtype = jnp.dtype(next(floats))
+        self.attention = choose_attention(model_config, config, self.dtype, mesh.size)
+        if self.attention.name == "hopper":
+            fuse_norms(model)
         self._graphdef, state = nnx.split(model)
         # A flat list: flattening an nnx state in every call costs more than a small step.
         self._weights, self._weights_tree = jax.tree.flatten(state)
-        self.dtype = jnp.dtype(next(x.dtype for x in self._weights if jnp.issubdtype(x.dtype, jnp.floating)))
         self.weight_bytes = sum(x.nbytes for x in self._weights)
-        self.max_model_len = check_settings(model_config, config)
-        self.attention = choose_attention(model_config, config, self.dtype, mesh.size)
         block = {
             "num_layers": model_config.num_layers,
             "num_kv_heads": model_config.num_kv_heads,
@@ -197,9 +205,11 @@ class ModelRunner:
         }
         self.bytes_per_block = block_bytes(**block)
         self._new_cache = partial(KVCache.allocate, **block)
-        least_rows = 1 if self._is_on_cpu else ACCELERATOR_LEAST_ROWS
-        self.buckets = all_buckets(config.max_num_seqs, config.token_budget, least_rows)
+        grid = () if self._is_on_cpu else (ACCELERATOR_LEAST_ROWS, ACCELERATOR_HALFWAY_FROM)
+        self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        self.num_programs_loaded = 0  # compiled by an earlier process
+        self._model_identity = None if self._is_on_cpu else model_identity(model)
         guessed_bytes = self._guess_sizes()
         self.num_host_blocks = num_host_blocks_for(
             config, self.bytes_per_block, is_on_cpu=self._is_on_cpu, useful_blocks=config.max_num_seqs * self.max_blocks
@@ -343,13 +353,21 @@ class ModelRunner:
         """
         # Lowered one after the other, always in this order: JAX numbers Pallas kernels as it meets them, and these
         # numbers are part of what the persistent cache finds programs by.
-        missing = [key for key in self._all_keys() if key not in self._compiled]
+        keys = [key for key in self._all_keys() if key not in self._compiled]
         threads = ThreadPoolExecutor(max_workers=num_cores())
+        kept = self._program_cache()
         try:
-            jobs = {threads.submit(self._compile, self._lower(key)): key for key in missing}
+            if kept is not None:
+                self._compiled |= (loaded := kept.load_all(keys, threads))
+                self.num_programs_loaded += len(loaded)
+            jobs = {threads.submit(self._compile, self._lower(key)): key for key in keys if key not in self._compiled}
             done = as_completed(jobs)
-            for job in tqdm(done, total=len(jobs), desc="Compiling", unit="program", disable=not use_tqdm):
+            saves: list[Future[None]] = []
+            for job in tqdm(done, total=len(jobs), desc="Compiling", unit="program", disable=not (use_tqdm and jobs)):
                 self._compiled[jobs[job]] = job.result()
+                if kept is not None:
+                    saves.append(threads.submit(kept.save, jobs[job], job.result()))
+            wait(saves)
         finally:  # an interruption need not wait for programs that nobody started on
             threads.shutdown(cancel_futures=True)
         # Tracing leaves a million objects that stay. Python's garbage collector would visit them between two steps.
@@ -365,6 +383,14 @@ class ModelRunner:
         if self.num_host_blocks:
             keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
         return list(dict.fromkeys(keys))
+
+    def _program_cache(self) -> ProgramCache | None:
+        """Programs compiled by an earlier process; None on a CPU, which takes no longer to compile than to trace."""
+        weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self._weights]
+        sizes = self.num_blocks, self.max_model_len, self.num_host_blocks, self.buckets
+        settings = self.model_config, self.config, self.attention.name, GPU_COMPILER_OPTIONS
+        devices = list(self.mesh.devices.flat)
+        return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, settings)
 
     def _num_inputs(self, bucket: Bucket) -> int:
         """Numbers that are loaded for a bucket's program."""
@@ -474,20 +500,24 @@ class ModelRunner:
     def _decode(
         self, bucket: Bucket, weights: list[Array], cache: KVCache, state: StepState
     ) -> tuple[KVCache, StepState]:
-        """A forward pass and plain sampling, as often as loaded, each fed with what the one before drew."""
+        """A forward pass and plain sampling, as often as loaded, each fed with what the one before drew.
+
+        For 0 steps, a forward pass alone.
+        """
         packed_samples, num_steps = state.decode_inputs(bucket, self.max_blocks)
+        sizes = SampleSizes(bucket.num_rows)
 
         def step(number: Int[Array, ""], before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
             cache, state, hidden = self._forward(bucket, weights, *before)
-            sizes = SampleSizes(bucket.num_rows)
-            drawn = self._sample(sizes, None, weights, state.sample_hidden, packed_samples, number)
+            draw = partial(self._sample, sizes, None, weights, state.sample_hidden, packed_samples, number)
+            drawn = jax.lax.cond(num_steps > 0, draw, lambda: _zeros_like(draw))
             packed = state.step_inputs(bucket, self.max_blocks)
             after = pack_next(packed, bucket, self.max_blocks, self.config.block_size)
             return cache, self._replicate(state.with_hidden(hidden).with_drawn(number, drawn).load(after))
 
         if self.max_burst == 1:
             return step(jnp.int32(0), (cache, state))
-        return jax.lax.fori_loop(0, num_steps, step, (cache, state))
+        return jax.lax.fori_loop(0, jnp.maximum(num_steps, 1), step, (cache, state))
 
     def _replicate(self, state: StepState) -> StepState:
         return jax.lax.with_sharding_constraint(state, replicated(self.mesh))
@@ -674,9 +704,9 @@ class ModelRunner:
 
     def _load_step(self, bucket: Bucket, packed: np.ndarray) -> None:
         """Enqueue the upload of a step's inputs, for its forward pass alone."""
-        if bucket.is_decode:  # its program samples as well, in vain
-            nothing, _ = SamplePacker().pack((), bucket.num_rows)
-            packed = pack_decode_inputs(packed, nothing, 1)
+        if bucket.is_decode:
+            nothing = np.zeros(SampleSizes(bucket.num_rows).packed_size, np.int32)
+            packed = pack_decode_inputs(packed, nothing, num_steps=0)
         self._load(packed)
 
     def _load(self, inputs: np.ndarray) -> None:
@@ -746,6 +776,11 @@ class ModelRunner:
             padded[: len(targets)] = targets
             parts.append(program(self._weights, hidden, rows, padded))
         return parts
+
+
+def _zeros_like(function: Callable[[], SampledTokens]) -> SampledTokens:
+    """What ``function`` would return, and all of it 0."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))
 
 
 def _split_draws(

@@ -4,7 +4,7 @@ import dataclasses
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -43,7 +43,9 @@ def powers_of_two(low: int, high: int) -> list[int]:
     return [*sizes, high]
 
 
-def all_buckets(max_num_seqs: int, max_num_batched_tokens: int, least_rows: int = 1) -> list[Bucket]:
+def all_buckets(
+    max_num_seqs: int, max_num_batched_tokens: int, least_rows: int = 1, halfway_from: int | None = None
+) -> list[Bucket]:
     """Every bucket a plan can need: as many tokens as rows for decodes, more when prompts are among them.
 
     A mixed step has fewer rows than tokens, so half as many rows do, and the next bucket where they don't.
@@ -52,11 +54,18 @@ def all_buckets(max_num_seqs: int, max_num_batched_tokens: int, least_rows: int 
         max_num_seqs: rows at most.
         max_num_batched_tokens: tokens at most.
         least_rows: of a decode, if there can be so many; mixed steps begin with eight tokens for each, or 32.
+        halfway_from: tokens from which there is another size halfway between each two.
     """
-    decode = [Bucket(rows, rows) for rows in powers_of_two(least_rows, max_num_seqs)]
+
+    def sizes(low: int, high: int) -> list[int]:
+        powers = powers_of_two(low, high)
+        halfway = [(a + b) // 2 for a, b in pairwise(powers) if halfway_from is not None and a >= halfway_from]
+        return [*powers, *halfway]
+
+    decode = [Bucket(rows, rows) for rows in sizes(least_rows, max_num_seqs)]
     mixed = [
         Bucket(tokens, min(tokens // 2, max_num_seqs))
-        for tokens in powers_of_two(max(32, 8 * least_rows), max_num_batched_tokens)
+        for tokens in sizes(max(32, 8 * least_rows), max_num_batched_tokens)
         if tokens < max_num_batched_tokens
     ]
     return sorted({*decode, *mixed, Bucket(max_num_batched_tokens, max_num_seqs)})

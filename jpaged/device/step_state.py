@@ -67,7 +67,7 @@ class StepState:
         return self.inputs[: packed_size(bucket, max_blocks)]
 
     def decode_inputs(self, bucket: Bucket, max_blocks: int) -> tuple[Int[Array, " sample_size"], Int[Array, ""]]:
-        """What ``SamplePacker`` packed, and the number of steps."""
+        """What ``SamplePacker`` packed, and the number of steps; see ``pack_decode_inputs``."""
         start, stop = packed_size(bucket, max_blocks), num_decode_inputs(bucket, max_blocks) - 1
         return self.inputs[start:stop], self.inputs[stop]
 
@@ -93,7 +93,7 @@ class StepState:
 def pack_decode_inputs(
     packed: Int[np.ndarray, " step_size"], packed_samples: Int[np.ndarray, " sample_size"], num_steps: int
 ) -> Int[np.ndarray, " size"]:
-    """The inputs of a decode's program, for ``StepState.load``."""
+    """The inputs of a decode's program, for ``StepState.load``. For 0 steps it runs the model and draws nothing."""
     return np.concatenate([packed, packed_samples, np.array([num_steps], np.int32)])
 
 

@@ -2,6 +2,7 @@
 
 from jpaged.models.config import ModelConfig, import_transformers
 from jpaged.models.fused import fuse_projections
+from jpaged.models.layers import fuse_norms
 from jpaged.models.llama import LlamaConfig, LlamaForCausalLM
 from jpaged.models.opt import OPTConfig, OPTForCausalLM
 from jpaged.models.registry import SUPPORTED_ARCHITECTURES, load_config, load_model, random_model
@@ -16,6 +17,7 @@ __all__ = [
     "OPTConfig",
     "OPTForCausalLM",
     "Rope",
+    "fuse_norms",
     "fuse_projections",
     "import_transformers",
     "load_config",

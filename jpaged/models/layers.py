@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.norm_hopper import add_rms_norm_hopper, why_not_add_norm
+
 Dtype = Any
 """Whatever ``jnp.dtype`` accepts."""
 
@@ -21,6 +23,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
 }
 """Activation functions by the name config.json gives them."""
+
+
+FUSED_NORM_FROM = 512
+"""Tokens of a step from which one kernel that adds and norms is faster than XLA's two: for fewer, the sum of a matrix
+product's parts is one of the two, and stays."""
 
 
 class Attend(Protocol):
@@ -87,18 +94,40 @@ def embed(num_embeddings: int, features: int, axis: str | None, *, dtype: Dtype,
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, in float32 and cast *before* the scale, as Hugging Face does."""
+    """Root-mean-square norm over the last axis, in float32 and cast *before* the scale, as Hugging Face does.
+
+    ``fuses_add`` says whether ``add`` runs as one kernel of pallas_kernels (see ``fuse_norms``), which has no gradient.
+    """
 
     def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         init = with_axes(nnx.initializers.ones, None)
         self.scale = nnx.Param(init(rngs.params(), (features,), dtype))
         self.epsilon = epsilon
+        self.fuses_add = False
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
         return normed * _like_last_axis(self.scale, x)
+
+    def add(
+        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
+        """The residual stream with what a layer adds to it, if that is anything, and its norm."""
+        if branch is None:
+            return x, self(x)
+        if self.fuses_add and len(x) >= FUSED_NORM_FROM:
+            return add_rms_norm_hopper(x, branch, self.scale[...], self.epsilon)
+        x = x + branch
+        return x, self(x)
+
+
+def fuse_norms(model: nnx.Module) -> None:
+    """Let the norms of a model that Hopper's kernel takes add to the residual stream too."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, RMSNorm):
+            module.fuses_add = why_not_add_norm(module.scale.shape[0], jnp.dtype(module.scale.dtype)) is None
 
 
 class LayerNorm(nnx.Module):

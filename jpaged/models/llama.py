@@ -199,12 +199,15 @@ class LlamaDecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "tokens hidden_size"],
+        branch: Float[Array, "tokens hidden_size"] | None,
         cos: Float[Array, "tokens half"],
         sin: Float[Array, "tokens half"],
         attend: Attend,
-    ) -> Float[Array, "tokens hidden_size"]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    ) -> tuple[Float[Array, "tokens hidden_size"], Float[Array, "tokens hidden_size"]]:
+        """The residual stream, and what is still to be added to it: by the next norm, which reads the sum."""
+        x, normed = self.input_layernorm.add(x, branch)
+        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, cos, sin, attend))
+        return x, self.mlp(normed)
 
 
 class LlamaModel(nnx.Module):
@@ -248,11 +251,12 @@ class LlamaForCausalLM(nnx.Module):
             prompt_lens: length of the prompt of each token's sequence (see ``Rope.cos_sin``).
             attend: called once a layer; knows which tokens belong together.
         """
-        x = self.model.embed_tokens(token_ids)
+        x, branch = self.model.embed_tokens(token_ids), None
         cos, sin = self.config.rope.cos_sin(positions, prompt_lens)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, attend)
-        return self.model.norm(x)
+            x, branch = layer(x, branch, cos, sin, attend)
+        _, normed = self.model.norm.add(x, branch)
+        return normed
 
     def logits(self, hidden: Float[Array, "rows hidden_size"]) -> Float[Array, "rows vocab"]:
         """Logits of the next token, float32."""

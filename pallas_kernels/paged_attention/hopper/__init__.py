@@ -100,7 +100,7 @@ def attend_hopper(
         alibi_slopes,
         sinks,
         kv_scales,
-        into,
+        jnp.zeros_like(q) if into is None else into,  # padding is to come back as zeros
         scoring=Scoring(sm_scale, sliding_window, soft_cap),
         sizes=sizes or _tuned_sizes(q, pool),
         num_sms=num_sms or _num_sms(),
@@ -129,7 +129,7 @@ def _attend(
     alibi_slopes: Float[Array, " num_heads"] | None,
     sinks: Float[Array, " num_heads"] | None,
     kv_scales: KvScales | None,
-    into: Float[Array, "tokens num_heads head_dim"] | None,
+    into: Float[Array, "tokens num_heads head_dim"],
     *,
     scoring: Scoring,
     sizes: Sizes,
@@ -148,7 +148,7 @@ def _attend(
         queries = queries_of_tokens(num_tokens, kv_lens, cu_q_lens, scoring.sliding_window)
     else:
         queries = queries_of_rows(kv_lens, cu_q_lens, scoring.sliding_window)
-    out = jax.new_ref(jnp.zeros_like(q) if into is None else into)  # zeros, as padding is to come back
+    out = jax.new_ref(into)
     attend_decode(
         out,
         queries,

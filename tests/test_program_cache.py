@@ -1,0 +1,173 @@
+"""Programs compiled by one process serve the next, as long as nothing that they are made of has changed."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jpaged.device import program_cache
+from jpaged.device.program_cache import MOST_KEPT, ProgramCache, model_identity
+from jpaged.device.sharding import make_mesh
+from jpaged.models import LlamaConfig, Rope, random_model
+
+TINY = LlamaConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=17,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=32,
+    rms_norm_eps=1e-5,
+    rope=Rope(8, 10000.0, 32),
+)
+
+
+@pytest.fixture
+def root(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    tmp_path.chmod(0o700)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def model():
+    return random_model(TINY, jnp.float32, make_mesh(1), 0)
+
+
+def program_cache_for(*args: object) -> ProgramCache | None:
+    """On one device of several."""
+    identity, *ingredients = args
+    return program_cache.program_cache_for(identity, jax.devices()[:1], *ingredients)
+
+
+def double():
+    return jax.jit(lambda x: 2 * x).lower(jnp.ones(3)).compile()
+
+
+def stored_in(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.is_file()]
+
+
+def test_a_program_that_was_kept_runs_without_being_traced(root):
+    program_cache_for("model").save(("double", 3), double())
+    with ThreadPoolExecutor(1) as threads:
+        loaded = program_cache_for("model").load_all([("double", 3), ("double", 4)], threads)
+    assert list(loaded) == [("double", 3)]
+    assert loaded["double", 3](jnp.full(3, 21.0)).tolist() == [42] * 3
+    assert loaded["double", 3].memory_analysis().output_size_in_bytes == double().memory_analysis().output_size_in_bytes
+
+
+SCRIPT = """
+import jax, jax.numpy as jnp, sys
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+from jpaged.device.program_cache import program_cache_for
+program = program_cache_for("model", jax.devices()[:1], 1).load(("donate",))
+if program is None:
+    program = jax.jit(lambda xs: (xs[0] + 1, xs[1]), donate_argnums=0).lower([jnp.zeros(4), jnp.ones(2)]).compile()
+    program_cache_for("model", jax.devices()[:1], 1).save(("donate",), program)
+    print("compiled")
+xs = [jnp.zeros(4), jnp.ones(2)]
+out = program(xs)
+print(out[0].tolist(), xs[0].is_deleted())
+"""
+
+
+def test_another_process_finds_it_and_its_donation(root):
+    run = [sys.executable, "-c", SCRIPT, str(root)]
+    env = os.environ | {"PYTHONPATH": str(Path(program_cache.__file__).parents[2])}
+    outputs = [subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout for _ in range(2)]
+    assert outputs == ["compiled\n[1.0, 1.0, 1.0, 1.0] True\n", "[1.0, 1.0, 1.0, 1.0] True\n"]
+
+
+def test_whatever_changes_is_another_cache(root, monkeypatch):
+    program_cache_for("model", (1, 2)).save((), double())
+    assert program_cache_for("model", (1, 2)).load(()) is not None
+    assert program_cache_for("model", (1, 3)).load(()) is None
+    assert program_cache_for("other", (1, 2)).load(()) is None
+    with monkeypatch.context() as patched:
+        patched.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+        assert program_cache_for("model", (1, 2)).load(()) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(program_cache, "_source_digest", lambda: "edited")
+        assert program_cache_for("model", (1, 2)).load(()) is None
+    before = jax.config.jax_numpy_dtype_promotion
+    jax.config.update("jax_numpy_dtype_promotion", "standard" if before == "strict" else "strict")
+    assert program_cache_for("model", (1, 2)).load(()) is None
+    jax.config.update("jax_numpy_dtype_promotion", before)
+    assert program_cache_for("model", (1, 2)).load(()) is not None
+
+
+def test_identity_is_what_a_model_computes_and_not_its_weights(model):
+    identity = model_identity(model)
+    assert identity == model_identity(random_model(TINY, jnp.float32, make_mesh(1), 1))
+    assert " at 0x" not in identity
+    model.model.norm.epsilon = 1e-6
+    assert model_identity(model) != identity
+
+
+def test_models_with_code_of_their_users_are_not_kept(root, model):
+    class Mine(nnx.Module):
+        pass
+
+    model.model.extra = Mine()
+    assert model_identity(model) is None
+    assert program_cache_for(None) is None
+
+
+def test_a_file_that_was_cut_short_is_compiled_again(root, caplog):
+    kept = program_cache_for("model")
+    kept.save((), double())
+    (path,) = stored_in(root)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert kept.load(()) is None
+    assert "compiled again" in caplog.text
+    kept.save((), double())
+    assert kept.load(()) is not None
+
+
+def test_nothing_is_loaded_that_others_may_have_written(root, monkeypatch):
+    program_cache_for("model").save((), double())
+    root.chmod(0o722)
+    assert program_cache_for("model") is None
+    root.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: 12345678)
+    assert program_cache_for("model") is None
+
+
+def test_without_a_directory_nothing_is_kept(root):
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert program_cache_for("model") is None
+    jax.config.update("jax_compilation_cache_dir", str(root / "missing"))
+    assert program_cache_for("model") is None
+
+
+def test_a_full_disk_costs_a_warning(root, monkeypatch, caplog):
+    def write_bytes(self, data):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    program_cache_for("model").save((), double())
+    assert "No space left" in caplog.text
+    assert stored_in(root) == []
+
+
+def test_those_not_used_for_long_make_room(root):
+    kept = [program_cache_for("model", number) for number in range(MOST_KEPT + 1)]
+    for age, cache in enumerate(kept[:MOST_KEPT]):
+        cache.save((), double())
+        os.utime(cache._directory, (age, age))
+    with ThreadPoolExecutor(1) as threads:
+        kept[0].load_all([()], threads)  # used again
+    kept[MOST_KEPT].save((), double())
+    assert [cache.load(()) is not None for cache in kept] == [True, False, *[True] * (MOST_KEPT - 1)]
