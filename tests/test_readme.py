@@ -70,20 +70,44 @@ def test_measured_figures_are_those_of_the_result_files():
     ]
     for text in shown:
         assert text in README
-    llama = json.loads((results / "serving_llama3-8b_nvidia-h200.json").read_text())
-    shown_rows = [tuple(cell.strip() for cell in line.split("|")[2:6]) for line in README.splitlines() if "| " in line]
-    for name, figure in llama["figures"].items():
-        *_, unit = name.removesuffix("_per_s").rpartition("_")
-        unit += "/s" * name.endswith("_per_s")
 
-        def show(value, unit=unit):
-            return "" if value is None else (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + f" {unit}"
 
-        row = (show(figure["value"]), show(figure["peer"]), f"{figure['ratio_to_peer']:.2f}", show(figure["floor"]))
-        assert row in shown_rows, name
-    limits = llama["limits"]
-    assert f"({limits['read_bytes_per_s'] / 1e12:.2f} TB/s)" in README
+SERVED = {
+    "decode_1_ms": ("decode step, batch 1, 1k context, ms", 2),
+    "decode_32_ms": ("batch 32, ms", 2),
+    "decode_128_ms": ("batch 128, ms", 2),
+    "decode_256_ms": ("batch 256, ms", 2),
+    "prefill32_s": ("prefill of 32 prompts of 1024, s", 3),
+    "sharegpt1000_tokens_per_s": ("1,000 requests of ShareGPT lengths, tokens/s", 0),
+    "sharegpt1000_2048blocks_auto_tokens_per_s": ("the same in 2,048 blocks, tokens/s", 0),
+    "sharegpt1000_2048blocks_auto_kept_percent": ("which keeps of its throughput, %", 1),
+    "sharedprefix341_500_requests_per_s": ("500 requests behind a prefix of 341 tokens, requests/s", 0),
+    "parallel4_200_tokens_per_s": ("200 requests, n = 4, tokens/s", 0),
+    "beam4_64x64_tokens_per_s": ("64 beam searches of width 4, beam tokens/s", 0),
+    "startup_s": ("start-up, cold, s", 0),
+    "startup_warm_s": ("warm, s", 1),
+}
+"""What the README calls each figure, and its decimals."""
+
+
+def test_serving_is_that_of_the_result_files():
+    models = "llama3-8b", "qwen3-0.6b", "opt-13b"
+    results = [_result(f"serving_{model}_nvidia-h200") for model in models]
+    rows = {row[0]: row[1:] for row in _rows()}
+    assert {name for result in results for name in result["figures"]} == set(SERVED)
+    for name, (title, decimals) in SERVED.items():
+        cells = [_served(result["figures"].get(name), decimals) for result in results]
+        assert rows[title] == cells, name
+    limits = results[0]["limits"]
+    assert f"({limits['read_bytes_per_s'] / 1e12:.2f} TB/s beside llama3-8b)" in README
     assert f"({limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s)" in README
+
+
+def _served(figure: dict | None, decimals: int) -> str:
+    if figure is None:
+        return ""
+    cell = f"**{figure['value']:,.{decimals}f}**, {figure['peer']:,.{decimals}f}, {figure['ratio_to_peer']:.2f}"
+    return cell + ("" if figure["floor"] is None else f"; {figure['fraction_of_floor']:.0%}")
 
 
 def _result(name: str) -> dict:
