@@ -87,6 +87,19 @@ class WriteShape:
         return -(-self.num_pieces // (WARPS * self.turns))
 
 
+def write_shape(pool: BlockPool, num_tokens: int, num_sms: int = NUM_SMS) -> WriteShape:
+    """The launch that writes so many tokens."""
+    return WriteShape(
+        num_layers=pool.shape[1],
+        num_kv_heads=num_kv_heads_of(pool),
+        block_size=block_size_of(pool),
+        head_dim=pool.shape[5],
+        dtype=jnp.dtype(pool.dtype),
+        num_tokens=num_tokens,
+        num_sms=num_sms,
+    )
+
+
 def why_not_write(shape: WriteShape) -> str | None:
     """Why the kernel cannot take a write, whatever the device; None if it can."""
     if shape.dtype not in DTYPES:
@@ -122,15 +135,7 @@ def write_kv_hopper(
     """
     if not 0 <= layer < pool.shape[1]:
         raise ValueError(f"layer={layer}: expected 0 to {pool.shape[1] - 1}, one of the pool's layers")
-    shape = WriteShape(
-        num_layers=pool.shape[1],
-        num_kv_heads=num_kv_heads_of(pool),
-        block_size=block_size_of(pool),
-        head_dim=pool.shape[5],
-        dtype=jnp.dtype(pool.dtype),
-        num_tokens=slots.size,
-        num_sms=num_sms,
-    )
+    shape = write_shape(pool, slots.size, num_sms)
     reason = why_not_write(shape) or (None if interpret else why_no_device())
     if reason is not None:
         raise NotImplementedError(f"{reason}; implementation='xla' takes it")

@@ -56,8 +56,14 @@ def add_rms_norm_hopper(
         ``x + branch`` and its norm, both in the type of ``x``.
 
     Raises:
+        ValueError: shapes or types that do not fit together.
         NotImplementedError: rows, or a device, that the kernel does not take.
     """
+    if branch.shape != x.shape or scale.shape != x.shape[1:] or {branch.dtype, scale.dtype} != {x.dtype}:
+        raise ValueError(
+            f"x is {x.dtype}{list(x.shape)}, branch {branch.dtype}{list(branch.shape)} and scale "
+            f"{scale.dtype}{list(scale.shape)}: expected one shape and type, and a scale for each of the last axis"
+        )
     reason = why_not_add_norm(x.shape[1], x.dtype) or (None if interpret else why_no_device())
     if reason is not None:
         raise NotImplementedError(f"{reason}; add and norm in plain JAX instead")

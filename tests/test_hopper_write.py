@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jpaged.device import kv_cache
+from jpaged.device.kv_cache import WRITE_KERNEL_FROM, KVCache, PagedAttend
+from jpaged.device.step_inputs import StepInputs
 from pallas_kernels import block_pool_hopper, block_pool_shape, write_kv
 from pallas_kernels.block_pool_hopper import write_kv_hopper
 from pallas_kernels.paged_attention.hopper import why_no_device
@@ -192,3 +195,27 @@ def test_compiles_for_the_gpu_at_real_sizes(num_tokens, num_kv_heads, block_size
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 1, "layers share one kernel"
     assert "output_operand_aliases = [#stablehlo.output_operand_alias" in text, "the pool is written in place"
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_kv_heads", "implementation", "expected"),
+    [
+        (WRITE_KERNEL_FROM, 2, "hopper", "hopper"),
+        (WRITE_KERNEL_FROM - 1, 2, "hopper", None),
+        (WRITE_KERNEL_FROM, 257, "hopper", None),
+        (WRITE_KERNEL_FROM, 2, "xla", None),
+    ],
+    ids=["large", "small", "more heads than it takes", "another device"],
+)
+def test_a_step_writes_with_the_kernel_where_it_is_faster(
+    monkeypatch, num_tokens, num_kv_heads, implementation, expected
+):
+    used = []
+    monkeypatch.setattr(kv_cache, "write_kv", lambda pool, *_, implementation: used.append(implementation) or pool)
+    monkeypatch.setattr(kv_cache, "paged_attention", lambda q, *_, **__: q)
+    cache = KVCache.allocate(num_blocks=1, num_layers=1, num_kv_heads=num_kv_heads, block_size=8, head_dim=64)
+    zeros = jnp.zeros(num_tokens, jnp.int32)
+    inputs = StepInputs(*[zeros] * 4, jnp.zeros((1, 1), jnp.int32), *[zeros[:1]] * 4)
+    kv = jnp.zeros((num_tokens, num_kv_heads, 64))
+    PagedAttend(cache, inputs, implementation)(0, kv, kv, kv, sm_scale=1.0)
+    assert used == [expected]

@@ -384,5 +384,40 @@ def test_a_second_start_loads_its_programs_without_tracing_them(monkeypatch, tmp
     assert tokens[0] == tokens[1]
 
 
-def test_a_cpu_keeps_no_programs():
-    assert make_runner()._program_cache() is None
+@pytest.mark.parametrize("max_burst", [1, 3])
+def test_a_forward_pass_alone_draws_nothing(max_burst):
+    runner = make_runner(max_burst=max_burst)
+    chunks = (Chunk(0, [5], 0, 1, [1]),)
+    for logprobs, draws in ((None, True), (1, False)):  # with log-probabilities, a sampler of its own draws
+        params = SamplingParams(temperature=0, logprobs=logprobs)
+        runner.execute(StepPlan(chunks=chunks, samples=(Sample(0, 0, 1, 0, params, (), (), ()),)))
+        assert np.asarray(runner._state.drawn)[:, 0].any() == draws
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_same"),
+    [
+        ({"seed": 1}, True),
+        ({"num_host_blocks": 2}, True),
+        ({"max_burst": 2}, False),
+        ({"num_blocks": 65}, False),
+        ({"block_size": 16}, False),
+        ({"max_num_seqs": 5}, False),
+        ({"dtype": jnp.bfloat16}, False),
+        ({"tensor_parallel_size": 2}, False),
+    ],
+    ids=str,
+)
+def test_programs_are_kept_apart_by_what_they_depend_on(monkeypatch, tmp_path, settings, is_same):
+    tmp_path.chmod(0o700)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        runners = make_runner(), make_runner(**settings)
+        assert [runner._program_cache() for runner in runners] == [None, None], "on a CPU"
+        monkeypatch.setattr(ModelRunner, "_is_on_cpu", False)
+        caches = [runner._program_cache() for runner in runners]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert None not in caches
+    assert (caches[0]._directory == caches[1]._directory) == is_same

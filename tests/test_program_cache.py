@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jpaged.device import program_cache
-from jpaged.device.program_cache import MOST_KEPT, ProgramCache, model_identity
+from jpaged.device.program_cache import MOST_KEPT, ProgramCache, model_identity, source_digest
 from jpaged.device.sharding import make_mesh
 from jpaged.models import LlamaConfig, Rope, random_model
 
@@ -99,12 +99,11 @@ def test_whatever_changes_is_another_cache(root, monkeypatch):
         patched.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
         assert program_cache_for("model", (1, 2)).load(()) is None
     with monkeypatch.context() as patched:
-        patched.setattr(program_cache, "_source_digest", lambda: "edited")
+        patched.setattr(program_cache, "SOURCE_DIGEST", "edited")
         assert program_cache_for("model", (1, 2)).load(()) is None
-    before = jax.config.jax_numpy_dtype_promotion
-    jax.config.update("jax_numpy_dtype_promotion", "standard" if before == "strict" else "strict")
-    assert program_cache_for("model", (1, 2)).load(()) is None
-    jax.config.update("jax_numpy_dtype_promotion", before)
+    with jax.enable_x64():
+        assert program_cache_for("model", (1, 2)).load(()) is None
+    assert program_cache.program_cache_for("model", jax.devices()[1:2], (1, 2)).load(()) is None
     assert program_cache_for("model", (1, 2)).load(()) is not None
 
 
@@ -120,9 +119,16 @@ def test_models_with_code_of_their_users_are_not_kept(root, model):
     class Mine(nnx.Module):
         pass
 
+    assert model_identity(model) is not None
     model.model.extra = Mine()
     assert model_identity(model) is None
     assert program_cache_for(None) is None
+
+
+@pytest.mark.parametrize("code", [lambda *args, **kwargs: 0, stored_in], ids=["lambda", "function"])
+def test_functions_of_their_users_are_code_too(model, code):
+    model.lm_head.dot_general = code
+    assert model_identity(model) is None
 
 
 def test_a_file_that_was_cut_short_is_compiled_again(root, caplog):
@@ -137,7 +143,18 @@ def test_a_file_that_was_cut_short_is_compiled_again(root, caplog):
 
 
 def test_nothing_is_loaded_that_others_may_have_written(root, monkeypatch):
-    program_cache_for("model").save((), double())
+    umask = os.umask(0)
+    try:
+        (kept := program_cache_for("model")).save((), double())
+    finally:
+        os.umask(umask)
+    (path,) = stored_in(root)
+    for where in (path, path.parent, path.parent.parent):
+        mode = where.stat().st_mode
+        assert kept.load(()) is not None
+        where.chmod(0o722)
+        assert kept.load(()) is None
+        where.chmod(mode)
     root.chmod(0o722)
     assert program_cache_for("model") is None
     root.chmod(0o700)
@@ -145,18 +162,53 @@ def test_nothing_is_loaded_that_others_may_have_written(root, monkeypatch):
     assert program_cache_for("model") is None
 
 
-def test_without_a_directory_nothing_is_kept(root):
-    jax.config.update("jax_compilation_cache_dir", None)
-    assert program_cache_for("model") is None
-    jax.config.update("jax_compilation_cache_dir", str(root / "missing"))
-    assert program_cache_for("model") is None
+def test_nothing_is_kept_where_jax_keeps_nothing(root, monkeypatch):
+    assert program_cache_for("model") is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "process_count", lambda: 2)
+        assert program_cache_for("model") is None
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        assert program_cache_for("model") is None
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    for missing in (None, str(root / "missing")):
+        jax.config.update("jax_compilation_cache_dir", missing)
+        assert program_cache_for("model") is None
+
+
+def test_a_disk_that_cannot_be_written_serves_what_it_has(root, monkeypatch, caplog):
+    (kept := program_cache_for("model")).save((), double())
+
+    def utime(path):
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(os, "utime", utime)
+    with ThreadPoolExecutor(1) as threads:
+        assert list(kept.load_all([()], threads)) == [()]
+    assert "Read-only" in caplog.text
+
+
+def test_code_that_changed_in_any_file_is_other_code(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.py").write_text("x = 1")
+    (tmp_path / "b" / "sizes.json").write_text("[1]")
+    roots = [tmp_path / "a", tmp_path / "b"]
+    digests = [source_digest(roots)]
+    for path in (tmp_path / "a" / "module.py", tmp_path / "b" / "sizes.json"):
+        path.write_text("2")
+        digests.append(source_digest(roots))
+    assert len(set(digests)) == 3
+    assert source_digest([*roots, tmp_path / "c"]) is None
+    assert program_cache.SOURCE_DIGEST is not None
 
 
 def test_a_full_disk_costs_a_warning(root, monkeypatch, caplog):
-    def write_bytes(self, data):
+    def replace(*paths):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    monkeypatch.setattr(os, "replace", replace)
     program_cache_for("model").save((), double())
     assert "No space left" in caplog.text
     assert stored_in(root) == []

@@ -181,7 +181,9 @@ def test_sizes_halfway_begin_where_they_are_said_to():
     plain = set(all_buckets(256, 2048, 16))
     assert set(all_buckets(256, 2048, 16, 64)) - plain == {Bucket(*each) for each in [*decode, *mixed]}
     assert set(all_buckets(256, 2048, 16, 256)) - plain == {Bucket(*each) for each in mixed[1:]}
-    assert set(all_buckets(256, 700, 16, 500)) - set(all_buckets(256, 700, 16)) == {Bucket(606, 256)}
+    assert set(all_buckets(250, 2100, 16, 64)) - set(all_buckets(250, 2100, 16)) == {
+        *(Bucket(*each) for each in [*decode, *mixed[:2]]), Bucket(768, 250), Bucket(1536, 250)
+    }, "and none between 2048 and 2100"  # fmt: skip
     assert all_buckets(6, 20, 16, 64) == all_buckets(6, 20, 16)
 
 

@@ -22,6 +22,7 @@ from pallas_kernels import (
     scatter_blocks,
     write_kv,
 )
+from pallas_kernels.block_pool_hopper import why_not_write, write_shape
 from pallas_kernels.paged_attention import Choice, why_not
 
 CPU_POOL_BYTES = 1 << 30
@@ -105,6 +106,13 @@ class KVCache:
         return type(self)(scatter_blocks(self.pool, blocks, jnp.stack(data)))
 
 
+def _choose_writer(cache: KVCache, num_tokens: int) -> str | None:
+    """The implementation of ``write_kv`` on a Hopper GPU; None is XLA's."""
+    if num_tokens < WRITE_KERNEL_FROM or why_not_write(write_shape(cache.pool, num_tokens)) is not None:
+        return None
+    return "hopper"
+
+
 class PagedAttend:
     """The ``attend`` a model calls in a step: store this layer's K/V, then attend to all of each sequence's context.
 
@@ -115,8 +123,7 @@ class PagedAttend:
         self.cache = cache
         self._inputs = inputs
         self._implementation = implementation
-        is_large = inputs.slots.size >= WRITE_KERNEL_FROM
-        self._writer = "hopper" if implementation == "hopper" and is_large else None
+        self._writer = _choose_writer(cache, inputs.slots.size) if implementation == "hopper" else None
         self._out: Array | None = None  # of the layer before, whose output projection has read it
 
     def __call__(

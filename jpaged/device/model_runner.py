@@ -5,7 +5,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -208,8 +208,8 @@ class ModelRunner:
         grid = () if self._is_on_cpu else (ACCELERATOR_LEAST_ROWS, ACCELERATOR_HALFWAY_FROM)
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
-        self.num_programs_loaded = 0  # compiled by an earlier process
-        self._model_identity = None if self._is_on_cpu else model_identity(model)
+        self.num_programs_loaded = 0  # that an earlier start had compiled
+        self._model_identity = model_identity(model)
         guessed_bytes = self._guess_sizes()
         self.num_host_blocks = num_host_blocks_for(
             config, self.bytes_per_block, is_on_cpu=self._is_on_cpu, useful_blocks=config.max_num_seqs * self.max_blocks
@@ -261,6 +261,7 @@ class ModelRunner:
         if needed <= guessed_bytes:
             return False
         self._compiled.clear()
+        self.num_programs_loaded = 0
         self.num_blocks = self._require_blocks(self._num_blocks_beside(needed))
         self._fit_model_len()
         return True
@@ -352,7 +353,7 @@ class ModelRunner:
         Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
         """
         # Lowered one after the other, always in this order: JAX numbers Pallas kernels as it meets them, and these
-        # numbers are part of what the persistent cache finds programs by.
+        # numbers are part of what its own cache finds programs by. Ours does not lower what it finds.
         keys = [key for key in self._all_keys() if key not in self._compiled]
         threads = ThreadPoolExecutor(max_workers=num_cores())
         kept = self._program_cache()
@@ -367,7 +368,8 @@ class ModelRunner:
                 self._compiled[jobs[job]] = job.result()
                 if kept is not None:
                     saves.append(threads.submit(kept.save, jobs[job], job.result()))
-            wait(saves)
+            for save in saves:
+                save.result()
         finally:  # an interruption need not wait for programs that nobody started on
             threads.shutdown(cancel_futures=True)
         # Tracing leaves a million objects that stay. Python's garbage collector would visit them between two steps.
@@ -385,12 +387,14 @@ class ModelRunner:
         return list(dict.fromkeys(keys))
 
     def _program_cache(self) -> ProgramCache | None:
-        """Programs compiled by an earlier process; None on a CPU, which takes no longer to compile than to trace."""
+        """Where programs are kept between runs; None on a CPU, which compiles about as fast as it traces."""
+        if self._is_on_cpu:
+            return None
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self._weights]
-        sizes = self.num_blocks, self.max_model_len, self.num_host_blocks, self.buckets
-        settings = self.model_config, self.config, self.attention.name, GPU_COMPILER_OPTIONS
+        sizes = self.num_blocks, self.config.block_size, self.max_model_len, self.max_burst, self.buckets
+        choices = self.model_config, self.attention.name, GPU_COMPILER_OPTIONS
         devices = list(self.mesh.devices.flat)
-        return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, settings)
+        return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
 
     def _num_inputs(self, bucket: Bucket) -> int:
         """Numbers that are loaded for a bucket's program."""
@@ -502,18 +506,25 @@ class ModelRunner:
     ) -> tuple[KVCache, StepState]:
         """A forward pass and plain sampling, as often as loaded, each fed with what the one before drew.
 
-        For 0 steps, a forward pass alone.
+        For 0 steps, one forward pass alone.
         """
         packed_samples, num_steps = state.decode_inputs(bucket, self.max_blocks)
         sizes = SampleSizes(bucket.num_rows)
 
         def step(number: Int[Array, ""], before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
             cache, state, hidden = self._forward(bucket, weights, *before)
-            draw = partial(self._sample, sizes, None, weights, state.sample_hidden, packed_samples, number)
-            drawn = jax.lax.cond(num_steps > 0, draw, lambda: _zeros_like(draw))
+
+            def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
+                tokens = self._sample(sizes, None, weights, state.sample_hidden, packed_samples, number)
+                return tokens.token_ids, tokens.scores.logprobs
+
+            def nothing() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
+                return jnp.zeros(sizes.num_rows, jnp.int32), jnp.zeros(sizes.num_rows, jnp.float32)
+
+            drawn = jax.lax.cond(num_steps > 0, draw, nothing)
             packed = state.step_inputs(bucket, self.max_blocks)
             after = pack_next(packed, bucket, self.max_blocks, self.config.block_size)
-            return cache, self._replicate(state.with_hidden(hidden).with_drawn(number, drawn).load(after))
+            return cache, self._replicate(state.with_hidden(hidden).with_drawn(number, *drawn).load(after))
 
         if self.max_burst == 1:
             return step(jnp.int32(0), (cache, state))
@@ -732,7 +743,7 @@ class ModelRunner:
         return self.host_pool.costs if self.host_pool is not None else None
 
     def measure_costs(self) -> None:
-        """Measure ``costs``, before the first step: copies both ways, and a prefill that writes to block 0 alone."""
+        """Measure ``costs``, before the first step: copies both ways, and a prefill that writes to block 0 at most."""
         assert self.host_pool is not None
         bucket, width = self.buckets[-1], min(self.max_model_len, self.buckets[-1].num_tokens)
         num_chunks = min(bucket.num_tokens // width, bucket.num_rows)
@@ -776,11 +787,6 @@ class ModelRunner:
             padded[: len(targets)] = targets
             parts.append(program(self._weights, hidden, rows, padded))
         return parts
-
-
-def _zeros_like(function: Callable[[], SampledTokens]) -> SampledTokens:
-    """What ``function`` would return, and all of it 0."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function))
 
 
 def _split_draws(

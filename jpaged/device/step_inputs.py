@@ -54,13 +54,15 @@ def all_buckets(
         max_num_seqs: rows at most.
         max_num_batched_tokens: tokens at most.
         least_rows: of a decode, if there can be so many; mixed steps begin with eight tokens for each, or 32.
-        halfway_from: tokens from which there is another size halfway between each two.
+        halfway_from: tokens from which there is another size about halfway between two that are far enough apart.
     """
 
     def sizes(low: int, high: int) -> list[int]:
         powers = powers_of_two(low, high)
-        halfway = [(a + b) // 2 for a, b in pairwise(powers) if halfway_from is not None and a >= halfway_from]
-        return [*powers, *halfway]
+        if halfway_from is None:
+            return powers
+        far_apart = [(a, b) for a, b in pairwise(powers) if a >= halfway_from and 2 * (b - a) > a]
+        return [*powers, *(-(-(a + b) // 32) * 16 for a, b in far_apart)]  # multiples of 16, as matrix units like them
 
     decode = [Bucket(rows, rows) for rows in sizes(least_rows, max_num_seqs)]
     mixed = [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jpaged.device.sampler import SampledTokens, SampleSizes
+from jpaged.device.sampler import SampleSizes
 from jpaged.device.step_inputs import Bucket, packed_size
 
 
@@ -79,12 +79,12 @@ class StepState:
         """With the hidden states that logits are made of."""
         return self._replace(sample_hidden=_first(self.sample_hidden, hidden))
 
-    def with_drawn(self, step: Int[Array, ""], tokens: SampledTokens) -> Self:
+    def with_drawn(self, step: Int[Array, ""], token_ids: Int[Array, " rows"], logprobs: Float[Array, " rows"]) -> Self:
         """With what a step of a burst drew."""
-        logprobs = jax.lax.bitcast_convert_type(tokens.scores.logprobs, jnp.int32)
-        both = _first(self.drawn[:, 0].T, jnp.stack([tokens.token_ids, logprobs], axis=1)).T
+        bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
+        both = _first(self.drawn[:, 0].T, jnp.stack([token_ids, bits], axis=1)).T
         drawn = jnp.where(jnp.arange(self.drawn.shape[1])[:, None] == step, both[:, None], self.drawn)
-        return self._replace(drawn=drawn, latest=_first(self.latest, tokens.token_ids))
+        return self._replace(drawn=drawn, latest=_first(self.latest, token_ids))
 
     def _replace(self, **changes: Array) -> Self:
         return dataclasses.replace(self, **changes)
@@ -93,7 +93,10 @@ class StepState:
 def pack_decode_inputs(
     packed: Int[np.ndarray, " step_size"], packed_samples: Int[np.ndarray, " sample_size"], num_steps: int
 ) -> Int[np.ndarray, " size"]:
-    """The inputs of a decode's program, for ``StepState.load``. For 0 steps it runs the model and draws nothing."""
+    """The inputs of a decode's program, for ``StepState.load``.
+
+    For 0 steps the program runs the model once and draws nothing: what it leaves in place of tokens means nothing.
+    """
     return np.concatenate([packed, packed_samples, np.array([num_steps], np.int32)])
 
 

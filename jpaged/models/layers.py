@@ -26,8 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 FUSED_NORM_FROM = 512
-"""Tokens of a step from which one kernel that adds and norms is faster than XLA's two: for fewer, the sum of a matrix
-product's parts is one of the two, and stays."""
+"""Tokens of a step from which one kernel that adds and norms is faster than XLA's two: in Llama-3-8B on an H200, 16 us
+instead of 25 for 2,048 tokens. For fewer, one of the two also sums the parts of a matrix product, and would stay."""
 
 
 class Attend(Protocol):
