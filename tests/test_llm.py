@@ -302,8 +302,28 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights(tmp_path)
         ({"tensor_parallel_size": 3}, "num_kv_heads=2|num_heads=4"),
         ({"attention_implementation": "magic"}, "attention_implementation='magic' cannot be had"),
         ({"attention_implementation": "reference"}, "attention_implementation='reference' cannot be had"),
+        ({"attention_implementation": "pallas_tpu"}, "cannot run here: the TPU kernels need a TPU"),
+        ({"attention_implementation": "hopper"}, "cannot run here: the Hopper kernels need an NVIDIA GPU"),
+        ({"interpret": True}, "only .* can be interpreted"),
+        ({"attention_implementation": "xla", "interpret": True}, "only .* can be interpreted"),
+        (
+            {"attention_implementation": "pallas_tpu", "interpret": True, "tensor_parallel_size": 2},
+            "runs on one device",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(settings, match):
     with pytest.raises(ValueError, match=match):
         LLM(**settings, warm_up=False, use_tqdm=False)
+
+
+def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path():
+    settings = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
+    prompts = ["The quick brown fox", "Once upon a time there was a very small and very old", "A"]
+    params = SamplingParams(temperature=0, max_tokens=6)
+    tokens = []
+    for kernel in ({"attention_implementation": "xla"}, {"attention_implementation": "pallas_tpu", "interpret": True}):
+        llm = LLM(**settings, **kernel, warm_up=False, use_tqdm=False)
+        assert llm.engine.runner.attention.name == kernel["attention_implementation"]
+        tokens.append([result.outputs[0].token_ids for result in llm.generate(prompts, params, use_tqdm=False)])
+    assert tokens[0] == tokens[1]

@@ -22,11 +22,11 @@ from pallas_kernels import (
     paged_attention,
     write_kv_quantized,
 )
-from pallas_kernels.paged_attention import IMPLEMENTATIONS
+from pallas_kernels.paged_attention import IMPLEMENTATIONS, INTERPRETERS
 from pallas_kernels.paged_attention.hopper import why_not
 
-ANYWHERE = [name for name in IMPLEMENTATIONS if name != "hopper"]
-"""The implementations that need no GPU. test_hopper_decode.py and test_hopper_prefill.py interpret the others."""
+ANYWHERE = [name for name in IMPLEMENTATIONS if name not in INTERPRETERS]
+"""The implementations that need no device of their own; test_hopper_*.py and test_tpu_*.py interpret the others."""
 
 LAYER, NUM_LAYERS = 1, 2
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2, jnp.float16: 3e-3}
@@ -491,7 +491,12 @@ def test_xla_is_chosen_where_there_is_no_hopper_gpu_without_a_warning(caplog):
 
 @pytest.mark.parametrize(
     ("platform", "capability", "reason"),
-    [("gpu", "9.0", None), ("gpu", "8.0", "capability 9.0, not 8.0"), ("gpu", "10.0", "10.0"), ("tpu", "9.0", "tpu")],
+    [
+        ("gpu", "9.0", None),
+        ("gpu", "8.0", "capability 9.0, not 8.0"),
+        ("gpu", "10.0", "10.0"),
+        ("tpu", "9.0", "TPU kernels need"),
+    ],
 )
 def test_hopper_kernels_run_on_hopper_gpus_alone(monkeypatch, platform, capability, reason):
     device = SimpleNamespace(platform=platform, compute_capability=capability)
@@ -507,7 +512,7 @@ def hopper_calls(monkeypatch):
     """A Hopper GPU, pretended: the queries that its kernels were given. No warning has been logged before or after."""
     dispatch = importlib.import_module("pallas_kernels.paged_attention")  # the package has a function of this name
     calls = []
-    monkeypatch.setattr(dispatch, "why_no_device", lambda: None)
+    monkeypatch.setattr(dispatch.hopper, "why_no_device", lambda: None)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setitem(IMPLEMENTATIONS, "hopper", lambda q, *args, **options: calls.append(q) or q)
     dispatch._log_fallback.cache_clear()
@@ -590,7 +595,7 @@ def good_arguments() -> dict:
         ({"into": jnp.zeros((2, 4, 16))}, r"into is float32\[2, 4, 16\]: expected what q is, float32\[3, 4, 16\]"),
         (
             {"implementation": "cuda"},
-            r"implementation='cuda' is unknown: expected None or one of \['hopper', 'reference', 'xla'\]",
+            r"implementation='cuda' is unknown: expected None or one of \['hopper', 'pallas_tpu', 'reference', 'xla'\]",
         ),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",

@@ -9,10 +9,13 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.block_pool import BlockPool, KvScales, check_kv_scales, is_quantized, num_kv_heads_of
-from pallas_kernels.paged_attention.hopper import attend_hopper, why_no_device, why_not
+from pallas_kernels.paged_attention import hopper, tpu
+from pallas_kernels.paged_attention.hopper.tuning import default_device
 from pallas_kernels.paged_attention.reference import attend_reference
 from pallas_kernels.paged_attention.xla import attend_xla
 
@@ -21,9 +24,15 @@ log = logging.getLogger(__name__)
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": attend_reference,
     "xla": attend_xla,
-    "hopper": attend_hopper,
+    "hopper": hopper.attend_hopper,
+    "pallas_tpu": tpu.attend_tpu,
 }
 """Every implementation by name; each takes the arguments of ``paged_attention``, checked, with the scale filled in."""
+
+INTERPRETERS = {"hopper": plgpu.InterpretGPUParams, "pallas_tpu": pltpu.InterpretParams}
+"""What runs the kernels of an implementation anywhere, slowly: settings of Pallas's interpreters, by name."""
+
+TITLES = {"hopper": "Hopper", "pallas_tpu": "TPU"}
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -40,11 +49,11 @@ def best_implementation(case: str | None = None, num_devices: int | None = None)
     """The implementation that ``implementation=None`` means on this process's default device.
 
     Args:
-        case: why the device's own kernels cannot take the case at hand, as ``why_not`` says it.
+        case: why the device's own kernels cannot take the case at hand, as ``why_not_here`` says it.
         num_devices: how many the arrays are spread over. If None, all that this process has, since a traced array does
             not say; except under ``jax.shard_map``, where every device has its own.
     """
-    reason = why_no_device()
+    name, reason = _kernels_here()
     if reason is not None:
         return Choice("xla", f"{reason}; the portable one runs everywhere")
     if num_devices is None:
@@ -54,8 +63,31 @@ def best_implementation(case: str | None = None, num_devices: int | None = None)
             "xla", f"over {num_devices} devices: the compiler splits no kernel of ours, but jax.shard_map does"
         )
     if case is not None:
-        return Choice("xla", f"the Hopper kernels do not take {case}")
-    return Choice("hopper", "our kernels for this GPU")
+        return Choice("xla", f"the {TITLES[name]} kernels do not take {case}")
+    return Choice(name, "our kernels for this device")
+
+
+def why_not_here(
+    q_shape: tuple[int, ...], q_dtype: jnp.dtype, pool_shape: tuple[int, ...], pool_dtype: jnp.dtype
+) -> str | None:
+    """Why the kernels for this device cannot take a case; None if they can."""
+    name, _ = _kernels_here()
+    why_not = tpu.why_not_tpu if name == "pallas_tpu" else hopper.why_not
+    return why_not(q_shape, q_dtype, pool_shape, pool_dtype)
+
+
+def why_cannot_run(name: str) -> str | None:
+    """Why an implementation cannot run on this process's default device; None if it can."""
+    own = {"hopper": hopper.why_no_device, "pallas_tpu": tpu.why_no_device}
+    return own[name]() if name in own else None
+
+
+def _kernels_here() -> tuple[str, str | None]:
+    """The implementation made for this device, or for the one being compiled for, and why it cannot run there."""
+    reason = why_cannot_run("pallas_tpu")
+    if reason is None or default_device().platform == "tpu":
+        return "pallas_tpu", reason
+    return "hopper", why_cannot_run("hopper")
 
 
 @cache
@@ -79,6 +111,7 @@ def paged_attention(
     kv_scales: KvScales | None = None,
     into: Float[Array, "tokens num_heads head_dim"] | None = None,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Causal attention of a ragged batch over K and V in blocks: any mix of prompts, pieces of prompts and decodes.
 
@@ -103,7 +136,8 @@ def paged_attention(
         into: what an earlier call over the same rows returned, and nobody reads any more: its memory may take the
             result, and its padding need not be cleared once more.
         implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``. Over several devices,
-            "hopper" wants ``jax.shard_map``.
+            "hopper" and "pallas_tpu" want ``jax.shard_map``.
+        interpret: run the kernels of the implementation named in Pallas's interpreter, on any device: to try them.
 
     Returns:
         One output for each query, in q's type; sums are float32 throughout.
@@ -116,16 +150,23 @@ def paged_attention(
         raise ValueError(
             f"implementation={implementation!r} is unknown: expected None or one of {sorted(IMPLEMENTATIONS)}"
         )
+    if interpret and implementation not in INTERPRETERS:
+        raise ValueError(
+            f"interpret=True with implementation={implementation!r}: expected one of {sorted(INTERPRETERS)}, whose "
+            "kernels Pallas can interpret"
+        )
     _check_arrays(q, pool, layer, block_tables, kv_lens, cu_q_lens)
     _check_types(q, pool, kv_scales)
     if into is not None and (into.shape, into.dtype) != (q.shape, q.dtype):
         raise ValueError(f"into is {into.dtype}{list(into.shape)}: expected what q is, {q.dtype}{list(q.shape)}")
     _check_options(q.shape[1], sm_scale, sliding_window, soft_cap, alibi_slopes, sinks)
     if implementation is None:
-        choice = best_implementation(why_not(q.shape, q.dtype, pool.shape, pool.dtype))
+        choice = best_implementation(why_not_here(q.shape, q.dtype, pool.shape, pool.dtype))
         implementation = choice.name
-        if why_no_device() is None and implementation != "hopper":
+        _, no_device = _kernels_here()
+        if no_device is None and implementation == "xla":
             _log_fallback(choice.reason)
+    interpreter = {"interpret": INTERPRETERS[implementation]()} if interpret else {}
     return IMPLEMENTATIONS[implementation](
         q,
         pool,
@@ -140,6 +181,7 @@ def paged_attention(
         sinks=sinks,
         kv_scales=kv_scales,
         into=into,
+        **interpreter,
     )
 
 

@@ -1,0 +1,155 @@
+"""A batch on its way into the kernel and back: its launch, its work list, and the layouts that XLA makes for it."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, num_kv_heads_of
+from pallas_kernels.paged_attention.tpu.chip import Chip, round_up
+from pallas_kernels.paged_attention.tpu.kernel import Inputs, attend_packed, rows_of_heads
+from pallas_kernels.paged_attention.tpu.lanes import LaneLayout, own_lanes, spread_queries
+from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Scoring, Sizes
+from pallas_kernels.paged_attention.tpu.schedule import (
+    make_row_tiles,
+    make_tiles,
+    owner,
+    pack_queries,
+    rows_for,
+    unpack_outputs,
+)
+from pallas_kernels.paged_attention.tpu.sizes import sizes_for, vmem_limit
+from pallas_kernels.paged_attention.tpu.stream import TILE_FIELDS
+
+
+def slots_of_pieces(
+    num_tokens: int,
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    kv_lens: Int[Array, " num_seqs"],
+    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    block_size: int,
+) -> Int[Array, " tokens"]:
+    """The slots of the tokens of rows that have several; 0, which is padding's, for all others."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    row = jnp.minimum(owner(cu_q_lens, token), kv_lens.size - 1)
+    q_len = jnp.diff(cu_q_lens)[row]
+    position = kv_lens[row] - q_len + token - cu_q_lens[row]
+    block = block_tables.at[row, position // block_size].get(mode="clip")
+    is_of_piece = (token < cu_q_lens[-1]) & (q_len > 1)
+    return jnp.where(is_of_piece, block * block_size + position % block_size, 0)
+
+
+def layout_of_pool(head_dim: int, pool: BlockPool, num_kv_heads: int | None) -> LaneLayout:
+    """How a model's KV heads lie in a pool's rows: side by side if they fit, and there are as many."""
+    pool_heads, pool_dim = num_kv_heads_of(pool), pool.shape[5]
+    per_row = pool_dim // head_dim if num_kv_heads is None else num_kv_heads // pool_heads
+    if per_row == 0 or per_row * head_dim > pool_dim or (num_kv_heads or per_row * pool_heads) != per_row * pool_heads:
+        raise ValueError(
+            f"q has head_dim {head_dim} and the pool {pool_heads} rows of {pool_dim} for {num_kv_heads} KV heads: "
+            "expected what lane_layout makes of these heads"
+        )
+    return LaneLayout(pool_heads, pool_dim, per_row)
+
+
+@partial(jax.jit, static_argnames=("layout", "scoring", "sizes", "chip", "interpret"))
+def attend_batch(
+    q: Float[Array, "tokens num_heads head_dim"],
+    pool: BlockPool,
+    layer: Int[Array, ""],
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    kv_lens: Int[Array, " num_seqs"],
+    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    alibi_slopes: Float[Array, " num_heads"] | None,
+    sinks: Float[Array, " num_heads"] | None,
+    kv_scales: KvScales | None,
+    new: Float[Array, "tokens 2 pool_heads 1 pool_head_dim"] | None,
+    *,
+    layout: LaneLayout,
+    scoring: Scoring,
+    sizes: Sizes | None,
+    chip: Chip,
+    interpret: pltpu.InterpretParams | None,
+) -> tuple[Float[Array, "tokens num_heads head_dim"], BlockPool | None]:
+    """The outputs of a batch; and the pool with K and V of its decodes, if they came as ``new``."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_seqs, group = kv_lens.size, num_heads // layout.num_kv_heads
+    launch = plan_launch(
+        q,
+        pool,
+        num_seqs,
+        layout,
+        scoring,
+        sizes,
+        chip,
+        has_slopes=alibi_slopes is not None,
+        has_sinks=sinks is not None,
+        is_fused=new is not None,
+    )
+    row_tiles = make_row_tiles(cu_q_lens, num_tokens, launch.rows)
+    tiles = make_tiles(row_tiles, kv_lens, num_tokens, launch.rows, launch.sizes.tile_row_tiles)
+    inputs = Inputs(
+        layer_and_count=jnp.stack([layer, tiles.num_live]),
+        tiles=jnp.stack(tiles[:TILE_FIELDS], axis=1).reshape(-1),
+        tables=_in_pieces(block_tables),
+        q=pack_queries(spread_queries(q, layout), row_tiles, launch.rows),
+        pool=pool,
+        scales=None if kv_scales is None else _of_layer(kv_scales, layer, launch.scale_lanes),
+        slopes=None if alibi_slopes is None else rows_of_heads(alibi_slopes, launch),
+        sinks=None if sinks is None else rows_of_heads(sinks, launch),
+        new=new,
+    )
+    out, written = attend_packed(launch, inputs, interpret)
+    return own_lanes(unpack_outputs(out, row_tiles, launch.rows, num_tokens, group), layout, head_dim), written
+
+
+def plan_launch(
+    q: Array,
+    pool: BlockPool,
+    num_seqs: int,
+    layout: LaneLayout,
+    scoring: Scoring,
+    sizes: Sizes | None,
+    chip: Chip,
+    *,
+    has_slopes: bool,
+    has_sinks: bool,
+    is_fused: bool,
+) -> Launch:
+    """Everything static about the launch for a batch."""
+    num_tokens, num_heads, _ = q.shape
+    launch = Launch(
+        num_kv_heads=layout.num_kv_heads,
+        block_size=block_size_of(pool),
+        head_dim=layout.head_dim,
+        q_dtype=jnp.dtype(q.dtype),
+        pool_dtype=jnp.dtype(pool.dtype),
+        rows=rows_for(num_tokens, num_seqs, num_heads // layout.num_kv_heads, q.dtype),
+        sizes=sizes or Sizes(1, 1, 1),
+        scoring=scoring,
+        num_cores=chip.num_cores,
+        vmem_limit=vmem_limit(chip),
+        has_slopes=has_slopes,
+        has_sinks=has_sinks,
+        is_fused=is_fused,
+    )
+    if sizes is None:
+        longest_q = 1 if num_tokens <= num_seqs else num_tokens
+        launch = replace(launch, sizes=sizes_for(chip, launch, longest_q=longest_q))
+    return launch
+
+
+def _in_pieces(block_tables: Int[Array, "num_seqs max_blocks"]) -> Int[Array, "num_seqs pieces 1 entries"]:
+    """Block tables in pieces that lie in one stretch of memory each, of any length in HBM."""
+    num_seqs, max_blocks = block_tables.shape
+    padded = round_up(max_blocks, TABLE_PIECE)
+    return jnp.pad(block_tables, ((0, 0), (0, padded - max_blocks))).reshape(num_seqs, -1, 1, TABLE_PIECE)
+
+
+def _of_layer(kv_scales: KvScales, layer: Int[Array, ""], lanes: int) -> Float[Array, "num_blocks 1 lanes"]:
+    """One layer's scales, each block's in a row that one copy can fetch."""
+    scales = jax.lax.dynamic_index_in_dim(kv_scales, layer, 1, keepdims=False).reshape(kv_scales.shape[0], 1, -1)
+    return jnp.pad(scales, ((0, 0), (0, 0), (0, lanes - scales.shape[2])))

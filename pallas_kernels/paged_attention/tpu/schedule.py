@@ -1,0 +1,144 @@
+"""How a batch becomes the kernel's work, in plain integer arithmetic on the device.
+
+A *row tile* is as many query tokens of one sequence as fill the sublanes of a register once the query heads of a KV
+head stand one below the other; a *tile*, up to ``tile_row_tiles`` row tiles of one sequence. Both depend on lengths
+only, so the compiler keeps one copy for all layers of a step.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from pallas_kernels.paged_attention.tpu.chip import SUBLANES, round_up, sublanes_of
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How the queries of one KV head lie in a row tile; static.
+
+    Token t's head g stands in row ``t * token_rows + g``, g up to ``group - 1``; the other rows are padding.
+    """
+
+    tokens: int
+    token_rows: int
+
+    @property
+    def count(self) -> int:
+        """Rows of a row tile."""
+        return self.tokens * self.token_rows
+
+
+def rows_for(num_tokens: int, num_seqs: int, group: int, dtype: jnp.dtype) -> Rows:
+    """Row tiles of one token each where there are no more tokens than sequences (a decode step), else full ones."""
+    if num_tokens <= num_seqs:  # half a register of 16-bit rows does for few heads: each row is read, and written
+        return Rows(1, round_up(group, SUBLANES if group <= SUBLANES else sublanes_of(dtype)))
+    sublanes = sublanes_of(dtype)
+    if group > sublanes:
+        return Rows(1, round_up(group, sublanes))
+    token_rows = 1 << (group - 1).bit_length()
+    return Rows(sublanes // token_rows, token_rows)
+
+
+class RowTiles(NamedTuple):
+    """Where each sequence's row tiles begin, sequence i's being ``start[i]`` to ``start[i + 1] - 1``; and its queries.
+
+    ``count`` is static: the most there can be.
+    """
+
+    start: Int[Array, " num_seqs_plus_1"]
+    cu_q_lens: Int[Array, " num_seqs_plus_1"]
+    count: int
+
+
+NO_TOKEN = -1
+
+
+class Tiles(NamedTuple):
+    """The tiles, those with queries first: ``num_live`` of them."""
+
+    row: Int[Array, " tiles"]
+    row_tile: Int[Array, " tiles"]  # the first of the tile's row tiles
+    q_pos: Int[Array, " tiles"]  # the first query's position in its sequence
+    num_q: Int[Array, " tiles"]  # tokens
+    new_token: Int[Array, " tiles"]  # the token of a sequence that has this one only; NO_TOKEN for others
+    num_live: Int[Array, ""]
+
+
+def make_row_tiles(cu_q_lens: Int[Array, " num_seqs_plus_1"], num_tokens: int, rows: Rows) -> RowTiles:
+    """The row tiles of a batch."""
+    if rows.tokens == 1:
+        return RowTiles(cu_q_lens, cu_q_lens, num_tokens)
+    q_lens = jnp.diff(cu_q_lens)
+    most = num_tokens // rows.tokens + min(q_lens.size, num_tokens)
+    return RowTiles(starts(-(-q_lens // rows.tokens)), cu_q_lens, most)
+
+
+def make_tiles(
+    row_tiles: RowTiles, kv_lens: Int[Array, " num_seqs"], num_tokens: int, rows: Rows, tile_row_tiles: int
+) -> Tiles:
+    """The tiles of a batch, sequence after sequence."""
+    q_lens = jnp.diff(row_tiles.cu_q_lens)
+    tile_tokens = tile_row_tiles * rows.tokens
+    first_tile = starts(-(-q_lens // tile_tokens))
+    most = min(num_tokens, num_tokens // tile_tokens + q_lens.size)
+    tile = jnp.arange(most, dtype=jnp.int32)
+    row = jnp.minimum(owner(first_tile, tile), q_lens.size - 1)
+    nth = tile - first_tile[row]
+    return Tiles(
+        row=row,
+        row_tile=row_tiles.start[row] + nth * tile_row_tiles,
+        q_pos=kv_lens[row] - q_lens[row] + nth * tile_tokens,
+        num_q=jnp.clip(q_lens[row] - nth * tile_tokens, 0, tile_tokens),
+        new_token=jnp.where(q_lens[row] == 1, row_tiles.cu_q_lens[row], NO_TOKEN),
+        num_live=first_tile[-1],
+    )
+
+
+def pack_queries(
+    q: Float[Array, "tokens num_kv_heads group head_dim"], row_tiles: RowTiles, rows: Rows
+) -> Float[Array, "row_tiles num_kv_heads rows head_dim"]:
+    """Queries as the kernel reads them; what stands in padding rows is nobody's."""
+    _, num_kv_heads, group, head_dim = q.shape
+    if rows.tokens == 1:
+        return jnp.pad(q, ((0, 0), (0, 0), (0, rows.token_rows - group), (0, 0)))
+    index = jnp.arange(row_tiles.count, dtype=jnp.int32)
+    row = jnp.minimum(owner(row_tiles.start, index), row_tiles.start.size - 2)
+    first = row_tiles.cu_q_lens[row] + (index - row_tiles.start[row]) * rows.tokens
+    token = first[:, None] + jnp.arange(rows.tokens, dtype=jnp.int32)[None, :]
+    packed = q.at[token].get(mode="clip")  # [row_tiles, tokens, num_kv_heads, group, head_dim]
+    packed = jnp.pad(packed, ((0, 0), (0, 0), (0, 0), (0, rows.token_rows - group), (0, 0)))
+    return packed.transpose(0, 2, 1, 3, 4).reshape(row_tiles.count, num_kv_heads, rows.count, head_dim)
+
+
+def unpack_outputs(
+    out: Float[Array, "row_tiles num_kv_heads rows head_dim"],
+    row_tiles: RowTiles,
+    rows: Rows,
+    num_tokens: int,
+    group: int,
+) -> Float[Array, "tokens num_kv_heads group head_dim"]:
+    """The kernel's outputs in the order of the batch's tokens; zeros for padding, where the kernel wrote nothing."""
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    is_live = token < row_tiles.cu_q_lens[-1]
+    if rows.tokens == 1:
+        by_token = out
+    else:
+        row = jnp.minimum(owner(row_tiles.cu_q_lens, token), row_tiles.start.size - 2)
+        nth_tile, nth = jnp.divmod(token - row_tiles.cu_q_lens[row], rows.tokens)
+        split = out.reshape(out.shape[0], out.shape[1], rows.tokens, rows.token_rows, out.shape[3])
+        by_token = split.at[row_tiles.start[row] + nth_tile, :, nth].get(mode="clip")
+    return jnp.where(is_live[:, None, None, None], by_token[:, :, :group], 0)
+
+
+def starts(lens: Int[Array, " n"]) -> Int[Array, " n_plus_1"]:
+    """Where each of some lengths begins when they stand in one line, and where the last ends."""
+    return jnp.pad(jnp.cumsum(lens, dtype=jnp.int32), (1, 0))
+
+
+def owner(start: Int[Array, " n_plus_1"], index: Int[Array, " m"]) -> Int[Array, " m"]:
+    """The i with ``start[i] <= index < start[i + 1]``, or n past the end."""
+    is_past: Bool[Array, "m n_plus_1"] = start[None, :] <= index[:, None]
+    return is_past.sum(axis=1, dtype=jnp.int32) - 1

@@ -1,0 +1,77 @@
+"""Sizes of tiles, chunks and rings: a pure function of a chip's memories and rates, and of a launch's shapes."""
+
+from dataclasses import replace
+
+from pallas_kernels.paged_attention.tpu.chip import LANES, Chip
+from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Sizes, vmem_bytes
+
+COPY_S = 2e-6
+"""What a copy takes from start to end, about: what is on its way must cover this much of the bandwidth."""
+
+LEAST_CHUNK_TOKENS = LANES
+"""A score for every lane."""
+
+MOST_CHUNK_TOKENS = 512
+
+MOST_TILE_ROWS = 512
+"""Operations for each byte of K and V read, in 16 bits; no chip needs more than 560 to be busy as long as it reads."""
+
+BUFFERS = 3
+"""Chunks in VMEM: one attended, one landing, one to cover what the copies' starts and a short chunk cost."""
+
+LEAST_BUFFERS = 2
+
+VMEM_SHARE = 0.9
+"""Of VMEM; the rest is left to the compiler."""
+
+
+def vmem_limit(chip: Chip) -> int:
+    """VMEM that a launch may take, in bytes."""
+    return int(chip.vmem_bytes * VMEM_SHARE)
+
+
+def sizes_for(chip: Chip, launch: Launch, *, longest_q: int) -> Sizes:
+    """The largest sizes worth having that fit the chip's VMEM.
+
+    Args:
+        launch: all else about the launch; its own sizes do not count.
+        longest_q: the most query tokens that a sequence may have.
+
+    Raises:
+        NotImplementedError: not even the least sizes fit.
+    """
+    token_bytes = launch.block_bytes // launch.block_size
+    wanted = chip.hbm_bytes_per_s * COPY_S / (BUFFERS - 1) / token_bytes
+    chunk_tokens = LEAST_CHUNK_TOKENS
+    while chunk_tokens < min(wanted, MOST_CHUNK_TOKENS):
+        chunk_tokens *= 2
+    row_tiles = 1
+    while row_tiles * launch.rows.tokens < longest_q and 2 * row_tiles * launch.rows.count <= MOST_TILE_ROWS:
+        row_tiles *= 2
+    buffers = BUFFERS
+    while True:
+        sizes = Sizes(row_tiles, _blocks(chunk_tokens, launch.block_size), buffers)
+        needed = vmem_bytes(replace(launch, sizes=sizes))
+        if needed <= vmem_limit(chip):
+            return sizes
+        if row_tiles * launch.rows.count > chunk_tokens and row_tiles > 1:
+            row_tiles //= 2
+        elif sizes.chunk_blocks > 1 and chunk_tokens > LEAST_CHUNK_TOKENS // 4:
+            chunk_tokens //= 2
+        elif row_tiles > 1:
+            row_tiles //= 2
+        elif buffers > LEAST_BUFFERS:
+            buffers -= 1
+        else:
+            raise NotImplementedError(
+                f"{launch.num_kv_heads} KV heads of {launch.head_dim} in blocks of {launch.block_size} take "
+                f"{needed >> 20} MiB of VMEM: a TPU {chip.generation} has {vmem_limit(chip) >> 20}; shard the heads"
+            )
+
+
+def _blocks(chunk_tokens: int, block_size: int) -> int:
+    """Blocks of a chunk: a power of two, so that chunks divide the pieces of block tables."""
+    blocks = 1
+    while 2 * blocks * block_size <= chunk_tokens and blocks < TABLE_PIECE:
+        blocks *= 2
+    return blocks

@@ -1,0 +1,136 @@
+"""The TPU kernels through the real TPU compiler: some of the grid of tpu_aot.py, and what the grid does not hold."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import pytest
+from tpu_aot import TOPOLOGIES, Case, compile_case, compile_for, grid, why_no_compiler
+
+from pallas_kernels import block_pool_shape
+from pallas_kernels.block_pool_tpu import (
+    copy_blocks_tpu,
+    gather_blocks_tpu,
+    scatter_blocks_tpu,
+    write_kv_quantized_tpu,
+    write_kv_tpu,
+)
+from pallas_kernels.paged_attention.tpu import attend_tpu, write_and_attend_tpu
+from pallas_kernels.paged_attention.tpu.launch import Sizes
+
+pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
+
+EVERY = 97
+"""Coprime to all axes of the grid, so that each value of each one is among the cases taken."""
+
+BF16 = jnp.dtype(jnp.bfloat16)
+POOL = (block_pool_shape(1024, 8, 8, 16, 128), BF16)
+PLAIN = {"sm_scale": 0.1, "sliding_window": None, "soft_cap": None, "alibi_slopes": None, "sinks": None}
+POOL_BYTES = 1024 * 8 * 2 * 8 * 16 * 128 * 2
+
+
+@pytest.mark.parametrize("case", list(grid())[::EVERY], ids=str)
+def test_case_of_the_grid_compiles(case):
+    compile_case(case)
+
+
+MIXED = Case("v5e", 128, 4, 16, BF16, num_tokens=1024, num_seqs=256)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(MIXED, max_blocks=65536),
+        replace(MIXED, generation="7x", num_tokens=256, max_blocks=65536),
+        replace(MIXED, generation="v4", has_options=True),
+        replace(MIXED, generation="v6e", q_dtype=jnp.float32, pool_dtype=jnp.dtype(jnp.float32), has_options=True),
+        replace(MIXED, generation="v5p", group=1, num_kv_heads=96),
+        replace(MIXED, generation="v4", group=1, num_kv_heads=40),
+        replace(MIXED, group=12, num_kv_heads=1, pool_dtype=jnp.dtype(jnp.int8), has_options=True),
+        replace(MIXED, group=5, num_kv_heads=3, block_size=24),
+        replace(MIXED, head_dim=80, num_kv_heads=32, group=1),
+        replace(MIXED, generation="v6e", head_dim=96, block_size=8),
+    ],
+    ids=[
+        "a million tokens of 256 sequences",
+        "a million tokens of 256 sequences, decode",
+        "options",
+        "float32",
+        "96 KV heads",
+        "40 KV heads",
+        "group 12 over int8",
+        "block of 24",
+        "head_dim 80",
+        "head_dim 96",
+    ],
+)
+def test_case_beyond_the_grid_compiles(case):
+    compile_case(case)
+
+
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_writes_are_in_place(generation):
+    tokens = ((300, 8, 128), BF16)
+    slots = ((300,), jnp.int32)
+
+    def write(pool, k, v, slots):
+        return write_kv_tpu(pool, 3, k, v, slots)
+
+    assert_in_place(compile_for(generation, write, POOL, tokens, tokens, slots, donate=(0,)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_quantised_writes_are_in_place(generation, dtype):
+    def write(pool, kv_scales, k, v, slots):
+        return write_kv_quantized_tpu(pool, kv_scales, 3, k, v, slots)
+
+    tokens, scales = ((300, 8, 128), BF16), (POOL[0][:4], jnp.float32)
+    arrays = (POOL[0], dtype), scales, tokens, tokens, ((300,), jnp.int32)
+    memory = compile_for(generation, write, *arrays, donate=(0, 1)).memory_analysis()
+    assert memory.alias_size_in_bytes >= POOL_BYTES / 2
+    assert memory.temp_size_in_bytes < POOL_BYTES / 10
+
+
+@pytest.mark.parametrize("is_decode", [True, False])
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_fused_writes_are_in_place(generation, is_decode):
+    def step(q, k, v, pool, tables, kv_lens, cu_q_lens):
+        return write_and_attend_tpu(q, k, v, pool, 3, tables, kv_lens, cu_q_lens, is_decode=is_decode, **PLAIN)
+
+    num_tokens = 64 if is_decode else 300
+    new = ((num_tokens, 8, 128), BF16)
+    rows = ((64, 128), jnp.int32), ((64,), jnp.int32), ((65,), jnp.int32)
+    assert_in_place(compile_for(generation, step, ((num_tokens, 32, 128), BF16), new, new, POOL, *rows, donate=(3,)))
+
+
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_blocks_are_moved_in_place(generation):
+    ids, blocks = ((32,), jnp.int32), ((32, *POOL[0][1:]), BF16)
+    assert_in_place(compile_for(generation, copy_blocks_tpu, POOL, ids, ids, donate=(0,)))
+    assert_in_place(compile_for(generation, scatter_blocks_tpu, POOL, ids, blocks, donate=(0,)))
+    gathered = compile_for(generation, gather_blocks_tpu, POOL, ids).memory_analysis()
+    assert gathered.temp_size_in_bytes < POOL_BYTES / 100
+
+
+def assert_in_place(compiled) -> None:
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == POOL_BYTES
+    assert memory.temp_size_in_bytes < POOL_BYTES / 10
+
+
+def test_compiler_does_refuse_what_overruns_vmem():
+    def attend(q, pool, *rows):
+        return attend_tpu(q, pool, 0, *rows, sizes=Sizes(8, 128, 16), kv_scales=None, **PLAIN)
+
+    rows = ((64, 512), jnp.int32), ((64,), jnp.int32), ((65,), jnp.int32)
+    with pytest.raises(Exception, match="vmem"):
+        compile_for("v5e", attend, ((64, 32, 128), BF16), POOL, *rows)
+
+
+def test_narrow_pool_is_refused_before_anything_is_compiled():
+    def attend(q, pool, *rows):
+        return attend_tpu(q, pool, 0, *rows, kv_scales=None, **PLAIN)
+
+    rows = ((64, 512), jnp.int32), ((64,), jnp.int32), ((65,), jnp.int32)
+    with pytest.raises(NotImplementedError, match="lane_layout"):
+        compile_for("v5e", attend, ((64, 32, 64), BF16), (block_pool_shape(64, 2, 8, 16, 64), BF16), *rows)
