@@ -27,7 +27,7 @@ MAX_BATCHED_TOKENS = 512
 
 _ENGINE_OPTIONS = (
     "dtype", "block_size", "num_blocks", "memory_fraction", "max_model_len", "tensor_parallel_size",
-    "attention_implementation", "max_burst", "preemption", "num_host_blocks", "host_memory_bytes",
+    "attention_implementation", "interpret", "max_burst", "preemption", "num_host_blocks", "host_memory_bytes",
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",

@@ -224,6 +224,12 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="attention kernel (default: the best one here; jpaged info names it)",
     )
     add(
+        "--interpret",
+        action="store_true",
+        help="run the attention kernel named in Pallas's interpreter, on any device: slow, to try what this machine "
+        "cannot run",
+    )
+    add(
         "--max-burst",
         type=int,
         metavar="N",

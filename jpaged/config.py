@@ -40,6 +40,7 @@ class EngineConfig:
         seed: of the seeds drawn for requests without one.
         tensor_parallel_size: devices the model and its KV heads are spread over.
         attention_implementation: a name from ``pallas_kernels``; None takes the best one for the device.
+        interpret: run the kernels of the implementation named in Pallas's interpreter, on any device and slowly.
         max_burst: decode steps that may run in a row before the host sees their tokens, while nobody could be admitted;
             who arrives waits for them, and tokens are streamed in groups of as many. None is 4 on an accelerator, where
             planning a step takes about as long as a small one runs, and 1 on a CPU.
@@ -65,6 +66,7 @@ class EngineConfig:
     seed: int = 0
     tensor_parallel_size: int = 1
     attention_implementation: str | None = None
+    interpret: bool = False
     max_burst: int | None = None
     preemption: str = "auto"
     num_host_blocks: int | None = None
@@ -104,6 +106,7 @@ class EngineConfig:
         implementation = self.attention_implementation
         is_name = implementation is None or (isinstance(implementation, str) and implementation != "")
         _require(is_name, "attention_implementation", implementation, "None or a name from pallas_kernels")
+        _require(isinstance(self.interpret, bool), "interpret", self.interpret, "True or False")
         self._check_host_pool()
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(

@@ -67,6 +67,7 @@ class LLM:
         seed: of the seeds drawn for requests without one.
         tensor_parallel_size: devices the model and its KV heads are spread over.
         attention_implementation: a name from ``pallas_kernels``; None takes the best one for the device.
+        interpret: run the kernels of the implementation named in Pallas's interpreter, on any device and slowly.
         warm_up: compile every program now, behind a progress bar; otherwise each when it is first needed. None: now on
             an accelerator, later on a CPU.
         use_tqdm: show progress while loading and compiling.
@@ -95,6 +96,7 @@ class LLM:
         seed: int = 0,
         tensor_parallel_size: int = 1,
         attention_implementation: str | None = None,
+        interpret: bool = False,
         warm_up: bool | None = None,
         use_tqdm: bool = True,
     ):
@@ -114,6 +116,7 @@ class LLM:
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
             attention_implementation=attention_implementation,
+            interpret=interpret,
         )
         path = DEMO_MODEL if model is None else Path(model)
         model_config = load_config(path)

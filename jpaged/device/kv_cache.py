@@ -23,7 +23,7 @@ from pallas_kernels import (
     write_kv,
 )
 from pallas_kernels.block_pool_hopper import why_not_write, write_shape
-from pallas_kernels.paged_attention import Choice, why_not
+from pallas_kernels.paged_attention import Choice, why_not_here
 
 CPU_POOL_BYTES = 1 << 30
 """What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is not its own."""
@@ -119,11 +119,13 @@ class PagedAttend:
     Lives during one trace; ``cache`` is the newest value of the cache.
     """
 
-    def __init__(self, cache: KVCache, inputs: StepInputs, implementation: str | None):
+    def __init__(self, cache: KVCache, inputs: StepInputs, implementation: str | None, *, interpret: bool = False):
         self.cache = cache
         self._inputs = inputs
         self._implementation = implementation
-        self._writer = _choose_writer(cache, inputs.slots.size) if implementation == "hopper" else None
+        self._interpret = interpret
+        runs_on_hopper = implementation == "hopper" and not interpret
+        self._writer = _choose_writer(cache, inputs.slots.size) if runs_on_hopper else None
         self._out: Array | None = None  # of the layer before, whose output projection has read it
 
     def __call__(
@@ -148,6 +150,7 @@ class PagedAttend:
             sliding_window=sliding_window,
             into=self._out,
             implementation=self._implementation,
+            interpret=self._interpret,
         )
         return self._out
 
@@ -157,7 +160,7 @@ def choose_attention(model: ModelConfig, config: EngineConfig, dtype: jax.typing
     if config.attention_implementation is not None:
         return Choice(config.attention_implementation, "as asked")
     pool = block_pool_shape(1, model.num_layers, model.num_kv_heads, config.block_size, model.head_dim)
-    case = why_not((1, model.num_heads, model.head_dim), jnp.dtype(dtype), pool, jnp.dtype(dtype))
+    case = why_not_here((1, model.num_heads, model.head_dim), jnp.dtype(dtype), pool, jnp.dtype(dtype))
     return best_implementation(case, num_devices)
 
 

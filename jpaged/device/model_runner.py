@@ -65,7 +65,7 @@ from jpaged.device.transfer import (
 from jpaged.host.step_plan import BlockCopy, Chunk, Costs, PromptScore, StepPlan, StepResult, TokenScores
 from jpaged.models import ModelConfig, fuse_norms, fuse_projections
 from jpaged.request import MAX_LOGPROBS
-from pallas_kernels.paged_attention import IMPLEMENTATIONS
+from pallas_kernels.paged_attention import IMPLEMENTATIONS, INTERPRETERS, why_cannot_run
 
 GPU_COMPILER_OPTIONS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
@@ -142,11 +142,18 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
             f"attention_implementation={config.attention_implementation!r} cannot be had: "
             f"expected None or one of {servable}"
         )
-    if config.attention_implementation == "hopper" and config.tensor_parallel_size > 1:
+    name, settings = config.attention_implementation, ("attention_implementation", "interpret")
+    asked = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in settings)
+    if config.interpret and name not in INTERPRETERS:
+        raise ValueError(f"{asked}: only {sorted(INTERPRETERS)} can be interpreted; name one, or leave interpret out")
+    if name in INTERPRETERS and config.tensor_parallel_size > 1:
         raise ValueError(
-            f"attention_implementation='hopper' runs on one device, not on tensor_parallel_size="
-            f"{config.tensor_parallel_size}: leave it out, or ask for 'xla'"
+            f"{asked} runs on one device, not on tensor_parallel_size={config.tensor_parallel_size}: leave it out, or "
+            "ask for 'xla'"
         )
+    reason = None if name is None or config.interpret else why_cannot_run(name)
+    if reason is not None:
+        raise ValueError(f"{asked} cannot run here: {reason}; leave it out, or have it interpreted, which is slow")
     limit, wanted = model_config.max_model_len, config.max_model_len
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
@@ -190,7 +197,7 @@ class ModelRunner:
         floats = (x.dtype for x in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(x.dtype, jnp.floating))
         self.dtype = jnp.dtype(next(floats))
         self.attention = choose_attention(model_config, config, self.dtype, mesh.size)
-        if self.attention.name == "hopper":
+        if self.attention.name == "hopper" and not config.interpret:
             fuse_norms(model)
         self._graphdef, state = nnx.split(model)
         # A flat list: flattening an nnx state in every call costs more than a small step.
@@ -392,7 +399,7 @@ class ModelRunner:
             return None
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self._weights]
         sizes = self.num_blocks, self.config.block_size, self.max_model_len, self.max_burst, self.buckets
-        choices = self.model_config, self.attention.name, GPU_COMPILER_OPTIONS
+        choices = self.model_config, self.attention.name, self.config.interpret, GPU_COMPILER_OPTIONS
         devices = list(self.mesh.devices.flat)
         return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
 
@@ -497,7 +504,7 @@ class ModelRunner:
         inputs = unpack(state.step_inputs(bucket, self.max_blocks), bucket, self.max_blocks)
         token_ids = jnp.where(inputs.token_ids < 0, state.latest[~inputs.token_ids], inputs.token_ids)
         model = self._merge(weights)
-        attend = PagedAttend(cache, inputs, self.attention.name)
+        attend = PagedAttend(cache, inputs, self.attention.name, interpret=self.config.interpret)
         hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 
