@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tpu_aot
 
 README_PATH = Path(__file__).parents[1] / "README.md"
 README = README_PATH.read_text()
@@ -146,6 +147,10 @@ def test_kernels_are_those_of_the_result_file():
     limits = result["limits"]
     assert f"{limits['read_bytes_per_s'] / 1e12:.2f} TB/s read" in README
     assert f"{limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s" in README
+
+
+def test_cases_compiled_for_tpus_are_those_of_the_grid():
+    assert f"a grid of {len(list(tpu_aot.grid())):,} cases" in README
 
 
 def test_sharing_is_that_of_the_result_files():
