@@ -12,13 +12,14 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.device.compile_cache import enable_compile_cache
-from jpaged.device.kv_cache import block_bytes, choose_attention, num_blocks_that_fit
+from jpaged.device.kv_cache import block_bytes, block_shape, choose_attention, num_blocks_that_fit
 from jpaged.device.model_runner import check_settings
 from jpaged.device.sharding import make_mesh
 from jpaged.device.transfer import num_host_blocks_for
 from jpaged.llm import DEMO_MODEL, resolve_dtype
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.registry import abstract_model
+from pallas_kernels.paged_attention import Choice
 
 PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 
@@ -115,8 +116,8 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     mesh = make_mesh(config.tensor_parallel_size)
     weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh)[1])
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
-    kv_cache = _plan_pool(model_config, config, dtype, weight_bytes, list(mesh.devices.flat))
     attention = choose_attention(model_config, config, dtype, mesh.size)
+    kv_cache = _plan_pool(model_config, config, dtype, attention, weight_bytes, list(mesh.devices.flat))
     cache_dir = enable_compile_cache()
     return Info(
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -148,17 +149,12 @@ def _plan_pool(
     model: ModelConfig,
     config: EngineConfig,
     dtype: np.dtype,
+    attention: Choice,
     weight_bytes: int,
     devices: Sequence[Any],
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, but for the workspace."""
-    bytes_per_block = block_bytes(
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        block_size=config.block_size,
-        dtype=dtype,
-    )
+    bytes_per_block = block_bytes(**block_shape(model, config, dtype, attention))
     max_blocks = -(-check_settings(model, config) // config.block_size)
     num_blocks = config.num_blocks or num_blocks_that_fit(
         bytes_per_block,

@@ -317,13 +317,16 @@ def test_impossible_settings_are_refused(settings, match):
         LLM(**settings, warm_up=False, use_tqdm=False)
 
 
-def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path():
+@pytest.mark.parametrize("max_burst", [1, 3])
+def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_burst):
     settings = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
+    settings["max_burst"] = max_burst
     prompts = ["The quick brown fox", "Once upon a time there was a very small and very old", "A"]
-    params = SamplingParams(temperature=0, max_tokens=6)
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (4, 9, 6)]
     tokens = []
     for kernel in ({"attention_implementation": "xla"}, {"attention_implementation": "pallas_tpu", "interpret": True}):
         llm = LLM(**settings, **kernel, warm_up=False, use_tqdm=False)
-        assert llm.engine.runner.attention.name == kernel["attention_implementation"]
+        is_tpu = llm.engine.runner.attention.name == "pallas_tpu"
+        assert llm.engine.runner.cache.pool.shape[3:] == ((1, 16, 128) if is_tpu else (2, 16, 64))
         tokens.append([result.outputs[0].token_ids for result in llm.generate(prompts, params, use_tqdm=False)])
     assert tokens[0] == tokens[1]

@@ -238,10 +238,11 @@ def test_each_step_of_a_burst_feeds_what_the_one_before_drew_where_it_belongs(bl
         expected, rows = plan(step)
         actual = unpack(np.asarray(packed), bucket, max_blocks)
         alone = unpack(packer.pack(expected, bucket), bucket, max_blocks)
-        for name in ("token_ids", "positions", "slots", "kv_lens"):
+        for name in ("token_ids", "positions", "slots", "kv_lens", "block_tables"):
             np.testing.assert_array_equal(getattr(actual, name)[rows], getattr(alone, name)[: len(rows)], err_msg=name)
         done = [row for row in range(4) if row not in rows]
         assert not actual.slots[done].any(), "who is done writes to block 0"
+        assert not actual.block_tables[done].any(), "and so does a kernel that finds slots by the block tables"
         assert actual.cu_q_lens.tolist() == [0, 1, 2, 3, 3]
 
 

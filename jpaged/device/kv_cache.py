@@ -23,7 +23,8 @@ from pallas_kernels import (
     write_kv,
 )
 from pallas_kernels.block_pool_hopper import why_not_write, write_shape
-from pallas_kernels.paged_attention import Choice, why_not_here
+from pallas_kernels.paged_attention import INTERPRETERS, Choice, kernels_here, pool_rows, why_not_here
+from pallas_kernels.paged_attention.tpu import write_and_attend_tpu
 
 CPU_POOL_BYTES = 1 << 30
 """What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is not its own."""
@@ -138,6 +139,8 @@ class PagedAttend:
         sm_scale: float,
         sliding_window: int | None = None,
     ) -> Float[Array, "tokens num_heads head_dim"]:
+        if self._implementation == "pallas_tpu":
+            return self._write_and_attend(layer, q, k, v, sm_scale, sliding_window)
         inputs = self._inputs
         self.cache = self.cache.write(layer, k, v, inputs.slots, self._writer)
         self._out = self.cache.attend(
@@ -154,14 +157,54 @@ class PagedAttend:
         )
         return self._out
 
+    def _write_and_attend(
+        self, layer: int, q: Array, k: Array, v: Array, sm_scale: float, sliding_window: int | None
+    ) -> Float[Array, "tokens num_heads head_dim"]:
+        """Both in one, as TPUs do it. Where K and V go, the block tables say: ``slots`` is not asked."""
+        inputs = self._inputs
+        out, pool = write_and_attend_tpu(
+            q,
+            k,
+            v,
+            self.cache.pool,
+            layer,
+            inputs.block_tables,
+            inputs.kv_lens,
+            inputs.cu_q_lens,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            soft_cap=None,
+            alibi_slopes=None,
+            sinks=None,
+            is_decode=len(q) == len(inputs.kv_lens),
+            interpret=INTERPRETERS["pallas_tpu"]() if self._interpret else None,
+        )
+        self.cache = type(self.cache)(pool)
+        return out
+
 
 def choose_attention(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, num_devices: int) -> Choice:
     """The implementation of paged attention that a model's steps use, and why."""
     if config.attention_implementation is not None:
         return Choice(config.attention_implementation, "as asked")
-    pool = block_pool_shape(1, model.num_layers, model.num_kv_heads, config.block_size, model.head_dim)
+    num_kv_heads, head_dim = pool_rows(model.num_kv_heads, model.head_dim, kernels_here())
+    pool = block_pool_shape(1, model.num_layers, num_kv_heads, config.block_size, head_dim)
     case = why_not_here((1, model.num_heads, model.head_dim), jnp.dtype(dtype), pool, jnp.dtype(dtype))
     return best_implementation(case, num_devices)
+
+
+def block_shape(
+    model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, attention: Choice
+) -> dict[str, Any]:
+    """What a pool's shape and type are made of, but for the number of blocks: for ``block_bytes`` and ``allocate``."""
+    num_kv_heads, head_dim = pool_rows(model.num_kv_heads, model.head_dim, attention.name)
+    return {
+        "num_layers": model.num_layers,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "block_size": config.block_size,
+        "dtype": dtype,
+    }
 
 
 def block_bytes(

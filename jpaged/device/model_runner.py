@@ -33,6 +33,7 @@ from jpaged.device.kv_cache import (
     PagedAttend,
     available_bytes,
     block_bytes,
+    block_shape,
     check_blocks_fit,
     choose_attention,
     num_blocks_that_fit,
@@ -203,13 +204,7 @@ class ModelRunner:
         # A flat list: flattening an nnx state in every call costs more than a small step.
         self._weights, self._weights_tree = jax.tree.flatten(state)
         self.weight_bytes = sum(x.nbytes for x in self._weights)
-        block = {
-            "num_layers": model_config.num_layers,
-            "num_kv_heads": model_config.num_kv_heads,
-            "head_dim": model_config.head_dim,
-            "block_size": config.block_size,
-            "dtype": self.dtype,
-        }
+        block = block_shape(model_config, config, self.dtype, self.attention)
         self.bytes_per_block = block_bytes(**block)
         self._new_cache = partial(KVCache.allocate, **block)
         grid = () if self._is_on_cpu else (ACCELERATOR_LEAST_ROWS, ACCELERATOR_HALFWAY_FROM)

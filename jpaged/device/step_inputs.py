@@ -271,7 +271,7 @@ def unpack(packed: Int[Array, " size"], bucket: Bucket, max_blocks: int) -> Step
 def pack_next(packed: Int[Array, " size"], bucket: Bucket, max_blocks: int, block_size: int) -> Int[Array, " size"]:
     """On the device: the inputs of the step after this one in a burst of decodes.
 
-    Every row that draws on feeds what it has just drawn; those that are done write to block 0.
+    Every row that draws on feeds what it has just drawn; those that are done write to block 0, and read nothing else.
     """
     assert bucket.is_decode
     inputs = unpack(packed, bucket, max_blocks)
@@ -285,6 +285,7 @@ def pack_next(packed: Int[Array, " size"], bucket: Bucket, max_blocks: int, bloc
         token_ids=jnp.where(goes_on, ~rows, 0),
         positions=positions,
         slots=jnp.where(goes_on, slots, 0),
+        block_tables=jnp.where(goes_on[:, None], inputs.block_tables, 0),
         kv_lens=inputs.kv_lens + moved,
         num_draws=jnp.maximum(inputs.num_draws - 1, 0),
     )

@@ -76,6 +76,23 @@ def why_not_here(
     return why_not(q_shape, q_dtype, pool_shape, pool_dtype)
 
 
+def pool_rows(num_kv_heads: int, head_dim: int, implementation: str | None = None) -> tuple[int, int]:
+    """KV heads and head_dim of the pool, as ``block_pool_shape`` takes them, that an implementation wants for a model.
+
+    They are the model's own, but that on TPUs narrow heads lie side by side: see ``lane_layout``.
+    """
+    if (implementation or kernels_here()) == "pallas_tpu":
+        layout = tpu.lane_layout(num_kv_heads, head_dim)
+        return layout.num_kv_heads, layout.head_dim
+    return num_kv_heads, head_dim
+
+
+def kernels_here() -> str:
+    """The implementation made for this device, or for the one being compiled for, whether or not it can run there."""
+    name, _ = _kernels_here()
+    return name
+
+
 def why_cannot_run(name: str) -> str | None:
     """Why an implementation cannot run on this process's default device; None if it can."""
     own = {"hopper": hopper.why_no_device, "pallas_tpu": tpu.why_no_device}
@@ -83,7 +100,7 @@ def why_cannot_run(name: str) -> str | None:
 
 
 def _kernels_here() -> tuple[str, str | None]:
-    """The implementation made for this device, or for the one being compiled for, and why it cannot run there."""
+    """``kernels_here``, and why they cannot run."""
     reason = why_cannot_run("pallas_tpu")
     if reason is None or default_device().platform == "tpu":
         return "pallas_tpu", reason
