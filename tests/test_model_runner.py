@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jpaged.config import EngineConfig
 from jpaged.device import kv_cache, model_runner
@@ -373,6 +374,18 @@ def test_a_fraction_of_memory_too_small_for_a_block_is_refused():
         make_runner(num_blocks=None, memory_fraction=1e-9)
 
 
+@pytest.fixture
+def nothing_kept_by_jax():
+    """What JAX finds in its own cache, ours does not keep; and earlier tests may have turned that on."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("nothing_kept_by_jax")
 def test_a_second_start_loads_its_programs_without_tracing_them(monkeypatch, tmp_path):
     kept = ProgramCache(tmp_path / "kept", jax.devices()[:1])
     monkeypatch.setattr(ModelRunner, "_program_cache", lambda self: kept)

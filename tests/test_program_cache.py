@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from jpaged.device import program_cache
 from jpaged.device.program_cache import MOST_KEPT, ProgramCache, model_identity, source_digest
@@ -32,12 +33,18 @@ TINY = LlamaConfig(
 
 
 @pytest.fixture
-def root(monkeypatch, tmp_path):
-    before = jax.config.jax_compilation_cache_dir
+def root(tmp_path):
+    """A directory configured for JAX, which keeps nothing there itself: programs are compiled when a test does so."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
     tmp_path.chmod(0o700)
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    for name, value in zip(names, (str(tmp_path), 1e9), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
     yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -88,6 +95,27 @@ def test_another_process_finds_it_and_its_donation(root):
     env = os.environ | {"PYTHONPATH": str(Path(program_cache.__file__).parents[2])}
     outputs = [subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout for _ in range(2)]
     assert outputs == ["compiled\n[1.0, 1.0, 1.0, 1.0] True\n", "[1.0, 1.0, 1.0, 1.0] True\n"]
+
+
+TWICE_COMPILED = """
+import jax, jax.numpy as jnp, sys
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+from jpaged.device.program_cache import compile_program
+def spiral(x):
+    for turn in range(3):
+        x = jnp.sin(x @ x + turn)
+    return x
+program, can_be_saved = compile_program(jax.jit(spiral).lower(jnp.ones((64, 64))), None)
+print(can_be_saved, bool(jnp.isfinite(program(jnp.ones((64, 64)))).all()))
+"""
+
+
+def test_what_jax_has_loaded_itself_is_not_saved_again(root):
+    run = [sys.executable, "-c", TWICE_COMPILED, str(root)]
+    env = os.environ | {"PYTHONPATH": str(Path(program_cache.__file__).parents[2])}
+    outputs = [subprocess.run(run, capture_output=True, text=True, check=True, env=env).stdout for _ in range(2)]
+    assert outputs == ["True True\n", "False True\n"]
 
 
 def test_whatever_changes_is_another_cache(root, monkeypatch):

@@ -8,9 +8,11 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jpaged.config import EngineConfig
+from jpaged.device.sharding import TENSOR_AXIS, pool_spec
 from jpaged.device.step_inputs import StepInputs
 from jpaged.models import ModelConfig
 from pallas_kernels import (
@@ -120,11 +122,20 @@ class PagedAttend:
     Lives during one trace; ``cache`` is the newest value of the cache.
     """
 
-    def __init__(self, cache: KVCache, inputs: StepInputs, implementation: str | None, *, interpret: bool = False):
+    def __init__(
+        self,
+        cache: KVCache,
+        inputs: StepInputs,
+        implementation: str | None,
+        *,
+        interpret: bool = False,
+        num_devices: int = 1,
+    ):
         self.cache = cache
         self._inputs = inputs
         self._implementation = implementation
         self._interpret = interpret
+        self._num_devices = num_devices
         runs_on_hopper = implementation == "hopper" and not interpret
         self._writer = _choose_writer(cache, inputs.slots.size) if runs_on_hopper else None
         self._out: Array | None = None  # of the layer before, whose output projection has read it
@@ -160,25 +171,35 @@ class PagedAttend:
     def _write_and_attend(
         self, layer: int, q: Array, k: Array, v: Array, sm_scale: float, sliding_window: int | None
     ) -> Float[Array, "tokens num_heads head_dim"]:
-        """Both in one, as TPUs do it. Where K and V go, the block tables say: ``slots`` is not asked."""
+        """Both in one, as TPUs do it, each device with heads of its own.
+
+        Where K and V go, the block tables say: ``slots`` is not asked.
+        """
         inputs = self._inputs
-        out, pool = write_and_attend_tpu(
-            q,
-            k,
-            v,
-            self.cache.pool,
-            layer,
-            inputs.block_tables,
-            inputs.kv_lens,
-            inputs.cu_q_lens,
-            sm_scale=sm_scale,
-            sliding_window=sliding_window,
-            soft_cap=None,
-            alibi_slopes=None,
-            sinks=None,
-            is_decode=len(q) == len(inputs.kv_lens),
-            interpret=INTERPRETERS["pallas_tpu"]() if self._interpret else None,
-        )
+
+        def run(q: Array, k: Array, v: Array, pool: Array, *rows: Array) -> tuple[Array, Array]:
+            return write_and_attend_tpu(
+                q,
+                k,
+                v,
+                pool,
+                layer,
+                *rows,
+                sm_scale=sm_scale,
+                sliding_window=sliding_window,
+                soft_cap=None,
+                alibi_slopes=None,
+                sinks=None,
+                is_decode=len(q) == len(inputs.kv_lens),
+                interpret=INTERPRETERS["pallas_tpu"]() if self._interpret else None,
+            )
+
+        if self._num_devices > 1:
+            heads, pool, rows = P(None, TENSOR_AXIS), pool_spec(), P()
+            specs = {"in_specs": (heads, heads, heads, pool, rows, rows, rows), "out_specs": (heads, pool)}
+            run = jax.shard_map(run, **specs, check_vma=False)
+        rows = inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens
+        out, pool = run(q, k, v, self.cache.pool, *rows)
         self.cache = type(self.cache)(pool)
         return out
 
@@ -187,8 +208,10 @@ def choose_attention(model: ModelConfig, config: EngineConfig, dtype: jax.typing
     """The implementation of paged attention that a model's steps use, and why."""
     if config.attention_implementation is not None:
         return Choice(config.attention_implementation, "as asked")
-    num_kv_heads, head_dim = pool_rows(model.num_kv_heads, model.head_dim, kernels_here())
+    name = kernels_here()
+    num_kv_heads, head_dim = pool_rows(model.num_kv_heads, model.head_dim, name, num_devices)
     pool = block_pool_shape(1, model.num_layers, num_kv_heads, config.block_size, head_dim)
+    num_devices = 1 if name == "pallas_tpu" else num_devices  # PagedAttend splits these over devices itself
     case = why_not_here((1, model.num_heads, model.head_dim), jnp.dtype(dtype), pool, jnp.dtype(dtype))
     return best_implementation(case, num_devices)
 
@@ -197,7 +220,8 @@ def block_shape(
     model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, attention: Choice
 ) -> dict[str, Any]:
     """What a pool's shape and type are made of, but for the number of blocks: for ``block_bytes`` and ``allocate``."""
-    num_kv_heads, head_dim = pool_rows(model.num_kv_heads, model.head_dim, attention.name)
+    num_devices = config.tensor_parallel_size
+    num_kv_heads, head_dim = pool_rows(model.num_kv_heads, model.head_dim, attention.name, num_devices)
     return {
         "num_layers": model.num_layers,
         "num_kv_heads": num_kv_heads,

@@ -38,7 +38,7 @@ from jpaged.device.kv_cache import (
     choose_attention,
     num_blocks_that_fit,
 )
-from jpaged.device.program_cache import ProgramCache, model_identity, program_cache_for
+from jpaged.device.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.sampler import (
     NO_SCORES,
     SampledTokens,
@@ -147,7 +147,7 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
     asked = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in settings)
     if config.interpret and name not in INTERPRETERS:
         raise ValueError(f"{asked}: only {sorted(INTERPRETERS)} can be interpreted; name one, or leave interpret out")
-    if name in INTERPRETERS and config.tensor_parallel_size > 1:
+    if name == "hopper" and config.tensor_parallel_size > 1:
         raise ValueError(
             f"{asked} runs on one device, not on tensor_parallel_size={config.tensor_parallel_size}: leave it out, or "
             "ask for 'xla'"
@@ -367,9 +367,9 @@ class ModelRunner:
             done = as_completed(jobs)
             saves: list[Future[None]] = []
             for job in tqdm(done, total=len(jobs), desc="Compiling", unit="program", disable=not (use_tqdm and jobs)):
-                self._compiled[jobs[job]] = job.result()
-                if kept is not None:
-                    saves.append(threads.submit(kept.save, jobs[job], job.result()))
+                self._compiled[jobs[job]], can_be_saved = job.result()
+                if kept is not None and can_be_saved:
+                    saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
             for save in saves:
                 save.result()
         finally:  # an interruption need not wait for programs that nobody started on
@@ -413,12 +413,12 @@ class ModelRunner:
     def _program(self, key: tuple) -> jax.stages.Compiled:
         """The program of ``key``: a kind and its static sizes. Compiled on first use."""
         if key not in self._compiled:
-            self._compiled[key] = self._compile(self._lower(key))
+            self._compiled[key], _ = self._compile(self._lower(key))
         return self._compiled[key]
 
-    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    def _compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
         is_gpu = self.mesh.devices.flat[0].platform == "gpu"
-        return lowered.compile(compiler_options=GPU_COMPILER_OPTIONS if is_gpu else None)
+        return compile_program(lowered, GPU_COMPILER_OPTIONS if is_gpu else None)
 
     def _lower(self, key: tuple) -> jax.stages.Lowered:
         precision = "highest" if self.dtype == jnp.float32 else None
@@ -499,7 +499,9 @@ class ModelRunner:
         inputs = unpack(state.step_inputs(bucket, self.max_blocks), bucket, self.max_blocks)
         token_ids = jnp.where(inputs.token_ids < 0, state.latest[~inputs.token_ids], inputs.token_ids)
         model = self._merge(weights)
-        attend = PagedAttend(cache, inputs, self.attention.name, interpret=self.config.interpret)
+        attend = PagedAttend(
+            cache, inputs, self.attention.name, interpret=self.config.interpret, num_devices=self.mesh.size
+        )
         hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 

@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from importlib.metadata import distributions
@@ -111,6 +112,19 @@ class ProgramCache:
         return self._directory / hashlib.sha256(repr(key).encode()).hexdigest()
 
 
+def compile_program(
+    lowered: jax.stages.Lowered, compiler_options: dict[str, Any] | None
+) -> tuple[jax.stages.Compiled, bool]:
+    """A program, and whether it can be saved.
+
+    What JAX found in its own cache cannot: XLA writes down a program that it has loaded without all of its code, which
+    is noticed when it runs (so on CPUs, with jaxlib 0.12.0).
+    """
+    _this_thread.is_hit = False
+    program = lowered.compile(compiler_options=compiler_options)
+    return program, not _this_thread.is_hit
+
+
 def model_identity(model: nnx.Module) -> str | None:
     """What a model computes, whatever its weights; None if that is partly for its user's own code to say."""
     for _, module in nnx.iter_modules(model):
@@ -187,6 +201,16 @@ def source_digest(roots: Sequence[Path]) -> str | None:
             digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
+
+_this_thread = threading.local()
+
+
+def _notice_hit(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _this_thread.is_hit = True
+
+
+jax.monitoring.register_event_listener(_notice_hit)
 
 # Now, since it is this code that runs, whatever becomes of the files meanwhile.
 SOURCE_DIGEST = source_digest([Path(__import__(package).__path__[0]) for package in SOURCE_PACKAGES])

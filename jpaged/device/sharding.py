@@ -53,7 +53,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def pool_sharding(mesh: Mesh) -> NamedSharding:
     """The block pool, split by kv head."""
-    return NamedSharding(mesh, P(*[None] * KV_HEAD_AXIS, TENSOR_AXIS))
+    return NamedSharding(mesh, pool_spec())
+
+
+def pool_spec() -> P:
+    """Of ``pool_sharding``."""
+    return P(*[None] * KV_HEAD_AXIS, TENSOR_AXIS)
 
 
 def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:

@@ -76,14 +76,14 @@ def why_not_here(
     return why_not(q_shape, q_dtype, pool_shape, pool_dtype)
 
 
-def pool_rows(num_kv_heads: int, head_dim: int, implementation: str | None = None) -> tuple[int, int]:
+def pool_rows(num_kv_heads: int, head_dim: int, implementation: str, num_devices: int = 1) -> tuple[int, int]:
     """KV heads and head_dim of the pool, as ``block_pool_shape`` takes them, that an implementation wants for a model.
 
-    They are the model's own, but that on TPUs narrow heads lie side by side: see ``lane_layout``.
+    They are the model's own, but that on TPUs narrow heads of one device lie side by side: see ``lane_layout``.
     """
-    if (implementation or kernels_here()) == "pallas_tpu":
-        layout = tpu.lane_layout(num_kv_heads, head_dim)
-        return layout.num_kv_heads, layout.head_dim
+    if implementation == "pallas_tpu" and num_kv_heads % num_devices == 0:
+        layout = tpu.lane_layout(num_kv_heads // num_devices, head_dim)
+        return layout.num_kv_heads * num_devices, layout.head_dim
     return num_kv_heads, head_dim
 
 
