@@ -9,6 +9,8 @@ beside the pool holds, and a value is what is stored times its scale. (XLA for C
 and widens the whole pool for each; int8 stays as it is everywhere.)
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -171,21 +173,48 @@ def write_kv_quantized(
         ValueError: the pool is not quantised, or the scales are not its own.
     """
     check_kv_scales(pool, kv_scales)
+    stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)
+    blocks, offsets = jnp.divmod(slots, block_size_of(pool))
+    is_first = jnp.diff(blocks, prepend=-1) != 0
+    has_grown = is_first & ((old > 0) & (new > old)).any(axis=(1, 2))
+    pool = _rescale(pool, layer, blocks, has_grown, old / new)
+    return pool.at[blocks, layer, :, :, offsets].set(stored, mode="drop", wrap_negative_indices=False), kv_scales
+
+
+class Quantized(NamedTuple):
+    """A step's tokens as a quantised pool stores them, and what that asks of the pool.
+
+    Args:
+        stored: of the pool's type, to be written at the tokens' slots.
+        kv_scales: of all blocks, from now on.
+        old, new: scales of each token's block before and now: what the block holds is to be multiplied by ``old / new``
+            where ``old`` is above 0, as it is not of a block that a token at offset 0 starts anew.
+    """
+
+    stored: Real[Array, "tokens 2 num_kv_heads head_dim"]
+    kv_scales: KvScales
+    old: Float32[Array, "tokens 2 num_kv_heads"]
+    new: Float32[Array, "tokens 2 num_kv_heads"]
+
+
+def quantize(
+    pool: BlockPool,
+    kv_scales: KvScales,
+    layer: int | Int[Array, ""],
+    k: Float[Array, "tokens num_kv_heads head_dim"],
+    v: Float[Array, "tokens num_kv_heads head_dim"],
+    slots: Int[Array, " tokens"],
+) -> Quantized:
+    """The half of ``write_kv_quantized`` that leaves the pool as it is; arguments as for that."""
     blocks, offsets = jnp.divmod(slots, block_size_of(pool))
     kv = jnp.stack([k, v], axis=1).astype(jnp.float32)
-
     started = jnp.where(offsets == 0, blocks, pool.shape[0])
     kv_scales = kv_scales.at[started, layer].set(0, mode="drop", wrap_negative_indices=False)
     old = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
     least = _least_scales(kv, pool.dtype)
     kv_scales = kv_scales.at[blocks, layer].max(least, mode="drop", wrap_negative_indices=False)
     new = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
-
-    is_first = jnp.diff(blocks, prepend=-1) != 0
-    has_grown = is_first & ((old > 0) & (new > old)).any(axis=(1, 2))
-    pool = _rescale(pool, layer, blocks, has_grown, old / new)
-    stored = _to_stored(kv / new[..., None], pool.dtype)
-    return pool.at[blocks, layer, :, :, offsets].set(stored, mode="drop", wrap_negative_indices=False), kv_scales
+    return Quantized(_to_stored(kv / new[..., None], pool.dtype), kv_scales, old, new)
 
 
 def _least_scales(

@@ -21,12 +21,11 @@ from pallas_kernels.block_pool import (
     BlockPool,
     Blocks,
     KvScales,
-    _least_scales,
-    _to_stored,
     block_size_of,
     check_kv_scales,
     is_quantized,
     num_kv_heads_of,
+    quantize,
 )
 
 type Ref = Any
@@ -40,7 +39,6 @@ COPIES_IN_FLIGHT = 16
 
 ROWS = 16
 """Where tokens can be copied from: whole registers of 16-bit rows, and so of 32-bit ones."""
-
 
 LANES = 128
 """Elements in a row of a vector register."""
@@ -109,18 +107,10 @@ def write_kv_quantized_tpu(
     check_kv_scales(pool, kv_scales)
     if k.size == 0:
         return pool, kv_scales
-    blocks, offsets = jnp.divmod(slots, block_size_of(pool))
-    kv = jnp.stack([k, v], axis=1).astype(jnp.float32)
-    started = jnp.where(offsets == 0, blocks, pool.shape[0])
-    kv_scales = kv_scales.at[started, layer].set(0, mode="drop", wrap_negative_indices=False)
-    old = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
-    least = _least_scales(kv, pool.dtype)
-    kv_scales = kv_scales.at[blocks, layer].max(least, mode="drop", wrap_negative_indices=False)
-    new = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
-
+    stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)
     ratios = jnp.where((old > 0) & (new > old), old / new, 1)
-    stored = _to_stored(kv / new[..., None], pool.dtype).astype(jnp.bfloat16)  # which holds 8-bit numbers exactly
-    return _write_in_turns(pool, layer, stored, ratios, slots, interpret), kv_scales
+    # bfloat16 holds 8-bit numbers exactly.
+    return _write_in_turns(pool, layer, stored.astype(jnp.bfloat16), ratios, slots, interpret), kv_scales
 
 
 def _write_in_turns(

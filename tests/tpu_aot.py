@@ -1,7 +1,7 @@
 """Compiles the TPU kernels with the real TPU compiler, for chips that are not there.
 
 ``PYTHONPATH=. python tests/tpu_aot.py`` compiles the whole grid, several cases a second, and prints how many of each
-generation compiled. It needs libtpu (``pip install jpaged[tpu]``), and no TPU.
+generation compiled. It needs libtpu (``pip install 'jpaged[tpu-aot]'``), and no TPU.
 """
 
 import argparse
@@ -46,7 +46,7 @@ NUM_KV_HEADS, NUM_LAYERS, POOL_TOKENS, MAX_BLOCKS = 8, 8, 16 * 1024, 512
 def why_no_compiler() -> str | None:
     """Why nothing can be compiled for TPUs here; None if it can."""
     if importlib.util.find_spec("libtpu") is None:
-        return "no libtpu: pip install jpaged[tpu]"
+        return "no libtpu: pip install 'jpaged[tpu-aot]'"
     return None
 
 
