@@ -140,7 +140,7 @@ def _compile(num_top: int | None, *args: "Array | SampleInputs") -> "jax.stages.
     import jax.numpy as jnp
     from jax import Array, lax
 
-    from jpaged.device.model_runner import GPU_COMPILER_OPTIONS
+    from jpaged.device.programs import GPU_COMPILER_OPTIONS
     from jpaged.device.sampler import SampleInputs, sample
 
     def run(tokens: Array, logits: Array, inputs: SampleInputs) -> Array:

@@ -23,8 +23,8 @@ from bench.serving.runs import Bench, sampling
 from bench.serving.sizes import QUICK
 from bench.serving.stopwatch import HOST_PARTS, Stopwatch
 from jpaged import LLM, EngineConfig
-from jpaged.device.model_runner import SAMPLING_SCOPE
 from jpaged.device.sharding import make_mesh
+from jpaged.device.steps import SAMPLING_SCOPE
 from jpaged.models import load_config, random_model
 from jpaged.models.llama import LlamaConfig
 from jpaged.models.rope import Rope
@@ -302,15 +302,15 @@ def test_decode_steps_are_profiled_and_forgotten(bench, tmp_path):
 
 
 def test_loading_runs_every_program_of_plain_steps(bench, monkeypatch):
-    program = bench.runner._program
+    program = bench.runner.programs.get
 
     def programs_of(call) -> set[tuple]:
         used = set()
-        monkeypatch.setattr(bench.runner, "_program", lambda key: used.add(key) or program(key))
+        monkeypatch.setattr(bench.runner.programs, "get", lambda key: used.add(key) or program(key))
         call()
         return used
 
-    compiled = set(bench.runner._all_keys())
+    compiled = set(bench.runner.programs.all_keys())
     assert len(compiled) >= 8
     assert {key for key in compiled if key[0] != "copy"} <= programs_of(bench.load_programs)
 

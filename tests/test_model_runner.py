@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.experimental.compilation_cache import compilation_cache
 
 from jpaged.config import EngineConfig
 from jpaged.device import kv_cache, model_runner
 from jpaged.device.kv_cache import num_blocks_that_fit
-from jpaged.device.model_runner import ModelRunner
+from jpaged.device.model_runner import ModelRunner, copy_waves
 from jpaged.device.program_cache import ProgramCache
+from jpaged.device.programs import Programs
 from jpaged.device.sharding import make_mesh
 from jpaged.device.step_inputs import Bucket
 from jpaged.device.transfer import MOVE_SIZES
@@ -56,7 +59,7 @@ def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, warm_up=False, **s
 def test_no_step_allocates_anything_of_the_pools_size(dtype, bucket, max_burst):
     runner = make_runner(dtype, num_blocks=4096, max_burst=max_burst)
     pool_bytes = runner.cache.pool.nbytes
-    memory = runner.program(bucket).memory_analysis()
+    memory = runner.programs.get(("forward", bucket)).memory_analysis()
     assert memory.temp_size_in_bytes < pool_bytes / 2
     assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
     # Not hidden in one large buffer that is also an output: outputs are the pool and little else.
@@ -65,18 +68,18 @@ def test_no_step_allocates_anything_of_the_pools_size(dtype, bucket, max_burst):
 
 def test_block_copies_allocate_nothing_of_the_pools_size():
     runner = make_runner(num_blocks=4096)
-    memory = runner._program(("copy", 8)).memory_analysis()
+    memory = runner.programs.get(("copy", 8)).memory_analysis()
     assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 2
 
 
 def test_warm_up_compiles_every_bucket_and_serving_plain_requests_nothing_more():
     runner = make_runner(num_host_blocks=2)
-    assert runner.num_programs == 0
+    assert len(runner.programs) == 0
     runner.warm_up(use_tqdm=False)
     num_rows = {bucket.num_rows for bucket in runner.buckets}
     expected = 2 * len(runner.buckets) + len(num_rows)  # steps, what loads their inputs, samplers
     expected += 1 + 1 + 2 * len(MOVE_SIZES)  # what reads results, copies, and moves both ways
-    assert runner.num_programs == expected
+    assert len(runner.programs) == expected
     engine = Engine(runner, runner.config)
     for i in range(9):
         prompt = {"prompt_token_ids": list(range(1, 2 + i))}
@@ -87,22 +90,22 @@ def test_warm_up_compiles_every_bucket_and_serving_plain_requests_nothing_more()
         engine.step()
     runner.execute(StepPlan(to_host=(BlockCopy(1, 0),)))
     runner.execute(StepPlan(from_host=(BlockCopy(0, 1),)))
-    assert runner.num_programs == expected
+    assert len(runner.programs) == expected
 
 
 def test_programs_are_lowered_in_one_order_by_one_thread(monkeypatch):
     """JAX numbers Pallas kernels as it lowers them; in another order they would not be found in the compile cache."""
-    lower, calls = ModelRunner._lower, []
+    lower, calls = Programs.lower, []
 
-    def noted(runner: ModelRunner, key: tuple) -> jax.stages.Lowered:
+    def noted(programs: Programs, key: tuple) -> jax.stages.Lowered:
         calls[-1].append((key, threading.current_thread() is threading.main_thread()))
-        return lower(runner, key)
+        return lower(programs, key)
 
-    monkeypatch.setattr(ModelRunner, "_lower", noted)
+    monkeypatch.setattr(Programs, "lower", noted)
     for _ in range(2):
         calls.append([])
         runner = make_runner(warm_up=True)
-        assert [key for key, _ in calls[-1]] == runner._all_keys()
+        assert [key for key, _ in calls[-1]] == runner.programs.all_keys()
     assert calls[0] == calls[1]
     assert all(is_main for _, is_main in calls[0])
 
@@ -167,7 +170,35 @@ def test_a_step_of_beams_alone_runs_no_sampler():
     chunk = Chunk(0, [1, 2, 3], 0, 3, [1])
     result = runner.execute(StepPlan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 2),)))
     assert result.token_ids.tolist() == []
-    assert {key[0] for key in runner._compiled} == {"load", "forward", "beam"}
+    assert {key[0] for key in runner.programs._compiled} == {"load", "forward", "beam"}
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), unique_by=lambda pair: pair[1], max_size=9))
+def test_copies_in_turns_are_those_of_all_sources_read_first(pairs):
+    copies = [BlockCopy(src, dst) for src, dst in pairs]
+    pool = list(range(10))
+    try:
+        waves = list(copy_waves(copies))
+    except AssertionError:  # a circle: some block's content would have to wait elsewhere
+        targets = {copy.dst: copy.src for copy in copies}
+        assert any(_comes_back(targets, block) for block in targets)
+        return
+    for wave in waves:
+        assert not {copy.src for copy in wave} & {copy.dst for copy in wave}
+        for copy in wave:
+            pool[copy.dst] = pool[copy.src]
+    expected = list(range(10))
+    for copy in copies:
+        expected[copy.dst] = copy.src
+    assert pool == expected
+
+
+def _comes_back(targets: dict[int, int], start: int) -> bool:
+    block, seen = targets.get(start), set()
+    while block is not None and block not in seen and block != start:
+        seen.add(block)
+        block = targets.get(block)
+    return block == start
 
 
 def test_any_mixture_of_searches_shares_a_program():
@@ -180,7 +211,9 @@ def test_any_mixture_of_searches_shares_a_program():
             for start, width in zip(starts, widths, strict=False)
         )
         runner.execute(StepPlan(chunks=chunks, beams=beams))
-    assert [key for key in runner._compiled if key[0] == "beam"] == [("beam", 8, 8, 0)], "rows, candidates, bans"
+    assert [key for key in runner.programs._compiled if key[0] == "beam"] == [("beam", 8, 8, 0)], (
+        "rows, candidates, bans"
+    )
 
 
 BURST_PARAMS = [
@@ -329,7 +362,7 @@ def give_memory(monkeypatch, memory: int, guess: float) -> None:
     """So many bytes for pool and workspace, as on a device with memory of its own; ``guess`` is the latter's part."""
     monkeypatch.setattr(model_runner, "available_bytes", lambda devices: memory)
     monkeypatch.setattr(model_runner, "GUESSED_WORKSPACE", guess)
-    monkeypatch.setattr(ModelRunner, "_is_on_cpu", False)
+    monkeypatch.setattr(Programs, "is_on_cpu", False)
     monkeypatch.setattr(
         model_runner,
         "num_blocks_that_fit",
@@ -348,7 +381,7 @@ def test_room_for_a_step_is_guessed_and_programs_compiled_again_only_if_it_was_t
     runner = make_runner(**SIZED_FROM_MEMORY, warm_up=True)
     assert len(compiled) == num_compilations
     assert runner.num_blocks == compiled[-1] == runner.cache.pool.shape[0]
-    assert runner.num_blocks * runner.bytes_per_block + runner._workspace_bytes() <= memory
+    assert runner.num_blocks * runner.bytes_per_block + runner.programs.workspace_bytes() <= memory
     assert runner.execute(StepPlan(chunks=(Chunk(0, [1], 0, 1, [1]),))).token_ids.tolist() == []
 
 
@@ -358,7 +391,7 @@ def test_a_guess_refuses_nobody(monkeypatch):
     give_memory(monkeypatch, memory, 0.95)
     runner = make_runner(**SIZED_FROM_MEMORY, max_model_len=64)
     assert runner.num_blocks > 64 // 8
-    assert runner.num_blocks * runner.bytes_per_block + runner._workspace_bytes() <= memory
+    assert runner.num_blocks * runner.bytes_per_block + runner.programs.workspace_bytes() <= memory
     with pytest.raises(ValueError, match="no memory for a KV cache"):
         make_runner(**SIZED_FROM_MEMORY, max_model_len=128, max_num_batched_tokens=64)
 
@@ -388,11 +421,11 @@ def nothing_kept_by_jax():
 @pytest.mark.usefixtures("nothing_kept_by_jax")
 def test_a_second_start_loads_its_programs_without_tracing_them(monkeypatch, tmp_path):
     kept = ProgramCache(tmp_path / "kept", jax.devices()[:1])
-    monkeypatch.setattr(ModelRunner, "_program_cache", lambda self: kept)
+    monkeypatch.setattr(Programs, "_program_cache", lambda self: kept)
     first = make_runner(warm_up=True, max_burst=2)
-    monkeypatch.setattr(ModelRunner, "_lower", lambda self, key: pytest.fail(f"{key} was traced"))
+    monkeypatch.setattr(Programs, "lower", lambda self, key: pytest.fail(f"{key} was traced"))
     second = make_runner(warm_up=True, max_burst=2)
-    assert (first.num_programs_loaded, second.num_programs_loaded) == (0, first.num_programs)
+    assert (first.programs.num_loaded, second.programs.num_loaded) == (0, len(first.programs))
     tokens = [greedy_tokens(runner, list(range(1, 12)), 6) for runner in (first, second)]
     assert tokens[0] == tokens[1]
 
@@ -427,9 +460,9 @@ def test_programs_are_kept_apart_by_what_they_depend_on(monkeypatch, tmp_path, s
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
         runners = make_runner(), make_runner(**settings)
-        assert [runner._program_cache() for runner in runners] == [None, None], "on a CPU"
-        monkeypatch.setattr(ModelRunner, "_is_on_cpu", False)
-        caches = [runner._program_cache() for runner in runners]
+        assert [runner.programs._program_cache() for runner in runners] == [None, None], "on a CPU"
+        monkeypatch.setattr(Programs, "is_on_cpu", False)
+        caches = [runner.programs._program_cache() for runner in runners]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert None not in caches

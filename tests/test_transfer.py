@@ -49,7 +49,7 @@ def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, **settings) -> Mod
     defaults = {"block_size": 8, "num_blocks": 257, "num_host_blocks": 128, "max_num_seqs": 4}
     config = EngineConfig(**defaults | {"max_num_batched_tokens": 16} | settings)
     runner = ModelRunner(tiny_model(dtype, mesh), TINY, config, mesh)
-    runner._compiled = programs_of(dtype, mesh, config)
+    runner.programs._compiled = programs_of(dtype, mesh, config)
     content = np.random.default_rng(0).standard_normal(runner.cache.pool.shape, np.float32).astype(dtype)
     runner.cache = KVCache(jax.device_put(content, pool_sharding(mesh)))
     return runner
@@ -146,8 +146,8 @@ def test_a_plan_without_chunks_has_an_empty_result():
 def test_moving_programs_allocate_nothing_of_the_pools_size(size):
     runner = make_runner(num_blocks=4096, num_host_blocks=1)
     pool_bytes, staged_bytes = runner.cache.pool.nbytes, size * runner.bytes_per_block
-    gather = runner._program(("gather", size)).memory_analysis()
-    scatter = runner._program(("scatter", size)).memory_analysis()
+    gather = runner.programs.get(("gather", size)).memory_analysis()
+    scatter = runner.programs.get(("scatter", size)).memory_analysis()
     assert max(gather.temp_size_in_bytes, scatter.temp_size_in_bytes) <= 2 * staged_bytes < pool_bytes / 10
     assert gather.output_size_in_bytes <= staged_bytes + 16 * size, "and a pointer a block"
     assert scatter.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
@@ -329,7 +329,7 @@ def test_recomputing_without_a_prefix_cache_needs_no_host_pool():
 
 def test_the_workspace_has_room_for_staged_blocks():
     with_pool, without = make_runner(), make_runner(num_host_blocks=0)
-    room = with_pool._workspace_bytes() - without._workspace_bytes()
+    room = with_pool.programs.workspace_bytes() - without.programs.workspace_bytes()
     assert room >= 2 * MAX_STAGED_BLOCKS * with_pool.bytes_per_block
 
 

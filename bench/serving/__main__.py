@@ -160,7 +160,7 @@ def _measure(args: argparse.Namespace, cold: dict[str, Any] | None, began: float
         "weight_bytes": runner.weight_bytes,
         "settings": dataclasses.asdict(config)
         | {"num_blocks": runner.num_blocks, "num_host_blocks": runner.num_host_blocks},
-        "num_programs": runner.num_programs,
+        "num_programs": len(runner.programs),
         "limits": None if limits is None else dataclasses.asdict(limits),
         "costs": None if runner.costs is None else dataclasses.asdict(runner.costs),
         "startup_s": startup.total_s if cold is None else cold["total_s"],
@@ -200,7 +200,7 @@ def _run_workloads(
     )
     reads, flops = limits.read_bytes_per_s / 1e12, limits.matmul_flops_per_s / 1e12
     print(f"limits of this device: {reads:.2f} TB/s read, {flops:.0f} TFLOP/s {limits.dtype}")
-    print(f"{runner.num_blocks:,} blocks, {runner.num_host_blocks:,} in host memory, {runner.num_programs} programs")
+    print(f"{runner.num_blocks:,} blocks, {runner.num_host_blocks:,} in host memory, {len(runner.programs)} programs")
     figures = Figures(report, peer, save)
     figures.print_header()
     figures.add("startup_s", report["startup_s"], lower_is_better=True)

@@ -76,7 +76,7 @@ def profile_prefill(llm: LLM, timed: list[list[int]], traced: list[list[int]], d
 def _program_text(llm: LLM, num_rows: int) -> str:
     runner = llm.engine.runner
     bucket = min(bucket for bucket in runner.buckets if bucket.is_decode and bucket.num_rows >= num_rows)
-    return runner.program(bucket).as_text() or ""
+    return runner.programs.get(("forward", bucket)).as_text() or ""
 
 
 def _settle(llm: LLM, num_rows: int) -> None:

@@ -112,7 +112,7 @@ class Bench:
     def run(self, llm: LLM, prompts: list[list[int]], params: Any) -> Run:
         """``LLM.generate``, until it is done or the workload's time is up."""
         engine, watch, progress = llm.engine, Stopwatch(), _Progress()
-        before, blocks_before, programs_before = llm.stats(), engine.scheduler.stats(), self.runner.num_programs
+        before, blocks_before, programs_before = llm.stats(), engine.scheduler.stats(), len(self.runner.programs)
         start = time.perf_counter()
         with _stopping(engine, self.deadline, progress), watch.watch_steps(engine):
             try:
@@ -132,7 +132,7 @@ class Bench:
             num_prompt_tokens=sum(len(result.prompt_token_ids) for result in progress.finished),
             num_output_tokens=progress.num_tokens,
             num_cached_prompt_tokens=sum(result.num_cached_tokens for result in progress.finished),
-            num_programs_compiled=self.runner.num_programs - programs_before,
+            num_programs_compiled=len(self.runner.programs) - programs_before,
             num_block_reads=physical,
             saved_by_sharing_percent=100 * (1 - physical / max(logical, 1)),
             host_us_per_step=watch.us_per_step(watch.num_steps),

@@ -75,8 +75,8 @@ def start(model_config: ModelConfig, config: EngineConfig, imports_s: float) -> 
         compiling_s=watch.seconds["compiling"],
         engine_s=watch.seconds["engine"],
         imports_s=imports_s,
-        num_programs=llm.engine.runner.num_programs,
-        num_from_cache=llm.engine.runner.num_programs_loaded + programs["hits"],
+        num_programs=len(llm.engine.runner.programs),
+        num_from_cache=llm.engine.runner.programs.num_loaded + programs["hits"],
         num_compiled=programs["misses"],
     )
 

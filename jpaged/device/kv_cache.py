@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import jax
@@ -25,6 +26,7 @@ from pallas_kernels import (
     write_kv,
 )
 from pallas_kernels.block_pool_hopper import why_not_write, write_shape
+from pallas_kernels.block_pool_tpu import copy_blocks_tpu, gather_blocks_tpu, scatter_blocks_tpu
 from pallas_kernels.paged_attention import INTERPRETERS, Choice, kernels_here, pool_rows, why_not_here
 from pallas_kernels.paged_attention.tpu import write_and_attend_tpu
 
@@ -107,6 +109,52 @@ class KVCache:
     ) -> Self:
         """Overwrite some blocks, as ``gather`` returns them. Block 0 may occur any number of times, others once."""
         return type(self)(scatter_blocks(self.pool, blocks, jnp.stack(data)))
+
+
+@dataclass(frozen=True)
+class BlockMover:
+    """Copies whole blocks, as ``KVCache`` does, but on TPUs by DMA, each device its own heads of them.
+
+    There no block may be both a source and a destination, and block 0 stays as it is.
+    """
+
+    implementation: str
+    interpret: bool = False
+    num_devices: int = 1
+
+    def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
+        """``KVCache.copy``."""
+        if self.implementation != "pallas_tpu":
+            return cache.copy(src, dst)
+        run = self._run(copy_blocks_tpu, (pool_spec(), P(), P()), pool_spec())
+        return KVCache(run(cache.pool, src, dst))
+
+    def gather(
+        self, cache: KVCache, blocks: Int[Array, " n"]
+    ) -> list[Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]]:
+        """``KVCache.gather``."""
+        if self.implementation != "pallas_tpu":
+            return cache.gather(blocks)
+        run = self._run(gather_blocks_tpu, (pool_spec(), P()), pool_spec())
+        return list(run(cache.pool, blocks))
+
+    def scatter(
+        self,
+        cache: KVCache,
+        blocks: Int[Array, " n"],
+        data: Sequence[Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]],
+    ) -> KVCache:
+        """``KVCache.scatter``."""
+        if self.implementation != "pallas_tpu":
+            return cache.scatter(blocks, data)
+        run = self._run(scatter_blocks_tpu, (pool_spec(), P(), pool_spec()), pool_spec())
+        return KVCache(run(cache.pool, blocks, jnp.stack(data)))
+
+    def _run(self, move: Callable[..., Array], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Array]:
+        run = partial(move, interpret=INTERPRETERS["pallas_tpu"]() if self.interpret else None)
+        if self.num_devices == 1:
+            return run
+        return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _choose_writer(cache: KVCache, num_tokens: int) -> str | None:

@@ -2,13 +2,14 @@
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jpaged.device.draws import (
@@ -123,6 +124,12 @@ class SampleSizes(NamedTuple):
     def packed_size(self) -> int:
         """Length of the packed array."""
         return len(_COLUMNS) * self.num_rows + len(_BIAS_FIELDS) * self.num_biases + len(_SEEN_FIELDS) * self.num_seen
+
+
+def plain_specs(rows: PartitionSpec) -> SampleInputs:
+    """How inputs without biases and penalties are split, given how rows are."""
+    specs = {field.name: rows if field.name in _COLUMNS else PartitionSpec() for field in fields(SampleInputs)}
+    return SampleInputs(**specs)  # pyright: ignore[reportArgumentType]
 
 
 _COLUMNS = {

@@ -95,9 +95,9 @@ class Fusible:
             return
         linears: list[nnx.Linear] = [getattr(module, part) for part in self.parts]
         kernels = [linear.kernel for linear in linears]
-        if len({kernel[...].sharding for kernel in kernels}) > 1:
+        if len({kernel.get_value().sharding for kernel in kernels}) > 1:
             return
-        (*_, share) = kernels[0][...].sharding.shard_shape(kernels[0].shape)
+        (*_, share) = kernels[0].get_value().sharding.shard_shape(kernels[0].shape)
         columns = Columns(self.parts, tuple(kernel.shape[-1] for kernel in kernels), kernels[0].shape[-1] // share)
         biases = [linear.bias for linear in linears if linear.bias is not None]
         kernel, *bias = _join_params([kernels, biases] if biases else [kernels], columns)
@@ -148,10 +148,16 @@ def allocation_order(flat: Iterable[tuple[Path, Any]]) -> list[tuple[Path, Any]]
 
 
 def _join_params(params: Sequence[Sequence[nnx.Param]], columns: Columns) -> list[nnx.Param]:
-    """Joins kernels, and biases. Blocks, so that the caller may let go of them before it allocates more."""
-    arrays = [[param[...] for param in group] for group in params]
+    """Joins kernels, and biases. Blocks, so that the caller may let go of them before it allocates more.
+
+    Shapes in place of arrays give shapes.
+    """
+    arrays = [[param.get_value() for param in group] for group in params]
     program = _join_program(columns, tuple(group[0].sharding for group in arrays))
-    joined = jax.block_until_ready(program(arrays))
+    if isinstance(arrays[0][0], jax.ShapeDtypeStruct):
+        joined = jax.eval_shape(program, arrays)
+    else:
+        joined = jax.block_until_ready(program(arrays))
     return [
         nnx.Param(array, logical_axes=group[0].logical_axes, columns=columns)
         for group, array in zip(params, joined, strict=True)
