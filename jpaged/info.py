@@ -154,7 +154,7 @@ def _plan_pool(
     devices: Sequence[Any],
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, but for the workspace."""
-    bytes_per_block = block_bytes(**block_shape(model, config, dtype, attention))
+    bytes_per_block = block_bytes(**block_shape(model, config, dtype, attention, len(devices)))
     max_blocks = -(-check_settings(model, config) // config.block_size)
     num_blocks = config.num_blocks or num_blocks_that_fit(
         bytes_per_block,

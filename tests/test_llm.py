@@ -314,7 +314,7 @@ def test_impossible_settings_are_refused(settings, match):
         LLM(**settings, warm_up=False, use_tqdm=False)
 
 
-@pytest.mark.parametrize(("max_burst", "num_devices"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("max_burst", "num_devices"), [(1, 1), (3, 2), (1, 4)])
 def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_burst, num_devices):
     settings = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
     settings |= {"max_burst": max_burst, "tensor_parallel_size": num_devices}
@@ -325,6 +325,6 @@ def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_bu
         llm = LLM(**settings, **kernel, warm_up=False, use_tqdm=False)
         is_tpu = llm.engine.runner.attention.name == "pallas_tpu"
         rows_of_device = llm.engine.runner.cache.pool.addressable_shards[0].data.shape[3:]
-        assert rows_of_device == ((1, 16, 128) if is_tpu else (2 // num_devices, 16, 64))
+        assert rows_of_device == ((1, 16, 128) if is_tpu else (max(2 // num_devices, 1), 16, 64))
         tokens.append([result.outputs[0].token_ids for result in llm.generate(prompts, params, use_tqdm=False)])
     assert tokens[0] == tokens[1]

@@ -25,7 +25,7 @@ from jpaged.device.transfer import MOVE_SIZES
 from jpaged.engine import Engine
 from jpaged.host.step_plan import BeamSelect, BlockCopy, Chunk, Sample, StepPlan
 from jpaged.models import LlamaConfig, Rope, random_model
-from jpaged.request import SamplingParams
+from jpaged.request import CompletionOutput, SamplingParams
 
 TINY = LlamaConfig(
     architecture="LlamaForCausalLM",
@@ -42,12 +42,15 @@ TINY = LlamaConfig(
 )
 
 
-def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, warm_up=False, **settings) -> ModelRunner:
+def make_runner(
+    dtype=jnp.float32, *, model_config=TINY, tensor_parallel_size=1, warm_up=False, **settings
+) -> ModelRunner:
     mesh = make_mesh(tensor_parallel_size)
     config = EngineConfig(
         **{"block_size": 8, "num_blocks": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16} | settings
     )
-    return ModelRunner(random_model(TINY, dtype, mesh, 0), TINY, config, mesh, warm_up=warm_up, use_tqdm=False)
+    model = random_model(model_config, dtype, mesh, 0)
+    return ModelRunner(model, model_config, config, mesh, warm_up=warm_up, use_tqdm=False)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -309,20 +312,46 @@ def greedy_tokens(runner: ModelRunner, prompt: list[int], max_tokens: int) -> li
     return finished[0].outputs[0].token_ids
 
 
+def outputs_of(runner: ModelRunner) -> list[CompletionOutput]:
+    """Of greedy, drawn, filtered and penalised requests together, more than fit in one step."""
+    engine = Engine(runner, runner.config)
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 1},
+        {"temperature": 1.0, "top_p": 0.7, "seed": 2},
+        {"temperature": 0, "logprobs": 2, "presence_penalty": 1.0},
+    ]
+    for index, kind in enumerate(kinds):
+        prompt = {"prompt_token_ids": [1 + n % 16 for n in range(3 + 9 * index)]}
+        engine.add(engine.make_request(str(index), prompt, SamplingParams(max_tokens=6, ignore_eos=True, **kind)))
+    finished = []
+    while engine.has_unfinished:
+        finished += engine.step().finished
+    return [output.outputs[0] for output in sorted(finished, key=lambda output: output.request_id)]
+
+
 def test_two_devices_in_bursts_give_the_tokens_of_one_in_steps():
-    results = []
-    for size in (1, 2):
-        engine = Engine(runner := make_runner(tensor_parallel_size=size, max_burst=size), runner.config)
-        assert len(runner.cache.pool.sharding.device_set) == size
-        engine.add(
-            engine.make_request("a", {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=6))
-        )
-        output = []
-        while engine.has_unfinished:
-            output += engine.step().finished
-        results.append(output[0].outputs[0])
-    assert results[0].token_ids == results[1].token_ids
-    assert results[0].cumulative_logprob == pytest.approx(results[1].cumulative_logprob, abs=1e-4)
+    results = [outputs_of(make_runner(tensor_parallel_size=size, max_burst=size)) for size in (1, 2)]
+    assert [output.token_ids for output in results[0]] == [output.token_ids for output in results[1]]
+    expected = [pytest.approx(output.cumulative_logprob, abs=1e-4) for output in results[0]]
+    assert [output.cumulative_logprob for output in results[1]] == expected
+
+
+EIGHT_HEADS = dataclasses.replace(TINY, num_heads=8, num_kv_heads=2, intermediate_size=16, vocab_size=24)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "num_kv_heads", "kernel"),
+    [(8, 2, {}), (8, 8, {}), (4, 2, {}), (8, 2, {"attention_implementation": "pallas_tpu", "interpret": True})],
+)
+def test_eight_devices_give_the_tokens_of_one_with_fewer_kv_heads_or_as_many(num_devices, num_kv_heads, kernel):
+    config = dataclasses.replace(EIGHT_HEADS, num_kv_heads=num_kv_heads)
+    alone = make_runner(model_config=config, max_burst=1)
+    together = make_runner(model_config=config, tensor_parallel_size=num_devices, max_burst=3, **kernel)
+    shares = {shard.data.shape[3] for shard in together.cache.pool.addressable_shards}
+    assert shares == {1}, "one KV head a device"
+    results = [outputs_of(runner) for runner in (alone, together)]
+    assert [output.token_ids for output in results[0]] == [output.token_ids for output in results[1]]
 
 
 def test_context_beyond_the_model_is_refused():

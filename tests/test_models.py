@@ -104,13 +104,28 @@ def test_block_pool_is_split_by_kv_head():
     ("changes", "message"),
     [
         ({"num_heads": 3, "num_kv_heads": 3}, "num_heads=3 cannot be split over tensor_parallel_size=2"),
-        ({"num_kv_heads": 1}, "num_kv_heads=1 cannot be split"),
         ({"intermediate_size": 13}, "intermediate_size=13 cannot be split"),
     ],
 )
 def test_sizes_the_mesh_does_not_divide_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         random_model(replace(TINY, **changes), "float32", make_mesh(2), 0)
+
+
+def test_kv_heads_that_neither_divide_the_devices_nor_are_divided_by_them_are_refused():
+    config = replace(TINY, num_heads=12, num_kv_heads=3, hidden_size=24)
+    with pytest.raises(ValueError, match="num_kv_heads=3 cannot be split over tensor_parallel_size=4 devices"):
+        random_model(config, "float32", make_mesh(4), 0)
+
+
+def test_random_weights_of_copied_kv_heads_are_those_of_the_heads():
+    config = replace(TINY, num_heads=8, num_kv_heads=2, hidden_size=32, intermediate_size=16, qkv_bias=True, architecture="Qwen2ForCausalLM")
+    one, many = (random_model(config, "float32", make_mesh(n), 7).model.layers[0].self_attn for n in (1, 8))
+    heads = np.asarray(one.k_proj.kernel[...]).reshape(32, 2, 1, 4)
+    copied = np.asarray(many.k_proj.kernel[...])
+    np.testing.assert_allclose(copied, np.broadcast_to(heads, (32, 2, 4, 4)).reshape(32, 32), rtol=1e-5)
+    assert many.v_proj.bias[...].shape == (32,)
+    assert {shard.data.shape for shard in many.k_proj.kernel[...].addressable_shards} == {(32, 4)}
 
 
 @pytest.mark.parametrize("size", [0, 9])

@@ -257,19 +257,24 @@ def choose_attention(model: ModelConfig, config: EngineConfig, dtype: jax.typing
     if config.attention_implementation is not None:
         return Choice(config.attention_implementation, "as asked")
     name = kernels_here()
-    num_kv_heads, head_dim = pool_rows(model.num_kv_heads, model.head_dim, name, num_devices)
+    num_kv_heads, head_dim = pool_rows(_num_kv_heads(model, num_devices), model.head_dim, name, num_devices)
     pool = block_pool_shape(1, model.num_layers, num_kv_heads, config.block_size, head_dim)
     num_devices = 1 if name == "pallas_tpu" else num_devices  # PagedAttend splits these over devices itself
     case = why_not_here((1, model.num_heads, model.head_dim), jnp.dtype(dtype), pool, jnp.dtype(dtype))
     return best_implementation(case, num_devices)
 
 
+def _num_kv_heads(model: ModelConfig, num_devices: int) -> int:
+    """KV heads in the pool: as many as devices at least (``models.kv_copies``)."""
+    return max(model.num_kv_heads, num_devices)
+
+
 def block_shape(
-    model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, attention: Choice
+    model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, attention: Choice, num_devices: int
 ) -> dict[str, Any]:
     """What a pool's shape and type are made of, but for the number of blocks: for ``block_bytes`` and ``allocate``."""
-    num_devices = config.tensor_parallel_size
-    num_kv_heads, head_dim = pool_rows(model.num_kv_heads, model.head_dim, attention.name, num_devices)
+    num_kv_heads = _num_kv_heads(model, num_devices)
+    num_kv_heads, head_dim = pool_rows(num_kv_heads, model.head_dim, attention.name, num_devices)
     return {
         "num_layers": model.num_layers,
         "num_kv_heads": num_kv_heads,

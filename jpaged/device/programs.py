@@ -93,7 +93,7 @@ class Programs:
         self._model_identity = model_identity(model)
         self.dtype = dtype_of(model)
         self.attention = attention
-        block = block_shape(model_config, config, self.dtype, attention)
+        block = block_shape(model_config, config, self.dtype, attention, mesh.size)
         self.bytes_per_block = block_bytes(**block)
         self._new_cache = partial(KVCache.allocate, **block)
         self._mover = BlockMover(attention.name, config.interpret, mesh.size)

@@ -1,6 +1,7 @@
 """From an architecture's name to its configuration and model, and from a checkpoint directory to either."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from jpaged.models.config import (
     read_json,
 )
 from jpaged.models.fused import allocation_order
+from jpaged.models.kv_copies import KVCopies, kv_copies
 from jpaged.models.layers import Dtype
 from jpaged.models.rope import check_spelled_parameters
 from jpaged.models.weights import load_state, stored_dtype
@@ -76,16 +78,24 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure and, in place of its weights, their shapes.
+    """The model's structure and, in place of its weights, their shapes and shardings.
+
+    Where there are fewer KV heads than devices, it has copies of them (``models.kv_copies``).
 
     Raises:
         ValueError: the mesh does not divide the model's heads or feed-forward width.
     """
-    check_divisible(
-        mesh, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, intermediate_size=config.intermediate_size
-    )
+    check_divisible(mesh, num_heads=config.num_heads, intermediate_size=config.intermediate_size)
+    config = replace(config, num_kv_heads=config.num_kv_heads * kv_copies(config, mesh).count)
     model = nnx.eval_shape(lambda: _model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    return nnx.split(model)
+    graphdef, state = nnx.split(model)
+    shapes = []
+    for where, variable in nnx.to_flat_state(state):
+        sharding = param_sharding(variable.shape, variable.logical_axes, mesh)
+        shapes.append(
+            (where, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)))
+        )
+    return graphdef, nnx.from_flat_state(shapes)
 
 
 def load_model(path: str | Path, config: ModelConfig, dtype: Dtype, mesh: Mesh, *, use_tqdm: bool = True) -> Any:
@@ -102,7 +112,7 @@ def load_model(path: str | Path, config: ModelConfig, dtype: Dtype, mesh: Mesh, 
         ValueError: files are missing or damaged, or disagree with ``config``; names the file and the tensor.
     """
     graphdef, state = abstract_model(config, dtype, mesh)
-    return nnx.merge(graphdef, load_state(Path(path), state, mesh, use_tqdm=use_tqdm))
+    return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), use_tqdm=use_tqdm))
 
 
 def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> Any:
@@ -119,28 +129,33 @@ def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> An
     """
     graphdef, state = abstract_model(config, dtype, mesh)
     key = jax.random.key(seed, impl="rbg")  # compiles faster than the default
-    drawn = []
+    copies, drawn = kv_copies(config, mesh), []
     for index, (where, variable) in enumerate(allocation_order(nnx.to_flat_state(state))):
-        sharding = param_sharding(variable.shape, variable.logical_axes, mesh)
-        drawn.append(
-            (where, variable.replace(_draw(key, index, str(where[-1]), variable.shape, variable.dtype, sharding)))
-        )
+        drawn.append((where, variable.replace(_draw(key, index, str(where[-1]), variable, copies))))
     return nnx.merge(graphdef, nnx.from_flat_state(drawn))
 
 
-def _draw(
-    key: jax.Array, index: int, name: str, shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
-) -> jax.Array:
+def _draw(key: jax.Array, index: int, name: str, variable: Any, copies: KVCopies) -> jax.Array:
     """The parameter called ``name``, the ``index``-th of its model."""
+    shape, dtype, sharding = variable.shape, variable.dtype, variable.get_value().sharding
     if name in _CONSTANTS:
         return jnp.full(shape, _CONSTANTS[name], dtype, device=sharding)
-    return _draw_normal(shape, dtype, sharding)(key, jnp.uint32(index))
+    axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
+    shape = copies.shape_without(shape, axes)
+    return _draw_normal(shape, dtype, sharding, copies, axes)(key, jnp.uint32(index))
 
 
 @lru_cache
-def _draw_normal(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[..., jax.Array]:
+def _draw_normal(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    sharding: NamedSharding,
+    copies: KVCopies,
+    axes: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
     def draw(key: jax.Array, index: jax.Array) -> jax.Array:
-        return 0.02 * jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
+        drawn = 0.02 * jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
+        return copies.make(drawn, axes)
 
     return jax.jit(draw, out_shardings=sharding)
 

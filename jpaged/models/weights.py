@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from jpaged.device.sharding import param_sharding
 from jpaged.models.config import ModelConfig, read_json
-from jpaged.models.fused import allocation_order, separate_params
+from jpaged.models.fused import QKV, allocation_order, separate_params
+from jpaged.models.kv_copies import KVCopies
 from jpaged.models.layers import Dtype
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -53,8 +53,8 @@ def is_transposed(path: tuple[Any, ...]) -> bool:
     return path[-1] == "kernel"
 
 
-def load_state(path: Path, state: nnx.State, mesh: Mesh, *, use_tqdm: bool = True) -> nnx.State:
-    """Fills ``state`` (variables that hold shapes) from the checkpoint directory ``path``.
+def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool = True) -> nnx.State:
+    """Fills ``state`` (variables that hold shapes and shardings) from the checkpoint directory ``path``.
 
     Files are memory-mapped; each device is sent its own slice only, in the stored dtype, and transposes and converts
     it there. All names and shapes are checked before the first byte is read.
@@ -65,7 +65,7 @@ def load_state(path: Path, state: nnx.State, mesh: Mesh, *, use_tqdm: bool = Tru
     flat = allocation_order(nnx.to_flat_state(state))
     with ExitStack() as stack:
         stored = _open_tensors(path, stack)
-        _check_tensors(path, flat, stored)
+        _check_tensors(path, flat, stored, copies)
         num_bytes = {name: t.size * jnp.dtype(_DTYPES[t.dtype]).itemsize for name, t in stored.items()}
         total = sum(num_bytes[hf_name(where)] for where, _ in flat)
         bar = stack.enter_context(
@@ -74,9 +74,7 @@ def load_state(path: Path, state: nnx.State, mesh: Mesh, *, use_tqdm: bool = Tru
         loaded = []
         for where, variable in flat:
             name = hf_name(where)
-            sharding = param_sharding(variable.shape, variable.logical_axes, mesh)
-            array = _load_tensor(stored[name], is_transposed(where), variable.dtype, sharding)
-            loaded.append((where, variable.replace(array)))
+            loaded.append((where, variable.replace(_load_tensor(stored[name], is_transposed(where), variable, copies))))
             bar.update(num_bytes[name])
     return nnx.from_flat_state(loaded)
 
@@ -114,6 +112,9 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for where, tensor in separate_params(model):
+        if where[-2] in QKV.parts[1:]:
+            count = tensor.shape[-1] // (config.num_kv_heads * config.head_dim)
+            tensor = KVCopies(count, config.head_dim).drop(tensor)
         tensor = tensor.astype(tensor.dtype if dtype is None else jnp.dtype(dtype))
         tensors[hf_name(where)] = np.ascontiguousarray(tensor.T if is_transposed(where) else tensor)
     stored_dtype = next(iter(tensors.values())).dtype.name
@@ -160,7 +161,7 @@ def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
     return tensors
 
 
-def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored]) -> None:
+def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies) -> None:
     """Checks that ``stored`` holds the parameters in ``flat``, in their shapes, and nothing else that matters.
 
     Checkpoints of a bare decoder lack the prefix "model."; it is added to ``stored``.
@@ -182,7 +183,8 @@ def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _S
         )
     for name, (where, variable) in expected.items():
         tensor = stored[name]
-        shape = variable.shape[::-1] if is_transposed(where) else variable.shape
+        shape = copies.shape_without(variable.shape, variable.logical_axes)
+        shape = shape[::-1] if is_transposed(where) else shape
         if tensor.shape != shape:
             raise ValueError(
                 f"{tensor.file}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
@@ -210,16 +212,29 @@ def _is_redundant(name: str, stored: dict[str, _Stored], expected: dict[str, Any
     return True
 
 
-def _load_tensor(stored: _Stored, transpose: bool, dtype: Any, sharding: NamedSharding) -> jax.Array:
-    """Sends each device its slice, then transposes and converts there. Blocks, so host copies do not pile up."""
-    rows_first = NamedSharding(sharding.mesh, P(*reversed(sharding.spec))) if transpose else sharding
-    array = jax.make_array_from_callback(stored.shape, rows_first, lambda index: stored.slices[index])
-    if transpose or array.dtype != dtype:
-        array = _convert(array, transpose, dtype, sharding)
+def _load_tensor(stored: _Stored, transpose: bool, variable: Any, copies: KVCopies) -> jax.Array:
+    """Sends each device its slice, then transposes and converts there. Blocks, so host copies do not pile up.
+
+    Of what is copied each device is sent all, which is little: the projections of few KV heads.
+    """
+    dtype, sharding = variable.dtype, variable.get_value().sharding
+    axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
+    spec = P() if axes else P(*reversed(sharding.spec)) if transpose else sharding.spec
+    placed = NamedSharding(sharding.mesh, spec)
+    array = jax.make_array_from_callback(stored.shape, placed, lambda index: stored.slices[index])
+    if transpose or axes or array.dtype != dtype:
+        array = _convert(array, transpose, dtype, sharding, copies, axes)
     return jax.block_until_ready(array)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _convert(array: jax.Array, transpose: bool, dtype: Any, sharding: NamedSharding) -> jax.Array:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _convert(
+    array: jax.Array,
+    transpose: bool,
+    dtype: Any,
+    sharding: NamedSharding,
+    copies: KVCopies,
+    axes: tuple[str | None, ...],
+) -> jax.Array:
     array = (array.T if transpose else array).astype(dtype)
-    return jax.lax.with_sharding_constraint(array, sharding)
+    return jax.lax.with_sharding_constraint(copies.make(array, axes), sharding)
