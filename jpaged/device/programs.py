@@ -71,6 +71,7 @@ class Programs:
         num_blocks: of the pool; with ``max_model_len``, may be changed by ``resize``.
 
     Attributes:
+        weights: shapes, types and shardings of the parameters.
         num_loaded: programs that an earlier start had compiled.
     """
 
@@ -89,7 +90,7 @@ class Programs:
         self.config = config
         self.mesh = mesh
         graphdef, weights, tree = split_model(model)
-        self._weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in weights]
+        self.weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in weights]
         self._model_identity = model_identity(model)
         self.dtype = dtype_of(model)
         self.attention = attention
@@ -197,7 +198,7 @@ class Programs:
         """Where programs are kept between runs; None on a CPU, which compiles about as fast as it traces."""
         if self.is_on_cpu:
             return None
-        weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self._weights]
+        weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
         sizes = self.num_blocks, self.config.block_size, self.max_model_len, self.max_burst, self.buckets
         choices = self.model_config, self.attention.name, self.config.interpret, GPU_COMPILER_OPTIONS
         devices = list(self.mesh.devices.flat)
@@ -227,7 +228,7 @@ class Programs:
             return self._lower_kind(*key)
 
     def _lower_kind(self, kind: str, *sizes: Any) -> jax.stages.Lowered:
-        weights, cache, state = self._weights, self.abstract_cache(), self._abstract_state()
+        weights, cache, state = self.weights, self.abstract_cache(), self._abstract_state()
         match kind:
             case "load":
                 (num_inputs,) = sizes
