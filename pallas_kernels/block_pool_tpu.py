@@ -41,7 +41,7 @@ ROWS = 16
 """Where tokens can be copied from: whole registers of 16-bit rows, and so of 32-bit ones."""
 
 LANES = 128
-"""Elements in a row of a vector register."""
+"""Elements in a row of a vector register, on every generation."""
 
 MOST_TOKENS = 16 * 1024
 """Tokens of one launch: SMEM, of 1 MiB on every generation, holds 16 bytes for each."""

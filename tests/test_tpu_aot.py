@@ -1,11 +1,23 @@
 """The TPU kernels through the real TPU compiler: some of the grid of tpu_aot.py, and what the grid does not hold."""
 
+import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
-from tpu_aot import TOPOLOGIES, Case, compile_case, compile_for, grid, why_no_compiler
+import tpu_aot
+from tpu_aot import compile_case, grid
 
+from bench.tpu_compiler import (
+    TOPOLOGIES,
+    Case,
+    compile_for,
+    mesh_of,
+    trace_attention,
+    trace_for,
+    why_no_compiler,
+)
 from pallas_kernels import block_pool_shape
 from pallas_kernels.block_pool_tpu import (
     copy_blocks_tpu,
@@ -15,6 +27,7 @@ from pallas_kernels.block_pool_tpu import (
     write_kv_tpu,
 )
 from pallas_kernels.paged_attention.tpu import attend_tpu, write_and_attend_tpu
+from pallas_kernels.paged_attention.tpu.chip import chip_of, current_chip
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 
 pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
@@ -28,9 +41,33 @@ PLAIN = {"sm_scale": 0.1, "sliding_window": None, "soft_cap": None, "alibi_slope
 POOL_BYTES = 1024 * 8 * 2 * 8 * 16 * 128 * 2
 
 
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_the_device_compiled_for_is_the_chip_that_is_planned_for(generation):
+    with jax.sharding.use_abstract_mesh(mesh_of(generation).abstract_mesh):
+        assert current_chip() == chip_of(generation)
+
+
 @pytest.mark.parametrize("case", list(grid())[::EVERY], ids=str)
 def test_case_of_the_grid_compiles(case):
     compile_case(case)
+
+
+def test_saved_grid_counts_every_outcome_with_its_reasons(monkeypatch, tmp_path):
+    def compile_or_not(case: Case) -> None:
+        if case.head_dim == 64:
+            raise NotImplementedError("too narrow")
+        if case.head_dim == 256 and case.group == 8:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(tpu_aot, "compile_case", compile_or_not)
+    path = tmp_path / "grid.json"
+    assert tpu_aot.main(["--generation", "v6e", "--save", str(path), "--commit", "a commit"]) == 1
+    saved = json.loads(path.read_text())
+    reasons = {"too narrow": 108, "RuntimeError: out of memory": 36}
+    assert saved["generations"] == {"v6e": {"compiled": 180, "refused": 108, "failed": 36, "reasons": reasons}}
+    assert saved["num_cases"] == 324
+    assert saved["environment"]["commit"] == "a commit"
+    assert "libtpu" in saved["environment"]
 
 
 MIXED = Case("v5e", 128, 4, 16, BF16, num_tokens=1024, num_seqs=256)
@@ -127,10 +164,28 @@ def test_compiler_does_refuse_what_overruns_vmem():
         compile_for("v5e", attend, ((64, 32, 128), BF16), POOL, *rows)
 
 
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (replace(MIXED, q_dtype=jnp.float16), "queries in float16"),
+        (replace(MIXED, pool_dtype=jnp.dtype(jnp.float16)), "a pool in float16"),
+        (replace(MIXED, num_tokens=65536, num_seqs=65536, max_blocks=4), "make 65536 tiles.*split the batch"),
+        (replace(MIXED, block_size=12), "block_size=12: expected a multiple of 8"),
+        (replace(MIXED, head_dim=320), "head_dim=320: expected at most 256"),
+        (replace(MIXED, num_tokens=256, pool_dtype=jnp.dtype(jnp.int8), is_fused=True), "write_kv_quantized"),
+        (replace(MIXED, generation="v4", block_size=128, group=1, num_kv_heads=512), "a TPU v4 has 14; shard"),
+    ],
+    ids=lambda x: None if isinstance(x, Case) else x[:20],
+)
+def test_what_the_kernel_does_not_take_is_refused_before_anything_is_compiled(case, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        trace_attention(case)
+
+
 def test_narrow_pool_is_refused_before_anything_is_compiled():
     def attend(q, pool, *rows):
         return attend_tpu(q, pool, 0, *rows, kv_scales=None, **PLAIN)
 
     rows = ((64, 512), jnp.int32), ((64,), jnp.int32), ((65,), jnp.int32)
     with pytest.raises(NotImplementedError, match="lane_layout"):
-        compile_for("v5e", attend, ((64, 32, 64), BF16), (block_pool_shape(64, 2, 8, 16, 64), BF16), *rows)
+        trace_for("v5e", attend, ((64, 32, 64), BF16), (block_pool_shape(64, 2, 8, 16, 64), BF16), *rows)

@@ -1,7 +1,10 @@
 """The sizes of TPU launches, and the bytes that they move: as planned, as the interpreter moves them, at the least."""
 
-from dataclasses import replace
+import json
+import tomllib
+from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +14,13 @@ from test_paged_attention import LAYER, Options, Shape, make_batch
 from tpu_interpret import WATCHED, counted_bytes, no_tpu_races, scaled  # noqa: F401
 
 from pallas_kernels import block_pool_shape
-from pallas_kernels.paged_attention.tpu import attend_tpu, lane_layout, write_and_attend_tpu
+from pallas_kernels.paged_attention.tpu import attend_tpu, lane_layout, tuning, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.batch import plan_launch
 from pallas_kernels.paged_attention.tpu.chip import CORES_OF_DEVICE, chip_of
-from pallas_kernels.paged_attention.tpu.launch import Launch, Scoring, vmem_bytes
+from pallas_kernels.paged_attention.tpu.launch import Launch, Scoring, Sizes, vmem_bytes
 from pallas_kernels.paged_attention.tpu.sizes import vmem_limit
-from pallas_kernels.paged_attention.tpu.traffic import count_traffic, least_bytes
+from pallas_kernels.paged_attention.tpu.traffic import count_traffic, least_bytes, least_flops
+from pallas_kernels.paged_attention.tpu.tuning import TUNED, shape_class
 
 pytestmark = pytest.mark.usefixtures("no_tpu_races")
 
@@ -76,6 +80,90 @@ def test_launches_fit_vmem_and_keep_the_bandwidth_busy(generation):
 def test_heads_beyond_vmem_are_refused_with_what_to_do():
     with pytest.raises(NotImplementedError, match="shard the heads"):
         launch_for("v4", num_tokens=64, num_seqs=64, num_kv_heads=2048, block_size=128)
+
+
+@pytest.fixture
+def tune(tmp_path, monkeypatch):
+    """Puts a file of this content in tuned.json's place, where there is an empty one."""
+
+    def write(content: object) -> Path:
+        path.write_text(json.dumps(content))
+        tuning.load.cache_clear()
+        return path
+
+    path = tmp_path / "tuned.json"
+    monkeypatch.setattr(tuning, "TUNED", path)
+    write({})
+    yield write
+    tuning.load.cache_clear()
+
+
+DECODE, RAGGED = {"num_tokens": 64, "num_seqs": 64}, {"num_tokens": 2048, "num_seqs": 64}
+MEASURED = Sizes(tile_row_tiles=64, chunk_blocks=4, buffers=5)
+
+
+def test_tuned_sizes_are_chosen_on_their_generation_for_their_shapes_alone(tune):
+    before = launch_for("v5e", **RAGGED)
+    key = shape_class(before, longest_q=2048)
+    assert before.sizes != MEASURED
+    tune({"v5e": {key: asdict(MEASURED)}})
+    assert launch_for("v5e", **RAGGED).sizes == MEASURED
+    assert launch_for("v5e", **RAGGED | {"num_tokens": 1024}).sizes == MEASURED
+    for other in ({"generation": "v6e"}, DECODE, {"block_size": 32}, {"num_kv_heads": 4}, {"pool_dtype": jnp.int8}):
+        launch = {"generation": "v5e"} | RAGGED | other
+        chosen = launch_for(**launch).sizes
+        tune({})
+        assert chosen == launch_for(**launch).sizes
+        tune({"v5e": {key: asdict(MEASURED)}})
+
+
+def test_tuned_tile_is_no_larger_than_the_queries(tune):
+    few = launch_for("v5e", num_tokens=24, num_seqs=8)
+    tune({"v5e": {shape_class(few, longest_q=24): asdict(MEASURED)}})
+    assert few.rows.tokens == 4
+    assert launch_for("v5e", num_tokens=24, num_seqs=8).sizes == replace(MEASURED, tile_row_tiles=6)
+
+
+def test_tuned_sizes_beyond_vmem_are_refused_by_name(tune):
+    key = shape_class(launch_for("v4", **DECODE), longest_q=1)
+    path = tune({"v4": {key: asdict(replace(MEASURED, chunk_blocks=128))}})
+    with pytest.raises(ValueError, match="VMEM") as refused:
+        launch_for("v4", **DECODE)
+    assert f"{path}: v4: {key}: " in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"tile_row_tiles": 1, "chunk_blocks": 4},
+        asdict(MEASURED) | {"tiles": 1},
+        asdict(MEASURED) | {"tile_row_tiles": 0},
+        asdict(MEASURED) | {"tile_row_tiles": 1.5},
+        asdict(MEASURED) | {"chunk_blocks": 3},
+        asdict(MEASURED) | {"chunk_blocks": 256},
+        asdict(MEASURED) | {"buffers": 1},
+        asdict(MEASURED) | {"buffers": "3"},
+        None,
+    ],
+)
+def test_invalid_tuned_entry_is_refused_by_name(tune, entry):
+    path = tune({"v5e": {"a shape class": entry}})
+    with pytest.raises(ValueError, match="a power of two") as refused:
+        launch_for("v5e", **DECODE)
+    assert f"{path}: v5e: a shape class: " in str(refused.value)
+
+
+def test_tuned_sizes_of_an_unknown_generation_are_refused(tune):
+    tune({"v3": {}})
+    with pytest.raises(ValueError, match="v3: expected v4"):
+        launch_for("v5e", **DECODE)
+
+
+def test_installed_package_has_the_tuned_sizes():
+    assert tuning.load().keys() <= CORES_OF_DEVICE.keys()
+    root = Path(__file__).parent.parent
+    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert TUNED.name in packaged[TUNED.parent.relative_to(root).as_posix().replace("/", ".")]
 
 
 def test_unknown_generation_is_refused():
@@ -152,6 +240,19 @@ def test_planned_bytes_are_those_that_the_interpreter_moves(monkeypatch, shape, 
         shape.num_tokens,
     )
     assert sum(moved) == planned.total_bytes
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_least_flops_are_those_of_the_visible_pairs(window):
+    launch = launch_for("v5e", num_tokens=64, num_seqs=4, window=window)
+    q_lens, kv_lens = [1, 0, 20, 9], [130, 0, 20, 40]
+    pairs = sum(
+        min(position + 1, window or position + 1)
+        for q_len, kv_len in zip(q_lens, kv_lens, strict=True)
+        for position in range(kv_len - q_len, kv_len)
+    )
+    assert least_flops(launch, 4, q_lens, kv_lens) == pairs * 32 * 2 * 128 * 2
+    assert count_traffic(launch, q_lens, kv_lens, 64).flops >= pairs * 32 * 2 * 128 * 2
 
 
 def test_no_row_of_the_pool_is_padding_where_heads_can_share_it():

@@ -1,186 +1,111 @@
-"""Compiles the TPU kernels with the real TPU compiler, for chips that are not there.
+"""Compiles the TPU kernel with the real TPU compiler, for chips that are not there: a grid of cases.
 
-``PYTHONPATH=. python tests/tpu_aot.py`` compiles the whole grid, several cases a second, and prints how many of each
+``PYTHONPATH=. python tests/tpu_aot.py`` compiles the whole grid, about a case a second, and prints how many of each
 generation compiled. It needs libtpu (``pip install 'jpaged[tpu-aot]'``), and no TPU.
 """
 
 import argparse
-import importlib.util
+import json
 import math
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
+from importlib.metadata import version
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
-from pallas_kernels import block_pool_shape, kv_scales_shape
-from pallas_kernels.block_pool import is_quantized
-from pallas_kernels.paged_attention.tpu import attend_tpu, lane_layout
+from bench.results import environment
+from bench.tpu_compiler import TOPOLOGIES, Case, kernel_vmem_bytes, launch_of, trace_attention
+from pallas_kernels.paged_attention.tpu.launch import vmem_bytes
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
-"""Generation -> the smallest topology that the compiler describes."""
-
-NO_MACHINE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+BATCHES = {
+    "decode": {"num_tokens": 128, "num_seqs": 128},
+    "prefill": {"num_tokens": 1024, "num_seqs": 1},
+    "mixed": {"num_tokens": 512, "num_seqs": 128},
 }
-"""What libtpu otherwise asks the cloud's metadata server for, and waits for where there is none; and that processes
-which only compile may be several.
-"""
-
-NUM_KV_HEADS, NUM_LAYERS, POOL_TOKENS, MAX_BLOCKS = 8, 8, 16 * 1024, 512
-
-
-def why_no_compiler() -> str | None:
-    """Why nothing can be compiled for TPUs here; None if it can."""
-    if importlib.util.find_spec("libtpu") is None:
-        return "no libtpu: pip install 'jpaged[tpu-aot]'"
-    return None
-
-
-@cache
-def mesh_of(generation: str) -> Mesh:
-    """One device of a generation."""
-    for name, value in NO_MACHINE.items():
-        os.environ.setdefault(name, value)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
-    return Mesh(np.array(topology.devices[:1]), ("chip",))
-
-
-def compile_for(
-    generation: str, function: Callable[..., Any], *shapes: tuple[tuple[int, ...], Any] | None, donate: tuple = ()
-) -> Any:
-    """Compile a function of arrays of these shapes and types for one device of a generation."""
-    mesh = mesh_of(generation)
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = [None if x is None else jax.ShapeDtypeStruct(x[0], x[1], sharding=sharding) for x in shapes]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel to compile."""
-
-    generation: str
-    head_dim: int
-    group: int
-    block_size: int
-    pool_dtype: jnp.dtype
-    num_tokens: int
-    num_seqs: int
-    q_dtype: Any = jnp.bfloat16
-    max_blocks: int = MAX_BLOCKS
-    num_kv_heads: int = NUM_KV_HEADS
-    has_options: bool = False
-
-    def __str__(self) -> str:
-        return (
-            f"{self.generation}-d{self.head_dim}-g{self.group}-b{self.block_size}-{self.pool_dtype.name}"
-            f"-{self.num_tokens}x{self.num_seqs}" + ("-options" if self.has_options else "")
-        )
-
-
-BATCHES = {"decode": (128, 128), "prefill": (1024, 1), "mixed": (512, 128)}
-"""Tokens and sequences."""
+AXES = {
+    "head_dim": (64, 128, 256),
+    "group": (1, 4, 8),
+    "block_size": (16, 32, 64, 128),
+    "pool_dtype": ("bfloat16", "int8", "float8_e4m3fn"),
+}
 
 
 def grid() -> Iterator[Case]:
     """Every generation, head_dim, group, block size, type of pool, and kind of batch."""
-    for generation, head_dim, group, block_size, dtype, batch in product(
-        TOPOLOGIES,
-        (64, 128, 256),
-        (1, 4, 8),
-        (16, 32, 64, 128),
-        (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn)),
-        BATCHES.values(),
-    ):
-        yield Case(generation, head_dim, group, block_size, dtype, *batch)
+    for generation, head_dim, group, block_size, dtype, batch in product(TOPOLOGIES, *AXES.values(), BATCHES.values()):
+        yield Case(generation, head_dim, group, block_size, jnp.dtype(dtype), **batch)
 
 
 def compile_case(case: Case) -> Any:
-    """The compiled attention of a case, without what leads to it.
+    """The compiled attention of a case, which copies nothing of the pool's size and takes no more VMEM than planned.
 
     Raises:
         NotImplementedError: the kernel says that it cannot, before anything is compiled.
     """
-    num_heads = case.num_kv_heads * case.group
-    layout = lane_layout(case.num_kv_heads, case.head_dim)
-    num_blocks = POOL_TOKENS // case.block_size
-    pool = block_pool_shape(num_blocks, NUM_LAYERS, layout.num_kv_heads, case.block_size, layout.head_dim)
-    scales = kv_scales_shape(num_blocks, NUM_LAYERS, layout.num_kv_heads)
-
-    def attend(q, pool, block_tables, kv_lens, cu_q_lens, alibi_slopes, sinks, kv_scales):
-        return attend_tpu(
-            q,
-            pool,
-            1,
-            block_tables,
-            kv_lens,
-            cu_q_lens,
-            sm_scale=case.head_dim**-0.5,
-            sliding_window=1000 if case.has_options else None,
-            soft_cap=30.0 if case.has_options else None,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            kv_scales=kv_scales,
-            num_kv_heads=case.num_kv_heads,
-        )
-
-    per_head = ((num_heads,), jnp.float32) if case.has_options else None
-    compiled = compile_for(
-        case.generation,
-        attend,
-        ((case.num_tokens, num_heads, case.head_dim), case.q_dtype),
-        (pool, case.pool_dtype),
-        ((case.num_seqs, case.max_blocks), jnp.int32),
-        ((case.num_seqs,), jnp.int32),
-        ((case.num_seqs + 1,), jnp.int32),
-        per_head,
-        per_head,
-        (scales, jnp.float32) if is_quantized(case.pool_dtype) else None,
-    )
-    temporaries, pool_bytes = compiled.memory_analysis().temp_size_in_bytes, math.prod(pool) * case.pool_dtype.itemsize
+    compiled = trace_attention(case).compile()
+    shape, dtype = case.pool
+    temporaries, pool_bytes = compiled.memory_analysis().temp_size_in_bytes, math.prod(shape) * dtype.itemsize
     assert temporaries < pool_bytes / 2, f"{temporaries} bytes of temporaries beside a pool of {pool_bytes}"
+    used, planned = kernel_vmem_bytes(compiled), vmem_bytes(launch_of(case))
+    assert used <= planned, f"{used} bytes of VMEM: {planned} are planned"
     return compiled
 
 
-def main() -> int:
-    """Compile the grid; the exit status says whether every case compiled or was refused beforehand."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    """Compile the grid; the exit status is 0 if every case compiled or was refused beforehand."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generation", choices=TOPOLOGIES, help="only this one")
-    parser.add_argument("--every", type=int, default=1, help="only each n-th case")
-    arguments = parser.parse_args()
-    counts: Counter[tuple[str, str]] = Counter()
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th case")
+    parser.add_argument("--save", type=Path, metavar="PATH", help="write the counts there, as JSON")
+    parser.add_argument("--commit", help="commit to record, where there is no git")
+    arguments = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    made_in = environment(arguments.commit) | {"libtpu": version("libtpu")} if arguments.save else {}
     cases = [case for case in grid() if arguments.generation in (None, case.generation)][:: arguments.every]
     started = time.monotonic()
-    for case in cases:
+    counts, reasons = _compile_all(cases)
+    seconds = time.monotonic() - started
+    for generation, outcomes in counts.items():
+        print(f"{generation}: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count))
+    print(f"{len(cases)} cases in {seconds:.0f} s")
+    if arguments.save:
+        content = {
+            "about": "compiled ahead of time by the TPU compiler; nothing was run",
+            "environment": made_in,
+            "axes": {"generation": list(counts)} | AXES | {"batch": BATCHES},
+            "num_cases": len(cases),
+            "seconds": round(seconds),
+            "generations": {name: dict(counts[name]) | {"reasons": dict(reasons[name])} for name in counts},
+        }
+        arguments.save.write_text(json.dumps(content, indent=2) + "\n")
+        print(f"written to {arguments.save}")
+    return 1 if any(outcomes["failed"] for outcomes in counts.values()) else 0
+
+
+def _compile_all(cases: list[Case]) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]]]:
+    """By generation: how many cases had each outcome; and for what reasons not all compiled."""
+    counts = {case.generation: Counter(compiled=0, refused=0, failed=0) for case in cases}
+    reasons = {case.generation: Counter() for case in cases}
+    for case in tqdm(cases, desc="Compiling", unit="case"):
         try:
             compile_case(case)
-            outcome = "compiled"
+            outcome, reason = "compiled", None
         except NotImplementedError as error:
-            outcome = "refused"
-            print(f"{case}: {error}")
+            outcome, reason = "refused", str(error)
         except Exception as error:  # the compiler's own, of any type
-            outcome = "failed"
-            print(f"{case}: {type(error).__name__}: {str(error)[:600]}", flush=True)
-        counts[case.generation, outcome] += 1
-    for (generation, outcome), count in sorted(counts.items()):
-        print(f"{generation}: {count} {outcome}")
-    print(f"{len(cases)} cases in {time.monotonic() - started:.0f} s")
-    return 1 if any(outcome == "failed" for _, outcome in counts) else 0
+            outcome, reason = "failed", f"{type(error).__name__}: {str(error)[:600]}"
+        counts[case.generation][outcome] += 1
+        if reason is not None:
+            reasons[case.generation][reason] += 1
+            tqdm.write(f"{case}: {outcome}: {reason}")
+    return counts, reasons
 
 
 if __name__ == "__main__":

@@ -49,9 +49,10 @@ def why_not_tpu(
     """
     _, num_heads, head_dim = q_shape
     *_, block_size, pool_dim = pool_shape
-    del pool_dtype  # all that block_pool stores are taken: what a chip's matrix unit cannot multiply is widened
     if q_dtype not in (jnp.bfloat16, jnp.float32):
         return f"queries in {jnp.dtype(q_dtype).name}: TPUs compute in bfloat16 and float32"
+    if pool_dtype == jnp.float16:  # all others that block_pool stores are widened where a chip cannot multiply them
+        return "a pool in float16: TPUs compute in bfloat16 and float32"
     if pool_dim % LANES:
         return (
             f"a pool with rows of {pool_dim}: XLA would copy it for every call, unless they are a multiple of {LANES}; "

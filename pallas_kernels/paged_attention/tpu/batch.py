@@ -17,6 +17,7 @@ from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Scori
 from pallas_kernels.paged_attention.tpu.schedule import (
     make_row_tiles,
     make_tiles,
+    most_tiles,
     owner,
     pack_queries,
     rows_for,
@@ -24,6 +25,9 @@ from pallas_kernels.paged_attention.tpu.schedule import (
 )
 from pallas_kernels.paged_attention.tpu.sizes import sizes_for, vmem_limit
 from pallas_kernels.paged_attention.tpu.stream import TILE_FIELDS
+
+SMEM_SHARE = 0.9
+"""Of SMEM, for the list of tiles; the rest is left to block tables and the compiler."""
 
 
 def slots_of_pieces(
@@ -119,7 +123,11 @@ def plan_launch(
     has_sinks: bool,
     is_fused: bool,
 ) -> Launch:
-    """Everything static about the launch for a batch."""
+    """Everything static about the launch for a batch.
+
+    Raises:
+        NotImplementedError: the chip's VMEM or SMEM does not hold what it needs.
+    """
     num_tokens, num_heads, _ = q.shape
     launch = Launch(
         num_kv_heads=layout.num_kv_heads,
@@ -139,6 +147,13 @@ def plan_launch(
     if sizes is None:
         longest_q = 1 if num_tokens <= num_seqs else num_tokens
         launch = replace(launch, sizes=sizes_for(chip, launch, longest_q=longest_q))
+    num_tiles = most_tiles(num_tokens, num_seqs, launch.sizes.tile_row_tiles * launch.rows.tokens)
+    most = int(chip.smem_bytes * SMEM_SHARE) // (TILE_FIELDS * 4)
+    if num_tiles > most:
+        raise NotImplementedError(
+            f"{num_tokens} tokens of {num_seqs} sequences make {num_tiles} tiles, and the SMEM of a TPU "
+            f"{chip.generation} lists {most}: split the batch"
+        )
     return launch
 
 

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-LANES = 128
-"""Elements in a row of a vector register, on every generation."""
+from pallas_kernels.block_pool_tpu import LANES as LANES
 
 SUBLANES = 8
 """Rows of 32-bit elements in a vector register, on every generation."""

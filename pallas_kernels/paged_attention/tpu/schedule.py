@@ -76,6 +76,11 @@ def make_row_tiles(cu_q_lens: Int[Array, " num_seqs_plus_1"], num_tokens: int, r
     return RowTiles(starts(-(-q_lens // rows.tokens)), cu_q_lens, most)
 
 
+def most_tiles(num_tokens: int, num_seqs: int, tile_tokens: int) -> int:
+    """The most tiles that a batch can have."""
+    return min(num_tokens, num_tokens // tile_tokens + num_seqs)
+
+
 def make_tiles(
     row_tiles: RowTiles, kv_lens: Int[Array, " num_seqs"], num_tokens: int, rows: Rows, tile_row_tiles: int
 ) -> Tiles:
@@ -83,8 +88,7 @@ def make_tiles(
     q_lens = jnp.diff(row_tiles.cu_q_lens)
     tile_tokens = tile_row_tiles * rows.tokens
     first_tile = starts(-(-q_lens // tile_tokens))
-    most = min(num_tokens, num_tokens // tile_tokens + q_lens.size)
-    tile = jnp.arange(most, dtype=jnp.int32)
+    tile = jnp.arange(most_tiles(num_tokens, q_lens.size, tile_tokens), dtype=jnp.int32)
     row = jnp.minimum(owner(first_tile, tile), q_lens.size - 1)
     nth = tile - first_tile[row]
     return Tiles(

@@ -1,9 +1,10 @@
-"""Sizes of tiles, chunks and rings: a pure function of a chip's memories and rates, and of a launch's shapes."""
+"""Sizes of tiles, chunks and rings: those of tuned.json, else ones that a chip's memories and rates suggest."""
 
 from dataclasses import replace
 
 from pallas_kernels.paged_attention.tpu.chip import LANES, Chip
 from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Sizes, vmem_bytes
+from pallas_kernels.paged_attention.tpu.tuning import LEAST_BUFFERS, tuned_sizes
 
 COPY_S = 2e-6
 """What a copy takes from start to end, about: what is on its way must cover this much of the bandwidth."""
@@ -19,8 +20,6 @@ MOST_TILE_ROWS = 512
 BUFFERS = 3
 """Chunks in VMEM: one attended, one landing, one to cover what the copies' starts and a short chunk cost."""
 
-LEAST_BUFFERS = 2
-
 VMEM_SHARE = 0.9
 """Of VMEM; the rest is left to the compiler."""
 
@@ -31,7 +30,7 @@ def vmem_limit(chip: Chip) -> int:
 
 
 def sizes_for(chip: Chip, launch: Launch, *, longest_q: int) -> Sizes:
-    """The largest sizes worth having that fit the chip's VMEM.
+    """The tuned sizes of a launch's shape class, else the largest worth having that fit the chip's VMEM.
 
     Args:
         launch: all else about the launch; its own sizes do not count.
@@ -39,7 +38,11 @@ def sizes_for(chip: Chip, launch: Launch, *, longest_q: int) -> Sizes:
 
     Raises:
         NotImplementedError: not even the least sizes fit.
+        ValueError: the tuned ones do not.
     """
+    tuned = tuned_sizes(chip.generation, launch, longest_q=longest_q)
+    if tuned is not None:
+        return tuned
     token_bytes = launch.block_bytes // launch.block_size
     wanted = chip.hbm_bytes_per_s * COPY_S / (BUFFERS - 1) / token_bytes
     chunk_tokens = LEAST_CHUNK_TOKENS

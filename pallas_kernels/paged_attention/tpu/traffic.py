@@ -76,3 +76,17 @@ def least_bytes(launch: Launch, group: int, q_lens: Sequence[int], kv_lens: Sequ
     query_bytes = sum(q_lens) * launch.num_kv_heads * group * launch.head_dim * launch.q_dtype.itemsize
     new_bytes = 2 * token_bytes * sum(q_len == 1 for q_len in q_lens) if launch.is_fused else 0
     return sum(seen) * token_bytes + 2 * query_bytes + new_bytes
+
+
+def least_flops(launch: Launch, group: int, q_lens: Sequence[int], kv_lens: Sequence[int]) -> int:
+    """Operations that any kernel's matrix products take: two products for each query and each key that it sees.
+
+    Args:
+        group: query heads of each KV head.
+    """
+    window = launch.scoring.sliding_window
+    pairs = 0
+    for q_len, kv_len in zip(q_lens, kv_lens, strict=True):
+        seen = np.arange(kv_len - q_len + 1, kv_len + 1, dtype=np.int64)
+        pairs += int((seen if window is None else np.minimum(seen, window)).sum())
+    return 4 * pairs * launch.num_kv_heads * group * launch.head_dim
