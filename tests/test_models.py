@@ -119,7 +119,8 @@ def test_kv_heads_that_neither_divide_the_devices_nor_are_divided_by_them_are_re
 
 
 def test_random_weights_of_copied_kv_heads_are_those_of_the_heads():
-    config = replace(TINY, num_heads=8, num_kv_heads=2, hidden_size=32, intermediate_size=16, qkv_bias=True, architecture="Qwen2ForCausalLM")
+    shape = {"num_heads": 8, "num_kv_heads": 2, "hidden_size": 32, "intermediate_size": 16}
+    config = replace(TINY, **shape, qkv_bias=True, architecture="Qwen2ForCausalLM")
     one, many = (random_model(config, "float32", make_mesh(n), 7).model.layers[0].self_attn for n in (1, 8))
     heads = np.asarray(one.k_proj.kernel[...]).reshape(32, 2, 1, 4)
     copied = np.asarray(many.k_proj.kernel[...])
