@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jpaged.config import EngineConfig
     from jpaged.device.kv_cache import KVCache
+    from jpaged.device.processes import join_processes
     from jpaged.host.block_manager import BlockManager, OutOfBlocks
     from jpaged.llm import LLM, PinnedPrefix
     from jpaged.request import (
@@ -35,6 +36,7 @@ _HOMES = {
     "PinnedPrefix": "jpaged.llm",
     "RequestOutput": "jpaged.request",
     "SamplingParams": "jpaged.request",
+    "join_processes": "jpaged.device.processes",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "PinnedPrefix",
     "RequestOutput",
     "SamplingParams",
+    "join_processes",
 ]
 
 

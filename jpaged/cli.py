@@ -52,8 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log: errors only
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
+        if args.distributed or args.coordinator_address is not None:
+            _join(args)
         {"generate": _generate, "chat": _chat, "info": _info}[args.command](args)
         sys.stdout.flush()
+    except _Followed:
+        return 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -88,7 +92,7 @@ def _generate(args: argparse.Namespace) -> None:
     if not args.json and (args.logprobs is not None or args.prompt_logprobs is not None):
         raise ValueError("--logprobs and --prompt-logprobs are shown by --json only: add it")
     params = _generate_params(args) if args.beam_width is None else _beam_params(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = sys.stdin.read() if args.prompt == "-" and args.is_leader else args.prompt
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character")
     llm = _load(args, max_num_seqs=params.num_sequences)
@@ -314,6 +318,8 @@ def _info(args: argparse.Namespace) -> None:
     from jpaged.info import gather_info
 
     info = gather_info(args.model, config)
+    if not args.is_leader:
+        return
     print(json.dumps(asdict(info)) if args.json else info)
 
 
@@ -328,7 +334,7 @@ def _load(args: argparse.Namespace, *, max_num_seqs: int) -> LLM:
     """The model, each program to be compiled when it is first needed: a command needs few."""
     from jpaged.llm import LLM
 
-    return LLM(
+    llm = LLM(
         args.model,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_num_seqs),
@@ -337,6 +343,24 @@ def _load(args: argparse.Namespace, *, max_num_seqs: int) -> LLM:
         use_tqdm=sys.stderr.isatty(),
         **_engine_options(args),
     )
+    if not llm.is_leader:
+        llm.follow()
+        raise _Followed
+    return llm
+
+
+class _Followed(Exception):
+    """This process did what the leading one decided; that is all it had to do."""
+
+
+def _join(args: argparse.Namespace) -> None:
+    """Bring this process together with the others; ``args`` then says whether it leads."""
+    import jax
+
+    from jpaged.device.processes import join_processes
+
+    join_processes(args.coordinator_address, args.num_processes, args.process_id)
+    args.is_leader = jax.process_index() == 0
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

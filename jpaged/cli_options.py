@@ -218,6 +218,18 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="devices to spread the model over (default: %(default)s)",
     )
+    several = parser.add_argument_group(
+        "several processes",
+        "One model over the devices of several machines: start the same command on each. The first one reads the "
+        "prompt and prints; --tensor-parallel-size counts the devices of all.",
+    )
+    several.add_argument(
+        "--distributed", action="store_true", help="bring them together, as JAX finds out by itself (Cloud TPU, Slurm)"
+    )
+    several.add_argument("--coordinator-address", metavar="HOST:PORT", help="of the first process, elsewhere")
+    several.add_argument("--num-processes", type=int, metavar="N", help="of them all")
+    several.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
+    parser.set_defaults(is_leader=True)
     add(
         "--attention-implementation",
         metavar="NAME",

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -17,6 +19,7 @@ from jpaged.config import EngineConfig
 from jpaged.detokenizer import Tokenizer
 from jpaged.device.compile_cache import enable_compile_cache
 from jpaged.device.model_runner import ModelRunner, check_settings
+from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
 from jpaged.device.sharding import make_mesh
 from jpaged.engine import Engine, EngineStats, Prompt, StepOutput
 from jpaged.models import ModelConfig, import_transformers, load_config, load_model
@@ -170,15 +173,66 @@ class LLM:
         enable_compile_cache()
         if warm_up is None:
             warm_up = jax.default_backend() != "cpu"
-        runner = ModelRunner(model, model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
-        self._serve(Engine(runner, config, tokenizer))
+        channel = open_channel(mesh)
+        if channel is None:
+            runner = ModelRunner(model, model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
+            self._serve(Engine(runner, config, tokenizer))
+            return
+        try:
+            agree(channel, version=version("jpaged"), config=config, model_config=model_config)
+            options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm and channel.is_leader}
+            if channel.is_leader:
+                self._serve(Engine(LeadingRunner(model, model_config, config, mesh, **options), config, tokenizer))
+            else:
+                self._engine = None
+                self._followed = partial(follow, ModelRunner(model, model_config, config, mesh, **options), channel)
+        except BaseException:
+            channel.close()  # or the others would wait
+            raise
 
     def _serve(self, engine: Engine) -> None:
-        self.engine = engine
+        self._engine = engine
         self._num_requests = 0
         self._awaited: set[str] = set()
         self._finished: dict[str, RequestOutput] = {}  # of the awaited ones
         self._streams: dict[str, deque[CompletionDelta]] = {}
+
+    # Several processes --------------------------------------------------------------------------------------------
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process decides: process 0 of several (``jax.distributed``) that share a model, or the only one.
+
+        All others call ``follow``, and nothing else.
+        """
+        return self._engine is not None
+
+    def follow(self) -> None:
+        """Do what the leading process decides, until it closes its LLM or ends.
+
+        Raises:
+            RuntimeError: this process leads.
+            EOFError: the leading process was cut short.
+        """
+        if self._engine is not None:
+            raise RuntimeError("this process leads: only the others follow")
+        self._followed()
+
+    def close(self) -> None:
+        """Let the processes that follow go on; the LLM is of no more use then. The end of this process does it too."""
+        if self._engine is not None and isinstance(self._engine.runner, LeadingRunner):
+            self._engine.runner.close()
+
+    @property
+    def engine(self) -> Engine:
+        """What serves the requests.
+
+        Raises:
+            RuntimeError: in a process that follows.
+        """
+        if self._engine is None:
+            raise RuntimeError(f"process {jax.process_index()} follows process 0, which decides: call follow()")
+        return self._engine
 
     @property
     def tokenizer(self) -> Any:

@@ -295,7 +295,8 @@ def block_bytes(
 def available_bytes(devices: Sequence[Any], memory_fraction: float = 1.0) -> int:
     """Bytes that may still be allocated, over all ``devices``, if ``memory_fraction`` of each is to be used in all.
 
-    A CPU's memory is the machine's, whatever else runs there.
+    A CPU's memory is the machine's, whatever else runs there. Of devices of other processes, which do not tell this
+    one, as much is taken to be left as of its own.
 
     Raises:
         ValueError: a device that does not report its memory.
@@ -304,6 +305,8 @@ def available_bytes(devices: Sequence[Any], memory_fraction: float = 1.0) -> int
         return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * memory_fraction)
     left = []
     for device in devices:
+        if device.process_index != jax.process_index():
+            continue
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             raise ValueError(f"{device} does not report its memory: give num_blocks")

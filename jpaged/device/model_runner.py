@@ -2,9 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,47 +13,56 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jpaged.config import EngineConfig
-from jpaged.device.beams import (
-    Candidates,
-    make_beam_inputs,
-    num_candidates_of,
-    pack_beam_inputs,
-    split_candidates,
-)
+from jpaged.device.beams import Candidates, split_candidates
 from jpaged.device.kv_cache import available_bytes, check_blocks_fit, choose_attention, num_blocks_that_fit
-from jpaged.device.programs import SCORE_ROWS, Programs, dtype_of, split_model
+from jpaged.device.packed_step import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
+from jpaged.device.programs import Programs, dtype_of, split_model
 from jpaged.device.sampler import (
     NO_SCORES,
     SampledTokens,
-    SamplePacker,
-    SampleSizes,
     Scores,
     first_rows,
     join_scores,
-    num_top_of,
 )
-from jpaged.device.step_inputs import Bucket, StepPacker, bucket_for
-from jpaged.device.step_state import pack_decode_inputs
+from jpaged.device.step_inputs import Bucket
 from jpaged.device.transfer import HostPool, num_host_blocks_for
-from jpaged.host.step_plan import BlockCopy, Chunk, Costs, PromptScore, StepPlan, StepResult, TokenScores
+from jpaged.host.step_plan import BlockCopy, Chunk, Costs, StepPlan, StepResult, TokenScores
 from jpaged.models import ModelConfig, fuse_norms, fuse_projections
-from jpaged.request import MAX_LOGPROBS
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, INTERPRETERS, why_cannot_run
 
 GUESSED_WORKSPACE = 1 / 32
 """Of the memory of an accelerator: what steps take besides weights and pool, until their programs say it."""
 
 
+class Agreeing(Protocol):
+    """Processes that agree on numbers."""
+
+    def least(self, number: int) -> int: ...
+
+
+class Results(NamedTuple):
+    """What an enqueued step will bring; None where the plan asks for nothing of the kind.
+
+    Args:
+        drawn: by a decode's own program, as ``StepState.drawn``.
+        sampled: otherwise, by each step.
+    """
+
+    drawn: Int[Array, "2 steps rows"] | None = None
+    sampled: tuple[SampledTokens, ...] = ()
+    candidates: Candidates | None = None
+    prompt_scores: tuple[list[Scores], ...] = ()
+
+
 class StepUnderWay(NamedTuple):
-    """A plan that was enqueued, and what it will bring; None where the plan asks for nothing of the kind.
+    """A plan that was enqueued.
 
     Args:
         number: counts steps.
         started_s: when, by ``time.perf_counter``.
         num_programs: compiled by then.
         was_idle: whether nothing was under way then.
-        drawn: by a decode's own program, as ``StepState.drawn``.
-        sampled: otherwise, by each step.
+        results: that it will bring.
     """
 
     plan: StepPlan
@@ -61,10 +70,7 @@ class StepUnderWay(NamedTuple):
     started_s: float
     num_programs: int
     was_idle: bool
-    drawn: Int[Array, "2 steps rows"] | None = None
-    sampled: tuple[SampledTokens, ...] = ()
-    candidates: Candidates | None = None
-    prompt_scores: tuple[list[Scores], ...] = ()
+    results: Results
 
 
 def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
@@ -86,6 +92,8 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
     asked = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in settings)
     if config.interpret and name not in INTERPRETERS:
         raise ValueError(f"{asked}: only {sorted(INTERPRETERS)} can be interpreted; name one, or leave interpret out")
+    if config.interpret and jax.process_count() > 1:
+        raise ValueError(f"{asked}: the interpreter runs in one process, and there are {jax.process_count()}")
     if name == "hopper" and config.tensor_parallel_size > 1:
         raise ValueError(
             f"{asked} runs on one device, not on tensor_parallel_size={config.tensor_parallel_size}: leave it out, or "
@@ -112,6 +120,7 @@ class ModelRunner:
         model_config: its configuration.
         config: the engine's settings.
         mesh: the devices.
+        channel: to the other processes that have some of them; they have to agree on sizes.
         warm_up: whether to call ``warm_up``, which costs least then.
         use_tqdm: show how far it is.
 
@@ -126,9 +135,11 @@ class ModelRunner:
         config: EngineConfig,
         mesh: jax.sharding.Mesh,
         *,
+        channel: Agreeing | None = None,
         warm_up: bool = False,
         use_tqdm: bool = True,
     ):
+        self._least: Callable[[int], int] = channel.least if channel is not None else lambda number: number
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
@@ -141,12 +152,13 @@ class ModelRunner:
         _, self._weights, _ = split_model(model)
         self.weight_bytes = sum(x.nbytes for x in self._weights)
         guessed_bytes = self._guess_sizes()
-        self.num_host_blocks = num_host_blocks_for(
+        num_host_blocks = num_host_blocks_for(
             config,
-            self.bytes_per_block,
+            self.bytes_per_block * len(mesh.local_devices) // mesh.size,
             is_on_cpu=self.programs.is_on_cpu,
             useful_blocks=config.max_num_seqs * self.max_blocks,
         )
+        self.num_host_blocks = self._least(num_host_blocks)
         with ThreadPoolExecutor(max_workers=1) as thread:  # both take a while
             host_pool = thread.submit(self._allocate_host_pool)
             if warm_up:
@@ -156,8 +168,12 @@ class ModelRunner:
             self.host_pool = host_pool.result()
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
-        self._step_packer = StepPacker(self.max_blocks, config.block_size)
-        self._sample_packer = SamplePacker()
+        self._packer = Packer(
+            self.buckets,
+            max_blocks=self.max_blocks,
+            block_size=config.block_size,
+            vocab_size=model_config.vocab_size,
+        )
         self._num_enqueued = 0  # steps
         self._newest_waited_for = 0  # the number of a step: it has run
 
@@ -179,7 +195,7 @@ class ModelRunner:
         if self.programs.is_on_cpu:
             self._set_sizes(self._require_blocks(self._num_blocks_beside(0)))
             return None
-        guessed_bytes = int(available_bytes(devices) * GUESSED_WORKSPACE)
+        guessed_bytes = self._least(int(available_bytes(devices) * GUESSED_WORKSPACE))
         num_blocks = self._num_blocks_beside(guessed_bytes)
         if num_blocks > self.max_blocks:
             self._set_sizes(num_blocks)
@@ -198,13 +214,15 @@ class ModelRunner:
 
     def _num_blocks_beside(self, reserved_bytes: int) -> int:
         """As many blocks as leave so many bytes of all devices."""
-        return num_blocks_that_fit(
-            self.bytes_per_block,
-            list(self.mesh.devices.flat),
-            self.config.memory_fraction,
-            reserved_bytes=reserved_bytes,
-            least_blocks=self.max_blocks + 1,
-            useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
+        return self._least(
+            num_blocks_that_fit(
+                self.bytes_per_block,
+                list(self.mesh.devices.flat),
+                self.config.memory_fraction,
+                reserved_bytes=reserved_bytes,
+                least_blocks=self.max_blocks + 1,
+                useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
+            )
         )
 
     def _require_blocks(self, num_blocks: int) -> int:
@@ -293,20 +311,24 @@ class ModelRunner:
         started_s, num_programs = time.perf_counter(), len(self.programs)
         was_idle = self._newest_waited_for == self._num_enqueued
         self._num_enqueued += 1
-        self._replace_lost()
-        if plan.to_host or plan.from_host:
-            assert self.host_pool is not None
-            self.cache = self.host_pool.start(self.cache, plan.to_host, plan.from_host)
-        if plan.copies:
-            self._copy(plan.copies)
-        step = StepUnderWay(plan, self._num_enqueued, started_s, num_programs, was_idle)
-        if plan.chunks:
-            step = self._compute(step)
-        if plan.from_host and self.host_pool is not None:
-            self.cache = self.host_pool.finish(self.cache)
-        for array in jax.tree.leaves((step.drawn, step.sampled, step.candidates)):
+        number = self._num_enqueued
+        results = self.start(self._packer.pack(plan))
+        for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()
-        return step
+        return StepUnderWay(plan, number, started_s, num_programs, was_idle, results)
+
+    def start(self, step: PackedStep) -> Results:
+        """``enqueue`` of what is packed already."""
+        self._replace_lost()
+        if step.to_host or step.from_host:
+            assert self.host_pool is not None
+            self.cache = self.host_pool.start(self.cache, step.to_host, step.from_host)
+        if step.copies:
+            self._copy(step.copies)
+        results = self._compute(step) if step.bucket is not None else Results()
+        if step.from_host and self.host_pool is not None:
+            self.cache = self.host_pool.finish(self.cache)
+        return results
 
     def _replace_lost(self) -> None:
         """Anew what went with a program that did not bring it back."""
@@ -318,8 +340,7 @@ class ModelRunner:
     def fetch(self, step: StepUnderWay) -> StepResult:
         """Wait for the results of a step. What it moves between the pools may still be under way."""
         plan = step.plan
-        results = step.drawn, step.sampled, step.candidates, step.prompt_scores
-        drawn, sampled, candidates, prompt_scores = jax.device_get(results)
+        drawn, sampled, candidates, prompt_scores = jax.device_get(step.results)
         num_samples = len(plan.samples)
         if plan.num_logit_rows > 0:
             self._newest_waited_for = step.number
@@ -347,65 +368,48 @@ class ModelRunner:
             later=tuple(draws[1:]),
         )
 
-    def _compute(self, step: StepUnderWay) -> StepUnderWay:
+    def _compute(self, step: PackedStep) -> Results:
         """Enqueue the forward passes and all that is made of their logits."""
-        plan, candidates = step.plan, None
-        bucket = bucket_for(plan, self.buckets)
-        packed = self._step_packer.pack(plan, bucket)
-        packed_samples, sizes = self._sample_packer.pack(plan.samples, self._num_sample_rows(plan, bucket))
-        num_top = num_top_of(plan.samples)
-        if bucket.is_decode and num_top is None and sizes == SampleSizes(bucket.num_rows):
-            self._load(pack_decode_inputs(packed, packed_samples, plan.num_steps))
-            hidden = self._run(bucket)
-            step = step._replace(drawn=self.programs.get(("read",))(self._state.drawn))
+        assert step.bucket is not None
+        assert step.inputs is not None
+        self._state = self.programs.get(("load", len(step.inputs)))(self._state, step.inputs)
+        drawn, sampled, candidates = None, (), None
+        if step.samples is not None:
+            hidden, sampled = self._run_and_sample(step.bucket, step.samples, step.num_steps)
         else:
-            hidden, sampled = self._run_and_sample(plan, bucket, packed, packed_samples, sizes)
-            step = step._replace(sampled=sampled)
-        if plan.beams:
-            num_candidates = num_candidates_of(plan.beams)
-            inputs = make_beam_inputs(plan.beams, first_row=len(plan.samples), num_rows=bucket.num_rows)
-            key = ("beam", bucket.num_rows, num_candidates, len(inputs.bias_rows))
-            candidates = self.programs.get(key)(self._weights, self._state.sample_hidden, pack_beam_inputs(inputs))
-        scores = tuple(self._score_prompt(plan, piece, hidden) for piece in plan.prompt_scores)
-        return step._replace(candidates=candidates, prompt_scores=scores)
-
-    def _num_sample_rows(self, plan: StepPlan, bucket: Bucket) -> int:
-        """Rows of logits: as few as compiled for, where a chunk of a prompt brings one or none."""
-        if bucket.is_decode:
-            return bucket.num_rows
-        return min(bucket.num_rows for bucket in self.buckets if bucket.num_rows >= len(plan.samples))
+            hidden = self._run(step.bucket)
+        if step.draws:
+            drawn = self.programs.get(("read",))(self._state.drawn)
+        if (beams := step.beams) is not None:
+            key = ("beam", step.bucket.num_rows, beams.num_candidates, beams.num_biases)
+            candidates = self.programs.get(key)(self._weights, self._state.sample_hidden, beams.inputs)
+        scores = tuple(self._score(piece, hidden) for piece in step.scores)
+        return Results(drawn, sampled, candidates, scores)
 
     def _run_and_sample(
-        self, plan: StepPlan, bucket: Bucket, packed: np.ndarray, packed_samples: np.ndarray, sizes: SampleSizes
+        self, bucket: Bucket, samples: PackedSamples, num_steps: int
     ) -> tuple[Float[Array, "tokens hidden_size"], tuple[SampledTokens, ...]]:
         """Enqueue the forward passes of a plan, and after each a program that samples as this plan asks for.
 
         Returns:
             The hidden states of the last one, and what was drawn by each.
         """
-        draw = self.programs.get(("sample", sizes, num_top_of(plan.samples))) if plan.samples else None
-        self._load_step(bucket, packed)
+        draw = self.programs.get(("sample", samples.sizes, samples.num_top))
         hidden, sampled = self._state.hidden, []
-        for number in range(plan.num_steps):
+        for number in range(num_steps):
             hidden = self._run(bucket)
-            if draw is not None:
-                state = self._state
-                args = state.latest, state.sample_hidden, packed_samples, np.int32(number)
-                tokens, latest = draw(self._weights, *args)
-                self._state = dataclasses.replace(state, latest=latest)
-                sampled.append(tokens)
+            state = self._state
+            args = state.latest, state.sample_hidden, samples.inputs, np.int32(number)
+            tokens, latest = draw(self._weights, *args)
+            self._state = dataclasses.replace(state, latest=latest)
+            sampled.append(tokens)
         return hidden, tuple(sampled)
 
-    def _load_step(self, bucket: Bucket, packed: np.ndarray) -> None:
-        """Enqueue the upload of a step's inputs, for its forward pass alone."""
-        if bucket.is_decode:
-            nothing = np.zeros(SampleSizes(bucket.num_rows).packed_size, np.int32)
-            packed = pack_decode_inputs(packed, nothing, num_steps=0)
-        self._load(packed)
-
-    def _load(self, inputs: np.ndarray) -> None:
-        """Enqueue the upload of a step's inputs."""
-        self._state = self.programs.get(("load", len(inputs)))(self._state, inputs)
+    def _score(self, piece: PackedScores, hidden: Float[Array, "tokens hidden_size"]) -> list[Scores]:
+        """Scores of a piece of a prompt, ``SCORE_ROWS`` at a time, the last ones padded."""
+        program = self.programs.get(("score", hidden.shape[0], piece.num_top))
+        parts = zip(piece.rows, piece.targets, strict=True)
+        return [program(self._weights, hidden, rows, targets) for rows, targets in parts]
 
     def _run(self, bucket: Bucket) -> Float[Array, "tokens hidden_size"]:
         """Enqueue the program of a bucket over what is loaded; the hidden states of its tokens, for the time being."""
@@ -434,12 +438,11 @@ class ModelRunner:
         num_chunks = min(bucket.num_tokens // width, bucket.num_rows)
         padding = Chunk(0, [0] * width, 0, width, [0] * self.max_blocks)
         plan = StepPlan(chunks=(padding,) * num_chunks)
-        packed = self._step_packer.pack(plan, bucket)
+        packed = self._packer.pack(plan)
         self._replace_lost()
         for _ in range(2):  # the first run loads the program
             started = time.perf_counter()
-            self._load_step(bucket, packed)
-            self._run(bucket)
+            self._compute(packed)
             jax.block_until_ready(self.cache.pool)
             prefill_s = time.perf_counter() - started
         self.host_pool.measure(self.cache, prefill_token_s=prefill_s / plan.num_tokens)
@@ -452,22 +455,6 @@ class ModelRunner:
             src[: len(wave)] = [copy.src for copy in wave]
             dst[: len(wave)] = [copy.dst for copy in wave]
             self.cache = self.programs.get(("copy", size))(self.cache, src, dst)
-
-    def _score_prompt(
-        self, plan: StepPlan, piece: PromptScore, hidden: Float[Array, "tokens hidden_size"]
-    ) -> list[Scores]:
-        """Scores of a piece, ``SCORE_ROWS`` at a time, the last ones padded."""
-        first = sum(len(chunk.token_ids) for chunk in plan.chunks[: piece.chunk])
-        num_top = min(MAX_LOGPROBS, self.model_config.vocab_size) if piece.num_logprobs else 0
-        program = self.programs.get(("score", hidden.shape[0], num_top))
-        parts = []
-        for start in range(0, len(piece.target_ids), SCORE_ROWS):
-            targets = piece.target_ids[start : start + SCORE_ROWS]
-            rows, padded = np.zeros(SCORE_ROWS, np.int32), np.zeros(SCORE_ROWS, np.int32)
-            rows[: len(targets)] = first + start + np.arange(len(targets))
-            padded[: len(targets)] = targets
-            parts.append(program(self._weights, hidden, rows, padded))
-        return parts
 
 
 def copy_waves(copies: Sequence[BlockCopy]) -> Iterator[list[BlockCopy]]:

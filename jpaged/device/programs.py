@@ -15,6 +15,7 @@ from tqdm import tqdm
 from jpaged.config import EngineConfig
 from jpaged.device.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.kv_cache import BlockMover, KVCache, block_bytes, block_shape
+from jpaged.device.packed_step import SCORE_ROWS
 from jpaged.device.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.sampler import SampleSizes
 from jpaged.device.sharding import pool_sharding, replicated
@@ -46,9 +47,6 @@ ACCELERATOR_LEAST_ROWS = 16
 ACCELERATOR_HALFWAY_FROM = 64
 """Tokens of a step from which each costs, so that padding does: Llama-3-8B on an H200 decodes 64 rows in 5.9 ms, and
 256 in 10.9, of which attention is less than half."""
-
-SCORE_ROWS = 64
-"""Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
 
 
 def num_cores() -> int:

@@ -2,14 +2,13 @@
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jpaged.device.draws import (
@@ -126,10 +125,10 @@ class SampleSizes(NamedTuple):
         return len(_COLUMNS) * self.num_rows + len(_BIAS_FIELDS) * self.num_biases + len(_SEEN_FIELDS) * self.num_seen
 
 
-def plain_specs(rows: PartitionSpec) -> SampleInputs:
-    """How inputs without biases and penalties are split, given how rows are."""
-    specs = {field.name: rows if field.name in _COLUMNS else PartitionSpec() for field in fields(SampleInputs)}
-    return SampleInputs(**specs)  # pyright: ignore[reportArgumentType]
+def rows_from(inputs: SampleInputs, start: Int[Array, ""], num_rows: int) -> SampleInputs:
+    """Some rows of inputs without biases and penalties."""
+    columns = {name: lax.dynamic_slice(getattr(inputs, name), (start,), (num_rows,)) for name in _COLUMNS}
+    return replace(inputs, **columns)
 
 
 _COLUMNS = {

@@ -16,12 +16,15 @@ def make_mesh(tensor_parallel_size: int = 1) -> Mesh:
     """A mesh of the first ``tensor_parallel_size`` devices with the one axis "tensor".
 
     Raises:
-        ValueError: not a positive number, or more devices than there are.
+        ValueError: not a positive number, more devices than there are, or so few that a process has none of them.
     """
     devices = jax.devices()
     if not 1 <= tensor_parallel_size <= len(devices):
+        raise ValueError(f"tensor_parallel_size={tensor_parallel_size} is not valid: there are {len(devices)} devices")
+    if len({device.process_index for device in devices[:tensor_parallel_size]}) < jax.process_count():
         raise ValueError(
-            f"tensor_parallel_size={tensor_parallel_size} is not valid: this process sees {len(devices)} devices"
+            f"tensor_parallel_size={tensor_parallel_size} leaves some of the {jax.process_count()} processes without a "
+            f"device: give {len(devices)}, all there are"
         )
     return jax.make_mesh(
         (tensor_parallel_size,), (TENSOR_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:tensor_parallel_size]

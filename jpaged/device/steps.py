@@ -14,7 +14,16 @@ from jaxtyping import Array, Float, Int
 
 from jpaged.device.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
 from jpaged.device.kv_cache import KVCache, PagedAttend
-from jpaged.device.sampler import SampledTokens, SampleSizes, Scores, plain_specs, sample, score, unpack_samples
+from jpaged.device.sampler import (
+    SampledTokens,
+    SampleInputs,
+    SampleSizes,
+    Scores,
+    rows_from,
+    sample,
+    score,
+    unpack_samples,
+)
 from jpaged.device.sharding import TENSOR_AXIS, replicated
 from jpaged.device.step_inputs import Bucket, pack_next, unpack
 from jpaged.device.step_state import StepState
@@ -112,9 +121,12 @@ class Steps:
             logits = self._whole_rows(model.logits(hidden[: sizes.num_rows]))
             draw = partial(sample, num_top=num_top)
             if self.mesh.size > 1 and sizes == SampleSizes(sizes.num_rows) and sizes.num_rows % self.mesh.size == 0:
-                # Each device decides what its own rows need: all would otherwise ask each other at every turn.
-                rows = P(TENSOR_AXIS)
-                draw = jax.shard_map(draw, in_specs=(rows, plain_specs(rows)), out_specs=rows, check_vma=False)
+                draw = jax.shard_map(
+                    partial(_sample_own_rows, num_top=num_top),
+                    in_specs=(P(TENSOR_AXIS), P()),
+                    out_specs=P(TENSOR_AXIS),
+                    check_vma=False,
+                )
             return self._replicate(draw(logits, inputs))
 
     def sample_next(
@@ -169,3 +181,11 @@ class Steps:
         model = self._merge(weights)
         logits = self._whole_rows(model.logits(hidden[rows]))
         return self._replicate(score(logits, targets, num_top=num_top))
+
+
+def _sample_own_rows(
+    logits: Float[Array, "own_rows vocab"], inputs: SampleInputs, *, num_top: int | None
+) -> SampledTokens:
+    """Each device decides what its own rows need: all would otherwise ask each other at every turn."""
+    first = jax.lax.axis_index(TENSOR_AXIS) * len(logits)
+    return sample(logits, rows_from(inputs, first, len(logits)), num_top=num_top)
