@@ -5,7 +5,6 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -20,6 +19,7 @@ from jpaged.detokenizer import Tokenizer
 from jpaged.device.compile_cache import enable_compile_cache
 from jpaged.device.model_runner import ModelRunner, check_settings
 from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
+from jpaged.device.program_cache import SOURCE_DIGEST
 from jpaged.device.sharding import make_mesh
 from jpaged.engine import Engine, EngineStats, Prompt, StepOutput
 from jpaged.models import ModelConfig, import_transformers, load_config, load_model
@@ -179,7 +179,7 @@ class LLM:
             self._serve(Engine(runner, config, tokenizer))
             return
         try:
-            agree(channel, version=version("jpaged"), config=config, model_config=model_config)
+            agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
             options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm and channel.is_leader}
             if channel.is_leader:
                 self._serve(Engine(LeadingRunner(model, model_config, config, mesh, **options), config, tokenizer))
