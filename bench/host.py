@@ -80,7 +80,7 @@ class _Runner:
     num_blocks: int
     timed: dict[str, list[float]]
     num_host_blocks = 0
-    bytes_per_block = 1
+    host_bytes_per_block = 1
     costs = None
     host_pool = None
 

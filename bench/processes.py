@@ -109,6 +109,7 @@ def _serve(args: argparse.Namespace, num_devices: int, join_as: dict[str, Any] |
     config = EngineConfig(
         dtype=args.dtype,
         max_num_seqs=max(BATCHES),
+        max_num_batched_tokens=512,
         max_model_len=PROMPT_LEN + NUM_TOKENS,
         tensor_parallel_size=num_devices,
         attention_implementation="xla",
@@ -118,7 +119,7 @@ def _serve(args: argparse.Namespace, num_devices: int, join_as: dict[str, Any] |
     )
     mesh = make_mesh(num_devices)
     model = random_model(model_config, args.dtype, mesh, 0)
-    llm = LLM.from_model(model, model_config, config, mesh=mesh, warm_up=args.device == "gpu", use_tqdm=False)
+    llm = LLM.from_model(model, model_config, config, mesh=mesh, warm_up=False, use_tqdm=False)
     if not llm.is_leader:
         llm.follow()
         return
@@ -128,7 +129,7 @@ def _serve(args: argparse.Namespace, num_devices: int, join_as: dict[str, Any] |
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     rates, token_ids = {}, []
     for batch in BATCHES:
-        for _ in range(2):  # the first loads programs
+        for _ in range(2):  # the first compiles programs
             started = time.perf_counter()
             results = llm.generate(prompts[:batch], params, use_tqdm=False)
             rates[batch] = round(batch * NUM_TOKENS / (time.perf_counter() - started), 1)

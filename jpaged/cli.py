@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log: errors only
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
-        if args.distributed or args.coordinator_address is not None:
+        by_hand = args.coordinator_address, args.num_processes, args.process_id
+        if args.distributed or any(value is not None for value in by_hand):
             _join(args)
         {"generate": _generate, "chat": _chat, "info": _info}[args.command](args)
         sys.stdout.flush()

@@ -49,7 +49,8 @@ class EngineConfig:
         num_host_blocks: blocks of the host pool, pinned memory for swapped KV and for prefixes evicted from the device;
             0 is none. None leaves it to ``host_memory_bytes``.
         host_memory_bytes: the same in bytes; give one of the two. None takes 4 GiB at most beside an accelerator, and
-            nothing on a CPU (whose pool is host memory already) unless ``preemption`` is "swap".
+            nothing on a CPU (whose pool is host memory already) unless ``preemption`` is "swap". Of several hosts, on
+            each.
 
     Raises:
         ValueError: a setting out of range, with the value and the range; settings that exclude each other.

@@ -2,12 +2,9 @@
 
 import dataclasses
 import hashlib
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, Self, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -19,6 +16,7 @@ from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence as Seq
 from jpaged.host.sequence import SequenceGroup
 from jpaged.host.step_plan import StepPlan, TokenScores
+from jpaged.interrupts import InterruptsWait
 from jpaged.request import (
     CompletionDelta,
     CompletionOutput,
@@ -141,7 +139,7 @@ class Engine:
         if config.num_host_blocks is not None:
             num_host_blocks = min(config.num_host_blocks, num_host_blocks)
         if config.host_memory_bytes is not None:
-            num_host_blocks = min(config.host_memory_bytes // runner.bytes_per_block, num_host_blocks)
+            num_host_blocks = min(config.host_memory_bytes // runner.host_bytes_per_block, num_host_blocks)
         if config.preemption == "swap" and num_host_blocks == 0:
             raise ValueError("preemption='swap' needs a host pool, and the runner has none: build it with one")
         if num_host_blocks and config.preemption == "auto" and runner.costs is None:
@@ -209,7 +207,7 @@ class Engine:
         """
         if request.seed is None:
             request = dataclasses.replace(request, seed=int(self._random.integers(2**32)))
-        with _InterruptsWait():
+        with InterruptsWait():
             self._drop_wasted()  # of requests that were aborted
             group = self._groups[request.request_id] = self.scheduler.add(request)
             if is_streamed:
@@ -228,7 +226,7 @@ class Engine:
             raise ValueError("enable_prefix_caching=False: a pinned prefix would never be found; turn it on")
         text, token_ids, salt = self._encode(prefix)
         params = SamplingParams(max_tokens=1)  # nothing is drawn
-        with _InterruptsWait():
+        with InterruptsWait():
             self.scheduler.pin(Request(request_id, text, token_ids, params, 0, salt))
         return token_ids
 
@@ -242,7 +240,7 @@ class Engine:
         Raises:
             ValueError: it is not pinned, or not any more.
         """
-        with _InterruptsWait():
+        with InterruptsWait():
             self.scheduler.unpin(request_id)
 
     def abort(self, request_id: str) -> bool:
@@ -253,7 +251,7 @@ class Engine:
         """
         if request_id not in self._groups:
             return False
-        with _InterruptsWait():
+        with InterruptsWait():
             group = self.scheduler.abort(request_id)
             if group is None:
                 return False
@@ -266,7 +264,7 @@ class Engine:
         group = self._groups.get(request_id)
         if group is None:
             return
-        with _InterruptsWait():
+        with InterruptsWait():
             self.scheduler.abort(request_id)
             self._to_collect.pop(request_id, None)
             self._streamed.pop(request_id, None)
@@ -351,7 +349,7 @@ class Engine:
         A step that fails or is interrupted costs the running requests a recomputation, and nobody a token. A request
         whose text cannot be made (its tokenizer raised) is forgotten.
         """
-        with _InterruptsWait() as interrupts:
+        with InterruptsWait() as interrupts:
             self._collect_all()  # what an error left
             if self.scheduler.has_unfinished:
                 try:
@@ -368,7 +366,7 @@ class Engine:
             self._drop_wasted()
         return self.take()
 
-    def _run_step(self, interrupts: "_InterruptsWait") -> list[SequenceGroup]:
+    def _run_step(self, interrupts: InterruptsWait) -> list[SequenceGroup]:
         """Keep one step in flight: plan and enqueue the next before waiting for the results of this one."""
         if not self._under_way:
             self._enqueue(self.scheduler.schedule(), interrupts)
@@ -388,7 +386,7 @@ class Engine:
                 self.scheduler.drop()
             self._under_way.clear()
 
-    def _enqueue(self, plan: StepPlan, interrupts: "_InterruptsWait") -> None:
+    def _enqueue(self, plan: StepPlan, interrupts: InterruptsWait) -> None:
         with interrupts.let_through():
             step = self.runner.enqueue(plan)
         self._under_way.append(step)
@@ -560,43 +558,6 @@ class Engine:
             host_cache_hit_tokens=blocks.host_hit_tokens,
             num_steps=scheduler.num_steps,
         )
-
-
-class _InterruptsWait:
-    """Lets Ctrl-C take effect after the block: half of a step's bookkeeping could not be told from all of it."""
-
-    def __init__(self) -> None:
-        self._before = signal.getsignal(signal.SIGINT)
-        # Only the main thread is interrupted, and only it may say how.
-        self._is_needed = threading.current_thread() is threading.main_thread() and self._before is not None
-        self._num_pending = 0
-
-    def __enter__(self) -> Self:
-        if self._is_needed:
-            signal.signal(signal.SIGINT, self._remember)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._is_needed:
-            signal.signal(signal.SIGINT, self._before)
-            num_pending, self._num_pending = self._num_pending, 0
-            if num_pending:
-                signal.raise_signal(signal.SIGINT)
-
-    @contextmanager
-    def let_through(self) -> Iterator[None]:
-        """Let Ctrl-C take effect at once: of what runs here nothing is relied upon."""
-        if not self._is_needed:
-            yield
-            return
-        try:
-            self.__exit__()
-            yield
-        finally:
-            self.__enter__()
-
-    def _remember(self, number: int, frame: object) -> None:
-        self._num_pending += 1
 
 
 def _is_ranked(group: SequenceGroup) -> bool:

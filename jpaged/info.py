@@ -176,7 +176,7 @@ def _plan_pool(
 
 def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo) -> HostPoolInfo:
     """The host pool that ``ModelRunner`` would allocate beside ``kv_cache``."""
-    bytes_per_block = kv_cache.block_size * kv_cache.bytes_per_token
+    bytes_per_block = kv_cache.block_size * kv_cache.bytes_per_token // jax.process_count()  # on each host
     max_model_len = min(check_settings(model, config), kv_cache.num_tokens)
     num_blocks = num_host_blocks_for(
         config,

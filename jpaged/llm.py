@@ -1,7 +1,7 @@
 """LLM: a checkpoint, an engine and the two ways to use it offline: whole batches, and streams."""
 
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -126,8 +126,10 @@ class LLM:
         check_settings(model_config, config)
         tokenizer = _load_tokenizer(path)
         mesh = make_mesh(tensor_parallel_size)
-        weights = load_model(path, model_config, resolve_dtype(dtype, model_config.dtype), mesh, use_tqdm=use_tqdm)
-        self._start(weights, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+        use_tqdm = use_tqdm and jax.process_index() == 0
+        weights_dtype = resolve_dtype(dtype, model_config.dtype)
+        load = partial(load_model, path, model_config, weights_dtype, mesh, use_tqdm=use_tqdm)
+        self._start(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
 
     @classmethod
     def from_model(
@@ -145,8 +147,8 @@ class LLM:
         self = cls.__new__(cls)
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
-        model = nnx.clone(model)  # the runner joins its projections
-        self._start(model, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+        clone = partial(nnx.clone, model)  # the runner joins its projections
+        self._start(clone, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
         return self
 
     @classmethod
@@ -161,7 +163,7 @@ class LLM:
 
     def _start(
         self,
-        model: nnx.Module,
+        load: Callable[[], Any],
         model_config: ModelConfig,
         config: EngineConfig,
         mesh: jax.sharding.Mesh,
@@ -175,17 +177,17 @@ class LLM:
             warm_up = jax.default_backend() != "cpu"
         channel = open_channel(mesh)
         if channel is None:
-            runner = ModelRunner(model, model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
+            runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
             self._serve(Engine(runner, config, tokenizer))
             return
+        options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
         try:
             agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
-            options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm and channel.is_leader}
             if channel.is_leader:
-                self._serve(Engine(LeadingRunner(model, model_config, config, mesh, **options), config, tokenizer))
+                self._serve(Engine(LeadingRunner(load(), model_config, config, mesh, **options), config, tokenizer))
             else:
                 self._engine = None
-                self._followed = partial(follow, ModelRunner(model, model_config, config, mesh, **options), channel)
+                self._followed = partial(follow, ModelRunner(load(), model_config, config, mesh, **options), channel)
         except BaseException:
             channel.close()  # or the others would wait
             raise

@@ -33,6 +33,78 @@ else:
 """
 
 
+FAILURES = """
+import gc, json, os, signal, sys
+from jpaged.device.processes import join_processes
+join_processes("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+from unittest import mock
+from test_processes import PROMPTS, SETTINGS
+from jpaged import LLM, SamplingParams
+from jpaged.device.model_runner import ModelRunner
+from jpaged.device.programs import Programs
+params, found = SamplingParams(temperature=0, max_tokens=8), []
+
+
+def tokens(llm):
+    return llm.generate(PROMPTS[0], params, use_tqdm=False)[0].outputs[0].token_ids
+
+
+def fail_at(number):
+    calls, compute = [], ModelRunner._compute
+
+    def failing(self, step):
+        calls.append(step)
+        if len(calls) == number:
+            raise RuntimeError("on purpose")
+        return compute(self, step)
+
+    return mock.patch.object(ModelRunner, "_compute", failing)
+
+
+def interrupted_at(number):
+    calls, get = [], Programs.get
+
+    def interrupted(self, key):
+        calls.append(key)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return get(self, key)
+
+    return mock.patch.object(Programs, "get", interrupted)
+
+
+with fail_at(3):  # in both processes
+    llm = LLM(tensor_parallel_size=4, **SETTINGS)
+    if llm.is_leader:
+        try:
+            tokens(llm)
+        except RuntimeError as error:
+            found.append(str(error))
+        found.append(tokens(llm))
+        with interrupted_at(7):
+            try:
+                tokens(llm)
+            except KeyboardInterrupt:
+                found.append("interrupted")
+        found.append(tokens(llm))
+        del llm
+        gc.collect()
+    else:
+        llm.follow()
+llm = LLM(tensor_parallel_size=4, **SETTINGS)
+if llm.is_leader:
+    found.append(tokens(llm))
+    llm.close()
+    try:
+        tokens(llm)
+    except RuntimeError as error:
+        found.append(str(error))
+    print(json.dumps(found))
+else:
+    llm.follow()
+"""
+
+
 def outputs(llm: LLM) -> dict:
     """The tokens of requests of every kind, with too few blocks for all of them; and how often blocks moved."""
     kinds = [
@@ -72,6 +144,16 @@ def test_two_processes_give_the_tokens_of_one_whatever_they_do():
     alone = outputs(LLM(**SETTINGS))
     assert found["tokens"] == alone["tokens"]
     assert found["num_swaps"] > 0
+
+
+def test_failed_and_interrupted_steps_and_dropped_llms_leave_the_processes_together():
+    leader, follower = run_two(lambda port, i: ["-c", FAILURES, port, i])
+    assert (leader.returncode, follower.returncode) == (0, 0), leader.stderr[-2000:] + follower.stderr[-2000:]
+    [alone] = LLM(**SETTINGS).generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    tokens = alone.outputs[0].token_ids
+    closed = "this LLM was closed: make another one, in all processes"
+    expected = ["on purpose", tokens, "interrupted", tokens, tokens, closed]
+    assert json.loads(leader.stdout.splitlines()[-1]) == expected
 
 
 def test_the_command_runs_on_two_processes_and_the_first_one_prints():

@@ -150,7 +150,36 @@ def test_kernels_are_those_of_the_result_file():
 
 
 def test_cases_compiled_for_tpus_are_those_of_the_grid():
-    assert f"a grid of {len(list(tpu_aot.grid())):,} cases" in README
+    num_cases = len(list(tpu_aot.grid()))
+    assert f"a grid of {num_cases:,} cases" in README
+    result = _result("tpu_grid")
+    assert sum(counts["compiled"] for counts in result["generations"].values()) == num_cases
+
+
+def test_bytes_of_decodes_on_tpus_are_those_of_the_plan():
+    rows = [
+        row for row in _result("tpu_plan")["rows"] if row["batch"] == "decode 128 at 1k" and row["block_size"] == 16
+    ]
+    worst = max(row["moved_bytes"] / row["least_bytes"] for row in rows if row["pool_dtype"] == "bfloat16")
+    assert f"at most {100 * (worst - 1):.1f}% more bytes" in README
+    assert worst <= 1.03
+
+
+def test_models_on_tpus_are_those_of_the_result_file():
+    shown = {(row[0], row[1]): row[2:] for row in _rows() if len(row) == 7 and " x v" in row[1]}
+    for fit in _result("tpu_models")["fits"]:
+        row = [_gib(fit["hbm_bytes"]), _gib(fit["parameter_bytes"])]
+        if fit["reason"] is not None:
+            row += ["does not fit", "", ""]
+        else:
+            temporaries = ", ".join(_gib(step["temporary_bytes"]) for step in fit["steps"])
+            row += [_gib(fit["pool_bytes"]), temporaries, f"{fit['context_tokens']:,}"]
+        assert shown.pop((fit["model"], f"{fit['num_chips']} x {fit['generation']}")) == row
+    assert not shown
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.2f}"
 
 
 def test_sharing_is_that_of_the_result_files():

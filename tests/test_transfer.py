@@ -349,3 +349,15 @@ def test_swap_without_room_for_a_host_pool_is_refused(monkeypatch):
     monkeypatch.setattr(transfer, "free_machine_bytes", lambda: 4096)
     with pytest.raises(ValueError, match="preemption='swap' needs a host pool"):
         make_runner(num_host_blocks=None, preemption="swap")
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_blocks_move_by_dma_as_they_do_without(num_devices):
+    kernel = {"attention_implementation": "pallas_tpu", "interpret": True}
+    runner = make_runner(tensor_parallel_size=num_devices, num_blocks=33, num_host_blocks=8, **kernel)
+    before = content(runner)
+    runner.execute(StepPlan(to_host=moves([1, 2, 3], [5, 6, 7]), copies=moves([4, 5, 9], [9, 10, 11])))
+    runner.execute(StepPlan(from_host=moves([5, 7], [20, 21])))
+    expected = before.copy()
+    expected[[9, 10, 11, 20, 21]] = before[[4, 5, 9, 1, 3]]
+    assert_same_bits(content(runner), expected)

@@ -154,7 +154,7 @@ class ModelRunner:
         guessed_bytes = self._guess_sizes()
         num_host_blocks = num_host_blocks_for(
             config,
-            self.bytes_per_block * len(mesh.local_devices) // mesh.size,
+            self.host_bytes_per_block,
             is_on_cpu=self.programs.is_on_cpu,
             useful_blocks=config.max_num_seqs * self.max_blocks,
         )
@@ -206,7 +206,7 @@ class ModelRunner:
 
     def _correct_sizes(self, guessed_bytes: int) -> bool:
         """Size the pool by what a step takes, if that is more than was guessed. Returns whether it was."""
-        needed = self.programs.workspace_bytes() * self.mesh.size
+        needed = -self._least(-self.programs.workspace_bytes() * self.mesh.size)  # the most that any process needs
         if needed <= guessed_bytes:
             return False
         self._set_sizes(self._require_blocks(self._num_blocks_beside(needed)))
@@ -271,6 +271,11 @@ class ModelRunner:
     def bytes_per_block(self) -> int:
         """Over all devices."""
         return self.programs.bytes_per_block
+
+    @property
+    def host_bytes_per_block(self) -> int:
+        """Over this process's devices: what a block takes in this host's memory."""
+        return self.bytes_per_block * len(self.mesh.local_devices) // self.mesh.size
 
     @property
     def max_model_len(self) -> int:

@@ -52,6 +52,7 @@ class PackedStep:
         bucket: the program of the forward pass; None if there is nothing to compute.
         inputs: what that program loads.
         num_steps: of a burst.
+        draws: whether that program draws too: a decode's, with nothing but what all rows ask for.
         samples: what is drawn by a program of its own; None if nothing is, or a decode's own program does it.
         beams, scores: what else is made of the logits.
     """

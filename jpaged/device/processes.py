@@ -7,26 +7,42 @@ leading process says in one message, which is all that they send each other on t
 import atexit
 import itertools
 import json
+import logging
 import os
 import pickle
 import secrets
 import socket
+import struct
+import time
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from enum import Enum, auto
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Any
 
 import jax
+from flax import nnx
 from jax._src import distributed  # who the leader is and what a follower needs to find it, JAX says nowhere else
 from jax.sharding import Mesh
 
+from jpaged.config import EngineConfig
 from jpaged.device.model_runner import ModelRunner, Results
 from jpaged.device.packed_step import PackedStep
+from jpaged.interrupts import InterruptsWait
+from jpaged.models import ModelConfig
+
+log = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 10
 
 CONNECT_TIMEOUT_S = 600
 """For the slowest process to get as far as the others."""
+
+
+class ProcessLostError(OSError):
+    """One of the processes has ended, and with it the work of all."""
 
 
 class Command(Enum):
@@ -80,6 +96,7 @@ class Channel:
 
     def __init__(self) -> None:
         self.is_leader = jax.process_index() == 0
+        self._is_closed = False
         client, name = distributed.global_state.client, f"jpaged/channel/{next(Channel._numbers)}"
         assert client is not None
         if self.is_leader:
@@ -93,37 +110,50 @@ class Channel:
         """From the leading process.
 
         Raises:
-            OSError: an earlier message could not be sent: a process has ended.
+            ProcessLostError: an earlier message could not be sent.
+            RuntimeError: the channel was closed.
         """
+        if self._is_closed:
+            raise RuntimeError("this LLM was closed: make another one, in all processes")
         if self._sending is not None and self._sending.done():
             self._sending.result()
         self._sending = self._thread.submit(self._send, pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
     def _send(self, data: bytes) -> None:
+        """To those that are left too, if one is lost."""
+        lost = []
         for connection in self._connections:
-            connection.send_bytes(data)
+            try:
+                connection.send_bytes(data)
+            except OSError as error:
+                lost.append(error)
+        if lost:
+            raise ProcessLostError(_LOST) from lost[0]
 
     def receive(self) -> Any:
         """The next message.
 
         Raises:
-            EOFError: the leading process has ended.
+            ProcessLostError: the leading process has ended.
         """
-        return pickle.loads(self._connections[0].recv_bytes())
+        try:
+            return pickle.loads(self._connections[0].recv_bytes())
+        except (EOFError, OSError) as error:
+            raise ProcessLostError(_LOST) from error
 
     def gather(self, message: Any) -> list[Any]:
         """The messages of all processes, the leading one's first; all of them ask at the same time.
 
         Raises:
-            EOFError: one of them has ended.
+            ProcessLostError: one of them has ended.
         """
-        if not self.is_leader:
-            self._connections[0].send(message)
-            return self.receive()
         try:
+            if not self.is_leader:
+                self._connections[0].send(message)
+                return self.receive()
             gathered = [message, *(connection.recv() for connection in self._connections)]
-        except EOFError as error:
-            raise EOFError("another process has ended: its own output says why") from error
+        except (EOFError, OSError) as error:
+            raise ProcessLostError(_LOST) from error
         self.send(gathered)
         return gathered
 
@@ -133,9 +163,11 @@ class Channel:
 
     def end(self) -> None:
         """From the leading process: there is no more to do."""
-        self._thread.shutdown()
-        self._send(pickle.dumps(Command.END))  # by this thread: no other starts while the interpreter ends
-        self.close()
+        if not self._is_closed:
+            self._thread.shutdown()
+            with suppress(ProcessLostError):  # who is lost need not be told
+                self._send(pickle.dumps(Command.END))  # by this thread: no other starts while the interpreter ends
+            self.close()
 
     def close(self) -> None:
         """Listen no more; whoever waits for a message of this process learns that there will be none."""
@@ -143,19 +175,47 @@ class Channel:
             self._thread.shutdown()
         for connection in self._connections:
             connection.close()
+        self._is_closed = True
+
+
+_LOST = "another process has ended, and its own output says why: start all of them again"
 
 
 def _accept(client: Any, name: str, num_followers: int) -> list[Connection]:
     """A connection to each of the others."""
-    key, connections = secrets.token_bytes(32), []
-    with Listener(("", 0), family="AF_INET", backlog=num_followers, authkey=key) as listener:
-        client.key_value_set(name, json.dumps({"port": listener.address[1], "key": key.hex()}))
+    key, connections, stop = secrets.token_bytes(32), [], time.monotonic() + CONNECT_TIMEOUT_S
+    with socket.create_server(("", 0), backlog=num_followers) as server:
+        client.key_value_set(name, json.dumps({"port": server.getsockname()[1], "key": key.hex()}))
         while len(connections) < num_followers:
+            server.settimeout(max(stop - time.monotonic(), 0.001))
             try:
-                connections.append(_without_delay(listener.accept()))
-            except (AuthenticationError, OSError):  # somebody else's; whoever of ours is missing, JAX reports
-                continue
+                accepted, _ = server.accept()
+            except TimeoutError as error:
+                raise ProcessLostError(
+                    f"{len(connections)} of {num_followers} other processes came within {CONNECT_TIMEOUT_S} s: start "
+                    "the same command on every host, and let them connect to each other"
+                ) from error
+            with suppress(AuthenticationError, EOFError, OSError):  # somebody who is none of ours
+                connections.append(_shake_hands(accepted, key))
     return connections
+
+
+def _shake_hands(accepted: socket.socket, key: bytes) -> Connection:
+    """The connection, once both sides have shown that they know the key; who says nothing is not waited for."""
+    accepted.settimeout(None)
+    accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", HANDSHAKE_TIMEOUT_S, 0))
+    connection = Connection(os.dup(accepted.fileno()))
+    try:
+        deliver_challenge(connection, key)
+        answer_challenge(connection, key)
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
+        accepted.close()
+    return connection
 
 
 def _connect(client: Any, name: str) -> Connection:
@@ -163,12 +223,9 @@ def _connect(client: Any, name: str) -> Connection:
     found = json.loads(client.blocking_key_value_get(name, CONNECT_TIMEOUT_S * 1000))
     address = distributed.global_state.coordinator_address
     assert address is not None
-    host = address.rpartition(":")[0].strip("[]")
-    return _without_delay(Client((host, found["port"]), family="AF_INET", authkey=bytes.fromhex(found["key"])))
-
-
-def _without_delay(connection: Connection) -> Connection:
-    """A large message is sent in two parts, the second of which would wait for the first to be acknowledged."""
+    host = address.rpartition(":")[0]
+    connection = Client((host, found["port"]), family="AF_INET", authkey=bytes.fromhex(found["key"]))
+    # A large message is sent in two parts, the second of which would wait for the first to be acknowledged.
     with socket.socket(fileno=os.dup(connection.fileno())) as opened:
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
@@ -177,43 +234,60 @@ def _without_delay(connection: Connection) -> Connection:
 class LeadingRunner(ModelRunner):
     """The runner of the leading process: whatever it does, the others do too."""
 
-    def __init__(self, *args: Any, channel: Channel, **options: Any):
+    def __init__(
+        self,
+        model: nnx.Module,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        mesh: Mesh,
+        *,
+        channel: Channel,
+        warm_up: bool = False,
+        use_tqdm: bool = True,
+    ):
         self._channel = channel
-        self._is_over = False
-        super().__init__(*args, channel=channel, **options)
-        atexit.register(self.close)  # the others would wait for ever, and JAX for them
+        self.close = weakref.finalize(self, channel.end)
+        """Tell the others that there is no more to do; when this is collected at the latest."""
+        atexit.register(self.close)  # before JAX waits for the others, which would wait for this one
+        super().__init__(model, model_config, config, mesh, channel=channel, warm_up=warm_up, use_tqdm=use_tqdm)
 
     def start(self, step: PackedStep) -> Results:
-        self._channel.send(step)
-        return super().start(step)
+        with InterruptsWait():  # the others do all of it
+            self._channel.send(step)
+            return super().start(step)
 
     def forget_pool(self) -> None:
         self._channel.send(Command.FORGET_POOL)
         super().forget_pool()
 
     def measure_costs(self) -> None:
-        self._channel.send(Command.MEASURE_COSTS)
-        super().measure_costs()
-
-    def close(self) -> None:
-        """Tell the others that there is no more to do."""
-        if not self._is_over:
-            self._is_over = True
-            self._channel.end()
-            atexit.unregister(self.close)
+        with InterruptsWait():
+            self._channel.send(Command.MEASURE_COSTS)
+            super().measure_costs()
 
 
 def follow(runner: ModelRunner, channel: Channel) -> None:
     """Do what the leading process says until it has no more to say.
 
+    A step that fails here will have failed there too, which is then the next message. If not, this process ends at
+    once: JAX would have it wait for the others, and they for what it no longer computes.
+
     Raises:
-        EOFError: it ended without saying so.
+        ProcessLostError: the leading process ended without saying so.
     """
+    failure: Exception | None = None
     with closing(channel):
         while (message := channel.receive()) is not Command.END:
+            if failure is not None and message is not Command.FORGET_POOL:
+                log.error("this process could not do what the leading one did, and ends", exc_info=failure)
+                os._exit(1)
+            failure = None
             match message:
                 case PackedStep() as step:
-                    runner.start(step)
+                    try:
+                        runner.start(step)
+                    except Exception as error:
+                        failure = error
                 case Command.FORGET_POOL:
                     runner.forget_pool()
                 case Command.MEASURE_COSTS:
@@ -237,5 +311,14 @@ def agree(channel: Channel, **settings: object) -> None:
 
 
 def open_channel(mesh: Mesh) -> Channel | None:
-    """The channel between the processes that the devices of a mesh belong to; None for a single one."""
-    return Channel() if len({device.process_index for device in mesh.devices.flat}) > 1 else None
+    """The channel between the processes that the devices of a mesh belong to; None for a single one.
+
+    Raises:
+        ValueError: some processes have none of these devices.
+    """
+    num_processes = len({device.process_index for device in mesh.devices.flat})
+    if num_processes == 1:
+        return None
+    if num_processes < jax.process_count():
+        raise ValueError(f"the mesh has devices of {num_processes} of {jax.process_count()} processes: give it all")
+    return Channel()

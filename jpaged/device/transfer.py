@@ -276,7 +276,7 @@ def num_host_blocks_for(config: EngineConfig, bytes_per_block: int, *, is_on_cpu
 
     Args:
         config: the engine's settings.
-        bytes_per_block: over all devices.
+        bytes_per_block: over this process's devices.
         is_on_cpu: whether the device pool lies in the machine's memory.
         useful_blocks: more are taken only if asked for.
 
