@@ -16,6 +16,7 @@ if (
 import jax
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -31,6 +32,17 @@ def no_races(capsys):
     yield
     reset_gpu_interpret_mode_state()
     assert "RACE DETECTED" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def nothing_kept_by_jax():
+    """What JAX finds in its own cache, ours does not keep; and earlier tests may have turned that on."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 def pytest_addoption(parser):

@@ -97,7 +97,7 @@ def _load_llm(case: str) -> LLM:
         num_host_blocks=256,
     )
     llm = LLM.from_model(model, model_config, config, mesh=mesh, warm_up=False, use_tqdm=False)
-    llm.engine.runner.buckets = llm.engine.runner.buckets[-1:]
+    del llm.engine.runner.buckets[:-1]
     return llm
 
 
@@ -108,7 +108,7 @@ def test_searches_under_pressure_equal_hugging_face(case, preemption):
     llm = _load_llm(case)
     num_host_blocks = 256 if preemption == "swap" else 0
     config = dataclasses.replace(llm.engine.config, preemption=preemption, num_host_blocks=num_host_blocks)
-    llm.engine = Engine(llm.engine.runner, config)
+    llm = LLM.from_engine(Engine(llm.engine.runner, config))
 
     searches = load_beam_references(case)
     greedy = [load_reference(case)[prompt_len] for prompt_len in GREEDY_PROMPT_LENS]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tpu_aot
+from jax.sharding import NamedSharding, PartitionSpec
 from tpu_aot import compile_case, grid
 
 from bench.tpu_compiler import (
@@ -30,7 +31,10 @@ from pallas_kernels.paged_attention.tpu import attend_tpu, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.chip import chip_of, current_chip
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 
-pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
+pytestmark = [
+    pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler())),
+    pytest.mark.usefixtures("nothing_kept_by_jax"),  # it cannot be loaded for devices that are not there
+]
 
 EVERY = 97
 """Coprime to all axes of the grid, so that each value of each one is among the cases taken."""
@@ -147,6 +151,19 @@ def test_blocks_are_moved_in_place(generation):
     assert_in_place(compile_for(generation, scatter_blocks_tpu, POOL, ids, blocks, donate=(0,)))
     gathered = compile_for(generation, gather_blocks_tpu, POOL, ids).memory_analysis()
     assert gathered.temp_size_in_bytes < POOL_BYTES / 100
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_blocks_go_to_the_host_and_come_back_by_memory_kind(generation):
+    mesh = mesh_of(generation)
+    on_device = NamedSharding(mesh, PartitionSpec())
+    on_host = on_device.with_memory_kind("pinned_host")
+    for source, target in ((on_device, on_host), (on_host, on_device)):
+        block = jax.ShapeDtypeStruct(POOL[0][1:], BF16, sharding=source)
+        memory = jax.jit(lambda x: x, out_shardings=target).lower(block).compile().memory_analysis()
+        on_each = memory.host_argument_size_in_bytes, memory.host_output_size_in_bytes
+        assert sorted(on_each) == [0, POOL_BYTES // POOL[0][0]]
+        assert memory.temp_size_in_bytes == 0
 
 
 def assert_in_place(compiled) -> None:

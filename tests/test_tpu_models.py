@@ -8,6 +8,8 @@ from bench.results import RESULTS
 from bench.tpu_compiler import why_no_compiler
 from bench.tpu_models import PLACES, count_collectives, fit, table
 
+pytestmark = pytest.mark.usefixtures("nothing_kept_by_jax")  # it cannot be loaded for devices that are not there
+
 FITS = json.loads((RESULTS / "tpu_models.json").read_text())["fits"]
 
 

@@ -11,7 +11,10 @@ from bench.tpu_plan import BATCHES, MODELS, plan, table
 from pallas_kernels.paged_attention.tpu.chip import chip_of
 from pallas_kernels.paged_attention.tpu.sizes import vmem_limit
 
-pytestmark = pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
+pytestmark = [
+    pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler())),
+    pytest.mark.usefixtures("nothing_kept_by_jax"),  # it cannot be loaded for devices that are not there
+]
 
 LLAMA, QWEN, OPT, SHARE = MODELS
 DECODE, LONG, PREFILL, MIXED = BATCHES
