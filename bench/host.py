@@ -89,16 +89,16 @@ class _Runner:
         return self.config.max_burst
 
     def __post_init__(self) -> None:
-        from jpaged.device.sampler import SamplePacker
-        from jpaged.device.step_inputs import StepPacker, all_buckets
+        from jpaged.device.sampling.sampler import SamplePacker
+        from jpaged.device.step.inputs import StepPacker, all_buckets
 
         self.buckets = all_buckets(self.config.max_num_seqs, self.config.token_budget)
         self._step_packer = StepPacker(self.max_model_len // self.config.block_size, self.config.block_size)
         self._sample_packer = SamplePacker()
 
     def enqueue(self, plan: Any) -> Any:
-        from jpaged.device.sampler import num_top_of
-        from jpaged.device.step_inputs import bucket_for
+        from jpaged.device.sampling.sampler import num_top_of
+        from jpaged.device.step.inputs import bucket_for
 
         start = time.thread_time()
         bucket = bucket_for(plan, self.buckets)
@@ -113,7 +113,7 @@ class _Runner:
     def fetch(self, step: Any) -> Any:
         import numpy as np
 
-        from jpaged.host.step_plan import StepResult, TokenScores
+        from jpaged.contract.plan import StepResult, TokenScores
 
         rows = len(step.plan.samples)
         floats, ints = np.zeros(rows, np.float32), np.zeros(rows, np.int32)
@@ -127,7 +127,7 @@ def _time_steps(args: argparse.Namespace) -> dict[str, list[float]]:
     import numpy as np
 
     from jpaged import EngineConfig, SamplingParams
-    from jpaged.engine import Engine
+    from jpaged.engine.loop import Engine
     from jpaged.models import load_config
 
     num_blocks = 1 + args.num_seqs * (MAX_MODEL_LEN // 16)

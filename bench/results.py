@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jpaged.device.programs import num_cores
+from jpaged.device.step.programs import num_cores
 
 RESULTS = Path(__file__).parent / "results"
 

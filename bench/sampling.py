@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import jax
     from jaxtyping import Array, Float
 
-    from jpaged.device.sampler import SampleInputs
+    from jpaged.device.sampling.sampler import SampleInputs
 
 TURNS = 16
 """Draws in one program, so that dispatching it is a small part of what is timed."""
@@ -122,8 +122,8 @@ def _time_s(case: Case, logits: "Float[Array, 'rows vocab']", num_samples: int) 
     import jax.numpy as jnp
 
     from bench.attention.timing import time_program
-    from jpaged.device.sampler import make_sample_inputs
-    from jpaged.host.step_plan import Sample
+    from jpaged.contract.plan import Sample
+    from jpaged.device.sampling.sampler import make_sample_inputs
     from jpaged.request import SamplingParams
 
     num_rows = logits.shape[0]
@@ -140,8 +140,8 @@ def _compile(num_top: int | None, *args: "Array | SampleInputs") -> "jax.stages.
     import jax.numpy as jnp
     from jax import Array, lax
 
-    from jpaged.device.programs import GPU_COMPILER_OPTIONS
-    from jpaged.device.sampler import SampleInputs, sample
+    from jpaged.device.sampling.sampler import SampleInputs, sample
+    from jpaged.device.step.programs import GPU_COMPILER_OPTIONS
 
     def run(tokens: Array, logits: Array, inputs: SampleInputs) -> Array:
         def turn(i: Array, tokens: Array) -> Array:

@@ -24,12 +24,12 @@ from jax.sharding import Mesh
 from bench.results import RESULTS, environment, save
 from bench.tpu_compiler import mesh_in, why_no_compiler
 from jpaged import EngineConfig
-from jpaged.device.programs import Programs
-from jpaged.device.sharding import TENSOR_AXIS
-from jpaged.device.step_inputs import Bucket
-from jpaged.device.steps import SAMPLING_SCOPE
+from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.programs import Programs
+from jpaged.device.step.steps import SAMPLING_SCOPE
 from jpaged.models import ModelConfig, fuse_projections, load_config
-from jpaged.models.registry import abstract_model
+from jpaged.models.checkpoint.registry import abstract_model
+from jpaged.sharding import TENSOR_AXIS
 from pallas_kernels.paged_attention import Choice
 from pallas_kernels.paged_attention.tpu.chip import chip_of
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jpaged.config import EngineConfig
-    from jpaged.device.kv_cache import KVCache
+    from jpaged.device.kv.pool import KVCache
     from jpaged.device.processes import join_processes
-    from jpaged.host.block_manager import BlockManager, OutOfBlocks
+    from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
     from jpaged.llm import LLM, PinnedPrefix
     from jpaged.request import (
         BeamSearchParams,
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "LLM": "jpaged.llm",
     "BeamSearchParams": "jpaged.request",
-    "BlockManager": "jpaged.host.block_manager",
+    "BlockManager": "jpaged.host.blocks.manager",
     "CompletionDelta": "jpaged.request",
     "CompletionOutput": "jpaged.request",
     "EngineConfig": "jpaged.config",
     "FinishReason": "jpaged.request",
-    "KVCache": "jpaged.device.kv_cache",
+    "KVCache": "jpaged.device.kv.pool",
     "Logprob": "jpaged.request",
-    "OutOfBlocks": "jpaged.host.block_manager",
+    "OutOfBlocks": "jpaged.host.blocks.manager",
     "PinnedPrefix": "jpaged.llm",
     "RequestOutput": "jpaged.request",
     "SamplingParams": "jpaged.request",

@@ -2,6 +2,6 @@
 
 import sys
 
-from jpaged.cli import main
+from jpaged.cli.main import main
 
 sys.exit(main())

@@ -15,15 +15,15 @@ from flax import nnx
 from tqdm import tqdm
 
 from jpaged.config import EngineConfig
-from jpaged.detokenizer import Tokenizer
-from jpaged.device.compile_cache import enable_compile_cache
-from jpaged.device.model_runner import ModelRunner, check_settings
 from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
-from jpaged.device.program_cache import SOURCE_DIGEST
-from jpaged.device.sharding import make_mesh
-from jpaged.engine import Engine, EngineStats, Prompt, StepOutput
+from jpaged.device.runner import ModelRunner, check_settings
+from jpaged.device.step.compile_cache import enable_compile_cache
+from jpaged.device.step.program_cache import SOURCE_DIGEST
+from jpaged.engine.detokenizer import Tokenizer
+from jpaged.engine.loop import Engine, EngineStats, Prompt, StepOutput
 from jpaged.models import ModelConfig, import_transformers, load_config, load_model
 from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
+from jpaged.sharding import make_mesh
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 """The small model that ships with the package."""

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from jpaged.host.step_plan import BeamCandidates, BeamSelect
+from jpaged.contract.plan import BeamCandidates, BeamSelect
 
 NUM_TABLED = 1 << 14
 """Distributions drawn beforehand; a beam takes one at random every step."""

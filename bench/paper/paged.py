@@ -7,9 +7,9 @@ import numpy as np
 from bench.paper.beams import DEFAULT_CANDIDATES, CandidateModel, CandidateSource
 from bench.paper.step_time import A100, MAX_MODEL_LEN, NUM_SLOTS
 from bench.paper.traces import Tally, Trace, Usage
-from jpaged.host.block_manager import BlockManager
+from jpaged.contract.plan import Costs, StepPlan, StepResult, TokenScores
+from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.step_plan import Costs, StepPlan, StepResult, TokenScores
 from jpaged.request import Request, SamplingParams
 
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 2048

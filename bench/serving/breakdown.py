@@ -9,7 +9,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from jpaged.device.steps import SAMPLING_SCOPE
+from jpaged.device.step.steps import SAMPLING_SCOPE
 
 GEMM = re.compile(r"nvjet|gemm|gemv|cublas|cutlass|xmma|splitk", re.IGNORECASE)
 """Products, cuBLAS's and Triton's: nvjet_sm90_..., gemm_fusion_dot_..., cublasLt::splitKreduce_kernel."""

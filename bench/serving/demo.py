@@ -13,10 +13,10 @@ from tqdm import tqdm
 from bench.results import environment
 from bench.workloads import sharegpt
 from jpaged import LLM, SamplingParams
-from jpaged.engine import Prompt
-from jpaged.host.block_manager import BlockManager
+from jpaged.contract.plan import StepResult, TokenScores
+from jpaged.engine.loop import Prompt
+from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.step_plan import StepResult, TokenScores
 from jpaged.request import Request
 
 NUM_REQUESTS, NUM_QUICK_REQUESTS = 64, 8

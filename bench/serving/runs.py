@@ -13,8 +13,8 @@ from bench.serving.sizes import Sizes
 from bench.serving.stopwatch import Stopwatch, replaced
 from bench.workloads import LOWEST_TOKEN_ID
 from jpaged import LLM, EngineConfig, SamplingParams
-from jpaged.device.model_runner import ModelRunner
-from jpaged.engine import Engine, Prompt
+from jpaged.device.runner import ModelRunner
+from jpaged.engine.loop import Engine, Prompt
 from jpaged.request import RequestOutput
 
 PEER_VOCAB_SIZE = 30_000

@@ -13,10 +13,10 @@ from flax import nnx
 
 from bench.serving.stopwatch import Stopwatch
 from jpaged import LLM, EngineConfig
-from jpaged.device.model_runner import ModelRunner
-from jpaged.device.sharding import make_mesh
-from jpaged.engine import Engine
+from jpaged.device.runner import ModelRunner
+from jpaged.engine.loop import Engine
 from jpaged.models import ModelConfig, random_model
+from jpaged.sharding import make_mesh
 
 CACHE_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
 

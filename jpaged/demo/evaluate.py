@@ -12,8 +12,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
-from jpaged.models.layers import Attend
-from jpaged.models.llama import LlamaForCausalLM
+from jpaged.models.families.llama import LlamaForCausalLM
+from jpaged.models.layers.common import Attend
 
 Attention = Literal["xla", "cudnn"]
 """Implementations of ``jax.nn.dot_product_attention``."""

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from jpaged.demo.card import Evaluation, Report, describe, write_card, write_report, write_tokenizer
 from jpaged.demo.corpus import END_OF_TEXT, Corpus, digest, read_corpus
 from jpaged.demo.evaluate import Attention, bits_per_byte, complete, token_nats
-from jpaged.models.llama import LlamaConfig, LlamaForCausalLM
-from jpaged.models.rope import Rope
-from jpaged.models.weights import save_checkpoint
+from jpaged.models.checkpoint.weights import save_checkpoint
+from jpaged.models.families.llama import LlamaConfig, LlamaForCausalLM
+from jpaged.models.layers.rope import Rope
 
 STEPS_PER_CALL = 20
 _WARMUP = 0.02  # of the run

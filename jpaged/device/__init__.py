@@ -1,0 +1,1 @@
+"""The device half: it executes plans and knows no requests."""

@@ -28,8 +28,8 @@ from jax._src import distributed  # who the leader is and what a follower needs 
 from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
-from jpaged.device.model_runner import ModelRunner, Results
-from jpaged.device.packed_step import PackedStep
+from jpaged.device.runner import ModelRunner, Results
+from jpaged.device.step.packed import PackedStep
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
 

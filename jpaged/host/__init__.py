@@ -1,0 +1,1 @@
+"""The host half: it decides, and never imports jax."""

@@ -8,9 +8,9 @@ from typing import Self
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from jpaged.host.block_manager import BlockManager
+from jpaged.contract.plan import Decoder, Decodes
+from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.host.step_plan import Decoder, Decodes
 
 
 @dataclass(frozen=True, slots=True, eq=False)

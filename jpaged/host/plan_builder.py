@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 
+from jpaged.contract.plan import BeamSelect, BlockCopy, Chunk, PromptScore, Sample, StepPlan
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.host.step_plan import BeamSelect, BlockCopy, Chunk, PromptScore, Sample, StepPlan
 
 
 class PlanBuilder:

@@ -8,16 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jpaged.host.beam import BeamSearch
-from jpaged.host.block_manager import NO_MATCH, BlockManager, OutOfBlocks, PrefixMatch
-from jpaged.host.capacity import Capacity, num_blocks_covering, num_forked_blocks, width_name
-from jpaged.host.decode_batch import DecodeBatch
-from jpaged.host.plan_builder import PlanBuilder
-from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
-from jpaged.host.policies.preemption import choose_victim, is_swap_cheaper
-from jpaged.host.policies.scheduling import schedule_order
-from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState, common_len, num_shared_tokens
-from jpaged.host.step_plan import (
+from jpaged.contract.plan import (
     BeamCandidates,
     BlockCopy,
     Chunk,
@@ -28,6 +19,15 @@ from jpaged.host.step_plan import (
     StepPlan,
     StepResult,
 )
+from jpaged.host.admission import Capacity, num_blocks_covering, num_forked_blocks, width_name
+from jpaged.host.blocks.manager import NO_MATCH, BlockManager, OutOfBlocks, PrefixMatch
+from jpaged.host.decode_batch import DecodeBatch
+from jpaged.host.plan_builder import PlanBuilder
+from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
+from jpaged.host.policies.order import schedule_order
+from jpaged.host.policies.victim import choose_victim, is_swap_cheaper
+from jpaged.host.search.beam import BeamSearch
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState, common_len, num_shared_tokens
 from jpaged.request import MAX_BEAM_CANDIDATES, FinishReason, Request, derive_seed
 
 WATERMARK = 0.01

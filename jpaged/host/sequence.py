@@ -3,8 +3,8 @@
 import enum
 from dataclasses import dataclass, field
 
-from jpaged.host.beam import BeamSearch
-from jpaged.host.step_plan import TokenScores
+from jpaged.contract.plan import TokenScores
+from jpaged.host.search.beam import BeamSearch
 from jpaged.request import FinishReason, Request
 
 

@@ -1,13 +1,13 @@
 """Model families in flax.nnx, and Hugging Face checkpoints read into them."""
 
-from jpaged.models.config import ModelConfig, import_transformers
-from jpaged.models.fused import fuse_projections
-from jpaged.models.layers import fuse_norms
-from jpaged.models.llama import LlamaConfig, LlamaForCausalLM
-from jpaged.models.opt import OPTConfig, OPTForCausalLM
-from jpaged.models.registry import SUPPORTED_ARCHITECTURES, load_config, load_model, random_model
-from jpaged.models.rope import Rope
-from jpaged.models.weights import save_checkpoint
+from jpaged.models.checkpoint.config import ModelConfig, import_transformers
+from jpaged.models.checkpoint.registry import SUPPORTED_ARCHITECTURES, load_config, load_model, random_model
+from jpaged.models.checkpoint.weights import save_checkpoint
+from jpaged.models.families.llama import LlamaConfig, LlamaForCausalLM
+from jpaged.models.families.opt import OPTConfig, OPTForCausalLM
+from jpaged.models.layers.common import fuse_norms
+from jpaged.models.layers.fused import fuse_projections
+from jpaged.models.layers.rope import Rope
 
 __all__ = [
     "SUPPORTED_ARCHITECTURES",

@@ -8,7 +8,7 @@ Each case is a directory: a tiny random checkpoint as ``save_pretrained`` writes
 every prompt length L, ``prompt_L`` (ids), ``tokens_L`` (greedy), ``logprobs_L`` (of those) and ``prompt_logprobs_L``
 (of every prompt token but the first), computed in float32 by a prefill and then one token at a time over transformers'
 cache. That is what makes "dynamic" and "longrope" depend on the prompt's length: a token's key is cached as it was
-rotated for max(prompt length, position + 1), which is how ``jpaged.models.rope`` defines them.
+rotated for max(prompt length, position + 1), which is how ``jpaged.models.layers.rope`` defines them.
 """
 
 import copy

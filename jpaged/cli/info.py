@@ -1,0 +1,204 @@
+"""What a machine and a checkpoint offer, found without reading weights or allocating a KV cache."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jpaged.config import EngineConfig
+from jpaged.device.kv.host_pool import num_host_blocks_for
+from jpaged.device.kv.pool import block_bytes, block_shape, choose_attention, num_blocks_that_fit
+from jpaged.device.runner import check_settings
+from jpaged.device.step.compile_cache import enable_compile_cache
+from jpaged.llm import DEMO_MODEL, resolve_dtype
+from jpaged.models import ModelConfig, load_config
+from jpaged.models.checkpoint.registry import abstract_model
+from jpaged.sharding import make_mesh
+from pallas_kernels.paged_attention import Choice
+
+PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A checkpoint's shape, and its weights in the dtype they would run in."""
+
+    path: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    num_parameters: int
+    weight_bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """The KV cache of an LLM with the settings asked about.
+
+    ``num_tokens`` is what all blocks but the one for padding hold. On an accelerator all sizes are upper bounds: a
+    step's workspace, which only a compiler knows, comes off them.
+    """
+
+    block_size: int
+    bytes_per_token: int
+    num_blocks: int
+    pool_bytes: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostPoolInfo:
+    """Where KV goes that makes way on the device; sized by the memory that is free now unless the settings say."""
+
+    num_blocks: int
+    pool_bytes: int
+    memory_kind: str = "pinned_host"
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """Everything ``jpaged info`` shows; as text, one line for each."""
+
+    versions: dict[str, str]
+    devices: list[str]
+    attention_implementation: str
+    attention_reason: str
+    compile_cache_dir: str | None
+    model: ModelInfo
+    kv_cache: PoolInfo
+    host_pool: HostPoolInfo
+    preemption: str
+
+    def __str__(self) -> str:
+        model, pool = self.model, self.kv_cache
+        rows = {
+            "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
+            "devices": ", ".join(self.devices),
+            "attention": f"{self.attention_implementation} ({self.attention_reason})",
+            "compile cache": self.compile_cache_dir or "none: no directory of this user's own could be made",
+            "model": f"{model.architecture} in {model.path}",
+            "shape": f"{model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads and "
+            f"{model.num_kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size:,}, "
+            f"context {model.max_model_len:,} tokens",
+            "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}",
+            "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
+            f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
+            "host pool": _describe_host_pool(self.host_pool),
+            "preemption": _describe_preemption(self.preemption, self.host_pool),
+        }
+        return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
+
+
+def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
+    """Look at this machine and at a checkpoint's config.json.
+
+    Args:
+        path: a checkpoint directory; None is the model in the package.
+        config: the settings of the LLM in question.
+
+    Raises:
+        ValueError: no checkpoint, an unknown architecture, or settings that the machine or the model cannot meet.
+    """
+    path = DEMO_MODEL if path is None else Path(path)
+    model_config = load_config(path)
+    dtype = resolve_dtype(config.dtype, model_config.dtype)
+    mesh = make_mesh(config.tensor_parallel_size)
+    weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh)[1])
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+    attention = choose_attention(model_config, config, dtype, mesh.size)
+    kv_cache = _plan_pool(model_config, config, dtype, attention, weight_bytes, list(mesh.devices.flat))
+    cache_dir = enable_compile_cache()
+    return Info(
+        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        devices=[f"{device.device_kind} ({device.platform}:{device.id})" for device in jax.devices()],
+        attention_implementation=attention.name,
+        attention_reason=attention.reason,
+        compile_cache_dir=None if cache_dir is None else str(cache_dir),
+        model=ModelInfo(
+            path=str(path),
+            architecture=model_config.architecture,
+            num_layers=model_config.num_layers,
+            hidden_size=model_config.hidden_size,
+            num_heads=model_config.num_heads,
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            vocab_size=model_config.vocab_size,
+            max_model_len=model_config.max_model_len,
+            num_parameters=sum(leaf.size for leaf in weights),
+            weight_bytes=weight_bytes,
+            dtype=dtype.name,
+        ),
+        kv_cache=kv_cache,
+        host_pool=_plan_host_pool(model_config, config, kv_cache),
+        preemption=config.preemption,
+    )
+
+
+def _plan_pool(
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: np.dtype,
+    attention: Choice,
+    weight_bytes: int,
+    devices: Sequence[Any],
+) -> PoolInfo:
+    """The pool that ``ModelRunner`` would allocate, but for the workspace."""
+    bytes_per_block = block_bytes(**block_shape(model, config, dtype, attention, len(devices)))
+    max_blocks = -(-check_settings(model, config) // config.block_size)
+    num_blocks = config.num_blocks or num_blocks_that_fit(
+        bytes_per_block,
+        devices,
+        config.memory_fraction,
+        reserved_bytes=weight_bytes,
+        least_blocks=max_blocks + 1,
+        useful_blocks=config.max_num_seqs * max_blocks + 1,
+    )
+    num_blocks = max(0, num_blocks)
+    return PoolInfo(
+        block_size=config.block_size,
+        bytes_per_token=bytes_per_block // config.block_size,
+        num_blocks=num_blocks,
+        pool_bytes=num_blocks * bytes_per_block,
+        num_tokens=max(0, num_blocks - 1) * config.block_size,
+    )
+
+
+def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo) -> HostPoolInfo:
+    """The host pool that ``ModelRunner`` would allocate beside ``kv_cache``."""
+    bytes_per_block = kv_cache.block_size * kv_cache.bytes_per_token // jax.process_count()  # on each host
+    max_model_len = min(check_settings(model, config), kv_cache.num_tokens)
+    num_blocks = num_host_blocks_for(
+        config,
+        bytes_per_block,
+        is_on_cpu=jax.default_backend() == "cpu",
+        useful_blocks=config.max_num_seqs * -(-max_model_len // config.block_size),
+    )
+    return HostPoolInfo(num_blocks, num_blocks * bytes_per_block)
+
+
+def _describe_host_pool(pool: HostPoolInfo) -> str:
+    if pool.num_blocks == 0:
+        return "none; num_host_blocks or host_memory_bytes makes one"
+    return f"{pool.num_blocks:,} blocks are {_size(pool.pool_bytes)} of {pool.memory_kind.replace('_', ' ')} memory"
+
+
+def _describe_preemption(preemption: str, pool: HostPoolInfo) -> str:
+    if preemption == "auto" and pool.num_blocks == 0:
+        return "auto: recompute, as there is no host pool"
+    return "auto: swap or recompute, whichever is quicker here" if preemption == "auto" else preemption
+
+
+def _size(num_bytes: int) -> str:
+    """In the largest of MiB and GiB that leaves a digit before the point."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

@@ -1,0 +1,1 @@
+"""What crosses between the halves. Imports numpy alone."""

@@ -1,0 +1,1 @@
+"""KV on the device and in host memory."""

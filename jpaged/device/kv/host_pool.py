@@ -1,0 +1,308 @@
+"""The host pool: blocks in pinned host memory, asynchronous copies between them and the device pool, their cost."""
+
+import dataclasses
+import itertools
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jpaged.config import EngineConfig
+from jpaged.contract.plan import BlockCopy, Costs
+from jpaged.device.kv.pool import KVCache
+from jpaged.sharding import pool_sharding
+
+Block = Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]
+
+MOVE_SIZES = (4, 32)
+"""Blocks a gathering or scattering program moves; fewer are padded with block 0."""
+
+MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
+"""Blocks between the pools at most, in device memory, each way: one batch copies while the next one is gathered."""
+
+DEFAULT_HOST_BYTES = 4 << 30
+"""What a host pool takes at most beside an accelerator unless the settings say otherwise."""
+
+_MIN_S = 1e-9  # a cost of zero would never be corrected: it is a factor
+_WEIGHT = 0.2  # of a new observation in a cost's average
+_MAX_GROWTH = 4.0  # a process that was stopped for a while must not make a cost a thousandfold
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    """Blocks of one step on their way in one direction. ``arrays`` are where they arrive."""
+
+    cost: Literal["to_host_block_s", "from_host_block_s"]
+    num_blocks: int
+    started: float
+    arrays: list[Any]  # Blocks, whose stub lacks is_ready
+
+    @property
+    def is_arrival(self) -> bool:
+        return self.cost == "from_host_block_s"
+
+    def is_over(self) -> bool:
+        return all(array.is_ready() for array in self.arrays)
+
+
+class HostPool:
+    """Blocks outside of device memory, each an array of its own, sharded like the device pool.
+
+    A step's copies go in two parts around its forward pass: ``start`` before, ``finish`` after. Neither waits for the
+    copies of this step, unless they are more than ``MAX_STAGED_BLOCKS``; ``start`` waits for those of earlier ones, to
+    stay below that, and around arrivals.
+
+    Args:
+        num_blocks: host blocks, allocated here. Later writes replace arrays, whose memory JAX's allocator recycles:
+            registering new pinned memory costs as much as copying 20 times the bytes.
+        block: shape, type and device sharding of one block.
+        program: compiled ``KVCache.gather`` and ``KVCache.scatter`` by ("gather" or "scatter", size).
+
+    Attributes:
+        bytes_to_host, bytes_from_host: copied since the start, over all devices.
+        stalled_s: seconds in which a step waited for copies.
+        costs: what copies and prefills cost here, kept current; None until ``measure``.
+    """
+
+    def __init__(self, num_blocks: int, block: jax.ShapeDtypeStruct, program: Callable[[tuple], jax.stages.Compiled]):
+        assert block.sharding is not None
+        self._device_sharding = block.sharding
+        self._host_sharding = block.sharding.with_memory_kind("pinned_host")
+        self._program = program
+        self._bytes_per_block = math.prod(block.shape) * block.dtype.itemsize
+        zeros = jnp.zeros(block.shape, block.dtype, device=self._device_sharding)
+        self._slots = jax.block_until_ready(jax.device_put([zeros] * num_blocks, self._host_sharding))
+        self._under_way: list[_Transfer] = []
+        self._arriving: deque[tuple[tuple[BlockCopy, ...], list[Block]]] = deque()
+        self.bytes_to_host = 0
+        self.bytes_from_host = 0
+        self.stalled_s = 0.0
+        self.costs: Costs | None = None
+
+    # A step -------------------------------------------------------------------------------------------------------
+
+    def start(self, cache: KVCache, to_host: Sequence[BlockCopy], from_host: Sequence[BlockCopy]) -> KVCache:
+        """Read what goes to the host, and send for what comes from there. To be called before anything is written.
+
+        Returns:
+            The cache, which may hold the first of many arrivals already.
+        """
+        self._wait_for_earlier(cache, len(to_host), is_for_arrivals=bool(from_host))
+        self._store(cache, to_host)
+        cache = self._request(cache, from_host)
+        self.bytes_to_host += len(to_host) * self._bytes_per_block
+        self.bytes_from_host += len(from_host) * self._bytes_per_block
+        return cache
+
+    def finish(self, cache: KVCache) -> KVCache:
+        """Put what ``start`` sent for into the cache. To be called once the forward pass is enqueued."""
+        while self._arriving:
+            cache = self._land(cache)
+        return cache
+
+    def poll(self) -> None:
+        """Let go of the copies that are over, without waiting for any."""
+        for transfer in [transfer for transfer in self._under_way if transfer.is_over()]:
+            self._under_way.remove(transfer)
+            self._learn(transfer, is_end_seen=False)
+
+    def forget(self) -> None:
+        """A step failed: whatever was under way is lost. What the slots hold is not to be read again."""
+        self._under_way.clear()
+        self._arriving.clear()
+
+    def _store(self, cache: KVCache, to_host: Sequence[BlockCopy]) -> None:
+        transfer = _Transfer("to_host_block_s", len(to_host), time.perf_counter(), [])
+        for batch in itertools.batched(to_host, MOVE_SIZES[-1]):
+            self._stall(transfer.arrays[: MOVE_SIZES[-1] - MAX_STAGED_BLOCKS])
+            stored = self._send(cache, [copy.src for copy in batch])
+            transfer.arrays += stored
+            for copy, block in zip(batch, stored, strict=True):
+                self._slots[copy.dst] = block
+        if to_host:
+            self._under_way.append(transfer)
+
+    def _request(self, cache: KVCache, from_host: Sequence[BlockCopy]) -> KVCache:
+        transfer = _Transfer("from_host_block_s", len(from_host), time.perf_counter(), [])
+        for batch in itertools.batched(from_host, MOVE_SIZES[-1]):
+            if len(transfer.arrays) + len(batch) > MAX_STAGED_BLOCKS:
+                oldest = transfer.arrays[: MOVE_SIZES[-1]]
+                del transfer.arrays[: MOVE_SIZES[-1]]
+                self._stall(oldest)
+                cache = self._land(cache)
+            blocks = jax.device_put([self._slots[copy.src] for copy in batch], self._device_sharding)
+            transfer.arrays += blocks
+            self._arriving.append((batch, blocks))
+        if from_host:
+            self._under_way.append(transfer)
+        return cache
+
+    def _send(self, cache: KVCache, blocks: Sequence[int]) -> list[Block]:
+        """Device blocks on their way to the host; padding stays behind."""
+        ids = _padded_ids(blocks)
+        gathered = self._program(("gather", len(ids)))(cache, ids)
+        return jax.device_put(gathered[: len(blocks)], self._host_sharding)
+
+    def _land(self, cache: KVCache) -> KVCache:
+        """Write the batch that was first sent for."""
+        batch, blocks = self._arriving.popleft()
+        ids = _padded_ids([copy.dst for copy in batch])
+        padding = [blocks[0]] * (len(ids) - len(blocks))
+        return self._program(("scatter", len(ids)))(cache, ids, [*blocks, *padding])
+
+    def _wait_for_earlier(self, cache: KVCache, num_blocks: int, *, is_for_arrivals: bool) -> None:
+        """Wait for copies of earlier steps, the oldest first, until so many blocks more may be staged.
+
+        Arrivals are staged until they are written: before and after some, for all there is.
+        """
+        is_for_all = is_for_arrivals or any(transfer.is_arrival for transfer in self._under_way)
+        num_staged = sum(len(transfer.arrays) for transfer in self._under_way)
+        if not self._under_way:
+            return
+        while self._under_way and (is_for_all or num_staged + num_blocks > MAX_STAGED_BLOCKS):
+            transfer = self._under_way.pop(0)
+            num_staged -= len(transfer.arrays)
+            is_end_seen = not transfer.is_over()
+            self._stall(transfer.arrays)
+            self._learn(transfer, is_end_seen=is_end_seen)
+        if is_for_all:
+            self._stall([cache.pool])
+
+    def _stall(self, arrays: Sequence[Array]) -> None:
+        started = time.perf_counter()
+        jax.block_until_ready(arrays)
+        self.stalled_s += time.perf_counter() - started
+
+    # Costs --------------------------------------------------------------------------------------------------------
+
+    def measure(self, cache: KVCache, *, prefill_token_s: float) -> None:
+        """Fill in ``costs`` by copying block 0 to the host and back, a few times; changes neither pool."""
+        few, many = 1, MOVE_SIZES[-1]
+        (few_out_s, few_in_s), (many_out_s, many_in_s) = (self._time_copies(cache, n) for n in (few, many))
+        to_host_block_s = max((many_out_s - few_out_s) / (many - few), _MIN_S)
+        from_host_block_s = max((many_in_s - few_in_s) / (many - few), _MIN_S)
+        fixed_s = (few_out_s - to_host_block_s + few_in_s - from_host_block_s) / 2
+        self.costs = Costs(max(fixed_s, _MIN_S), to_host_block_s, from_host_block_s, max(prefill_token_s, _MIN_S))
+
+    def _time_copies(self, cache: KVCache, num_blocks: int) -> tuple[float, float]:
+        """Seconds that blocks take to the host and from it: the best of a few, the first of which allocates."""
+        out_s, in_s = [], []
+        for _ in range(4):
+            jax.block_until_ready(cache.pool)
+            started = time.perf_counter()
+            on_host = jax.block_until_ready(self._send(cache, [0] * num_blocks))
+            sent = time.perf_counter()
+            jax.block_until_ready(jax.device_put(on_host, self._device_sharding))
+            in_s.append(time.perf_counter() - sent)
+            out_s.append(sent - started)
+        return min(out_s), min(in_s)
+
+    def learn_prefill(self, num_tokens: int, seconds: float) -> None:
+        """A large step took this long."""
+        if self.costs is not None:
+            token_s = _average(self.costs.prefill_token_s, seconds / num_tokens)
+            self.costs = dataclasses.replace(self.costs, prefill_token_s=token_s)
+
+    def _learn(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
+        """A transfer is over. When nobody saw its end, it took this long at most."""
+        if self.costs is None:
+            return
+        block_s = getattr(self.costs, transfer.cost)
+        expected_s = self.costs.transfer_s + transfer.num_blocks * block_s
+        observed = block_s * (time.perf_counter() - transfer.started) / expected_s
+        block_s = _average(block_s, observed) if is_end_seen else min(block_s, observed)
+        self.costs = dataclasses.replace(self.costs, **{transfer.cost: max(block_s, _MIN_S)})
+
+
+def _average(old: float, new: float) -> float:
+    return old + _WEIGHT * (min(new, _MAX_GROWTH * old) - old)
+
+
+def _padded_ids(blocks: Sequence[int]) -> np.ndarray:
+    """Block ids up to the size of a program; block 0 is nobody's."""
+    ids = np.zeros(next(size for size in MOVE_SIZES if size >= len(blocks)), np.int32)
+    ids[: len(blocks)] = blocks
+    return ids
+
+
+def block_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """One block on the devices: as in the pool, without the axis that numbers blocks."""
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*pool_sharding(mesh).spec[1:]))
+
+
+# Sizes ------------------------------------------------------------------------------------------------------------
+
+
+def free_machine_bytes() -> int:
+    """Bytes of the machine's memory, or of what a container may use of it, that a pool may take.
+
+    A tenth of what is free is left alone: loading and compiling take memory too.
+    """
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            name, _, amount = line.partition(":")
+            if name == "MemAvailable":
+                free = int(amount.split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, max(int(limit.read_text()) - int(used.read_text()), 0))
+    return free * 9 // 10
+
+
+def has_host_pool(config: EngineConfig, *, is_on_cpu: bool) -> bool:
+    """Whether the settings ask for a host pool or, where they say nothing, have a use for one.
+
+    On a CPU device memory is the machine's already: there only "swap" has.
+    """
+    if config.num_host_blocks is not None or config.host_memory_bytes is not None:
+        return bool(config.num_host_blocks or config.host_memory_bytes)
+    has_use = config.enable_prefix_caching or config.preemption != "recompute"
+    return config.preemption == "swap" if is_on_cpu else has_use
+
+
+def num_host_blocks_for(config: EngineConfig, bytes_per_block: int, *, is_on_cpu: bool, useful_blocks: int) -> int:
+    """The size of the host pool.
+
+    Args:
+        config: the engine's settings.
+        bytes_per_block: over this process's devices.
+        is_on_cpu: whether the device pool lies in the machine's memory.
+        useful_blocks: more are taken only if asked for.
+
+    Raises:
+        ValueError: a pool that does not fit the machine's memory, or memory that holds no block.
+    """
+    if not has_host_pool(config, is_on_cpu=is_on_cpu):
+        return 0
+    free = free_machine_bytes()
+    wanted, wanted_bytes = config.num_host_blocks, config.host_memory_bytes
+    if wanted is None and wanted_bytes is None:
+        num_blocks = min(min(DEFAULT_HOST_BYTES, free // 2) // bytes_per_block, useful_blocks)
+        if num_blocks == 0 and config.preemption == "swap":
+            raise ValueError(
+                f"preemption='swap' needs a host pool, and the {free:,} bytes free on this machine leave no room for "
+                f"blocks of {bytes_per_block:,}: free some, or use preemption='recompute'"
+            )
+        return num_blocks
+    num_blocks = wanted if wanted is not None else (wanted_bytes or 0) // bytes_per_block
+    asked = f"num_host_blocks={wanted}" if wanted is not None else f"host_memory_bytes={wanted_bytes:,}"
+    if num_blocks == 0:
+        raise ValueError(f"{asked} holds no block of {bytes_per_block:,} bytes: give more, or 0 for no host pool")
+    if num_blocks * bytes_per_block > free:
+        raise ValueError(
+            f"{asked} does not fit: {num_blocks:,} blocks x {bytes_per_block:,} bytes = "
+            f"{num_blocks * bytes_per_block:,}, and {free:,} bytes of the machine's memory are free: "
+            f"at most {free // bytes_per_block:,} blocks would"
+        )
+    return num_blocks

@@ -1,0 +1,499 @@
+"""Executes step plans: weights, KV cache and the compiled programs that join them."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jpaged.config import EngineConfig
+from jpaged.contract.plan import BlockCopy, Chunk, Costs, StepPlan, StepResult, TokenScores
+from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
+from jpaged.device.kv.pool import available_bytes, check_blocks_fit, choose_attention, num_blocks_that_fit
+from jpaged.device.sampling.beams import Candidates, split_candidates
+from jpaged.device.sampling.sampler import (
+    NO_SCORES,
+    SampledTokens,
+    Scores,
+    first_rows,
+    join_scores,
+)
+from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.packed import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
+from jpaged.device.step.programs import Programs, dtype_of, split_model
+from jpaged.models import ModelConfig, fuse_norms, fuse_projections
+from pallas_kernels.paged_attention import IMPLEMENTATIONS, INTERPRETERS, why_cannot_run
+
+GUESSED_WORKSPACE = 1 / 32
+"""Of the memory of an accelerator: what steps take besides weights and pool, until their programs say it."""
+
+
+class Agreeing(Protocol):
+    """Processes that agree on numbers."""
+
+    def least(self, number: int) -> int: ...
+
+
+class Results(NamedTuple):
+    """What an enqueued step will bring; None where the plan asks for nothing of the kind.
+
+    Args:
+        drawn: by a decode's own program, as ``StepState.drawn``.
+        sampled: otherwise, by each step.
+    """
+
+    drawn: Int[Array, "2 steps rows"] | None = None
+    sampled: tuple[SampledTokens, ...] = ()
+    candidates: Candidates | None = None
+    prompt_scores: tuple[list[Scores], ...] = ()
+
+
+class StepUnderWay(NamedTuple):
+    """A plan that was enqueued.
+
+    Args:
+        number: counts steps.
+        started_s: when, by ``time.perf_counter``.
+        num_programs: compiled by then.
+        was_idle: whether nothing was under way then.
+        results: that it will bring.
+    """
+
+    plan: StepPlan
+    number: int
+    started_s: float
+    num_programs: int
+    was_idle: bool
+    results: Results
+
+
+def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
+    """Check what the settings ask of a model, before anything is loaded.
+
+    Returns:
+        The context wanted, in tokens: ``max_model_len``, or all that the model supports.
+
+    Raises:
+        ValueError: a context beyond the model's, or an attention implementation that is not there or cannot serve.
+    """
+    servable = sorted(set(IMPLEMENTATIONS) - {"reference"})  # the reference does not trace
+    if config.attention_implementation not in (None, *servable):
+        raise ValueError(
+            f"attention_implementation={config.attention_implementation!r} cannot be had: "
+            f"expected None or one of {servable}"
+        )
+    name, settings = config.attention_implementation, ("attention_implementation", "interpret")
+    asked = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in settings)
+    if config.interpret and name not in INTERPRETERS:
+        raise ValueError(f"{asked}: only {sorted(INTERPRETERS)} can be interpreted; name one, or leave interpret out")
+    if config.interpret and jax.process_count() > 1:
+        raise ValueError(f"{asked}: the interpreter runs in one process, and there are {jax.process_count()}")
+    if name == "hopper" and config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"{asked} runs on one device, not on tensor_parallel_size={config.tensor_parallel_size}: leave it out, or "
+            "ask for 'xla'"
+        )
+    reason = None if name is None or config.interpret else why_cannot_run(name)
+    if reason is not None:
+        raise ValueError(f"{asked} cannot run here: {reason}; leave it out, or have it interpreted, which is slow")
+    limit, wanted = model_config.max_model_len, config.max_model_len
+    if wanted is not None and wanted > limit:
+        raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
+    return wanted or limit
+
+
+class ModelRunner:
+    """The device half: ``enqueue`` starts what a StepPlan says, ``fetch`` waits for the StepResult.
+
+    Programs are compiled ahead of time per bucket, by ``warm_up`` or when first needed, and called with the cache
+    and the ``StepState`` donated, so that a step writes in place.
+
+    Args:
+        model: a flax.nnx model (``jpaged.models``), its weights on the devices of ``mesh``; changed: its projections
+            are joined (``fuse_projections``), and on some devices its norms fused (``fuse_norms``).
+        model_config: its configuration.
+        config: the engine's settings.
+        mesh: the devices.
+        channel: to the other processes that have some of them; they have to agree on sizes.
+        warm_up: whether to call ``warm_up``, which costs least then.
+        use_tqdm: show how far it is.
+
+    Raises:
+        ValueError: the pool does not fit, or ``max_model_len`` exceeds what the model or the pool allows.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        mesh: jax.sharding.Mesh,
+        *,
+        channel: Agreeing | None = None,
+        warm_up: bool = False,
+        use_tqdm: bool = True,
+    ):
+        self._least: Callable[[int], int] = channel.least if channel is not None else lambda number: number
+        self.model_config = model_config
+        self.config = config
+        self.mesh = mesh
+        max_model_len = check_settings(model_config, config)
+        fuse_projections(model)
+        self.attention = choose_attention(model_config, config, dtype_of(model), mesh.size)
+        if self.attention.name == "hopper" and not config.interpret:
+            fuse_norms(model)
+        self.programs = Programs(model, model_config, config, mesh, self.attention, max_model_len=max_model_len)
+        _, self._weights, _ = split_model(model)
+        self.weight_bytes = sum(x.nbytes for x in self._weights)
+        guessed_bytes = self._guess_sizes()
+        num_host_blocks = num_host_blocks_for(
+            config,
+            self.host_bytes_per_block,
+            is_on_cpu=self.programs.is_on_cpu,
+            useful_blocks=config.max_num_seqs * self.max_blocks,
+        )
+        self.num_host_blocks = self._least(num_host_blocks)
+        with ThreadPoolExecutor(max_workers=1) as thread:  # both take a while
+            host_pool = thread.submit(self._allocate_host_pool)
+            if warm_up:
+                self.warm_up(use_tqdm=use_tqdm)
+            if guessed_bytes is not None and self._correct_sizes(guessed_bytes) and warm_up:
+                self.warm_up(use_tqdm=use_tqdm)
+            self.host_pool = host_pool.result()
+        self.cache = self.programs.new_cache()
+        self._state = self.programs.new_state()
+        self._packer = Packer(
+            self.buckets,
+            max_blocks=self.max_blocks,
+            block_size=config.block_size,
+            vocab_size=model_config.vocab_size,
+        )
+        self._num_enqueued = 0  # steps
+        self._newest_waited_for = 0  # the number of a step: it has run
+
+    # Sizes --------------------------------------------------------------------------------------------------------
+
+    def _guess_sizes(self) -> int | None:
+        """``num_blocks`` and ``max_model_len``: as asked, or such that a step's workspace should fit beside the pool.
+
+        What a step takes only its programs tell, and the size of the pool is one of theirs: so it is guessed first.
+
+        Returns:
+            The bytes left for the workspace if they are guessed, of all devices.
+        """
+        devices, wanted = list(self.mesh.devices.flat), self.config.num_blocks
+        if wanted is not None:
+            check_blocks_fit(wanted, self.bytes_per_block, devices)
+            self._set_sizes(wanted)
+            return None
+        if self.programs.is_on_cpu:
+            self._set_sizes(self._require_blocks(self._num_blocks_beside(0)))
+            return None
+        guessed_bytes = self._least(int(available_bytes(devices) * GUESSED_WORKSPACE))
+        num_blocks = self._num_blocks_beside(guessed_bytes)
+        if num_blocks > self.max_blocks:
+            self._set_sizes(num_blocks)
+            return guessed_bytes
+        self.programs.resize(max(2, self._num_blocks_beside(0)), self.max_model_len)  # a guess refuses nobody
+        self._correct_sizes(0)
+        return None
+
+    def _correct_sizes(self, guessed_bytes: int) -> bool:
+        """Size the pool by what a step takes, if that is more than was guessed. Returns whether it was."""
+        needed = -self._least(-self.programs.workspace_bytes() * self.mesh.size)  # the most that any process needs
+        if needed <= guessed_bytes:
+            return False
+        self._set_sizes(self._require_blocks(self._num_blocks_beside(needed)))
+        return True
+
+    def _num_blocks_beside(self, reserved_bytes: int) -> int:
+        """As many blocks as leave so many bytes of all devices."""
+        return self._least(
+            num_blocks_that_fit(
+                self.bytes_per_block,
+                list(self.mesh.devices.flat),
+                self.config.memory_fraction,
+                reserved_bytes=reserved_bytes,
+                least_blocks=self.max_blocks + 1,
+                useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
+            )
+        )
+
+    def _require_blocks(self, num_blocks: int) -> int:
+        if num_blocks < 2:
+            remedy = (
+                "give num_blocks"
+                if self.programs.is_on_cpu
+                else "raise memory_fraction, or lower max_num_batched_tokens"
+            )
+            raise ValueError(
+                f"no memory for a KV cache: one block takes {self.bytes_per_block:,} bytes, and memory_fraction="
+                f"{self.config.memory_fraction} leaves less than two after {self.weight_bytes:,} bytes of weights and "
+                f"a step's workspace: {remedy}"
+            )
+        return num_blocks
+
+    def _set_sizes(self, num_blocks: int) -> None:
+        """A context that nobody asked for shrinks to the pool; one that does not fit the memory is refused."""
+        held, max_model_len = (num_blocks - 1) * self.config.block_size, self.max_model_len
+        if held < max_model_len and self.config.max_model_len is None:
+            max_model_len = held
+        elif held < max_model_len and self.config.num_blocks is None:
+            raise ValueError(
+                f"max_model_len={max_model_len} does not fit: memory for {num_blocks} blocks of "
+                f"{self.config.block_size} holds {held} tokens; lower max_model_len, raise memory_fraction or give "
+                "num_blocks"
+            )
+        self.programs.resize(num_blocks, max_model_len)
+
+    def _allocate_host_pool(self) -> HostPool | None:
+        if not self.num_host_blocks:
+            return None
+        return HostPool(self.num_host_blocks, self.programs.abstract_block(), self.programs.get)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of weights, activations and KV."""
+        return self.programs.dtype
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool, block 0 included."""
+        return self.programs.num_blocks
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Over all devices."""
+        return self.programs.bytes_per_block
+
+    @property
+    def host_bytes_per_block(self) -> int:
+        """Over this process's devices: what a block takes in this host's memory."""
+        return self.bytes_per_block * len(self.mesh.local_devices) // self.mesh.size
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output that one sequence may reach."""
+        return self.programs.max_model_len
+
+    @property
+    def max_blocks(self) -> int:
+        """Width of a block table."""
+        return self.programs.max_blocks
+
+    @property
+    def max_burst(self) -> int:
+        """Steps that a plan may have."""
+        return self.programs.max_burst
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """Sizes of steps, smallest first."""
+        return self.programs.buckets
+
+    def warm_up(self, *, use_tqdm: bool = True) -> None:
+        """Compile what plain requests need (``Programs.warm_up``)."""
+        self.programs.warm_up(with_host_pool=self.num_host_blocks > 0, use_tqdm=use_tqdm)
+
+    # A step -------------------------------------------------------------------------------------------------------
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step and wait for its results: ``fetch`` what was just enqueued."""
+        return self.fetch(self.enqueue(plan))
+
+    def enqueue(self, plan: StepPlan) -> StepUnderWay:
+        """Start one step: what goes to the host, copies, the forward pass, sampling, what comes from the host.
+
+        Waits for no step, but for copies between the pools when too many are under way, and for programs that are
+        needed for the first time. Steps run in the order in which they were enqueued.
+        """
+        started_s, num_programs = time.perf_counter(), len(self.programs)
+        was_idle = self._newest_waited_for == self._num_enqueued
+        self._num_enqueued += 1
+        number = self._num_enqueued
+        results = self.start(self._packer.pack(plan))
+        for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
+            array.copy_to_host_async()
+        return StepUnderWay(plan, number, started_s, num_programs, was_idle, results)
+
+    def start(self, step: PackedStep) -> Results:
+        """``enqueue`` of what is packed already."""
+        self._replace_lost()
+        if step.to_host or step.from_host:
+            assert self.host_pool is not None
+            self.cache = self.host_pool.start(self.cache, step.to_host, step.from_host)
+        if step.copies:
+            self._copy(step.copies)
+        results = self._compute(step) if step.bucket is not None else Results()
+        if step.from_host and self.host_pool is not None:
+            self.cache = self.host_pool.finish(self.cache)
+        return results
+
+    def _replace_lost(self) -> None:
+        """Anew what went with a program that did not bring it back."""
+        if self.cache.pool.is_deleted():
+            self.cache = self.programs.new_cache()
+        if any(x.is_deleted() for x in jax.tree.leaves(self._state)):
+            self._state = self.programs.new_state()
+
+    def fetch(self, step: StepUnderWay) -> StepResult:
+        """Wait for the results of a step. What it moves between the pools may still be under way."""
+        plan = step.plan
+        drawn, sampled, candidates, prompt_scores = jax.device_get(step.results)
+        num_samples = len(plan.samples)
+        if plan.num_logit_rows > 0:
+            self._newest_waited_for = step.number
+        if self.host_pool is not None:
+            self.host_pool.poll()
+        if self.host_pool is not None and plan.decodes is None:
+            num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
+            is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
+            is_alone = step.was_idle and self._newest_waited_for == step.number
+            if is_large and is_alone and len(self.programs) == step.num_programs and not prompt_scores:
+                self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - step.started_s)
+        if drawn is not None:
+            draws = _split_draws(drawn, num_samples)[: plan.num_steps]
+        else:
+            draws = [(tokens.token_ids[:num_samples], first_rows(tokens.scores, num_samples)) for tokens in sampled]
+        token_ids, scores = draws[0] if draws else (np.zeros(0, np.int32), NO_SCORES)
+        return StepResult(
+            token_ids=token_ids,
+            scores=scores,
+            prompt_scores=tuple(
+                _cut_scores(parts, len(piece.target_ids))
+                for parts, piece in zip(prompt_scores, plan.prompt_scores, strict=True)
+            ),
+            beams=split_candidates(candidates, plan.beams) if candidates else (),
+            later=tuple(draws[1:]),
+        )
+
+    def _compute(self, step: PackedStep) -> Results:
+        """Enqueue the forward passes and all that is made of their logits."""
+        assert step.bucket is not None
+        assert step.inputs is not None
+        self._state = self.programs.get(("load", len(step.inputs)))(self._state, step.inputs)
+        drawn, sampled, candidates = None, (), None
+        if step.samples is not None:
+            hidden, sampled = self._run_and_sample(step.bucket, step.samples, step.num_steps)
+        else:
+            hidden = self._run(step.bucket)
+        if step.draws:
+            drawn = self.programs.get(("read",))(self._state.drawn)
+        if (beams := step.beams) is not None:
+            key = ("beam", step.bucket.num_rows, beams.num_candidates, beams.num_biases)
+            candidates = self.programs.get(key)(self._weights, self._state.sample_hidden, beams.inputs)
+        scores = tuple(self._score(piece, hidden) for piece in step.scores)
+        return Results(drawn, sampled, candidates, scores)
+
+    def _run_and_sample(
+        self, bucket: Bucket, samples: PackedSamples, num_steps: int
+    ) -> tuple[Float[Array, "tokens hidden_size"], tuple[SampledTokens, ...]]:
+        """Enqueue the forward passes of a plan, and after each a program that samples as this plan asks for.
+
+        Returns:
+            The hidden states of the last one, and what was drawn by each.
+        """
+        draw = self.programs.get(("sample", samples.sizes, samples.num_top))
+        hidden, sampled = self._state.hidden, []
+        for number in range(num_steps):
+            hidden = self._run(bucket)
+            state = self._state
+            args = state.latest, state.sample_hidden, samples.inputs, np.int32(number)
+            tokens, latest = draw(self._weights, *args)
+            self._state = dataclasses.replace(state, latest=latest)
+            sampled.append(tokens)
+        return hidden, tuple(sampled)
+
+    def _score(self, piece: PackedScores, hidden: Float[Array, "tokens hidden_size"]) -> list[Scores]:
+        """Scores of a piece of a prompt, ``SCORE_ROWS`` at a time, the last ones padded."""
+        program = self.programs.get(("score", hidden.shape[0], piece.num_top))
+        parts = zip(piece.rows, piece.targets, strict=True)
+        return [program(self._weights, hidden, rows, targets) for rows, targets in parts]
+
+    def _run(self, bucket: Bucket) -> Float[Array, "tokens hidden_size"]:
+        """Enqueue the program of a bucket over what is loaded; the hidden states of its tokens, for the time being."""
+        self.cache, self._state, *hidden = self.programs.get(("forward", bucket))(
+            self._weights, self.cache, self._state
+        )
+        return hidden[0] if hidden else self._state.hidden
+
+    def forget_pool(self) -> None:
+        """A step failed, and with it whatever the pool holds or will hold: the next step starts with an empty one."""
+        if not self.cache.pool.is_deleted():
+            self.cache.pool.delete()
+        if self.host_pool is not None:
+            self.host_pool.forget()
+        self._state = self.programs.new_state()
+
+    @property
+    def costs(self) -> Costs | None:
+        """What bringing KV back costs here, kept current; None until ``measure_costs``."""
+        return self.host_pool.costs if self.host_pool is not None else None
+
+    def measure_costs(self) -> None:
+        """Measure ``costs``, before the first step: copies both ways, and a prefill that writes to block 0 at most."""
+        assert self.host_pool is not None
+        bucket, width = self.buckets[-1], min(self.max_model_len, self.buckets[-1].num_tokens)
+        num_chunks = min(bucket.num_tokens // width, bucket.num_rows)
+        padding = Chunk(0, [0] * width, 0, width, [0] * self.max_blocks)
+        plan = StepPlan(chunks=(padding,) * num_chunks)
+        packed = self._packer.pack(plan)
+        self._replace_lost()
+        for _ in range(2):  # the first run loads the program
+            started = time.perf_counter()
+            self._compute(packed)
+            jax.block_until_ready(self.cache.pool)
+            prefill_s = time.perf_counter() - started
+        self.host_pool.measure(self.cache, prefill_token_s=prefill_s / plan.num_tokens)
+
+    def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
+        """All block copies of a step; padding copies block 0 onto itself."""
+        for wave in copy_waves(copies):
+            size = next(n for n in self.programs.copy_sizes if n >= len(wave))
+            src, dst = np.zeros(size, np.int32), np.zeros(size, np.int32)
+            src[: len(wave)] = [copy.src for copy in wave]
+            dst[: len(wave)] = [copy.dst for copy in wave]
+            self.cache = self.programs.get(("copy", size))(self.cache, src, dst)
+
+
+def copy_waves(copies: Sequence[BlockCopy]) -> Iterator[list[BlockCopy]]:
+    """Copies in turns, such that no block is a source and a destination in one, and each is read before it is written.
+
+    A block may be both: one that was copied, then freed, is given to the next who copies. Mostly there is one turn.
+    """
+    left = list(copies)
+    while left:
+        still_read = {copy.src for copy in left}
+        wave = [copy for copy in left if copy.dst not in still_read]
+        assert wave, f"copies in a circle: {left}"
+        left = [copy for copy in left if copy.dst in still_read]
+        yield wave
+
+
+def _split_draws(
+    drawn: Int[np.ndarray, "2 steps rows"], num_rows: int
+) -> list[tuple[Int[np.ndarray, " rows"], TokenScores]]:
+    """The tokens and scores of each step, without padding rows."""
+    token_ids, logprobs = drawn[0, :, :num_rows], drawn[1, :, :num_rows].view(np.float32)
+    unasked = TokenScores(
+        logprobs=np.zeros(num_rows, np.float32),
+        ranks=np.zeros(num_rows, np.int32),
+        top_ids=np.zeros((num_rows, 0), np.int32),
+        top_logprobs=np.zeros((num_rows, 0), np.float32),
+    )
+    scores = [dataclasses.replace(unasked, logprobs=of_step) for of_step in logprobs]
+    return list(zip(token_ids, scores, strict=True))
+
+
+def _cut_scores(parts: list[Scores], num_rows: int) -> TokenScores:
+    """The scores of a piece, fetched, without padding."""
+    starts = range(0, num_rows, SCORE_ROWS)
+    return join_scores(
+        [first_rows(part, min(SCORE_ROWS, num_rows - start)) for part, start in zip(parts, starts, strict=True)]
+    )

@@ -1,0 +1,167 @@
+"""Beam search on the device: the best continuations of each group of beams, found without leaving it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jpaged.contract.plan import BeamCandidates, BeamSelect
+from jpaged.device.sampling.sampler import padded, top_k
+from jpaged.request import MAX_BEAM_CANDIDATES, MAX_BEAM_WIDTH
+
+CANDIDATE_SIZES = (8, 32, 128, MAX_BEAM_CANDIDATES)
+"""Each is a program for each size of batch, compiled when first needed."""
+
+_Column = Array | np.ndarray  # numpy on the host, where make_beam_inputs builds it; Array under jit
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BeamInputs:
+    """What ``beam_candidates`` reads besides the logits.
+
+    Args:
+        group_rows: the row of logits of each beam, a group's beams in order; padding holds the number of rows.
+        scores: cumulative log-probability of each beam; 0 for padding.
+        bias_rows: the row of each bias; padding holds the number of rows.
+        bias_ids: its token.
+        bias_values: what is added to that token's log-probability; -inf bans it.
+    """
+
+    group_rows: Int[_Column, "groups width"]
+    scores: Float[_Column, "groups width"]
+    bias_rows: Int[_Column, "biases"]
+    bias_ids: Int[_Column, "biases"]
+    bias_values: Float[_Column, "biases"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Candidates:
+    """Continuations of each group, best first: which beam, by which token, and the cumulative log-probability.
+
+    Where the group has no more to offer, the score is -inf, beam and token 0.
+    """
+
+    beams: Int[Array, "groups candidates"]
+    token_ids: Int[Array, "groups candidates"]
+    scores: Float[Array, "groups candidates"]
+
+
+def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: int) -> BeamInputs:
+    """Lay searches out as padded numpy arrays, group i for ``beams[i]``.
+
+    There are as many groups as rows, and in each as many beams as a search of ``num_candidates_of`` can have: a program
+    serves every mixture of searches that asks for no more candidates.
+
+    Args:
+        beams: the searches; their beams' rows of logits follow one another.
+        first_row: the first of these rows.
+        num_rows: rows of the logits, padding included.
+    """
+    shape = num_rows, _most_beams(num_candidates_of(beams))
+    group_rows, scores = np.full(shape, num_rows, np.int32), np.zeros(shape, np.float32)
+    bias_rows, bias_ids = [], []
+    assert all(2 * len(beam.chunks) <= beam.num_candidates for beam in beams), "two for each beam, at least"
+    row = first_row
+    for group, beam in enumerate(beams):
+        rows = range(row, row + len(beam.chunks))
+        group_rows[group, : len(rows)] = rows
+        scores[group, : len(rows)] = beam.scores
+        bias_rows += np.repeat(rows, len(beam.banned_token_ids)).tolist()
+        bias_ids += [*beam.banned_token_ids] * len(rows)
+        row += len(rows)
+    assert row <= num_rows, (row, num_rows)
+    return BeamInputs(
+        group_rows,
+        scores,
+        bias_rows=padded(np.array(bias_rows, np.int32), num_rows),
+        bias_ids=padded(np.array(bias_ids, np.int32), 0),
+        bias_values=padded(np.full(len(bias_ids), -np.inf, np.float32), 0),
+    )
+
+
+def empty_beam_inputs(num_rows: int, num_candidates: int, num_biases: int) -> BeamInputs:
+    """Inputs of the given sizes: what a program is compiled for."""
+    shape = num_rows, _most_beams(num_candidates)
+    return BeamInputs(
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.float32),
+        np.zeros(num_biases, np.int32),
+        np.zeros(num_biases, np.int32),
+        np.zeros(num_biases, np.float32),
+    )
+
+
+def pack_beam_inputs(inputs: BeamInputs) -> Int[np.ndarray, " size"]:
+    """All fields in one int32 array: one transfer a step."""
+    return np.concatenate([np.asarray(field).reshape(-1).view(np.int32) for field in jax.tree.leaves(inputs)])
+
+
+def unpack_beam_inputs(packed: Int[Array, " size"], like: BeamInputs) -> BeamInputs:
+    """On the device: the fields of a packed array, of the shapes and types of ``like``."""
+    fields, tree = jax.tree.flatten(like)
+    parts = jnp.split(packed, np.cumsum([field.size for field in fields])[:-1])
+    return tree.unflatten(
+        [part.reshape(field.shape).view(field.dtype) for part, field in zip(parts, fields, strict=True)]
+    )
+
+
+def num_candidates_of(beams: Sequence[BeamSelect]) -> int:
+    """How many candidates to find for every search: what the widest asks for, up to one of a few sizes."""
+    wanted = max(beam.num_candidates for beam in beams)
+    return next(size for size in CANDIDATE_SIZES if size >= wanted)
+
+
+def _most_beams(num_candidates: int) -> int:
+    """A search has two candidates for each beam at least."""
+    return min(num_candidates // 2, MAX_BEAM_WIDTH)
+
+
+def beam_candidates(logits: Float[Array, "rows vocab"], inputs: BeamInputs, *, num_candidates: int) -> Candidates:
+    """The best ``num_candidates`` of each group's beams x vocabulary; to be called under jit.
+
+    A candidate's score is its beam's plus the token's log-probability, in float32. Bans act on log-probabilities and
+    nothing is renormalised after them, as in Hugging Face's beam search. Among equal scores the lower beam comes first,
+    then the lower token.
+
+    Args:
+        logits: the model's own, float32.
+        inputs: a row belongs to one beam at most.
+        num_candidates: of each group (static); more than it has are filled with -inf.
+    """
+    assert logits.dtype == jnp.float32, logits.dtype
+    rows, vocab_size = logits.shape
+    groups, width = inputs.group_rows.shape
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    if inputs.bias_rows.shape[0] > 0:
+        logprobs = logprobs.at[inputs.bias_rows, inputs.bias_ids].add(inputs.bias_values, mode="drop")
+    # Scores join before the search: rounding them may make equals of log-probabilities that differ.
+    scores = jnp.zeros(rows, jnp.float32).at[inputs.group_rows].set(inputs.scores, mode="drop")
+    per_row, per_group = min(num_candidates, vocab_size), min(num_candidates, width * vocab_size)
+    row_scores, row_tokens = top_k(logprobs + scores[:, None], per_row)
+    of_groups = row_scores.at[inputs.group_rows].get(mode="fill", fill_value=-jnp.inf).reshape(groups, width * per_row)
+    token_ids = row_tokens.at[inputs.group_rows].get(mode="fill", fill_value=0).reshape(groups, width * per_row)
+    best, at = top_k(of_groups, per_group)
+    is_there = best > -jnp.inf
+    missing = ((0, 0), (0, num_candidates - per_group))
+    return Candidates(
+        beams=jnp.pad(jnp.where(is_there, at // per_row, 0), missing),
+        token_ids=jnp.pad(jnp.where(is_there, jnp.take_along_axis(token_ids, at, axis=-1), 0), missing),
+        scores=jnp.pad(best, missing, constant_values=-jnp.inf),
+    )
+
+
+def split_candidates(candidates: Candidates, beams: Sequence[BeamSelect]) -> tuple[BeamCandidates, ...]:
+    """Candidates fetched to the host, one result per search with as many as it asked for."""
+    return tuple(
+        BeamCandidates(
+            np.asarray(candidates.beams)[group, : beam.num_candidates],
+            np.asarray(candidates.token_ids)[group, : beam.num_candidates],
+            np.asarray(candidates.scores)[group, : beam.num_candidates],
+        )
+        for group, beam in enumerate(beams)
+    )

@@ -1,0 +1,1 @@
+"""One step: packed inputs, traced functions, compiled programs."""

@@ -1,0 +1,303 @@
+"""The compiled programs of a model's steps: which there are, lowering, compiling and keeping them."""
+
+import gc
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tqdm import tqdm
+
+from jpaged.config import EngineConfig
+from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES, block_sharding, has_host_pool
+from jpaged.device.kv.pool import BlockMover, KVCache, block_bytes, block_shape
+from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
+from jpaged.device.sampling.sampler import SampleSizes
+from jpaged.device.step.inputs import Bucket, all_buckets, packed_size
+from jpaged.device.step.packed import SCORE_ROWS
+from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
+from jpaged.device.step.state import StepState, num_decode_inputs
+from jpaged.device.step.steps import Steps
+from jpaged.models import ModelConfig
+from jpaged.sharding import pool_sharding, replicated
+from pallas_kernels.paged_attention import Choice
+
+GPU_COMPILER_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,
+    "xla_disable_hlo_passes": "rematerialization",
+}
+"""Loops run inside CUDA graphs, be they all there is of a program: otherwise every turn of one waits for the host to
+read whether there is another.
+
+Nothing is computed again to save memory: XLA counts the pool, which every layer writes in place, once for each layer,
+and finds that memory is short.
+"""
+
+ACCELERATOR_BURST = 4
+"""Steps of a burst where nobody says: planning a step takes about as long as a small one runs."""
+
+ACCELERATOR_LEAST_ROWS = 16
+"""Of a decode's program: fewer rows read the same weights and take as long."""
+
+ACCELERATOR_HALFWAY_FROM = 64
+"""Tokens of a step from which each costs, so that padding does: Llama-3-8B on an H200 decodes 64 rows in 5.9 ms, and
+256 in 10.9, of which attention is less than half."""
+
+
+def num_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Programs:
+    """The programs of one model, by a kind and its static sizes; each is compiled when first asked for.
+
+    Made of shapes alone: weights may be ``jax.ShapeDtypeStruct`` and devices those of a topology that is not there.
+
+    Args:
+        model: a flax.nnx model (``jpaged.models``) as it will run, its projections joined.
+        model_config: its configuration.
+        config: the engine's settings.
+        mesh: the devices.
+        attention: the implementation of paged attention.
+        max_model_len: the context wanted, in tokens.
+        num_blocks: of the pool; with ``max_model_len``, may be changed by ``resize``.
+
+    Attributes:
+        weights: shapes, types and shardings of the parameters.
+        num_loaded: programs that an earlier start had compiled.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        model_config: ModelConfig,
+        config: EngineConfig,
+        mesh: jax.sharding.Mesh,
+        attention: Choice,
+        *,
+        max_model_len: int,
+        num_blocks: int = 0,
+    ):
+        self.model_config = model_config
+        self.config = config
+        self.mesh = mesh
+        graphdef, weights, tree = split_model(model)
+        self.weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in weights]
+        self._model_identity = model_identity(model)
+        self.dtype = dtype_of(model)
+        self.attention = attention
+        block = block_shape(model_config, config, self.dtype, attention, mesh.size)
+        self.bytes_per_block = block_bytes(**block)
+        self._new_cache = partial(KVCache.allocate, **block)
+        self._mover = BlockMover(attention.name, config.interpret, mesh.size)
+        grid = () if self.is_on_cpu else (ACCELERATOR_LEAST_ROWS, ACCELERATOR_HALFWAY_FROM)
+        self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
+        self._steps = partial(Steps, graphdef, tree, mesh, attention.name, config.interpret, config.block_size)
+        self.resize(num_blocks, max_model_len)
+
+    def resize(self, num_blocks: int, max_model_len: int) -> None:
+        """Another pool, or context: nothing is compiled then."""
+        self.num_blocks = num_blocks
+        self.max_model_len = max_model_len
+        self.steps = self._steps(self.max_blocks, self.max_burst)
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+        self.num_loaded = 0
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the devices are the machine's own processor."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
+    def max_burst(self) -> int:
+        """Steps that a plan may have."""
+        return self.config.max_burst or (1 if self.is_on_cpu else ACCELERATOR_BURST)
+
+    @property
+    def max_blocks(self) -> int:
+        """Width of a block table."""
+        return -(-self.max_model_len // self.config.block_size)
+
+    def workspace_bytes(self) -> int:
+        """Temporaries and results of the largest step on one device, from the compiler, without running it."""
+        keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", SampleSizes(self.config.max_num_seqs), None)]
+        keys.append(("copy", max(self.copy_sizes)))
+        total = 0
+        if has_host_pool(self.config, is_on_cpu=self.is_on_cpu):
+            keys += ("gather", MOVE_SIZES[-1]), ("scatter", MOVE_SIZES[-1])
+            total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
+        for key in keys:
+            analysis = self.get(key).memory_analysis()
+            assert analysis is not None
+            total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        return total
+
+    def new_cache(self) -> KVCache:
+        """An empty pool."""
+        return self._new_cache(num_blocks=self.num_blocks, sharding=pool_sharding(self.mesh))
+
+    def new_state(self) -> StepState:
+        """What the first step finds."""
+        return StepState.allocate(
+            self.buckets,
+            max_blocks=self.max_blocks,
+            max_burst=self.max_burst,
+            hidden_size=self.model_config.hidden_size,
+            dtype=self.dtype,
+            sharding=replicated(self.mesh),
+        )
+
+    def warm_up(self, *, with_host_pool: bool = False, use_tqdm: bool = True) -> None:
+        """Compile every bucket's step, its plain sampler and all that moves blocks, in parallel.
+
+        Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
+        """
+        # Lowered one after the other, always in this order: JAX numbers Pallas kernels as it meets them, and these
+        # numbers are part of what its own cache finds programs by. Ours does not lower what it finds.
+        keys = [key for key in self.all_keys(with_host_pool=with_host_pool) if key not in self._compiled]
+        threads = ThreadPoolExecutor(max_workers=num_cores())
+        kept = self._program_cache()
+        try:
+            if kept is not None:
+                self._compiled |= (loaded := kept.load_all(keys, threads))
+                self.num_loaded += len(loaded)
+            jobs = {threads.submit(self._compile, self.lower(key)): key for key in keys if key not in self._compiled}
+            done = as_completed(jobs)
+            saves: list[Future[None]] = []
+            for job in tqdm(done, total=len(jobs), desc="Compiling", unit="program", disable=not (use_tqdm and jobs)):
+                self._compiled[jobs[job]], can_be_saved = job.result()
+                if kept is not None and can_be_saved:
+                    saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
+            for save in saves:
+                save.result()
+        finally:  # an interruption need not wait for programs that nobody started on
+            threads.shutdown(cancel_futures=True)
+        # Tracing leaves a million objects that stay. Python's garbage collector would visit them between two steps.
+        gc.collect()
+        gc.freeze()
+
+    def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
+        """Of all programs that plain requests need."""
+        keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
+        keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
+        keys += [("load", self._num_inputs(bucket)) for bucket in self.buckets]
+        keys += [("read",), *(("copy", size) for size in self.copy_sizes)]
+        if with_host_pool:
+            keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
+        return list(dict.fromkeys(keys))
+
+    def _program_cache(self) -> ProgramCache | None:
+        """Where programs are kept between runs; None on a CPU, which compiles about as fast as it traces."""
+        if self.is_on_cpu:
+            return None
+        weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
+        sizes = self.num_blocks, self.config.block_size, self.max_model_len, self.max_burst, self.buckets
+        choices = self.model_config, self.attention.name, self.config.interpret, GPU_COMPILER_OPTIONS
+        devices = list(self.mesh.devices.flat)
+        return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
+
+    def _num_inputs(self, bucket: Bucket) -> int:
+        """Numbers that are loaded for a bucket's program."""
+        return num_decode_inputs(bucket, self.max_blocks) if bucket.is_decode else packed_size(bucket, self.max_blocks)
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def get(self, key: tuple) -> jax.stages.Compiled:
+        """The program of ``key``: a kind and its static sizes. Compiled on first use."""
+        if key not in self._compiled:
+            self._compiled[key], _ = self._compile(self.lower(key))
+        return self._compiled[key]
+
+    def _compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
+        is_gpu = self.mesh.devices.flat[0].platform == "gpu"
+        return compile_program(lowered, GPU_COMPILER_OPTIONS if is_gpu else None)
+
+    def lower(self, key: tuple) -> jax.stages.Lowered:
+        """The program of ``key``, not compiled."""
+        precision = "highest" if self.dtype == jnp.float32 else None
+        with jax.default_matmul_precision(precision), jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self._lower_kind(*key)
+
+    def _lower_kind(self, kind: str, *sizes: Any) -> jax.stages.Lowered:
+        weights, cache, state = self.weights, self.abstract_cache(), self._abstract_state()
+        match kind:
+            case "load":
+                (num_inputs,) = sizes
+                inputs = self._abstract((num_inputs,), jnp.int32)
+                return jax.jit(StepState.load, donate_argnums=0).lower(state, inputs)
+            case "forward":
+                (bucket,) = sizes
+                method = self.steps.decode if bucket.is_decode else self.steps.forward
+                return self._jit(method, bucket, donate=(1, 2)).lower(weights, cache, state)
+            case "read":
+                return jax.jit(jnp.copy).lower(state.drawn)
+            case "sample":
+                sample_sizes, num_top = sizes
+                packed = self._abstract((sample_sizes.packed_size,), jnp.int32)
+                method = self._jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
+                return method.lower(weights, state.latest, state.sample_hidden, packed, self._abstract((), jnp.int32))
+            case "score":
+                num_tokens, num_top = sizes
+                hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
+                rows = self._abstract((SCORE_ROWS,), jnp.int32)
+                return self._jit(self.steps.score, num_top).lower(weights, hidden, rows, rows)
+            case "beam":
+                rows, num_candidates, num_biases = sizes
+                empty = empty_beam_inputs(rows, num_candidates, num_biases)
+                packed = self._abstract(pack_beam_inputs(empty).shape, jnp.int32)
+                return self._jit(self.steps.beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
+            case "copy":
+                blocks = self._abstract((sizes[0],), jnp.int32)
+                return jax.jit(self._mover.copy, donate_argnums=0).lower(cache, blocks, blocks)
+            case "gather":
+                blocks = self._abstract((sizes[0],), jnp.int32)
+                return jax.jit(self._mover.gather, out_shardings=block_sharding(self.mesh)).lower(cache, blocks)
+            case "scatter":
+                blocks, data = self._abstract((sizes[0],), jnp.int32), [self.abstract_block()] * sizes[0]
+                return jax.jit(self._mover.scatter, donate_argnums=0).lower(cache, blocks, data)
+            case _:
+                raise AssertionError(kind)
+
+    def _jit(self, method: Callable, *static: object, donate: tuple[int, ...] = ()):
+        return jax.jit(partial(method, *static), donate_argnums=donate)
+
+    def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
+
+    def abstract_cache(self) -> KVCache:
+        """The shapes of the pool."""
+        cache = jax.eval_shape(partial(self._new_cache, num_blocks=self.num_blocks))
+        sharding = pool_sharding(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
+
+    def _abstract_state(self) -> StepState:
+        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
+
+    def abstract_block(self) -> jax.ShapeDtypeStruct:
+        """The shape of one block outside of the pool."""
+        pool = jax.eval_shape(partial(self._new_cache, num_blocks=1)).pool
+        return jax.ShapeDtypeStruct(pool.shape[1:], pool.dtype, sharding=block_sharding(self.mesh))
+
+    @property
+    def copy_sizes(self) -> list[int]:
+        """Sizes of the copying programs: a step copies one block for each row at most."""
+        return sorted({min(8, self.config.max_num_seqs), self.config.max_num_seqs})
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:
+    """A model's structure, its weights as a flat list, and the tree that they are the leaves of."""
+    graphdef, state = nnx.split(model)
+    weights, tree = jax.tree.flatten(state)
+    return graphdef, weights, tree
+
+
+def dtype_of(model: nnx.Module) -> jnp.dtype:
+    """Of a model's weights."""
+    return jnp.dtype(next(x.dtype for x in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(x.dtype, jnp.floating)))

@@ -1,0 +1,1 @@
+"""Ties the halves together: requests in, text out."""

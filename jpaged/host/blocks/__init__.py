@@ -1,0 +1,1 @@
+"""Physical blocks: who holds them, what they cache, where they move."""

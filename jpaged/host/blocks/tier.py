@@ -1,0 +1,344 @@
+"""Tiers of blocks, below the sequences: who holds a block, which is reused next, what it caches, what has to move."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Sequence, Set
+from dataclasses import dataclass, field
+
+from jpaged.contract.plan import BlockCopy
+from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache, PrefixHit, PrefixMatch, split_blocks
+from jpaged.host.policies.eviction import MAX_SPILLS_PER_STEP, enters_at_front, order_release
+
+
+class BlockTier:
+    """The bookkeeping of one pool of physical blocks.
+
+    A block is held (its reference count says by how many) or free. A free block keeps its content, and its entry in
+    ``cache``, until it is taken.
+
+    Args:
+        blocks: the physical blocks that can be handed out.
+        block_size: tokens in a block.
+    """
+
+    def __init__(self, blocks: range, block_size: int) -> None:
+        self.blocks = blocks
+        self.ref_counts = [0] * blocks.stop
+        self.num_holders = 0  # their sum
+        self.cache = PrefixCache(block_size)
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(blocks)  # front: reused first
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, cached ones included: they are reused when nothing else is left."""
+        return len(self._free)
+
+    def is_free(self, block: int) -> bool:
+        return block in self._free
+
+    def take(self, avoid: Collection[int] = ()) -> tuple[int, Prefix | None]:
+        """Take, for one holder, the free block that is reused next and is not in ``avoid``; there must be one.
+
+        Returns:
+            The block, and the cached prefix it held until now, if any.
+        """
+        block = next(block for block in self._free if block not in avoid) if avoid else next(iter(self._free))
+        del self._free[block]
+        assert self.ref_counts[block] == 0, "a free block has no holder"
+        self.ref_counts[block] = 1
+        self.num_holders += 1
+        return block, self.cache.evict(block)
+
+    def hold(self, block: int) -> None:
+        """Add one holder to a block, which leaves the free queue if it was there."""
+        self._free.pop(block, None)
+        self.ref_counts[block] += 1
+        self.num_holders += 1
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add one holder to blocks that are held."""
+        for block in blocks:
+            self.ref_counts[block] += 1
+        self.num_holders += len(blocks)
+
+    def release(self, blocks: Sequence[int]) -> list[int]:
+        """Remove one holder from each block of a sequence. Returns those that are free now."""
+        freed = []
+        self.num_holders -= len(blocks)
+        for block in order_release(blocks):
+            self.ref_counts[block] -= 1
+            if self.ref_counts[block] == 0:
+                self._free[block] = None
+                if enters_at_front(block in self.cache):
+                    self._free.move_to_end(block, last=False)
+                freed.append(block)
+        return freed
+
+    def touch(self, block: int) -> None:
+        """Count a cached block as just used: if it is free, it is reused last."""
+        if block in self._free:
+            self._free.move_to_end(block)
+
+    def forget(self) -> None:
+        """The pool's content is lost: nothing is cached any more. Only while nobody holds a block."""
+        assert self.num_free == len(self.blocks)
+        self.cache = PrefixCache(self.cache.block_size)
+
+    def check_invariants(self, holders: Counter[int]) -> None:
+        """Assert what this class promises, where ``holders`` counts the holders of each held block."""
+        assert self.ref_counts == [holders[block] for block in range(self.blocks.stop)]
+        assert self.num_holders == holders.total()
+        assert len(self._free) + len(holders) == len(self.blocks)
+        assert self._free.keys() | holders.keys() == set(self.blocks), "no other block is handed out"
+        assert sorted(self._free, key=self.cache.__contains__) == list(self._free), "cached blocks are reused last"
+        self.cache.check_invariants()
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """What one plan moves between the tiers: see ``StepPlan.to_host`` and ``StepPlan.from_host``."""
+
+    to_host: tuple[BlockCopy, ...]
+    from_host: tuple[BlockCopy, ...]
+
+
+@dataclass(slots=True)
+class _Load:
+    """A copy of host block ``src`` to the device, whose block then holds ``prefix`` unless nobody is to know."""
+
+    src: int
+    prefix: Prefix | None
+
+
+@dataclass(slots=True)
+class _Moves:
+    """What one plan moves. Every load is a holder of its host block until it has run."""
+
+    to_host: dict[int, int] = field(default_factory=dict)  # host block -> the device block written to it
+    loads: dict[int, _Load] = field(default_factory=dict)  # device block -> what is loaded into it
+    copies: dict[int, int] = field(default_factory=dict)  # device block -> the device block copied to it
+    num_spills: int = 0
+
+
+class TwoTiers:
+    """The device's tier and the host's, and what moves between and inside them. One writer: the BlockManager.
+
+    Moves are queued while a plan is made and follow the order that ``StepPlan`` states: all that is stored on the host
+    is read first, then copies are read, then blocks are written, while loads arrive at any time in between. Therefore a
+    block can be retaken as soon as it is stored or copied, but a load neither reads a host block that the same plan
+    writes, nor goes to a device block that the same plan copies from.
+
+    Args:
+        num_blocks: blocks of the device's pool; block 0 is never handed out.
+        num_host_blocks: blocks of the host's pool, or 0.
+        block_size: tokens in a block.
+    """
+
+    def __init__(self, num_blocks: int, num_host_blocks: int, block_size: int) -> None:
+        self.device = BlockTier(range(1, num_blocks), block_size)
+        self.host = BlockTier(range(num_host_blocks), block_size)
+        self.block_size = block_size
+        self.num_copies = 0
+        self.num_spilled = 0
+        self._queued = _Moves()  # by the plan under construction
+        self._in_flight = _Moves()  # by the plan that runs
+
+    # Taking device blocks -----------------------------------------------------------------------------------------
+
+    def num_needed(
+        self, num_taken: int, *, num_loads: int = 0, shared: Set[int] = frozenset(), copied: Set[int] = frozenset()
+    ) -> int:
+        """Free device blocks needed to take some, load others, and hold ``shared`` too, where ``copied`` are copied.
+
+        Loads cannot go to a block that is copied from, though it is free; all else can.
+        """
+        num_unheld = sum(map(self.device.is_free, shared))
+        if num_loads == 0:
+            return num_taken + num_unheld
+        num_avoided = sum(map(self.device.is_free, {*self._queued.copies.values(), *copied} - shared))
+        return max(num_taken, num_avoided) + num_loads + num_unheld
+
+    def take(self, avoid: Collection[int] = ()) -> int:
+        """Take the device block that is reused next, whatever it held; if it was cached, the host may save it."""
+        block, evicted = self.device.take(avoid)
+        if evicted is not None and self.host.blocks:
+            self._spill(block, evicted)
+        return block
+
+    def copy(self, src: int) -> tuple[int, list[BlockCopy]]:
+        """Take a device block for a copy of ``src``.
+
+        Returns:
+            The block, and the copy to run: none if it is ``src`` itself, which was free.
+        """
+        dst = self.take()
+        if dst == src:
+            return dst, []
+        self._queued.copies[dst] = src
+        self.num_copies += 1
+        return dst, [BlockCopy(src, dst)]
+
+    def load(self, src: int, prefix: Prefix | None, *, copied: Set[int] = frozenset()) -> int:
+        """Take a device block for what is in host block ``src``; one holder of ``src`` becomes the load.
+
+        Args:
+            src: the host block; not one that this plan stores to.
+            prefix: what the device block is to cache once it has arrived, if anything.
+            copied: device blocks about to be copied from.
+        """
+        dst = self.take(avoid={*self._queued.copies.values(), *copied})
+        self._queued.loads[dst] = _Load(src, prefix)
+        return dst
+
+    def load_again(self, block: int) -> int:
+        """Take a device block for what this plan loads into ``block``: nothing can be copied from there yet."""
+        src = self._queued.loads[block].src
+        self.host.hold(src)
+        return self.load(src, None)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Remove one holder from each device block of a sequence. Loads into those that are free now are dropped."""
+        freed = self.device.release(blocks)
+        if self._queued.loads or self._in_flight.loads:
+            self._drop_loads(freed)
+
+    def _drop_loads(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            load = self._queued.loads.pop(block, None)
+            if load is not None:
+                self.host.release([load.src])
+            elif block in self._in_flight.loads:
+                self._in_flight.loads[block].prefix = None  # arrives, but by then the block may be somebody else's
+
+    @property
+    def has_loads(self) -> bool:
+        """Whether the plan under construction loads device blocks."""
+        return bool(self._queued.loads)
+
+    def is_loading(self, block: int) -> bool:
+        """Whether the plan under construction loads this device block."""
+        return block in self._queued.loads
+
+    # Taking host blocks -------------------------------------------------------------------------------------------
+
+    def store(self, block: int, prefix: Prefix | None) -> int:
+        """Take a host block for what is in the device block ``block``: the end of ``prefix``, if that is known."""
+        dst, _ = self.host.take()
+        if prefix is not None:
+            self.host.cache.insert(prefix, dst)
+        # A block that this plan copies to does not hold its content yet when the plan stores it.
+        self._queued.to_host[dst] = self._queued.copies.get(block, block)
+        return dst
+
+    def is_storing(self, host_block: int) -> bool:
+        """Whether the plan under construction stores to this host block."""
+        return host_block in self._queued.to_host
+
+    def _spill(self, block: int, prefix: Prefix) -> None:
+        """Save a cached device block about to be reused: its copy on the host is cached, and free."""
+        known = self.host.cache.find_cover(prefix)
+        if known is not None:
+            self.host.touch(known)
+        elif self._queued.num_spills < MAX_SPILLS_PER_STEP and self.host.num_free > 0:
+            self.host.release([self.store(block, prefix)])
+            self._queued.num_spills += 1
+            self.num_spilled += 1
+
+    # The prefix caches --------------------------------------------------------------------------------------------
+
+    def match(self, token_ids: Sequence[int], salt: bytes, least_inside: int) -> PrefixMatch:
+        """Find the longest cached start of ``token_ids``: full blocks, then perhaps the first tokens of one more.
+
+        Each block is looked up on the device, then on the host.
+        """
+        hits: list[PrefixHit] = []
+        prefix = Prefix.empty(salt)
+        for tokens in split_blocks(token_ids, self.block_size):
+            hit = self._find(prefix.extend(tokens)) or self._find_inside(prefix, tokens, least_inside)
+            if hit is not None:
+                hits.append(hit)
+            if hit is None or hit.num_tokens < self.block_size:
+                break
+            prefix = self.prefix_of(hit)
+        return PrefixMatch(tuple(hits))
+
+    def find_stale(self, match: PrefixMatch) -> PrefixHit | None:
+        """The first hit that does not, or no longer, continue the cached prefix that the hits before it make up."""
+        before: Prefix | None = None
+        for hit in match.hits:
+            prefix = self.tier_of(hit).cache.prefix_of(hit.block)
+            if (
+                prefix is None
+                or prefix.parent is None
+                or not prefix.parent.is_same(before or Prefix.empty(prefix.salt))
+                or not 0 < hit.num_tokens <= prefix.num_last_tokens
+                or (hit.num_tokens < self.block_size and hit is not match.hits[-1])
+                or (hit.is_on_host and self.is_storing(hit.block))
+            ):
+                return hit
+            before = prefix
+        return None
+
+    def prefix_of(self, hit: PrefixHit) -> Prefix:
+        """All tokens cached up to the end of the block that was hit."""
+        prefix = self.tier_of(hit).cache.prefix_of(hit.block)
+        assert prefix is not None, "a hit is cached"
+        return prefix
+
+    def tier_of(self, hit: PrefixHit) -> BlockTier:
+        return self.host if hit.is_on_host else self.device
+
+    def _find(self, prefix: Prefix) -> PrefixHit | None:
+        """The full block that ends ``prefix``; none if its end is partial."""
+        if prefix.num_last_tokens < self.block_size:
+            return None
+        block = self.device.cache.find(prefix)
+        if block is not None:
+            return PrefixHit(block, self.block_size)
+        block = self.host.cache.find(prefix)
+        return None if block is None or self.is_storing(block) else PrefixHit(block, self.block_size, is_on_host=True)
+
+    def _find_inside(self, prefix: Prefix, tokens: bytes, least: int) -> PrefixHit | None:
+        """The block after ``prefix`` that starts with most of ``tokens``, ``least`` or more; the device's on ties."""
+        on_device, num_on_device = self.device.cache.find_longest(prefix, tokens)
+        on_host, num_on_host = self.host.cache.find_longest(prefix, tokens)
+        if max(num_on_device, num_on_host) < least:
+            return None
+        if on_host is not None and num_on_host > num_on_device and not self.is_storing(on_host):
+            return PrefixHit(on_host, num_on_host, is_on_host=True)
+        return None if on_device is None else PrefixHit(on_device, num_on_device)
+
+    # A plan -------------------------------------------------------------------------------------------------------
+
+    def take_transfers(self) -> Transfers:
+        """What the plan now complete moves between the tiers. ``finish_transfers`` must follow."""
+        assert not self._in_flight.loads, "the plan before has not ended: call finish_transfers first"
+        self._in_flight, self._queued = self._queued, _Moves()
+        return Transfers(
+            to_host=tuple(BlockCopy(src, dst) for dst, src in self._in_flight.to_host.items()),
+            from_host=tuple(BlockCopy(load.src, dst) for dst, load in self._in_flight.loads.items()),
+        )
+
+    def finish_transfers(self) -> None:
+        """The plan has run: what was loaded can be matched, and where it came from be reused."""
+        for block, load in self._in_flight.loads.items():
+            if load.prefix is not None:
+                self.device.cache.insert(load.prefix, block)
+        self.host.release([load.src for load in self._in_flight.loads.values()])
+        self._in_flight = _Moves()
+
+    def forget(self) -> None:
+        """The content of both pools is lost. Only while no sequence holds a block."""
+        self.host.release([load.src for load in self._in_flight.loads.values()])
+        self._queued, self._in_flight = _Moves(), _Moves()
+        self.device.forget()
+        self.host.forget()
+
+    def check_invariants(self, on_device: Counter[int], on_host: Counter[int]) -> None:
+        """Assert what this class promises, where the counters count the sequences that hold each block."""
+        loads = [*self._queued.loads.values(), *self._in_flight.loads.values()]
+        self.device.check_invariants(on_device)
+        self.host.check_invariants(on_host + Counter(load.src for load in loads))
+        assert not any(self.is_storing(load.src) for load in self._queued.loads.values())
+        assert not self._queued.loads.keys() & {*self._queued.copies.values()}
+        assert self._queued.loads.keys() <= on_device.keys()
+        assert not any(block in self.device.cache for block in self._queued.loads), "matched once it has arrived"

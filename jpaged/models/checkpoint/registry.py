@@ -1,0 +1,164 @@
+"""From an architecture's name to its configuration and model, and from a checkpoint directory to either."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jpaged.models.checkpoint.config import (
+    ModelConfig,
+    common_fields,
+    find_config,
+    parse_hf_config,
+    read_eos_token_ids,
+    read_json,
+)
+from jpaged.models.checkpoint.weights import load_state, stored_dtype
+from jpaged.models.families import llama, opt
+from jpaged.models.layers.common import Dtype
+from jpaged.models.layers.fused import allocation_order
+from jpaged.models.layers.kv_copies import KVCopies, kv_copies
+from jpaged.models.layers.rope import check_spelled_parameters
+from jpaged.sharding import check_divisible, param_sharding
+
+_FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
+    (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
+    (opt.MODEL_TYPES, opt.OPTConfig, opt.OPTForCausalLM),
+)
+
+_CONSTANTS = {"scale": 1, "bias": 0}
+"""Parameters that are not drawn, by name."""
+
+SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name in model_types)
+"""Values of config.json's ``architectures`` that can be loaded."""
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """Reads the configuration of a Hugging Face checkpoint directory.
+
+    Of the weights, only the files' headers are read, and only if config.json names no dtype.
+
+    Args:
+        path: a directory with config.json and, optionally, generation_config.json.
+
+    Raises:
+        ValueError: no checkpoint, an architecture that is not supported, or a value that is not; names the file.
+    """
+    config_path = find_config(path)
+    raw = read_json(config_path)
+    architectures = raw.get("architectures")
+    known = ", ".join(SUPPORTED_ARCHITECTURES)
+    if (
+        not isinstance(architectures, list)
+        or len(architectures) != 1
+        or architectures[0] not in SUPPORTED_ARCHITECTURES
+    ):
+        raise ValueError(f"{config_path}: architectures={architectures!r} is not supported: expected one of {known}")
+    model_types, config_class, _ = next(family for family in _FAMILIES if architectures[0] in family[0])
+    eos_token_ids = read_eos_token_ids(config_path.with_name("generation_config.json"))
+    dtype = next((raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None), None)
+    if dtype is None:
+        dtype = stored_dtype(config_path.parent)
+    try:
+        check_spelled_parameters(raw)
+        hf = parse_hf_config(raw, model_types[architectures[0]])
+        return config_class.from_hf(hf, common_fields(raw, hf, dtype, eos_token_ids))
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{config_path} cannot be used ({type(error).__name__}: {error}): correct it or download it again"
+        ) from error
+
+
+def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure and, in place of its weights, their shapes and shardings.
+
+    Where there are fewer KV heads than devices, it has copies of them (``models.kv_copies``).
+
+    Raises:
+        ValueError: the mesh does not divide the model's heads or feed-forward width.
+    """
+    check_divisible(mesh, num_heads=config.num_heads, intermediate_size=config.intermediate_size)
+    config = replace(config, num_kv_heads=config.num_kv_heads * kv_copies(config, mesh).count)
+    model = nnx.eval_shape(lambda: _model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    shapes = []
+    for where, variable in nnx.to_flat_state(state):
+        sharding = param_sharding(variable.shape, variable.logical_axes, mesh)
+        shapes.append(
+            (where, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)))
+        )
+    return graphdef, nnx.from_flat_state(shapes)
+
+
+def load_model(path: str | Path, config: ModelConfig, dtype: Dtype, mesh: Mesh, *, use_tqdm: bool = True) -> Any:
+    """Loads a checkpoint's weights, each device its own shards. Nothing is executed or unpickled.
+
+    Args:
+        path: a Hugging Face checkpoint directory with safetensors, in one file or sharded.
+        config: from ``load_config`` of the same directory.
+        dtype: of weights and activations; what is stored otherwise is converted.
+        mesh: has an axis "tensor" (see ``device/sharding.py``).
+        use_tqdm: show a progress bar.
+
+    Raises:
+        ValueError: files are missing or damaged, or disagree with ``config``; names the file and the tensor.
+    """
+    graphdef, state = abstract_model(config, dtype, mesh)
+    return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), use_tqdm=use_tqdm))
+
+
+def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> Any:
+    """A model with random weights, drawn on the devices of ``mesh``, each device its own shards.
+
+    Normal with deviation 0.02, norms 1, biases 0. A program for each shape, not one for the whole model: that takes a
+    minute to compile.
+
+    Args:
+        config: the model's shape.
+        dtype: of weights and activations.
+        mesh: has an axis "tensor" (see ``device/sharding.py``).
+        seed: fixes the weights, whatever the mesh.
+    """
+    graphdef, state = abstract_model(config, dtype, mesh)
+    key = jax.random.key(seed, impl="rbg")  # compiles faster than the default
+    copies, drawn = kv_copies(config, mesh), []
+    for index, (where, variable) in enumerate(allocation_order(nnx.to_flat_state(state))):
+        drawn.append((where, variable.replace(_draw(key, index, str(where[-1]), variable, copies))))
+    return nnx.merge(graphdef, nnx.from_flat_state(drawn))
+
+
+def _draw(key: jax.Array, index: int, name: str, variable: Any, copies: KVCopies) -> jax.Array:
+    """The parameter called ``name``, the ``index``-th of its model."""
+    shape, dtype, sharding = variable.shape, variable.dtype, variable.get_value().sharding
+    if name in _CONSTANTS:
+        return jnp.full(shape, _CONSTANTS[name], dtype, device=sharding)
+    axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
+    shape = copies.shape_without(shape, axes)
+    return _draw_normal(shape, dtype, sharding, copies, axes)(key, jnp.uint32(index))
+
+
+@lru_cache
+def _draw_normal(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    sharding: NamedSharding,
+    copies: KVCopies,
+    axes: tuple[str | None, ...],
+) -> Callable[..., jax.Array]:
+    def draw(key: jax.Array, index: jax.Array) -> jax.Array:
+        drawn = 0.02 * jax.random.normal(jax.random.fold_in(key, index), shape, dtype)
+        return copies.make(drawn, axes)
+
+    return jax.jit(draw, out_shardings=sharding)
+
+
+def _model_class(config: ModelConfig) -> Any:
+    return next(model_class for model_types, _, model_class in _FAMILIES if config.architecture in model_types)

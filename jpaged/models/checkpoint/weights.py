@@ -1,0 +1,240 @@
+"""Safetensors files read straight into sharded arrays, and a model's weights written back as a checkpoint."""
+
+import json
+import math
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from jpaged.models.checkpoint.config import ModelConfig, read_json
+from jpaged.models.layers.common import Dtype
+from jpaged.models.layers.fused import QKV, allocation_order, separate_params
+from jpaged.models.layers.kv_copies import KVCopies
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What a model can be stored in, by the name safetensors gives it."""
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file: ``slices[index]`` reads that part of it."""
+
+    file: Path
+    slices: Any
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
+
+
+def hf_name(path: tuple[Any, ...]) -> str:
+    """The name in a Hugging Face checkpoint of the parameter at ``path`` of a model's state."""
+    *modules, leaf = path
+    return ".".join([*map(str, modules), "bias" if leaf == "bias" else "weight"])
+
+
+def is_transposed(path: tuple[Any, ...]) -> bool:
+    """Whether the checkpoint stores this parameter transposed: PyTorch projections are [out, in], ours [in, out]."""
+    return path[-1] == "kernel"
+
+
+def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool = True) -> nnx.State:
+    """Fills ``state`` (variables that hold shapes and shardings) from the checkpoint directory ``path``.
+
+    Files are memory-mapped; each device is sent its own slice only, in the stored dtype, and transposes and converts
+    it there. All names and shapes are checked before the first byte is read.
+
+    Raises:
+        ValueError: files are missing or damaged, or their tensors are not those of ``state``.
+    """
+    flat = allocation_order(nnx.to_flat_state(state))
+    with ExitStack() as stack:
+        stored = _open_tensors(path, stack)
+        _check_tensors(path, flat, stored, copies)
+        num_bytes = {name: t.size * jnp.dtype(_DTYPES[t.dtype]).itemsize for name, t in stored.items()}
+        total = sum(num_bytes[hf_name(where)] for where, _ in flat)
+        bar = stack.enter_context(
+            tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm)
+        )
+        loaded = []
+        for where, variable in flat:
+            name = hf_name(where)
+            loaded.append((where, variable.replace(_load_tensor(stored[name], is_transposed(where), variable, copies))))
+            bar.update(num_bytes[name])
+    return nnx.from_flat_state(loaded)
+
+
+def stored_dtype(path: Path) -> str:
+    """The dtype of most of a checkpoint's numbers, from the headers of its files; float32 if it has no safetensors.
+
+    Raises:
+        ValueError: files are missing or damaged, or most numbers are of a dtype that cannot be loaded.
+    """
+    if not any(path.glob("*.safetensors*")):
+        return "float32"
+    sizes: Counter[str] = Counter()
+    with ExitStack() as stack:
+        for tensor in _open_tensors(path, stack).values():
+            sizes[tensor.dtype] += tensor.size
+    dtype = max(sizes, key=sizes.__getitem__, default="F32")
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"{path}: the weights are stored as {dtype}, which is not supported: expected one of {', '.join(_DTYPES)}"
+        )
+    return _DTYPES[dtype]
+
+
+def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype: Dtype | None = None) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` as transformers and ``load_model`` read them.
+
+    Args:
+        model: of a class of this package.
+        config: the configuration the model was built from.
+        path: a directory, made if it does not exist; files of these names in it are replaced.
+        dtype: to store the weights in; the model's own if None.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for where, tensor in separate_params(model):
+        if where[-2] in QKV.parts[1:]:
+            count = tensor.shape[-1] // (config.num_kv_heads * config.head_dim)
+            tensor = KVCopies(count, config.head_dim).drop(tensor)
+        tensor = tensor.astype(tensor.dtype if dtype is None else jnp.dtype(dtype))
+        tensors[hf_name(where)] = np.ascontiguousarray(tensor.T if is_transposed(where) else tensor)
+    stored_dtype = next(iter(tensors.values())).dtype.name
+    text = json.dumps(replace(config, dtype=stored_dtype).to_hf(), indent=2)
+    (path / "config.json").write_text(text + "\n", encoding="utf-8")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map: download the checkpoint again")
+        files = [path / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if file.parent != path:
+                raise ValueError(f"{index} points outside its directory, to {file}: weights must lie beside it")
+            if not file.is_file():
+                raise ValueError(f"{file} is missing, but {index.name} names it: download the checkpoint again")
+        return files
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if pickled := sorted(path.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"{pickled[0]} is a pickle, which can run code when it is loaded, so it is not read. Convert it once: "
+            "save the model with transformers' save_pretrained, which writes safetensors"
+        )
+    raise ValueError(f"{path} has no weights: expected model.safetensors or model.safetensors.index.json")
+
+
+def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
+    """All tensors of a checkpoint by name; files stay mapped until ``stack`` closes."""
+    tensors: dict[str, _Stored] = {}
+    for file in _weight_files(path):
+        try:
+            opened = stack.enter_context(safe_open(file, framework="numpy"))
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                slices = opened.get_slice(name)
+                tensors[name] = _Stored(file, slices, tuple(slices.get_shape()), slices.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or damaged ({error}): download it again") from error
+    return tensors
+
+
+def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies) -> None:
+    """Checks that ``stored`` holds the parameters in ``flat``, in their shapes, and nothing else that matters.
+
+    Checkpoints of a bare decoder lack the prefix "model."; it is added to ``stored``.
+    """
+    expected = {hf_name(where): (where, variable) for where, variable in flat}
+    for name in list(stored):
+        if name not in expected and f"model.{name}" in expected:
+            stored[f"model.{name}"] = stored.pop(name)
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(expected)} tensors are missing from the safetensors files, "
+            f"the first is {missing[0]!r}: the download is incomplete or config.json belongs to another model"
+        )
+    unexpected = sorted(name for name in stored.keys() - expected.keys() if not _is_redundant(name, stored, expected))
+    if unexpected:
+        raise ValueError(
+            f"{stored[unexpected[0]].file}: {len(unexpected)} tensors are not part of the model that config.json "
+            f"describes, the first is {unexpected[0]!r}: correct config.json or remove them"
+        )
+    for name, (where, variable) in expected.items():
+        tensor = stored[name]
+        shape = copies.shape_without(variable.shape, variable.logical_axes)
+        shape = shape[::-1] if is_transposed(where) else shape
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
+                "one of the two belongs to another model"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not supported: "
+                f"expected one of {', '.join(_DTYPES)}"
+            )
+
+
+def _is_redundant(name: str, stored: dict[str, _Stored], expected: dict[str, Any]) -> bool:
+    """Whether a tensor that the model has no parameter for holds nothing new: buffers, a copy of a tied embedding."""
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    if name != "lm_head.weight":
+        return False
+    tied = next(other for other in expected if other.endswith(".embed_tokens.weight"))
+    if not np.array_equal(stored[name].slices[:], stored[tied].slices[:]):
+        raise ValueError(
+            f"{stored[name].file}: lm_head.weight differs from {tied}, but config.json ties them: "
+            "set tie_word_embeddings to false, or remove lm_head.weight"
+        )
+    return True
+
+
+def _load_tensor(stored: _Stored, transpose: bool, variable: Any, copies: KVCopies) -> jax.Array:
+    """Sends each device its slice, then transposes and converts there. Blocks, so host copies do not pile up.
+
+    Of what is copied each device is sent all, which is little: the projections of few KV heads.
+    """
+    dtype, sharding = variable.dtype, variable.get_value().sharding
+    axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
+    spec = P() if axes else P(*reversed(sharding.spec)) if transpose else sharding.spec
+    placed = NamedSharding(sharding.mesh, spec)
+    array = jax.make_array_from_callback(stored.shape, placed, lambda index: stored.slices[index])
+    if transpose or axes or array.dtype != dtype:
+        array = _convert(array, transpose, dtype, sharding, copies, axes)
+    return jax.block_until_ready(array)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _convert(
+    array: jax.Array,
+    transpose: bool,
+    dtype: Any,
+    sharding: NamedSharding,
+    copies: KVCopies,
+    axes: tuple[str | None, ...],
+) -> jax.Array:
+    array = (array.T if transpose else array).astype(dtype)
+    return jax.lax.with_sharding_constraint(copies.make(array, axes), sharding)

@@ -1,0 +1,264 @@
+"""The Llama family: Llama, Mistral, Qwen2 and Qwen3, which differ in biases, head norms and windows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jpaged.models.checkpoint.config import MAX_INT, ModelConfig, is_count, is_positive, require
+from jpaged.models.layers.common import (
+    ACTIVATIONS,
+    Attend,
+    Dtype,
+    RMSNorm,
+    check_activation,
+    embed,
+    linear,
+    split_heads,
+    to_vocab,
+)
+from jpaged.models.layers.fused import GATE_UP, QKV
+from jpaged.models.layers.rope import Rope, rotate
+
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
+    """A model of the Llama family.
+
+    Args:
+        rms_norm_eps: added to the mean square in every norm.
+        rope: rotary embedding; its head_dim is ``head_dim``.
+        hidden_act: a name of ``ACTIVATIONS``.
+        qkv_bias, o_bias, mlp_bias: whether those projections have a bias.
+        qk_norm: whether queries and keys are normalised per head before the rotation (Qwen3).
+        sliding_windows: each layer's window in tokens, None for full attention; empty means none anywhere.
+    """
+
+    rms_norm_eps: float
+    rope: Rope
+    hidden_act: str = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.architecture not in MODEL_TYPES:
+            raise ValueError(f"architecture={self.architecture!r} is not of the Llama family: {', '.join(MODEL_TYPES)}")
+        check_activation(self.hidden_act)
+        require(is_positive(self.rms_norm_eps), "rms_norm_eps", self.rms_norm_eps, "a small number above 0")
+        if self.rope.head_dim != self.head_dim:
+            raise ValueError(f"rope.head_dim={self.rope.head_dim} differs from head_dim={self.head_dim}")
+        if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
+            raise ValueError(f"{len(self.sliding_windows)} layer types are given for {self.num_layers} layers")
+        for window in self.sliding_windows:
+            is_window = window is None or is_count(window)
+            require(is_window, "sliding_window", window, f"null (full attention) or an integer from 1 to {MAX_INT}")
+
+    @property
+    def max_model_len(self) -> int:
+        return self.rope.max_model_len
+
+    def prefix_salt(self, prompt_len: int) -> bytes:
+        return self.rope.prefix_salt(prompt_len)
+
+    @classmethod
+    def from_hf(cls, hf: Any, common: dict[str, Any]) -> "LlamaConfig":
+        family = MODEL_TYPES[common["architecture"]]
+        head_dim = getattr(hf, "head_dim", None)
+        if head_dim is None:
+            head_dim = hf.hidden_size // hf.num_attention_heads
+        attention_bias = bool(getattr(hf, "attention_bias", False))
+        windows: tuple[int | None, ...] = ()
+        if family == "mistral" and hf.sliding_window is not None:
+            windows = (hf.sliding_window,) * hf.num_hidden_layers
+        elif family in ("qwen2", "qwen3"):
+            windows = tuple(_window_of(kind, hf.sliding_window) for kind in hf.layer_types)
+        return cls(
+            **common,
+            intermediate_size=hf.intermediate_size,
+            num_kv_heads=hf.num_key_value_heads,
+            head_dim=head_dim,
+            rms_norm_eps=hf.rms_norm_eps,
+            rope=Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
+            hidden_act=hf.hidden_act,
+            qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
+            o_bias=family in ("llama", "qwen3") and attention_bias,
+            mlp_bias=family == "llama" and bool(hf.mlp_bias),
+            qk_norm=family == "qwen3",
+            sliding_windows=() if all(window is None for window in windows) else windows,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        family = MODEL_TYPES[self.architecture]
+        window = next(filter(None, self.sliding_windows), None)
+        values = {
+            **self.common_hf(family),
+            "intermediate_size": self.intermediate_size,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": self.rope.to_hf(),
+            "hidden_act": self.hidden_act,
+        }
+        match family:
+            case "llama":
+                values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+            case "mistral":
+                values |= {"sliding_window": window}
+            case _:
+                kinds = ["full_attention" if w is None else "sliding_attention" for w in self.sliding_windows]
+                values |= {"use_sliding_window": window is not None, "sliding_window": window}
+                values |= {"layer_types": kinds or ["full_attention"] * self.num_layers}
+        if family == "qwen3":
+            values["attention_bias"] = self.qkv_bias
+        return values
+
+
+def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
+    """The window of a layer of this type, one of config.json's ``layer_types``."""
+    kinds = ("full_attention", "sliding_attention")
+    require(layer_type in kinds, "layer_types entry", layer_type, f"one of {', '.join(kinds)}")
+    if layer_type == "full_attention":
+        return None
+    if sliding_window is None:
+        raise ValueError(
+            "layer_types asks for sliding_attention, but no sliding_window is given: "
+            "set sliding_window and use_sliding_window, or make the layers full_attention"
+        )
+    return sliding_window
+
+
+class LlamaAttention(nnx.Module):
+    fusible = QKV
+
+    def __init__(self, config: LlamaConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        bias = config.qkv_bias
+        self.q_proj = linear(hidden, q_size, None, "heads", bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(hidden, kv_size, None, "kv_heads", bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(hidden, kv_size, None, "kv_heads", bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(q_size, hidden, "heads", None, bias=config.o_bias, dtype=dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.config = config
+        self.layer = layer
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens hidden_size"],
+        cos: Float[Array, "tokens half"],
+        sin: Float[Array, "tokens half"],
+        attend: Attend,
+    ) -> Float[Array, "tokens hidden_size"]:
+        config = self.config
+        q, k, v = (split_heads(projected, config.head_dim) for projected in QKV.project(self, x))
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        window = config.sliding_windows[self.layer] if config.sliding_windows else None
+        out = attend(self.layer, q, k, v, sm_scale=config.head_dim**-0.5, sliding_window=window)
+        return self.o_proj(out.reshape(x.shape[0], -1))
+
+
+class LlamaMLP(nnx.Module):
+    fusible = GATE_UP
+
+    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        hidden, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = linear(hidden, ffn, None, "ffn", bias=bias, dtype=dtype, rngs=rngs)
+        self.up_proj = linear(hidden, ffn, None, "ffn", bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = linear(ffn, hidden, "ffn", None, bias=bias, dtype=dtype, rngs=rngs)
+        self.act = config.hidden_act
+
+    def __call__(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens hidden_size"]:
+        gate, up = GATE_UP.project(self, x)
+        return self.down_proj(ACTIVATIONS[self.act](gate) * up)
+
+
+class LlamaDecoderLayer(nnx.Module):
+    def __init__(self, config: LlamaConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        hidden, epsilon = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, epsilon, dtype=dtype, rngs=rngs)
+        self.self_attn = LlamaAttention(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(hidden, epsilon, dtype=dtype, rngs=rngs)
+        self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens hidden_size"],
+        branch: Float[Array, "tokens hidden_size"] | None,
+        cos: Float[Array, "tokens half"],
+        sin: Float[Array, "tokens half"],
+        attend: Attend,
+    ) -> tuple[Float[Array, "tokens hidden_size"], Float[Array, "tokens hidden_size"]]:
+        """The residual stream, and what is still to be added to it: by the next norm, which reads the sum."""
+        x, normed = self.input_layernorm.add(x, branch)
+        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, cos, sin, attend))
+        return x, self.mlp(normed)
+
+
+class LlamaModel(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.embed_tokens = embed(config.vocab_size, config.hidden_size, "vocab", dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [LlamaDecoderLayer(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+
+
+class LlamaForCausalLM(nnx.Module):
+    """A decoder of the Llama family. Parameters are named as in Hugging Face checkpoints.
+
+    Args:
+        config: the model's shape.
+        dtype: of parameters and activations; norms, rotations and logits are computed in float32.
+        rngs: initialises the weights: normal with deviation 0.02, norms 1, biases 0.
+    """
+
+    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(
+                config.hidden_size, config.vocab_size, None, "vocab", bias=False, dtype=dtype, rngs=rngs
+            )
+
+    def __call__(
+        self,
+        token_ids: Int32[Array, "tokens"],
+        positions: Int32[Array, "tokens"],
+        prompt_lens: Int32[Array, "tokens"],
+        attend: Attend,
+    ) -> Float[Array, "tokens hidden_size"]:
+        """The final hidden state of each token.
+
+        Args:
+            token_ids: of any number of sequences, one after another.
+            positions: of each token in its sequence.
+            prompt_lens: length of the prompt of each token's sequence (see ``Rope.cos_sin``).
+            attend: called once a layer; knows which tokens belong together.
+        """
+        x, branch = self.model.embed_tokens(token_ids), None
+        cos, sin = self.config.rope.cos_sin(positions, prompt_lens)
+        for layer in self.model.layers:
+            x, branch = layer(x, branch, cos, sin, attend)
+        _, normed = self.model.norm.add(x, branch)
+        return normed
+
+    def logits(self, hidden: Float[Array, "rows hidden_size"]) -> Float[Array, "rows vocab"]:
+        """Logits of the next token, float32."""
+        lm_head = None if self.config.tie_word_embeddings else self.lm_head
+        return to_vocab(hidden, self.model.embed_tokens, lm_head)

@@ -1,0 +1,297 @@
+"""Rotary position embeddings: the default form and every scaling transformers writes for Llama."""
+
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from jpaged.models.checkpoint.config import MAX_INT, is_count, require
+from jpaged.models.layers.rope_parameters import check_parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Positions divided by ``factor``."""
+
+    factor: float
+
+    def inv_freq(self, rope: "Rope") -> np.ndarray:
+        return rope.plain_inv_freq() / np.float32(self.factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Dynamic:
+    """NTK-aware: beyond ``Rope.max_position_embeddings`` the base grows, so KV depends on the prompt's length."""
+
+    factor: float
+
+
+_BETA_FAST, _BETA_SLOW = 32, 1
+"""Rotations over the original context above which YaRN keeps, and below which it interpolates, a frequency."""
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """YaRN (https://arxiv.org/abs/2309.00071): interpolates low frequencies, keeps high ones, ramps in between."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+
+        def mscale(weight: float) -> float:
+            return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
+
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return mscale(self.mscale) / mscale(self.mscale_all_dim)
+        return mscale(1.0)
+
+    def inv_freq(self, rope: "Rope") -> np.ndarray:
+        def dim_of(rotations: float) -> float:
+            """The dimension that turns this often over the original context."""
+            ratio = self.original_max_position_embeddings / (rotations * 2 * math.pi)
+            return rope.head_dim * math.log(ratio) / (2 * math.log(rope.theta))
+
+        low, high = dim_of(self.beta_fast or _BETA_FAST), dim_of(self.beta_slow or _BETA_SLOW)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rope.head_dim - 1)
+        if low == high:
+            high += 0.001  # a ramp of no width would divide by zero
+        half = np.arange(rope.head_dim // 2, dtype=np.float32)
+        interpolated = np.clip((half - low) / (high - low), 0, 1).astype(np.float32)
+        plain = rope.plain_inv_freq()
+        return plain / np.float32(self.factor) * interpolated + plain * (1 - interpolated)
+
+
+@dataclass(frozen=True, slots=True)
+class LongRope:
+    """LongRoPE: one set of per-dimension divisors up to the original context, another beyond it."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    factor: float | None = None
+    attention_factor: float | None = None
+
+    def magnitude(self, max_position_embeddings: int) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        original = self.original_max_position_embeddings
+        factor = max_position_embeddings / original if self.factor is None else self.factor
+        return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3:
+    """Llama 3.1: long wavelengths are divided by ``factor``, short ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def inv_freq(self, rope: "Rope") -> np.ndarray:
+        plain = rope.plain_inv_freq()
+        turns = self.original_max_position_embeddings * plain / np.float32(2 * math.pi)
+        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        kept = kept.astype(np.float32)
+        return (1 - kept) * plain / np.float32(self.factor) + kept * plain
+
+
+Scaling = Linear | Dynamic | Yarn | LongRope | Llama3
+_SCALINGS: dict[str, type[Scaling]] = {
+    "linear": Linear,
+    "dynamic": Dynamic,
+    "yarn": Yarn,
+    "longrope": LongRope,
+    "llama3": Llama3,
+}
+
+
+def check_spelled_parameters(raw: dict[str, Any]) -> None:
+    """Checks rotary parameters as config.json spells them, before anything computes with them.
+
+    Args:
+        raw: config.json; the parameters stand in ``rope_parameters``, once ``rope_scaling``, or beside them.
+
+    Raises:
+        ValueError: a value of another type or out of range, with its name.
+    """
+    nested = [raw[name] for name in ("rope_parameters", "rope_scaling") if isinstance(raw.get(name), dict)]
+    for parameters in (raw, *nested):
+        if "rope_theta" in parameters:
+            check_parameter("rope_theta", parameters["rope_theta"], is_optional=False)
+    for parameters in nested:
+        rope_type = parameters.get("rope_type", parameters.get("type"))
+        kind = _SCALINGS.get(rope_type) if isinstance(rope_type, str) else None
+        for field in () if kind is None else fields(kind):
+            if field.name in parameters:
+                # YaRN's factor may be null; that other scalings need theirs is seen when they are built.
+                is_optional = field.default is None or field.name == "factor"
+                check_parameter(field.name, parameters[field.name], is_optional=is_optional)
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding of a head: dimension i is paired with dimension i + head_dim / 2, as Hugging Face does.
+
+    Args:
+        head_dim: even.
+        theta: the base of the wavelengths.
+        max_position_embeddings: as in config.json; for "dynamic" the length beyond which the base grows.
+        scaling: None is the default form.
+    """
+
+    head_dim: int
+    theta: float
+    max_position_embeddings: int
+    scaling: Scaling | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "max_position_embeddings"):
+            require(is_count(getattr(self, name)), name, getattr(self, name), f"an integer from 1 to {MAX_INT}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd: rotary embeddings pair dimensions")
+        check_parameter("rope_theta", self.theta, is_optional=False)
+        if self.scaling is not None:
+            self._check_scaling(self.scaling)
+
+    def _check_scaling(self, scaling: "Scaling") -> None:
+        for field in fields(scaling):
+            check_parameter(field.name, getattr(scaling, field.name), is_optional=field.default is None)
+        match scaling:
+            case Dynamic() if self.head_dim == 2:
+                raise ValueError("rope_type 'dynamic' needs a head_dim above 2")
+            case Yarn(beta_fast=fast, beta_slow=slow):
+                fast, slow = fast or _BETA_FAST, slow or _BETA_SLOW
+                require(fast >= slow, "beta_fast", fast, f"beta_slow={slow} or more")
+            case LongRope():
+                for name in ("short_factor", "long_factor"):
+                    length, expected = len(getattr(scaling, name)), self.head_dim // 2
+                    if length != expected:
+                        raise ValueError(f"{name} has {length} entries: expected head_dim / 2 = {expected}")
+            case Llama3(low_freq_factor=low, high_freq_factor=high):
+                require(high > low, "high_freq_factor", high, f"a number above low_freq_factor={low}")
+        require(is_count(self.max_model_len), "factor", scaling.factor, f"a context of at most {MAX_INT} tokens")
+
+    @classmethod
+    def from_hf(cls, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> "Rope":
+        """Builds from transformers' standardised ``rope_parameters``.
+
+        Raises:
+            ValueError: a rope type that is not known, or parameters out of range.
+        """
+        rope_type = parameters.get("rope_type", "default")
+        if not isinstance(rope_type, str) or rope_type not in ("default", *_SCALINGS):
+            raise ValueError(f"rope_type={rope_type!r} is not supported: known are default, {', '.join(_SCALINGS)}")
+        if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
+            raise ValueError(
+                f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported: expected 1"
+            )
+        scaling = None
+        if rope_type != "default":
+            kind = _SCALINGS[rope_type]
+            given: dict[str, Any] = {}
+            for name in (field.name for field in fields(kind)):
+                value = parameters.get(name)
+                if value is not None:
+                    given[name] = tuple(value) if isinstance(value, list) else value
+            if rope_type == "yarn" and "factor" not in given:
+                given["factor"] = max_position_embeddings / given["original_max_position_embeddings"]
+            required = [field.name for field in fields(kind) if field.default is MISSING]
+            if missing := [name for name in required if name not in given]:
+                raise ValueError(f"rope_type={rope_type!r} needs {', '.join(missing)}: add what is missing")
+            scaling = kind(**given)
+        theta: Any = parameters.get("rope_theta")
+        return cls(head_dim, theta, max_position_embeddings, scaling)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``rope_parameters`` that ``from_hf`` reads back."""
+        if self.scaling is None:
+            return {"rope_type": "default", "rope_theta": self.theta}
+        rope_type = next(name for name, kind in _SCALINGS.items() if isinstance(self.scaling, kind))
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scaling).items() if v is not None}
+        return {"rope_type": rope_type, "rope_theta": self.theta, **values}
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest context the scaling is meant for."""
+        match self.scaling:
+            case Linear(factor) | Dynamic(factor):
+                return int(self.max_position_embeddings * factor)
+            case Yarn(factor=factor, original_max_position_embeddings=original):
+                return int(original * factor)
+            case _:
+                return self.max_position_embeddings
+
+    def prefix_salt(self, prompt_len: int) -> bytes:
+        """See ``ModelConfig.prefix_salt``."""
+        match self.scaling:
+            case Dynamic() if prompt_len > self.max_position_embeddings:
+                return f"dynamic rope at {prompt_len}".encode()
+            case LongRope(original_max_position_embeddings=original) if prompt_len > original:
+                return b"long rope"
+            case _:
+                return b""
+
+    def plain_inv_freq(self) -> np.ndarray:
+        """Radians per token of each pair of dimensions without scaling, [head_dim / 2] float32."""
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        return np.float32(1) / np.float32(self.theta) ** exponents
+
+    def cos_sin(
+        self, positions: Int32[Array, "tokens"], prompt_lens: Int32[Array, "tokens"]
+    ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+        """Cosine and sine, float32, of each token's angles, times the scaling's magnitude.
+
+        Args:
+            positions: each token's position in its sequence, from 0.
+            prompt_lens: length of the prompt of each token's sequence. "dynamic" and "longrope" take the length a
+                token is embedded for to be max(prompt_len, position + 1), which is what a prefill followed by
+                decodes over a KV cache sees.
+        """
+        seq_lens = jnp.maximum(prompt_lens, positions + 1)
+        magnitude = 1.0
+        match self.scaling:
+            case None:
+                inv_freq = jnp.asarray(self.plain_inv_freq())[None]
+            case Dynamic(factor):
+                grown = jnp.maximum(seq_lens, self.max_position_embeddings).astype(jnp.float32)
+                ratio = factor * grown / self.max_position_embeddings - (factor - 1)
+                theta = float(self.theta) * ratio ** (self.head_dim / (self.head_dim - 2))
+                exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+                inv_freq = 1 / theta[:, None] ** jnp.asarray(exponents)[None]
+            case LongRope() as scaling:
+                magnitude = scaling.magnitude(self.max_position_embeddings)
+                plain = self.plain_inv_freq()
+                short = jnp.asarray(plain / np.asarray(scaling.short_factor, np.float32))
+                long = jnp.asarray(plain / np.asarray(scaling.long_factor, np.float32))
+                is_long = seq_lens > scaling.original_max_position_embeddings
+                inv_freq = jnp.where(is_long[:, None], long[None], short[None])
+            case scaling:
+                magnitude = scaling.magnitude() if isinstance(scaling, Yarn) else 1.0
+                inv_freq = jnp.asarray(scaling.inv_freq(self))[None]
+        angles = positions.astype(jnp.float32)[:, None] * inv_freq
+        return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def rotate(
+    x: Float[Array, "tokens heads head_dim"], cos: Float[Array, "tokens half"], sin: Float[Array, "tokens half"]
+) -> Float[Array, "tokens heads head_dim"]:
+    """Rotates each head's pairs of dimensions, in float32; the result has the dtype of ``x``."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,363 @@
+"""Blocks that leave for the host and come back: bit for bit, in the order the plan promises, and what it costs."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged.config import EngineConfig
+from jpaged.contract.plan import BlockCopy, Chunk, Costs, Sample, StepPlan
+from jpaged.device.kv import host_pool as transfer
+from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES
+from jpaged.device.kv.pool import KVCache
+from jpaged.device.runner import ModelRunner
+from jpaged.models import LlamaConfig, Rope, random_model
+from jpaged.request import SamplingParams
+from jpaged.sharding import make_mesh, pool_sharding
+
+TINY = LlamaConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=17,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope=Rope(16, 10000.0, 128),
+)
+
+
+@cache
+def tiny_model(dtype, mesh):
+    return random_model(TINY, dtype, mesh, 0)
+
+
+@cache
+def programs_of(dtype, mesh, config: EngineConfig) -> dict:
+    """Shared by the runners of one configuration."""
+    return {}
+
+
+def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, **settings) -> ModelRunner:
+    """A runner whose device pool holds random numbers, different in every block."""
+    mesh = make_mesh(tensor_parallel_size)
+    defaults = {"block_size": 8, "num_blocks": 257, "num_host_blocks": 128, "max_num_seqs": 4}
+    config = EngineConfig(**defaults | {"max_num_batched_tokens": 16} | settings)
+    runner = ModelRunner(tiny_model(dtype, mesh), TINY, config, mesh)
+    runner.programs._compiled = programs_of(dtype, mesh, config)
+    content = np.random.default_rng(0).standard_normal(runner.cache.pool.shape, np.float32).astype(dtype)
+    runner.cache = KVCache(jax.device_put(content, pool_sharding(mesh)))
+    return runner
+
+
+def content(runner: ModelRunner) -> np.ndarray:
+    return np.array(runner.cache.pool)
+
+
+def moves(src, dst) -> tuple[BlockCopy, ...]:
+    return tuple(BlockCopy(int(s), int(d)) for s, d in zip(src, dst, strict=True))
+
+
+def assert_same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
+    assert actual.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_blocks_come_back_bit_for_bit(dtype, tensor_parallel_size):
+    runner = make_runner(dtype, tensor_parallel_size=tensor_parallel_size)
+    before = content(runner)
+    out, back = [5, 200, 9, 1, 77, 30], [11, 12, 13, 14, 15, 16]
+    runner.execute(StepPlan(to_host=moves(out, [3, 120, 0, 7, 8, 9])))
+    runner.execute(StepPlan(from_host=moves([3, 120, 0, 7, 8, 9], back)))
+    expected = before.copy()
+    expected[back] = before[out]
+    assert_same_bits(content(runner)[1:], expected[1:])
+    assert len(runner.cache.pool.sharding.device_set) == tensor_parallel_size
+
+
+@pytest.mark.parametrize("num_blocks", [1, MOVE_SIZES[0], MOVE_SIZES[0] + 1, MOVE_SIZES[1] + 1, 2 * MAX_STAGED_BLOCKS])
+def test_any_number_of_blocks_moves_in_one_plan(num_blocks):
+    """More than are staged at once, too."""
+    runner = make_runner()
+    before = content(runner)
+    out, back = np.arange(1, num_blocks + 1), np.arange(num_blocks + 1, 2 * num_blocks + 1)
+    slots = np.arange(num_blocks)[::-1]
+    runner.execute(StepPlan(to_host=moves(out, slots)))
+    runner.execute(StepPlan(from_host=moves(slots, back)))
+    assert_same_bits(content(runner)[back], before[out])
+    assert_same_bits(content(runner)[out], before[out])
+
+
+def test_what_leaves_is_read_before_the_step_writes():
+    """Before its copies and its chunks, and before what arrives in the same block."""
+    runner = make_runner()
+    before = content(runner)
+    runner.execute(StepPlan(to_host=moves([20], [0])))
+    chunk = Chunk(0, [1, 2, 3, 4, 5], 0, 5, [7])
+    runner.execute(
+        StepPlan(
+            to_host=moves([7, 9, 30], [1, 2, 3]), copies=moves([7], [9]), chunks=(chunk,), from_host=moves([0], [30])
+        )
+    )
+    changed = content(runner)
+    assert not np.array_equal(changed[7], before[7])
+    assert_same_bits(changed[9], before[7])
+    assert_same_bits(changed[30], before[20])
+    runner.execute(StepPlan(from_host=moves([1, 2, 3], [41, 42, 43])))
+    assert_same_bits(content(runner)[41:44], before[[7, 9, 30]])
+
+
+def test_what_arrives_sees_what_the_same_plan_sent():
+    runner = make_runner()
+    before = content(runner)
+    runner.execute(StepPlan(to_host=moves([3], [6])))
+    runner.execute(StepPlan(to_host=moves([4], [6]), from_host=moves([6], [50])))
+    assert_same_bits(content(runner)[50], before[4])
+
+
+def test_a_step_computes_the_same_while_blocks_move_around_it():
+    params = SamplingParams(temperature=0)
+    results = []
+    for moving in ({}, {"to_host": moves([20, 21], [0, 1]), "from_host": moves([5], [22])}):
+        runner = make_runner()
+        chunk = Chunk(0, [1, 2, 3], 0, 3, [7])
+        plan = StepPlan(chunks=(chunk,), samples=(Sample(0, 0, 3, 0, params, (), (), ()),), **moving)
+        results.append((runner.execute(plan), content(runner)[7]))
+    (still, still_block), (moved, moved_block) = results
+    assert still.token_ids.tolist() == moved.token_ids.tolist()
+    assert still.scores.logprobs.tolist() == moved.scores.logprobs.tolist()
+    assert_same_bits(still_block, moved_block)
+
+
+def test_a_plan_without_chunks_has_an_empty_result():
+    result = make_runner().execute(StepPlan(to_host=moves([1], [0])))
+    assert result.token_ids.tolist() == []
+    assert result.scores.logprobs.tolist() == []
+    assert result.beams == result.prompt_scores == ()
+
+
+@pytest.mark.parametrize("size", MOVE_SIZES)
+def test_moving_programs_allocate_nothing_of_the_pools_size(size):
+    runner = make_runner(num_blocks=4096, num_host_blocks=1)
+    pool_bytes, staged_bytes = runner.cache.pool.nbytes, size * runner.bytes_per_block
+    gather = runner.programs.get(("gather", size)).memory_analysis()
+    scatter = runner.programs.get(("scatter", size)).memory_analysis()
+    assert max(gather.temp_size_in_bytes, scatter.temp_size_in_bytes) <= 2 * staged_bytes < pool_bytes / 10
+    assert gather.output_size_in_bytes <= staged_bytes + 16 * size, "and a pointer a block"
+    assert scatter.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
+    assert scatter.output_size_in_bytes == scatter.alias_size_in_bytes
+
+
+def test_bytes_are_counted_each_way_over_all_devices_without_padding():
+    runner = make_runner(tensor_parallel_size=2)
+    block_bytes = 2 * 2 * 2 * 8 * 16 * 4
+    assert runner.bytes_per_block == block_bytes
+    runner.execute(StepPlan(to_host=moves([1, 2, 3], [0, 1, 2])))
+    runner.execute(StepPlan(to_host=moves([4], [3]), from_host=moves([0, 1], [8, 9])))
+    assert runner.host_pool.bytes_to_host == 4 * block_bytes
+    assert runner.host_pool.bytes_from_host == 2 * block_bytes
+
+
+class Unfinished:
+    """Stands for an array still under way, until somebody waits for it."""
+
+    def __init__(self, seconds: float, clock: list[float]):
+        self.seconds, self.clock, self.is_over = seconds, clock, False
+
+    def is_ready(self) -> bool:
+        return self.is_over
+
+    def wait(self) -> None:
+        if not self.is_over:
+            self.end_after(self.seconds)
+
+    def end_after(self, seconds: float) -> None:
+        self.clock[0] += seconds
+        self.is_over = True
+
+
+@pytest.fixture
+def slow_link(monkeypatch):
+    """A runner whose copies to the host seem to take 3 s, on a clock that only waiting moves on."""
+    runner = make_runner()
+    pool, clock, sent = runner.host_pool, [0.0], []
+    monkeypatch.setattr(transfer.time, "perf_counter", lambda: clock[0])
+    send = pool._send
+
+    def slow_send(cache, blocks):
+        send(cache, blocks)
+        sent.append([Unfinished(3.0 / len(blocks), clock) for _ in blocks])
+        return sent[-1]
+
+    def wait(arrays):
+        for array in arrays:
+            if isinstance(array, Unfinished):
+                array.wait()
+
+    monkeypatch.setattr(pool, "_send", slow_send)
+    monkeypatch.setattr(transfer.jax, "block_until_ready", wait)
+    pool.costs = Costs(1.0, 1.0, 1.0, 1.0)
+    return runner, sent
+
+
+def test_a_step_waits_for_no_copy_but_when_too_many_would_be_staged_and_before_arrivals(slow_link):
+    runner, sent = slow_link
+    runner.execute(StepPlan(to_host=moves([1, 2], [0, 1])))
+    assert runner.host_pool.stalled_s == 0
+    runner.execute(StepPlan(chunks=(Chunk(0, [1], 0, 1, [3]),)))
+    runner.execute(StepPlan(to_host=moves([3], [2])))
+    assert not any(block.is_over for blocks in sent for block in blocks)
+    runner.execute(StepPlan(to_host=moves(range(4, 3 + MAX_STAGED_BLOCKS), range(3, 2 + MAX_STAGED_BLOCKS))))
+    assert all(block.is_over for block in sent[0]), "the oldest make room"
+    assert not any(block.is_over for blocks in sent[1:] for block in blocks)
+    assert runner.host_pool.stalled_s == 3.0
+    runner.execute(StepPlan(from_host=moves([100], [3])))
+    assert all(block.is_over for blocks in sent for block in blocks)
+
+
+def test_staged_blocks_are_bounded_within_a_plan(slow_link):
+    runner, sent = slow_link
+    runner.execute(StepPlan(to_host=moves(range(1, 129), range(128))))
+    waited = sum(block.is_over for batch in sent for block in batch)
+    assert waited == 128 - MAX_STAGED_BLOCKS
+    assert runner.host_pool.stalled_s == pytest.approx(2 * 3.0)
+
+
+def test_a_copy_seen_to_end_moves_its_cost_and_no_other(slow_link):
+    runner, _ = slow_link
+    runner.execute(StepPlan(to_host=moves([1], [0])))  # expected to take 1 + 1 s, takes 3
+    runner.execute(StepPlan(to_host=moves(range(1, 1 + MAX_STAGED_BLOCKS), range(MAX_STAGED_BLOCKS))))
+    costs = runner.costs
+    assert 1.0 < costs.to_host_block_s < 1.5
+    assert (costs.transfer_s, costs.from_host_block_s, costs.prefill_token_s) == (1.0, 1.0, 1.0)
+
+
+def test_a_copy_whose_end_nobody_saw_only_lowers_its_cost(slow_link):
+    runner, sent = slow_link
+    for seconds, expected in ((10.0, 1.0), (0.5, 0.25)):  # expected to take 2 s
+        runner.execute(StepPlan(to_host=moves([1], [0])))
+        sent[-1][0].end_after(seconds)
+        runner.host_pool.poll()
+        assert runner.costs.to_host_block_s == pytest.approx(expected)
+
+
+def test_measured_costs_are_positive_and_leave_the_pools_as_they_were():
+    runner = make_runner()
+    assert runner.costs is None
+    runner.execute(StepPlan(to_host=moves([1], [0])))
+    before = content(runner)
+    runner.measure_costs()
+    costs = runner.costs
+    assert min(costs.transfer_s, costs.to_host_block_s, costs.from_host_block_s, costs.prefill_token_s) > 0
+    assert_same_bits(content(runner)[1:], before[1:])
+    runner.execute(StepPlan(from_host=moves([0], [9])))
+    assert_same_bits(content(runner)[9], before[1])
+
+
+def test_large_steps_keep_the_cost_of_a_prefill_current_and_small_ones_do_not():
+    runner = make_runner()
+    params = SamplingParams(temperature=0)
+
+    def prefill(num_tokens):
+        chunk = Chunk(0, [1] * num_tokens, 0, num_tokens, [1, 2])
+        runner.execute(StepPlan(chunks=(chunk,), samples=(Sample(0, 0, num_tokens, 0, params, (), (), ()),)))
+        return runner.costs.prefill_token_s
+
+    runner.measure_costs()
+    for num_tokens in (3, 16):  # compiles, which no cost is to include
+        prefill(num_tokens)
+    runner.host_pool.costs = Costs(1.0, 1.0, 1.0, 1000.0)
+    assert prefill(3) == 1000.0
+    assert 0.79 * 1000 < prefill(8) < 0.81 * 1000, "a fifth of the way to what it took"
+    runner.host_pool.costs = Costs(1.0, 1.0, 1.0, 1e-12)
+    assert prefill(16) == pytest.approx(1.6e-12), "a single slow step counts as four times the average at most"
+
+
+def test_a_forgotten_pool_takes_what_was_under_way_with_it():
+    runner = make_runner()
+    runner.execute(StepPlan(to_host=moves([1, 2], [0, 1])))
+    runner.host_pool.start(runner.cache, (), moves([0], [9]))
+    runner.forget_pool()
+    runner.execute(StepPlan(from_host=moves([0], [5])))
+    assert not content(runner)[[9]].any(), "the arrival that was never finished"
+
+
+# Sizes
+
+
+def test_host_memory_in_bytes_is_rounded_down_to_blocks():
+    runner = make_runner(num_host_blocks=None, host_memory_bytes=10 * 4096 + 4095)
+    assert runner.num_host_blocks == 10
+
+
+@pytest.mark.parametrize("settings", [{}, {"host_memory_bytes": 0}, {"num_host_blocks": 0}])
+def test_no_host_pool_on_a_cpu_unless_asked_for(settings):
+    runner = make_runner(**{"num_host_blocks": None} | settings)
+    assert runner.num_host_blocks == 0
+    assert runner.host_pool is None
+    assert runner.costs is None
+
+
+def test_swap_on_a_cpu_has_a_host_pool_for_all_rows_at_full_length():
+    assert make_runner(num_host_blocks=None, preemption="swap").num_host_blocks == 4 * 128 // 8
+
+
+def test_an_accelerators_default_is_4_gib_and_less_if_the_machine_or_the_rows_need_less(monkeypatch):
+    monkeypatch.setattr(transfer, "free_machine_bytes", lambda: 100 << 30)
+    config = EngineConfig()
+
+    def default(useful_blocks):
+        return transfer.num_host_blocks_for(config, 2 << 20, is_on_cpu=False, useful_blocks=useful_blocks)
+
+    assert default(10**6) == 2048
+    assert default(100) == 100
+    monkeypatch.setattr(transfer, "free_machine_bytes", lambda: 1 << 30)
+    assert default(10**6) == 256
+
+
+def test_recomputing_without_a_prefix_cache_needs_no_host_pool():
+    config = EngineConfig(preemption="recompute", enable_prefix_caching=False)
+    assert not transfer.has_host_pool(config, is_on_cpu=False)
+    assert transfer.has_host_pool(EngineConfig(preemption="recompute"), is_on_cpu=False)
+
+
+def test_the_workspace_has_room_for_staged_blocks():
+    with_pool, without = make_runner(), make_runner(num_host_blocks=0)
+    room = with_pool.programs.workspace_bytes() - without.programs.workspace_bytes()
+    assert room >= 2 * MAX_STAGED_BLOCKS * with_pool.bytes_per_block
+
+
+@pytest.mark.parametrize("settings", [{"num_host_blocks": 11}, {"host_memory_bytes": 11 * 4096}])
+def test_a_host_pool_larger_than_the_machine_is_refused_with_the_arithmetic(monkeypatch, settings):
+    monkeypatch.setattr(transfer, "free_machine_bytes", lambda: 10 * 4096)
+    with pytest.raises(ValueError, match=r"does not fit: 11 blocks x 4,096 bytes = 45,056.*40,960.*at most 10 blocks"):
+        make_runner(**{"num_host_blocks": None} | settings)
+
+
+def test_host_memory_that_holds_no_block_is_refused():
+    with pytest.raises(ValueError, match="host_memory_bytes=4,095 holds no block of 4,096 bytes"):
+        make_runner(num_host_blocks=None, host_memory_bytes=4095)
+
+
+def test_swap_without_room_for_a_host_pool_is_refused(monkeypatch):
+    monkeypatch.setattr(transfer, "free_machine_bytes", lambda: 4096)
+    with pytest.raises(ValueError, match="preemption='swap' needs a host pool"):
+        make_runner(num_host_blocks=None, preemption="swap")
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_blocks_move_by_dma_as_they_do_without(num_devices):
+    kernel = {"attention_implementation": "pallas_tpu", "interpret": True}
+    runner = make_runner(tensor_parallel_size=num_devices, num_blocks=33, num_host_blocks=8, **kernel)
+    before = content(runner)
+    runner.execute(StepPlan(to_host=moves([1, 2, 3], [5, 6, 7]), copies=moves([4, 5, 9], [9, 10, 11])))
+    runner.execute(StepPlan(from_host=moves([5, 7], [20, 21])))
+    expected = before.copy()
+    expected[[9, 10, 11, 20, 21]] = before[[4, 5, 9, 1, 3]]
+    assert_same_bits(content(runner), expected)

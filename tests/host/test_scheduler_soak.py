@@ -1,0 +1,759 @@
+"""The scheduler and the block manager under constant pressure, on a device that knows what every slot must hold."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Collection
+from unittest import mock
+
+import pytest
+
+from jpaged.contract.plan import Costs, StepPlan, StepResult
+from jpaged.host.blocks import tier as block_tier
+from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.policies.order import schedule_order
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+from jpaged.request import FinishReason, Request, SamplingParams
+from tests.support.fake_device import (
+    EOS,
+    VOCAB_SIZE,
+    FakeDevice,
+    expected_hypotheses,
+    expected_logprobs,
+    expected_tokens,
+    stops_of,
+)
+
+SWAP_IS_CHEAPER = Costs(transfer_s=0, to_host_block_s=0, from_host_block_s=0, prefill_token_s=1)
+RECOMPUTE_IS_CHEAPER = Costs(transfer_s=1, to_host_block_s=1, from_host_block_s=1, prefill_token_s=0)
+
+
+def make_device(
+    num_blocks: int = 65,
+    *,
+    block_size: int = 4,
+    num_host_blocks: int = 0,
+    rows: int = 8,
+    budget: int = 64,
+    model_len: int = 256,
+    eos: tuple[int, ...] = (),
+    preemption: str = "swap",
+    caching: bool = True,
+    max_burst: int = 1,
+    step_sizes: tuple[tuple[int, int], ...] = (),
+) -> FakeDevice:
+    blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching, num_host_blocks=num_host_blocks)
+    scheduler = Scheduler(
+        blocks,
+        max_num_seqs=rows,
+        max_num_batched_tokens=budget,
+        max_model_len=model_len,
+        eos_token_ids=eos,
+        preemption=preemption,
+        max_burst=max_burst,
+        step_sizes=step_sizes,
+    )
+    return FakeDevice(scheduler)
+
+
+def step(device: FakeDevice) -> StepPlan:
+    plan = device.scheduler.schedule()
+    device.scheduler.update(plan, device.execute(plan))
+    device.scheduler.blocks.check_invariants()
+    device.audit()
+    return plan
+
+
+def assert_is_what_was_asked_for(
+    group: SequenceGroup, scheduler: Scheduler, cut_short: Collection[int] = frozenset()
+) -> None:
+    """Assert that a finished group's tokens and scores are those of a loop without scheduler and blocks.
+
+    Args:
+        group: finished. What was aborted must have the first of the tokens expected.
+        scheduler: whose it was.
+        cut_short: sequences (by id) that somebody else ended, as a stop string does: they too have the first tokens.
+    """
+    request, params, eos = group.request, group.request.params, scheduler.eos_token_ids
+    if params.max_tokens is not None:
+        assert group.max_tokens == min(params.max_tokens, scheduler.max_model_len - group.prompt_len)
+    is_aborted = any(seq.finish_reason is FinishReason.ABORT for seq in group.sequences)
+    if not is_aborted and params.prompt_logprobs is not None:
+        scores = [float(logprob) for piece in group.prompt_scores for logprob in piece.logprobs]
+        assert scores == expected_logprobs(request.prompt_token_ids, request.prefix_salt)
+    for seq in group.sequences:
+        assert seq.is_finished
+        if seq.finish_reason is not FinishReason.ABORT and seq.seq_id not in cut_short:
+            is_stop = seq.token_ids[-1] in stops_of(params, eos)
+            assert seq.finish_reason is (FinishReason.STOP if is_stop else FinishReason.LENGTH)
+    if group.beam is None:
+        _assert_samples(group, eos, cut_short)
+    elif not is_aborted:
+        results = [(seq.output_token_ids, seq.score) for seq in group.sequences]
+        assert results == expected_hypotheses(request, group.max_tokens, eos)
+
+
+def _assert_samples(group: SequenceGroup, eos: Collection[int], cut_short: Collection[int]) -> None:
+    assert [seq.index for seq in group.sequences] == list(range(group.request.params.num_sequences))
+    for seq in group.sequences:
+        tokens = seq.output_token_ids
+        expected = expected_tokens(group.request, seq.index, group.max_tokens, eos)
+        is_cut = seq.finish_reason is FinishReason.ABORT or seq.seq_id in cut_short
+        assert tokens == (expected[: len(tokens)] if is_cut else expected)
+        logprobs = [float(scores.logprobs[row]) for scores, row in seq.output_scores]
+        assert logprobs == expected_logprobs(seq.token_ids, group.request.prefix_salt)[seq.prompt_len - 1 :]
+
+
+# A soak ---------------------------------------------------------------------------------------------------------------
+
+FEATURES = {
+    "sampling: swapped out",
+    "sampling: dropped to recompute",
+    "beams: swapped out",
+    "beams: dropped to recompute",
+    "dropped because the host pool was full",
+    "swapped in",
+    "several recompute what they share once",
+    "a lower priority made way",
+    "copies on write",
+    "spills",
+    "hits in the host tier",
+    "hits that end inside a block",
+    "hits in both tiers at once",
+    "refused request",
+    "refused pin",
+    "pinned",
+    "unpinned",
+    "unpinned before it was computed",
+    "a step failed before it ran",
+    "a step failed after it ran",
+    "a step failed with a pin",
+    "a step failed while a group was swapped out",
+    "two steps failed at once",
+    "planned ahead",
+    "prompts cut to a size",
+    "decoded on",
+    "decoded on without those that ended",
+    "decoded on after prompts",
+    "bursts",
+    "bursts that some end in",
+    "ended while a token of theirs was under way",
+    "aborted while waiting",
+    "aborted while running",
+    "aborted while swapped out",
+    "ended by a stop string",
+    "ended by a stop token",
+    "ended by its length",
+    "best_of",
+    "beams: finished",
+    "prompt_logprobs after a preemption",
+    "chunked prompt",
+}
+"""What a soak must have met: one that never swaps proves nothing of swapping."""
+
+
+class Episode:
+    """Some hundred steps with one random setting, from an empty scheduler to an empty scheduler.
+
+    Args:
+        seed: decides everything.
+        seen: counts the features met.
+    """
+
+    def __init__(self, seed: int, seen: Counter[str]) -> None:
+        self.random = random.Random(seed)
+        self.seen = seen
+        draw = self.random
+        block_size, rows = draw.choice([1, 2, 3, 4, 4, 4, 8]), draw.randint(2, 12)
+        budget = draw.randint(rows, 48)
+        self.device = make_device(
+            1 + max(draw.randint(16, 96) // block_size, 4),
+            block_size=block_size,
+            num_host_blocks=draw.choice([0, 2, 4, 8, 16, 128]),
+            rows=rows,
+            budget=budget,
+            model_len=draw.randint(16, 60),
+            eos=draw.choice([(), (EOS,), (EOS, 4), (EOS, 4, 5)]),
+            preemption=draw.choice(["auto", "auto", "swap", "recompute"]),
+            caching=draw.random() < 0.85,
+            max_burst=draw.choice([1, 2, 5]),
+            step_sizes=draw.choice([(), ((8, 4), (16, rows), (32, rows), (budget, rows))]),
+        )
+        self.scheduler = self.device.scheduler
+        self.blocks = self.scheduler.blocks
+        self.texts = [draw.choices(range(VOCAB_SIZE), k=64) for _ in range(3)]  # what prompts begin with
+        self.salts = draw.choice([[b""], [b"", b"other"]])
+        self.priorities = draw.choice([[0], [0, 0, 1], [-1, 0, 1, 2]])
+        self.arrival_rate = draw.choice([0.2, 0.5, 0.9])
+        self.num_requests = 0
+        self.groups: list[SequenceGroup] = []
+        self.cut_short: set[int] = set()
+        self.pins: set[str] = set()
+        self.num_steps = 0
+        self.was_idle = False
+        self.under_way: list[tuple[StepPlan, StepResult]] = []
+        self.ahead_rate = draw.choice([0.0, 0.5, 1.0])
+
+    def run(self) -> int:
+        """Returns the number of steps."""
+        for _ in range(self.random.randint(50, 300)):
+            self._disturb()
+            self._step()
+        most = self.num_steps + 2000
+        while self.scheduler.has_unfinished:
+            self._step()
+            assert self.num_steps < most, "it goes round in circles"
+        while self.under_way:  # of sequences that have ended
+            self._update()
+        self._check_end()
+        return self.num_steps
+
+    # What happens between steps ---------------------------------------------------------------------------------------
+
+    def _disturb(self) -> None:
+        draw = self.random
+        if draw.random() < self.arrival_rate and self.scheduler.stats().num_waiting < 6:
+            self._arrive()
+        if draw.random() < 0.03:
+            self._abort()
+        if draw.random() < 0.05 and self.blocks.enable_prefix_caching:
+            self._pin()
+        if draw.random() < 0.06 and self.pins:
+            self._unpin()
+        if draw.random() < 0.02 and self.scheduler.has_unfinished:
+            self._fail()
+        if draw.random() < 0.1:
+            self.scheduler.costs = draw.choice([None, SWAP_IS_CHEAPER, RECOMPUTE_IS_CHEAPER])
+
+    def _arrive(self) -> None:
+        for _ in range(5):
+            request = self._make_request()
+            before = self.scheduler.stats(), self.blocks.stats()
+            try:
+                self.groups.append(self.scheduler.add(request))
+                return
+            except ValueError:
+                self.seen["refused request"] += 1
+                assert (self.scheduler.stats(), self.blocks.stats()) == before
+
+    def _make_request(self) -> Request:
+        draw = self.random
+        self.num_requests += 1
+        max_tokens = draw.choice([1, 2, 5, 8, 12, 16, 24, 32, None, 100])
+        shared = {
+            "max_tokens": max_tokens,
+            "min_tokens": min(draw.choice([0, 0, 0, 1, 5]), max_tokens or 5),
+            "stop_token_ids": draw.choice([None, None, (7,), (7, 8)]),
+            "ignore_eos": draw.random() < 0.2,
+            "prompt_logprobs": 0 if draw.random() < 0.15 else None,
+        }
+        if draw.random() < 0.4:
+            width = draw.randint(1, 7)
+            params = SamplingParams(
+                use_beam_search=True,
+                temperature=0,
+                n=draw.randint(1, width),
+                best_of=width,
+                length_penalty=draw.choice([-1.0, 0.0, 0.5, 1.0, 2.0]),
+                early_stopping=draw.choice([False, True, "never"]),
+                **shared,
+            )
+        else:
+            n = draw.choice([1, 1, 1, 2, 3, 5])
+            best_of, temperature = draw.choice([None, None, n + 2]), draw.choice([0.0, 1.0, 1.0])
+            params = SamplingParams(n=n, best_of=best_of, temperature=temperature, **shared)
+        name, seed = f"request {self.num_requests}", draw.randrange(100)
+        priority, salt = draw.choice(self.priorities), draw.choice(self.salts)
+        return Request(name, None, self._make_prompt(), params, seed, salt, priority)
+
+    def _make_prompt(self) -> list[int]:
+        """The beginning of a text or of an earlier conversation, and a few tokens more."""
+        draw = self.random
+        known = draw.choice(self.texts)
+        if self.groups and draw.random() < 0.3:
+            known = draw.choice(draw.choice(self.groups).sequences or [Sequence(0, 0, 0, known, 0)]).token_ids
+        length = draw.randint(0, min(len(known), self.scheduler.max_model_len))
+        return known[:length] + draw.choices(range(VOCAB_SIZE), k=draw.randint(0 if length else 1, 6))
+
+    def _abort(self) -> None:
+        unfinished = [group for group in self.groups if not group.is_finished]
+        swapped = [group for group in unfinished if group.is_swapped]
+        if not unfinished:
+            return
+        group = self.random.choice(swapped or unfinished)
+        is_running = group in self.scheduler._running
+        where = "while swapped out" if group.is_swapped else "while running" if is_running else "while waiting"
+        assert self.scheduler.abort(group.request.request_id) is group
+        self.seen[f"aborted {where}"] += 1
+
+    def _pin(self) -> None:
+        name, prompt = f"pin {self.num_requests}", self._make_prompt()[: self.random.randint(1, 20)]
+        self.num_requests += 1
+        request = Request(name, None, prompt, SamplingParams(max_tokens=1), 0, self.random.choice(self.salts))
+        before = self.scheduler.stats(), self.blocks.stats()
+        try:
+            self.scheduler.pin(request)
+        except ValueError:
+            self.seen["refused pin"] += 1
+            assert (self.scheduler.stats(), self.blocks.stats()) == before
+        else:
+            self.pins.add(name)
+
+    def _unpin(self) -> None:
+        under_way = self.pins & self.scheduler._groups.keys()
+        name = self.random.choice(sorted(under_way or self.pins))
+        self.seen["unpinned" if self.scheduler.is_pinned(name) else "unpinned before it was computed"] += 1
+        self.scheduler.unpin(name)
+        self.pins.remove(name)
+        with pytest.raises(ValueError, match="not pinned"):
+            self.scheduler.unpin(name)
+
+    def _fail(self) -> None:
+        """A step dies after it was planned: nothing may depend on what it wrote, or would have written."""
+        when = self.random.choice(["before", "after"])
+        self.seen[f"a step failed {when} it ran"] += 1
+        self.seen["a step failed with a pin"] += any(map(self.scheduler.is_pinned, self.pins))
+        self.seen["a step failed while a group was swapped out"] += any(group.is_swapped for group in self.groups)
+        self.seen["two steps failed at once"] += bool(self.under_way)
+        plan = self.scheduler.schedule_ahead() if self.under_way else self.scheduler.schedule()
+        if when == "after" and plan is not None:
+            self.device.execute(plan)
+        self.under_way.clear()
+        self.device.lose()
+        self.scheduler.forget_pool()
+        self.blocks.check_invariants()
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        scheduler = self.scheduler
+        has_work = scheduler.has_unfinished
+        if not self.under_way:
+            plan = self._plan(scheduler.schedule)
+            is_idle = not (plan.chunks or plan.to_host or plan.from_host)
+            assert not (is_idle and self.was_idle and has_work), "it stands still"
+            assert has_work or is_idle
+            self.was_idle = is_idle and has_work
+        if self.random.random() < self.ahead_rate:
+            plan = self._plan(scheduler.schedule_ahead)
+            self.seen["planned ahead"] += plan is not None
+            self.was_idle &= plan is None
+        self._update()
+        self.blocks.check_invariants()
+        self.device.audit()
+        for name in filter(scheduler.is_pinned, self.pins):
+            request = scheduler._pins[name].request
+            match = self.blocks.match_prefix(request.prompt_token_ids, salt=request.prefix_salt)
+            assert match.num_tokens == len(request.prompt_token_ids)
+            assert not match.is_on_host
+        self.num_steps += 1
+
+    def _plan(self, schedule: Callable[[], StepPlan | None]) -> StepPlan | None:
+        """Plan a step and run it; its results wait."""
+        running = list(self.scheduler._running)
+        plan = schedule()
+        self._check_order(running)
+        if plan is not None:
+            self._count(plan, running)
+            is_cut = plan.num_tokens < self.scheduler.max_num_batched_tokens and plan.num_tokens in (8, 16, 32)
+            self.seen["prompts cut to a size"] += is_cut and any(chunk.stop < chunk.prompt_len for chunk in plan.chunks)
+            if plan.decodes is not None:
+                fed = {chunk.seq_id for chunk in plan.chunks}
+                for group in self.scheduler._running:
+                    assert all(seq.seq_id in fed or group.is_ending(seq) for seq in group.unfinished), "nobody waits"
+                before = self.under_way[-1][0]
+                self.seen["decoded on"] += 1
+                self.seen["decoded on without those that ended"] += len(plan.samples) < len(before.samples)
+                self.seen["decoded on after prompts"] += before.num_tokens > len(before.chunks)
+            self.under_way.append((plan, self.device.execute(plan)))
+        return plan
+
+    def _update(self) -> None:
+        """Take in the results of the oldest step under way."""
+        sequences = self.scheduler._sequences
+        plan, result = self.under_way.pop(0)
+        gaining = [sample.seq_id for sample in plan.samples]
+        gaining += [plan.chunks[select.chunks[0]].seq_id for select in plan.beams]
+        self.seen["ended while a token of theirs was under way"] += not sequences.keys() >= set(gaining)
+        gaining = [sequences[seq_id][0] for seq_id in gaining if seq_id in sequences]
+        touched = self.scheduler.update(plan, result)
+        assert touched == list(dict.fromkeys(gaining))
+        self._stop_some(touched)
+
+    def _check_order(self, running_before: list[SequenceGroup]) -> None:
+        running, waiting = self.scheduler._running, self.scheduler._waiting
+        for queue in (running, waiting):
+            assert queue == sorted(queue, key=schedule_order)
+        for group in running:
+            for other in waiting:
+                is_admitted = group not in running_before
+                if is_admitted or group.request.priority == other.request.priority:
+                    assert schedule_order(group) < schedule_order(other), "nobody overtakes"
+
+    def _count(self, plan: StepPlan, running_before: list[SequenceGroup]) -> None:
+        scheduler, seen = self.scheduler, self.seen
+        preempted = [group for group in running_before if group in scheduler._waiting]
+        admitted = [group for group in scheduler._running if group not in running_before]
+        for group in preempted:
+            way = "swapped out" if group.is_swapped else "dropped to recompute"
+            seen[f"{'sampling' if group.beam is None else 'beams'}: {way}"] += not group.is_pin
+            must_swap = scheduler.preemption == "swap" or (scheduler.preemption == "auto" and scheduler.costs is None)
+            is_short = must_swap and self.blocks.num_host_blocks > 0 and not group.is_swapped
+            seen["dropped because the host pool was full"] += is_short
+            is_for_another = any(schedule_order(other) < schedule_order(group) for other in admitted)
+            seen["a lower priority made way"] += is_for_another
+            seen["prompt_logprobs after a preemption"] += group.request.params.prompt_logprobs is not None
+        for group in admitted:
+            states = Counter(seq.state for seq in group.sequences)
+            has_output = group.sequences[0].num_outputs > 0
+            seen["several recompute what they share once"] += states[SequenceState.UNFORKED] > 0 and has_output
+            seen["swapped in"] += states[SequenceState.LOADING] > 0 and not group.fork_at and has_output
+            seen["hits that end inside a block"] += (group.num_cached_tokens or 0) % self.blocks.block_size > 0
+            leader = group.unfinished[0]
+            is_loading = leader.state is SequenceState.LOADING and leader.num_computed > 0
+            num_loading = len(plan.from_host) * self.blocks.block_size
+            seen["hits in both tiers at once"] += is_loading and num_loading < leader.num_computed
+        seen["copies on write"] += len(plan.copies)
+        seen["bursts"] += plan.num_steps > 1
+        seen["bursts that some end in"] += len({sample.num_tokens for sample in plan.samples}) > 1
+        for chunk in plan.chunks:
+            group, _ = scheduler._sequences[chunk.seq_id]
+            seen["chunked prompt"] += 0 < chunk.start < group.prompt_len
+
+    def _stop_some(self, touched: list[SequenceGroup]) -> None:
+        """End some of the sequences that gained a token, as a stop string does."""
+        for group in touched:
+            for seq in group.unfinished if group.beam is None else ():
+                if self.random.random() < 0.02:
+                    self.seen["ended by a stop string"] += 1
+                    self.cut_short.add(seq.seq_id)
+                    self.scheduler.finish(group, seq, FinishReason.STOP)
+
+    def _check_end(self) -> None:
+        scheduler, blocks, seen = self.scheduler, self.blocks, self.seen
+        for group in self.groups:
+            assert_is_what_was_asked_for(group, scheduler, self.cut_short)
+            for seq in group.sequences:
+                is_stop = seq.finish_reason is FinishReason.STOP and seq.seq_id not in self.cut_short
+                seen["ended by a stop token"] += is_stop
+                seen["ended by its length"] += seq.finish_reason is FinishReason.LENGTH
+            seen["best_of"] += group.beam is None and group.request.params.num_sequences > group.request.params.n
+            seen["beams: finished"] += group.beam is not None
+        queues = scheduler._running, scheduler._waiting, scheduler._loading
+        assert not any([scheduler._groups, scheduler._sequences, *queues])
+        assert scheduler._pins.keys() == self.pins
+        stats = blocks.stats()
+        seen["spills"] += stats.num_blocks_spilled
+        seen["hits in the host tier"] += stats.host_hit_tokens
+        seen["pinned"] += len(self.pins)
+        pinned = {block for pin in scheduler._pins.values() for block in blocks.block_table(pin.sequences[0].seq_id)}
+        assert blocks.num_free_blocks + len(pinned) == blocks.num_blocks - 1, "a block leaked"
+        assert stats.num_host_used == 0, "a host block leaked"
+        for name in self.pins:
+            scheduler.unpin(name)
+        assert blocks.num_free_blocks == blocks.num_blocks - 1
+        blocks.check_invariants()
+
+
+def run_episode(seed: int, seen: Counter[str]) -> int:
+    """Run one episode; returns its number of steps. A failure names the seed that replays it."""
+    with mock.patch.object(block_tier, "MAX_SPILLS_PER_STEP", (32, 2)[seed % 2]):
+        try:
+            return Episode(seed, seen).run()
+        except Exception as error:
+            error.add_note(f"replay: run_episode({seed}, Counter())")
+            raise
+
+
+def test_tokens_never_change_and_no_block_leaks_or_holds_anything_wrong(request):
+    num_steps, seed, seen = 0, 0, Counter()
+    while num_steps < request.config.getoption("--soak-steps"):
+        num_steps += run_episode(seed, seen)
+        seed += 1
+    assert {feature for feature in FEATURES if not seen[feature]} == set()
+
+
+# Single features, each as one story -----------------------------------------------------------------------------------
+
+
+def add(
+    device: FakeDevice, name: str, prompt: list[int] | int, *, priority: int = 0, salt: bytes = b"", **params
+) -> SequenceGroup:
+    """Queue a request; a prompt given by its length is a text of its own."""
+    if isinstance(prompt, int):
+        prompt = random.Random(name).choices(range(VOCAB_SIZE), k=prompt)
+    return device.scheduler.add(Request(name, None, prompt, SamplingParams(**params), 0, salt, priority))
+
+
+def add_beams(device: FakeDevice, name: str, prompt: int, width: int, **params) -> SequenceGroup:
+    return add(device, name, prompt, use_beam_search=True, n=width, temperature=0, **params)
+
+
+def step_until(device: FakeDevice, is_done: Callable[[], bool]) -> StepPlan:
+    for _ in range(200):
+        plan = step(device)
+        if is_done():
+            return plan
+    raise AssertionError("it never happened")
+
+
+def finish_all(device: FakeDevice, *groups: SequenceGroup) -> list[StepPlan]:
+    """Run to the end; the groups must be all that was asked for, and no block may be left behind."""
+    plans = []
+    while device.scheduler.has_unfinished:
+        plans.append(step(device))
+        assert len(plans) < 500
+    for group in groups:
+        assert_is_what_was_asked_for(group, device.scheduler)
+    return plans
+
+
+def held(device: FakeDevice, group: SequenceGroup) -> list[list[int]]:
+    """What the device's pool holds of each of a group's sequences."""
+    tables = [device.scheduler.blocks.block_table(seq.seq_id) for seq in group.sequences]
+    slots = [device.pool[table].ravel().tolist() for table in tables]
+    return [own[: seq.num_computed] for own, seq in zip(slots, group.sequences, strict=True)]
+
+
+def num_distinct_blocks(device: FakeDevice, group: SequenceGroup) -> int:
+    return len({block for seq in group.sequences for block in device.scheduler.blocks.block_table(seq.seq_id)})
+
+
+def test_a_swapped_group_comes_back_bit_equal_and_as_shared_as_it_was():
+    device = make_device(11, num_host_blocks=10, caching=False)
+    first = add(device, "first", 8, max_tokens=30)
+    second = add(device, "second", 9, n=3, max_tokens=8)
+    step(device)
+    before, num_blocks = [], 0
+    while not second.is_swapped:
+        before, num_blocks = held(device, second), num_distinct_blocks(device, second)
+        plan = step(device)
+    assert len(plan.to_host) == num_blocks, "a shared block is moved once"
+    assert [chunk.seq_id for chunk in plan.chunks] == [first.sequences[0].seq_id]
+    back = step_until(device, lambda: not second.is_swapped)
+    assert len(back.from_host) == num_blocks == num_distinct_blocks(device, second)
+    assert held(device, second) == before
+    num_computed = len(before[0])
+    later = [chunk for plan in finish_all(device, first, second) for chunk in plan.chunks if chunk.seq_id > 0]
+    assert min(chunk.start for chunk in later) == num_computed, "nothing is computed again"
+
+
+def test_a_full_host_pool_falls_back_to_recompute():
+    device = make_device(7, num_host_blocks=1, caching=False)
+    groups = [add(device, name, 8, max_tokens=9) for name in "ab"]
+    plans = finish_all(device, *groups)
+    stats = device.scheduler.stats()
+    assert stats.num_preemptions == 1
+    assert stats.num_swaps_out == 0
+    starts = [chunk.start for plan in plans for chunk in plan.chunks if chunk.seq_id == groups[1].sequences[0].seq_id]
+    assert starts.count(0) == 2
+
+
+@pytest.mark.parametrize(("costs", "is_swap"), [(SWAP_IS_CHEAPER, True), (RECOMPUTE_IS_CHEAPER, False), (None, True)])
+def test_auto_preempts_by_what_costs_less_and_swaps_until_costs_are_known(costs, is_swap):
+    device = make_device(7, num_host_blocks=6, preemption="auto")
+    device.scheduler.costs = costs
+    finish_all(device, *[add(device, name, 8, max_tokens=9) for name in "ab"])
+    stats = device.scheduler.stats()
+    assert stats.num_preemptions == 1
+    assert stats.num_swaps_out == stats.num_swaps_in == is_swap
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_a_higher_priority_makes_a_lower_one_yield_and_is_not_overtaken(preemption):
+    device = make_device(7, num_host_blocks=6, preemption=preemption)
+    low = add(device, "low", 12, max_tokens=9, priority=1)
+    waiting = add(device, "waiting", 12, max_tokens=2, priority=1)
+    step(device)
+    high = add(device, "high", 12, max_tokens=9, priority=0)
+    plan = step(device)
+    assert [chunk.seq_id for chunk in plan.chunks] == [high.sequences[0].seq_id], "it runs in the very next step"
+    assert low.sequences[0].state is (SequenceState.SWAPPED if preemption == "swap" else SequenceState.WAITING)
+    step_until(device, lambda: high.is_finished)
+    assert waiting.sequences[0].num_outputs == 0
+    step_until(device, lambda: low.is_finished)
+    assert waiting.sequences[0].num_outputs == 0, "nor does a preempted group lose its place"
+    finish_all(device, high, low, waiting)
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_nothing_of_equal_priority_is_admitted_before_a_preempted_group(preemption):
+    device = make_device(9, num_host_blocks=8, preemption=preemption)
+    first, second = (add(device, name, 9, max_tokens=14) for name in ("first", "second"))
+    step_until(device, lambda: device.scheduler.stats().num_preemptions == 1)
+    small = add(device, "small", 1, max_tokens=2)
+    num_waiting_steps = 0
+    while second in device.scheduler._waiting:
+        assert small.sequences[0].num_computed == 0
+        num_waiting_steps += device.scheduler.blocks.num_free_blocks > 2
+        step(device)
+    assert num_waiting_steps > 0, "there was room for the small one"
+    finish_all(device, first, second, small)
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+def test_a_beam_group_is_preempted_and_resumed_as_one(preemption):
+    device = make_device(17, num_host_blocks=16, preemption=preemption)
+    first = add(device, "first", 16, max_tokens=40)
+    beams = add_beams(device, "beams", 8, 4, max_tokens=12)
+    plans = []
+    while device.scheduler.has_unfinished:
+        plans.append(step(device))
+        states = {seq.state for seq in beams.sequences}
+        assert len(states) == 1 or states == {SequenceState.RUNNING, SequenceState.UNFORKED}, "all or none are there"
+    assert device.scheduler.stats().num_preemptions > 0
+    num_live = [len(select.chunks) for plan in plans for select in plan.beams]
+    assert num_live == [1, *[4] * 11], "every step of the search reads the logits of all its beams at once"
+    finish_all(device, first, beams)
+
+
+@pytest.mark.parametrize("width", [2, 4, 7])
+def test_at_most_one_block_is_copied_a_fork(width):
+    device = make_device(129, caching=False)
+    blocks, num_forks = device.scheduler.blocks, Counter()
+    fork = blocks.fork
+    with mock.patch.object(blocks, "fork", side_effect=lambda *ids: num_forks.update(n=1) or fork(*ids)):
+        add_beams(device, "beams", 18, width, max_tokens=30)
+        add(device, "samples", 18, n=8 - width, max_tokens=30)
+        num_allowed = 0
+        while device.scheduler.has_unfinished:
+            assert len(step(device).copies) <= num_allowed
+            num_allowed, num_forks["n"] = num_forks["n"], 0
+    assert blocks.stats().num_copies > width
+
+
+def test_a_pinned_prefix_survives_pool_pressure_and_a_failed_step():
+    device = make_device(13, num_host_blocks=4)
+    scheduler = device.scheduler
+    prompt = list(range(10))
+    scheduler.pin(Request("pin", None, prompt, SamplingParams(max_tokens=1), 0))
+    step_until(device, lambda: scheduler.is_pinned("pin"))
+    for is_after_failure in (False, True):
+        if is_after_failure:
+            scheduler.schedule()
+            device.lose()
+            scheduler.forget_pool()
+            assert not scheduler.is_pinned("pin")
+        pressure = [add(device, f"{is_after_failure} {i}", 12, max_tokens=20) for i in range(6)]
+        finish_all(device, *pressure)
+        assert scheduler.is_pinned("pin")
+        shares = add(device, "shares", [*prompt, 1, 2], max_tokens=4)
+        assert [chunk.start for chunk in step(device).chunks] == [10]
+        assert shares.num_cached_tokens == 10
+        finish_all(device, shares)
+    assert scheduler.stats().num_preemptions > 2
+    scheduler.unpin("pin")
+    assert scheduler.blocks.num_free_blocks == 12
+
+
+def test_a_pinned_block_that_a_prompt_ends_with_is_not_counted_as_shared():
+    device = make_device(6, block_size=8)
+    scheduler = device.scheduler
+    scheduler.pin(Request("pin", None, list(range(9)), SamplingParams(max_tokens=1), 0))
+    step_until(device, lambda: scheduler.is_pinned("pin"))
+    # Of its 8 tokens one is computed, so that the pinned block is copied: 1 + 3 blocks, and 3 are not pinned.
+    with pytest.raises(ValueError, match=r"1 full prompt blocks \+ n=3 x 1 more = 4 blocks, and the pool has 3"):
+        add(device, "copies it", list(range(8)), n=3, max_tokens=4)
+    finish_all(device, add(device, "shares it", list(range(9)), n=3, max_tokens=4))
+
+
+def test_a_prefix_evicted_from_the_device_comes_back_from_the_host_uncomputed():
+    device = make_device(7, num_host_blocks=6)
+    prompt = list(range(11))
+    finish_all(device, add(device, "first", prompt, max_tokens=2))
+    finish_all(device, add(device, "evicts it", 20, max_tokens=4))
+    again = add(device, "again", prompt, max_tokens=2)
+    loads, computes, *_ = finish_all(device, again)
+    assert len(loads.from_host) == 3
+    assert not loads.chunks
+    assert [(chunk.start, len(chunk.token_ids)) for chunk in computes.chunks] == [(10, 1)]
+    assert again.num_cached_tokens == 10
+    third = add(device, "third", prompt, max_tokens=2)
+    assert not any(plan.from_host for plan in finish_all(device, third)), "what has landed is found on the device"
+    assert third.num_cached_tokens == 10
+
+
+def test_different_salts_share_nothing_in_either_tier():
+    device = make_device(9, num_host_blocks=8)
+    prompt = list(range(11))
+    finish_all(device, add(device, "first", prompt, max_tokens=2))
+    with_salt = add(device, "salted, after the device's", prompt, salt=b"other", max_tokens=2)
+    finish_all(device, with_salt, add(device, "evicts it", 24, max_tokens=6))
+    assert device.scheduler.blocks.stats().num_host_cached > 0
+    with_third_salt = add(device, "salted, after the host's", prompt, salt=b"third", max_tokens=2)
+    finish_all(device, with_third_salt)
+    assert with_salt.num_cached_tokens == with_third_salt.num_cached_tokens == 0
+    again = add(device, "same salt", prompt, salt=b"third", max_tokens=2)
+    finish_all(device, again)
+    assert again.num_cached_tokens == 10
+
+
+def test_best_of_draws_all_from_one_computation_of_the_prompt():
+    device = make_device()
+    group = add(device, "a", 10, n=2, best_of=5, max_tokens=6)
+    plans = finish_all(device, group)
+    assert len(group.sequences) == 5
+    assert len({tuple(seq.output_token_ids) for seq in group.sequences}) == 5
+    assert [chunk.start for plan in plans for chunk in plan.chunks].count(0) == 1
+
+
+def test_what_a_pin_borrows_is_not_counted_on_once_a_step_has_failed():
+    device = make_device(7, block_size=8, rows=4, budget=64, model_len=48)
+    scheduler = device.scheduler
+
+    def pin(name: str, prompt: list[int]) -> None:
+        scheduler.pin(Request(name, None, prompt, SamplingParams(max_tokens=1), 0))
+        step_until(device, lambda: scheduler.is_pinned(name))
+
+    finish_all(device, add(device, "before", list(range(8)), max_tokens=1))
+    pin("short", [0, 1, 2])
+    pin("long", list(range(9)))
+    tables = [set(scheduler.blocks.block_table(pin.sequences[0].seq_id)) for pin in scheduler._pins.values()]
+    assert len(set.union(*tables)) < sum(map(len, tables)), "one block serves both"
+    prompt = [9] * 5
+    with pytest.raises(ValueError, match="never fit"):
+        add(device, "too long", prompt, max_tokens=27, ignore_eos=True)
+    group = add(device, "fits", prompt, max_tokens=19, ignore_eos=True)
+    step(device)
+    scheduler.schedule()
+    device.lose()
+    scheduler.forget_pool()
+    finish_all(device, group)
+
+
+def test_nobody_makes_way_for_a_request_that_shares_the_blocks_it_would_gain():
+    device = make_device(8, block_size=4, rows=8, budget=64, preemption="recompute")
+    first = add(device, "first", 12, max_tokens=4, ignore_eos=True)
+    low = add(device, "low", 9, max_tokens=3, priority=1, ignore_eos=True)
+    step(device)
+    step(device)
+    sharing = add(device, "sharing", [*low.request.prompt_token_ids[:8], 1, 2, 3, 4, 5], max_tokens=3)
+    step(device)
+    assert device.scheduler.stats().num_preemptions == 0
+    finish_all(device, first, low, sharing)
+
+
+def test_who_resumes_from_blocks_still_on_the_device_preempts_nobody_while_a_step_is_under_way():
+    device = make_device(12, block_size=1, num_host_blocks=32, rows=8, budget=64, model_len=60)
+    scheduler = device.scheduler
+    groups = [add(device, name, 2, max_tokens=6, ignore_eos=True) for name in "abcd"]
+    under_way: list[tuple[StepPlan, StepResult]] = []
+    num_found = 0
+
+    def plan_one(schedule: Callable[[], StepPlan | None]) -> None:
+        nonlocal num_found
+        num_swaps_in = scheduler.stats().num_swaps_in
+        plan = schedule()
+        if plan is not None:
+            num_found += scheduler.stats().num_swaps_in > num_swaps_in and not plan.from_host
+            under_way.append((plan, device.execute(plan)))
+
+    while scheduler.has_unfinished:
+        if not under_way:
+            plan_one(scheduler.schedule)
+        plan_one(scheduler.schedule_ahead)
+        scheduler.update(*under_way.pop(0))
+        device.audit()
+    for group in groups:
+        assert_is_what_was_asked_for(group, scheduler)
+    assert num_found > 0, "whose blocks were all still there"

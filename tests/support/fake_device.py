@@ -1,0 +1,347 @@
+"""A device made of numbers: each slot of its pools names the token, and all before it, whose KV it stands for.
+
+The KV of a token depends on every token before it, so the number is a hash of the whole prefix. A block that is read
+too early, overwritten while somebody needs it, or found under a wrong prefix is thus seen at once, not as tokens that
+are subtly wrong later on. Tokens are drawn from these numbers: any schedule must give those of ``expected_tokens``.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float, Int, Int64
+
+from jpaged.contract.plan import (
+    BeamCandidates,
+    BeamSelect,
+    BlockCopy,
+    Chunk,
+    Sample,
+    StepPlan,
+    StepResult,
+    TokenScores,
+)
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+from jpaged.request import Request, SamplingParams, derive_seed
+from tests.support.oracles import beam_search_without_cache
+
+VOCAB_SIZE = 16
+EOS = 3
+LOST = -1
+"""What a slot holds that was never written, or is being written."""
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+
+
+def extend(prefix: int, token_id: int) -> int:
+    """The number of a token after ``prefix``, the number of the token before it."""
+    return hash((prefix, token_id))
+
+
+def hash_prefixes(token_ids: list[int], salt: bytes) -> list[int]:
+    """The number of every token. The salt counts like a token in front: KV found under another one is wrong."""
+    prefix, numbers = _before(salt), []
+    for token_id in token_ids:
+        prefix = extend(prefix, token_id)
+        numbers.append(prefix)
+    return numbers
+
+
+def _before(salt: bytes) -> int:
+    """What the first token follows."""
+    return int.from_bytes(salt, "big")
+
+
+@lru_cache(maxsize=10_000)
+def logprobs_after(prefix: int) -> Float[np.ndarray, "vocab"]:
+    """Made-up log-probabilities of the next token, in (-4, 0].
+
+    They are multiples of 2**-16, so that sums of some dozens of them are exact in float32 too.
+    """
+    mixed = np.uint64(prefix % 2**64) ^ (np.arange(1, VOCAB_SIZE + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    logprobs = -((mixed >> np.uint64(64 - 18)).astype(np.float64) / 2**16)
+    logprobs.setflags(write=False)
+    return logprobs
+
+
+def draw(prefix: int, position: int, seed: int, temperature: float, banned_token_ids: Collection[int]) -> int:
+    """The token a sequence draws after ``prefix``. At temperature 0 all samples of a request draw the same."""
+    allowed = [token_id for token_id in range(VOCAB_SIZE) if token_id not in banned_token_ids]
+    return allowed[hash((prefix, position, seed if temperature > 0 else -1)) % len(allowed)]
+
+
+# What any schedule must give ------------------------------------------------------------------------------------------
+
+
+def stops_of(params: SamplingParams, eos_token_ids: Collection[int]) -> tuple[int, ...]:
+    return (*(params.stop_token_ids or ()), *(() if params.ignore_eos else eos_token_ids))
+
+
+def expected_tokens(request: Request, index: int, max_tokens: int, eos_token_ids: Collection[int]) -> list[int]:
+    """The tokens of sample ``index`` of a request, without scheduler, blocks or batches."""
+    assert request.seed is not None
+    params, seed = request.params, derive_seed(request.seed, index)
+    stops = stops_of(params, eos_token_ids)
+    prefix = hash_prefixes(request.prompt_token_ids, request.prefix_salt)[-1]
+    tokens: list[int] = []
+    while len(tokens) < max_tokens and not (tokens and tokens[-1] in stops):
+        banned = stops if len(tokens) < params.min_tokens else ()
+        position = len(request.prompt_token_ids) + len(tokens)
+        tokens.append(draw(prefix, position, seed, params.temperature, banned))
+        prefix = extend(prefix, tokens[-1])
+    return tokens
+
+
+def expected_hypotheses(
+    request: Request, max_tokens: int, eos_token_ids: Collection[int]
+) -> list[tuple[list[int], float]]:
+    """The results of a beam search and their scores, best first, without scheduler, blocks or batches."""
+    params, prompt = request.params, request.prompt_token_ids
+    stops = stops_of(params, eos_token_ids)
+
+    def logprobs_of(sequences: list[list[int]]) -> Float[np.ndarray, "sequences vocab"]:
+        rows = np.stack([logprobs_after(hash_prefixes(tokens, request.prefix_salt)[-1]) for tokens in sequences])
+        if len(sequences[0]) - len(prompt) < params.min_tokens:
+            rows[:, list(stops)] = -np.inf
+        return rows
+
+    assert params.early_stopping in (True, False, "never")
+    return beam_search_without_cache(
+        logprobs_of,
+        prompt,
+        params.num_sequences,
+        max_tokens,
+        params.length_penalty,
+        params.early_stopping,  # pyright: ignore[reportArgumentType]
+        tuple(set(stops)),
+    )[: params.n]
+
+
+def expected_logprobs(token_ids: list[int], salt: bytes) -> list[float]:
+    """The log-probability of every token but the first."""
+    numbers = hash_prefixes(token_ids, salt)
+    return [logprobs_after(number)[token] for number, token in zip(numbers, token_ids[1:], strict=False)]
+
+
+# The device -----------------------------------------------------------------------------------------------------------
+
+
+class FakeDevice:
+    """Executes the plans of one scheduler, and asserts that they keep the contract of ``StepPlan`` to the letter.
+
+    Args:
+        scheduler: whose sequences say what each slot must hold. ``execute`` keeps nothing of them between steps.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        blocks = scheduler.blocks
+        self.scheduler = scheduler
+        self.block_size = blocks.block_size
+        self.pool = np.full((blocks.num_blocks, self.block_size), LOST)
+        self.host_pool = np.full((blocks.num_host_blocks, self.block_size), LOST)
+        self._latest: list[int] = []  # the tokens that the last step drew
+        self._drawn: dict[int, list[int]] = {}  # the tokens of each sequence (by id), with what was drawn last
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        plan = self._resolved(plan)
+        if plan.num_steps > 1:
+            return self._burst(plan)
+        self._check_chunks(plan)
+        self._check_moves(plan)
+        to_host, from_host, copies = (_columns(moves) for moves in (plan.to_host, plan.from_host, plan.copies))
+        self.host_pool[to_host[1]] = self.pool[to_host[0]]
+        landing = self.host_pool[from_host[0]]
+        self.pool[copies[1]] = self.pool[copies[0]]
+        self.pool[from_host[1]] = LOST
+        numbers = self._compute(plan)
+        result = self._results(plan, numbers)
+        self.pool[from_host[1]] = landing
+        self._latest = result.token_ids.tolist()
+        for sample, token_id in zip(plan.samples, self._latest, strict=True):
+            _, seq = self.scheduler._sequences[sample.seq_id]
+            known = self._tokens_fed(seq, plan.chunks[sample.chunk])[: sample.position]
+            self._drawn[sample.seq_id] = [*known, token_id]
+        return result
+
+    def _burst(self, plan: StepPlan) -> StepResult:
+        """Run the steps of a burst, each a plan of its own that feeds what the one before drew."""
+        assert [sample.chunk for sample in plan.samples] == list(range(len(plan.chunks)))
+        assert not plan.beams
+        assert not plan.prompt_scores
+        assert not plan.from_host
+        assert max(sample.num_tokens for sample in plan.samples) == plan.num_steps
+        latest, results = [0] * len(plan.samples), []
+        for step in range(plan.num_steps):
+            rows = [row for row, sample in enumerate(plan.samples) if step < sample.num_tokens]
+            chunks, samples = [], []
+            for i, row in enumerate(rows):
+                chunk, sample = plan.chunks[row], plan.samples[row]
+                token_ids = [latest[row]] if step else chunk.token_ids
+                chunks.append(chunk._replace(start=chunk.start + step, token_ids=token_ids))
+                samples.append(sample._replace(chunk=i, position=sample.position + step, num_tokens=1))
+            before = StepPlan() if step else plan
+            one = StepPlan(chunks=tuple(chunks), samples=tuple(samples), to_host=before.to_host, copies=before.copies)
+            result = self.execute(one)
+            for row, token_id in zip(rows, result.token_ids.tolist(), strict=True):
+                latest[row] = token_id
+            logprobs = np.zeros(len(latest), np.float32)
+            logprobs[rows] = result.scores.logprobs
+            results.append((np.array(latest, np.int32), replace(_scores([(0, 0)] * len(latest)), logprobs=logprobs)))
+        self._latest = latest
+        return StepResult(*results[0], later=tuple(results[1:]))
+
+    def _resolved(self, plan: StepPlan) -> StepPlan:
+        """The plan with the tokens that the last step drew in the place of their rows."""
+        chunks = []
+        for chunk in plan.chunks:
+            if any(token_id < 0 for token_id in chunk.token_ids):
+                (token_id,) = chunk.token_ids
+                chunk = chunk._replace(token_ids=[self._latest[~token_id]])
+            chunks.append(chunk)
+        return replace(plan, chunks=tuple(chunks))
+
+    def lose(self) -> None:
+        """Forget the content of both pools, as a device does whose step failed."""
+        self.pool[:] = LOST
+        self.host_pool[:] = LOST
+
+    def audit(self) -> None:
+        """Between steps: assert the content of every block that somebody holds or could find, in either tier."""
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
+        for group, seq in scheduler._sequences.values():
+            if seq.state is SequenceState.RUNNING:
+                self._check_content(self.pool, blocks.block_table(seq.seq_id), group, seq.token_ids, seq.num_known)
+            elif seq.state is SequenceState.SWAPPED:
+                table = blocks._swapped[seq.seq_id].blocks
+                self._check_content(self.host_pool, table, group, seq.token_ids, seq.num_computed)
+        for pin in scheduler._pins.values():
+            if scheduler.is_pinned(pin.request.request_id):
+                table = blocks.block_table(pin.sequences[0].seq_id)
+                self._check_content(self.pool, table, pin, pin.request.prompt_token_ids, pin.prompt_len)
+        for tier, pool in ((blocks._device, self.pool), (blocks._host, self.host_pool)):
+            for block, prefix in tier.cache._prefixes.items():
+                tokens = np.frombuffer(b"".join(link.tokens for link in prefix.chain()), "<i8").tolist()
+                expected = hash_prefixes(tokens, prefix.salt)[-prefix.num_last_tokens :]
+                assert pool[block, : len(expected)].tolist() == expected, f"cached block {block} holds something else"
+
+    def _check_content(
+        self,
+        pool: Int64[np.ndarray, "num_blocks block_size"],
+        block_table: list[int],
+        group: SequenceGroup,
+        token_ids: list[int],
+        num_tokens: int,
+    ) -> None:
+        """Assert that the first ``num_tokens`` slots of a block table hold what the tokens say."""
+        request = group.request
+        held = pool[block_table].ravel()[:num_tokens].tolist()
+        expected = hash_prefixes(token_ids[:num_tokens], request.prefix_salt)
+        if held != expected:
+            wrong = [i for i, number in enumerate(expected) if i >= len(held) or held[i] != number]
+            raise AssertionError(
+                f"{request.request_id}: of {num_tokens} tokens in blocks {block_table} those at {wrong} are not there"
+            )
+
+    def _check_chunks(self, plan: StepPlan) -> None:
+        """Assert that the plan keeps the limits of a step, and that each chunk is what its sequence has to feed."""
+        scheduler = self.scheduler
+        assert plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert len(plan.chunks) <= scheduler.max_num_seqs
+        assert plan.num_logit_rows <= scheduler.max_num_seqs
+        assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks), "one chunk a sequence"
+        for chunk in plan.chunks:
+            group, seq = scheduler._sequences[chunk.seq_id]
+            assert chunk.start < chunk.stop <= scheduler.max_model_len
+            assert list(chunk.token_ids) == self._tokens_fed(seq, chunk)[chunk.start : chunk.stop]
+            assert chunk.prompt_len == group.prompt_len
+            assert len(chunk.block_table) * self.block_size >= chunk.stop
+
+    def _tokens_fed(self, seq: Sequence, chunk: Chunk) -> list[int]:
+        """A sequence's tokens, with those drawn since that the scheduler was not told of."""
+        return seq.token_ids if chunk.stop <= len(seq.token_ids) else self._drawn[seq.seq_id]
+
+    def _check_moves(self, plan: StepPlan) -> None:
+        """Assert that blocks are read and written only where, and as often as, ``StepPlan`` allows."""
+        for moves in (plan.to_host, plan.from_host, plan.copies):
+            assert len({move.dst for move in moves}) == len(moves), "two writes to one block"
+        stored, loaded = {move.dst for move in plan.to_host}, {move.src for move in plan.from_host}
+        assert stored | loaded <= set(range(len(self.host_pool)))
+        assert not stored & loaded, "a host block is read and written"
+        landing = {move.dst for move in plan.from_host}
+        used = {block for copy in plan.copies for block in (copy.src, copy.dst)}
+        for chunk in plan.chunks:
+            num_covered = -(-(chunk.start + len(chunk.token_ids)) // self.block_size)
+            used.update(chunk.block_table[:num_covered])
+        assert used | landing | {move.src for move in plan.to_host} <= set(range(1, len(self.pool))), "0 is padding"
+        assert not used & landing, "a block is used before it has landed"
+
+    def _compute(self, plan: StepPlan) -> list[list[int]]:
+        """Write the numbers of all chunks, once their contexts are what they must be. Returns those of each chunk."""
+        slots = [self._slots(chunk) for chunk in plan.chunks]
+        is_written = np.zeros(self.pool.size, bool)
+        for chunk, own in zip(plan.chunks, slots, strict=True):
+            assert not is_written[own[chunk.start :]].any(), "two tokens are written to one slot"
+            is_written[own[chunk.start :]] = True
+        flat, numbers = self.pool.reshape(-1), []
+        for chunk, own in zip(plan.chunks, slots, strict=True):
+            assert not is_written[own[: chunk.start]].any(), "a slot is read and written in one step"
+            group, seq = self.scheduler._sequences[chunk.seq_id]
+            token_ids = self._tokens_fed(seq, chunk)
+            self._check_content(self.pool, list(chunk.block_table), group, token_ids, chunk.start)
+            prefix = int(flat[own[chunk.start - 1]]) if chunk.start else _before(group.request.prefix_salt)
+            numbers.append([prefix := extend(prefix, token_id) for token_id in chunk.token_ids])
+        for chunk, own, written in zip(plan.chunks, slots, numbers, strict=True):
+            flat[own[chunk.start :]] = written
+        return numbers
+
+    def _slots(self, chunk: Chunk) -> Int64[np.ndarray, "tokens"]:
+        logical, offsets = np.divmod(np.arange(chunk.start + len(chunk.token_ids)), self.block_size)
+        return np.asarray(chunk.block_table)[logical] * self.block_size + offsets
+
+    def _results(self, plan: StepPlan, numbers: list[list[int]]) -> StepResult:
+        rows = [(numbers[sample.chunk][-1], self._draw(sample, plan, numbers)) for sample in plan.samples]
+        scored = [list(zip(numbers[piece.chunk], piece.target_ids, strict=False)) for piece in plan.prompt_scores]
+        return StepResult(
+            token_ids=np.array([token_id for _, token_id in rows], np.int32),
+            scores=_scores(rows),
+            prompt_scores=tuple(map(_scores, scored)),
+            beams=tuple(_candidates(select, [numbers[chunk][-1] for chunk in select.chunks]) for select in plan.beams),
+        )
+
+    def _draw(self, sample: Sample, plan: StepPlan, numbers: list[list[int]]) -> int:
+        group, seq = self.scheduler._sequences[sample.seq_id]
+        chunk, prefix = plan.chunks[sample.chunk], numbers[sample.chunk][-1]
+        token_ids = self._tokens_fed(seq, chunk)
+        assert sample.position == len(token_ids) == chunk.stop
+        assert sample.seed == seq.seed
+        assert prefix == hash_prefixes(token_ids, group.request.prefix_salt)[-1], "drawn from another's logits"
+        return draw(prefix, sample.position, sample.seed, sample.params.temperature, sample.banned_token_ids)
+
+
+def _columns(moves: tuple[BlockCopy, ...]) -> tuple[Int[np.ndarray, "moves"], Int[np.ndarray, "moves"]]:
+    return np.array([move.src for move in moves], int), np.array([move.dst for move in moves], int)
+
+
+def _scores(rows: list[tuple[int, int]]) -> TokenScores:
+    """Log-probabilities of (prefix, token)s; no alternatives, and made-up ranks."""
+    logprobs = np.array([logprobs_after(prefix)[token_id] for prefix, token_id in rows], np.float32)
+    none = np.zeros((len(rows), 0))
+    return TokenScores(logprobs, np.ones(len(rows), np.int32), none.astype(np.int32), none.astype(np.float32))
+
+
+def _candidates(select: BeamSelect, prefixes: list[int]) -> BeamCandidates:
+    """The exact best continuations; of equal ones the earlier beam's, then the lower token."""
+    totals = np.stack([logprobs_after(prefix) for prefix in prefixes]) + np.array(select.scores)[:, None]
+    totals[:, list(select.banned_token_ids)] = -np.inf
+    best = np.argsort(-totals.ravel(), kind="stable")[: select.num_candidates]
+    scores = np.full(select.num_candidates, -np.inf)
+    scores[: len(best)] = totals.ravel()[best]
+    best = np.pad(best, (0, select.num_candidates - len(best)))
+    rounded = scores.astype(np.float32)
+    assert (rounded == scores).all(), "sums are exact"
+    return BeamCandidates((best // VOCAB_SIZE).astype(np.int32), (best % VOCAB_SIZE).astype(np.int32), rounded)
