@@ -15,7 +15,8 @@ from jpaged.device.kv.host_pool import num_host_blocks_for
 from jpaged.device.kv.pool import block_bytes, block_shape, choose_attention, num_blocks_that_fit
 from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
-from jpaged.llm import DEMO_MODEL, resolve_dtype
+from jpaged.engine.loading import resolve_dtype
+from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import make_mesh
