@@ -52,6 +52,7 @@ class LLM:
     Args:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer); None is the small model in the package.
         dtype: of weights, activations and KV: "float32", "bfloat16", "float16", or "auto" (see ``EngineConfig``).
+        kv_cache_dtype: "auto" stores K and V in ``dtype``; "fp8" and "int8" in half as many bytes (``EngineConfig``).
         block_size: tokens per KV block.
         num_blocks: blocks in the pool; None takes what ``memory_fraction`` leaves.
         memory_fraction: of the device's memory, for weights, workspace and pool together. On a GPU, of what JAX may
@@ -85,6 +86,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         memory_fraction: float = 0.9,
@@ -105,6 +107,7 @@ class LLM:
     ):
         config = EngineConfig(
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             block_size=block_size,
             num_blocks=num_blocks,
             memory_fraction=memory_fraction,

@@ -26,7 +26,7 @@ MAX_BATCHED_TOKENS = 512
 """Of a step: prompts are computed in pieces of this size, so that one short command compiles small programs only."""
 
 _ENGINE_OPTIONS = (
-    "dtype", "block_size", "num_blocks", "memory_fraction", "max_model_len", "tensor_parallel_size",
+    "dtype", "kv_cache_dtype", "block_size", "num_blocks", "memory_fraction", "max_model_len", "tensor_parallel_size",
     "attention_implementation", "interpret", "max_burst", "preemption", "num_host_blocks", "host_memory_bytes",
 )  # fmt: skip
 _SAMPLING_OPTIONS = (

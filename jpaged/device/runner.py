@@ -102,6 +102,8 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
     reason = None if name is None or config.interpret else why_cannot_run(name)
     if reason is not None:
         raise ValueError(f"{asked} cannot run here: {reason}; leave it out, or have it interpreted, which is slow")
+    if config.kv_cache_dtype != "auto":
+        raise ValueError(f"kv_cache_dtype={config.kv_cache_dtype!r} cannot be served yet: expected 'auto'")
     limit, wanted = model_config.max_model_len, config.max_model_len
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
