@@ -136,7 +136,7 @@ class Corpus:
         return [[END_OF_TEXT_ID, *encoding.ids, END_OF_TEXT_ID] for encoding in encodings]
 
     def training_stream(self) -> tuple[UInt16[np.ndarray, "corpus_len"], int]:
-        """Return the training tokens, an end of text after each file, and the number of the library's, which are first."""
+        """Return the training tokens, each file with an end of text, and how many at the start are the library's."""
         parts = [self.encode(self.select(is_test=is_test, is_held_out=False)) for is_test in (False, True)]
         library, tests = (np.asarray([id for ids in part for id in ids[1:]], np.uint16) for part in parts)
         return np.concatenate([library, tests]), len(library)
