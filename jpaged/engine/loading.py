@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jpaged.config import EngineConfig
 from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
 from jpaged.device.runner import ModelRunner, check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
 from jpaged.device.step.program_cache import SOURCE_DIGEST
+from jpaged.device.target import target_of
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.loop import Engine
 from jpaged.models import ModelConfig, import_transformers, load_config, load_model
@@ -42,7 +42,7 @@ def load_checkpoint(path: Path, config: EngineConfig, *, warm_up: bool | None, u
     tokenizer = load_tokenizer(path)
     mesh = make_mesh(config.tensor_parallel_size)
     use_tqdm = use_tqdm and jax.process_index() == 0
-    dtype = resolve_dtype(config.dtype, model_config.dtype)
+    dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
     load = partial(load_model, path, model_config, dtype, mesh, use_tqdm=use_tqdm)
     return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
 
@@ -73,7 +73,7 @@ def start_engine(
     """
     enable_compile_cache()
     if warm_up is None:
-        warm_up = jax.default_backend() != "cpu"
+        warm_up = target_of(mesh).warms_up
     channel = open_channel(mesh)
     if channel is None:
         runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
@@ -87,13 +87,6 @@ def start_engine(
     except BaseException:
         channel.close()  # or the other processes would wait
         raise
-
-
-def resolve_dtype(wanted: str, stored: str) -> jnp.dtype:
-    """The dtype to run in: "auto" is what the checkpoint is stored in, but float32 on a CPU."""
-    if wanted == "auto":
-        wanted = "float32" if jax.default_backend() == "cpu" else stored
-    return jnp.dtype(wanted)
 
 
 def load_tokenizer(path: Path) -> Any:
