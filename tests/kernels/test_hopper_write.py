@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from pallas_kernels.block_pool_hopper import write_kv_hopper
 
 from jpaged.device.kv import pool as kv_cache
 from jpaged.device.kv.pool import WRITE_KERNEL_FROM, KVCache, PagedAttend
 from jpaged.device.step.inputs import StepInputs
 from pallas_kernels import block_pool_hopper, block_pool_shape, write_kv
-from pallas_kernels.block_pool_hopper import write_kv_hopper
 from pallas_kernels.paged_attention.hopper import why_no_device
 
 pytestmark = pytest.mark.usefixtures("no_races")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention import best_implementation, paged_attention, why_cannot_run, why_not_here
 from pallas_kernels.paged_attention.tpu import attend_tpu, why_no_device, why_not_tpu
-from pallas_kernels.paged_attention.tpu.chip import chip_of
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 from tests.kernels.test_paged_attention import LAYER, Options, Shape, dense_attention, make_batch
 from tests.support.tpu_interpret import EAGER, SMALL, WATCHED, assert_near, attend, check, no_tpu_races  # noqa: F401

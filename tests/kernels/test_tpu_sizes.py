@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_pool_shape
+from pallas_kernels.chips.tpu import CORES_OF_DEVICE, chip_of
 from pallas_kernels.paged_attention.tpu import attend_tpu, lane_layout, tuning, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.batch import plan_launch
-from pallas_kernels.paged_attention.tpu.chip import CORES_OF_DEVICE, chip_of
 from pallas_kernels.paged_attention.tpu.launch import Launch, Scoring, Sizes, vmem_bytes
 from pallas_kernels.paged_attention.tpu.sizes import vmem_limit
 from pallas_kernels.paged_attention.tpu.traffic import count_traffic, least_bytes, least_flops
