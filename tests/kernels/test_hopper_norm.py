@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from pallas_kernels.norm import why_not_add_norm
-from pallas_kernels.norm.hopper import add_rms_norm_hopper
 
 from jpaged.models import fuse_norms
 from jpaged.models.layers import common as layers
 from jpaged.models.layers.common import FUSED_NORM_FROM, RMSNorm
+from pallas_kernels.norm import why_not_add_norm
+from pallas_kernels.norm.hopper import add_rms_norm_hopper
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
