@@ -25,7 +25,7 @@ from bench.kernels.timing import time_program
 from bench.report import Table, device_name, save, start_report
 from jpaged.contract.plan import Sample
 from jpaged.device.sampling.sampler import SampleInputs, make_sample_inputs, sample
-from jpaged.device.step.programs import GPU_COMPILER_OPTIONS
+from jpaged.device.target import TARGETS
 from jpaged.request import SamplingParams
 
 NUM_DRAWS = 16
@@ -123,8 +123,8 @@ def _compile(num_top: int | None, *args: Array | SampleInputs) -> jax.stages.Com
 
         return lax.fori_loop(0, NUM_DRAWS, draw, tokens)
 
-    is_gpu = jax.default_backend() == "gpu"
-    return jax.jit(run).lower(*args).compile(compiler_options=GPU_COMPILER_OPTIONS if is_gpu else None)
+    options = TARGETS[jax.default_backend()].compiler_options
+    return jax.jit(run).lower(*args).compile(compiler_options=dict(options))
 
 
 def _at(inputs: SampleInputs, position: Array) -> SampleInputs:

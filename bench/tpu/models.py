@@ -29,8 +29,8 @@ from jpaged.device.step.steps import SAMPLING_SCOPE
 from jpaged.models import ModelConfig, fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import TENSOR_AXIS
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention import Choice
-from pallas_kernels.paged_attention.tpu.chip import chip_of
 
 TOPOLOGIES = {
     "v5e": {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"},

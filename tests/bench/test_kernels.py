@@ -22,7 +22,7 @@ from bench.kernels.table import Rows
 from bench.kernels.timing import Timing, time_program
 from bench.machine import MachineLimits
 from bench.peers import run_flashinfer
-from pallas_kernels.block_pool import read_kv
+from pallas_kernels.block_pool.xla import read_kv
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes

@@ -9,7 +9,7 @@ from bench.__main__ import main
 from bench.tpu import plan as tpu_plan
 from bench.tpu.compiler import why_no_compiler
 from bench.tpu.plan import BATCHES, MODELS, plan, table
-from pallas_kernels.paged_attention.tpu.chip import chip_of
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu.sizes import vmem_limit
 
 pytestmark = [

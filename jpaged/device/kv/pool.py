@@ -1,7 +1,6 @@
 """The KV cache on the device: the block pool as a value, attention over it, and how many blocks fit in memory."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +24,8 @@ from pallas_kernels import (
     scatter_blocks,
     write_kv,
 )
-from pallas_kernels.block_pool_hopper import why_not_write, write_shape
-from pallas_kernels.block_pool_tpu import copy_blocks_tpu, gather_blocks_tpu, scatter_blocks_tpu
-from pallas_kernels.paged_attention import INTERPRETERS, Choice, kernels_here, pool_rows, why_not_here
-from pallas_kernels.paged_attention.tpu import write_and_attend_tpu
-
-CPU_POOL_BYTES = 1 << 30
-"""What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is not its own."""
+from pallas_kernels.block_pool import why_not_write
+from pallas_kernels.paged_attention import Choice, kernels_here, pool_rows, why_not_here, write_and_attend
 
 WRITE_KERNEL_FROM = 256
 """Tokens of a step from which our kernel writes a layer's KV faster than XLA's scatter. In Llama-3-8B on an H200: of
@@ -126,7 +120,7 @@ class BlockMover:
         """``KVCache.copy``."""
         if self.implementation != "pallas_tpu":
             return cache.copy(src, dst)
-        run = self._run(copy_blocks_tpu, (pool_spec(), P(), P()), pool_spec())
+        run = self._run(copy_blocks, (pool_spec(), P(), P()), pool_spec())
         return KVCache(run(cache.pool, src, dst))
 
     def gather(
@@ -135,7 +129,7 @@ class BlockMover:
         """``KVCache.gather``."""
         if self.implementation != "pallas_tpu":
             return cache.gather(blocks)
-        run = self._run(gather_blocks_tpu, (pool_spec(), P()), pool_spec())
+        run = self._run(gather_blocks, (pool_spec(), P()), pool_spec())
         return list(run(cache.pool, blocks))
 
     def scatter(
@@ -147,11 +141,11 @@ class BlockMover:
         """``KVCache.scatter``."""
         if self.implementation != "pallas_tpu":
             return cache.scatter(blocks, data)
-        run = self._run(scatter_blocks_tpu, (pool_spec(), P(), pool_spec()), pool_spec())
+        run = self._run(scatter_blocks, (pool_spec(), P(), pool_spec()), pool_spec())
         return KVCache(run(cache.pool, blocks, jnp.stack(data)))
 
     def _run(self, move: Callable[..., Array], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Array]:
-        run = partial(move, interpret=INTERPRETERS["pallas_tpu"]() if self.interpret else None)
+        run = partial(move, implementation="pallas_tpu", interpret=self.interpret)
         if self.num_devices == 1:
             return run
         return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -159,7 +153,7 @@ class BlockMover:
 
 def _choose_writer(cache: KVCache, num_tokens: int) -> str | None:
     """The implementation of ``write_kv`` on a Hopper GPU; None is XLA's."""
-    if num_tokens < WRITE_KERNEL_FROM or why_not_write(write_shape(cache.pool, num_tokens)) is not None:
+    if num_tokens < WRITE_KERNEL_FROM or why_not_write(cache.pool, num_tokens) is not None:
         return None
     return "hopper"
 
@@ -226,7 +220,7 @@ class PagedAttend:
         inputs = self._inputs
 
         def run(q: Array, k: Array, v: Array, pool: Array, *rows: Array) -> tuple[Array, Array]:
-            return write_and_attend_tpu(
+            out, pool, _ = write_and_attend(
                 q,
                 k,
                 v,
@@ -235,12 +229,10 @@ class PagedAttend:
                 *rows,
                 sm_scale=sm_scale,
                 sliding_window=sliding_window,
-                soft_cap=None,
-                alibi_slopes=None,
-                sinks=None,
                 is_decode=len(q) == len(inputs.kv_lens),
-                interpret=INTERPRETERS["pallas_tpu"]() if self._interpret else None,
+                interpret=self._interpret,
             )
+            return out, pool
 
         if self._num_devices > 1:
             heads, pool, rows = P(None, TENSOR_AXIS), pool_spec(), P()
@@ -290,67 +282,3 @@ def block_bytes(
     """Bytes of one block, over all devices."""
     shape = block_pool_shape(1, num_layers, num_kv_heads, block_size, head_dim)
     return math.prod(shape) * jnp.dtype(dtype).itemsize
-
-
-def available_bytes(devices: Sequence[Any], memory_fraction: float = 1.0) -> int:
-    """Bytes that may still be allocated, over all ``devices``, if ``memory_fraction`` of each is to be used in all.
-
-    A CPU's memory is the machine's, whatever else runs there. Of devices of other processes, which do not tell this
-    one, as much is taken to be left as of its own.
-
-    Raises:
-        ValueError: a device that does not report its memory.
-    """
-    if devices[0].platform == "cpu":
-        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * memory_fraction)
-    left = []
-    for device in devices:
-        if device.process_index != jax.process_index():
-            continue
-        stats = device.memory_stats()
-        if not stats or "bytes_limit" not in stats:
-            raise ValueError(f"{device} does not report its memory: give num_blocks")
-        left.append(int(stats["bytes_limit"] * memory_fraction) - stats["bytes_in_use"])
-    return min(left) * len(devices)
-
-
-def check_blocks_fit(num_blocks: int, bytes_per_block: int, devices: Sequence[Any]) -> None:
-    """Check the size of a pool that somebody asked for.
-
-    Raises:
-        ValueError: more blocks than the devices' memory holds.
-    """
-    left = available_bytes(devices)
-    if num_blocks * bytes_per_block > left:
-        raise ValueError(
-            f"num_blocks={num_blocks} x {bytes_per_block:,} bytes do not fit in the {left:,} bytes there are: "
-            f"at most {left // bytes_per_block} would"
-        )
-
-
-def num_blocks_that_fit(
-    bytes_per_block: int,
-    devices: Sequence[Any],
-    memory_fraction: float,
-    *,
-    reserved_bytes: int,
-    least_blocks: int,
-    useful_blocks: int,
-) -> int:
-    """How many blocks a pool may have; less than 2 if there is no room for one.
-
-    Args:
-        bytes_per_block: over all devices.
-        devices: the pool's.
-        memory_fraction: of each device's memory, for everything.
-        reserved_bytes: what will be needed besides, over all devices. A CPU is taken to have it.
-        least_blocks: fewer are given only if no more fit.
-        useful_blocks: on a CPU, more than these would only delay the start.
-    """
-    budget = available_bytes(devices, memory_fraction)
-    if devices[0].platform == "cpu":
-        return min(min(budget, CPU_POOL_BYTES) // bytes_per_block, useful_blocks)
-    num_blocks = (budget - reserved_bytes) // bytes_per_block
-    # The number is a shape of every program: a few bytes more or less must not make kept ones useless.
-    rounded = num_blocks - num_blocks % max(num_blocks // 64, 1)
-    return max(rounded, min(num_blocks, least_blocks))
