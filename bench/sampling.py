@@ -141,7 +141,7 @@ def _compile(num_top: int | None, *args: "Array | SampleInputs") -> "jax.stages.
     from jax import Array, lax
 
     from jpaged.device.sampling.sampler import SampleInputs, sample
-    from jpaged.device.step.programs import GPU_COMPILER_OPTIONS
+    from jpaged.device.target import TARGETS
 
     def run(tokens: Array, logits: Array, inputs: SampleInputs) -> Array:
         def turn(i: Array, tokens: Array) -> Array:
@@ -154,8 +154,8 @@ def _compile(num_top: int | None, *args: "Array | SampleInputs") -> "jax.stages.
 
         return lax.fori_loop(0, TURNS, turn, tokens)
 
-    is_gpu = jax.default_backend() == "gpu"
-    return jax.jit(run).lower(*args).compile(compiler_options=GPU_COMPILER_OPTIONS if is_gpu else None)
+    options = TARGETS[jax.default_backend()].compiler_options
+    return jax.jit(run).lower(*args).compile(compiler_options=dict(options))
 
 
 def _at(inputs: "SampleInputs", position: "Array") -> "SampleInputs":

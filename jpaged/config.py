@@ -4,6 +4,7 @@ import reprlib
 from dataclasses import dataclass
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 DEFAULT_TOKEN_BUDGET = 2048
 MAX_SEQS = 1 << 16
 MAX_BATCHED_TOKENS = 1 << 20
@@ -30,6 +31,8 @@ class EngineConfig:
     Args:
         dtype: of weights, activations and KV: "float32", "bfloat16", "float16", or "auto": what the checkpoint is
             stored in on an accelerator, float32 on a CPU (which only emulates the shorter types).
+        kv_cache_dtype: "auto" stores K and V in ``dtype``; "fp8" and "int8" store them in 8 bits with a scale for each
+            block, layer and KV head, so that a pool of the same bytes holds twice the tokens.
         block_size: tokens per KV block.
         num_blocks: blocks in the pool, block 0 (padding) included; None takes what ``memory_fraction`` leaves.
         memory_fraction: of the memory JAX may take on the device, for weights, workspace and pool together.
@@ -57,6 +60,7 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
     memory_fraction: float = 0.9
@@ -75,6 +79,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(DTYPES))
+        is_known = isinstance(self.kv_cache_dtype, str) and self.kv_cache_dtype in KV_CACHE_DTYPES
+        _require(is_known, "kv_cache_dtype", self.kv_cache_dtype, "one of " + ", ".join(KV_CACHE_DTYPES))
         _require(_is_count(self.block_size, 1024), "block_size", self.block_size, "an integer from 1 to 1024")
         max_blocks = MAX_SLOTS // self.block_size
         _require(

@@ -10,7 +10,6 @@ from typing import Any, Self
 from uuid import uuid4
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
 from jpaged.device.runner import ModelRunner, check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
 from jpaged.device.step.program_cache import SOURCE_DIGEST
+from jpaged.device.target import target_of
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.loop import Engine, EngineStats, Prompt, StepOutput
 from jpaged.models import ModelConfig, import_transformers, load_config, load_model
@@ -52,6 +52,7 @@ class LLM:
     Args:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer); None is the small model in the package.
         dtype: of weights, activations and KV: "float32", "bfloat16", "float16", or "auto" (see ``EngineConfig``).
+        kv_cache_dtype: "auto" stores K and V in ``dtype``; "fp8" and "int8" in half as many bytes (``EngineConfig``).
         block_size: tokens per KV block.
         num_blocks: blocks in the pool; None takes what ``memory_fraction`` leaves.
         memory_fraction: of the device's memory, for weights, workspace and pool together. On a GPU, of what JAX may
@@ -85,6 +86,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
         memory_fraction: float = 0.9,
@@ -105,6 +107,7 @@ class LLM:
     ):
         config = EngineConfig(
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             block_size=block_size,
             num_blocks=num_blocks,
             memory_fraction=memory_fraction,
@@ -127,7 +130,7 @@ class LLM:
         tokenizer = _load_tokenizer(path)
         mesh = make_mesh(tensor_parallel_size)
         use_tqdm = use_tqdm and jax.process_index() == 0
-        weights_dtype = resolve_dtype(dtype, model_config.dtype)
+        weights_dtype = target_of(mesh).resolve_dtype(dtype, model_config.dtype)
         load = partial(load_model, path, model_config, weights_dtype, mesh, use_tqdm=use_tqdm)
         self._start(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
 
@@ -174,7 +177,7 @@ class LLM:
     ) -> None:
         enable_compile_cache()
         if warm_up is None:
-            warm_up = jax.default_backend() != "cpu"
+            warm_up = target_of(mesh).warms_up
         channel = open_channel(mesh)
         if channel is None:
             runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
@@ -458,13 +461,6 @@ class LLM:
             self.engine.forget(request.request_id)
             self._finished.pop(request.request_id, None)
             self._streams.pop(request.request_id, None)
-
-
-def resolve_dtype(wanted: str, stored: str) -> jnp.dtype:
-    """The dtype to run in: "auto" is what the checkpoint is stored in, but float32 on a CPU."""
-    if wanted == "auto":
-        wanted = "float32" if jax.default_backend() == "cpu" else stored
-    return jnp.dtype(wanted)
 
 
 def _load_tokenizer(path: Path) -> Any:

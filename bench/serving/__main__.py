@@ -16,7 +16,6 @@ that fails or runs out of time is recorded as such, and the next one runs; the e
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bench import peers
 from bench.serving.cold_start import start_cold
 from bench.serving.sizes import FULL, QUICK, WORKLOADS
 
@@ -148,7 +148,6 @@ def _measure(args: argparse.Namespace, cold: dict[str, Any] | None, began: float
     llm, startup = start(model_config, config, imports_s)
     print(startup)
     runner = llm.engine.runner
-    peers = json.loads((HERE / "peers.json").read_text())
     report: dict[str, Any] = {
         "file": args.name or f"serving_{path.name}_{_platform()}" + "_quick" * args.quick,
         "environment": environment(args.commit),
@@ -166,20 +165,27 @@ def _measure(args: argparse.Namespace, cold: dict[str, Any] | None, began: float
         "startup_s": startup.total_s if cold is None else cold["total_s"],
         "startup": dataclasses.asdict(startup) if cold is None else cold,
         "startup_warm": None if cold is None else dataclasses.asdict(startup),
-        "peer_source": peers["source"],
+        "peers": {
+            name: {"settings": peer["settings"], "source": peer["source"]} for name, peer in peers.SERVING.items()
+        },
         "figures": {},
         "steps": {},
         "unfinished": [],
         "failed": {},
     }
     if limits is not None:
-        peer = peers.get(path.name, {})
-        _run_workloads(args, report, llm, limits, peer, lambda: save(report["file"], report, args.out))
+        figures = peers.serving_figures(path.name)
+        _run_workloads(args, report, llm, limits, figures, lambda: save(report["file"], report, args.out))
     return report
 
 
 def _run_workloads(
-    args: argparse.Namespace, report: dict[str, Any], llm: Any, limits: Any, peer: dict[str, float], save: Any
+    args: argparse.Namespace,
+    report: dict[str, Any],
+    llm: Any,
+    limits: Any,
+    peer_figures: dict[str, dict[str, float]],
+    save: Any,
 ) -> None:
     """All that were asked for; the report is filled and saved on the way."""
     from bench.serving.figures import Figures, Floor
@@ -201,7 +207,7 @@ def _run_workloads(
     reads, flops = limits.read_bytes_per_s / 1e12, limits.matmul_flops_per_s / 1e12
     print(f"limits of this device: {reads:.2f} TB/s read, {flops:.0f} TFLOP/s {limits.dtype}")
     print(f"{runner.num_blocks:,} blocks, {runner.num_host_blocks:,} in host memory, {len(runner.programs)} programs")
-    figures = Figures(report, peer, save)
+    figures = Figures(report, peer_figures, save)
     figures.print_header()
     figures.add("startup_s", report["startup_s"], lower_is_better=True)
     if report["startup_warm"] is not None:
@@ -224,8 +230,7 @@ def _run_workloads(
 
 def _preset_names() -> list[str]:
     """Shapes with a peer's figures; other configs are of models that one GPU does not hold."""
-    peers = json.loads((HERE / "peers.json").read_text())
-    return sorted(path.name for path in (HERE / "configs").iterdir() if path.name in peers)
+    return sorted(path.name for path in (HERE / "configs").iterdir() if peers.serving_figures(path.name))
 
 
 def _platform() -> str:

@@ -66,12 +66,12 @@ class Figures:
 
     Args:
         report: what is saved: "figures" and "steps" are filled.
-        peer: figures of the peer, by name.
+        peers: engine -> its figures by name.
         save: writes the report.
     """
 
     report: dict[str, Any]
-    peer: dict[str, float]
+    peers: dict[str, dict[str, float]]
     save: Callable[[], Any]
 
     def add(
@@ -84,11 +84,26 @@ class Figures:
         peer_name: str | None = None,
         **extra: Any,
     ) -> None:
-        """A figure. ``floor`` is in its unit; ``peer_name`` is that of the peer's figure, where it is another."""
-        peer = self.peer.get(peer_name or name)
+        """Add a figure, beside the best of the peers.
+
+        Args:
+            name: name of the figure.
+            value: the measured value.
+            lower_is_better: whether less is better.
+            floor: the limit, in the unit of the figure.
+            peer_name: name of the peers' figure, if it differs.
+            extra: further fields of the report.
+        """
+        found = {
+            engine: figures[key] for engine, figures in self.peers.items() if (key := peer_name or name) in figures
+        }
+        best = min if lower_is_better else max
+        engine = best(found, key=found.__getitem__) if found else None
+        peer = None if engine is None else found[engine]
         self.report["figures"][name] = {
             "value": value,
             "peer": peer,
+            "peer_engine": engine,
             "ratio_to_peer": _how_good(value, peer, lower_is_better),
             "floor": floor,
             "fraction_of_floor": _how_good(value, floor, lower_is_better),

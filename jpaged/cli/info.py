@@ -1,21 +1,22 @@
 """What a machine and a checkpoint offer, found without reading weights or allocating a KV cache."""
 
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.pool import block_bytes, block_shape, choose_attention, num_blocks_that_fit
+from jpaged.device.kv.pool import block_bytes, block_shape, choose_attention
+from jpaged.device.kv.sizing import num_blocks_that_fit
 from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
-from jpaged.llm import DEMO_MODEL, resolve_dtype
+from jpaged.device.target import Target, describe_devices, target_of
+from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import make_mesh
@@ -112,16 +113,16 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     """
     path = DEMO_MODEL if path is None else Path(path)
     model_config = load_config(path)
-    dtype = resolve_dtype(config.dtype, model_config.dtype)
     mesh = make_mesh(config.tensor_parallel_size)
+    dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
     weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh)[1])
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     attention = choose_attention(model_config, config, dtype, mesh.size)
-    kv_cache = _plan_pool(model_config, config, dtype, attention, weight_bytes, list(mesh.devices.flat))
+    kv_cache = _plan_pool(model_config, config, dtype, attention, weight_bytes, mesh)
     cache_dir = enable_compile_cache()
     return Info(
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        devices=[f"{device.device_kind} ({device.platform}:{device.id})" for device in jax.devices()],
+        devices=describe_devices(jax.devices()),
         attention_implementation=attention.name,
         attention_reason=attention.reason,
         compile_cache_dir=None if cache_dir is None else str(cache_dir),
@@ -140,7 +141,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             dtype=dtype.name,
         ),
         kv_cache=kv_cache,
-        host_pool=_plan_host_pool(model_config, config, kv_cache),
+        host_pool=_plan_host_pool(model_config, config, kv_cache, target_of(mesh)),
         preemption=config.preemption,
     )
 
@@ -151,14 +152,15 @@ def _plan_pool(
     dtype: np.dtype,
     attention: Choice,
     weight_bytes: int,
-    devices: Sequence[Any],
+    mesh: Mesh,
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, but for the workspace."""
-    bytes_per_block = block_bytes(**block_shape(model, config, dtype, attention, len(devices)))
+    bytes_per_block = block_bytes(**block_shape(model, config, dtype, attention, mesh.size))
     max_blocks = -(-check_settings(model, config) // config.block_size)
     num_blocks = config.num_blocks or num_blocks_that_fit(
         bytes_per_block,
-        devices,
+        mesh,
+        target_of(mesh),
         config.memory_fraction,
         reserved_bytes=weight_bytes,
         least_blocks=max_blocks + 1,
@@ -174,14 +176,14 @@ def _plan_pool(
     )
 
 
-def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo) -> HostPoolInfo:
+def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo, target: Target) -> HostPoolInfo:
     """The host pool that ``ModelRunner`` would allocate beside ``kv_cache``."""
     bytes_per_block = kv_cache.block_size * kv_cache.bytes_per_token // jax.process_count()  # on each host
     max_model_len = min(check_settings(model, config), kv_cache.num_tokens)
     num_blocks = num_host_blocks_for(
         config,
+        target,
         bytes_per_block,
-        is_on_cpu=jax.default_backend() == "cpu",
         useful_blocks=config.max_num_seqs * -(-max_model_len // config.block_size),
     )
     return HostPoolInfo(num_blocks, num_blocks * bytes_per_block)

@@ -26,7 +26,7 @@ MAX_BATCHED_TOKENS = 512
 """Of a step: prompts are computed in pieces of this size, so that one short command compiles small programs only."""
 
 _ENGINE_OPTIONS = (
-    "dtype", "block_size", "num_blocks", "memory_fraction", "max_model_len", "tensor_parallel_size",
+    "dtype", "kv_cache_dtype", "block_size", "num_blocks", "memory_fraction", "max_model_len", "tensor_parallel_size",
     "attention_implementation", "interpret", "max_burst", "preemption", "num_host_blocks", "host_memory_bytes",
 )  # fmt: skip
 _SAMPLING_OPTIONS = (
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log: errors only
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    _quieten_libtpu()
     try:
         by_hand = args.coordinator_address, args.num_processes, args.process_id
         if args.distributed or any(value is not None for value in by_hand):
@@ -70,6 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _note(f"jpaged: error: {_one_line(error)}{'' if _is_ours(error) else ' (--debug shows where)'}")
         return 2
     return 0
+
+
+def _quieten_libtpu() -> None:
+    """Keep an installed libtpu from printing errors on a machine without a TPU, where JAX still loads it."""
+    import jax  # noqa: F401  (sets TPU_SKIP_MDS_QUERY where no TPU is attached)
+
+    if "TPU_SKIP_MDS_QUERY" in os.environ:  # libtpu then takes both values from the environment alone
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _note(text: str) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from importlib.metadata import version
 
-from jpaged.config import DTYPES, PREEMPTIONS, EngineConfig
+from jpaged.config import DTYPES, KV_CACHE_DTYPES, PREEMPTIONS, EngineConfig
 from jpaged.request import MAX_BEAM_WIDTH, MAX_LOGPROBS, SamplingParams
 
 GENERATE_MAX_TOKENS = 128
@@ -189,6 +189,12 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         default=defaults.dtype,
         help="of weights and KV cache (default: auto, the checkpoint's own; float32 on a CPU)",
+    )
+    add(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default=defaults.kv_cache_dtype,
+        help="of the KV cache: fp8 and int8 hold twice the tokens in the same memory (default: auto, that of --dtype)",
     )
     add(
         "--block-size",

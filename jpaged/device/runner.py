@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Chunk, Costs, StepPlan, StepResult, TokenScores
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
-from jpaged.device.kv.pool import available_bytes, check_blocks_fit, choose_attention, num_blocks_that_fit
+from jpaged.device.kv.pool import choose_attention
+from jpaged.device.kv.sizing import PoolSizer
 from jpaged.device.sampling.beams import Candidates, split_candidates
 from jpaged.device.sampling.sampler import (
     NO_SCORES,
@@ -29,9 +30,6 @@ from jpaged.device.step.packed import SCORE_ROWS, PackedSamples, PackedScores, P
 from jpaged.device.step.programs import Programs, dtype_of, split_model
 from jpaged.models import ModelConfig, fuse_norms, fuse_projections
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, INTERPRETERS, why_cannot_run
-
-GUESSED_WORKSPACE = 1 / 32
-"""Of the memory of an accelerator: what steps take besides weights and pool, until their programs say it."""
 
 
 class Agreeing(Protocol):
@@ -102,6 +100,8 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
     reason = None if name is None or config.interpret else why_cannot_run(name)
     if reason is not None:
         raise ValueError(f"{asked} cannot run here: {reason}; leave it out, or have it interpreted, which is slow")
+    if config.kv_cache_dtype != "auto":
+        raise ValueError(f"kv_cache_dtype={config.kv_cache_dtype!r} cannot be served yet: expected 'auto'")
     limit, wanted = model_config.max_model_len, config.max_model_len
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
@@ -139,7 +139,6 @@ class ModelRunner:
         warm_up: bool = False,
         use_tqdm: bool = True,
     ):
-        self._least: Callable[[int], int] = channel.least if channel is not None else lambda number: number
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
@@ -151,19 +150,21 @@ class ModelRunner:
         self.programs = Programs(model, model_config, config, mesh, self.attention, max_model_len=max_model_len)
         _, self._weights, _ = split_model(model)
         self.weight_bytes = sum(x.nbytes for x in self._weights)
-        guessed_bytes = self._guess_sizes()
+        least: Callable[[int], int] = channel.least if channel is not None else lambda number: number
+        sizer = PoolSizer(self.programs, config, mesh, weight_bytes=self.weight_bytes, least=least)
+        guessed_bytes = sizer.guess()
         num_host_blocks = num_host_blocks_for(
             config,
+            self.programs.target,
             self.host_bytes_per_block,
-            is_on_cpu=self.programs.is_on_cpu,
             useful_blocks=config.max_num_seqs * self.max_blocks,
         )
-        self.num_host_blocks = self._least(num_host_blocks)
+        self.num_host_blocks = least(num_host_blocks)
         with ThreadPoolExecutor(max_workers=1) as thread:  # both take a while
             host_pool = thread.submit(self._allocate_host_pool)
             if warm_up:
                 self.warm_up(use_tqdm=use_tqdm)
-            if guessed_bytes is not None and self._correct_sizes(guessed_bytes) and warm_up:
+            if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up:
                 self.warm_up(use_tqdm=use_tqdm)
             self.host_pool = host_pool.result()
         self.cache = self.programs.new_cache()
@@ -178,79 +179,6 @@ class ModelRunner:
         self._newest_waited_for = 0  # the number of a step: it has run
 
     # Sizes --------------------------------------------------------------------------------------------------------
-
-    def _guess_sizes(self) -> int | None:
-        """``num_blocks`` and ``max_model_len``: as asked, or such that a step's workspace should fit beside the pool.
-
-        What a step takes only its programs tell, and the size of the pool is one of theirs: so it is guessed first.
-
-        Returns:
-            The bytes left for the workspace if they are guessed, of all devices.
-        """
-        devices, wanted = list(self.mesh.devices.flat), self.config.num_blocks
-        if wanted is not None:
-            check_blocks_fit(wanted, self.bytes_per_block, devices)
-            self._set_sizes(wanted)
-            return None
-        if self.programs.is_on_cpu:
-            self._set_sizes(self._require_blocks(self._num_blocks_beside(0)))
-            return None
-        guessed_bytes = self._least(int(available_bytes(devices) * GUESSED_WORKSPACE))
-        num_blocks = self._num_blocks_beside(guessed_bytes)
-        if num_blocks > self.max_blocks:
-            self._set_sizes(num_blocks)
-            return guessed_bytes
-        self.programs.resize(max(2, self._num_blocks_beside(0)), self.max_model_len)  # a guess refuses nobody
-        self._correct_sizes(0)
-        return None
-
-    def _correct_sizes(self, guessed_bytes: int) -> bool:
-        """Size the pool by what a step takes, if that is more than was guessed. Returns whether it was."""
-        needed = -self._least(-self.programs.workspace_bytes() * self.mesh.size)  # the most that any process needs
-        if needed <= guessed_bytes:
-            return False
-        self._set_sizes(self._require_blocks(self._num_blocks_beside(needed)))
-        return True
-
-    def _num_blocks_beside(self, reserved_bytes: int) -> int:
-        """As many blocks as leave so many bytes of all devices."""
-        return self._least(
-            num_blocks_that_fit(
-                self.bytes_per_block,
-                list(self.mesh.devices.flat),
-                self.config.memory_fraction,
-                reserved_bytes=reserved_bytes,
-                least_blocks=self.max_blocks + 1,
-                useful_blocks=self.config.max_num_seqs * self.max_blocks + 1,
-            )
-        )
-
-    def _require_blocks(self, num_blocks: int) -> int:
-        if num_blocks < 2:
-            remedy = (
-                "give num_blocks"
-                if self.programs.is_on_cpu
-                else "raise memory_fraction, or lower max_num_batched_tokens"
-            )
-            raise ValueError(
-                f"no memory for a KV cache: one block takes {self.bytes_per_block:,} bytes, and memory_fraction="
-                f"{self.config.memory_fraction} leaves less than two after {self.weight_bytes:,} bytes of weights and "
-                f"a step's workspace: {remedy}"
-            )
-        return num_blocks
-
-    def _set_sizes(self, num_blocks: int) -> None:
-        """A context that nobody asked for shrinks to the pool; one that does not fit the memory is refused."""
-        held, max_model_len = (num_blocks - 1) * self.config.block_size, self.max_model_len
-        if held < max_model_len and self.config.max_model_len is None:
-            max_model_len = held
-        elif held < max_model_len and self.config.num_blocks is None:
-            raise ValueError(
-                f"max_model_len={max_model_len} does not fit: memory for {num_blocks} blocks of "
-                f"{self.config.block_size} holds {held} tokens; lower max_model_len, raise memory_fraction or give "
-                "num_blocks"
-            )
-        self.programs.resize(num_blocks, max_model_len)
 
     def _allocate_host_pool(self) -> HostPool | None:
         if not self.num_host_blocks:

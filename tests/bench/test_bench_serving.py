@@ -14,6 +14,7 @@ import pytest
 
 from bench import machine
 from bench.machine import MachineLimits
+from bench.peers import SERVING
 from bench.serving import __main__ as command
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
 from bench.serving.cold_start import start_cold
@@ -190,7 +191,11 @@ def test_floors_are_bytes_over_bandwidth_and_flops_over_rate():
 def test_ratios_and_fractions_are_above_one_where_we_are_better(capsys):
     saved = []
     report = {"figures": {}, "steps": {}}
-    figures = Figures(report, {"time": 6.0, "rate_of_peer": 50.0}, lambda: saved.append(len(report["figures"])))
+    figures = Figures(
+        report,
+        {"slow": {"time": 9.0}, "peer": {"time": 6.0, "rate_of_peer": 50.0}},
+        lambda: saved.append(len(report["figures"])),
+    )
     figures.add("time", 4.0, lower_is_better=True, floor=3.0)
     figures.add("rate", 100.0, lower_is_better=False, floor=125.0, peer_name="rate_of_peer", num_steps=7)
     figures.add("alone", 1.0, lower_is_better=True)
@@ -389,8 +394,8 @@ def test_options_that_need_random_weights_say_so(capsys):
 
 
 def test_a_preset_loads_and_its_peer_has_figures_under_our_names():
-    peers = json.loads((command.HERE / "peers.json").read_text())
-    assert set(command._preset_names()) == set(peers) - {"source", "attention_kernels"}
+    peers = SERVING["vLLM 0.24.0"]["figures"]
+    assert set(command._preset_names()) == set(peers)
     assert load_config(command.HERE / "configs" / "llama3-8b").vocab_size == 128256
     names = {name.rsplit("_", 2)[0] for name in peers["llama3-8b"]}
     assert {

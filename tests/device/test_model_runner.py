@@ -3,7 +3,6 @@
 import dataclasses
 import threading
 from itertools import product
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jpaged.contract.plan import BeamSelect, BlockCopy, Chunk, Sample, StepPlan
-from jpaged.device import runner as model_runner
-from jpaged.device.kv import pool as kv_cache
+from jpaged.device.kv import sizing
 from jpaged.device.kv.host_pool import MOVE_SIZES
-from jpaged.device.kv.pool import num_blocks_that_fit
+from jpaged.device.kv.sizing import num_blocks_that_fit
 from jpaged.device.runner import ModelRunner, copy_waves
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.program_cache import ProgramCache
 from jpaged.device.step.programs import Programs
+from jpaged.device.target import TARGETS
 from jpaged.engine.loop import Engine
 from jpaged.request import CompletionOutput, SamplingParams
 from tests.support.tiny import TINY, make_runner
@@ -352,22 +351,27 @@ def test_the_pool_of_one_row_holds_its_whole_context():
 
 @pytest.mark.parametrize(("free", "expected"), [(10_000, 9_984), (10_100, 10_048), (130, 130), (129, 129), (90, 90)])
 def test_the_number_of_blocks_on_an_accelerator_is_a_round_one_if_the_context_fits(monkeypatch, free, expected):
-    monkeypatch.setattr(kv_cache, "available_bytes", lambda devices, fraction: 1000 * free + 5000)
-    [device] = [SimpleNamespace(platform="gpu")]
-    blocks = num_blocks_that_fit(1000, [device], 0.9, reserved_bytes=5000, least_blocks=130, useful_blocks=50)
+    monkeypatch.setattr(sizing, "available_bytes", lambda mesh, target, fraction: 1000 * free + 5000)
+    sizes = {"reserved_bytes": 5000, "least_blocks": 130, "useful_blocks": 50}
+    blocks = num_blocks_that_fit(1000, make_mesh(1), TARGETS["gpu"], 0.9, **sizes)
     assert blocks == expected
 
 
 SIZED_FROM_MEMORY = {"num_blocks": None, "num_host_blocks": 0, "preemption": "recompute", "max_burst": 1}
 
 
+def pretend_to_be_an_accelerator(monkeypatch) -> None:
+    """Give CPU devices the defaults of a GPU, but not its compiler options."""
+    monkeypatch.setitem(TARGETS, "cpu", dataclasses.replace(TARGETS["gpu"], compiler_options=()))
+
+
 def give_memory(monkeypatch, memory: int, guess: float) -> None:
     """So many bytes for pool and workspace, as on a device with memory of its own; ``guess`` is the latter's part."""
-    monkeypatch.setattr(model_runner, "available_bytes", lambda devices: memory)
-    monkeypatch.setattr(model_runner, "GUESSED_WORKSPACE", guess)
-    monkeypatch.setattr(Programs, "is_on_cpu", False)
+    monkeypatch.setattr(sizing, "available_bytes", lambda mesh, target: memory)
+    monkeypatch.setattr(sizing, "GUESSED_WORKSPACE", guess)
+    pretend_to_be_an_accelerator(monkeypatch)
     monkeypatch.setattr(
-        model_runner,
+        sizing,
         "num_blocks_that_fit",
         lambda bytes_per_block, *_, reserved_bytes, **__: (memory - reserved_bytes) // bytes_per_block,
     )
@@ -446,14 +450,15 @@ def test_a_forward_pass_alone_draws_nothing(max_burst):
     ],
     ids=str,
 )
-def test_programs_are_kept_apart_by_what_they_depend_on(monkeypatch, tmp_path, settings, is_same):
+def test_programs_are_kept_apart_by_what_they_depend_on(tmp_path, settings, is_same):
     tmp_path.chmod(0o700)
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
         runners = make_runner(), make_runner(**settings)
         assert [runner.programs._program_cache() for runner in runners] == [None, None], "on a CPU"
-        monkeypatch.setattr(Programs, "is_on_cpu", False)
+        for runner in runners:
+            runner.programs.target = TARGETS["gpu"]
         caches = [runner.programs._program_cache() for runner in runners]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -13,6 +13,7 @@ from jpaged.device.kv import host_pool as transfer
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.runner import ModelRunner
+from jpaged.device.target import TARGETS
 from jpaged.request import SamplingParams
 from jpaged.sharding import pool_sharding
 from tests.support import tiny
@@ -292,7 +293,7 @@ def test_an_accelerators_default_is_4_gib_and_less_if_the_machine_or_the_rows_ne
     config = EngineConfig()
 
     def default(useful_blocks):
-        return transfer.num_host_blocks_for(config, 2 << 20, is_on_cpu=False, useful_blocks=useful_blocks)
+        return transfer.num_host_blocks_for(config, TARGETS["gpu"], 2 << 20, useful_blocks=useful_blocks)
 
     assert default(10**6) == 2048
     assert default(100) == 100
@@ -302,8 +303,8 @@ def test_an_accelerators_default_is_4_gib_and_less_if_the_machine_or_the_rows_ne
 
 def test_recomputing_without_a_prefix_cache_needs_no_host_pool():
     config = EngineConfig(preemption="recompute", enable_prefix_caching=False)
-    assert not transfer.has_host_pool(config, is_on_cpu=False)
-    assert transfer.has_host_pool(EngineConfig(preemption="recompute"), is_on_cpu=False)
+    assert not transfer.has_host_pool(config, TARGETS["gpu"])
+    assert transfer.has_host_pool(EngineConfig(preemption="recompute"), TARGETS["gpu"])
 
 
 def test_the_workspace_has_room_for_staged_blocks():

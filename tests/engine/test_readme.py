@@ -1,21 +1,38 @@
-"""The README's examples run, and compute what attention without a cache computes."""
+"""The documents: their examples run and compute what attention without a cache computes; links, tables and figures."""
 
 import json
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from tests.support import tpu_aot
+from bench.peers import SERVING
+from bench.results import RESULTS
+from jpaged import BeamSearchParams, EngineConfig, SamplingParams
 
-README_PATH = Path(__file__).parents[2] / "README.md"
-README = README_PATH.read_text()
-EXAMPLES = {
-    "nnx": next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "import nnx" in code),
-    "linen": next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "import linen" in code),
-}
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "jpaged" / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+LIBRARY = (DOCS / "library.md").read_text()
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.S)
+
+
+def example(sign: str) -> str:
+    """The one example of the library page with this text in it."""
+    [code] = [code for code in examples(LIBRARY) if sign in code]
+    return code
+
+
+def rows(page: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
 
 
 def causal_attention(q, k, v) -> np.ndarray:
@@ -27,14 +44,32 @@ def causal_attention(q, k, v) -> np.ndarray:
     return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES))
+@pytest.mark.parametrize("name", ["nnx", "linen"])
 def test_examples_are_short(name):
-    assert EXAMPLES[name].count("\n") <= 40
+    for code in examples(LIBRARY):
+        if f"import {name}" in code or f"import linen as {name}" in code:
+            assert code.count("\n") <= 40
 
 
-def test_nnx_example_equals_dense_attention():
-    found = {}
-    exec(EXAMPLES["nnx"], found)
+def test_readme_shows_an_example_of_the_library_page():
+    assert example("copies = blocks.append") in examples(README)
+
+
+@pytest.fixture(scope="module")
+def nnx_example():
+    """The names that the example leaves; ``num_traces`` counts how often its layer was traced."""
+    found = {"num_traces": 0}
+
+    def count():
+        found["num_traces"] += 1
+
+    found["count"] = count
+    exec(example("copies = blocks.append").replace("q, k, v = (layer", "count()\n        q, k, v = (layer"), found)
+    return found
+
+
+def test_nnx_example_equals_dense_attention(nnx_example):
+    found = nnx_example
     layer, x = found["attention"], found["x"]
     # Both sequences continue the same prompt, each with its own next token.
     for row, tokens in enumerate((x[:41], np.concatenate([x[:40], x[41:]]))):
@@ -46,14 +81,45 @@ def test_nnx_example_equals_dense_attention():
     assert found["blocks"].stats().num_shared == 2, "40 tokens are two full blocks and a last one that was copied"
 
 
+def test_nnx_example_compiles_once_and_copies_in_place(nnx_example):
+    assert nnx_example["num_traces"] == 1, "prompts and decodes share one program"
+    cache, indices = nnx_example["cache"], np.array([1])
+    compiled = nnx_example["copy"].lower(cache, indices, indices).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.pool.nbytes / 2
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache.pool.nbytes
+
+
 def test_linen_example_equals_dense_attention():
     found = {}
-    exec(EXAMPLES["linen"], found)
+    exec(example("import linen"), found)
     weights, x = jax.tree.map(np.asarray, found["params"]["params"]), found["x"]
     q, k, v = (np.einsum("tf,fhd->thd", x, weights[n]["kernel"]) + weights[n]["bias"] for n in "qkv")
     dense = causal_attention(q, k, v).reshape(x.shape) @ weights["out"]["kernel"] + weights["out"]["bias"]
-    np.testing.assert_allclose(found["prompt"], dense[:20], atol=1e-4)
-    np.testing.assert_allclose(found["decode"], dense[20:], atol=1e-4)
+    np.testing.assert_allclose(found["prompt"][:20], dense[:20], atol=1e-4)
+    np.testing.assert_allclose(found["decode"][:1], dense[20:], atol=1e-4)
+
+
+def test_training_example_has_gradients_and_equals_the_cache(nnx_example):
+    found = {}
+    exec(example("value_and_grad"), found)
+    for gradient in jax.tree.leaves(found["gradients"]):
+        assert np.isfinite(gradient).all()
+    assert np.abs(found["gradients"].q.kernel).max() > 0
+    batch = nnx_example["blocks"].batch([("a", 0, 40)], num_tokens=40, num_rows=1, max_blocks=3)
+    attention, x = found["attention"], found["x"]
+    out, _ = nnx.jit(found["paged_step"])(attention, nnx_example["cache"], x, *batch)
+    np.testing.assert_allclose(out, attention(x, found["dense_attend"]), atol=1e-4)
+
+
+def test_example_of_several_devices_shards_the_pool_by_heads():
+    found = {}
+    exec(example("AxisType.Auto"), found)
+    pool = found["cache"].pool
+    assert pool.sharding.shard_shape(pool.shape)[3] == 8 // jax.device_count()
+
+
+def test_readme_is_short():
+    assert len(README.encode()) <= 8192
 
 
 def test_ci_finds_the_test_command():
@@ -61,167 +127,56 @@ def test_ci_finds_the_test_command():
     assert len(commands) == 1
 
 
-def test_measured_figures_are_those_of_the_result_files():
-    results = README_PATH.parent / "bench" / "results"
-    demo = json.loads((results / "serving_demo_cpu.json").read_text())
-    batching, waste = demo["continuous_batching"], demo["waste"]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not link.startswith("https://"):
+            assert (page.parent / link).exists(), link
+
+
+def test_every_page_is_linked_from_the_readme_or_another_page():
+    linked = {Path(link).name for page in PAGES for link in re.findall(r"\]\(([^)]+)\)", page.read_text())}
+    assert {page.name for page in PAGES} - linked <= {"README.md"}
+
+
+def test_settings_are_those_of_the_code():
     shown = [
-        f"{batching['one_at_a_time_tokens_per_s']:.0f} tokens/s",
-        f"{batching['batched_tokens_per_s']:,.0f} tokens/s, **{batching['ratio']:.1f} times**",
-        f"{waste['mean_percent']:.1f}% (at most {waste['max_percent']:.1f}% in any step)",
+        (name.strip("`"), default.strip("`"))
+        for name, default, _ in filter(lambda row: row[0][0] == "`", rows((DOCS / "settings.md").read_text()))
     ]
-    for text in shown:
-        assert text in README
+    expected = []
+    for cls in (EngineConfig, SamplingParams, BeamSearchParams):
+        for field in fields(cls):
+            default = "required" if field.default is MISSING else repr(field.default).replace("'", '"')
+            expected.append((field.name, default))
+    assert shown == expected
 
 
-SERVED = {
-    "decode_1_ms": ("decode step, batch 1, 1k context, ms", 2),
-    "decode_32_ms": ("batch 32, ms", 2),
-    "decode_128_ms": ("batch 128, ms", 2),
-    "decode_256_ms": ("batch 256, ms", 2),
-    "prefill32_s": ("prefill of 32 prompts of 1024, s", 3),
-    "sharegpt1000_tokens_per_s": ("1,000 requests of ShareGPT lengths, tokens/s", 0),
-    "sharegpt1000_2048blocks_auto_tokens_per_s": ("the same in 2,048 blocks, tokens/s", 0),
-    "sharegpt1000_2048blocks_auto_kept_percent": ("which keeps of its throughput, %", 1),
-    "sharedprefix341_500_requests_per_s": ("500 requests behind a prefix of 341 tokens, requests/s", 0),
-    "parallel4_200_tokens_per_s": ("200 requests, n = 4, tokens/s", 0),
-    "beam4_64x64_tokens_per_s": ("64 beam searches of width 4, beam tokens/s", 0),
-    "startup_s": ("start-up, cold, s", 0),
-    "startup_warm_s": ("warm, s", 1),
+def test_table_of_tpus_is_that_of_the_measurements():
+    shown = [row for row in rows((DOCS / "tpu.md").read_text()) if " x v" in row[1]]
+    assert shown
+    assert shown == [row for row in rows((RESULTS.parent / "README.md").read_text()) if " x v" in row[1]]
+
+
+MEASURED = {
+    "decode step, batch 1, 1k context, ms": ("decode_1_ms", 2),
+    "decode step, batch 256, ms": ("decode_256_ms", 2),
+    "prefill of 32 prompts of 1024 tokens, s": ("prefill32_s", 3),
+    "1,000 requests of ShareGPT lengths, tokens/s": ("sharegpt1000_tokens_per_s", 0),
+    "64 beam searches of width 4, beam tokens/s": ("beam4_64x64_tokens_per_s", 0),
+    "start-up, cold, s": ("startup_s", 0),
 }
-"""What the README calls each figure, and its decimals."""
+"""Row of the README's table -> its figure, and its decimals."""
 
 
-def test_serving_is_that_of_the_result_files():
-    models = "llama3-8b", "qwen3-0.6b", "opt-13b"
-    results = [_result(f"serving_{model}_nvidia-h200") for model in models]
-    rows = {row[0]: row[1:] for row in _rows()}
-    assert {name for result in results for name in result["figures"]} == set(SERVED)
-    for name, (title, decimals) in SERVED.items():
-        cells = [_served(result["figures"].get(name), decimals) for result in results]
-        assert rows[title] == cells, name
-    limits = results[0]["limits"]
-    assert f"({limits['read_bytes_per_s'] / 1e12:.2f} TB/s beside llama3-8b)" in README
-    assert f"({limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s)" in README
-
-
-def _served(figure: dict | None, decimals: int) -> str:
-    if figure is None:
-        return ""
-    cell = f"**{figure['value']:,.{decimals}f}**, {figure['peer']:,.{decimals}f}, {figure['ratio_to_peer']:.2f}"
-    return cell + ("" if figure["floor"] is None else f"; {figure['fraction_of_floor']:.0%}")
-
-
-def _result(name: str) -> dict:
-    return json.loads((README_PATH.parent / "bench" / "results" / f"{name}.json").read_text())
-
-
-def _rows() -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line[:1] == "|"]
-
-
-def test_kernels_are_those_of_the_result_file():
-    result, rows = _result("kernels_nvidia-h200"), _rows()
-    peers = json.loads((README_PATH.parent / "bench" / "peers.json").read_text())["attention_kernels"]["figures"]
-    figures = {(row["shape"], row["implementation"]): row for row in result["rows"] if "us" in row}
-    shapes = [shape for shape, name in figures if name == "hopper" and not shape.startswith("mixed")]
-    assert shapes
-    for shape in shapes:
-        is_decode = shape.startswith("decode")
-
-        def rate(bytes_per_s, flops_per_s, is_decode=is_decode):
-            return f"{bytes_per_s / 1e12:.2f} TB/s" if is_decode else f"{flops_per_s / 1e12:.0f} TFLOP/s"
-
-        ours, other = (figures.get((shape, name)) for name in ("hopper", "jax" if is_decode else "cudnn"))
-        limit = ours["fraction_of_read_bandwidth" if is_decode else "fraction_of_matmul_rate"]
-        beside = "" if other is None else rate(other["bytes_per_s"], other["flops_per_s"])
-        peer = peers.get(shape, {}).get("FlashInfer")
-        peer = "" if peer is None else rate(peer * 1e12, peer * 1e12)
-        cells = [f"{ours['us']:.1f}", rate(ours["bytes_per_s"], ours["flops_per_s"]), f"{limit:.0%}", beside, peer]
-        assert cells in [row[1:] for row in rows], shape
-    comparisons = {title: of["hopper"] for title, of in result["comparisons"].items()}
-    assert f"read {1 / comparisons['fp8 over bf16']:.2f} (fp8)" in README
-    assert f"{1 / comparisons['int8 over bf16']:.2f} (int8)" in README
-    assert f"takes {comparisons['mixed over its decodes and chunks alone']:.2f} times" in README
-    write = next(copy for copy in result["copies"] if copy["name"] == "write_kv_256_decodes")
-    assert f"takes {write['us']:.1f} us" in README
-    limits = result["limits"]
-    assert f"{limits['read_bytes_per_s'] / 1e12:.2f} TB/s read" in README
-    assert f"{limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s" in README
-
-
-def test_cases_compiled_for_tpus_are_those_of_the_grid():
-    num_cases = len(list(tpu_aot.grid()))
-    assert f"a grid of {num_cases:,} cases" in README
-    result = _result("tpu_grid")
-    assert sum(counts["compiled"] for counts in result["generations"].values()) == num_cases
-
-
-def test_bytes_of_decodes_on_tpus_are_those_of_the_plan():
-    rows = [
-        row for row in _result("tpu_plan")["rows"] if row["batch"] == "decode 128 at 1k" and row["block_size"] == 16
-    ]
-    worst = max(row["moved_bytes"] / row["least_bytes"] for row in rows if row["pool_dtype"] == "bfloat16")
-    assert f"at most {100 * (worst - 1):.1f}% more bytes" in README
-    assert worst <= 1.03
-
-
-def test_models_on_tpus_are_those_of_the_result_file():
-    shown = {(row[0], row[1]): row[2:] for row in _rows() if len(row) == 7 and " x v" in row[1]}
-    for fit in _result("tpu_models")["fits"]:
-        row = [_gib(fit["hbm_bytes"]), _gib(fit["parameter_bytes"])]
-        if fit["reason"] is not None:
-            row += ["does not fit", "", ""]
-        else:
-            temporaries = ", ".join(_gib(step["temporary_bytes"]) for step in fit["steps"])
-            row += [_gib(fit["pool_bytes"]), temporaries, f"{fit['context_tokens']:,}"]
-        assert shown.pop((fit["model"], f"{fit['num_chips']} x {fit['generation']}")) == row
-    assert not shown
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 30):.2f}"
-
-
-def test_sharing_is_that_of_the_result_files():
-    measured, simulated = _result("sharing_demo_cpu"), _result("paper")["experiments"]["fig15"]["figures"]
-    ours = {figure["label"]: figure["ours"] for figure in simulated}
-    for trace in ("Alpaca", "ShareGPT"):
-        for kind, title, label in (("parallel", "samples", "n ="), ("beam", "beams", "beam width")):
-            figures = [f["percent"] for f in measured["traces"][trace]["figures"] if f["kind"] == kind]
-            in_traces = [ours[f"{trace}: {label} {width}"] for width in (2, 4, 6)]
-            cells = [" / ".join(f"{value:.1f}" for value in values) for values in (figures, in_traces)]
-            assert [row[2:] for row in _rows() if row[0] == f"{title}, {trace}"] == [cells]
-
-
-def test_pressure_is_that_of_the_result_files():
-    beams = _result("serving_llama3-8b_sharing_nvidia-h200")["figures"]["beam4_64x64_tokens_per_s"]
-    pressure = _result("serving_llama3-8b_pressure_nvidia-h200")["figures"]
-    rows = {row[0]: row[1:] for row in _rows()}
-    unit = "beam tokens/s"
-    expected = [f"{beams['value']:,.0f} {unit}", f"{beams['peer']:,} {unit}", f"{beams['ratio_to_peer']:.2f}"]
-    assert rows["64 prompts, beam width 4, 64 tokens"] == expected
-    assert rows["of plain decoding of as many rows"][0] == f"{beams['of_plain_percent']:.0f}%"
-    for name, title in (("swap", "throughput kept with 2,048 blocks, swap"), ("recompute", "recompute")):
-        kept = pressure[f"sharegpt1000_2048blocks_{name}_kept_percent"]
-        assert rows[title] == [f"{kept['value']:.1f}%", f"{kept['peer']}%", f"{kept['ratio_to_peer']:.2f}"]
-    swap = pressure["sharegpt1000_2048blocks_swap_tokens_per_s"]
-    to_host, from_host = (swap[name] / 2**30 for name in ("bytes_to_host", "bytes_from_host"))
-    said = (
-        f"With {swap['num_swaps_out']} swaps, {to_host:.0f} GiB went to the host and {from_host:.0f} GiB came back, "
-        f"spilled prefixes included, and steps waited {swap['transfer_stalled_s']:.2f} s of {swap['elapsed_s']:.0f} "
-    )
-    assert said in " ".join(README.split())
-
-
-def test_the_papers_figures_are_those_of_the_result_file():
-    experiments, rows = _result("paper")["experiments"], {row[0]: row[1:] for row in _rows()}
-    for title, experiment, label in (
-        ("KV memory that holds tokens, of the pool (figure 2)", "fig02", "jpaged: token states"),
-        ("sustained rate over Orca (Oracle), ShareGPT (figure 12)", "fig12", "ShareGPT: jpaged over Orca (Oracle)"),
-        ("behind a shared prefix of 80 tokens (figure 16)", "fig16", "1-shot (80 tokens): jpaged over Orca (Oracle)"),
-        ("of 341 tokens", "fig16", "5-shot (341 tokens): jpaged over Orca (Oracle)"),
-        ("chat (figure 17)", "fig17", "Chat: jpaged over Orca (Oracle)"),
-    ):
-        [ours] = [figure["ours"] for figure in experiments[experiment]["figures"] if figure["label"] == label]
-        assert rows[title][1] == (f"{ours:.1f}%" if experiment == "fig02" else f"{ours:.2f}x")
+def test_figures_are_those_of_the_result_files():
+    ours = json.loads((RESULTS / "serving_llama3-8b_nvidia-h200.json").read_text())["figures"]
+    table = {row[0]: row[1:] for row in rows(README)}
+    for title, (name, decimals) in MEASURED.items():
+        values = [ours[name]["value"], *(peer["figures"]["llama3-8b"][name] for peer in SERVING.values())]
+        assert table[title] == [f"{value:,.{decimals}f}" for value in values], title
+    assert table[""] == ["jpaged", *SERVING]
+    text = " ".join(README.split())
+    for peer in SERVING.values():
+        for setting in re.findall(r"\w+=\w+|1,024 rows|16,384 tokens", peer["settings"]):
+            assert setting in text, setting

@@ -13,6 +13,7 @@ NOT_COUNTS = [True, 1.0, "1", [1], math.nan, 0, -1, 10**400]
 
 INVALID = {
     "dtype": [None, "float64", "int8", "", 32, ["float32"]],
+    "kv_cache_dtype": [None, "float8", "", 8, ["int8"]],
     "block_size": [*NOT_COUNTS, None, 1025],
     "num_blocks": [*NOT_COUNTS, 1, 2**31],
     "memory_fraction": [None, True, "0.9", math.nan, math.inf, 0, 0.0, -0.5, 1.01, 10**400],
@@ -32,6 +33,7 @@ INVALID = {
 
 VALID = {
     "dtype": ["auto", "float32", "bfloat16", "float16"],
+    "kv_cache_dtype": ["auto", "fp8", "int8"],
     "block_size": [1, 16, 1024],
     "num_blocks": [None, 2, 10**6],
     "memory_fraction": [1, 0.5, 1e-6],

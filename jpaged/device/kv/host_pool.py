@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Costs
 from jpaged.device.kv.pool import KVCache
+from jpaged.device.target import Target
 from jpaged.sharding import pool_sharding
 
 Block = Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]
@@ -28,9 +29,6 @@ MOVE_SIZES = (4, 32)
 
 MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
 """Blocks between the pools at most, in device memory, each way: one batch copies while the next one is gathered."""
-
-DEFAULT_HOST_BYTES = 4 << 30
-"""What a host pool takes at most beside an accelerator unless the settings say otherwise."""
 
 _MIN_S = 1e-9  # a cost of zero would never be corrected: it is a factor
 _WEIGHT = 0.2  # of a new observation in a cost's average
@@ -260,35 +258,35 @@ def free_machine_bytes() -> int:
     return free * 9 // 10
 
 
-def has_host_pool(config: EngineConfig, *, is_on_cpu: bool) -> bool:
+def has_host_pool(config: EngineConfig, target: Target) -> bool:
     """Whether the settings ask for a host pool or, where they say nothing, have a use for one.
 
-    On a CPU device memory is the machine's already: there only "swap" has.
+    Where the pool lies in the machine's memory already, only "swap" has.
     """
     if config.num_host_blocks is not None or config.host_memory_bytes is not None:
         return bool(config.num_host_blocks or config.host_memory_bytes)
     has_use = config.enable_prefix_caching or config.preemption != "recompute"
-    return config.preemption == "swap" if is_on_cpu else has_use
+    return has_use if target.has_own_memory else config.preemption == "swap"
 
 
-def num_host_blocks_for(config: EngineConfig, bytes_per_block: int, *, is_on_cpu: bool, useful_blocks: int) -> int:
+def num_host_blocks_for(config: EngineConfig, target: Target, bytes_per_block: int, *, useful_blocks: int) -> int:
     """The size of the host pool.
 
     Args:
         config: the engine's settings.
-        bytes_per_block: over this process's devices.
-        is_on_cpu: whether the device pool lies in the machine's memory.
+        target: target of the devices.
+        bytes_per_block: bytes of one block, over this process's devices.
         useful_blocks: more are taken only if asked for.
 
     Raises:
         ValueError: a pool that does not fit the machine's memory, or memory that holds no block.
     """
-    if not has_host_pool(config, is_on_cpu=is_on_cpu):
+    if not has_host_pool(config, target):
         return 0
     free = free_machine_bytes()
     wanted, wanted_bytes = config.num_host_blocks, config.host_memory_bytes
     if wanted is None and wanted_bytes is None:
-        num_blocks = min(min(DEFAULT_HOST_BYTES, free // 2) // bytes_per_block, useful_blocks)
+        num_blocks = min(min(target.host_pool_bytes, free // 2) // bytes_per_block, useful_blocks)
         if num_blocks == 0 and config.preemption == "swap":
             raise ValueError(
                 f"preemption='swap' needs a host pool, and the {free:,} bytes free on this machine leave no room for "

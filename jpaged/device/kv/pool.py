@@ -1,7 +1,6 @@
 """The KV cache on the device: the block pool as a value, attention over it, and how many blocks fit in memory."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,9 +28,6 @@ from pallas_kernels.block_pool_hopper import why_not_write, write_shape
 from pallas_kernels.block_pool_tpu import copy_blocks_tpu, gather_blocks_tpu, scatter_blocks_tpu
 from pallas_kernels.paged_attention import INTERPRETERS, Choice, kernels_here, pool_rows, why_not_here
 from pallas_kernels.paged_attention.tpu import write_and_attend_tpu
-
-CPU_POOL_BYTES = 1 << 30
-"""What a pool takes on a CPU at most unless ``num_blocks`` says otherwise: the memory is not its own."""
 
 WRITE_KERNEL_FROM = 256
 """Tokens of a step from which our kernel writes a layer's KV faster than XLA's scatter. In Llama-3-8B on an H200: of
@@ -290,67 +286,3 @@ def block_bytes(
     """Bytes of one block, over all devices."""
     shape = block_pool_shape(1, num_layers, num_kv_heads, block_size, head_dim)
     return math.prod(shape) * jnp.dtype(dtype).itemsize
-
-
-def available_bytes(devices: Sequence[Any], memory_fraction: float = 1.0) -> int:
-    """Bytes that may still be allocated, over all ``devices``, if ``memory_fraction`` of each is to be used in all.
-
-    A CPU's memory is the machine's, whatever else runs there. Of devices of other processes, which do not tell this
-    one, as much is taken to be left as of its own.
-
-    Raises:
-        ValueError: a device that does not report its memory.
-    """
-    if devices[0].platform == "cpu":
-        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * memory_fraction)
-    left = []
-    for device in devices:
-        if device.process_index != jax.process_index():
-            continue
-        stats = device.memory_stats()
-        if not stats or "bytes_limit" not in stats:
-            raise ValueError(f"{device} does not report its memory: give num_blocks")
-        left.append(int(stats["bytes_limit"] * memory_fraction) - stats["bytes_in_use"])
-    return min(left) * len(devices)
-
-
-def check_blocks_fit(num_blocks: int, bytes_per_block: int, devices: Sequence[Any]) -> None:
-    """Check the size of a pool that somebody asked for.
-
-    Raises:
-        ValueError: more blocks than the devices' memory holds.
-    """
-    left = available_bytes(devices)
-    if num_blocks * bytes_per_block > left:
-        raise ValueError(
-            f"num_blocks={num_blocks} x {bytes_per_block:,} bytes do not fit in the {left:,} bytes there are: "
-            f"at most {left // bytes_per_block} would"
-        )
-
-
-def num_blocks_that_fit(
-    bytes_per_block: int,
-    devices: Sequence[Any],
-    memory_fraction: float,
-    *,
-    reserved_bytes: int,
-    least_blocks: int,
-    useful_blocks: int,
-) -> int:
-    """How many blocks a pool may have; less than 2 if there is no room for one.
-
-    Args:
-        bytes_per_block: over all devices.
-        devices: the pool's.
-        memory_fraction: of each device's memory, for everything.
-        reserved_bytes: what will be needed besides, over all devices. A CPU is taken to have it.
-        least_blocks: fewer are given only if no more fit.
-        useful_blocks: on a CPU, more than these would only delay the start.
-    """
-    budget = available_bytes(devices, memory_fraction)
-    if devices[0].platform == "cpu":
-        return min(min(budget, CPU_POOL_BYTES) // bytes_per_block, useful_blocks)
-    num_blocks = (budget - reserved_bytes) // bytes_per_block
-    # The number is a shape of every program: a few bytes more or less must not make kept ones useless.
-    rounded = num_blocks - num_blocks % max(num_blocks // 64, 1)
-    return max(rounded, min(num_blocks, least_blocks))

@@ -22,31 +22,10 @@ from jpaged.device.step.packed import SCORE_ROWS
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.step.state import StepState, num_decode_inputs
 from jpaged.device.step.steps import Steps
+from jpaged.device.target import target_of
 from jpaged.models import ModelConfig
 from jpaged.sharding import pool_sharding, replicated
 from pallas_kernels.paged_attention import Choice
-
-GPU_COMPILER_OPTIONS = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": 1,
-    "xla_disable_hlo_passes": "rematerialization",
-}
-"""Loops run inside CUDA graphs, be they all there is of a program: otherwise every turn of one waits for the host to
-read whether there is another.
-
-Nothing is computed again to save memory: XLA counts the pool, which every layer writes in place, once for each layer,
-and finds that memory is short.
-"""
-
-ACCELERATOR_BURST = 4
-"""Steps of a burst where nobody says: planning a step takes about as long as a small one runs."""
-
-ACCELERATOR_LEAST_ROWS = 16
-"""Of a decode's program: fewer rows read the same weights and take as long."""
-
-ACCELERATOR_HALFWAY_FROM = 64
-"""Tokens of a step from which each costs, so that padding does: Llama-3-8B on an H200 decodes 64 rows in 5.9 ms, and
-256 in 10.9, of which attention is less than half."""
 
 
 def num_cores() -> int:
@@ -87,6 +66,7 @@ class Programs:
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
+        self.target = target_of(mesh)
         graphdef, weights, tree = split_model(model)
         self.weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in weights]
         self._model_identity = model_identity(model)
@@ -96,7 +76,7 @@ class Programs:
         self.bytes_per_block = block_bytes(**block)
         self._new_cache = partial(KVCache.allocate, **block)
         self._mover = BlockMover(attention.name, config.interpret, mesh.size)
-        grid = () if self.is_on_cpu else (ACCELERATOR_LEAST_ROWS, ACCELERATOR_HALFWAY_FROM)
+        grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self._steps = partial(Steps, graphdef, tree, mesh, attention.name, config.interpret, config.block_size)
         self.resize(num_blocks, max_model_len)
@@ -110,14 +90,9 @@ class Programs:
         self.num_loaded = 0
 
     @property
-    def is_on_cpu(self) -> bool:
-        """Whether the devices are the machine's own processor."""
-        return self.mesh.devices.flat[0].platform == "cpu"
-
-    @property
     def max_burst(self) -> int:
         """Steps that a plan may have."""
-        return self.config.max_burst or (1 if self.is_on_cpu else ACCELERATOR_BURST)
+        return self.config.max_burst or self.target.max_burst
 
     @property
     def max_blocks(self) -> int:
@@ -129,7 +104,7 @@ class Programs:
         keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", SampleSizes(self.config.max_num_seqs), None)]
         keys.append(("copy", max(self.copy_sizes)))
         total = 0
-        if has_host_pool(self.config, is_on_cpu=self.is_on_cpu):
+        if has_host_pool(self.config, self.target):
             keys += ("gather", MOVE_SIZES[-1]), ("scatter", MOVE_SIZES[-1])
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
         for key in keys:
@@ -193,12 +168,12 @@ class Programs:
         return list(dict.fromkeys(keys))
 
     def _program_cache(self) -> ProgramCache | None:
-        """Where programs are kept between runs; None on a CPU, which compiles about as fast as it traces."""
-        if self.is_on_cpu:
+        """Where programs are kept between runs; None where they are not."""
+        if not self.target.keeps_programs:
             return None
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
         sizes = self.num_blocks, self.config.block_size, self.max_model_len, self.max_burst, self.buckets
-        choices = self.model_config, self.attention.name, self.config.interpret, GPU_COMPILER_OPTIONS
+        choices = self.model_config, self.attention.name, self.config.interpret, self.target
         devices = list(self.mesh.devices.flat)
         return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
 
@@ -216,8 +191,7 @@ class Programs:
         return self._compiled[key]
 
     def _compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
-        is_gpu = self.mesh.devices.flat[0].platform == "gpu"
-        return compile_program(lowered, GPU_COMPILER_OPTIONS if is_gpu else None)
+        return compile_program(lowered, dict(self.target.compiler_options))
 
     def lower(self, key: tuple) -> jax.stages.Lowered:
         """The program of ``key``, not compiled."""

@@ -1,0 +1,208 @@
+"""How many blocks fit: from the devices' memory, the weights, and what a step takes besides."""
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from jpaged.config import EngineConfig
+from jpaged.device.target import Target
+
+GUESSED_WORKSPACE = 1 / 32
+"""Share of an accelerator's memory that a step takes besides weights and pool, until its programs say how much."""
+
+
+class SizedPrograms(Protocol):
+    """Programs whose shapes depend on the size of the pool and on the longest context."""
+
+    target: Target
+    bytes_per_block: int
+    max_model_len: int
+
+    @property
+    def max_blocks(self) -> int: ...
+    def workspace_bytes(self) -> int: ...
+    def resize(self, num_blocks: int, max_model_len: int) -> None: ...
+
+
+class PoolSizer:
+    """Chooses the number of blocks of a pool, and the longest context that the pool holds.
+
+    A step's workspace is known once programs are compiled, whose shapes depend on the size of the pool. So ``guess``
+    guesses the workspace, and ``correct`` asks the compiled programs.
+
+    Args:
+        programs: resized by this class alone.
+        config: the engine's settings.
+        mesh: the devices.
+        weight_bytes: bytes of the weights, over all devices.
+        least: the least of a number over all processes.
+    """
+
+    def __init__(
+        self,
+        programs: SizedPrograms,
+        config: EngineConfig,
+        mesh: Mesh,
+        *,
+        weight_bytes: int,
+        least: Callable[[int], int] = lambda number: number,
+    ):
+        self._programs = programs
+        self._config = config
+        self._mesh = mesh
+        self._target = programs.target
+        self._weight_bytes = weight_bytes
+        self._least = least
+
+    def guess(self) -> int | None:
+        """Size the pool as asked, or such that a step's workspace should fit beside it.
+
+        Returns:
+            The bytes left for the workspace, over all devices; None if ``correct`` has nothing to correct.
+
+        Raises:
+            ValueError: the blocks asked for, or two blocks, do not fit; or the context asked for does not.
+        """
+        programs, wanted = self._programs, self._config.num_blocks
+        if wanted is not None:
+            check_blocks_fit(wanted, programs.bytes_per_block, self._mesh, self._target)
+            self._resize(wanted)
+            return None
+        if not self._target.has_own_memory:
+            self._resize(self._require(self._num_blocks_beside(0)))
+            return None
+        guessed_bytes = self._least(int(available_bytes(self._mesh, self._target) * GUESSED_WORKSPACE))
+        num_blocks = self._num_blocks_beside(guessed_bytes)
+        if num_blocks > programs.max_blocks:
+            self._resize(num_blocks)
+            return guessed_bytes
+        # A guess refuses no context: ask the programs of the largest pool there could be.
+        programs.resize(max(2, self._num_blocks_beside(0)), programs.max_model_len)
+        self.correct(0)
+        return None
+
+    def correct(self, guessed_bytes: int) -> bool:
+        """Shrink the pool if a step takes more than was guessed.
+
+        Returns:
+            Whether it does.
+
+        Raises:
+            ValueError: as ``guess``.
+        """
+        workspace_bytes = self._programs.workspace_bytes() * self._mesh.size
+        needed = -self._least(-workspace_bytes)  # the most over all processes
+        if needed <= guessed_bytes:
+            return False
+        self._resize(self._require(self._num_blocks_beside(needed)))
+        return True
+
+    def _num_blocks_beside(self, reserved_bytes: int) -> int:
+        max_blocks = self._programs.max_blocks
+        return self._least(
+            num_blocks_that_fit(
+                self._programs.bytes_per_block,
+                self._mesh,
+                self._target,
+                self._config.memory_fraction,
+                reserved_bytes=reserved_bytes,
+                least_blocks=max_blocks + 1,
+                useful_blocks=self._config.max_num_seqs * max_blocks + 1,
+            )
+        )
+
+    def _require(self, num_blocks: int) -> int:
+        if num_blocks < 2:
+            remedy = (
+                "raise memory_fraction, or lower max_num_batched_tokens"
+                if self._target.has_own_memory
+                else "give num_blocks"
+            )
+            raise ValueError(
+                f"no memory for a KV cache: one block takes {self._programs.bytes_per_block:,} bytes, and "
+                f"memory_fraction={self._config.memory_fraction} leaves less than two after {self._weight_bytes:,} "
+                f"bytes of weights and a step's workspace: {remedy}"
+            )
+        return num_blocks
+
+    def _resize(self, num_blocks: int) -> None:
+        """Resize the programs. A default context shrinks to the pool; one asked for must fit the memory."""
+        config, max_model_len = self._config, self._programs.max_model_len
+        held = (num_blocks - 1) * config.block_size
+        if held < max_model_len and config.max_model_len is None:
+            max_model_len = held
+        elif held < max_model_len and config.num_blocks is None:
+            raise ValueError(
+                f"max_model_len={max_model_len} does not fit: memory for {num_blocks} blocks of {config.block_size} "
+                f"holds {held} tokens; lower max_model_len, raise memory_fraction or give num_blocks"
+            )
+        self._programs.resize(num_blocks, max_model_len)
+
+
+def available_bytes(mesh: Mesh, target: Target, memory_fraction: float = 1.0) -> int:
+    """Bytes that may still be allocated, over all devices of a mesh, if a fraction of each may be used.
+
+    The memory of a device without its own is the machine's, whatever else runs there. Devices of other processes do
+    not report here: each is taken to have as much left as the fullest device of this process.
+
+    Raises:
+        ValueError: a device does not report its memory.
+    """
+    if not target.has_own_memory:
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * memory_fraction)
+    left = []
+    for device in mesh.devices.flat:
+        if device.process_index != jax.process_index():
+            continue
+        stats = device.memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            raise ValueError(f"{device} does not report its memory: give num_blocks")
+        left.append(int(stats["bytes_limit"] * memory_fraction) - stats["bytes_in_use"])
+    return min(left) * mesh.size
+
+
+def check_blocks_fit(num_blocks: int, bytes_per_block: int, mesh: Mesh, target: Target) -> None:
+    """Check the size of a pool that the settings ask for.
+
+    Raises:
+        ValueError: more blocks than the devices' memory holds.
+    """
+    left = available_bytes(mesh, target)
+    if num_blocks * bytes_per_block > left:
+        raise ValueError(
+            f"num_blocks={num_blocks} x {bytes_per_block:,} bytes do not fit in the {left:,} bytes there are: "
+            f"at most {left // bytes_per_block} would"
+        )
+
+
+def num_blocks_that_fit(
+    bytes_per_block: int,
+    mesh: Mesh,
+    target: Target,
+    memory_fraction: float,
+    *,
+    reserved_bytes: int,
+    least_blocks: int,
+    useful_blocks: int,
+) -> int:
+    """How many blocks a pool may have; less than 2 if there is no memory for one.
+
+    Args:
+        bytes_per_block: bytes of one block, over all devices.
+        mesh: the devices of the pool.
+        target: their target.
+        memory_fraction: share of each device's memory, for everything.
+        reserved_bytes: bytes needed besides, over all devices; the machine's own memory is taken to hold them.
+        least_blocks: fewer are given only if no more fit.
+        useful_blocks: more of them in the machine's own memory would only delay the start.
+    """
+    budget = available_bytes(mesh, target, memory_fraction)
+    if target.pool_bytes is not None:
+        return min(min(budget, target.pool_bytes) // bytes_per_block, useful_blocks)
+    num_blocks = (budget - reserved_bytes) // bytes_per_block
+    # The number is a shape of every program: a few bytes more or less must not make kept programs useless.
+    rounded = num_blocks - num_blocks % max(num_blocks // 64, 1)
+    return max(rounded, min(num_blocks, least_blocks))

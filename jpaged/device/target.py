@@ -1,0 +1,103 @@
+"""The one answer to which platform the devices are, and what the engine does by default there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What one platform is given where the settings say nothing.
+
+    Args:
+        platform: JAX's name.
+        has_own_memory: whether the devices' memory is apart from the machine's, and reports how much of it is free.
+        dtype: dtype that "auto" means; None is the checkpoint's.
+        max_burst: steps of a multi-step decode.
+        least_rows: rows of the smallest program for decodes.
+        halfway_from: tokens from which there is a program about halfway between two powers of two; None for no such.
+        warms_up: whether programs are compiled before the first request.
+        keeps_programs: whether compiled programs are kept between runs.
+        pool_bytes: bytes of the block pool at most; None leaves that to ``memory_fraction``.
+        host_pool_bytes: bytes of the host pool at most.
+        compiler_options: options of XLA, by name.
+    """
+
+    platform: str
+    has_own_memory: bool = True
+    dtype: str | None = None
+    max_burst: int = 4  # planning a step takes the host about as long as a small step runs
+    least_rows: int = 16  # fewer rows read the same weights, and take as long
+    # Llama-3-8B on an H200 decodes 64 rows in 5.9 ms and 256 in 10.9, less than half of it attention: padding costs.
+    halfway_from: int | None = 64
+    warms_up: bool = True
+    keeps_programs: bool = True
+    pool_bytes: int | None = None
+    host_pool_bytes: int = 4 * GIB
+    compiler_options: tuple[tuple[str, Any], ...] = ()
+
+    def resolve_dtype(self, wanted: str, stored: str) -> jnp.dtype:
+        """The dtype to run in.
+
+        Args:
+            wanted: the setting.
+            stored: dtype of the checkpoint.
+        """
+        return jnp.dtype((self.dtype or stored) if wanted == "auto" else wanted)
+
+
+_GPU_OPTIONS = (
+    # Loops run inside CUDA graphs, even if a program is nothing but a loop. Otherwise the host reads after every
+    # iteration whether there is another.
+    (
+        "xla_gpu_enable_command_buffer",
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    ),
+    ("xla_gpu_graph_min_graph_size", 1),
+    # XLA counts the pool once for each layer that writes it in place, and would compute values again to save memory.
+    ("xla_disable_hlo_passes", "rematerialization"),
+)
+
+TARGETS = {
+    target.platform: target
+    for target in (
+        # The machine only emulates shorter types, its memory is not the pool's own, and it compiles about as fast as
+        # it traces.
+        Target(
+            platform="cpu",
+            has_own_memory=False,
+            dtype="float32",
+            max_burst=1,
+            least_rows=1,
+            halfway_from=None,
+            warms_up=False,
+            keeps_programs=False,
+            pool_bytes=GIB,
+        ),
+        Target(platform="gpu", compiler_options=_GPU_OPTIONS),
+        Target(platform="tpu"),
+    )
+}
+"""Every platform that the engine has defaults for."""
+
+
+def target_of(mesh: Mesh) -> Target:
+    """The target of a mesh.
+
+    Raises:
+        ValueError: devices of a platform without defaults.
+    """
+    platform = mesh.devices.flat[0].platform
+    if platform not in TARGETS:
+        raise ValueError(f"the devices are of platform {platform!r}: expected one of {', '.join(TARGETS)}")
+    return TARGETS[platform]
+
+
+def describe_devices(devices: Sequence[Any]) -> list[str]:
+    """Kind, platform and number of each device, for people."""
+    return [f"{device.device_kind} ({device.platform}:{device.id})" for device in devices]
