@@ -30,8 +30,8 @@ from jpaged.device.step.steps import SAMPLING_SCOPE
 from jpaged.models import ModelConfig, fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import TENSOR_AXIS
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention import Choice
-from pallas_kernels.paged_attention.tpu.chip import chip_of
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.norm_hopper import add_rms_norm_hopper, why_not_add_norm
+from pallas_kernels.norm import add_rms_norm, why_not_add_norm
 
 Dtype = Any
 """Any value that ``jnp.dtype`` accepts."""
@@ -121,7 +121,7 @@ class RMSNorm(nnx.Module):
         if branch is None:
             return x, self(x)
         if self.fuses_add and len(x) >= FUSED_NORM_FROM:
-            return add_rms_norm_hopper(x, branch, self.scale[...], self.epsilon)
+            return add_rms_norm(x, branch, self.scale[...], self.epsilon)
         x = x + branch
         return x, self(x)
 
