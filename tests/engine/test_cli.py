@@ -40,7 +40,13 @@ def save_tokenizer(path, chat_template):
 def checkpoints(tmp_path_factory):
     """Two checkpoints with the same weights: one with a chat template, one without."""
     config = tiny_config(
-        vocab_size=257, num_layers=1, num_heads=2, num_kv_heads=1, max_position_embeddings=CONTEXT, eos_token_ids=(0,)
+        vocab_size=257,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        eos_token_ids=(0,),
     )
     model = random_model(config, "float32", make_mesh(), seed=0)
     paths = {}
