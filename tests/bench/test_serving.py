@@ -28,26 +28,11 @@ from bench.serving.stopwatch import HOST_PARTS, Stopwatch
 from jpaged import LLM, EngineConfig
 from jpaged.device.step.steps import SAMPLING_SCOPE
 from jpaged.models import load_config, random_model
-from jpaged.models.families.llama import LlamaConfig
-from jpaged.models.layers.rope import Rope
 from jpaged.sharding import make_mesh
+from tests.support.tiny import tiny_config
 
 LIMITS = MachineLimits(read_bytes_per_s=1e9, matmul_flops_per_s=1e12, dtype="float32")
-TINY = LlamaConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-5,
-    rope=Rope(8, 10000.0, 256),
-    dtype="float32",
-    eos_token_ids=(3,),
-)
+TINY = tiny_config(vocab_size=64, head_dim=8, max_position_embeddings=256, dtype="float32", eos_token_ids=(3,))
 SIZES = replace(
     QUICK,
     num_sharegpt=12,
