@@ -27,10 +27,10 @@ from jpaged import EngineConfig
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.programs import Programs
 from jpaged.device.step.steps import SAMPLING_SCOPE
+from jpaged.device.target import choose_backend
 from jpaged.models import ModelConfig, fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import TENSOR_AXIS
-from pallas_kernels.paged_attention import Choice
 from pallas_kernels.paged_attention.tpu.chip import chip_of
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -125,8 +125,8 @@ def programs_of(config: ModelConfig, mesh: Mesh) -> Programs:
         tensor_parallel_size=mesh.size,
         attention_implementation="pallas_tpu",
     )
-    attention = Choice("pallas_tpu", "as asked")
-    return Programs(model, config, settings, mesh, attention, max_model_len=config.max_model_len)
+    backend = choose_backend(config, settings, "bfloat16", mesh)
+    return Programs(model, config, settings, mesh, backend, max_model_len=config.max_model_len)
 
 
 def fit(name: str, generation: str, num_chips: int, *, num_layers: int | None = None) -> Fit:

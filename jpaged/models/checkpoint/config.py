@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jpaged import config as engine_config
+from jpaged.models.spec import LayerSpec
 
 DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
 """The dtypes a checkpoint may be stored in and a model may run in."""
@@ -92,6 +93,14 @@ class ModelConfig(ABC):
     def max_model_len(self) -> int:
         """The longest context, in tokens, that the checkpoint supports."""
         return self.max_position_embeddings
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """How each layer attends, in order."""
+        return tuple(
+            LayerSpec(layer=layer, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, sm_scale=self.head_dim**-0.5)
+            for layer in range(self.num_layers)
+        )
 
     def prefix_salt(self, prompt_len: int) -> bytes:
         """What, besides the tokens before it, a token's KV depends on.

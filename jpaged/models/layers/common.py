@@ -30,24 +30,16 @@ FUSED_NORM_FROM = 512
 instead of 25 for 2,048 tokens. For fewer, one of the two also sums the parts of a matrix product, and would stay."""
 
 
-class Attend(Protocol):
-    """Attention of one layer, supplied by the caller of a model.
-
-    The engine's writes ``k`` and ``v`` to the block pool and attends over it; training and the oracles attend
-    densely over the tokens given. Causal; token t also sees only the last ``sliding_window`` positions up to and
-    including its own, if that is given.
-    """
+class AddNorm(Protocol):
+    """A kernel that adds a branch to the residual stream, and norms the sum; see ``RMSNorm.add``."""
 
     def __call__(
         self,
-        layer: int,
-        q: Float[Array, "tokens num_heads head_dim"],
-        k: Float[Array, "tokens num_kv_heads head_dim"],
-        v: Float[Array, "tokens num_kv_heads head_dim"],
-        *,
-        sm_scale: float,
-        sliding_window: int | None = None,
-    ) -> Float[Array, "tokens num_heads head_dim"]: ...
+        x: Float[Array, "tokens features"],
+        branch: Float[Array, "tokens features"],
+        scale: Float[Array, " features"],
+        epsilon: float,
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]: ...
 
 
 def check_activation(name: str) -> None:
@@ -96,14 +88,14 @@ def embed(num_embeddings: int, features: int, axis: str | None, *, dtype: Dtype,
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in float32 and cast *before* the scale, as Hugging Face does.
 
-    ``fuses_add`` says whether ``add`` runs as one kernel of pallas_kernels (see ``fuse_norms``), which has no gradient.
+    ``add_norm`` is a kernel that ``add`` runs instead (see ``fuse_norms``), without a gradient; None for none.
     """
 
     def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         init = with_axes(nnx.initializers.ones, None)
         self.scale = nnx.Param(init(rngs.params(), (features,), dtype))
         self.epsilon = epsilon
-        self.fuses_add = False
+        self.add_norm: AddNorm | None = None
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         wide = x.astype(jnp.float32)
@@ -117,17 +109,24 @@ class RMSNorm(nnx.Module):
         """The residual stream with what a layer adds to it, if that is anything, and its norm."""
         if branch is None:
             return x, self(x)
-        if self.fuses_add and len(x) >= FUSED_NORM_FROM:
-            return add_rms_norm_hopper(x, branch, self.scale[...], self.epsilon)
+        if self.add_norm is not None and len(x) >= FUSED_NORM_FROM:
+            return self.add_norm(x, branch, self.scale[...], self.epsilon)
         x = x + branch
         return x, self(x)
 
 
-def fuse_norms(model: nnx.Module) -> None:
-    """Let the norms of a model that Hopper's kernel takes add to the residual stream too."""
+def fuse_norms(model: nnx.Module, add_norm: AddNorm | None = None) -> None:
+    """Let a kernel add to the residual stream and norm, in the norms of a model that Hopper's kernel takes.
+
+    Args:
+        model: changed.
+        add_norm: runs the kernel; None for the kernel itself, on one device.
+    """
+    add_norm = add_norm or add_rms_norm_hopper
     for _, module in nnx.iter_modules(model):
         if isinstance(module, RMSNorm):
-            module.fuses_add = why_not_add_norm(module.scale.shape[0], jnp.dtype(module.scale.dtype)) is None
+            is_taken = why_not_add_norm(module.scale.shape[0], jnp.dtype(module.scale.dtype)) is None
+            module.add_norm = add_norm if is_taken else None
 
 
 class LayerNorm(nnx.Module):
