@@ -19,9 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import block_pool_shape
 from pallas_kernels.block_pool import is_quantized
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu import LaneLayout, attend_tpu, lane_layout, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.batch import plan_launch
-from pallas_kernels.paged_attention.tpu.chip import chip_of
 from pallas_kernels.paged_attention.tpu.launch import Launch, Scoring
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}

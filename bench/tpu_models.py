@@ -31,7 +31,7 @@ from jpaged.device.target import choose_backend
 from jpaged.models import ModelConfig, fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import TENSOR_AXIS
-from pallas_kernels.paged_attention.tpu.chip import chip_of
+from pallas_kernels.chips.tpu import chip_of
 
 CONFIGS = Path(__file__).parent / "configs"
 

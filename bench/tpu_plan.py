@@ -30,7 +30,7 @@ from bench.paper.plots import add_legend, draw_bars
 from bench.results import RESULTS, environment, save
 from bench.tpu_compiler import TOPOLOGIES, Case, kernel_vmem_bytes, launch_of, trace_attention, why_no_compiler
 from pallas_kernels.block_pool import is_quantized
-from pallas_kernels.paged_attention.tpu.chip import chip_of
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu.launch import vmem_bytes
 from pallas_kernels.paged_attention.tpu.traffic import count_traffic, least_bytes, least_flops
 

@@ -22,7 +22,8 @@ def generate() -> str:
 def hold_blocks() -> KVCache:
     blocks = BlockManager(num_blocks=64, block_size=16)
     assert_type(blocks.block_table("a"), list[int])
-    assert_type(blocks.slots("a", 0, 4), np.ndarray)
+    batch = blocks.batch([("a", 0, 4)], num_tokens=8, num_rows=2, max_blocks=4)
+    assert_type(batch.kv_lens, np.ndarray)
     return KVCache.allocate(num_blocks=64, num_layers=1, num_kv_heads=4, head_dim=16, block_size=16)
 
 

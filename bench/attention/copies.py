@@ -12,7 +12,7 @@ from jax import Array
 
 from bench.attention.timing import Timing, time_program
 from pallas_kernels import block_pool_shape, copy_blocks, write_kv
-from pallas_kernels.paged_attention.hopper import why_no_device
+from pallas_kernels.chips.here import why_no_hopper
 
 POOL_BYTES, CPU_POOL_BYTES = 60 * 10**9, 2**26
 LARGEST_SHARE = 0.8
@@ -85,7 +85,7 @@ def measure_copies(pool_bytes: int, num_samples: int) -> list[Copy]:
             token_bytes,
         )
         for name, slots in (("decodes", decode_slots), ("of_a_prompt", prompt_slots))
-        for implementation in ((None,) if why_no_device() else (None, "hopper"))
+        for implementation in ((None,) if why_no_hopper() else (None, "hopper"))
     ]
     ends = tuple(jnp.asarray(ids, jnp.int32) for ids in np.split(blocks[: 2 * num_copied], 2))
     copies.append(measure(f"copy_blocks_{num_copied}", copy_blocks, ends, 1, 2 * num_copied * block_bytes))

@@ -20,7 +20,7 @@ from bench.attention.report import Table
 from bench.attention.shapes import MEASURED, NOWHERE, UNSEEN, AttentionShape, choose
 from bench.attention.timing import Timing, time_program
 from bench.machine import MachineLimits
-from pallas_kernels.block_pool import read_kv
+from pallas_kernels.block_pool.xla import read_kv
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes

@@ -8,7 +8,7 @@ import pytest
 from bench import tpu_plan
 from bench.tpu_compiler import why_no_compiler
 from bench.tpu_plan import BATCHES, MODELS, plan, table
-from pallas_kernels.paged_attention.tpu.chip import chip_of
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu.sizes import vmem_limit
 
 pytestmark = [

@@ -16,7 +16,7 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.device.runner import ModelRunner
 from jpaged.device.target import BACKENDS, TARGETS, target_of
 from jpaged.engine.loop import Engine
-from jpaged.models import LlamaConfig, LlamaForCausalLM, Rope, random_model
+from jpaged.models import LlamaConfig, LlamaForCausalLM, Rope
 from jpaged.models.spec import LayerSpec, check_head_arrays
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh, replicated
@@ -176,7 +176,7 @@ def test_a_layer_that_cannot_be_is_refused(wrong):
 def test_writing_a_layer_that_the_pool_has_not_is_refused(layer, dtype):
     cache = KVCache.allocate(num_blocks=2, num_layers=2, num_kv_heads=1, head_dim=8, block_size=8, dtype=dtype)
     kv = jnp.zeros((1, 1, 8))
-    with pytest.raises(ValueError, match=f"layer={layer} is not in this pool of 2 layers: expected 0 to 1"):
+    with pytest.raises(ValueError, match=f"layer={layer}: expected 0 to 1"):
         cache.write(layer, kv, kv, jnp.array([8]))
 
 
@@ -185,16 +185,3 @@ def test_whole_mesh_is_one_target():
     assert TARGETS["cpu"].resolve_dtype("auto", "bfloat16") == jnp.float32
     assert TARGETS["gpu"].resolve_dtype("auto", "bfloat16") == jnp.bfloat16
     assert TARGETS["cpu"].resolve_dtype("float16", "bfloat16") == jnp.float16
-
-
-HOPPER = {"attention_implementation": "hopper", "interpret": True, "dtype": "bfloat16"}
-
-
-def test_two_devices_with_interpreted_hopper_kernels_give_the_tokens_of_one():
-    tokens = []
-    for size in (1, 2):
-        model = random_model(TINY, jnp.bfloat16, make_mesh(size), seed=3)
-        runner = make_runner(model, TINY, tensor_parallel_size=size, **HOPPER)
-        assert {shard.data.shape[3] for shard in runner.cache.pool.addressable_shards} == {2 // size}
-        tokens.append(greedy(runner, PROMPTS, 4))
-    assert tokens[0] == tokens[1]

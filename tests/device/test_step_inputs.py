@@ -292,7 +292,7 @@ def test_decodes_are_packed_like_the_chunks_and_samples_they_stand_for(block_siz
             prompt = random.integers(0, 2, random.integers(1, 16)).tolist()
             scheduler.add(Request(str(i), None, prompt, params, seed=i))
         if scheduler.has_unfinished and random.random() < 0.02:
-            scheduler.abort(random.choice(list(scheduler._groups)))
+            scheduler.abort(random.choice([group.request.request_id for group in scheduler.roster.groups]))
         if not under_way:
             if not scheduler.has_unfinished:
                 continue

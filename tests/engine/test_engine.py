@@ -496,7 +496,7 @@ def test_a_prefix_that_cannot_be_pinned_is_refused_and_changes_nothing(prefix, s
 def test_a_search_with_more_candidates_than_a_step_looks_at_is_refused(monkeypatch):
     engine = tiny_engine()
     search = {"use_beam_search": True, "temperature": 0, "n": 4, "max_tokens": 2}
-    monkeypatch.setattr("jpaged.host.scheduler.MAX_BEAM_CANDIDATES", 16)
+    monkeypatch.setattr("jpaged.host.admission.MAX_BEAM_CANDIDATES", 16)
     add(engine, "3 stop tokens", [1], ignore_eos=True, stop_token_ids=[4, 5, 6], **search)
     with pytest.raises(ValueError, match=r"a beam of 4 with 4 stop tokens looks at 20 continuations .* at most 16"):
         add(engine, "4 with end-of-sequence", [1], stop_token_ids=[4, 5, 6], **search)

@@ -1,17 +1,38 @@
-"""The README's examples run, and compute what attention without a cache computes."""
+"""The documents: their examples run and compute what attention without a cache computes; links, tables and figures."""
 
+import json
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-EXAMPLES = {
-    "nnx": next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "import nnx" in code),
-    "linen": next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "import linen" in code),
-}
+from bench.peers import SERVING
+from bench.results import RESULTS
+from jpaged import BeamSearchParams, EngineConfig, SamplingParams
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "jpaged" / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+README = (ROOT / "README.md").read_text()
+LIBRARY = (DOCS / "library.md").read_text()
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, re.S)
+
+
+def example(sign: str) -> str:
+    """The one example of the library page with this text in it."""
+    [code] = [code for code in examples(LIBRARY) if sign in code]
+    return code
+
+
+def rows(page: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
 
 
 def causal_attention(q, k, v) -> np.ndarray:
@@ -23,14 +44,32 @@ def causal_attention(q, k, v) -> np.ndarray:
     return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("name", sorted(EXAMPLES))
+@pytest.mark.parametrize("name", ["nnx", "linen"])
 def test_examples_are_short(name):
-    assert EXAMPLES[name].count("\n") <= 40
+    for code in examples(LIBRARY):
+        if f"import {name}" in code or f"import linen as {name}" in code:
+            assert code.count("\n") <= 40
 
 
-def test_nnx_example_equals_dense_attention():
-    found = {}
-    exec(EXAMPLES["nnx"], found)
+def test_readme_shows_an_example_of_the_library_page():
+    assert example("copies = blocks.append") in examples(README)
+
+
+@pytest.fixture(scope="module")
+def nnx_example():
+    """The names that the example leaves; ``num_traces`` counts how often its layer was traced."""
+    found = {"num_traces": 0}
+
+    def count():
+        found["num_traces"] += 1
+
+    found["count"] = count
+    exec(example("copies = blocks.append").replace("q, k, v = (layer", "count()\n        q, k, v = (layer"), found)
+    return found
+
+
+def test_nnx_example_equals_dense_attention(nnx_example):
+    found = nnx_example
     layer, x = found["attention"], found["x"]
     # Both sequences continue the same prompt, each with its own next token.
     for row, tokens in enumerate((x[:41], np.concatenate([x[:40], x[41:]]))):
@@ -42,16 +81,102 @@ def test_nnx_example_equals_dense_attention():
     assert found["blocks"].stats().num_shared == 2, "40 tokens are two full blocks and a last one that was copied"
 
 
+def test_nnx_example_compiles_once_and_copies_in_place(nnx_example):
+    assert nnx_example["num_traces"] == 1, "prompts and decodes share one program"
+    cache, indices = nnx_example["cache"], np.array([1])
+    compiled = nnx_example["copy"].lower(cache, indices, indices).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.pool.nbytes / 2
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache.pool.nbytes
+
+
 def test_linen_example_equals_dense_attention():
     found = {}
-    exec(EXAMPLES["linen"], found)
+    exec(example("import linen"), found)
     weights, x = jax.tree.map(np.asarray, found["params"]["params"]), found["x"]
     q, k, v = (np.einsum("tf,fhd->thd", x, weights[n]["kernel"]) + weights[n]["bias"] for n in "qkv")
     dense = causal_attention(q, k, v).reshape(x.shape) @ weights["out"]["kernel"] + weights["out"]["bias"]
-    np.testing.assert_allclose(found["prompt"], dense[:20], atol=1e-4)
-    np.testing.assert_allclose(found["decode"], dense[20:], atol=1e-4)
+    np.testing.assert_allclose(found["prompt"][:20], dense[:20], atol=1e-4)
+    np.testing.assert_allclose(found["decode"][:1], dense[20:], atol=1e-4)
+
+
+def test_training_example_has_gradients_and_equals_the_cache(nnx_example):
+    found = {}
+    exec(example("value_and_grad"), found)
+    for gradient in jax.tree.leaves(found["gradients"]):
+        assert np.isfinite(gradient).all()
+    assert np.abs(found["gradients"].q.kernel).max() > 0
+    batch = nnx_example["blocks"].batch([("a", 0, 40)], num_tokens=40, num_rows=1, max_blocks=3)
+    attention, x = found["attention"], found["x"]
+    out, _ = nnx.jit(found["paged_step"])(attention, nnx_example["cache"], x, *batch)
+    np.testing.assert_allclose(out, attention(x, found["dense_attend"]), atol=1e-4)
+
+
+def test_example_of_several_devices_shards_the_pool_by_heads():
+    found = {}
+    exec(example("AxisType.Auto"), found)
+    pool = found["cache"].pool
+    assert pool.sharding.shard_shape(pool.shape)[3] == 8 // jax.device_count()
+
+
+def test_readme_is_short():
+    assert len(README.encode()) <= 8192
 
 
 def test_ci_finds_the_test_command():
     commands = [line for line in README.splitlines() if line.endswith("bin/pytest")]
     assert len(commands) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not link.startswith("https://"):
+            assert (page.parent / link).exists(), link
+
+
+def test_every_page_is_linked_from_the_readme_or_another_page():
+    linked = {Path(link).name for page in PAGES for link in re.findall(r"\]\(([^)]+)\)", page.read_text())}
+    assert {page.name for page in PAGES} - linked <= {"README.md"}
+
+
+def test_settings_are_those_of_the_code():
+    shown = [
+        (name.strip("`"), default.strip("`"))
+        for name, default, _ in filter(lambda row: row[0][0] == "`", rows((DOCS / "settings.md").read_text()))
+    ]
+    expected = []
+    for cls in (EngineConfig, SamplingParams, BeamSearchParams):
+        for field in fields(cls):
+            default = "required" if field.default is MISSING else repr(field.default).replace("'", '"')
+            expected.append((field.name, default))
+    assert shown == expected
+
+
+def test_table_of_tpus_is_that_of_the_measurements():
+    shown = [row for row in rows((DOCS / "tpu.md").read_text()) if " x v" in row[1]]
+    assert shown
+    assert shown == [row for row in rows((RESULTS.parent / "README.md").read_text()) if " x v" in row[1]]
+
+
+MEASURED = {
+    "decode step, batch 1, 1k context, ms": ("decode_1_ms", 2),
+    "decode step, batch 256, ms": ("decode_256_ms", 2),
+    "prefill of 32 prompts of 1024 tokens, s": ("prefill32_s", 3),
+    "1,000 requests of ShareGPT lengths, tokens/s": ("sharegpt1000_tokens_per_s", 0),
+    "64 beam searches of width 4, beam tokens/s": ("beam4_64x64_tokens_per_s", 0),
+    "start-up, cold, s": ("startup_s", 0),
+}
+"""Row of the README's table -> its figure, and its decimals."""
+
+
+def test_figures_are_those_of_the_result_files():
+    ours = json.loads((RESULTS / "serving_llama3-8b_nvidia-h200.json").read_text())["figures"]
+    table = {row[0]: row[1:] for row in rows(README)}
+    for title, (name, decimals) in MEASURED.items():
+        values = [ours[name]["value"], *(peer["figures"]["llama3-8b"][name] for peer in SERVING.values())]
+        assert table[title] == [f"{value:,.{decimals}f}" for value in values], title
+    assert table[""] == ["jpaged", *SERVING]
+    text = " ".join(README.split())
+    for peer in SERVING.values():
+        for setting in re.findall(r"\w+=\w+|1,024 rows|16,384 tokens", peer["settings"]):
+            assert setting in text, setting

@@ -281,7 +281,7 @@ class Episode:
         if not unfinished:
             return
         group = self.random.choice(swapped or unfinished)
-        is_running = group in self.scheduler._running
+        is_running = group in self.scheduler.line.running
         where = "while swapped out" if group.is_swapped else "while running" if is_running else "while waiting"
         assert self.scheduler.abort(group.request.request_id) is group
         self.seen[f"aborted {where}"] += 1
@@ -300,7 +300,7 @@ class Episode:
             self.pins.add(name)
 
     def _unpin(self) -> None:
-        under_way = self.pins & self.scheduler._groups.keys()
+        under_way = self.pins & {group.request.request_id for group in self.scheduler.roster.groups}
         name = self.random.choice(sorted(under_way or self.pins))
         self.seen["unpinned" if self.scheduler.is_pinned(name) else "unpinned before it was computed"] += 1
         self.scheduler.unpin(name)
@@ -342,7 +342,7 @@ class Episode:
         self.blocks.check_invariants()
         self.device.audit()
         for name in filter(scheduler.is_pinned, self.pins):
-            request = scheduler._pins[name].request
+            request = scheduler.pins.held[name].request
             match = self.blocks.match_prefix(request.prompt_token_ids, salt=request.prefix_salt)
             assert match.num_tokens == len(request.prompt_token_ids)
             assert not match.is_on_host
@@ -350,7 +350,7 @@ class Episode:
 
     def _plan(self, schedule: Callable[[], StepPlan | None]) -> StepPlan | None:
         """Plan a step and run it; its results wait."""
-        running = list(self.scheduler._running)
+        running = list(self.scheduler.line.running)
         plan = schedule()
         self._check_order(running)
         if plan is not None:
@@ -359,7 +359,7 @@ class Episode:
             self.seen["prompts cut to a size"] += is_cut and any(chunk.stop < chunk.prompt_len for chunk in plan.chunks)
             if plan.decodes is not None:
                 fed = {chunk.seq_id for chunk in plan.chunks}
-                for group in self.scheduler._running:
+                for group in self.scheduler.line.running:
                     assert all(seq.seq_id in fed or group.is_ending(seq) for seq in group.unfinished), "nobody waits"
                 before = self.under_way[-1][0]
                 self.seen["decoded on"] += 1
@@ -370,7 +370,7 @@ class Episode:
 
     def _update(self) -> None:
         """Take in the results of the oldest step under way."""
-        sequences = self.scheduler._sequences
+        sequences = self.scheduler.roster.sequences
         plan, result = self.under_way.pop(0)
         gaining = [sample.seq_id for sample in plan.samples]
         gaining += [plan.chunks[select.chunks[0]].seq_id for select in plan.beams]
@@ -381,7 +381,7 @@ class Episode:
         self._stop_some(touched)
 
     def _check_order(self, running_before: list[SequenceGroup]) -> None:
-        running, waiting = self.scheduler._running, self.scheduler._waiting
+        running, waiting = self.scheduler.line.running, self.scheduler.line.waiting
         for queue in (running, waiting):
             assert queue == sorted(queue, key=schedule_order)
         for group in running:
@@ -392,8 +392,8 @@ class Episode:
 
     def _count(self, plan: StepPlan, running_before: list[SequenceGroup]) -> None:
         scheduler, seen = self.scheduler, self.seen
-        preempted = [group for group in running_before if group in scheduler._waiting]
-        admitted = [group for group in scheduler._running if group not in running_before]
+        preempted = [group for group in running_before if group in scheduler.line.waiting]
+        admitted = [group for group in scheduler.line.running if group not in running_before]
         for group in preempted:
             way = "swapped out" if group.is_swapped else "dropped to recompute"
             seen[f"{'sampling' if group.beam is None else 'beams'}: {way}"] += not group.is_pin
@@ -417,7 +417,7 @@ class Episode:
         seen["bursts"] += plan.num_steps > 1
         seen["bursts that some end in"] += len({sample.num_tokens for sample in plan.samples}) > 1
         for chunk in plan.chunks:
-            group, _ = scheduler._sequences[chunk.seq_id]
+            group, _ = scheduler.roster.sequences[chunk.seq_id]
             seen["chunked prompt"] += 0 < chunk.start < group.prompt_len
 
     def _stop_some(self, touched: list[SequenceGroup]) -> None:
@@ -439,14 +439,14 @@ class Episode:
                 seen["ended by its length"] += seq.finish_reason is FinishReason.LENGTH
             seen["best_of"] += group.beam is None and group.request.params.num_sequences > group.request.params.n
             seen["beams: finished"] += group.beam is not None
-        queues = scheduler._running, scheduler._waiting, scheduler._loading
-        assert not any([scheduler._groups, scheduler._sequences, *queues])
-        assert scheduler._pins.keys() == self.pins
+        queues = scheduler.line.running, scheduler.line.waiting, scheduler._entry.loading
+        assert not any([scheduler.roster.groups, scheduler.roster.sequences, *queues])
+        assert scheduler.pins.held.keys() == self.pins
         stats = blocks.stats()
         seen["spills"] += stats.num_blocks_spilled
         seen["hits in the host tier"] += stats.host_hit_tokens
         seen["pinned"] += len(self.pins)
-        pinned = {block for pin in scheduler._pins.values() for block in blocks.block_table(pin.sequences[0].seq_id)}
+        pinned = {block for seq_id in scheduler.pins.held_seq_ids for block in blocks.block_table(seq_id)}
         assert blocks.num_free_blocks + len(pinned) == blocks.num_blocks - 1, "a block leaked"
         assert stats.num_host_used == 0, "a host block leaked"
         for name in self.pins:
@@ -583,7 +583,7 @@ def test_nothing_of_equal_priority_is_admitted_before_a_preempted_group(preempti
     step_until(device, lambda: device.scheduler.stats().num_preemptions == 1)
     small = add(device, "small", 1, max_tokens=2)
     num_waiting_steps = 0
-    while second in device.scheduler._waiting:
+    while second in device.scheduler.line.waiting:
         assert small.sequences[0].num_computed == 0
         num_waiting_steps += device.scheduler.blocks.num_free_blocks > 2
         step(device)
@@ -708,7 +708,7 @@ def test_what_a_pin_borrows_is_not_counted_on_once_a_step_has_failed():
     finish_all(device, add(device, "before", list(range(8)), max_tokens=1))
     pin("short", [0, 1, 2])
     pin("long", list(range(9)))
-    tables = [set(scheduler.blocks.block_table(pin.sequences[0].seq_id)) for pin in scheduler._pins.values()]
+    tables = [set(scheduler.blocks.block_table(seq_id)) for seq_id in scheduler.pins.held_seq_ids]
     assert len(set.union(*tables)) < sum(map(len, tables)), "one block serves both"
     prompt = [9] * 5
     with pytest.raises(ValueError, match="never fit"):

@@ -163,7 +163,7 @@ class FakeDevice:
         self.pool[from_host[1]] = landing
         self._latest = result.token_ids.tolist()
         for sample, token_id in zip(plan.samples, self._latest, strict=True):
-            _, seq = self.scheduler._sequences[sample.seq_id]
+            _, seq = self.scheduler.roster.sequences[sample.seq_id]
             known = self._tokens_fed(seq, plan.chunks[sample.chunk])[: sample.position]
             self._drawn[sample.seq_id] = [*known, token_id]
         return result
@@ -213,13 +213,13 @@ class FakeDevice:
     def audit(self) -> None:
         """Between steps: assert the content of every block that somebody holds or could find, in either tier."""
         scheduler, blocks = self.scheduler, self.scheduler.blocks
-        for group, seq in scheduler._sequences.values():
+        for group, seq in scheduler.roster.sequences.values():
             if seq.state is SequenceState.RUNNING:
                 self._check_content(self.pool, blocks.block_table(seq.seq_id), group, seq.token_ids, seq.num_known)
             elif seq.state is SequenceState.SWAPPED:
                 table = blocks._swapped[seq.seq_id].blocks
                 self._check_content(self.host_pool, table, group, seq.token_ids, seq.num_computed)
-        for pin in scheduler._pins.values():
+        for pin in scheduler.pins.held.values():
             if scheduler.is_pinned(pin.request.request_id):
                 table = blocks.block_table(pin.sequences[0].seq_id)
                 self._check_content(self.pool, table, pin, pin.request.prompt_token_ids, pin.prompt_len)
@@ -255,7 +255,7 @@ class FakeDevice:
         assert plan.num_logit_rows <= scheduler.max_num_seqs
         assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks), "one chunk a sequence"
         for chunk in plan.chunks:
-            group, seq = scheduler._sequences[chunk.seq_id]
+            group, seq = scheduler.roster.sequences[chunk.seq_id]
             assert chunk.start < chunk.stop <= scheduler.max_model_len
             assert list(chunk.token_ids) == self._tokens_fed(seq, chunk)[chunk.start : chunk.stop]
             assert chunk.prompt_len == group.prompt_len
@@ -290,7 +290,7 @@ class FakeDevice:
         flat, numbers = self.pool.reshape(-1), []
         for chunk, own in zip(plan.chunks, slots, strict=True):
             assert not is_written[own[: chunk.start]].any(), "a slot is read and written in one step"
-            group, seq = self.scheduler._sequences[chunk.seq_id]
+            group, seq = self.scheduler.roster.sequences[chunk.seq_id]
             token_ids = self._tokens_fed(seq, chunk)
             self._check_content(self.pool, list(chunk.block_table), group, token_ids, chunk.start)
             prefix = int(flat[own[chunk.start - 1]]) if chunk.start else _before(group.request.prefix_salt)
@@ -314,7 +314,7 @@ class FakeDevice:
         )
 
     def _draw(self, sample: Sample, plan: StepPlan, numbers: list[list[int]]) -> int:
-        group, seq = self.scheduler._sequences[sample.seq_id]
+        group, seq = self.scheduler.roster.sequences[sample.seq_id]
         chunk, prefix = plan.chunks[sample.chunk], numbers[sample.chunk][-1]
         token_ids = self._tokens_fed(seq, chunk)
         assert sample.position == len(token_ids) == chunk.stop

@@ -10,8 +10,8 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.models.layers.common import AddNorm
 from jpaged.models.spec import LayerSpec
 from jpaged.sharding import TENSOR_AXIS, pool_spec
-from pallas_kernels.block_pool_hopper import why_not_write, write_shape
-from pallas_kernels.norm_hopper import add_rms_norm_hopper
+from pallas_kernels.block_pool import why_not_write
+from pallas_kernels.norm import add_rms_norm
 
 WRITE_KERNEL_FROM = 256
 """Tokens of a step from which our kernel writes a layer's K and V faster than XLA's scatter. Llama-3-8B on an H200:
@@ -67,7 +67,7 @@ class HopperBackend(Backend):
         """The implementation of ``write_kv`` that is faster; None is XLA's."""
         if self.interpret or cache.kv_scales is not None or num_tokens < WRITE_KERNEL_FROM:
             return None
-        return self.name if why_not_write(write_shape(cache.pool, num_tokens)) is None else None
+        return self.name if why_not_write(cache.pool, num_tokens) is None else None
 
     def _add_norm(
         self,
@@ -77,6 +77,6 @@ class HopperBackend(Backend):
         epsilon: float,
     ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
         def run(x: Array, branch: Array, scale: Array) -> tuple[Array, Array]:
-            return add_rms_norm_hopper(x, branch, scale, epsilon)
+            return add_rms_norm(x, branch, scale, epsilon)
 
         return self.on_each_device(run, (P(), P(), P()), (P(), P()))(x, branch, scale)

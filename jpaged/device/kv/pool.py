@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import jax
@@ -89,12 +90,6 @@ class KVCache:
         Raises:
             ValueError: the pool has no such layer, or the shapes do not fit the pool.
         """
-        num_layers = self.pool.shape[1]
-        if not 0 <= layer < num_layers:
-            raise ValueError(
-                f"layer={layer} is not in this pool of {num_layers} layers: expected 0 to {num_layers - 1}; allocate "
-                "the cache with num_layers of the model"
-            )
         if self.kv_scales is None:
             return type(self)(write_kv(self.pool, layer, k, v, slots, implementation=implementation))
         return type(self)(*write_kv_quantized(self.pool, self.kv_scales, layer, k, v, slots))
@@ -112,24 +107,42 @@ class KVCache:
         options.setdefault("kv_scales", self.kv_scales)
         return paged_attention(q, self.pool, layer, block_tables, kv_lens, cu_q_lens, **options)
 
-    def copy(self, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> Self:
-        """Copy blocks (copy-on-write). All sources are read before any destination is written."""
-        return jax.tree.map(lambda array: copy_blocks(array, src, dst), self)
+    def copy(
+        self,
+        src: Int[Array, " copies"],
+        dst: Int[Array, " copies"],
+        implementation: str | None = None,
+        *,
+        interpret: bool = False,
+    ) -> Self:
+        """Copy blocks (copy-on-write), as ``copy_blocks`` does with the pool and with its scales."""
+        run = partial(copy_blocks, implementation=implementation, interpret=interpret)
+        return jax.tree.map(lambda array: run(array, src, dst), self)
 
-    def gather(self, blocks: Int[Array, " n"]) -> list[Block]:
-        """Copies of some blocks, each an array of its own."""
-        gathered = gather_blocks(self.pool, blocks)
+    def gather(
+        self, blocks: Int[Array, " n"], implementation: str | None = None, *, interpret: bool = False
+    ) -> list[Block]:
+        """Copies of some blocks, each an array of its own, as ``gather_blocks`` makes them."""
+        gathered = gather_blocks(self.pool, blocks, implementation=implementation, interpret=interpret)
         if self.kv_scales is not None:
             gathered = pack_blocks(gathered, gather_blocks(self.kv_scales, blocks))
         return list(gathered)
 
-    def scatter(self, blocks: Int[Array, " n"], data: Sequence[Block]) -> Self:
+    def scatter(
+        self,
+        blocks: Int[Array, " n"],
+        data: Sequence[Block],
+        implementation: str | None = None,
+        *,
+        interpret: bool = False,
+    ) -> Self:
         """Overwrite some blocks, as ``gather`` returns them. Block 0 may occur any number of times, others once."""
+        run = partial(scatter_blocks, implementation=implementation, interpret=interpret)
         stacked = jnp.stack(data)
         if self.kv_scales is None:
-            return type(self)(scatter_blocks(self.pool, blocks, stacked))
+            return type(self)(run(self.pool, blocks, stacked))
         stored, scales = unpack_blocks(stacked, self.pool)
-        return type(self)(scatter_blocks(self.pool, blocks, stored), scatter_blocks(self.kv_scales, blocks, scales))
+        return type(self)(run(self.pool, blocks, stored), run(self.kv_scales, blocks, scales))
 
 
 def pack_blocks(

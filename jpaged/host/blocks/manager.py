@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jpaged.contract.plan import BlockCopy
+from jpaged.host.blocks.batch import BatchRow, BlockBatch, pad_batch
 from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache, PrefixHit, PrefixMatch, split_blocks
 from jpaged.host.blocks.tier import BlockTier, Transfers, TwoTiers
 
@@ -546,6 +547,24 @@ class BlockManager:
         blocks = np.asarray(holding.blocks[first : self._num_covering(stop)], dtype=np.int32)
         logical, offsets = np.divmod(np.arange(start, stop, dtype=np.int32), np.int32(self.block_size))
         return blocks[logical - first] * np.int32(self.block_size) + offsets
+
+    def batch(self, rows: Sequence[BatchRow], *, num_tokens: int, num_rows: int, max_blocks: int) -> BlockBatch:
+        """The arrays of one step of a user's own model, padded to one shape: one compilation serves many lengths.
+
+        Args:
+            rows: (seq_id, start, stop) of each sequence: the step computes its positions [start, stop), and reads
+                [0, stop). Reserve or append them first.
+            num_tokens: new tokens of all rows, padding included.
+            num_rows: rows, padding included.
+            max_blocks: entries of each block table, padding included.
+
+        Raises:
+            ValueError: as ``slots``; or the rows do not fit the shape.
+        """
+        slots = [self.slots(*row) for row in rows]
+        tables = [self.block_table(seq_id)[: self._num_covering(stop)] for seq_id, _, stop in rows]
+        kv_lens = [stop for *_, stop in rows]
+        return pad_batch(slots, tables, kv_lens, num_tokens=num_tokens, num_rows=num_rows, max_blocks=max_blocks)
 
     def stats(self) -> BlockStats:
         """Count what is held now. Takes time in proportion to all block tables: for reports, not for every step."""

@@ -1,1 +1,1 @@
-"""Scheduling policies: one small pure function each."""
+"""Scheduling policies: small pure functions. Each one decides, and none changes anything."""

@@ -1,11 +1,11 @@
-"""Writes a step's K and V into the block pool on Hopper GPUs: ``write_kv`` as a Pallas Mosaic GPU kernel.
+"""The write of a step's K and V into the block pool on Hopper GPUs, as a Pallas Mosaic GPU kernel.
 
-A piece is K or V of one token: [num_kv_heads, head_dim]. In the pool its heads lie ``block_size`` rows apart, which one
-TMA store reaches. A warp starts to load all its pieces into shared memory, and stores each as soon as it has landed; it
-shares nothing with the other warps.
+A piece is K or V of one token: [num_kv_heads, head_dim]. In the pool a piece's heads lie ``block_size`` rows apart, and
+one TMA store reaches them all. A warp starts to load all its pieces into shared memory, and stores each piece as soon
+as it has landed. Warps share no data.
 
-The kernel reads K and V from memory, while XLA's scatter may also compute what it writes: rotary embedding, say. What
-it saves must be more than the launch of the fusion that then does this.
+The kernel reads K and V from memory, while XLA's scatter may also compute K and V, as in a rotary embedding. The kernel
+pays off where it saves more than the launch of the fusion that then computes them.
 """
 
 import math
@@ -19,30 +19,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int, Int32
 
-from pallas_kernels.block_pool import BlockPool, block_size_of, num_kv_heads_of
-from pallas_kernels.paged_attention.hopper import NUM_SMS, why_no_device
-from pallas_kernels.paged_attention.hopper.tile import Ref
+from pallas_kernels import dispatch
+from pallas_kernels.block_pool.layout import BlockPool, as_sides, shape_of
+from pallas_kernels.chips import here
+from pallas_kernels.chips.hopper import MOST_COPIED, NUM_SMS, SMEM_ALIGNMENT, SMEM_BYTES, WARPS
+from pallas_kernels.chips.memory import Ref, round_up
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-MOST_COPIED = 256
-"""Heads, and elements of each, that one TMA copies."""
-
-WARPS = 4
-"""Of a thread block: one warpgroup."""
-
 MOST_TURNS = 8
-"""Pieces that a warp takes: its code is unrolled."""
+"""Most pieces that a warp takes: the code of a warp is unrolled."""
 
 MOST_STAGED_BYTES = 32 * 1024
-"""Shared memory in which a thread block stages pieces, unless a single turn takes more: six of them fit a
+"""Shared memory in which a thread block stages pieces, unless a single turn takes more. Six such thread blocks fit a
 multiprocessor, so that some store while others load."""
 
-SMEM_BYTES = 224 * 1024
-"""Shared memory that a thread block may have, less a few KiB for barriers."""
-
-SMEM_ALIGNMENT = 128
-"""Where TMA can read and write shared memory, in bytes."""
+USABLE_SMEM_BYTES = SMEM_BYTES - 3 * 1024
+"""Shared memory for pieces; barriers take the rest."""
 
 NOWHERE = -1
 """The slot of tokens that are not written."""
@@ -50,7 +43,7 @@ NOWHERE = -1
 
 @dataclass(frozen=True)
 class WriteShape:
-    """Everything static about a launch."""
+    """The static properties of a launch."""
 
     num_layers: int
     num_kv_heads: int
@@ -66,9 +59,9 @@ class WriteShape:
 
     @property
     def staged_heads(self) -> int:
-        """Heads that a piece has room for in shared memory, where the next one has to be aligned."""
+        """Heads of a piece in shared memory, padded so that the next piece is aligned."""
         heads_per_unit = SMEM_ALIGNMENT // math.gcd(SMEM_ALIGNMENT, self.head_dim * self.dtype.itemsize)
-        return -(-self.num_kv_heads // heads_per_unit) * heads_per_unit
+        return round_up(self.num_kv_heads, heads_per_unit)
 
     @property
     def turn_bytes(self) -> int:
@@ -77,7 +70,7 @@ class WriteShape:
 
     @property
     def turns(self) -> int:
-        """Pieces of a warp: no more than it takes to give every multiprocessor a thread block."""
+        """Pieces of a warp: so few that every multiprocessor gets a thread block."""
         wanted = -(-self.num_pieces // (WARPS * self.num_sms))
         return max(1, min(wanted, MOST_TURNS, MOST_STAGED_BYTES // self.turn_bytes))
 
@@ -89,24 +82,26 @@ class WriteShape:
 
 def write_shape(pool: BlockPool, num_tokens: int, num_sms: int = NUM_SMS) -> WriteShape:
     """The launch that writes so many tokens."""
+    shape = shape_of(pool)
     return WriteShape(
-        num_layers=pool.shape[1],
-        num_kv_heads=num_kv_heads_of(pool),
-        block_size=block_size_of(pool),
-        head_dim=pool.shape[5],
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        block_size=shape.block_size,
+        head_dim=shape.head_dim,
         dtype=jnp.dtype(pool.dtype),
         num_tokens=num_tokens,
         num_sms=num_sms,
     )
 
 
-def why_not_write(shape: WriteShape) -> str | None:
-    """Why the kernel cannot take a write, whatever the device; None if it can."""
+def why_not_write(pool: BlockPool, num_tokens: int) -> str | None:
+    """Why the kernel cannot write so many tokens to a pool, whatever the device; None if it can."""
+    shape = write_shape(pool, num_tokens)
     if shape.dtype not in DTYPES:
         return f"a pool of {shape.dtype.name}: the kernel writes float32, bfloat16 and float16"
     if shape.head_dim * shape.dtype.itemsize % 16 or shape.head_dim > MOST_COPIED:
         return f"head_dim={shape.head_dim}: expected rows of a multiple of 16 bytes, and at most {MOST_COPIED} elements"
-    if shape.num_kv_heads > MOST_COPIED or shape.turn_bytes > SMEM_BYTES:
+    if shape.num_kv_heads > MOST_COPIED or shape.turn_bytes > USABLE_SMEM_BYTES:
         return f"{shape.num_kv_heads} KV heads: a token's are more than one copy takes, or {WARPS} than shared memory"
     return None
 
@@ -123,25 +118,21 @@ def write_kv_hopper(
 ) -> BlockPool:
     """Store one layer's K and V of this step's tokens; arguments and result as for ``write_kv``, which checks shapes.
 
-    Block 0 stays as it is: the padding tokens that have slots there are not written.
+    Block 0 stays as it is: the kernel does not write padding tokens, whose slots lie there.
 
     Args:
         num_sms: multiprocessors to fill before a warp takes more than one piece.
-        interpret: run in Pallas's interpreter for Mosaic GPU instead of on a GPU.
+        interpret: settings of Pallas's interpreter for Mosaic GPU; None runs on a GPU.
 
     Raises:
-        ValueError: the pool has no such layer.
         NotImplementedError: a pool, or a device, that the kernel does not take.
     """
-    if not 0 <= layer < pool.shape[1]:
-        raise ValueError(f"layer={layer}: expected 0 to {pool.shape[1] - 1}, one of the pool's layers")
-    shape = write_shape(pool, slots.size, num_sms)
-    reason = why_not_write(shape) or (None if interpret else why_no_device())
-    if reason is not None:
-        raise NotImplementedError(f"{reason}; implementation='xla' takes it")
+    reason = why_not_write(pool, slots.size) or (None if interpret else here.why_no_hopper())
+    dispatch.refuse(reason, "implementation='xla' takes it")
     if k.size == 0:
         return pool
     # The layer is an operand, so that all layers share one compiled kernel.
+    shape = write_shape(pool, slots.size, num_sms)
     return _write(pool, jnp.int32(layer), k, v, slots, shape=shape, interpret=interpret)
 
 
@@ -156,15 +147,15 @@ def _write(
     shape: WriteShape,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> BlockPool:
-    is_written = (slots >= shape.block_size) & (slots < pool.shape[0] * shape.block_size)
+    is_written = (slots >= shape.block_size) & (slots < shape_of(pool).num_blocks * shape.block_size)
     slots = jnp.where(is_written, slots, NOWHERE).astype(jnp.int32)
-    # One array, so that one fusion computes it, and a new one: a part of a larger array, which XLA passes on by its
-    # address, need not be aligned as a kernel's operand has to be.
+    # One array, so that one fusion computes K and V. A new array, since XLA passes a part of a larger array on by its
+    # address, which need not have the alignment that a kernel's operand has to have.
     pieces = jnp.stack([k, v], axis=1).astype(pool.dtype).reshape(-1, *k.shape[1:])
-    matrices = jax.new_ref(pool.reshape(-1, *pool.shape[3:]))
+    sides = jax.new_ref(as_sides(pool))
 
-    def body(pieces: Ref, slots: Ref, layer: Ref, matrices: Ref, staged: Ref, landed: Ref) -> None:
-        plgpu.warp_map(lambda warp: _move(shape, warp, pieces, slots, layer, matrices, staged, landed))
+    def body(pieces: Ref, slots: Ref, layer: Ref, sides: Ref, staged: Ref, landed: Ref) -> None:
+        plgpu.warp_map(lambda warp: _move(shape, warp, pieces, slots, layer, sides, staged, landed))
 
     plgpu.kernel(
         body,
@@ -180,16 +171,16 @@ def _write(
         ],
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # warps share nothing
         interpret=interpret,
-    )(pieces, slots, layer.reshape(1), matrices)
-    return matrices[...].reshape(pool.shape)
+    )(pieces, slots, layer.reshape(1), sides)
+    return sides[...].reshape(pool.shape)
 
 
 def _move(
-    shape: WriteShape, warp: Array, pieces: Ref, slots: Ref, layer: Ref, matrices: Ref, staged: Ref, landed: Ref
+    shape: WriteShape, warp: Array, pieces: Ref, slots: Ref, layer: Ref, sides: Ref, staged: Ref, landed: Ref
 ) -> None:
-    """One warp's pieces, from [pieces, num_kv_heads, head_dim] to [matrices, num_kv_heads, block_size, head_dim]."""
+    """Move one warp's pieces, [pieces, num_kv_heads, head_dim], to [sides, num_kv_heads, block_size, head_dim]."""
     first = lax.axis_index("block") * (shape.turns * WARPS) + warp
-    # Past the last piece, that one is loaded again, and not stored.
+    # A warp without pieces left loads the last piece again, and does not store it.
     mine = [jnp.minimum(first + turn * WARPS, shape.num_pieces - 1) for turn in range(shape.turns)]
 
     def stage(turn: int) -> Ref:
@@ -197,8 +188,8 @@ def _move(
 
     for turn, piece in enumerate(mine):
         plgpu.copy_gmem_to_smem(pieces.at[piece], stage(turn), landed.at[turn * WARPS + warp])
-    # Loaded while the pieces are on their way.
-    first_matrix = 2 * layer[0]
+    # These loads overlap with the copies of the pieces.
+    first_side = 2 * layer[0]
     slots_of_mine = [slots[lax.div(piece, jnp.int32(2))] for piece in mine]
 
     for turn, (piece, slot) in enumerate(zip(mine, slots_of_mine, strict=True)):
@@ -207,8 +198,8 @@ def _move(
         @pl.when((slot != NOWHERE) & (first + turn * WARPS < shape.num_pieces))
         def _store(turn: int = turn, piece: Array = piece, slot: Array = slot) -> None:
             block, offset = lax.div(slot, jnp.int32(shape.block_size)), lax.rem(slot, jnp.int32(shape.block_size))
-            matrix = block * (2 * shape.num_layers) + first_matrix + lax.rem(piece, jnp.int32(2))
-            plgpu.copy_smem_to_gmem(stage(turn), matrices.at[matrix, :, offset])
+            side = block * (2 * shape.num_layers) + first_side + lax.rem(piece, jnp.int32(2))
+            plgpu.copy_smem_to_gmem(stage(turn), sides.at[side, :, offset])
 
-    # Shared memory goes when the warp ends.
+    # Shared memory is freed when the warp ends.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -1,10 +1,9 @@
-"""Writes into the block pool on TPUs, and moves its blocks, by DMA: the operations of block_pool.py as Pallas kernels.
+"""Writes of K and V into the block pool on TPUs, by DMA.
 
-A pool's memory is tiled: what a copy writes of a block is whole rows of registers. So a token's K and V are merged in
-VMEM with the block they belong to, and the block is written back. Blocks are moved as they are, from HBM to HBM.
+The hardware tiles a pool's memory, so a copy writes whole rows of registers of a block. The kernel therefore merges a
+token's K and V in VMEM with the token's block, and writes the block back.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,47 +15,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Float32, Int
 
-from pallas_kernels.block_pool import (
-    BlockIds,
-    BlockPool,
-    Blocks,
-    KvScales,
-    block_size_of,
-    check_kv_scales,
-    is_quantized,
-    num_kv_heads_of,
-    quantize,
-)
-
-type Ref = Any
-"""A reference inside a kernel: JAX's own types for those are not what its functions take."""
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, LayerIndex, is_quantized, shape_of
+from pallas_kernels.block_pool.quantization import quantize
+from pallas_kernels.chips.memory import Ref, round_up
+from pallas_kernels.chips.tpu import LANES
 
 WRITE_BUFFERS = 3
-"""Blocks in VMEM: one on its way in, one merged, one on its way out."""
-
-COPIES_IN_FLIGHT = 16
-"""Moves of blocks under way: enough to hide what each takes to start."""
+"""Blocks in VMEM: one that arrives, one that is merged, one that leaves."""
 
 ROWS = 16
-"""Where tokens can be copied from: whole registers of 16-bit rows, and so of 32-bit ones."""
-
-LANES = 128
-"""Elements in a row of a vector register, on every generation."""
+"""Rows at whose multiples a copy of tokens can start: a whole register of 16-bit rows, and so of 32-bit rows."""
 
 MOST_TOKENS = 16 * 1024
 """Tokens of one launch: SMEM, of 1 MiB on every generation, holds 16 bytes for each."""
 
 
 class Pieces(NamedTuple):
-    """A piece is a stretch of a step's tokens whose slots follow one another in one block. ``count`` are real."""
+    """The pieces of a step: a piece is a run of tokens whose slots follow one another in one block."""
 
-    fields: Int[Array, " four_times_tokens"]  # block, first offset, first token, tokens of each
+    fields: Int[Array, " four_times_tokens"]  # of each piece: block, first offset, first token, number of tokens
     count: Int[Array, ""]
 
 
 def write_kv_tpu(
     pool: BlockPool,
-    layer: int | Int[Array, ""],
+    layer: LayerIndex,
     k: Float[Array, "tokens num_kv_heads head_dim"],
     v: Float[Array, "tokens num_kv_heads head_dim"],
     slots: Int[Array, " tokens"],
@@ -65,11 +48,11 @@ def write_kv_tpu(
 ) -> BlockPool:
     """Store one layer's K and V of this step's tokens; arguments and result as for ``write_kv``, which checks shapes.
 
-    The tokens of a block follow one another, in ascending order, as those of a sequence do. Block 0 stays as it is:
-    the padding tokens that have slots there are not written.
+    The tokens of a block follow one another, in ascending order, as the tokens of a sequence do. Block 0 stays as it
+    is: the kernel does not write padding tokens, whose slots lie there.
 
     Args:
-        interpret: run in Pallas's interpreter for TPUs instead of on one.
+        interpret: settings of Pallas's interpreter for TPUs; None runs on a TPU.
 
     Raises:
         NotImplementedError: a pool that the kernel does not write.
@@ -79,43 +62,38 @@ def write_kv_tpu(
     if k.size == 0:
         return pool
     kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
-    return _write_in_turns(pool, layer, kv, None, slots, interpret)
+    return _write_all(pool, layer, kv, None, slots, interpret)
 
 
 def write_kv_quantized_tpu(
     pool: BlockPool,
     kv_scales: KvScales,
-    layer: int | Int[Array, ""],
+    layer: LayerIndex,
     k: Float[Array, "tokens num_kv_heads head_dim"],
     v: Float[Array, "tokens num_kv_heads head_dim"],
     slots: Int[Array, " tokens"],
     *,
     interpret: pltpu.InterpretParams | None = None,
 ) -> tuple[BlockPool, KvScales]:
-    """Store one layer's K and V of this step's tokens in a quantised pool, as ``write_kv_quantized``.
+    """Store K and V in a quantised pool; arguments and result as for ``write_kv_quantized``, slots ``write_kv_tpu``.
 
-    XLA finds the scales and rounds what is new; the kernel brings what its blocks hold to their new scales. (XLA's own
-    gather and scatter of 8-bit numbers want another layout on TPUs, and would copy the pool.) Slots as for
-    ``write_kv_tpu``.
+    XLA finds the scales and rounds the new tokens; the kernel brings the numbers of their blocks to the new scales.
+    (XLA's own gather and scatter of 8-bit numbers want another layout on TPUs, and would copy the pool.)
 
     Args:
-        interpret: run in Pallas's interpreter for TPUs instead of on one.
-
-    Raises:
-        ValueError: the pool is not quantised, or the scales are not its own.
+        interpret: settings of Pallas's interpreter for TPUs; None runs on a TPU.
     """
-    check_kv_scales(pool, kv_scales)
     if k.size == 0:
         return pool, kv_scales
     stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)
     ratios = jnp.where((old > 0) & (new > old), old / new, 1)
     # bfloat16 holds 8-bit numbers exactly.
-    return _write_in_turns(pool, layer, stored.astype(jnp.bfloat16), ratios, slots, interpret), kv_scales
+    return _write_all(pool, layer, stored.astype(jnp.bfloat16), ratios, slots, interpret), kv_scales
 
 
-def _write_in_turns(
+def _write_all(
     pool: BlockPool,
-    layer: int | Int[Array, ""],
+    layer: LayerIndex,
     kv: Float[Array, "tokens 2 num_kv_heads head_dim"],
     ratios: Float32[Array, "tokens 2 num_kv_heads"] | None,
     slots: Int[Array, " tokens"],
@@ -129,7 +107,7 @@ def _write_in_turns(
 
 
 def pieces_of(slots: Int[Array, " tokens"], block_size: int, num_blocks: int) -> Pieces:
-    """The pieces of a step's tokens, first to last."""
+    """The pieces of a step's tokens, in order."""
     num_tokens = slots.size
     is_written = (slots >= block_size) & (slots < num_blocks * block_size)
     block, offset = jnp.divmod(slots, block_size)
@@ -154,9 +132,9 @@ def _write(
     *,
     interpret: pltpu.InterpretParams | None,
 ) -> BlockPool:
-    block_size, num_kv_heads, head_dim = block_size_of(pool), num_kv_heads_of(pool), pool.shape[5]
-    pieces = pieces_of(slots, block_size, pool.shape[0])
-    window = -(-block_size // ROWS) * ROWS + ROWS
+    num_blocks, _, num_kv_heads, block_size, head_dim = shape_of(pool)
+    pieces = pieces_of(slots, block_size, num_blocks)
+    window = round_up(block_size, ROWS) + ROWS
     new = jnp.pad(kv.transpose(1, 2, 0, 3), ((0, 0), (0, 0), (0, -slots.size % ROWS + window), (0, 0)))
     buffers, dma = WRITE_BUFFERS, pltpu.SemaphoreType.DMA((WRITE_BUFFERS,))
     scratch = [
@@ -173,8 +151,8 @@ def _write(
         scratch += [pltpu.SMEM((buffers, *given[1].shape[1:]), jnp.float32), dma]
 
     def body(scalars: Ref, fields: Ref, new: Ref, *refs: Ref) -> None:
-        *of_ratios, _, pool, blocks, windows, landed, window_landed, left = refs[: len(given) + 6]
-        rescaling = _Rescaling(*of_ratios, *refs[len(given) + 6 :]) if of_ratios else None
+        *ratio_refs, _, pool, blocks, windows, landed, window_landed, left = refs[: len(given) + 6]
+        rescaling = _Rescaling(*ratio_refs, *refs[len(given) + 6 :]) if ratio_refs else None
         writer = _Writer(scalars[0], fields, new, pool, blocks, windows, landed, window_landed, left, rescaling)
         writer.run(scalars[1])
 
@@ -195,7 +173,7 @@ def _write(
 
 
 class _Rescaling(NamedTuple):
-    """By what a quantised pool's blocks are multiplied, of each K head, then each V head."""
+    """Factors that a quantised pool's blocks are multiplied by, of each K head, then of each V head."""
 
     ratios: Ref  # [tokens, 1, lanes] f32 in HBM
     rows: Ref  # [WRITE_BUFFERS, 1, lanes] f32 in SMEM
@@ -204,14 +182,14 @@ class _Rescaling(NamedTuple):
 
 @dataclass(frozen=True)
 class _Writer:
-    """The writes of all pieces: the next block arrives while one is merged and the last one leaves."""
+    """The writes of all pieces: while the kernel merges a block, the next block arrives and the last block leaves."""
 
     layer: Array
     fields: Ref  # [4 * pieces] i32 in SMEM
     new: Ref  # [2, num_kv_heads, tokens, head_dim] in HBM
     pool: Ref
     blocks: Ref  # [WRITE_BUFFERS, 2, num_kv_heads, block_size, head_dim]
-    windows: Ref  # [WRITE_BUFFERS, 2, num_kv_heads, window, head_dim]: the piece's tokens, and some around them
+    windows: Ref  # [WRITE_BUFFERS, 2, num_kv_heads, window, head_dim]: a piece's tokens, and their neighbours
     block_landed: Ref
     window_landed: Ref
     block_left: Ref
@@ -280,7 +258,7 @@ class _Writer:
             self._ratio_copy(piece, self.rescaling).wait()
 
     def _merge(self, piece: Array) -> None:
-        """Put the piece's tokens into their rows of the block. Rows move as float32, which holds all types exactly."""
+        """Put a piece's tokens into their rows of the block. Rows move as float32, which holds all types exactly."""
         slot, (_, offset, token, length) = self._slot(piece), self._piece(piece)
         _, _, num_kv_heads, block_size, head_dim = self.blocks.shape
         window = self.windows.shape[3]
@@ -301,124 +279,3 @@ class _Writer:
             self.blocks[slot, which, head] = merged.astype(self.blocks.dtype)
 
         lax.fori_loop(0, 2 * num_kv_heads, merge, None)
-
-
-def copy_blocks_tpu(
-    pool: BlockPool, src: BlockIds, dst: BlockIds, *, interpret: pltpu.InterpretParams | None = None
-) -> BlockPool:
-    """Copy whole blocks within the pool; arguments and result as for ``copy_blocks``.
-
-    No block is both a source and a destination but block 0, which stays as it is.
-    """
-    num_blocks = pool.shape[0]
-
-    def copy(index: Array, src: Ref, dst: Ref, pool: Ref) -> _Move:
-        return _Move(dst[index], pool.at[_clip(src[index], num_blocks)], pool.at[_clip(dst[index], num_blocks)])
-
-    return _into_pool(pool, (src, dst), (), copy, "copy_blocks", interpret)
-
-
-def gather_blocks_tpu(pool: BlockPool, blocks: BlockIds, *, interpret: pltpu.InterpretParams | None = None) -> Blocks:
-    """Whole blocks in the order asked for, as ``gather_blocks``."""
-    num_blocks = pool.shape[0]
-
-    def body(blocks: Ref, pool: Ref, out: Ref, semaphores: Ref) -> None:
-        def move(index: Array) -> _Move:
-            return _Move(jnp.int32(1), pool.at[_clip(blocks[index], num_blocks)], out.at[index])
-
-        _run_moves(blocks.shape[0], move, semaphores, num_blocks)
-
-    return _call(body, (blocks,), (pool,), (len(blocks), *pool.shape[1:]), {}, "gather_blocks", interpret)
-
-
-def scatter_blocks_tpu(
-    pool: BlockPool, blocks: BlockIds, data: Blocks, *, interpret: pltpu.InterpretParams | None = None
-) -> BlockPool:
-    """Overwrite whole blocks; arguments and result as for ``scatter_blocks``. Block 0 stays as it is."""
-    num_blocks = pool.shape[0]
-
-    def copy(index: Array, blocks: Ref, data: Ref, pool: Ref) -> _Move:
-        return _Move(blocks[index], data.at[index], pool.at[_clip(blocks[index], num_blocks)])
-
-    return _into_pool(pool, (blocks,), (data.astype(pool.dtype),), copy, "scatter_blocks", interpret)
-
-
-class _Move(NamedTuple):
-    """A block's move, made if its destination is one of the pool's blocks but block 0."""
-
-    destination: Array
-    source: Ref
-    target: Ref
-
-
-def _clip(block: Array, num_blocks: int) -> Array:
-    return jnp.clip(block, 0, num_blocks - 1)
-
-
-def _into_pool(
-    pool: BlockPool,
-    ids: tuple[BlockIds, ...],
-    data: tuple[Blocks, ...],
-    copy: Callable[..., _Move],
-    name: str,
-    interpret: pltpu.InterpretParams | None,
-) -> BlockPool:
-    def body(*refs: Ref) -> None:
-        *given, _, out, semaphores = refs
-        _run_moves(ids[0].size, lambda index: copy(index, *given, out), semaphores, pool.shape[0])
-
-    aliases = {len(ids) + len(data): 0}
-    return _call(body, ids, (*data, pool), pool.shape, aliases, name, interpret)
-
-
-def _run_moves(count: int, move_of: Callable[[Array], _Move], semaphores: Ref, num_blocks: int) -> None:
-    """Make all moves, a few at a time."""
-
-    def copy(index: Array) -> tuple[Array, Any]:
-        move = move_of(index)
-        is_made = (move.destination > 0) & (move.destination < num_blocks)
-        return is_made, pltpu.make_async_copy(
-            move.source, move.target, semaphores.at[lax.rem(index, jnp.int32(COPIES_IN_FLIGHT))]
-        )
-
-    def start(index: Array) -> None:
-        is_made, made = copy(index)
-        pl.when(is_made)(lambda: made.start())
-
-    def wait(index: Array) -> None:
-        is_made, made = copy(index)
-        pl.when(is_made)(lambda: made.wait())
-
-    def step(index: Array, _: None) -> None:
-        pl.when(index >= COPIES_IN_FLIGHT)(lambda: wait(index - COPIES_IN_FLIGHT))
-        start(index)
-
-    lax.fori_loop(0, count, step, None)
-    lax.fori_loop(max(count - COPIES_IN_FLIGHT, 0), count, lambda index, _: wait(index), None)
-
-
-def _call(
-    body: Callable[..., None],
-    ids: tuple[BlockIds, ...],
-    arrays: tuple[Array, ...],
-    shape: tuple[int, ...],
-    aliases: dict[int, int],
-    name: str,
-    interpret: pltpu.InterpretParams | None,
-) -> Array:
-    if ids[0].size == 0:
-        return arrays[-1] if aliases else jnp.zeros(shape, arrays[-1].dtype)
-    return pl.pallas_call(
-        body,
-        out_shape=jax.ShapeDtypeStruct(shape, arrays[-1].dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(ids),
-            grid=(),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[pltpu.SemaphoreType.DMA((COPIES_IN_FLIGHT,))],
-        ),
-        input_output_aliases=aliases,
-        interpret=interpret or False,
-        name=name,
-    )(*(x.astype(jnp.int32) for x in ids), *arrays)

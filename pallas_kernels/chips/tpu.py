@@ -1,4 +1,4 @@
-"""What the kernels must know of a TPU: its memories and rates, as JAX publishes them (``pltpu.TpuInfo``)."""
+"""TPUs: memories and rates of each generation, as JAX publishes them (``pltpu.TpuInfo``), and register shapes."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_pool_tpu import LANES as LANES
+LANES = 128
+"""Elements in a row of a vector register, on every generation."""
 
 SUBLANES = 8
 """Rows of 32-bit elements in a vector register, on every generation."""
 
 CORES_OF_DEVICE = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1, "7x": 1}
-"""The generations that the kernels are compiled for, and the most TensorCores that one JAX device of each runs."""
+"""Generation -> most TensorCores that one JAX device runs. The kernels are compiled for these generations only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +30,11 @@ class Chip:
 
 
 def chip_of(generation: str, num_cores: int | None = None) -> Chip:
-    """A generation's chip.
+    """The chip of a generation.
 
     Args:
         generation: a key of ``CORES_OF_DEVICE``.
-        num_cores: TensorCores of a device; all there may be if None.
+        num_cores: TensorCores of a device; the most that one may have if None.
 
     Raises:
         NotImplementedError: a generation that the kernels were never compiled for.
@@ -42,19 +43,6 @@ def chip_of(generation: str, num_cores: int | None = None) -> Chip:
         raise NotImplementedError(f"TPU {generation}: the kernels are compiled for {', '.join(CORES_OF_DEVICE)} only")
     cores = num_cores or CORES_OF_DEVICE[generation]
     return _chip(pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(generation), cores))
-
-
-def current_chip() -> Chip:
-    """The chip that what is being traced is for: that of the abstract mesh in use, else of the default device.
-
-    Raises:
-        NotImplementedError: no TPU, or of a generation that the kernels were never compiled for.
-    """
-    try:
-        info = pltpu.get_tpu_info()
-    except ValueError as error:
-        raise NotImplementedError("the TPU kernels need a TPU, or the abstract mesh of one") from error
-    return chip_of(str(info.chip_version), info.num_cores)
 
 
 def _chip(info: pltpu.TpuInfo) -> Chip:
@@ -72,8 +60,3 @@ def _chip(info: pltpu.TpuInfo) -> Chip:
 def sublanes_of(dtype: DTypeLike) -> int:
     """Rows of a whole vector register: 8 of 32 bits, 16 of 16, 32 of 8."""
     return SUBLANES * 4 // jnp.dtype(dtype).itemsize
-
-
-def round_up(x: int, multiple: int) -> int:
-    """The smallest multiple that is no less than x."""
-    return -(-x // multiple) * multiple

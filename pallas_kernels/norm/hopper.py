@@ -1,7 +1,7 @@
-"""Adds a branch to the residual stream and norms the sum, on Hopper GPUs, as a Pallas Mosaic GPU kernel.
+"""The sum of two arrays and its norm on Hopper GPUs, as a Pallas Mosaic GPU kernel.
 
-XLA does it in two kernels, of which the second reads what the first has written. A row is one warpgroup's, which keeps
-the sum in registers in between.
+XLA takes two kernels for this, of which the second reads the sum that the first has written. Here one warpgroup takes a
+row, and keeps the sum in registers.
 """
 
 from functools import partial
@@ -12,19 +12,18 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float
 
-from pallas_kernels.paged_attention.hopper import why_no_device
-from pallas_kernels.paged_attention.hopper.tile import Ref
+from pallas_kernels import dispatch
+from pallas_kernels.chips import here
+from pallas_kernels.chips.hopper import WARPGROUP
+from pallas_kernels.chips.memory import Ref
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 VECTOR = 8
 """Elements that a thread loads at once: 16 bytes."""
 
-WARPGROUP = 128
-"""Threads."""
-
 MOST_FEATURES = 64 * WARPGROUP
-"""Of a row: more would not stay in the registers of a warpgroup."""
+"""Features of a row: more would not stay in the registers of a warpgroup."""
 
 
 def why_not_add_norm(num_features: int, dtype: jnp.dtype) -> str | None:
@@ -44,29 +43,16 @@ def add_rms_norm_hopper(
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
-    """The sum of two arrays, and its root-mean-square norm.
+    """The sum of two arrays and its norm; arguments and result as for ``add_rms_norm``, which checks shapes.
 
     Args:
-        x, branch: of one type, which the sum is rounded to before the norm.
-        scale: of each feature, multiplied after the norm is rounded, as Hugging Face does.
-        epsilon: added to the mean square.
-        interpret: run in Pallas's interpreter for Mosaic GPU instead of on a GPU.
-
-    Returns:
-        ``x + branch`` and its norm, both in the type of ``x``.
+        interpret: settings of Pallas's interpreter for Mosaic GPU; None runs on a GPU.
 
     Raises:
-        ValueError: shapes or types that do not fit together.
         NotImplementedError: rows, or a device, that the kernel does not take.
     """
-    if branch.shape != x.shape or scale.shape != x.shape[1:] or {branch.dtype, scale.dtype} != {x.dtype}:
-        raise ValueError(
-            f"x is {x.dtype}{list(x.shape)}, branch {branch.dtype}{list(branch.shape)} and scale "
-            f"{scale.dtype}{list(scale.shape)}: expected one shape and type, and a scale for each of the last axis"
-        )
-    reason = why_not_add_norm(x.shape[1], x.dtype) or (None if interpret else why_no_device())
-    if reason is not None:
-        raise NotImplementedError(f"{reason}; add and norm in plain JAX instead")
+    reason = why_not_add_norm(x.shape[1], x.dtype) or (None if interpret else here.why_no_hopper())
+    dispatch.refuse(reason, "add and norm in plain JAX instead")
     return _add_rms_norm(x, branch, scale, epsilon=epsilon, interpret=interpret)
 
 
@@ -85,7 +71,7 @@ def _add_rms_norm(
     def body(x: Ref, branch: Ref, scale: Ref, total: Ref, normed: Ref) -> None:
         row = lax.axis_index("row")
 
-        # All loads before any arithmetic: a warpgroup has nothing else to do while they are under way.
+        # All loads come before any arithmetic: a warpgroup has no other work while loads are in flight.
         addends = [plgpu.load(ref.at[row], layout=layout) for ref in (x, branch)]
         factor = plgpu.load(scale, layout=layout)
         rounded = addends[0] + addends[1]

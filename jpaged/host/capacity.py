@@ -1,0 +1,95 @@
+"""Capacity: the blocks that a request needs at most, and the errors for those that need too many."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jpaged.request import Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """A pool as one request sees it.
+
+    Args:
+        num_blocks: blocks that it may take at most, when it runs alone: all but block 0 and those kept by pins. Pinned
+            blocks that hold the beginning of its prompt count.
+        num_pinned: blocks that pins keep from it.
+        block_size: tokens in a block.
+        max_model_len: tokens of prompt and output that a sequence may reach.
+    """
+
+    num_blocks: int
+    num_pinned: int
+    block_size: int
+    max_model_len: int
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError, with the arithmetic, if the request could never run to its end here."""
+        prompt_len, params = len(request.prompt_token_ids), request.params
+        room = self.max_model_len - prompt_len
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {prompt_len} tokens, but max_model_len={self.max_model_len} leaves room for at most "
+                f"{self.max_model_len - 1} and one to generate: shorten the prompt"
+            )
+        for name in ("max_tokens", "min_tokens"):
+            value = getattr(params, name)
+            if value is not None and value > self.max_model_len:
+                raise ValueError(f"{name}={value} is more than max_model_len={self.max_model_len}: lower it")
+        wanted = 1 if params.max_tokens is None else min(params.max_tokens, room)
+        if self.most_blocks(prompt_len, wanted, params.num_sequences) > self.num_blocks:
+            raise ValueError(self._never_fits(prompt_len, wanted, params))
+
+    def check_pin(self, prompt_len: int, others: Iterable[int]) -> None:
+        """Raise ValueError if pinning so many tokens leaves too little for requests of so many blocks each."""
+        if prompt_len > self.max_model_len:
+            raise ValueError(f"the prefix has {prompt_len} tokens, max_model_len is {self.max_model_len}: shorten it")
+        num_blocks = num_blocks_covering(prompt_len, self.block_size)
+        most = max(others, default=1)
+        if num_blocks + most > self.num_blocks:
+            raise ValueError(
+                f"the prefix cannot be pinned: it takes {num_blocks} blocks of {self.block_size}, requests under way "
+                f"may need {most}, and {self.num_blocks} are not pinned yet. Unpin another, shorten it, wait for the "
+                "requests, or raise num_blocks or memory_fraction"
+            )
+
+    def most_blocks(self, prompt_len: int, max_tokens: int, num_sequences: int) -> int:
+        """Count the blocks of a group whose sequences all reach ``max_tokens``; the last token is never fed back."""
+        return num_forked_blocks(prompt_len, [prompt_len + max_tokens - 1] * num_sequences, self.block_size)
+
+    def most_tokens(self, prompt_len: int, num_sequences: int) -> int:
+        """Count the output tokens that each sequence of a group can reach alone in the pool, within the context."""
+        shared = prompt_len // self.block_size
+        blocks_each = shared + (self.num_blocks - shared) // num_sequences
+        return min(self.max_model_len - prompt_len, blocks_each * self.block_size - prompt_len + 1)
+
+    def _never_fits(self, prompt_len: int, max_tokens: int, params: SamplingParams) -> str:
+        name, num_sequences = width_name(params), params.num_sequences
+        shared = prompt_len // self.block_size
+        last = prompt_len + max_tokens - 1
+        own = num_blocks_covering(last, self.block_size) - shared
+        pinned = f" ({self.num_pinned} more are pinned)" if self.num_pinned else ""
+        return (
+            f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in the "
+            f"pool; in blocks of {self.block_size} that is {shared} full prompt blocks + {name}={num_sequences} x "
+            f"{own} more = {shared + num_sequences * own} blocks, and the pool has {self.num_blocks}{pinned}. Lower "
+            f"max_tokens or {name}, or raise num_blocks or memory_fraction"
+        )
+
+
+def num_blocks_covering(num_tokens: int, block_size: int) -> int:
+    """Count the blocks that hold so many tokens."""
+    return -(-num_tokens // block_size)
+
+
+def num_forked_blocks(shared_len: int, lens: list[int], block_size: int) -> int:
+    """Count the blocks of sequences that share their first tokens: full shared blocks count once."""
+    shared = shared_len // block_size
+    return shared + sum(num_blocks_covering(num_tokens, block_size) - shared for num_tokens in lens)
+
+
+def width_name(params: SamplingParams) -> str:
+    """The parameter by which the caller set the number of sequences."""
+    if params.use_beam_search:
+        return "beam width"
+    return "n" if params.best_of is None else "best_of"

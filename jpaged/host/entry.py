@@ -1,0 +1,85 @@
+"""Entry: starts waiting groups, whose blocks are taken, shared, or loaded from the host."""
+
+from jpaged.host.admission import Admission
+from jpaged.host.blocks.manager import BlockManager, PrefixMatch
+from jpaged.host.line import Line
+from jpaged.host.plan_builder import PlanBuilder
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+
+
+class Entry:
+    """Admits groups from the line into a plan, and keeps the sequences whose blocks are still on their way.
+
+    Args:
+        blocks: the bookkeeping of the pools.
+        line: the groups that wait and run.
+        admission: what the first waiting group takes.
+    """
+
+    def __init__(self, blocks: BlockManager, line: Line, admission: Admission) -> None:
+        self.num_swaps_in = 0
+        self._blocks = blocks
+        self._line = line
+        self._admission = admission
+        self._loading: list[Sequence] = []  # their blocks arrive with the plan in flight
+
+    @property
+    def loading(self) -> list[Sequence]:
+        """The sequences whose blocks are on their way into the pool."""
+        return self._loading
+
+    def admit(self, plan: PlanBuilder) -> None:
+        """Start waiting groups in order while rows, blocks and, for tokens to compute, the budget allow."""
+        num_rows = self._line.num_rows
+        while (group := self._line.first) is not None:
+            num_rows += group.num_rows
+            if self._line.is_preempted_now(group) or num_rows > self._admission.max_num_seqs:
+                return
+            if plan.budget == 0 and not group.is_swapped:
+                return
+            if (match := self._admission.find(group)) is None:
+                return
+            self._line.admit_first()
+            if group.is_swapped:
+                self._swap_in(group)
+            else:
+                self._start(plan, group, match)
+
+    def land(self) -> None:
+        """Let sequences run whose blocks have arrived."""
+        self._blocks.finish_transfers()
+        for seq in self._loading:
+            if seq.state is SequenceState.LOADING:
+                seq.state = SequenceState.RUNNING
+        self._loading.clear()
+
+    def forget(self) -> None:
+        """Forget the sequences on their way: the content of the pools is lost."""
+        self._loading.clear()
+
+    def _swap_in(self, group: SequenceGroup) -> None:
+        """Load the blocks of a swapped group, which computes again from the next step on."""
+        members = [seq for seq in group.sequences if seq.state is SequenceState.SWAPPED]
+        self._blocks.swap_in([seq.seq_id for seq in members])
+        for seq in members:
+            seq.state = SequenceState.LOADING
+        self._loading += members
+        self.num_swaps_in += 1
+
+    def _start(self, plan: PlanBuilder, group: SequenceGroup, match: PrefixMatch) -> None:
+        """Give a group's leader its blocks and its first chunk; its siblings wait for the tokens that all share."""
+        leader, *others = group.unfinished
+        group.fork_at = group.fork_len() if others else None
+        leader.state = SequenceState.LOADING if match.is_on_host else SequenceState.RUNNING
+        for seq in others:
+            seq.state = SequenceState.UNFORKED
+        target = group.fork_at or len(leader.token_ids)
+        plan.copies += self._blocks.reserve(leader.seq_id, target, match=match)
+        leader.num_computed = match.num_tokens
+        if group.num_cached_tokens is None:
+            group.num_cached_tokens = leader.num_computed
+        if leader.state is SequenceState.LOADING:
+            self._loading.append(leader)
+        else:
+            num_tokens = target - leader.num_computed
+            plan.add(group, leader, num_tokens, self._blocks.block_table(leader.seq_id))

@@ -1,0 +1,96 @@
+"""Pinned prefixes: prompts whose blocks stay in the pool, and the capacity that they leave to others."""
+
+from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.capacity import num_blocks_covering
+from jpaged.host.sequence import SequenceGroup, common_len
+from jpaged.request import Request
+
+
+class Pins:
+    """Pins by request id: queued until their prompt is computed, then held until they are released.
+
+    Args:
+        blocks: the bookkeeping of the pools, which pins free their blocks in.
+    """
+
+    def __init__(self, blocks: BlockManager) -> None:
+        self._blocks = blocks
+        self._queued: dict[str, SequenceGroup] = {}
+        self._held: dict[str, SequenceGroup] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._queued or request_id in self._held
+
+    def __len__(self) -> int:
+        return len(self._queued) + len(self._held)
+
+    def is_held(self, request_id: str) -> bool:
+        """Whether the blocks of a pin are in the pool."""
+        return request_id in self._held
+
+    @property
+    def held(self) -> dict[str, SequenceGroup]:
+        """The pins whose blocks are in the pool, by request id."""
+        return self._held
+
+    @property
+    def held_seq_ids(self) -> list[int]:
+        """The sequences that hold the blocks of pins."""
+        return [pin.sequences[0].seq_id for pin in self._held.values()]
+
+    def queue(self, pin: SequenceGroup) -> None:
+        """Add a pin whose prompt is still to be computed."""
+        self._queued[pin.request.request_id] = pin
+
+    def hold(self, pin: SequenceGroup) -> None:
+        """Mark a queued pin as held: its sequence holds the blocks of its prompt."""
+        self._held[pin.request.request_id] = self._queued.pop(pin.request.request_id)
+
+    def discard(self, request_id: str) -> None:
+        """Forget a pin that is still queued, if there is one."""
+        self._queued.pop(request_id, None)
+
+    def release(self, request_id: str) -> None:
+        """Free the blocks of a held pin; they stay in the prefix cache."""
+        self._blocks.free(self._held.pop(request_id).sequences[0].seq_id)
+
+    def requeue_all(self) -> list[SequenceGroup]:
+        """Free the blocks of all held pins, whose content is lost. Returns the pins to compute again."""
+        lost = list(self._held.values())
+        for pin in lost:
+            self.release(pin.request.request_id)
+            self.queue(pin)
+        return lost
+
+    def num_blocks_kept_from(self, request: Request | None) -> int:
+        """Count the blocks that pins keep from ``request``, which may share the beginning of one pin.
+
+        Without a request, count all blocks that pins take.
+        """
+        block_size = self._blocks.block_size
+        num_queued = sum(num_blocks_covering(pin.prompt_len, block_size) for pin in self._queued.values())
+        num_kept = len(self._held_blocks()) + num_queued
+        if request is not None and request.params.prompt_logprobs is None:
+            pins = [*self._queued.values(), *self._held.values()]
+            num_kept -= max((self._num_common_blocks(pin.request, request) for pin in pins), default=0)
+        return num_kept
+
+    def _held_blocks(self) -> set[tuple[int, int]]:
+        """The full blocks of pins, each once, and the last block of each pin that is not full.
+
+        Pins always share full blocks. They share others only by chance: no longer after a failed step lost the pool.
+        """
+        held: set[tuple[int, int]] = set()
+        for pin in self._held.values():
+            seq_id = pin.sequences[0].seq_id
+            table, num_full = self._blocks.block_table(seq_id), pin.prompt_len // self._blocks.block_size
+            held |= {(block, -1) for block in table[:num_full]} | {(block, seq_id) for block in table[num_full:]}
+        return held
+
+    def _num_common_blocks(self, pin: Request, request: Request) -> int:
+        """Count the full blocks of a pin that a request shares."""
+        if pin.prefix_salt != request.prefix_salt:
+            return 0
+        # At least one token of the prompt is computed: a block that ends with it is copied, not shared.
+        common = common_len(pin.prompt_token_ids, request.prompt_token_ids)
+        return min(common, len(request.prompt_token_ids) - 1) // self._blocks.block_size

@@ -1,0 +1,51 @@
+"""How much an iteration takes: tokens to compute, and blocks that an admission leaves free."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+WATERMARK = 0.01
+"""Fraction of the pool that an admission leaves free, so that running sequences can grow before one is preempted."""
+
+
+def num_blocks_left_free(num_usable_blocks: int, *, is_running: bool) -> int:
+    """Count the blocks that an admission must leave free: none while no group runs."""
+    return math.ceil(WATERMARK * num_usable_blocks) if is_running else 0
+
+
+def find_token_budget(
+    feed_lens: Sequence[int],
+    waiting: Iterable[tuple[int, int]],
+    *,
+    max_num_seqs: int,
+    max_num_tokens: int,
+    step_sizes: Iterable[tuple[int, int]],
+) -> int:
+    """Find the most tokens that the next iteration should compute.
+
+    Padding costs as much as tokens do. So prompts beside decodes may fill one of ``step_sizes``, if the tokens left
+    over are no more than they took. The rest waits for the next iteration, which the decodes need anyway. The
+    result is an estimate: prefix hits and free blocks are not known yet.
+
+    Args:
+        feed_lens: tokens that each running sequence has to feed.
+        waiting: rows and prompt tokens of each group that may be admitted, in order; read as far as needed.
+        max_num_seqs: rows of an iteration at most.
+        max_num_tokens: tokens of an iteration at most.
+        step_sizes: tokens and rows of the compiled steps that take prompts.
+    """
+    num_tokens, num_rows, num_decodes = sum(feed_lens), len(feed_lens), feed_lens.count(1)
+    if num_decodes == 0:
+        return max_num_tokens
+    for group_rows, prompt_len in waiting:
+        if num_rows + group_rows > max_num_seqs or num_tokens >= max_num_tokens:
+            break
+        num_rows += group_rows
+        num_tokens += prompt_len
+    full = (
+        size
+        for size, rows in step_sizes
+        if num_decodes < size <= min(num_tokens, max_num_tokens)
+        and rows >= num_rows
+        and size - num_decodes >= num_tokens - size
+    )
+    return max(full, default=max_num_tokens)

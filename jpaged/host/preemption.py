@@ -1,0 +1,168 @@
+"""Preemption: takes blocks from the groups served last, when those before them are short of blocks or rows."""
+
+from typing import NamedTuple
+
+from jpaged.contract.plan import BlockCopy, Costs
+from jpaged.host.admission import Admission
+from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
+from jpaged.host.line import Line
+from jpaged.host.outcome import Outcome
+from jpaged.host.policies.restore import is_swap_cheaper
+from jpaged.host.policies.victim import choose_victim
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState, num_shared_tokens
+
+
+class Feed(NamedTuple):
+    """A running sequence, and the number of its tokens that should be in the pool after the next iteration."""
+
+    group: SequenceGroup
+    seq: Sequence
+    target: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens still to compute."""
+        return self.target - self.seq.num_computed
+
+
+def feeds_of(group: SequenceGroup) -> list[Feed]:
+    """The tokens that each running sequence of a group should feed next."""
+    return [Feed(group, seq, target) for seq, target in group.targets()]
+
+
+class Preemption:
+    """Gives running sequences the blocks that they write next, and preempts groups where blocks are short.
+
+    A preempted group is swapped to the host pool, or its blocks are freed and its tokens computed again (section 4.5).
+
+    Args:
+        blocks: the bookkeeping of the pools.
+        line: the groups that wait and run.
+        admission: what the first waiting group takes.
+        outcome: frees and publishes the blocks of a sequence.
+        kind: "swap", "recompute", or "auto": the cheaper one. A full host pool always means recompute.
+    """
+
+    def __init__(self, blocks: BlockManager, line: Line, admission: Admission, outcome: Outcome, *, kind: str) -> None:
+        self.num_preemptions = 0
+        self.num_swaps_out = 0
+        self._kind = kind
+        self._blocks = blocks
+        self._line = line
+        self._admission = admission
+        self._outcome = outcome
+
+    def yield_to_first(self, costs: Costs | None) -> None:
+        """Preempt groups of lower priority than the first waiting group, if and while that lets it start.
+
+        Args:
+            costs: the costs measured on this machine; None until they are measured: "auto" swaps then.
+        """
+        lower = self.groups_to_yield()
+        first = self._line.first
+        if not lower or first is None:
+            return
+        while lower:
+            self._preempt(lower.pop(), costs)
+            match = self._admission.match(first)  # the freed blocks may have been part of it
+            if self._admission.rows_short(first) <= 0 and self._admission.blocks_short(first, match) <= 0:
+                return
+
+    def groups_to_yield(self) -> list[SequenceGroup]:
+        """The running groups of lower priority than the first waiting group, if preempting them lets it start."""
+        first = self._line.first
+        lower = self._line.running_after(first.request.priority) if first is not None else []
+        if first is None or not lower:
+            return []
+        rows_short = self._admission.rows_short(first)
+        if rows_short > sum(group.num_rows for group in lower):
+            return []
+        match = self._admission.match(first)
+        num_short = self._admission.blocks_short(first, match)
+        seq_ids = [seq.seq_id for group in lower for seq in group.running]
+        num_blocks = self._blocks.num_blocks_freed_by(seq_ids, match=match)
+        is_needed = rows_short > 0 or num_short > 0
+        return lower if is_needed and num_short <= num_blocks else []
+
+    def make_room(self, costs: Costs | None) -> tuple[list[Feed], list[BlockCopy]]:
+        """Give every running sequence the blocks for all its tokens; preempt from the back while blocks are short.
+
+        Args:
+            costs: as in ``yield_to_first``.
+
+        Returns:
+            The feeds of the groups that still run, and the copies to make before.
+        """
+        feeds: list[Feed] = []
+        copies: list[BlockCopy] = []
+        index = 0
+        while index < len(self._line.running):
+            group = self._line.running[index]
+            group_feeds = feeds_of(group)
+            while (group_copies := self.append(group_feeds)) is None:
+                victim = choose_victim(self._line.running)
+                self._preempt(victim, costs)
+                if victim is group:
+                    return feeds, copies
+            feeds += group_feeds
+            copies += group_copies
+            index += 1
+        return feeds, copies
+
+    def append(self, feeds: list[Feed]) -> list[BlockCopy] | None:
+        """Give sequences the blocks that their feeds lack. Returns None, without effect, if blocks are short."""
+        held = self._blocks.num_tokens
+        missing = [
+            (seq.seq_id, target - num_held) for _, seq, target in feeds if (num_held := held(seq.seq_id)) < target
+        ]
+        return self.append_all(missing)
+
+    def append_all(self, missing: list[tuple[int, int]]) -> list[BlockCopy] | None:
+        """As ``append``, for (seq_id, number of tokens)."""
+        try:
+            return self._blocks.append_all(missing)
+        except OutOfBlocks:
+            return None
+
+    def drop_blocks(self, group: SequenceGroup, *, is_trusted: bool = True) -> None:
+        """Free all blocks of an unfinished group, which will compute its tokens again."""
+        for seq in group.unfinished:
+            self._outcome.release(group, seq, is_trusted=is_trusted)
+            seq.state, seq.num_computed = SequenceState.WAITING, 0
+        group.fork_at = None
+        if group.needs_prompt_scores:
+            group.prompt_scores.clear()
+
+    def _preempt(self, group: SequenceGroup, costs: Costs | None) -> None:
+        if self._swap_out(group, costs):
+            self.num_swaps_out += 1
+        else:
+            self.drop_blocks(group)
+        self._line.preempt(group)
+        self.num_preemptions += 1
+
+    def _swap_out(self, group: SequenceGroup, costs: Costs | None) -> bool:
+        """Move a group to the host pool, if that is the way to preempt it and the host pool has the blocks."""
+        members = group.running
+        seq_ids = [seq.seq_id for seq in members]
+        if self._kind == "recompute" or self._blocks.num_host_blocks == 0:
+            return False
+        if self._kind == "auto" and costs is not None:
+            # Blocks that others hold stay on the device, whichever way the group comes back.
+            num_blocks = self._blocks.num_blocks_freed_by(seq_ids)
+            num_computed = sum(seq.num_computed for seq in members) - (len(members) - 1) * num_shared_tokens(members)
+            is_cheaper = is_swap_cheaper(
+                costs,
+                num_blocks_out=self._blocks.num_host_blocks_to_swap_out(seq_ids),
+                num_blocks_in=num_blocks,
+                num_tokens=min(num_computed, num_blocks * self._blocks.block_size),
+            )
+            if not is_cheaper:
+                return False
+        try:
+            self._blocks.swap_out(seq_ids)
+        except OutOfBlocks:
+            return False
+        for seq in members:
+            seq.state = SequenceState.SWAPPED
+        return True
