@@ -1,23 +1,20 @@
 """The PagedAttention paper's experiments on this repository's scheduler and block manager.
 
-    python -m bench.paper                       # all of them: some minutes on two cores
-    python -m bench.paper --only fig12 fig13    # some
-    python -m bench.paper --quick               # short traces, for a first look
+    python -m bench paper                       # all of them: some minutes on two cores
+    python -m bench paper --only fig12 fig13    # some
+    python -m bench paper --quick               # short traces, for a first look
 
-The scheduler and the block manager run as they are, through traces of requests; only the device is a model of a step's
-time, printed first. The baselines are allocation and batching policies on the same model. Prints every figure beside
-the paper's, writes bench/results/paper.json and, with matplotlib, a plot of each to bench/results/paper/.
-"""
+The scheduler and the block manager run as they are, through traces of requests. Only the device is a model of a
+step's time, printed first. The baselines are allocation and batching policies on the same model. Prints every figure
+beside the paper's, writes bench/results/paper.json and, with matplotlib, a plot of each to bench/results/paper/. With
+--only or --quick nothing is written unless --out is given."""
 
 import argparse
 import dataclasses
 import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -31,6 +28,7 @@ from bench.paper.preemption import FIG19
 from bench.paper.rendering import render, save_plots, to_json
 from bench.paper.sampling import FIG14, FIG15
 from bench.paper.step_time import A100
+from bench.report import RESULTS, save, start_report
 from bench.workloads import (
     ALPACA_SIGMA_IN,
     ALPACA_SIGMA_OUT,
@@ -44,25 +42,19 @@ from bench.workloads import (
 
 _ALL = (FIG02, FIG12, FIG13, FIG14, FIG15, FIG16, FIG17, FIG18B, FIG19)
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
-RESULTS = Path(__file__).parents[1] / "results"
 QUICK_SCALE = 0.3
 NUM_PROCESSES = 2
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
     names = ", ".join(EXPERIMENTS)
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="FIG", help=f"which to run, of {names}")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, metavar="FIG", help=f"experiments, of {names}")
     parser.add_argument("--quick", action="store_true", help="traces a third as long: a first look")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="where paper.json and paper/*.png go (default: bench/results, and with --only or --quick nowhere)",
-    )
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the experiments, print and save. With --only or --quick files are written to --out alone."""
     experiments = [EXPERIMENTS[name] for name in args.only or EXPERIMENTS]
     scale = QUICK_SCALE if args.quick else 1.0
     print(_describe_setting())
@@ -76,7 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(render(EXPERIMENTS[name], report))
     print(f"{elapsed_s:.0f} s in all")
     if args.out is not None or not (args.only or args.quick):
-        _save(reports, elapsed_s, args.out or RESULTS)
+        report = start_report(
+            args,
+            elapsed_s=elapsed_s,
+            step_time=dataclasses.asdict(A100),
+            experiments={name: to_json(EXPERIMENTS[name], report) for name, report in reports.items()},
+        )
+        path = save("paper", report, args.out)
+        print(f"written to {path}; {save_plots(reports, (args.out or RESULTS) / 'paper')}")
     return 0
 
 
@@ -94,7 +93,7 @@ def _describe_setting() -> str:
 
 
 def run_experiments(experiments: Sequence[Experiment], scale: float) -> dict[str, Report]:
-    """Run the simulations of all experiments in two processes; their reports by name."""
+    """Run the simulations of all experiments in two processes; returns their reports by name."""
     tasks = {experiment.name: experiment.tasks(scale) for experiment in experiments}
     names = [(figure, key) for figure, keyed in tasks.items() for key in keyed]
     # The long replays are those of jpaged: first, so that none runs alone at the end.
@@ -110,21 +109,3 @@ def run_experiments(experiments: Sequence[Experiment], scale: float) -> dict[str
             results[names_of[future]] = future.result()
             bar.update()
     return {e.name: e.report({key: results[e.name, key] for key in tasks[e.name]}) for e in experiments}
-
-
-def _save(reports: dict[str, Report], elapsed_s: float, directory: Path) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the environment names the device these figures come from: this machine
-    from bench.results import environment, save
-
-    content = {
-        "environment": environment(None),
-        "elapsed_s": elapsed_s,
-        "step_time": dataclasses.asdict(A100),
-        "experiments": {name: to_json(EXPERIMENTS[name], report) for name, report in reports.items()},
-    }
-    path = save("paper", content, directory)
-    print(f"written to {path}; {save_plots(reports, directory / 'paper')}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

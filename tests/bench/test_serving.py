@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,39 +13,26 @@ import jax.numpy as jnp
 import pytest
 
 from bench import machine
+from bench.__main__ import main
 from bench.machine import MachineLimits
 from bench.peers import SERVING
-from bench.serving import __main__ as command
+from bench.report import CONFIGS
+from bench.serving import command
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
-from bench.serving.cold_start import start_cold
 from bench.serving.figures import Figures, Floor
 from bench.serving.profiling import profile_decode
 from bench.serving.runs import Bench, sampling
 from bench.serving.sizes import QUICK
+from bench.serving.startup import StartUp, start_cold
 from bench.serving.stopwatch import HOST_PARTS, Stopwatch
 from jpaged import LLM, EngineConfig
 from jpaged.device.step.steps import SAMPLING_SCOPE
 from jpaged.models import load_config, random_model
-from jpaged.models.families.llama import LlamaConfig
-from jpaged.models.layers.rope import Rope
 from jpaged.sharding import make_mesh
+from tests.support.tiny import tiny_config
 
 LIMITS = MachineLimits(read_bytes_per_s=1e9, matmul_flops_per_s=1e12, dtype="float32")
-TINY = LlamaConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-5,
-    rope=Rope(8, 10000.0, 256),
-    dtype="float32",
-    eos_token_ids=(3,),
-)
+TINY = tiny_config(vocab_size=64, head_dim=8, max_position_embeddings=256, dtype="float32", eos_token_ids=(3,))
 SIZES = replace(
     QUICK,
     num_sharegpt=12,
@@ -330,9 +317,9 @@ def run_serving(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "QUICK", SIZES)
 
     def run(model: Path, *options: str) -> tuple[int, list[str], dict]:
-        args = ["--random-weights", str(model), "--quick", "--commit", "abc", "--out", str(tmp_path)]
+        args = ["serving", "--random-weights", str(model), "--quick", "--commit", "abc", "--out", str(tmp_path)]
         args += ["--num-blocks", "60", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
-        status = command.main([*args, "--max-model-len", "192", "--host-memory-gib", "0.001", *options])
+        status = main([*args, "--max-model-len", "192", "--host-memory-gib", "0.001", *options])
         report = json.loads((tmp_path / "serving_tiny_cpu_quick.json").read_text())
         return status, capsys.readouterr().out.splitlines(), report
 
@@ -384,16 +371,19 @@ def test_command_goes_on_after_failures_and_time_limits(run_serving, tiny_path, 
 
 
 def test_cold_start_is_measured_by_a_process_that_leaves_its_cache(monkeypatch, tmp_path):
+    times = StartUp(9, 1, 1, 1, 1, 1, 1, 0, 1)
+
     def run(args, **options):
-        assert args[1:3] == ["-m", "bench.serving"]
-        assert args[3:] == ["--quick", "--startup-only", "--out", str(tmp_path), "--name", "cold"]
-        (tmp_path / "cold.json").write_text(json.dumps({"startup": {"total_s": 9}}))
+        assert args[1:4] == ["-m", "bench", "serving"]
+        assert args[4:] == ["--quick", "--startup-only", "--out", str(tmp_path), "--name", "cold"]
+        (tmp_path / "cold.json").write_text(json.dumps({"startup": asdict(times)}))
         return subprocess.CompletedProcess(args, 0)
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    assert start_cold(["--quick"], tmp_path) == {"total_s": 9}
+    args = SimpleNamespace(argv=["serving", "--quick", "--warm-start"])
+    assert start_cold(args, tmp_path) == times  # pyright: ignore[reportArgumentType]
     assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / "cache")
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
@@ -401,17 +391,17 @@ def test_cold_start_is_measured_by_a_process_that_leaves_its_cache(monkeypatch, 
 def test_options_that_need_random_weights_say_so(capsys):
     for options in (["--warm-start"], ["--startup-only"]):
         with pytest.raises(SystemExit):
-            command.main(options)
+            main(["serving", *options])
         assert "need --random-weights" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        command.main(["--random-weights", "llama3-8b", "--max-num-seqs", "8", "--decode-batches", "1", "9"])
+        main(["serving", "--random-weights", "llama3-8b", "--max-num-seqs", "8", "--decode-batches", "1", "9"])
     assert "--decode-batches" in capsys.readouterr().err
 
 
 def test_a_preset_loads_and_its_peer_has_figures_under_our_names():
     peers = SERVING["vLLM 0.24.0"]["figures"]
-    assert set(command._preset_names()) == set(peers)
-    assert load_config(command.HERE / "configs" / "llama3-8b").vocab_size == 128256
+    assert set(command.preset_names()) == set(peers)
+    assert load_config(CONFIGS / "llama3-8b").vocab_size == 128256
     names = {name.rsplit("_", 2)[0] for name in peers["llama3-8b"]}
     assert {
         "sharegpt1000_tokens",

@@ -1,7 +1,7 @@
 """What the TPU kernel has to do, on paper: computed from compiled programs, not measured. No TPU is used.
 
-    python -m bench.tpu_plan                     # every generation, several minutes
-    python -m bench.tpu_plan --generation v5e
+    python -m bench.tpu.plan                     # every generation, several minutes
+    python -m bench.tpu.plan --generation v5e
 
 A row is one layer's attention of one batch on one device, compiled ahead of time by the real TPU compiler. Its bytes
 are those of the kernel's plan of copies, which the tests hold to what Pallas's interpreter counts; its operations,
@@ -14,21 +14,19 @@ Prints a table for each generation, writes ``tpu_plan.json`` and ``tpu_plan.png`
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from bench import UsageError
 from bench.paper.plots import add_legend, draw_bars
-from bench.results import RESULTS, environment, save
-from bench.tpu_compiler import TOPOLOGIES, Case, kernel_vmem_bytes, launch_of, trace_attention, why_no_compiler
+from bench.report import RESULTS, Table, environment, save
+from bench.tpu.compiler import TOPOLOGIES, Case, kernel_vmem_bytes, launch_of, trace_attention, why_no_compiler
 from pallas_kernels.block_pool import is_quantized
 from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu.launch import vmem_bytes
@@ -37,10 +35,10 @@ from pallas_kernels.paged_attention.tpu.traffic import count_traffic, least_byte
 ABOUT = "computed, not measured"
 
 HEAD_DIM = 128
-"""Of all the models."""
+"""Head size of all the models."""
 
 LEAST_POOL_BYTES = 2**30
-"""The compiler may move a small pool on chip, as it could no real one: the batch's blocks have layers up to this."""
+"""The compiler may move a small pool on chip, which it cannot with a real one: the pool gets layers up to this size."""
 
 POOL_DTYPES = ("bfloat16", "int8")
 BLOCK_SIZES = (16, 128)
@@ -48,7 +46,7 @@ BLOCK_SIZES = (16, 128)
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What of a model, or of a device's share of it, matters to attention."""
+    """The attention of a model, or of a device's share of it."""
 
     name: str
     num_heads: int
@@ -84,11 +82,11 @@ class Row:
     """One layer's attention.
 
     Args:
-        moved_bytes, least_bytes: between HBM and VMEM, of the kernel's plan and of any kernel.
-        flops, least_flops: of the matrix products, with the kernel's padding and without.
-        planned_vmem_bytes, vmem_bytes: of one core, as sizes are chosen by, and as the compiler gave the kernel.
-        temporary_bytes: of the program in HBM, beside its arguments and results; a v4 has its CMEM for many of them.
-        bytes_us, flops_us: at the device's published rates.
+        moved_bytes, least_bytes: bytes between HBM and VMEM, of the kernel's plan and of any kernel.
+        flops, least_flops: FLOPs of the matrix products, with the kernel's padding and without.
+        planned_vmem_bytes, vmem_bytes: bytes of one core, as planned for the sizes and as the compiler gave the kernel.
+        temporary_bytes: bytes in HBM beside arguments and results; a v4 keeps many of them in its CMEM.
+        bytes_us, flops_us: times at the device's published rates.
     """
 
     generation: str
@@ -121,7 +119,7 @@ class Row:
 
 
 def plan(generation: str, model: Model, batch: Batch, pool_dtype: str, block_size: int) -> Row:
-    """Compile one layer's attention, and compute what it has to do."""
+    """Compile one layer's attention, and compute its bytes and FLOPs."""
     case = _case_of(generation, model, batch, jnp.dtype(pool_dtype), block_size)
     compiled, launch, chip = trace_attention(case).compile(), launch_of(case), chip_of(generation)
     traffic = count_traffic(launch, batch.q_lens, batch.kv_lens, case.num_tokens)
@@ -186,22 +184,20 @@ COLUMNS = {
 
 
 def table(generation: str, rows: Sequence[Row]) -> str:
-    """A generation's rows as aligned Markdown, under what of the chip they depend on."""
+    """A generation's rows, under the properties of the chip that they depend on."""
     chip = chip_of(generation)
     rates = chip.hbm_bytes_per_s * chip.num_cores / 1e12, chip.bf16_flops_per_s * chip.num_cores / 1e12
-    cells = [list(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     title = (
         f"TPU {generation}, {ABOUT}: {rates[0]:.2f} TB/s, {rates[1]:,.0f} TFLOP/s, "
         f"{chip.vmem_bytes >> 20} MiB of VMEM a core, cores: {chip.num_cores}"
     )
-    return "\n".join([title, "", *lines, ""])
+    columns = Table("model", *list(COLUMNS)[1:], first=16)
+    lines = [columns.row(*(show(row) for show in COLUMNS.values())) for row in rows]
+    return "\n".join([title, "", columns.header(), *lines, ""])
 
 
 def save_plot(rows: Sequence[Row], path: Path) -> str:
-    """Draw one model's rows, and say where; without matplotlib, how to get it."""
+    """Draw one model's rows. Returns where; without matplotlib, how to install it."""
     if find_spec("matplotlib") is None:
         return "no plot: pip install '.[bench]' brings matplotlib"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -226,28 +222,26 @@ def save_plot(rows: Sequence[Row], path: Path) -> str:
     return f"plot in {path}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.tpu_plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
     parser.add_argument("--generation", choices=TOPOLOGIES, help="only this one; its name joins those of the files")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="directory of the files")
-    parser.add_argument("--commit", help="commit to record, where there is no git")
-    args = parser.parse_args(argv)
-    reason = why_no_compiler()
-    if reason is not None:
-        parser.error(reason)
-    jax.config.update("jax_platforms", "cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute, print, save and plot."""
+    if (reason := why_no_compiler()) is not None:
+        raise UsageError(reason)
     made_in = environment(args.commit) | {"libtpu": version("libtpu")}
     rows = _plan_all([args.generation] if args.generation else list(TOPOLOGIES))
     name = "tpu_plan" + (f"_{args.generation}" if args.generation else "")
-    path = save(name, {"about": ABOUT, "environment": made_in, "rows": _records(rows)}, args.output)
-    print(f"written to {path}; {save_plot(rows, args.output / f'{name}.png')}")
+    records = [asdict(row) | {"us": row.us, "bound": row.bound} for row in rows]
+    path = save(name, {"about": ABOUT, "environment": made_in, "rows": records}, args.out)
+    print(f"written to {path}; {save_plot(rows, (args.out or RESULTS) / f'{name}.png')}")
     return 0
 
 
 def _plan_all(generations: Sequence[str]) -> list[Row]:
-    """Every row, printed generation by generation."""
+    """Compute every row, and print them generation by generation."""
     wanted = [
         (model, batch, pool_dtype, block_size)
         for model in MODELS
@@ -264,11 +258,3 @@ def _plan_all(generations: Sequence[str]) -> list[Row]:
                 bar.update()
             bar.write(table(generation, rows[-len(wanted) :]))
     return rows
-
-
-def _records(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) | {"us": row.us, "bound": row.bound} for row in rows]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

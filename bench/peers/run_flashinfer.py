@@ -1,6 +1,6 @@
 """FlashInfer on the shapes of bench.kernels, in a process of its own: two allocators that share a GPU would fight.
 
-    python -m bench.flashinfer_peer --shapes decode_b128
+    python -m bench.peers.run_flashinfer --shapes decode_b128
 
 Prints a line of JSON for each shape: microseconds of a layer, of its best configuration and of all. It needs torch and
 flashinfer, as nothing else here does; without them it says so and succeeds.
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.attention.shapes import AttentionShape, choose, value_deviations
+from bench.kernels.shapes import AttentionShape, choose, value_deviations
 
 NUM_LAYERS = 8
 WORKSPACE_BYTES = 512 * 2**20
@@ -331,7 +331,7 @@ def why_not(shape: AttentionShape) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.flashinfer_peer",
+        prog="python -m bench.peers.run_flashinfer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

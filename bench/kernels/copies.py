@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bench.attention.timing import Timing, time_program
+from bench.kernels.timing import Timing, time_program
 from pallas_kernels import block_pool_shape, copy_blocks, write_kv
 from pallas_kernels.chips.here import why_no_hopper
 

@@ -1,4 +1,4 @@
-"""The table of a run: rows printed as they come, and saved at once."""
+"""Rows of a run: printed as they come, and saved at once."""
 
 import json
 from collections.abc import Callable
@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.attention.copies import Copy
-from bench.attention.shapes import AttentionShape
-from bench.attention.timing import Timing
+from bench.kernels.copies import Copy
+from bench.kernels.shapes import AttentionShape
+from bench.kernels.timing import Timing
 from bench.machine import MachineLimits
+from bench.report import Table
 
 FLASHINFER = "flashinfer"
 
@@ -24,18 +25,20 @@ COMPARISONS = (
     ("fp8 over bf16", "decode_b128_2k_fp8", ("decode_b128_2k",)),
     ("int8 over bf16", "decode_b128_2k_int8", ("decode_b128_2k",)),
 )
-"""Times worth a ratio: of one shape, over the sum of others."""
+"""Ratios of times: a title, one shape, and the shapes whose sum it is compared with."""
+
+_TABLE = Table("", "us/layer", "least", "most", "TB/s", "TFLOP/s", "limit", "peer", "")
 
 
 @dataclass
-class Table:
+class Rows:
     """Rows of one run.
 
     Args:
-        report: what is saved, with lists "rows" and "copies" and a dict "comparisons" to fill.
-        limits: of the device, in this run.
+        report: content of the result file, with lists "rows" and "copies" and a dict "comparisons" to fill.
+        limits: limits of the device, in this run.
         save: writes the report.
-        has_failed: whether something of ours broke.
+        has_failed: whether anything of ours broke.
     """
 
     report: dict[str, Any]
@@ -44,9 +47,11 @@ class Table:
     has_failed: bool = False
 
     def print_header(self) -> None:
-        print(f"\n{'':28} {'us/layer':>9} {'least':>8} {'most':>8} {'TB/s':>6} {'TFLOP/s':>8} {'limit':>6} {'peer':>6}")
+        """Print the heads of the columns."""
+        print("\n" + _TABLE.header())
 
     def print_shape(self, shape: AttentionShape) -> None:
+        """Print the head of a shape's rows."""
         print(f"{shape.name}: {shape.kv_bytes / 1e6:,.0f} MB, {shape.flops / 1e9:,.0f} GFLOP a layer", flush=True)
 
     def add(
@@ -60,42 +65,38 @@ class Table:
         is_paged: bool = True,
         **extra: Any,
     ) -> None:
-        """A time of one layer. Peers come before ours, or their ratio is unknown."""
+        """Add the time of one layer. Rows of peers come before ours, which have ratios to them."""
         seconds, limits = layer.median_s, self.limits
         bytes_per_s, flops_per_s = shape.kv_bytes / seconds, shape.flops / seconds
         of_read, of_matmul = bytes_per_s / limits.read_bytes_per_s, flops_per_s / limits.matmul_flops_per_s
         peer_us = self._best_peer_us(shape) if is_ours else None
         ratio = None if peer_us is None else peer_us / (1e6 * seconds)
-        self._keep(
-            {
-                "shape": shape.name,
-                "implementation": name,
-                "configuration": configuration,
-                "is_ours": is_ours,
-                "is_paged": is_paged,
-                "us": 1e6 * seconds,
-                "fastest_us": 1e6 * layer.fastest_s,
-                "slowest_us": 1e6 * layer.slowest_s,
-                "num_samples": layer.num_samples,
-                "bytes_per_s": bytes_per_s,
-                "flops_per_s": flops_per_s,
-                "fraction_of_read_bandwidth": of_read,
-                "fraction_of_matmul_rate": of_matmul,
-                "tokens_per_s": shape.num_tokens / seconds,
-                "speed_over_best_peer": ratio,
-                **extra,
-            }
-        )
-        tokens = f"{shape.num_tokens / seconds:,.0f} tokens/s" if shape.is_quantized else ""
-        print(
-            f"  {name:26} {1e6 * seconds:9.1f} {1e6 * layer.fastest_s:8.1f} {1e6 * layer.slowest_s:8.1f} "
-            f"{bytes_per_s / 1e12:6.2f} {flops_per_s / 1e12:8.1f} {max(of_read, of_matmul):6.0%} "
-            f"{'' if ratio is None else f'{ratio:.2f}x':>6}  {configuration}{tokens}",
-            flush=True,
-        )
+        row = {
+            "shape": shape.name,
+            "implementation": name,
+            "configuration": configuration,
+            "is_ours": is_ours,
+            "is_paged": is_paged,
+            "us": 1e6 * seconds,
+            "fastest_us": 1e6 * layer.fastest_s,
+            "slowest_us": 1e6 * layer.slowest_s,
+            "num_samples": layer.num_samples,
+            "bytes_per_s": bytes_per_s,
+            "flops_per_s": flops_per_s,
+            "fraction_of_read_bandwidth": of_read,
+            "fraction_of_matmul_rate": of_matmul,
+            "tokens_per_s": shape.num_tokens / seconds,
+            "speed_over_best_peer": ratio,
+            **extra,
+        }
+        times = (f"{row[key]:.1f}" for key in ("us", "fastest_us", "slowest_us"))
+        limit, peer = f"{max(of_read, of_matmul):.0%}", None if ratio is None else f"{ratio:.2f}x"
+        tokens = f" {row['tokens_per_s']:,.0f} tokens/s" if shape.is_quantized else ""
+        rates = f"{bytes_per_s / 1e12:.2f}", f"{flops_per_s / 1e12:.1f}"
+        self._keep(row, _TABLE.row(f"  {name}", *times, *rates, limit, peer, f" {configuration}{tokens}"))
 
     def add_flashinfer(self, shape: AttentionShape, result: dict[str, Any]) -> None:
-        """What bench.flashinfer_peer printed of a shape."""
+        """Add a shape's result of bench.peers.run_flashinfer."""
         if "skipped" in result:
             self.skip(shape, FLASHINFER, result["skipped"])
         elif "us" not in result:
@@ -107,7 +108,7 @@ class Table:
             self.add(shape, FLASHINFER, layer, configuration=result["configuration"], **extra)
 
     def add_copy(self, copy: Copy) -> None:
-        """A write into the large pool."""
+        """Add a write into the large pool."""
         us, rate = 1e6 * copy.timing.median_s, copy.num_bytes / copy.timing.median_s
         self.report["copies"].append(asdict(copy) | {"us": us, "bytes_per_s": rate})
         self.save()
@@ -118,24 +119,23 @@ class Table:
         )
 
     def fail_copies(self, reason: str) -> None:
-        """Writing broke."""
+        """Record that writing broke."""
         self.report["copies"].append({"failed": reason})
         self.has_failed = True
         print(f"writes and copies FAILED: {reason}", flush=True)
 
     def skip(self, shape: AttentionShape, name: str, reason: str) -> None:
-        """It does not take this shape, and says so."""
-        self._keep({"shape": shape.name, "implementation": name, "skipped": reason})
-        print(f"  {name:26} skipped: {reason}", flush=True)
+        """Record that an implementation refuses a shape."""
+        row = {"shape": shape.name, "implementation": name, "skipped": reason}
+        self._keep(row, f"  {name:26} skipped: {reason}")
 
     def fail(self, shape: AttentionShape, name: str, reason: str, *, is_ours: bool) -> None:
-        """It broke."""
-        self._keep({"shape": shape.name, "implementation": name, "failed": reason})
+        """Record that an implementation broke."""
         self.has_failed |= is_ours
-        print(f"  {name:26} FAILED: {reason}", flush=True)
+        self._keep({"shape": shape.name, "implementation": name, "failed": reason}, f"  {name:26} FAILED: {reason}")
 
     def compare(self) -> None:
-        """The ratios of ``COMPARISONS``, for whoever has all their shapes."""
+        """Add the ratios of ``COMPARISONS``, for implementations that ran all their shapes."""
         times: dict[str, dict[str, float]] = {}
         for row in self.report["rows"]:
             if "us" in row:
@@ -151,9 +151,10 @@ class Table:
                 self.report["comparisons"][title] = ratios
                 print(f"time of {title}: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
 
-    def _keep(self, row: dict[str, Any]) -> None:
+    def _keep(self, row: dict[str, Any], line: str) -> None:
         self.report["rows"].append(row)
         self.save()
+        print(line, flush=True)
 
     def _best_peer_us(self, shape: AttentionShape) -> float | None:
         peers = (row for row in self.report["rows"] if row["shape"] == shape.name and "us" in row)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from bench.attention.shapes import UNSEEN, AttentionShape, value_deviations
+from bench.kernels.shapes import UNSEEN, AttentionShape, value_deviations
 from pallas_kernels import block_pool_shape, paged_attention
 
 STEPS = {"float8_e4m3fn": 64.0, "int8": 32.0}

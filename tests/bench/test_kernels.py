@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import flashinfer_peer, kernels, machine
-from bench.attention import check, copies, timing, tune
-from bench.attention.contenders import Ours
-from bench.attention.inputs import make_queries
-from bench.attention.report import Table
-from bench.attention.shapes import MEASURED, NOWHERE, UNSEEN, AttentionShape, choose
-from bench.attention.timing import Timing, time_program
+from bench import machine
+from bench.__main__ import main
+from bench.kernels import check, command, copies, timing, tune
+from bench.kernels.contenders import Ours
+from bench.kernels.inputs import make_queries
+from bench.kernels.shapes import MEASURED, NOWHERE, UNSEEN, AttentionShape, choose
+from bench.kernels.table import Rows
+from bench.kernels.timing import Timing, time_program
 from bench.machine import MachineLimits
+from bench.peers import run_flashinfer
 from pallas_kernels.block_pool.xla import read_kv
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
@@ -246,7 +248,7 @@ def test_coverage_names_are_distinct_and_cover_what_the_kernels_promise():
 
 @pytest.fixture
 def run_kernels(monkeypatch, tmp_path, capsys):
-    """Runs bench.kernels on tiny batches, every program once and said to take 4 ms: status, printed lines, report."""
+    """Runs the command on tiny batches, every program once and said to take 4 ms: status, printed lines, report."""
 
     def run_once(program, state, args, num_samples):
         return Timing(4e-3, 2e-3, 6e-3, num_samples), program(state, *args)
@@ -257,7 +259,7 @@ def run_kernels(monkeypatch, tmp_path, capsys):
 
     def run(*options: str) -> tuple[int, list[str], dict]:
         args = ["--shrink", "256", "--quick", "--commit", "abc", "--pool-gb", "0.02", "--out", str(tmp_path), *options]
-        status = kernels.main(args)
+        status = main(["kernels", *args])
         return status, capsys.readouterr().out.splitlines(), json.loads((tmp_path / "kernels_cpu.json").read_text())
 
     return run
@@ -311,16 +313,16 @@ def test_check_command_prints_every_case_and_fails_if_one_is_wrong(monkeypatch, 
     def cannot(*args, **options):
         raise NotImplementedError("no kernel for a CPU")
 
-    args = ["--check", "--shapes", "b16_8k", "--shrink", "256", "--implementations"]
+    args = ["kernels", "--check", "--shapes", "b16_8k", "--shrink", "256", "--implementations"]
     monkeypatch.setitem(IMPLEMENTATIONS, "hopper", cannot)
-    assert kernels.main([*args, "xla,hopper"]) == 0
+    assert main([*args, "xla,hopper"]) == 0
     right, absent, summary = capsys.readouterr().out.splitlines()
     assert right.split()[:2] == ["decode_b16_8k", "xla"]
     assert right.endswith("ok")
     assert absent.endswith("not taken: no kernel for a CPU")
     assert summary == "1 checked, 0 wrong"
     monkeypatch.setitem(IMPLEMENTATIONS, "hopper", scaled)
-    assert kernels.main([*args, "xla,hopper"]) == 1
+    assert main([*args, "xla,hopper"]) == 1
     assert "WRONG: error above 0.01" in capsys.readouterr().out
 
 
@@ -336,18 +338,18 @@ class Peer:
 
 def test_ratio_is_to_the_best_peer_that_pages():
     report = {"rows": [], "copies": [], "comparisons": {}}
-    table = Table(report, LIMITS, lambda: Path())
+    rows = Rows(report, LIMITS, lambda: Path())
     for peer in (Peer("jax", 300), Peer("flashinfer", 200), Peer("cudnn", 100, is_paged=False)):
-        table.add(SHARED, peer.name, Timing(peer.us / 1e6, 0, 1, 3), is_paged=peer.is_paged)
-    table.add(RAGGED, "jax", Timing(1e-6, 0, 1, 3))
-    table.add(SHARED, "hopper", Timing(160e-6, 0, 1, 3), is_ours=True)
+        rows.add(SHARED, peer.name, Timing(peer.us / 1e6, 0, 1, 3), is_paged=peer.is_paged)
+    rows.add(RAGGED, "jax", Timing(1e-6, 0, 1, 3))
+    rows.add(SHARED, "hopper", Timing(160e-6, 0, 1, 3), is_ours=True)
     assert report["rows"][-1]["speed_over_best_peer"] == pytest.approx(1.25)
     assert report["rows"][0]["speed_over_best_peer"] is None
 
 
 def test_mixed_batches_are_compared_with_their_parts():
     report = {"rows": [], "copies": [], "comparisons": {}}
-    table, by_name = Table(report, LIMITS, lambda: Path()), {shape.name: shape for shape in MEASURED}
+    rows, by_name = Rows(report, LIMITS, lambda: Path()), {shape.name: shape for shape in MEASURED}
     times = {
         "mixed_128x2k_2x1024_at_4k": 330,
         "decode_b128_2k": 200,
@@ -355,9 +357,9 @@ def test_mixed_batches_are_compared_with_their_parts():
         "decode_b128_2k_fp8": 110,
     }
     for name, us in times.items():
-        table.add(by_name[name], "hopper", Timing(us / 1e6, 0, 1, 3), is_ours=True)
-    table.add(by_name["decode_b128_2k"], "xla", Timing(1, 0, 1, 3), is_ours=True)
-    table.compare()
+        rows.add(by_name[name], "hopper", Timing(us / 1e6, 0, 1, 3), is_ours=True)
+    rows.add(by_name["decode_b128_2k"], "xla", Timing(1, 0, 1, 3), is_ours=True)
+    rows.compare()
     assert report["comparisons"] == {
         "mixed over its decodes and chunks alone": {"hopper": pytest.approx(1.1)},
         "fp8 over bf16": {"hopper": pytest.approx(0.55)},
@@ -369,7 +371,7 @@ def test_mixed_batches_are_compared_with_their_parts():
 
 def test_pages_are_those_of_the_tables():
     tables = np.array([[5, 6, 7], [9, NOWHERE, NOWHERE], [2, 3, NOWHERE]], np.int32)
-    arrays = flashinfer_peer.page_arrays((1, 1, 4), (33, 16, 20), tables, 16)
+    arrays = run_flashinfer.page_arrays((1, 1, 4), (33, 16, 20), tables, 16)
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "q_starts": [0, 1, 2, 6],
         "page_starts": [0, 3, 4, 6],
@@ -381,7 +383,7 @@ def test_pages_are_those_of_the_tables():
 
 def test_without_flashinfer_the_peer_says_so_and_succeeds(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "flashinfer", None)
-    assert flashinfer_peer.main([]) == 0
+    assert run_flashinfer.main([]) == 0
     assert "flashinfer" in json.loads(capsys.readouterr().out)["unavailable"]
 
 
@@ -393,7 +395,7 @@ def test_flashinfer_rows_come_from_its_process(run_kernels, monkeypatch):
     def run(command, **options):
         return subprocess.CompletedProcess(command, 0, stdout="\n".join(printed))
 
-    monkeypatch.setattr(kernels.subprocess, "run", run)
+    monkeypatch.setattr(command.subprocess, "run", run)
     _, _, report = run_kernels("--shapes", "b16_8k,4x4096", "--implementations", "flashinfer,xla", "--no-copies")
     rows = {(row["shape"], row["implementation"]): row for row in report["rows"]}
     assert report["environment"]["flashinfer"] == "0.6.12"

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bench.attention.inputs import Inputs, attend, make_inputs, make_queries
-from bench.attention.shapes import AttentionShape, value_deviations
+from bench.kernels.inputs import Inputs, attend, make_inputs, make_queries
+from bench.kernels.shapes import AttentionShape, value_deviations
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 NUM_LAYERS = 8

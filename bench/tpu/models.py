@@ -1,6 +1,6 @@
-"""Whole models for TPUs that are not there: do parameters, pool and temporaries fit, and what do the chips exchange?
+"""Whole models on absent TPUs: do parameters, pool and temporaries fit, and what do the chips exchange?
 
-``python -m bench.tpu_models`` compiles the decode and the prefill step of each model with the real TPU compiler, all
+``python -m bench.tpu.models`` compiles the decode and the prefill step of each model with the real TPU compiler, all
 layers of it, and saves what the compiler says. Computed, not measured. It needs libtpu
 (``pip install 'jpaged[tpu-aot]'``), and no TPU.
 """
@@ -13,16 +13,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from bench.results import RESULTS, environment, save
-from bench.tpu_compiler import mesh_in, why_no_compiler
+from bench import UsageError
+from bench.report import CONFIGS, Table, environment, save
+from bench.tpu.compiler import mesh_in, why_no_compiler
 from jpaged import EngineConfig
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.programs import Programs
@@ -32,8 +31,6 @@ from jpaged.models import ModelConfig, fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import TENSOR_AXIS
 from pallas_kernels.chips.tpu import chip_of
-
-CONFIGS = Path(__file__).parent / "configs"
 
 TOPOLOGIES = {
     "v5e": {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"},
@@ -48,30 +45,30 @@ PLACES = (
     ("llama3-70b", (("v5e", 8), ("v5e", 16), ("v5p", 8), ("v5p", 16), ("v6e", 8), ("v6e", 16))),
     ("opt-175b", (("v5e", 16), ("v5p", 16), ("v6e", 16))),
 )
-"""Models, and where each is put: a generation and a number of chips."""
+"""Models, and the places of each: a generation and a number of chips."""
 
 MAX_NUM_SEQS = 128
 MAX_BATCHED_TOKENS = 2048
 BLOCK_SIZE = 16
 
 MEMORY_FRACTION = 0.95
-"""Of a chip's memory, for parameters, pool and temporaries together."""
+"""Share of a chip's memory for parameters, pool and temporaries together."""
 
 WORKSPACE = 1 / 32
-"""Of a chip's memory: what the pool leaves to temporaries, as an engine guesses it."""
+"""Share of a chip's memory that the pool leaves to temporaries, as an engine guesses it."""
 
 COLLECTIVE = re.compile(r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the compiler says of one program, on each chip.
+    """The compiler's figures of one program, on each chip.
 
     Args:
-        temporary_bytes: besides parameters, pool and the state of a step.
-        aliased_bytes: of arguments that results take the place of: the pool, above all.
-        collectives: kind -> how many of it the layers and the embedding take.
-        sampling_collectives: likewise, of what chooses tokens.
+        temporary_bytes: bytes besides parameters, pool and the state of a step.
+        aliased_bytes: bytes of arguments that results replace: above all the pool.
+        collectives: kind -> number of collectives of the layers and the embedding.
+        sampling_collectives: kind -> number of collectives of sampling.
     """
 
     num_tokens: int
@@ -89,8 +86,8 @@ class Fit:
     """A model on some chips; bytes are of each chip.
 
     Args:
-        reason: why it does not fit; None if it does.
-        context_tokens: that the pool holds, of all sequences together.
+        reason: why the model does not fit; None if it does.
+        context_tokens: tokens that the pool holds, of all sequences together.
         most_seqs_at_max_len: sequences of the model's whole context that the pool holds.
     """
 
@@ -134,7 +131,7 @@ def fit(name: str, generation: str, num_chips: int, *, num_layers: int | None = 
 
     Args:
         name: a directory of bench/configs.
-        num_layers: fewer than the model has, which compile sooner.
+        num_layers: number of layers, if fewer than the model has.
     """
     config = load_config(CONFIGS / name)
     config = replace(config, num_layers=num_layers or config.num_layers)
@@ -188,7 +185,7 @@ def _compile(programs: Programs, bucket: Bucket) -> Step:
 
 
 def count_collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Kind -> number of the collectives in a compiled program: of its forward pass, and of what chooses tokens."""
+    """Kind -> number of the collectives in a compiled program: of its forward pass, and of sampling."""
     counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for line in hlo.splitlines():
         if (found := COLLECTIVE.search(line)) is not None:
@@ -196,45 +193,37 @@ def count_collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
     return dict(counts[0]), dict(counts[1])
 
 
-# The command ----------------------------------------------------------------------------------------------------------
-
-
 def table(fits: Sequence[Fit]) -> str:
-    """In Markdown."""
-    rows = [
-        "| model | chips | HBM, GiB | parameters | pool | temporaries: decode, prefill | in all | tokens of context | "
-        "all-reduces of the forward pass |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """Rows of all models; sizes in GiB on each chip."""
+    titles = "HBM", "parameters", "pool", "temporaries: decode, prefill", "in all", "tokens of context", "all-reduces"
+    rows = {}
     for each in fits:
-        head = f"| {each.model} | {each.num_chips} x {each.generation} | {_gib(each.hbm_bytes)} "
+        cells = [_gib(each.hbm_bytes), _gib(each.parameter_bytes)]
         if each.reason is not None:
-            rows.append(f"{head}| {_gib(each.parameter_bytes)} | does not fit | | | | |")
-            continue
-        temporaries = ", ".join(_gib(step.temporary_bytes) for step in each.steps)
-        reduces = ", ".join(str(step.collectives.get("all-reduce", 0)) for step in each.steps)
-        rows.append(
-            f"{head}| {_gib(each.parameter_bytes)} | {_gib(each.pool_bytes)} | {temporaries} | "
-            f"{_gib(each.total_bytes)} | {each.context_tokens:,} | {reduces} ({each.num_layers} layers) |"
-        )
-    return "\n".join(rows)
+            cells.append("does not fit")
+        else:
+            temporaries = ", ".join(_gib(step.temporary_bytes) for step in each.steps)
+            reduces = ", ".join(str(step.collectives.get("all-reduce", 0)) for step in each.steps)
+            cells += [_gib(each.pool_bytes), temporaries, _gib(each.total_bytes), f"{each.context_tokens:,}", reduces]
+        rows[f"{each.model} on {each.num_chips} x {each.generation}"] = cells
+    return Table("GiB on each chip", *titles).text(rows)
 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / (1 << 30):.2f}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compile what was asked for and save it; the exit status says whether all of it compiled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
     parser.add_argument("--model", choices=[name for name, _ in PLACES], help="only this one")
     parser.add_argument("--generation", choices=TOPOLOGIES, help="only this one")
-    parser.add_argument("--layers", type=int, help="of each model; all by default")
-    parser.add_argument("--commit", help="the commit, where there is no git to ask")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the result (default: %(default)s)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--layers", type=int, help="layers of each model (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile the models asked for and save their sizes."""
     if (reason := why_no_compiler()) is not None:
-        parser.error(reason)
+        raise UsageError(reason)
     asked = [
         (name, generation, num_chips)
         for name, places in PLACES
@@ -253,11 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "settings": {"dtype": "bfloat16", "block_size": BLOCK_SIZE, "memory_fraction": MEMORY_FRACTION},
             "fits": [asdict(each) | {"total_bytes": each.total_bytes} for each in fits],
         }
-        save("tpu_models", content, args.output)
+        save("tpu_models", content, args.out)
     print(table(fits))
     return 0
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    sys.exit(main())

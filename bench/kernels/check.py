@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from bench.attention.inputs import Inputs, attend, head_options, make_inputs, make_queries
-from bench.attention.shapes import NOWHERE, AttentionShape
+from bench.kernels.inputs import Inputs, attend, head_options, make_inputs, make_queries
+from bench.kernels.shapes import NOWHERE, AttentionShape
 
 LAYER, NUM_LAYERS = 1, 2
 

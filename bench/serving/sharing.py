@@ -1,31 +1,33 @@
 """Blocks that sharing saves in the engine, on the model in the box, beside the paper's (PagedAttention, figure 15).
 
-    python -m bench.sharing --device cpu
+    python -m bench sharing --device cpu
 
 Requests with several samples, and beam searches, over Python source that the model was not trained on. Prints a table,
 writes ``bench/results/sharing_demo_DEVICE.json``.
 """
 
 import argparse
-import os
-import sys
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from tqdm import tqdm
+
+from bench.report import Table, device_name, save, start_report
+from bench.serving.runs import as_prompts
 from bench.workloads import Workload, alpaca, sharegpt
-
-if TYPE_CHECKING:
-    from jpaged import LLM, SamplingParams
+from jpaged import LLM, BeamSearchParams, SamplingParams
+from jpaged.demo.corpus import SourceFile
 
 WIDTHS = (2, 4, 6)
 KINDS = ("parallel", "beam")
 MAX_NUM_SEQS = 96
 
 type Percent = float | tuple[float, float]
-"""A figure of the paper's, or the ends of the range it states."""
+"""A figure of the paper, or the ends of the range it states."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Trace:
 
     Args:
         name: the data set.
-        lengths: how they were drawn, in words.
+        lengths: distribution of the lengths, in words.
         work: prompts, of which only the lengths are used, and output lengths.
-        paper: percent of blocks saved, by kind; one for each width, or what the paper says of all.
+        paper: percent of blocks saved in the paper, by kind and width.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Saving:
-    """Blocks in the tables of running sequences and distinct blocks among them, each summed over all steps."""
+    """Blocks in the tables of running sequences and the distinct ones among them, each summed over all steps."""
 
     num_logical_blocks: int
     num_physical_blocks: int
@@ -79,35 +81,24 @@ def make_traces(context_len: int) -> tuple[Trace, ...]:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.sharing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--device", choices=("auto", "cpu"), default="auto", help="cpu keeps JAX off any accelerator")
-    add("--out", type=Path, default=Path(__file__).parent / "results", help="directory of the result file")
-    add("--commit", help="commit to record, where there is no git")
-    args = parser.parse_args(argv)
-    if args.device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-    from tqdm import tqdm
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """This benchmark has no options of its own."""
 
-    from bench.results import environment, save
-    from jpaged import LLM
 
-    # Between requests only what one request shares counts: without the prefix cache nothing else is shared.
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and save."""
+    # Without the prefix cache only the samples or beams of one request share blocks.
     llm = LLM(max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=512, enable_prefix_caching=False)
     texts = held_out_tokens(llm.tokenizer)
     traces = make_traces(llm.max_model_len)
     num_tokens = sum(sum(WIDTHS) * len(KINDS) * trace.work.num_output_tokens for trace in traces)
-    report: dict[str, Any] = {
-        "environment": environment(args.commit),
-        "model": "the model in the box",
-        "block_size": llm.engine.config.block_size,
-        "prompts": "Python source held out from the model's training",
-        "traces": {},
-    }
+    report = start_report(
+        args,
+        model="the model in the box",
+        block_size=llm.engine.config.block_size,
+        prompts="Python source held out from the model's training",
+        traces={},
+    )
     with tqdm(total=num_tokens, desc="Generating", unit="token") as bar:
         for trace in traces:
             prompts = cut_prompts(texts, [len(prompt) for prompt in trace.work.prompts])
@@ -117,24 +108,19 @@ def main(argv: list[str] | None = None) -> int:
             }
             report["traces"][trace.name] = _describe(trace, savings)
     print(render(report))
-    path = save(f"sharing_demo_{jax.default_backend()}", report, args.out)
-    print(f"written to {path}")
+    print(f"written to {save(f'sharing_demo_{device_name()}', report, args.out)}")
     return 0
 
 
 def held_out_tokens(tokenizer: Any) -> list[list[int]]:
-    """The standard library's modules, packages left out, that the model in the box was not trained on."""
-    from jpaged.demo.corpus import SourceFile
-
+    """Tokens of the standard library's top-level modules that the model in the box was not trained on."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [SourceFile(path.name, path.read_text("utf-8")) for path in sorted(root.glob("*.py"))]
     return [tokenizer.encode(file.text) for file in files if file.is_held_out]
 
 
 def cut_prompts(texts: list[list[int]], lengths: list[int]) -> list[list[int]]:
-    """One piece of a text for each length; every token that can begin a piece is as likely as any other."""
-    import numpy as np
-
+    """One piece of a text for each length. Every token that can begin a piece is equally likely."""
     rng = np.random.default_rng(23)
     prompts = []
     for length in lengths:
@@ -145,22 +131,20 @@ def cut_prompts(texts: list[list[int]], lengths: list[int]) -> list[list[int]]:
     return prompts
 
 
-def _params(work: Workload, kind: str, width: int) -> "list[SamplingParams]":
-    """As many tokens as the trace says, whatever the model would end with."""
-    from jpaged import BeamSearchParams, SamplingParams
-
+def _params(work: Workload, kind: str, width: int) -> list[SamplingParams]:
+    """Parameters that make as many tokens as the trace says."""
     if kind == "beam":
         return [BeamSearchParams(width, n, ignore_eos=True).to_sampling_params() for n in work.output_lens]
     return [SamplingParams(n=width, max_tokens=n, ignore_eos=True) for n in work.output_lens]
 
 
-def _measure(llm: "LLM", prompts: list[list[int]], params: "list[SamplingParams]", bar: Any) -> Saving:
+def _measure(llm: LLM, prompts: list[list[int]], params: list[SamplingParams], bar: Any) -> Saving:
     scheduler, copies_before = llm.engine.scheduler, llm.stats().num_copies_on_write
     before = scheduler.stats()
-    for delta in llm.stream([{"prompt_token_ids": prompt} for prompt in prompts], params):
+    for delta in llm.stream(as_prompts(prompts), params):
         bar.update(len(delta.token_ids))
     after = scheduler.stats()
-    assert after.num_preemptions == before.num_preemptions, "blocks are counted while all of a request's are there"
+    assert after.num_preemptions == before.num_preemptions, "counts are of requests that hold all their blocks"
     return Saving(
         after.num_logical_blocks - before.num_logical_blocks,
         after.num_physical_blocks - before.num_physical_blocks,
@@ -188,16 +172,20 @@ def render(report: dict[str, Any]) -> str:
     """The table: percent of blocks saved, here and in the paper."""
     lines = [f"Blocks saved by sharing, blocks of {report['block_size']}, {report['model']}"]
     for name, trace in report["traces"].items():
-        lines += [
+        lines.append(
             f"\n{name}: {trace['num_requests']} requests of {trace['mean_prompt_len']:.1f} tokens in and "
-            f"{trace['mean_output_len']:.1f} out on average; {trace['lengths']}",
-            f"{'':20} {'here':>8} {'paper':>14}",
-        ]
-        for figure in trace["figures"]:
-            label = f"{'beam width' if figure['kind'] == 'beam' else 'samples'} {figure['width']}"
-            lines.append(f"  {label:18} {figure['percent']:7.2f}% {_percent(figure['paper']):>14}")
+            f"{trace['mean_output_len']:.1f} out on average; {trace['lengths']}"
+        )
+        rows = {
+            f"  {'beam width' if figure['kind'] == 'beam' else 'samples'} {figure['width']}": [
+                f"{figure['percent']:.2f}%",
+                _percent(figure["paper"]),
+            ]
+            for figure in trace["figures"]
+        }
+        lines.append(Table("", "here", "paper", first=20, width=14).text(rows))
     lines.append(
-        "\nWhat samples share follows from the lengths; how long beams share a past is up to the model: this one has\n"
+        "\nThe lengths decide how much samples share; the model decides how long beams share a past. This model has\n"
         "4 million parameters, the paper's 13 billion."
     )
     return "\n".join(lines) + "\n"
@@ -205,7 +193,3 @@ def render(report: dict[str, Any]) -> str:
 
 def _percent(paper: Percent) -> str:
     return f"{paper:.2f}%" if isinstance(paper, int | float) else f"{paper[0]:.1f} to {paper[1]:.1f}%"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

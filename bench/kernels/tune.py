@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bench.attention.check import TOLERANCE
-from bench.attention.compiling import Source, compile_all, one_line
-from bench.attention.contenders import NUM_LAYERS, NUM_OUR_LAYERS
-from bench.attention.inputs import Inputs, make_inputs, make_queries
-from bench.attention.shapes import AttentionShape
-from bench.attention.timing import time_program
+from bench.kernels.check import TOLERANCE
+from bench.kernels.compiling import Source, compile_all, one_line
+from bench.kernels.contenders import NUM_LAYERS, NUM_OUR_LAYERS
+from bench.kernels.inputs import Inputs, make_inputs, make_queries
+from bench.kernels.shapes import AttentionShape
+from bench.kernels.timing import time_program
 from pallas_kernels.paged_attention.hopper import attend_hopper, tuning
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 from pallas_kernels.paged_attention.hopper.tuning import Sizes
