@@ -1,4 +1,4 @@
-"""The mesh, and which logical axis of which array lies along it."""
+"""The mesh, and the logical axes that are split over it."""
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -9,14 +9,14 @@ from pallas_kernels import KV_HEAD_AXIS
 TENSOR_AXIS = "tensor"
 
 SHARDED_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab"})
-"""Logical axes split over the tensor axis; all others are replicated."""
+"""Logical axes that are split over the tensor axis; all other axes are replicated."""
 
 
 def make_mesh(tensor_parallel_size: int = 1) -> Mesh:
-    """A mesh of the first ``tensor_parallel_size`` devices with the one axis "tensor".
+    """Make a mesh of the first ``tensor_parallel_size`` devices, with the one axis "tensor".
 
     Raises:
-        ValueError: not a positive number, more devices than there are, or so few that a process has none of them.
+        ValueError: the number is not positive, exceeds the devices, or leaves a process without a device.
     """
     devices = jax.devices()
     if not 1 <= tensor_parallel_size <= len(devices):
@@ -32,13 +32,13 @@ def make_mesh(tensor_parallel_size: int = 1) -> Mesh:
 
 
 def check_divisible(mesh: Mesh, **sizes: int) -> None:
-    """Checks that every device gets whole heads and equal shares.
+    """Check that every device gets whole heads and equal shares.
 
     Args:
-        sizes: name -> size of what is split over the tensor axis, such as ``num_kv_heads=8``.
+        sizes: name -> size of an axis that is split over the tensor axis, such as ``num_kv_heads=8``.
 
     Raises:
-        ValueError: a size that the number of devices does not divide.
+        ValueError: the number of devices does not divide a size.
     """
     parts = mesh.shape[TENSOR_AXIS]
     for name, size in sizes.items():
@@ -50,25 +50,25 @@ def check_divisible(mesh: Mesh, **sizes: int) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array: block tables, step inputs, tokens."""
+    """Return the sharding of arrays that every device holds whole: block tables, step inputs, tokens."""
     return NamedSharding(mesh, P())
 
 
 def pool_sharding(mesh: Mesh) -> NamedSharding:
-    """The block pool, split by kv head."""
+    """Return the sharding of the block pool, split by KV head."""
     return NamedSharding(mesh, pool_spec())
 
 
 def pool_spec() -> P:
-    """Of ``pool_sharding``."""
+    """Return the partition spec of ``pool_sharding``."""
     return P(*[None] * KV_HEAD_AXIS, TENSOR_AXIS)
 
 
 def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of a parameter whose axes carry these names.
+    """Return the sharding of a parameter whose axes carry these names.
 
-    A vocabulary that the mesh does not divide is replicated: sizes like 50,257 are common and, unlike heads, nothing
-    else has to agree with them.
+    A vocabulary that the mesh does not divide is replicated. Sizes like 50,257 are common, and no other array depends
+    on the split of the vocabulary.
     """
     parts = mesh.shape[TENSOR_AXIS]
     named = zip(shape, logical_axes, strict=True)

@@ -13,7 +13,7 @@ from pallas_kernels.block_pool import (
     write_kv,
     write_kv_quantized,
 )
-from pallas_kernels.paged_attention import best_implementation, paged_attention
+from pallas_kernels.paged_attention import best_implementation, paged_attention, write_and_attend
 
 __all__ = [
     "KV_HEAD_AXIS",
@@ -27,6 +27,7 @@ __all__ = [
     "kv_scales_shape",
     "paged_attention",
     "scatter_blocks",
+    "write_and_attend",
     "write_kv",
     "write_kv_quantized",
 ]

@@ -1,4 +1,4 @@
-"""What is written beside the demo model's weights: its tokenizer, its card, and the record of its training."""
+"""The files beside the demo model's weights: tokenizer, model card, and record of the training."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from jpaged.demo.corpus import END_OF_TEXT, END_OF_TEXT_ID, HELD_OUT_PERCENT, Corpus
 
-# A completion model in a chat: what was said so far is one source text, a line break between turns.
+# A completion model in a chat reads the conversation as one source text, with a line break between messages.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{{ '' if loop.last and not add_generation_prompt else '\n' }}{% endfor %}"
@@ -17,7 +17,7 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of a corpus; its tokens include an end of text after each file."""
+    """The size of one part of a corpus; the tokens include an end of text after each file."""
 
     files: int
     num_bytes: int
@@ -26,7 +26,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What the weights at one step give: training loss in nats a token, held-out bits per byte."""
+    """Losses at one step: training loss in nats a token, held-out bits per byte."""
 
     step: int
     seconds: float
@@ -58,7 +58,7 @@ class Report:
 
 
 def describe(corpus: Corpus) -> dict[str, Part]:
-    """Sizes of a corpus's four parts."""
+    """Measure the four parts of a corpus."""
     parts = {}
     for is_held_out, use in ((False, "training"), (True, "held out")):
         for is_test, kind in ((False, "library"), (True, "tests")):
@@ -98,8 +98,8 @@ def write_card(directory: Path, report: Report, sample: str) -> None:
     """Write the model card, ``README.md``.
 
     Args:
-        directory: the checkpoint's.
-        report: of the run that made the checkpoint.
+        directory: directory of the checkpoint.
+        report: record of the run that made the checkpoint.
         sample: a prompt and its completion.
     """
     recipe, final = report.recipe, report.final

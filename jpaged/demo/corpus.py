@@ -1,4 +1,4 @@
-"""The demo model's corpus: which source files it reads, which are held out, and the tokenizer learnt from the rest."""
+"""The demo model's corpus: its source files, the held-out part, and the tokenizer learnt from the training part."""
 
 import ast
 import hashlib
@@ -15,13 +15,13 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 HELD_OUT_PERCENT = 5
 
-# Not prose a programmer wrote: conversion tables, generated documentation, and what a build left behind.
+# Text that no programmer wrote: conversion tables, generated documentation, build artefacts.
 _SKIPPED_DIRECTORIES = frozenset({"__pycache__", "encodings", "pydoc_data", "site-packages"})
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 _TEST_DIRECTORIES = frozenset({"idle_test", "test", "tests"})
 
-# A line break, an indentation and a word are separate pieces, so that a prompt may end after any of them and still be
-# cut the way the training text was. A single space belongs to the word it precedes; digits stand alone.
+# A line break, an indentation and a word are separate pieces: a prompt that ends after any of them is cut like the
+# training text. A single space belongs to the word after it; each digit is a piece.
 _PIECES = Regex(r" ?[\p{L}_]+| ?\p{N}| ?[^\s\p{L}\p{N}_]+|\n+| {2,}|\s")
 
 
@@ -39,7 +39,7 @@ class SourceFile:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether the file is for evaluation only. Depends on nothing but its path."""
+        """Whether the file is for evaluation only, which depends on its path alone."""
         return int.from_bytes(hashlib.sha256(self.path.encode()).digest()[:8]) % 100 < HELD_OUT_PERCENT
 
     @property
@@ -65,7 +65,7 @@ def read_source_files(root: Path) -> list[SourceFile]:
     """Read a library's Python files: UTF-8, parseable, each text once, in the order of their paths.
 
     Args:
-        root: the library's directory, such as ``sysconfig.get_path("stdlib")``.
+        root: directory of the library, such as ``sysconfig.get_path("stdlib")``.
 
     Raises:
         ValueError: ``root`` holds no such file.
@@ -87,7 +87,7 @@ def read_source_files(root: Path) -> list[SourceFile]:
 
 
 def digest(files: Iterable[SourceFile]) -> str:
-    """SHA-256 over paths and texts, to tell whether two runs read the same corpus."""
+    """Compute SHA-256 over paths and texts: equal digests mean equal corpora."""
     sha = hashlib.sha256()
     for file in files:
         sha.update(f"{file.path}\0{file.text}\0".encode())
@@ -95,11 +95,11 @@ def digest(files: Iterable[SourceFile]) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE whose id 0 is ``<|endoftext|>``; decoding gives back any text, spaces included.
+    """Learn a byte-level BPE whose id 0 is ``<|endoftext|>``; decoding restores any text, spaces included.
 
     Args:
-        texts: the training files' texts.
-        vocab_size: tokens in all; the end of text and 256 bytes come first.
+        texts: texts of the training files.
+        vocab_size: number of tokens; the end of text and 256 bytes come first.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
@@ -121,28 +121,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A library's files and the tokenizer learnt from those that are not held out."""
+    """A library's files, and the tokenizer learnt from its training files."""
 
     files: Sequence[SourceFile]
     tokenizer: Tokenizer
 
     def select(self, *, is_test: bool, is_held_out: bool) -> list[SourceFile]:
-        """The files of one part, in the order of their paths."""
+        """Return the files of one part, in the order of their paths."""
         return [file for file in self.files if (file.is_test, file.is_held_out) == (is_test, is_held_out)]
 
     def encode(self, files: Iterable[SourceFile]) -> list[list[int]]:
-        """Token ids of each file, between two ends of text."""
+        """Return the token ids of each file, between two ends of text."""
         encodings = self.tokenizer.encode_batch_fast([file.text for file in files], add_special_tokens=False)
         return [[END_OF_TEXT_ID, *encoding.ids, END_OF_TEXT_ID] for encoding in encodings]
 
     def training_stream(self) -> tuple[UInt16[np.ndarray, "corpus_len"], int]:
-        """The training files' tokens, an end of text after each file: the library's first, and how many those are."""
+        """Return the training tokens, each file with an end of text, and how many at the start are the library's."""
         parts = [self.encode(self.select(is_test=is_test, is_held_out=False)) for is_test in (False, True)]
         library, tests = (np.asarray([id for ids in part for id in ids[1:]], np.uint16) for part in parts)
         return np.concatenate([library, tests]), len(library)
 
 
 def read_corpus(root: Path, vocab_size: int) -> Corpus:
-    """Read a library (see ``read_source_files``) and learn a tokenizer of ``vocab_size`` from its training files."""
+    """Read a library (see ``read_source_files``), and learn a tokenizer of ``vocab_size`` from its training files."""
     files = read_source_files(root)
     return Corpus(files, train_tokenizer((file.text for file in files if not file.is_held_out), vocab_size))

@@ -1,4 +1,4 @@
-"""The demo model without a cache: its likelihood of texts, in bits per byte, and a sample of its completions."""
+"""The demo model without a cache: bits per byte of texts, and sample completions."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def _dropped(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) -
 def dense_attend(
     num_windows: int, *, dropout: float = 0.0, key: PRNGKeyArray | None = None, attention: Attention = "xla"
 ) -> Attend:
-    """Causal attention within each of ``num_windows`` equally long windows that lie one after another."""
+    """Make causal attention within each of ``num_windows`` windows of equal length, one after another."""
 
     def attend(
         layer: int,
@@ -42,7 +42,7 @@ def dense_attend(
     ) -> Float[Array, "tokens num_heads head_dim"]:
         assert sliding_window is None, "the demo model attends to its whole context"
         q, k, v = (x.reshape(num_windows, -1, *x.shape[1:]) for x in (q, k, v))
-        with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes bfloat16 to float32 here
+        with jax.numpy_dtype_promotion("standard"):  # JAX itself promotes bfloat16 to float32 here
             out = jax.nn.dot_product_attention(q, k, v, scale=sm_scale, is_causal=True, implementation=attention)
         out = out.reshape(-1, *out.shape[2:])
         return _dropped(out, dropout, None if key is None else jax.random.fold_in(key, layer))
@@ -66,13 +66,13 @@ def token_nats(
     key: PRNGKeyArray | None = None,
     attention: Attention = "xla",
 ) -> Float32[Array, "batch context"]:
-    """Negative log-likelihood of each window's tokens but the first, given those before it in the window.
+    """Compute the negative log-likelihood of each window's tokens but the first, given the tokens before.
 
     Args:
-        model: computes in the dtype it was built with.
+        model: model, which computes in its own dtype.
         windows: token ids.
         dropout: rate at which elements of every attention's output and of the final hidden state are dropped.
-        key: draws what is dropped; without one nothing is.
+        key: random key of the dropout; None drops nothing.
         attention: the implementation of dense attention.
     """
     attend = dense_attend(windows.shape[0], dropout=dropout, key=key, attention=attention)
@@ -95,15 +95,15 @@ def _sum_nats(
 def bits_per_byte(
     model: LlamaForCausalLM, sequences: Sequence[Sequence[int]], num_bytes: int, *, batch_size: int = 16
 ) -> float:
-    """The length of texts under the model: the bits of all their tokens over their bytes of UTF-8.
+    """Compute the bits of all tokens of the texts under the model, divided by the texts' bytes of UTF-8.
 
-    A sequence is cut into windows as long as the model's context, and a token is predicted from its own window alone:
-    a window that slid would see more and give a little less.
+    A sequence is cut into windows of the model's context length, and a token is predicted from its own window alone.
+    Sliding windows would see more context and give slightly fewer bits.
 
     Args:
-        model: computes in the dtype it was built with.
-        sequences: each text's token ids after one that stands for its start; all but that first one are predicted.
-        num_bytes: of all texts.
+        model: model, which computes in its own dtype.
+        sequences: token ids of each text, after a token for its start, which is not predicted.
+        num_bytes: bytes of all texts.
         batch_size: windows computed at once.
     """
     context_len = model.config.max_model_len
@@ -142,7 +142,7 @@ def _draw(
 def complete(
     model: LlamaForCausalLM, prompt_ids: Sequence[int], num_tokens: int, *, temperature: float = 0.5, seed: int = 0
 ) -> list[int]:
-    """Draw ``num_tokens`` after the prompt, recomputing everything for each: for a look at the model, not for use."""
+    """Draw ``num_tokens`` tokens after the prompt. Each token recomputes the whole text: for samples only."""
     graphdef, params = nnx.split(model)
     start = len(prompt_ids)
     ids = np.zeros((1, start + num_tokens), np.int32)

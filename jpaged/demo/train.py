@@ -1,4 +1,4 @@
-"""Trains the model in the box on the Python source of a standard library: ``python -m jpaged.demo.train``."""
+"""The training of the model in the box, on the Python source of a standard library: ``python -m jpaged.demo.train``."""
 
 import argparse
 import platform
@@ -37,7 +37,7 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What decides the trained weights, besides the corpus and the machine. Each field is an option of the script."""
+    """The settings of a training run. Each field is an option of the script."""
 
     steps: int = _option(2000, "optimizer steps")
     minutes: float = _option(0.0, "end the schedule by this time if the steps take longer; 0: steps alone, repeatable")
@@ -65,7 +65,7 @@ class Recipe:
             raise ValueError(f"dropout={self.dropout}, library_share={self.library_share}: expected shares of 1")
 
     def model_config(self) -> LlamaConfig:
-        """The model's shape: tied embeddings, heads of 64, two query heads to a KV head, bfloat16."""
+        """Return the model's shape: tied embeddings, heads of 64, two query heads per KV head, bfloat16."""
         return LlamaConfig(
             architecture="LlamaForCausalLM",
             vocab_size=self.vocab_size,
@@ -86,14 +86,14 @@ class Recipe:
 
 
 class Stream(NamedTuple):
-    """The training tokens on the device, and how many of them, from the start, are the library's."""
+    """The training tokens on the device, and the number of library tokens, which come first."""
 
     tokens: UInt16[Array, "corpus_len"]
     library_len: Int32[Array, ""]
 
 
 class TrainState(NamedTuple):
-    """Master weights in float32 and the optimizer's moments. Donated to the call that advances it."""
+    """Master weights in float32 and the optimizer's moments; donated to the call that advances them."""
 
     params: nnx.State
     opt_state: optax.OptState
@@ -104,7 +104,7 @@ TrainCall = Callable[[TrainState, Stream, PRNGKeyArray, Array], tuple[TrainState
 
 
 def learning_rates(progress: Float64[np.ndarray, "steps"], peak: float) -> Float32[np.ndarray, "steps"]:
-    """Linear warm-up, then a cosine to zero, by the share of the run that is done."""
+    """Return a linear warm-up, then a cosine to zero, over the finished share of the run."""
     progress = np.clip(progress, 0.0, 1.0)
     cosine = 0.5 * (1 + np.cos(np.pi * (progress - _WARMUP) / (1 - _WARMUP)))
     return (peak * np.where(progress < _WARMUP, progress / _WARMUP, cosine)).astype(np.float32)
@@ -113,7 +113,7 @@ def learning_rates(progress: Float64[np.ndarray, "steps"], peak: float) -> Float
 def draw_windows(
     stream: Stream, key: PRNGKeyArray, batch_size: int, window_len: int, library_share: float
 ) -> Int32[Array, "batch window"]:
-    """Windows of consecutive tokens that start anywhere in the library or, with what is left of 1, in its tests."""
+    """Draw windows of consecutive tokens: from the library with probability ``library_share``, else from its tests."""
     choice_key, start_key = jax.random.split(key)
     last_start = stream.tokens.shape[0] - window_len
     is_library = jax.random.bernoulli(choice_key, library_share, (batch_size,))
@@ -124,7 +124,7 @@ def draw_windows(
 
 
 def make_optimizer(weight_decay: float) -> optax.GradientTransformation:
-    """AdamW on gradients clipped to norm 1; the caller scales its updates by the learning rate."""
+    """Make AdamW on gradients clipped to norm 1; the caller scales the updates by the learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.95),
@@ -133,19 +133,19 @@ def make_optimizer(weight_decay: float) -> optax.GradientTransformation:
 
 
 def as_dtype(params: nnx.State, dtype: Any) -> nnx.State:
-    """The same weights in another dtype."""
+    """Convert the weights to another dtype."""
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def init_state(model: LlamaForCausalLM, recipe: Recipe) -> tuple[nnx.GraphDef, TrainState]:
-    """The model's structure, and float32 master weights that start from its own."""
+    """Return the model's structure, and float32 master weights with the model's values."""
     graphdef, params = nnx.split(model)
     params = as_dtype(params, jnp.float32)
     return graphdef, TrainState(params, make_optimizer(recipe.weight_decay).init(params), jnp.int32(0))
 
 
 def make_train_call(graphdef: nnx.GraphDef, recipe: Recipe, attention: Attention = "xla") -> TrainCall:
-    """A jitted call that takes one step per learning rate given and returns each step's loss, in nats a token.
+    """Make a jitted call that takes one step per learning rate, and returns each step's loss in nats a token.
 
     The model computes in bfloat16, from float32 weights.
     """
@@ -173,7 +173,7 @@ def make_train_call(graphdef: nnx.GraphDef, recipe: Recipe, attention: Attention
 
 
 def evaluate(model: LlamaForCausalLM, corpus: Corpus, *, is_test: bool) -> float:
-    """Bits per byte of the held-out files of the library or of its tests."""
+    """Compute bits per byte of the held-out files, of the library or of its tests."""
     files = corpus.select(is_test=is_test, is_held_out=True)
     return bits_per_byte(model, corpus.encode(files), sum(file.num_bytes for file in files))
 
@@ -189,14 +189,14 @@ def train(
     """Train a model from scratch, with a progress bar.
 
     Args:
-        corpus: read with ``recipe.vocab_size``.
-        recipe: all that decides the result.
-        evaluate_every: steps between evaluations; the last step is always followed by one.
-        attention: the implementation of dense attention.
-        on_evaluation: called with the model and all evaluations so far, after each.
+        corpus: corpus with a tokenizer of ``recipe.vocab_size``.
+        recipe: settings of the run.
+        evaluate_every: steps between evaluations; the last step is always evaluated.
+        attention: implementation of dense attention.
+        on_evaluation: callback after each evaluation, with the model and all evaluations so far.
 
     Returns:
-        The last weights, rounded to bfloat16 as they are in every evaluation.
+        The last weights, rounded to bfloat16 as in every evaluation.
     """
     model = LlamaForCausalLM(recipe.model_config(), dtype=jnp.bfloat16, rngs=nnx.Rngs(recipe.seed))
     graphdef, state = init_state(model, recipe)
@@ -209,7 +209,7 @@ def train(
         while progress < 1:
             num_steps = min(STEPS_PER_CALL, recipe.steps - step)
             rates = learning_rates(progress + np.arange(num_steps) / recipe.steps, recipe.learning_rate)
-            with jax.numpy_dtype_promotion("standard"):  # optax and the gradient of JAX's attention need it
+            with jax.numpy_dtype_promotion("standard"):  # optax and the gradient of JAX's attention need promotion
                 state, losses = call(state, stream, key, jnp.asarray(rates))
             train_nats, seconds = float(losses.mean()), time.monotonic() - started
             step += num_steps
@@ -228,7 +228,7 @@ def train(
 def save(directory: Path, model: LlamaForCausalLM, corpus: Corpus, report: Report) -> None:
     """Write a checkpoint directory: weights, configuration, tokenizer and card."""
     save_checkpoint(model, model.config, directory)
-    (directory / "model.safetensors").chmod(0o644)  # safetensors makes it private
+    (directory / "model.safetensors").chmod(0o644)  # safetensors makes the file private
     write_tokenizer(directory, corpus.tokenizer, model.config.max_position_embeddings)
     drawn = complete(model, corpus.tokenizer.encode(SAMPLE_PROMPT).ids, num_tokens=120)
     write_card(directory, report, SAMPLE_PROMPT + corpus.tokenizer.decode(drawn).partition(END_OF_TEXT)[0])
@@ -256,7 +256,7 @@ def parse_args(args: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file is in, None outside of one."""
+    """Return the commit of this file's checkout; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -3,23 +3,42 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, KvScales, check_kv_scales, is_quantized, num_kv_heads_of
+from pallas_kernels.block_pool.layout import (
+    BlockPool,
+    KvScales,
+    check_kv_scales,
+    check_static_layer,
+    is_quantized,
+    shape_of,
+)
+from pallas_kernels.chips import here
+from pallas_kernels.dispatch import INTERPRETERS, Choice, best_implementation, why_cannot_run
 from pallas_kernels.paged_attention import hopper, tpu
-from pallas_kernels.paged_attention.hopper.tuning import default_device
 from pallas_kernels.paged_attention.reference import attend_reference
 from pallas_kernels.paged_attention.xla import attend_xla
 
 log = logging.getLogger(__name__)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "INTERPRETERS",
+    "Attended",
+    "Choice",
+    "best_implementation",
+    "kernels_here",
+    "paged_attention",
+    "pool_rows",
+    "why_cannot_run",
+    "why_not_here",
+    "write_and_attend",
+]
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": attend_reference,
@@ -29,49 +48,14 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
 }
 """Every implementation by name; each takes the arguments of ``paged_attention``, checked, with the scale filled in."""
 
-INTERPRETERS = {"hopper": plgpu.InterpretGPUParams, "pallas_tpu": pltpu.InterpretParams}
-"""What runs the kernels of an implementation anywhere, slowly: settings of Pallas's interpreters, by name."""
-
-TITLES = {"hopper": "Hopper", "pallas_tpu": "TPU"}
-
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """An implementation's name, and why it was chosen."""
-
-    name: str
-    reason: str
-
-
-def best_implementation(case: str | None = None, num_devices: int | None = None) -> Choice:
-    """The implementation that ``implementation=None`` means on this process's default device.
-
-    Args:
-        case: why the device's own kernels cannot take the case at hand, as ``why_not_here`` says it.
-        num_devices: how many the arrays are spread over. If None, all that this process has, since a traced array does
-            not say; except under ``jax.shard_map``, where every device has its own.
-    """
-    name, reason = _kernels_here()
-    if reason is not None:
-        return Choice("xla", f"{reason}; the portable one runs everywhere")
-    if num_devices is None:
-        num_devices = 1 if jax.sharding.get_abstract_mesh().manual_axes else jax.device_count()
-    if num_devices > 1:
-        return Choice(
-            "xla", f"over {num_devices} devices: the compiler splits no kernel of ours, but jax.shard_map does"
-        )
-    if case is not None:
-        return Choice("xla", f"the {TITLES[name]} kernels do not take {case}")
-    return Choice(name, "our kernels for this device")
 
 
 def why_not_here(
     q_shape: tuple[int, ...], q_dtype: jnp.dtype, pool_shape: tuple[int, ...], pool_dtype: jnp.dtype
 ) -> str | None:
     """Why the kernels for this device cannot take a case; None if they can."""
-    name, _ = _kernels_here()
+    name = kernels_here()
     why_not = tpu.why_not_tpu if name == "pallas_tpu" else hopper.why_not
     return why_not(q_shape, q_dtype, pool_shape, pool_dtype)
 
@@ -88,23 +72,8 @@ def pool_rows(num_kv_heads: int, head_dim: int, implementation: str, num_devices
 
 
 def kernels_here() -> str:
-    """The implementation made for this device, or for the one being compiled for, whether or not it can run there."""
-    name, _ = _kernels_here()
-    return name
-
-
-def why_cannot_run(name: str) -> str | None:
-    """Why an implementation cannot run on this process's default device; None if it can."""
-    own = {"hopper": hopper.why_no_device, "pallas_tpu": tpu.why_no_device}
-    return own[name]() if name in own else None
-
-
-def _kernels_here() -> tuple[str, str | None]:
-    """``kernels_here``, and why they cannot run."""
-    reason = why_cannot_run("pallas_tpu")
-    if reason is None or default_device().platform == "tpu":
-        return "pallas_tpu", reason
-    return "hopper", why_cannot_run("hopper")
+    """The implementation made for this device, or for the device compiled for, whether or not it can run there."""
+    return here.own_kernels()
 
 
 @cache
@@ -180,8 +149,7 @@ def paged_attention(
     if implementation is None:
         choice = best_implementation(why_not_here(q.shape, q.dtype, pool.shape, pool.dtype))
         implementation = choice.name
-        _, no_device = _kernels_here()
-        if no_device is None and implementation == "xla":
+        if why_cannot_run(kernels_here()) is None and implementation == "xla":
             _log_fallback(choice.reason)
     interpreter = {"interpret": INTERPRETERS[implementation]()} if interpret else {}
     return IMPLEMENTATIONS[implementation](
@@ -202,32 +170,102 @@ def paged_attention(
     )
 
 
+class Attended(NamedTuple):
+    """Outputs of ``write_and_attend``, and the pool and scales with the step's K and V."""
+
+    out: Float[Array, "tokens num_heads head_dim"]
+    pool: BlockPool
+    kv_scales: KvScales | None
+
+
+def write_and_attend(
+    q: Float[Array, "tokens num_heads head_dim"],
+    k: Float[Array, "tokens num_kv_heads head_dim"],
+    v: Float[Array, "tokens num_kv_heads head_dim"],
+    pool: BlockPool,
+    layer: int,
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    kv_lens: Int[Array, " num_seqs"],
+    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    *,
+    sm_scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Float[Array, " num_heads"] | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    kv_scales: KvScales | None = None,
+    is_decode: bool = False,
+    interpret: bool = False,
+) -> Attended:
+    """Write this step's K and V and attend over the pool, by the TPU kernels; both are one kernel in a decode step.
+
+    Each token's slot follows from its position and its row's block table. Block 0 stays as it is. Over several devices
+    it needs ``jax.shard_map(..., check_vma=False)``, with KV heads sharded.
+
+    Args:
+        q, block_tables, kv_lens, cu_q_lens, sm_scale, sliding_window, soft_cap, alibi_slopes, sinks: as for
+            ``paged_attention``.
+        k, v: K and V of this step's tokens, in any float type and the model's own heads and head_dim.
+        pool: the pool, with the KV heads and head_dim of ``pool_rows(..., "pallas_tpu")``; donate it.
+        layer: which layer, a static number.
+        kv_scales: the scales of a quantised pool; donate them too. None for any other pool.
+        is_decode: whether no row has more than one query, which spares the launch of a second kernel.
+        interpret: run the kernels in Pallas's interpreter, on any device.
+
+    Returns:
+        The outputs, as for ``paged_attention``, the pool, and its scales.
+
+    Raises:
+        ValueError: shapes, types or options that do not fit together.
+        NotImplementedError: a case, or a device, that the kernels do not take.
+    """
+    _check_rows(q, block_tables, kv_lens, cu_q_lens)
+    check_static_layer(pool, layer)
+    check_kv_scales(pool, kv_scales)
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q has shape {q.shape}, k {k.shape} and v {v.shape}: expected the same tokens and head_dim, and heads of "
+            "q that are a multiple of the KV heads"
+        )
+    _check_options(q.shape[1], sm_scale, sliding_window, soft_cap, alibi_slopes, sinks)
+    options = {
+        "sm_scale": 1 / math.sqrt(q.shape[2]) if sm_scale is None else float(sm_scale),
+        "sliding_window": sliding_window,
+        "soft_cap": soft_cap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "interpret": INTERPRETERS["pallas_tpu"]() if interpret else None,
+    }
+    rows = block_tables, kv_lens, cu_q_lens
+    if kv_scales is not None:
+        return Attended(*tpu.write_quantized_and_attend_tpu(q, k, v, pool, kv_scales, layer, *rows, **options))
+    out, pool = tpu.write_and_attend_tpu(q, k, v, pool, layer, *rows, is_decode=is_decode, **options)
+    return Attended(out, pool, None)
+
+
 def _check_arrays(q: Array, pool: Array, layer: int, block_tables: Array, kv_lens: Array, cu_q_lens: Array) -> None:
+    _check_rows(q, block_tables, kv_lens, cu_q_lens)
+    shape = shape_of(pool)
+    num_heads, num_kv_heads = q.shape[1], shape.num_kv_heads
+    if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"q has {num_heads} heads and the pool {num_kv_heads} KV heads: expected a multiple of those")
+    if q.shape[2] != shape.head_dim:
+        raise ValueError(
+            f"q has head_dim {q.shape[2]} and the pool {shape.head_dim}: expected the same; pad the smaller"
+        )
+    check_static_layer(pool, layer)
+
+
+def _check_rows(q: Array, block_tables: Array, kv_lens: Array, cu_q_lens: Array) -> None:
     for name, array, axes in (
         ("q", q, "[tokens, num_heads, head_dim]"),
-        ("pool", pool, "[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] (block_pool_shape makes it)"),
         ("block_tables", block_tables, "[num_seqs, max_blocks]"),
         ("kv_lens", kv_lens, "[num_seqs]"),
         ("cu_q_lens", cu_q_lens, "[num_seqs + 1]"),
     ):
-        rank = axes.partition("]")[0].count(",") + 1
+        rank = axes.count(",") + 1
         if array.ndim != rank:
             raise ValueError(f"{name} has shape {array.shape}: expected {rank} axes, {axes}")
-    if pool.shape[2] != 2:
-        raise ValueError(
-            f"pool has shape {pool.shape}: expected 2 (K and V) as its third axis; make it with block_pool_shape"
-        )
-    num_heads, num_kv_heads = q.shape[1], num_kv_heads_of(pool)
-    if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(f"q has {num_heads} heads and the pool {num_kv_heads} KV heads: expected a multiple of those")
-    if q.shape[2] != pool.shape[-1]:
-        raise ValueError(
-            f"q has head_dim {q.shape[2]} and the pool {pool.shape[-1]}: expected the same; pad the smaller"
-        )
-    if not isinstance(layer, int) or not 0 <= layer < pool.shape[1]:
-        raise ValueError(
-            f"layer={layer}: expected 0 to {pool.shape[1] - 1}, a static number of one of the pool's layers"
-        )
     for name, array in (("block_tables", block_tables), ("kv_lens", kv_lens), ("cu_q_lens", cu_q_lens)):
         if array.dtype != jnp.int32:
             raise ValueError(f"{name} is {array.dtype}: expected int32; cast it")

@@ -6,7 +6,8 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, read_kv, read_kv_scales
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, shape_of
+from pallas_kernels.block_pool.xla import read_kv, read_kv_scales
 
 
 def attend_reference(
@@ -85,6 +86,6 @@ def _context(
     keys, values = (np.asarray(x[0, :, :kv_len], np.float32) for x in read_kv(pool, layer, blocks))
     if kv_scales is None:
         return keys, values
-    scales = read_kv_scales(kv_scales, layer, blocks, block_size_of(pool))
+    scales = read_kv_scales(kv_scales, layer, blocks, shape_of(pool).block_size)
     k_scales, v_scales = (np.asarray(x[0, :, :kv_len, None]) for x in scales)
     return keys * k_scales, values * v_scales

@@ -14,15 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.block_pool import (
-    BlockPool,
-    KvScales,
-    block_size_of,
-    is_quantized,
-    num_kv_heads_of,
-    read_kv,
-    read_kv_scales,
-)
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, is_quantized, shape_of
+from pallas_kernels.block_pool.xla import read_kv, read_kv_scales
 
 LEAST = -1e30
 """Where the largest score starts: finite, so that one less minus infinity, of a slot not seen, is not NaN."""
@@ -120,7 +113,7 @@ def attend_xla(
     if 0 in q.shape or 0 in block_tables.shape:
         return jnp.zeros_like(q)
     num_tokens, num_heads, head_dim = q.shape
-    num_seqs, num_kv_heads = block_tables.shape[0], num_kv_heads_of(pool)
+    num_seqs, num_kv_heads = block_tables.shape[0], shape_of(pool).num_kv_heads
 
     def split_heads(x: Array | None) -> Array | None:
         return None if x is None else x.astype(jnp.float32).reshape(num_kv_heads, -1)
@@ -222,7 +215,7 @@ def _attend_tiles(
     scoring: Scoring,
     sinks: Float[Array, "num_kv_heads group"] | None,
 ) -> Float[Array, "tiles num_kv_heads tile_len group head_dim"]:
-    block_size = block_size_of(cache.pool)
+    block_size = shape_of(cache.pool).block_size
     chunk_blocks, items_per_turn = _sizes(tiles, cache.pool, rows.block_tables.shape[1])
     segments = _segments(tiles, rows, scoring.sliding_window, block_size, chunk_blocks * block_size)
 
@@ -242,7 +235,7 @@ def _attend_tiles(
 
 def _attend_items(items: Items, tiles: Tiles, rows: Rows, cache: Cache, scoring: Scoring) -> Softmax:
     """Each item's own softmax over its own chunk, [items, ...] in place of [tiles, ...]."""
-    block_size, max_blocks = block_size_of(cache.pool), rows.block_tables.shape[1]
+    block_size, max_blocks = shape_of(cache.pool).block_size, rows.block_tables.shape[1]
     is_read = items.is_live[:, None] & (items.blocks * block_size < items.context_end[:, None])
     table_entry = rows.block_tables[items.row[:, None], jnp.minimum(items.blocks, max_blocks - 1)]
     k, v, k_scales = _read(cache, jnp.where(is_read, table_entry, 0), tiles.q.dtype)
@@ -295,7 +288,7 @@ def _read(
     k, v = read_kv(cache.pool, cache.layer, blocks)
     if cache.kv_scales is None:
         return k, v, None
-    k_scales, v_scales = read_kv_scales(cache.kv_scales, cache.layer, blocks, block_size_of(cache.pool))
+    k_scales, v_scales = read_kv_scales(cache.kv_scales, cache.layer, blocks, shape_of(cache.pool).block_size)
     return k.astype(dtype), (v.astype(jnp.float32) * v_scales[..., None]).astype(dtype), k_scales
 
 
@@ -337,7 +330,7 @@ def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
     tile, lest a small batch with short contexts computes mostly padding.
     """
     num_tiles, num_kv_heads, tile_len, group, head_dim = tiles.q.shape
-    block_size = block_size_of(pool)
+    block_size = shape_of(pool).block_size
     chunk_blocks = min(max(CHUNK_TOKENS // block_size, 1), max_blocks)
     widened_bytes = tiles.q.dtype.itemsize if is_quantized(pool.dtype) else 0
     kv_bytes = 2 * head_dim * (pool.dtype.itemsize + widened_bytes)

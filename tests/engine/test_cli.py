@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 import jpaged.llm
 from jpaged.cli import main as cli
-from jpaged.models import LlamaConfig, Rope, random_model, save_checkpoint
+from jpaged.models import random_model, save_checkpoint
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh
+from tests.support.tiny import tiny_config
 
 CONTEXT = 96
 TEMPLATE = (
@@ -38,11 +39,15 @@ def save_tokenizer(path, chat_template):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Two checkpoints with the same weights: one with a chat template, one without."""
-    config = LlamaConfig(
-        architecture="LlamaForCausalLM", vocab_size=257, hidden_size=16, intermediate_size=24, num_layers=1,
-        num_heads=2, num_kv_heads=1, head_dim=8, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5,
-        rope=Rope(8, 10000.0, CONTEXT), eos_token_ids=(0,),
-    )  # fmt: skip
+    config = tiny_config(
+        vocab_size=257,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        eos_token_ids=(0,),
+    )
     model = random_model(config, "float32", make_mesh(), seed=0)
     paths = {}
     for name, template in (("chat", TEMPLATE), ("plain", None)):

@@ -1,14 +1,14 @@
-"""Writes the reference checkpoints beside this file, and what Hugging Face transformers computes from them.
+"""The writer of the reference checkpoints beside this file, and of Hugging Face's results for them.
 
-Run once, in an environment of its own, where PyTorch has a build:
+Run this script once, in an environment of its own, for a Python that PyTorch supports:
 
     pip install torch==2.13.0 transformers==5.23.0 && python tests/hf_reference/make.py [CASE ...]
 
-Each case is a directory: a tiny random checkpoint as ``save_pretrained`` writes it, and ``reference.npz`` with, for
-every prompt length L, ``prompt_L`` (ids), ``tokens_L`` (greedy), ``logprobs_L`` (of those) and ``prompt_logprobs_L``
-(of every prompt token but the first), computed in float32 by a prefill and then one token at a time over transformers'
-cache. That is what makes "dynamic" and "longrope" depend on the prompt's length: a token's key is cached as it was
-rotated for max(prompt length, position + 1), which is how ``jpaged.models.layers.rope`` defines them.
+Each case is a directory: a tiny random checkpoint from ``save_pretrained``, and ``reference.npz``. For every prompt
+length L that file has ``prompt_L`` (ids), ``tokens_L`` (greedy), ``logprobs_L`` (of these tokens) and
+``prompt_logprobs_L`` (of every prompt token but the first). transformers computes them in float32, by a prefill and
+then one token at a time over its cache. So the results of "dynamic" and "longrope" depend on the prompt's length: a
+cached key is rotated for max(prompt length, position + 1). ``jpaged.models.layers.rope`` defines both in the same way.
 """
 
 import copy
@@ -26,14 +26,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 PROMPT_LENS = (1, 2, 15, 16, 17, 31, 33, 70)
 NUM_TOKENS = 40
 MIN_MARGIN = (
-    1e-3  # between the two best logits of every step: far above float32 noise, so greedy tokens are unambiguous
+    1e-3  # between the two best logits of every step: far above float32 noise, so that greedy tokens are unambiguous
 )
-MIN_DISTINCT = 8  # tokens of a continuation: a constant one would hide errors of position
+MIN_DISTINCT = 8  # tokens of a continuation: a constant continuation would hide errors of position
 
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint: the model type, what differs from ``_SMALL`` in its config, and how it is stored."""
+    """A checkpoint: its model type, its differences from ``_SMALL``, and its storage."""
 
     model_type: str
     config: dict[str, Any]
@@ -141,9 +141,9 @@ CASES = {
 
 
 def _randomise(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
-    """Weights exact in ``dtype``, large enough that attention is not uniform and logits spread over a few nats.
+    """Draw weights that are exact in ``dtype``, and so large that attention is not uniform and logits spread over nats.
 
-    Only parameters are rounded: buffers such as rotary frequencies stay float32, as when a checkpoint is loaded.
+    Only parameters are rounded. Buffers such as rotary frequencies stay float32, as in a loaded checkpoint.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -163,7 +163,7 @@ def _randomise(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
 
 @torch.no_grad()
 def _continue(model: Any, prompt: torch.Tensor) -> tuple[dict[str, np.ndarray], float]:
-    """Greedy tokens and log-probabilities, and the smallest margin."""
+    """Compute greedy tokens and log-probabilities, and the smallest margin."""
     model = copy.deepcopy(model)  # rope scalings keep state from one sequence to the next
     cache = DynamicCache(config=model.config)
     logits = model(prompt[None], past_key_values=cache, use_cache=True).logits[0]
@@ -186,7 +186,7 @@ def _continue(model: Any, prompt: torch.Tensor) -> tuple[dict[str, np.ndarray], 
 
 
 def _candidates(case: Case) -> Iterator[tuple[int, Any]]:
-    """Models in float32 whose weights are exact in the dtype they will be stored in, for seeds 0, 1, ..."""
+    """Yield float32 models for seeds 0, 1, ...; their weights are exact in the storage dtype."""
     values = case.config if case.model_type == "opt" else _SMALL | case.config
     config = AutoConfig.for_model(case.model_type, **{k: v for k, v in values.items() if v is not None or "token" in k})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
@@ -196,7 +196,7 @@ def _candidates(case: Case) -> Iterator[tuple[int, Any]]:
 
 
 def make(name: str, case: Case, root: Path) -> None:
-    """Writes one case, with the first seed whose continuations are unambiguous and varied."""
+    """Write one case, with the first seed whose continuations are unambiguous and varied."""
     for seed, model in _candidates(case):
         generator = torch.Generator().manual_seed(seed)
         reference, margins, distinct = {}, [], []

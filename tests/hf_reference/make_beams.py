@@ -1,19 +1,20 @@
-"""Writes what Hugging Face's beam search makes of the reference checkpoints: ``beams.npz`` beside each of them.
+"""The writer of Hugging Face's beam searches over the reference checkpoints: ``beams.npz`` beside each checkpoint.
 
-Run once, after make.py and in the same environment:
+Run this script once, after make.py and in the same environment:
 
     pip install torch==2.13.0 transformers==5.23.0 && python tests/hf_reference/make_beams.py [CASE ...]
 
-Every search is ``generate(num_beams=width)`` of one prompt in float32, with a cache. It is then replayed from the
-log-probabilities that ``generate`` returns, to measure how close its decisions were: only prompts for which none was
-closer than ``MIN_GAP`` are kept. The arrays of a file:
+Every search is ``generate(num_beams=width)`` of one prompt in float32, with a cache. The script then replays the search
+from the log-probabilities that ``generate`` returns, to measure how close each decision was. It keeps a prompt only if
+every decision had a gap of at least ``MIN_GAP``. The arrays of a file:
 
     settings [searches]  prompt_len, width, max_tokens, length_penalty, early_stopping (index into EARLY_STOPPING),
                          eos_token_ids (-1: none)
     prompts [searches, longest prompt] int16, tokens [hypotheses, most tokens] int16: padded with -1
     scores [hypotheses] float32
 
-Hypotheses stand search after search, best first. Width 1 is Hugging Face's greedy search, scored as a beam would be.
+The hypotheses of one search follow those of the search before, best first. Width 1 is Hugging Face's greedy search,
+scored like a beam.
 """
 
 import copy
@@ -41,7 +42,7 @@ EARLY_STOPPING = (False, True, "never")
 NUM_EOS = (0, 1, 2)
 _STRIDE = 187  # shares no factor with the number of settings
 MIN_GAP = 2e-4
-"""Between any two scores whose order matters: several times what float32 makes of sums of log-probabilities."""
+"""The smallest gap between two scores whose order matters: several times the float32 error of a sum of logprobs."""
 
 SETTINGS_DTYPE = np.dtype(
     [
@@ -57,7 +58,7 @@ SETTINGS_DTYPE = np.dtype(
 
 @dataclass(frozen=True)
 class Setting:
-    """What one search is asked for."""
+    """The settings of one search."""
 
     width: int
     prompt_len: int
@@ -80,17 +81,17 @@ class Search:
 
 @dataclass
 class Replay:
-    """A search made again from its log-probabilities, to see what it hung on."""
+    """A search replayed from its log-probabilities, to measure its decisions."""
 
     hypotheses: list[tuple[list[int], float]]
     smallest_gap: float
-    num_ended: int  # continuations that an end-of-sequence ended, before there was no room for more
-    was_full: bool  # with as many finished as the width, before there was no room for more
+    num_ended: int  # continuations that an end-of-sequence ended, before max_tokens
+    was_full: bool  # the finished hypotheses reached the width before max_tokens
 
 
 @dataclass(frozen=True)
 class Find:
-    """A search fit to be kept; ``is_decisive``: it would have found something else if it had stopped otherwise."""
+    """A search to keep; ``is_decisive`` if another stopping rule would have found other hypotheses."""
 
     search: Search
     smallest_gap: float
@@ -98,10 +99,10 @@ class Find:
 
 
 def _settings(case: str) -> Iterator[Setting]:
-    """The case's share of all settings.
+    """Yield the case's share of all settings.
 
-    A stride through their product deals them out: every case gets every value of each, and over all cases every width
-    gets every combination of any three.
+    A stride through the product of the settings gives every case every value of each setting. Over all cases, every
+    width gets every combination of any three settings.
     """
     prompt_lens = LONGROPE_PROMPT_LENS if case == "llama_longrope" else PROMPT_LENS
     product = list(itertools.product(prompt_lens, MAX_TOKENS, LENGTH_PENALTIES, EARLY_STOPPING, NUM_EOS))
@@ -112,10 +113,10 @@ def _settings(case: str) -> Iterator[Setting]:
 
 
 def _generate(model: Any, prompt: list[int], setting: Setting, eos_token_ids: list[int]) -> Any:
-    """Hugging Face's own search."""
+    """Run Hugging Face's own search."""
     model = copy.deepcopy(model)  # rope scalings keep state from one sequence to the next
     model.generation_config.eos_token_id = eos_token_ids or None  # None as an argument would mean the checkpoint's
-    model.generation_config.pad_token_id = 0  # only fills what is cut off again
+    model.generation_config.pad_token_id = 0  # only fills positions that are cut off again
     beams: dict[str, Any] = {
         "num_return_sequences": setting.width,
         "length_penalty": setting.length_penalty,
@@ -135,7 +136,7 @@ def _generate(model: Any, prompt: list[int], setting: Setting, eos_token_ids: li
 
 
 def _hypotheses(output: Any, prompt_len: int) -> list[list[int]]:
-    """The generated tokens of each returned sequence, without padding."""
+    """Return the generated tokens of each returned sequence, without padding."""
     sequences = output.sequences[:, prompt_len:].tolist()
     if "beam_indices" not in output:
         return sequences
@@ -144,14 +145,14 @@ def _hypotheses(output: Any, prompt_len: int) -> list[list[int]]:
 
 
 def _gap(descending: Sequence[float], rank: int) -> float:
-    """How far the first ``rank`` values are from the rest."""
+    """Return the gap between the first ``rank`` values and the rest."""
     return float(descending[rank - 1] - descending[rank]) if len(descending) > rank else math.inf
 
 
 def _replay(logprobs: list[np.ndarray], setting: Setting, eos_token_ids: list[int]) -> Replay:
-    """Searches again over ``logprobs``: per step [beams, vocab] float32, beams in the order of their scores."""
+    """Search again over ``logprobs``: per step [beams, vocab] float32, beams in the order of their scores."""
     width = setting.width
-    # A penalty below 0 multiplies scores, and with them their noise.
+    # A penalty below 0 multiplies scores, and their noise too.
     unit = max(1.0, setting.max_tokens**-setting.length_penalty)
     beams: list[list[int]] = [[]]
     scores = np.zeros(1, np.float32)
@@ -195,14 +196,14 @@ def _replay(logprobs: list[np.ndarray], setting: Setting, eos_token_ids: list[in
 
 
 def _search(model: Any, prompt: list[int], setting: Setting, eos_token_ids: list[int]) -> tuple[Search, Replay]:
-    """The search by Hugging Face, and the same replayed.
+    """Run the search by Hugging Face, and replay it.
 
     Raises:
-        RuntimeError: they differ although no decision was close.
+        RuntimeError: the results differ although no decision was close.
     """
     output = _generate(model, prompt, setting, eos_token_ids)
     hypotheses = _hypotheses(output, len(prompt))
-    # A greedy search returns logits; beams return log-probabilities, which this leaves as they are.
+    # A greedy search returns logits; a beam search returns log-probabilities already.
     logprobs = [(step if setting.width > 1 else torch.log_softmax(step, -1)).numpy() for step in output.scores]
     replay = _replay(logprobs, setting, eos_token_ids)
     replayed = [tokens for tokens, _ in replay.hypotheses]
@@ -218,9 +219,9 @@ def _search(model: Any, prompt: list[int], setting: Setting, eos_token_ids: list
 def _choose_eos_token_ids(
     model: Any, prompt: list[int], setting: Setting, random: np.random.Generator
 ) -> list[int] | None:
-    """The checkpoint's own if they are as many, otherwise tokens from the midst of what is found without an end.
+    """Choose the checkpoint's own ids if their number fits, otherwise inner tokens of a search without an end.
 
-    None if there are not enough of these.
+    Returns None if that search has too few distinct inner tokens.
     """
     own = model.generation_config.eos_token_id or []
     if len(own) == setting.num_eos:
@@ -233,7 +234,7 @@ def _choose_eos_token_ids(
 
 
 def _is_stopping_decisive(model: Any, search: Search) -> bool:
-    """Whether another rule of when to stop, the one most like the search's own, would have found something else."""
+    """Whether the most similar other stopping rule would have found other hypotheses."""
     setting = search.setting
     if setting.width == 1:
         return False
@@ -241,16 +242,16 @@ def _is_stopping_decisive(model: Any, search: Search) -> bool:
         rival: bool | str = False
     elif setting.length_penalty > 0:
         rival = "never" if setting.early_stopping is False else False
-    else:  # without a penalty above 0 these two are the same
+    else:  # without a penalty above 0, False and "never" are the same
         rival = True
     output = _generate(model, search.prompt, replace(setting, early_stopping=rival), search.eos_token_ids)
     return _hypotheses(output, len(search.prompt)) != search.hypotheses
 
 
 def _find_search(model: Any, setting: Setting, random: np.random.Generator) -> Find:
-    """A search with no close decision, in which hypotheses end if it has any end-of-sequence.
+    """Find a search without a close decision, in which an end-of-sequence, if there is one, ends hypotheses.
 
-    A decisive one if there is such a one among the first twelve prompts.
+    The search is decisive if one of the first twelve prompts gives a decisive search.
     """
     may_be_decisive = setting.width > 1 and setting.num_eos > 0
     found = None
@@ -298,7 +299,7 @@ def _save(path: Path, searches: list[Search]) -> None:
 
 @torch.no_grad()
 def make(case: str, root: Path) -> None:
-    """Writes one case's file."""
+    """Write one case's file."""
     model = AutoModelForCausalLM.from_pretrained(root / case, dtype=torch.float32, attn_implementation="eager").eval()
     finds = [
         _find_search(model, setting, np.random.default_rng([sorted(CASES).index(case), number]))

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import block_pool_shape, kv_scales_shape
-from pallas_kernels.block_pool import SMALLEST_SCALE
+from pallas_kernels.block_pool.quantization import SMALLEST_SCALE
 from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes

@@ -9,7 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jpaged.models import fuse_norms
 from jpaged.models.layers import common as layers
 from jpaged.models.layers.common import FUSED_NORM_FROM, RMSNorm
-from pallas_kernels.norm_hopper import add_rms_norm_hopper, why_not_add_norm
+from pallas_kernels.norm import why_not_add_norm
+from pallas_kernels.norm.hopper import add_rms_norm_hopper
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
@@ -59,7 +60,7 @@ def test_a_model_uses_it_for_large_steps_of_rows_that_it_takes(monkeypatch):
         calls.append(x.shape)
         return add_rms_norm_hopper(x, branch, scale, epsilon, interpret=plgpu.InterpretGPUParams())
 
-    monkeypatch.setattr(layers, "add_rms_norm_hopper", watched)
+    monkeypatch.setattr(layers, "add_rms_norm", watched)
     model = nnx.List([RMSNorm(size, EPSILON, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)) for size in (1024, 1000)])
     plain = nnx.clone(model)
     fuse_norms(model)

@@ -136,6 +136,6 @@ def test_saved_sizes_are_chosen_on_their_device_for_their_shapes_alone(tuned):
 
 def test_installed_package_has_the_tuned_sizes():
     root = Path(__file__).parents[2]
-    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    folder = TUNED.parent.relative_to(root).as_posix().replace("/", ".")
-    assert TUNED.name in packaged[folder]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packaged = ((root / package.replace(".", "/"), pattern) for package in data for pattern in data[package])
+    assert any(TUNED in folder.glob(pattern) for folder, pattern in packaged)

@@ -13,9 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jpaged.device.kv import pool as kv_cache
 from jpaged.device.kv.pool import WRITE_KERNEL_FROM, KVCache, PagedAttend
 from jpaged.device.step.inputs import StepInputs
-from pallas_kernels import block_pool_hopper, block_pool_shape, write_kv
-from pallas_kernels.block_pool_hopper import write_kv_hopper
-from pallas_kernels.paged_attention.hopper import why_no_device
+from pallas_kernels import block_pool_shape, write_kv
+from pallas_kernels.block_pool.hopper import write_kv_hopper
+from pallas_kernels.chips import here
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
@@ -132,7 +132,7 @@ def arguments(num_kv_heads=2, head_dim=16, num_tokens=3, dtype=jnp.bfloat16):
 
 
 def test_without_a_hopper_gpu_the_kernel_says_so():
-    assert why_no_device() is not None
+    assert here.why_no_hopper() is not None
     with pytest.raises(NotImplementedError, match="need an NVIDIA GPU, not cpu; implementation='xla' takes it"):
         write_kv(*arguments(), implementation="hopper")
 
@@ -176,7 +176,7 @@ def test_arguments_that_do_not_fit_are_refused():
     ],
 )
 def test_compiles_for_the_gpu_at_real_sizes(num_tokens, num_kv_heads, block_size, head_dim, dtype, monkeypatch):
-    monkeypatch.setattr(block_pool_hopper, "why_no_device", lambda: None)
+    monkeypatch.setattr(here, "why_no_hopper", lambda: None)
     num_layers = 32
 
     def write_layers(pool, k, v, slots):

@@ -22,6 +22,7 @@ from pallas_kernels import (
     paged_attention,
     write_kv_quantized,
 )
+from pallas_kernels.chips import here
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, INTERPRETERS
 from pallas_kernels.paged_attention.hopper import why_not
 
@@ -510,14 +511,14 @@ def test_hopper_kernels_run_on_hopper_gpus_alone(monkeypatch, platform, capabili
 @pytest.fixture
 def hopper_calls(monkeypatch):
     """A Hopper GPU, pretended: the queries that its kernels were given. No warning has been logged before or after."""
-    dispatch = importlib.import_module("pallas_kernels.paged_attention")  # the package has a function of this name
+    attention = importlib.import_module("pallas_kernels.paged_attention")  # the package has a function of this name
     calls = []
-    monkeypatch.setattr(dispatch.hopper, "why_no_device", lambda: None)
+    monkeypatch.setattr(here, "why_no_hopper", lambda: None)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setitem(IMPLEMENTATIONS, "hopper", lambda q, *args, **options: calls.append(q) or q)
-    dispatch._log_fallback.cache_clear()
+    attention._log_fallback.cache_clear()
     yield calls
-    dispatch._log_fallback.cache_clear()
+    attention._log_fallback.cache_clear()
 
 
 def test_arrays_over_several_devices_take_the_portable_path_except_under_shard_map(hopper_calls, monkeypatch):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bench.tpu_compiler import (
+from bench.tpu.compiler import (
     TOPOLOGIES,
     Case,
     compile_for,
@@ -18,15 +18,16 @@ from bench.tpu_compiler import (
     why_no_compiler,
 )
 from pallas_kernels import block_pool_shape
-from pallas_kernels.block_pool_tpu import (
+from pallas_kernels.block_pool.tpu import (
     copy_blocks_tpu,
     gather_blocks_tpu,
     scatter_blocks_tpu,
     write_kv_quantized_tpu,
     write_kv_tpu,
 )
+from pallas_kernels.chips.here import current_tpu
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu import attend_tpu, write_and_attend_tpu
-from pallas_kernels.paged_attention.tpu.chip import chip_of, current_chip
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 from tests.support import tpu_aot
 from tests.support.tpu_aot import compile_case, grid
@@ -48,7 +49,7 @@ POOL_BYTES = 1024 * 8 * 2 * 8 * 16 * 128 * 2
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_the_device_compiled_for_is_the_chip_that_is_planned_for(generation):
     with jax.sharding.use_abstract_mesh(mesh_of(generation).abstract_mesh):
-        assert current_chip() == chip_of(generation)
+        assert current_tpu() == chip_of(generation)
 
 
 @pytest.mark.parametrize("case", list(grid())[::EVERY], ids=str)

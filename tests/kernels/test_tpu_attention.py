@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels.chips.here import why_no_tpu
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention import best_implementation, paged_attention, why_cannot_run, why_not_here
-from pallas_kernels.paged_attention.tpu import attend_tpu, why_no_device, why_not_tpu
-from pallas_kernels.paged_attention.tpu.chip import chip_of
+from pallas_kernels.paged_attention.tpu import attend_tpu, why_not_tpu
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 from tests.kernels.test_paged_attention import LAYER, Options, Shape, dense_attention, make_batch
 from tests.support.tpu_interpret import EAGER, SMALL, WATCHED, assert_near, attend, check, no_tpu_races  # noqa: F401
@@ -131,7 +132,7 @@ def test_cases_that_the_kernel_does_not_take_are_named(changes, why):
 
 
 def test_without_a_tpu_it_is_refused():
-    assert "TPU" in why_no_device()
+    assert "TPU" in why_no_tpu()
     batch = make_batch(DECODE, [1], [9])
     pool, _ = batch.pool()
     arrays = [jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts)]

@@ -15,15 +15,15 @@ from pallas_kernels import (
     write_kv,
     write_kv_quantized,
 )
-from pallas_kernels.block_pool_tpu import (
+from pallas_kernels.block_pool.tpu import (
     copy_blocks_tpu,
     gather_blocks_tpu,
     scatter_blocks_tpu,
     write_kv_quantized_tpu,
     write_kv_tpu,
 )
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu import write_and_attend_tpu
-from pallas_kernels.paged_attention.tpu.chip import chip_of
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 from tests.kernels.test_paged_attention import LAYER, Options, Shape, dense_attention, make_batch
 from tests.support.tpu_interpret import EAGER, WATCHED, assert_near, no_tpu_races, scaled  # noqa: F401

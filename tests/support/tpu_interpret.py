@@ -10,8 +10,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu import attend_tpu, lane_layout
-from pallas_kernels.paged_attention.tpu.chip import chip_of
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 from tests.kernels.test_paged_attention import LAYER, Batch, Options, dense_attention
 

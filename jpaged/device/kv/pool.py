@@ -24,10 +24,8 @@ from pallas_kernels import (
     scatter_blocks,
     write_kv,
 )
-from pallas_kernels.block_pool_hopper import why_not_write, write_shape
-from pallas_kernels.block_pool_tpu import copy_blocks_tpu, gather_blocks_tpu, scatter_blocks_tpu
-from pallas_kernels.paged_attention import INTERPRETERS, Choice, kernels_here, pool_rows, why_not_here
-from pallas_kernels.paged_attention.tpu import write_and_attend_tpu
+from pallas_kernels.block_pool import why_not_write
+from pallas_kernels.paged_attention import Choice, kernels_here, pool_rows, why_not_here, write_and_attend
 
 WRITE_KERNEL_FROM = 256
 """Tokens of a step from which our kernel writes a layer's KV faster than XLA's scatter. In Llama-3-8B on an H200: of
@@ -122,7 +120,7 @@ class BlockMover:
         """``KVCache.copy``."""
         if self.implementation != "pallas_tpu":
             return cache.copy(src, dst)
-        run = self._run(copy_blocks_tpu, (pool_spec(), P(), P()), pool_spec())
+        run = self._run(copy_blocks, (pool_spec(), P(), P()), pool_spec())
         return KVCache(run(cache.pool, src, dst))
 
     def gather(
@@ -131,7 +129,7 @@ class BlockMover:
         """``KVCache.gather``."""
         if self.implementation != "pallas_tpu":
             return cache.gather(blocks)
-        run = self._run(gather_blocks_tpu, (pool_spec(), P()), pool_spec())
+        run = self._run(gather_blocks, (pool_spec(), P()), pool_spec())
         return list(run(cache.pool, blocks))
 
     def scatter(
@@ -143,11 +141,11 @@ class BlockMover:
         """``KVCache.scatter``."""
         if self.implementation != "pallas_tpu":
             return cache.scatter(blocks, data)
-        run = self._run(scatter_blocks_tpu, (pool_spec(), P(), pool_spec()), pool_spec())
+        run = self._run(scatter_blocks, (pool_spec(), P(), pool_spec()), pool_spec())
         return KVCache(run(cache.pool, blocks, jnp.stack(data)))
 
     def _run(self, move: Callable[..., Array], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Array]:
-        run = partial(move, interpret=INTERPRETERS["pallas_tpu"]() if self.interpret else None)
+        run = partial(move, implementation="pallas_tpu", interpret=self.interpret)
         if self.num_devices == 1:
             return run
         return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -155,7 +153,7 @@ class BlockMover:
 
 def _choose_writer(cache: KVCache, num_tokens: int) -> str | None:
     """The implementation of ``write_kv`` on a Hopper GPU; None is XLA's."""
-    if num_tokens < WRITE_KERNEL_FROM or why_not_write(write_shape(cache.pool, num_tokens)) is not None:
+    if num_tokens < WRITE_KERNEL_FROM or why_not_write(cache.pool, num_tokens) is not None:
         return None
     return "hopper"
 
@@ -222,7 +220,7 @@ class PagedAttend:
         inputs = self._inputs
 
         def run(q: Array, k: Array, v: Array, pool: Array, *rows: Array) -> tuple[Array, Array]:
-            return write_and_attend_tpu(
+            out, pool, _ = write_and_attend(
                 q,
                 k,
                 v,
@@ -231,12 +229,10 @@ class PagedAttend:
                 *rows,
                 sm_scale=sm_scale,
                 sliding_window=sliding_window,
-                soft_cap=None,
-                alibi_slopes=None,
-                sinks=None,
                 is_decode=len(q) == len(inputs.kv_lens),
-                interpret=INTERPRETERS["pallas_tpu"]() if self._interpret else None,
+                interpret=self._interpret,
             )
+            return out, pool
 
         if self._num_devices > 1:
             heads, pool, rows = P(None, TENSOR_AXIS), pool_spec(), P()

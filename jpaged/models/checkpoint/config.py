@@ -1,4 +1,4 @@
-"""What every model family's configuration offers, and how a checkpoint's config.json is read."""
+"""The configuration of a model, and the reader of a checkpoint's config.json."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ import numpy as np
 from jpaged import config as engine_config
 
 DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
-"""The dtypes a checkpoint may be stored in and a model may run in."""
+"""Dtypes of checkpoints and of running models."""
 
 MAX_INT = engine_config.MAX_SLOTS
 """Sizes, positions and token ids are int32 on the device."""
@@ -22,7 +22,7 @@ _FLOAT32 = np.finfo(np.float32)
 
 
 def require(ok: bool, name: str, value: object, expected: str) -> None:
-    """Raises ValueError if not ``ok``: ``name=value is not valid: expected ...``."""
+    """Raise ValueError if not ``ok``: ``name=value is not valid: expected ...``."""
     if not ok:
         raise ValueError(f"{name}={reprlib.repr(value)} is not valid: expected {expected}")
 
@@ -33,14 +33,14 @@ def is_count(value: object) -> bool:
 
 
 def is_positive(value: object) -> bool:
-    """Whether ``value`` is a number above 0 that float32 holds and can divide by: neither NaN, 1e39 nor 1e-39."""
+    """Whether ``value`` is a number above 0 that float32 holds and divides by: not NaN, 1e39 or 1e-39."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return float(_FLOAT32.tiny) <= value <= float(_FLOAT32.max)
 
 
 def check_token_ids(token_ids: tuple[Any, ...]) -> None:
-    """Raises ValueError for an entry of ``eos_token_id`` that is no token id."""
+    """Raise ValueError for an entry of ``eos_token_id`` that is no token id."""
     for token_id in token_ids:
         is_id = isinstance(token_id, int) and not isinstance(token_id, bool) and 0 <= token_id <= MAX_INT
         require(is_id, "eos_token_id", token_id, f"a token id from 0 to {MAX_INT}, or a list of them")
@@ -51,10 +51,10 @@ class ModelConfig(ABC):
     """The shape of a model. Hashable: it is static under jit.
 
     Args:
-        architecture: the class name Hugging Face gives the model, as in config.json's ``architectures``.
+        architecture: Hugging Face's class name of the model, as in config.json's ``architectures``.
         intermediate_size: width of the feed-forward layer.
-        max_position_embeddings: as written in config.json; ``max_model_len`` is what the model can use.
-        dtype: the dtype the checkpoint was saved in, one of ``DTYPES``.
+        max_position_embeddings: value in config.json; ``max_model_len`` is the usable context.
+        dtype: dtype of the saved checkpoint, one of ``DTYPES``.
         eos_token_ids: tokens that end a completion; may be empty.
         tie_word_embeddings: whether the output projection is the input embedding.
     """
@@ -90,13 +90,13 @@ class ModelConfig(ABC):
 
     @property
     def max_model_len(self) -> int:
-        """The longest context, in tokens, that the checkpoint supports."""
+        """The longest supported context, in tokens."""
         return self.max_position_embeddings
 
     def prefix_salt(self, prompt_len: int) -> bytes:
-        """What, besides the tokens before it, a token's KV depends on.
+        """Return a salt that separates prompts whose equal tokens differ in KV.
 
-        Equal tokens of two prompts have equal KV if and only if their prompts' salts are equal.
+        Equal prefixes of two prompts have equal KV if and only if the salts of both prompts are equal.
 
         Args:
             prompt_len: length of the whole prompt, in tokens.
@@ -107,14 +107,14 @@ class ModelConfig(ABC):
     @classmethod
     @abstractmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "ModelConfig":
-        """Builds the configuration from a transformers config and the fields every family shares."""
+        """Build the configuration from a transformers config and the fields that every family shares."""
 
     @abstractmethod
     def to_hf(self) -> dict[str, Any]:
-        """The configuration as the content of a config.json that transformers and ``load_config`` read."""
+        """Return the content of a config.json that transformers and ``load_config`` read."""
 
     def common_hf(self, model_type: str) -> dict[str, Any]:
-        """The part of ``to_hf`` that all families share."""
+        """Return the part of ``to_hf`` that all families share."""
         eos = self.eos_token_ids
         return {
             "architectures": [self.architecture],
@@ -132,10 +132,10 @@ class ModelConfig(ABC):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
-        ValueError: the file cannot be read, is not JSON, or holds something other than an object.
+        ValueError: the file cannot be read, is not JSON, or does not hold an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -147,10 +147,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_config(path: str | Path) -> Path:
-    """The config.json of a checkpoint directory.
+    """Find the config.json of a checkpoint directory.
 
     Raises:
-        ValueError: no such directory, or no config.json in it.
+        ValueError: the directory does not exist or has no config.json.
     """
     path = Path(path)
     if not path.is_dir():
@@ -165,7 +165,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def import_transformers() -> Any:
-    """The transformers module, imported on first use (it takes a second) and without its advice to install PyTorch."""
+    """Import transformers on first use (it takes a second), without its advice to install PyTorch."""
     logger = logging.getLogger("transformers")
 
     def is_heard(record: logging.LogRecord) -> bool:
@@ -180,10 +180,10 @@ def import_transformers() -> Any:
 
 
 def parse_hf_config(raw: dict[str, Any], model_type: str) -> Any:
-    """Parses the content of a config.json through transformers, which knows its old and new spellings.
+    """Parse the content of a config.json through transformers, which knows old and new spellings.
 
     Raises:
-        ValueError: it is refused, by us (quantised weights) or by transformers.
+        ValueError: the weights are quantised, or transformers refuses the content.
     """
     if (quantization := raw.get("quantization_config")) is not None:
         raise ValueError(f"quantised weights ({quantization}) are not supported: use the original ones")
@@ -207,10 +207,10 @@ def parse_hf_config(raw: dict[str, Any], model_type: str) -> Any:
 
 
 def read_eos_token_ids(path: Path) -> tuple[int, ...] | None:
-    """The end-of-sequence ids in a generation_config.json; None if there is no such file or it names none.
+    """Read the end-of-sequence ids of a generation_config.json; None without such a file or without ids in it.
 
     Raises:
-        ValueError: the file is damaged, or holds something other than token ids; names it.
+        ValueError: the file is damaged, or an entry is no token id; the message names the file.
     """
     value = read_json(path).get("eos_token_id") if path.is_file() else None
     if value is None:
@@ -224,13 +224,13 @@ def read_eos_token_ids(path: Path) -> tuple[int, ...] | None:
 
 
 def common_fields(raw: dict[str, Any], hf: Any, dtype: Any, eos_token_ids: tuple[int, ...] | None) -> dict[str, Any]:
-    """The ``ModelConfig`` fields that all families spell alike.
+    """Return the ``ModelConfig`` fields that all families spell alike.
 
     Args:
-        raw: config.json.
-        hf: config.json as transformers parsed it.
-        dtype: what the weights are stored in.
-        eos_token_ids: from generation_config.json; they win over those of config.json.
+        raw: content of config.json.
+        hf: config.json, parsed by transformers.
+        dtype: dtype of the stored weights.
+        eos_token_ids: ids in generation_config.json, which take precedence over config.json.
     """
     return {
         "architecture": raw["architectures"][0],
@@ -247,7 +247,7 @@ def common_fields(raw: dict[str, Any], hf: Any, dtype: Any, eos_token_ids: tuple
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
-    """None, one value or a list of them, as JSON writes what may be several."""
+    """Return a tuple for each way that JSON spells zero or more values: null, a value, a list."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)

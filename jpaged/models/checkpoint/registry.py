@@ -1,4 +1,4 @@
-"""From an architecture's name to its configuration and model, and from a checkpoint directory to either."""
+"""The registry of architectures, and the loader of a checkpoint's configuration and model."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,22 +33,22 @@ _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
 )
 
 _CONSTANTS = {"scale": 1, "bias": 0}
-"""Parameters that are not drawn, by name."""
+"""Initial values of the parameters that are not drawn, by name."""
 
 SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name in model_types)
-"""Values of config.json's ``architectures`` that can be loaded."""
+"""Supported values of config.json's ``architectures``."""
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """Reads the configuration of a Hugging Face checkpoint directory.
+    """Read the configuration of a Hugging Face checkpoint directory.
 
-    Of the weights, only the files' headers are read, and only if config.json names no dtype.
+    If config.json names no dtype, the headers of the weight files are read too.
 
     Args:
-        path: a directory with config.json and, optionally, generation_config.json.
+        path: directory with config.json and, optionally, generation_config.json.
 
     Raises:
-        ValueError: no checkpoint, an architecture that is not supported, or a value that is not; names the file.
+        ValueError: there is no checkpoint, or an architecture or value is not supported; the message names the file.
     """
     config_path = find_config(path)
     raw = read_json(config_path)
@@ -78,9 +78,9 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure and, in place of its weights, their shapes and shardings.
+    """Return the model's structure, and the shapes and shardings of its weights.
 
-    Where there are fewer KV heads than devices, it has copies of them (``models.kv_copies``).
+    A model with fewer KV heads than devices has copies of its heads (``layers/kv_copies.py``).
 
     Raises:
         ValueError: the mesh does not divide the model's heads or feed-forward width.
@@ -99,33 +99,33 @@ def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.G
 
 
 def load_model(path: str | Path, config: ModelConfig, dtype: Dtype, mesh: Mesh, *, use_tqdm: bool = True) -> Any:
-    """Loads a checkpoint's weights, each device its own shards. Nothing is executed or unpickled.
+    """Load a checkpoint's weights, each device its own shards. Nothing is executed or unpickled.
 
     Args:
-        path: a Hugging Face checkpoint directory with safetensors, in one file or sharded.
-        config: from ``load_config`` of the same directory.
-        dtype: of weights and activations; what is stored otherwise is converted.
-        mesh: has an axis "tensor" (see ``device/sharding.py``).
-        use_tqdm: show a progress bar.
+        path: Hugging Face checkpoint directory with safetensors, in one file or several.
+        config: result of ``load_config`` for the same directory.
+        dtype: dtype of weights and activations; stored weights of another dtype are converted.
+        mesh: mesh with an axis "tensor" (see ``jpaged/sharding.py``).
+        use_tqdm: whether to show a progress bar.
 
     Raises:
-        ValueError: files are missing or damaged, or disagree with ``config``; names the file and the tensor.
+        ValueError: a file is missing, damaged or disagrees with ``config``; the message names the file and the tensor.
     """
     graphdef, state = abstract_model(config, dtype, mesh)
     return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), use_tqdm=use_tqdm))
 
 
 def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> Any:
-    """A model with random weights, drawn on the devices of ``mesh``, each device its own shards.
+    """Make a model with random weights: normal with deviation 0.02, norms 1, biases 0.
 
-    Normal with deviation 0.02, norms 1, biases 0. A program for each shape, not one for the whole model: that takes a
+    Each device draws its own shards. Each shape has its own program, since one program for the whole model takes a
     minute to compile.
 
     Args:
         config: the model's shape.
-        dtype: of weights and activations.
-        mesh: has an axis "tensor" (see ``device/sharding.py``).
-        seed: fixes the weights, whatever the mesh.
+        dtype: dtype of weights and activations.
+        mesh: mesh with an axis "tensor" (see ``jpaged/sharding.py``).
+        seed: seed of the weights, which do not depend on the mesh.
     """
     graphdef, state = abstract_model(config, dtype, mesh)
     key = jax.random.key(seed, impl="rbg")  # compiles faster than the default
@@ -136,7 +136,7 @@ def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> An
 
 
 def _draw(key: jax.Array, index: int, name: str, variable: Any, copies: KVCopies) -> jax.Array:
-    """The parameter called ``name``, the ``index``-th of its model."""
+    """Draw the parameter called ``name``, the ``index``-th of its model."""
     shape, dtype, sharding = variable.shape, variable.dtype, variable.get_value().sharding
     if name in _CONSTANTS:
         return jnp.full(shape, _CONSTANTS[name], dtype, device=sharding)

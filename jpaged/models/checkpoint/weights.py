@@ -1,4 +1,4 @@
-"""Safetensors files read straight into sharded arrays, and a model's weights written back as a checkpoint."""
+"""The reader of safetensors into sharded arrays, and the writer of a model's weights as a checkpoint."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from jpaged.models.layers.fused import QKV, allocation_order, separate_params
 from jpaged.models.layers.kv_copies import KVCopies
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""What a model can be stored in, by the name safetensors gives it."""
+"""Supported dtypes, by their name in safetensors."""
 
 
 class _Stored(NamedTuple):
@@ -38,12 +38,12 @@ class _Stored(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers in the tensor."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 def hf_name(path: tuple[Any, ...]) -> str:
-    """The name in a Hugging Face checkpoint of the parameter at ``path`` of a model's state."""
+    """Return the Hugging Face name of the parameter at ``path`` in a model's state."""
     *modules, leaf = path
     return ".".join([*map(str, modules), "bias" if leaf == "bias" else "weight"])
 
@@ -54,13 +54,13 @@ def is_transposed(path: tuple[Any, ...]) -> bool:
 
 
 def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool = True) -> nnx.State:
-    """Fills ``state`` (variables that hold shapes and shardings) from the checkpoint directory ``path``.
+    """Fill ``state`` (variables that hold shapes and shardings) from the checkpoint directory ``path``.
 
-    Files are memory-mapped; each device is sent its own slice only, in the stored dtype, and transposes and converts
-    it there. All names and shapes are checked before the first byte is read.
+    Files are memory-mapped. Each device gets its own slice only, in the stored dtype, and transposes and converts the
+    slice itself. All names and shapes are checked before the first byte is read.
 
     Raises:
-        ValueError: files are missing or damaged, or their tensors are not those of ``state``.
+        ValueError: a file is missing or damaged, or its tensors differ from ``state``.
     """
     flat = allocation_order(nnx.to_flat_state(state))
     with ExitStack() as stack:
@@ -80,10 +80,10 @@ def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool
 
 
 def stored_dtype(path: Path) -> str:
-    """The dtype of most of a checkpoint's numbers, from the headers of its files; float32 if it has no safetensors.
+    """Return the dtype of most elements of a checkpoint, from the file headers; float32 without safetensors.
 
     Raises:
-        ValueError: files are missing or damaged, or most numbers are of a dtype that cannot be loaded.
+        ValueError: a file is missing or damaged, or most elements have an unsupported dtype.
     """
     if not any(path.glob("*.safetensors*")):
         return "float32"
@@ -100,13 +100,13 @@ def stored_dtype(path: Path) -> str:
 
 
 def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype: Dtype | None = None) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` as transformers and ``load_model`` read them.
+    """Write ``config.json`` and ``model.safetensors`` in the form that transformers and ``load_model`` read.
 
     Args:
-        model: of a class of this package.
-        config: the configuration the model was built from.
-        path: a directory, made if it does not exist; files of these names in it are replaced.
-        dtype: to store the weights in; the model's own if None.
+        model: model of a class in this package.
+        config: configuration of the model.
+        path: directory, created if it does not exist; existing files of these names are replaced.
+        dtype: dtype of the stored weights; None keeps the model's own.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory."""
+    """List the safetensors files of a checkpoint directory."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -148,7 +148,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
-    """All tensors of a checkpoint by name; files stay mapped until ``stack`` closes."""
+    """Open all tensors of a checkpoint, by name; files stay mapped until ``stack`` closes."""
     tensors: dict[str, _Stored] = {}
     for file in _weight_files(path):
         try:
@@ -162,9 +162,9 @@ def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
 
 
 def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies) -> None:
-    """Checks that ``stored`` holds the parameters in ``flat``, in their shapes, and nothing else that matters.
+    """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights.
 
-    Checkpoints of a bare decoder lack the prefix "model."; it is added to ``stored``.
+    Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``.
     """
     expected = {hf_name(where): (where, variable) for where, variable in flat}
     for name in list(stored):
@@ -198,7 +198,7 @@ def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _S
 
 
 def _is_redundant(name: str, stored: dict[str, _Stored], expected: dict[str, Any]) -> bool:
-    """Whether a tensor that the model has no parameter for holds nothing new: buffers, a copy of a tied embedding."""
+    """Whether a tensor without a parameter in the model is redundant: a buffer, or a copy of a tied embedding."""
     if name.endswith(".rotary_emb.inv_freq"):
         return True
     if name != "lm_head.weight":
@@ -213,9 +213,9 @@ def _is_redundant(name: str, stored: dict[str, _Stored], expected: dict[str, Any
 
 
 def _load_tensor(stored: _Stored, transpose: bool, variable: Any, copies: KVCopies) -> jax.Array:
-    """Sends each device its slice, then transposes and converts there. Blocks, so host copies do not pile up.
+    """Send each device its slice; the device transposes and converts it. The call blocks: host copies cannot pile up.
 
-    Of what is copied each device is sent all, which is little: the projections of few KV heads.
+    If KV heads are copied, each device gets the whole tensor, which is small: the projections of few KV heads.
     """
     dtype, sharding = variable.dtype, variable.get_value().sharding
     axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()

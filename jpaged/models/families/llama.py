@@ -34,12 +34,12 @@ class LlamaConfig(ModelConfig):
     """A model of the Llama family.
 
     Args:
-        rms_norm_eps: added to the mean square in every norm.
-        rope: rotary embedding; its head_dim is ``head_dim``.
-        hidden_act: a name of ``ACTIVATIONS``.
+        rms_norm_eps: addend to the mean square in every norm.
+        rope: rotary embedding, with the same ``head_dim``.
+        hidden_act: name in ``ACTIVATIONS``.
         qkv_bias, o_bias, mlp_bias: whether those projections have a bias.
         qk_norm: whether queries and keys are normalised per head before the rotation (Qwen3).
-        sliding_windows: each layer's window in tokens, None for full attention; empty means none anywhere.
+        sliding_windows: window of each layer in tokens, None for full attention; empty if no layer has a window.
     """
 
     rms_norm_eps: float
@@ -126,7 +126,7 @@ class LlamaConfig(ModelConfig):
 
 
 def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
-    """The window of a layer of this type, one of config.json's ``layer_types``."""
+    """Return the window of a layer of this type, one of config.json's ``layer_types``."""
     kinds = ("full_attention", "sliding_attention")
     require(layer_type in kinds, "layer_types entry", layer_type, f"one of {', '.join(kinds)}")
     if layer_type == "full_attention":
@@ -204,7 +204,7 @@ class LlamaDecoderLayer(nnx.Module):
         sin: Float[Array, "tokens half"],
         attend: Attend,
     ) -> tuple[Float[Array, "tokens hidden_size"], Float[Array, "tokens hidden_size"]]:
-        """The residual stream, and what is still to be added to it: by the next norm, which reads the sum."""
+        """Return the residual stream and its last addend, which the next norm adds as it reads the sum."""
         x, normed = self.input_layernorm.add(x, branch)
         x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, cos, sin, attend))
         return x, self.mlp(normed)
@@ -224,8 +224,8 @@ class LlamaForCausalLM(nnx.Module):
 
     Args:
         config: the model's shape.
-        dtype: of parameters and activations; norms, rotations and logits are computed in float32.
-        rngs: initialises the weights: normal with deviation 0.02, norms 1, biases 0.
+        dtype: dtype of parameters and activations; norms, rotations and logits are computed in float32.
+        rngs: source of the initial weights: normal with deviation 0.02, norms 1, biases 0.
     """
 
     def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
@@ -243,13 +243,13 @@ class LlamaForCausalLM(nnx.Module):
         prompt_lens: Int32[Array, "tokens"],
         attend: Attend,
     ) -> Float[Array, "tokens hidden_size"]:
-        """The final hidden state of each token.
+        """Compute the final hidden state of each token.
 
         Args:
-            token_ids: of any number of sequences, one after another.
-            positions: of each token in its sequence.
+            token_ids: tokens of any number of sequences, one sequence after another.
+            positions: position of each token in its sequence.
             prompt_lens: length of the prompt of each token's sequence (see ``Rope.cos_sin``).
-            attend: called once a layer; knows which tokens belong together.
+            attend: attention, called once per layer; it knows the sequence of each token.
         """
         x, branch = self.model.embed_tokens(token_ids), None
         cos, sin = self.config.rope.cos_sin(positions, prompt_lens)
@@ -259,6 +259,6 @@ class LlamaForCausalLM(nnx.Module):
         return normed
 
     def logits(self, hidden: Float[Array, "rows hidden_size"]) -> Float[Array, "rows vocab"]:
-        """Logits of the next token, float32."""
+        """Compute the logits of the next token, in float32."""
         lm_head = None if self.config.tie_word_embeddings else self.lm_head
         return to_vocab(hidden, self.model.embed_tokens, lm_head)

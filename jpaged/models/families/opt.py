@@ -1,4 +1,4 @@
-"""OPT: learned positions, layer norms before or after each block, embeddings optionally of another width."""
+"""OPT: learned positions, layer norms before or after each block, optionally narrower embeddings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from jpaged.models.layers.fused import QKV
 MODEL_TYPES = {"OPTForCausalLM": "opt"}
 
 POSITION_OFFSET = 2
-"""The first rows of the position table belong to no position."""
+"""Rows at the start of the position table that belong to no position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class OPTConfig(ModelConfig):
         final_norm: whether the norm after the last layer exists, where ``norm_first``.
         bias: whether projections have biases.
         norm_affine: whether layer norms have a scale and a bias.
-        activation: a name of ``ACTIVATIONS``.
+        activation: name in ``ACTIVATIONS``.
     """
 
     word_embed_proj_dim: int
@@ -56,7 +56,7 @@ class OPTConfig(ModelConfig):
 
     @property
     def is_projected(self) -> bool:
-        """Whether embeddings have another width than the layers."""
+        """Whether the embeddings and the layers differ in width."""
         return self.word_embed_proj_dim != self.hidden_size
 
     @classmethod
@@ -153,8 +153,8 @@ class OPTForCausalLM(nnx.Module):
 
     Args:
         config: the model's shape.
-        dtype: of parameters and activations; layer norms and logits are computed in float32.
-        rngs: initialises the weights: normal with deviation 0.02, norms 1, biases 0.
+        dtype: dtype of parameters and activations; layer norms and logits are computed in float32.
+        rngs: source of the initial weights: normal with deviation 0.02, norms 1, biases 0.
     """
 
     def __init__(self, config: OPTConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
@@ -171,7 +171,7 @@ class OPTForCausalLM(nnx.Module):
         prompt_lens: Int32[Array, "tokens"],
         attend: Attend,
     ) -> Float[Array, "tokens hidden_size"]:
-        """The final hidden state of each token; the arguments are those of ``LlamaForCausalLM``."""
+        """Compute the final hidden state of each token; the arguments are those of ``LlamaForCausalLM``."""
         del prompt_lens
         config, decoder = self.config, self.model.decoder
         x = decoder.embed_tokens(token_ids)
@@ -183,7 +183,7 @@ class OPTForCausalLM(nnx.Module):
         return decoder.final_layer_norm(x) if config.norm_first and config.final_norm else x
 
     def logits(self, hidden: Float[Array, "rows hidden_size"]) -> Float[Array, "rows vocab"]:
-        """Logits of the next token, float32."""
+        """Compute the logits of the next token, in float32."""
         decoder = self.model.decoder
         if self.config.is_projected:
             hidden = decoder.project_out(hidden)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.norm_hopper import add_rms_norm_hopper, why_not_add_norm
+from pallas_kernels.norm import add_rms_norm, why_not_add_norm
 
 Dtype = Any
-"""Whatever ``jnp.dtype`` accepts."""
+"""Any value that ``jnp.dtype`` accepts."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -22,20 +22,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
 }
-"""Activation functions by the name config.json gives them."""
+"""Activation functions by their name in config.json."""
 
 
 FUSED_NORM_FROM = 512
-"""Tokens of a step from which one kernel that adds and norms is faster than XLA's two: in Llama-3-8B on an H200, 16 us
-instead of 25 for 2,048 tokens. For fewer, one of the two also sums the parts of a matrix product, and would stay."""
+"""Tokens of a step from which one kernel that adds and norms is faster than the two kernels of XLA.
+
+In Llama-3-8B on an H200 it takes 16 us instead of 25 for 2,048 tokens. For fewer tokens, one of XLA's two kernels also
+sums the parts of a matrix product and would remain.
+"""
 
 
 class Attend(Protocol):
-    """Attention of one layer, supplied by the caller of a model.
+    """Causal attention of one layer, supplied by the caller of a model.
 
-    The engine's writes ``k`` and ``v`` to the block pool and attends over it; training and the oracles attend
-    densely over the tokens given. Causal; token t also sees only the last ``sliding_window`` positions up to and
-    including its own, if that is given.
+    The engine's version writes ``k`` and ``v`` to the block pool and attends over the pool. Training and the oracles
+    attend densely over the given tokens. With a ``sliding_window``, a token sees that many positions, its own included.
     """
 
     def __call__(
@@ -51,13 +53,13 @@ class Attend(Protocol):
 
 
 def check_activation(name: str) -> None:
-    """Raises ValueError for an activation that ``ACTIVATIONS`` does not hold."""
+    """Raise ValueError for an activation that ``ACTIVATIONS`` lacks."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not supported: known are {', '.join(ACTIVATIONS)}")
 
 
 def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., Any]:
-    """An initialiser whose parameter carries logical axis names (see ``device/sharding.py``)."""
+    """Make an initialiser whose parameter carries logical axis names (see ``jpaged/sharding.py``)."""
     return nnx.with_metadata(init, logical_axes=axes)
 
 
@@ -74,7 +76,7 @@ def linear(
     dtype: Dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A projection whose parameters and arithmetic are in ``dtype`` and whose axes carry names."""
+    """Make a projection with parameters and arithmetic in ``dtype``, and named axes."""
     return nnx.Linear(
         in_features,
         out_features,
@@ -88,7 +90,7 @@ def linear(
 
 
 def embed(num_embeddings: int, features: int, axis: str | None, *, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Embed:
-    """An embedding whose rows carry the axis name ``axis``."""
+    """Make an embedding whose rows carry the axis name ``axis``."""
     init = with_axes(_normal, axis, None)
     return nnx.Embed(num_embeddings, features, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
 
@@ -96,7 +98,8 @@ def embed(num_embeddings: int, features: int, axis: str | None, *, dtype: Dtype,
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in float32 and cast *before* the scale, as Hugging Face does.
 
-    ``fuses_add`` says whether ``add`` runs as one kernel of pallas_kernels (see ``fuse_norms``), which has no gradient.
+    ``fuses_add`` says whether ``add`` runs as one kernel of pallas_kernels (see ``fuse_norms``). That kernel has no
+    gradient.
     """
 
     def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
@@ -114,17 +117,17 @@ class RMSNorm(nnx.Module):
     def add(
         self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
     ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
-        """The residual stream with what a layer adds to it, if that is anything, and its norm."""
+        """Add a layer's output, if there is one, to the residual stream; return the sum and its norm."""
         if branch is None:
             return x, self(x)
         if self.fuses_add and len(x) >= FUSED_NORM_FROM:
-            return add_rms_norm_hopper(x, branch, self.scale[...], self.epsilon)
+            return add_rms_norm(x, branch, self.scale[...], self.epsilon)
         x = x + branch
         return x, self(x)
 
 
 def fuse_norms(model: nnx.Module) -> None:
-    """Let the norms of a model that Hopper's kernel takes add to the residual stream too."""
+    """Let norms also add to the residual stream, where the Hopper kernel can take them."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, RMSNorm):
             module.fuses_add = why_not_add_norm(module.scale.shape[0], jnp.dtype(module.scale.dtype)) is None
@@ -133,7 +136,7 @@ def fuse_norms(model: nnx.Module) -> None:
 class LayerNorm(nnx.Module):
     """Layer norm over the last axis as PyTorch computes it: in float32, with a two-pass variance and epsilon 1e-5.
 
-    flax's own does not run in half precision under strict dtype promotion.
+    The layer norm of flax does not run in half precision under strict dtype promotion.
     """
 
     def __init__(self, features: int, *, affine: bool, dtype: Dtype, rngs: nnx.Rngs) -> None:
@@ -155,7 +158,7 @@ class LayerNorm(nnx.Module):
 
 
 def _like_last_axis(param: nnx.Param, x: Array) -> Array:
-    """A parameter of the last axis with the rank of ``x``: ranks are never promoted silently."""
+    """Give a parameter of the last axis the rank of ``x``: ranks are never promoted silently."""
     value = param[...]
     return value.reshape((1,) * (x.ndim - 1) + value.shape)
 
@@ -163,11 +166,11 @@ def _like_last_axis(param: nnx.Param, x: Array) -> Array:
 def to_vocab(
     hidden: Float[Array, "rows features"], embed_tokens: nnx.Embed, lm_head: nnx.Linear | None
 ) -> Float[Array, "rows vocab"]:
-    """Logits in float32, from the output projection or, where there is none, from the tied embedding."""
+    """Compute logits in float32, by the output projection or, without one, by the tied embedding."""
     weight, axis = (embed_tokens.embedding[...], 1) if lm_head is None else (lm_head.kernel[...], 0)
     return jax.lax.dot_general(hidden, weight, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def split_heads(x: Float[Array, "tokens features"], head_dim: int) -> Float[Array, "tokens heads head_dim"]:
-    """Views the last axis as heads."""
+    """View the last axis as heads."""
     return x.reshape(x.shape[0], -1, head_dim)

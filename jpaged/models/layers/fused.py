@@ -1,4 +1,4 @@
-"""Projections of one input joined into one: one large matrix product in place of two or three smaller ones."""
+"""Projections of one input, joined: one large matrix product in place of two or three smaller ones."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Shaped
 
 Path = tuple[Any, ...]
-"""Of a parameter in a model's state."""
+"""The path of a parameter in a model's state."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the output features of several projections lie among those of the one that joins them.
+    """The order of the output features of several projections within their joined projection.
 
-    A device's shares of all of them are neighbours, so that it computes them and nothing moves: over two devices,
+    The shares of one device are neighbours, so that no feature moves between devices. Over two devices,
     q = [q0 q1], k = [k0 k1] and v = [v0 v1] become [q0 k0 v0 q1 k1 v1].
 
     Args:
-        names: of the projections.
-        sizes: output features of each, over all devices.
-        num_shares: devices that these are split over.
+        names: names of the projections.
+        sizes: output features of each projection, over all devices.
+        num_shares: devices that the features are split over.
     """
 
     names: tuple[str, ...]
@@ -35,13 +35,13 @@ class Columns:
     num_shares: int
 
     def join(self, arrays: Sequence[Shaped[Array, "*rest _"]]) -> Shaped[Array, "*rest features"]:
-        """One array, over the features of all, of an array over each one's."""
+        """Join the arrays of the projections into one array over all features."""
         rest = arrays[0].shape[:-1]
         shares = [array.reshape(*rest, self.num_shares, -1) for array in arrays]
         return jnp.concatenate(shares, axis=-1).reshape(*rest, -1)
 
     def split(self, joined: Shaped[Array | np.ndarray, "*rest features"]) -> list[Any]:
-        """The inverse of ``join``."""
+        """Undo ``join``."""
         rest = joined.shape[:-1]
         shares = joined.reshape(*rest, self.num_shares, -1)
         bounds = pairwise(accumulate((size // self.num_shares for size in self.sizes), initial=0))
@@ -49,12 +49,12 @@ class Columns:
 
 
 class FusedLinear(nnx.Module):
-    """A projection that stands for several. Its parameters know their ``columns``.
+    """A projection that replaces several. Its parameters carry their ``columns`` as metadata.
 
     Args:
-        kernel: what the kernels of the projections are joined to.
-        bias: likewise; None if they have none.
-        columns: where each one's features lie.
+        kernel: the joined kernels.
+        bias: the joined biases; None if the projections have none.
+        columns: order of the features.
     """
 
     def __init__(self, kernel: nnx.Param, bias: nnx.Param | None, columns: Columns) -> None:
@@ -71,26 +71,26 @@ class FusedLinear(nnx.Module):
 
 @dataclass(frozen=True)
 class Fusible:
-    """Projections of one input that a module may hold one by one, as in checkpoints, or joined.
+    """Projections of one input that a module holds either one by one, as in checkpoints, or joined.
 
-    A module that holds some names them in a class attribute ``fusible``.
+    The class of such a module names its projections in an attribute ``fusible``.
 
     Args:
-        name: of the attribute that holds them joined.
-        parts: of the attributes that hold them one by one.
+        name: name of the attribute that holds the joined projection.
+        parts: names of the attributes that hold the separate projections.
     """
 
     name: str
     parts: tuple[str, ...]
 
     def project(self, module: nnx.Module, x: Float[Array, "tokens in_features"]) -> list[Float[Array, "tokens _"]]:
-        """``x`` projected by each of the parts of ``module``."""
+        """Project ``x`` by each part of ``module``."""
         if hasattr(module, self.name):
             return getattr(module, self.name)(x)
         return [getattr(module, part)(x) for part in self.parts]
 
     def fuse(self, module: nnx.Module) -> None:
-        """Replaces the parts of ``module``, unless that is done or they are not spread over the same devices alike."""
+        """Join the parts of ``module``, unless they are joined already or differ in sharding."""
         if hasattr(module, self.name):
             return
         linears: list[nnx.Linear] = [getattr(module, part) for part in self.parts]
@@ -113,13 +113,13 @@ _PARTS = frozenset(QKV.parts + GATE_UP.parts)
 
 
 def fuse_projections(model: nnx.Module) -> None:
-    """Joins the projections of a model that share their input, in place: fewer, larger products, the same results.
+    """Join the projections of a model that share their input, in place: fewer, larger products, the same results.
 
-    Module by module, so that the weights of one at most exist twice. Arrays stay where they are on their devices, and
-    whatever else refers to them is unaffected: ``nnx.clone(model)`` before costs nothing but what is joined after.
-    The model then lacks the parameters of Hugging Face's names, but ``save_checkpoint`` writes those.
+    Modules are joined one after another, so that the weights of at most one module exist twice. Other references to the
+    arrays stay valid: an ``nnx.clone(model)`` made before costs only the weights that are joined afterwards.
+    The joined model lacks Hugging Face's parameter names; ``save_checkpoint`` restores them.
     """
-    # No list of all modules: it would keep the weights of those that are replaced.
+    # A list of all modules would keep the weights of the replaced parts alive.
     modules = [module for _, module in nnx.iter_modules(model) if hasattr(type(module), "fusible")]
     for module in modules:
         fusible: Fusible = type(module).fusible  # pyright: ignore[reportAttributeAccessIssue]
@@ -127,7 +127,7 @@ def fuse_projections(model: nnx.Module) -> None:
 
 
 def separate_params(model: nnx.Module) -> Iterator[tuple[Path, Shaped[np.ndarray, "..."]]]:
-    """The parameters of a model on the host, each with the path that it has where none are joined."""
+    """Yield the parameters of a model on the host, under the paths of the separate projections."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         array, columns = np.asarray(param[...]), param.get_metadata().get("columns")
         if columns is None:
@@ -139,18 +139,18 @@ def separate_params(model: nnx.Module) -> Iterator[tuple[Path, Shaped[np.ndarray
 
 
 def allocation_order(flat: Iterable[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
-    """A flat state in the order to allocate it: parameters that will be joined are neighbours.
+    """Sort a flat state for allocation: parameters that will be joined are neighbours.
 
-    They then leave one hole, of the size that the joined ones of the next layer have. Otherwise each layer would leave
-    several that fit nothing: 6 GB in OPT-13B, lost to the pool, which is one piece.
+    Joined neighbours leave one hole, of the size that the next layer's joined parameters need. Otherwise each layer
+    leaves several holes that fit nothing. In OPT-13B the pool, which is one piece, would lose 6 GB.
     """
     return sorted(flat, key=lambda item: (item[0][:-2], item[0][-2] not in _PARTS))
 
 
 def _join_params(params: Sequence[Sequence[nnx.Param]], columns: Columns) -> list[nnx.Param]:
-    """Joins kernels, and biases. Blocks, so that the caller may let go of them before it allocates more.
+    """Join kernels, and biases. This call blocks, so that the caller can release the parts before it allocates more.
 
-    Shapes in place of arrays give shapes.
+    Given shapes in place of arrays, it returns shapes.
     """
     arrays = [[param.get_value() for param in group] for group in params]
     program = _join_program(columns, tuple(group[0].sharding for group in arrays))

@@ -24,13 +24,13 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
-    """NTK-aware: beyond ``Rope.max_position_embeddings`` the base grows, so KV depends on the prompt's length."""
+    """NTK-aware: the base grows beyond ``Rope.max_position_embeddings``, so that KV depends on the prompt's length."""
 
     factor: float
 
 
 _BETA_FAST, _BETA_SLOW = 32, 1
-"""Rotations over the original context above which YaRN keeps, and below which it interpolates, a frequency."""
+"""Rotations over the original context: YaRN keeps frequencies above the first, interpolates below the second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Yarn:
     truncate: bool = True
 
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor on cosines and sines."""
 
         def mscale(weight: float) -> float:
             return 1.0 if self.factor <= 1 else 0.1 * weight * math.log(self.factor) + 1.0
@@ -60,7 +60,7 @@ class Yarn:
 
     def inv_freq(self, rope: "Rope") -> np.ndarray:
         def dim_of(rotations: float) -> float:
-            """The dimension that turns this often over the original context."""
+            """The dimension with this many rotations over the original context."""
             ratio = self.original_max_position_embeddings / (rotations * 2 * math.pi)
             return rope.head_dim * math.log(ratio) / (2 * math.log(rope.theta))
 
@@ -78,7 +78,7 @@ class Yarn:
 
 @dataclass(frozen=True, slots=True)
 class LongRope:
-    """LongRoPE: one set of per-dimension divisors up to the original context, another beyond it."""
+    """LongRoPE: one set of divisors per dimension up to the original context, and another set beyond."""
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -96,7 +96,7 @@ class LongRope:
 
 @dataclass(frozen=True, slots=True)
 class Llama3:
-    """Llama 3.1: long wavelengths are divided by ``factor``, short ones kept, those between blended."""
+    """Llama 3.1: divides frequencies of long wavelengths by ``factor``, keeps short ones, blends in between."""
 
     factor: float
     low_freq_factor: float
@@ -122,13 +122,13 @@ _SCALINGS: dict[str, type[Scaling]] = {
 
 
 def check_spelled_parameters(raw: dict[str, Any]) -> None:
-    """Checks rotary parameters as config.json spells them, before anything computes with them.
+    """Check rotary parameters as config.json spells them, before any computation uses them.
 
     Args:
-        raw: config.json; the parameters stand in ``rope_parameters``, once ``rope_scaling``, or beside them.
+        raw: config.json; the parameters are in ``rope_parameters``, in the older ``rope_scaling``, or at the top level.
 
     Raises:
-        ValueError: a value of another type or out of range, with its name.
+        ValueError: a parameter has another type or is out of range; the message names it.
     """
     nested = [raw[name] for name in ("rope_parameters", "rope_scaling") if isinstance(raw.get(name), dict)]
     for parameters in (raw, *nested):
@@ -139,7 +139,7 @@ def check_spelled_parameters(raw: dict[str, Any]) -> None:
         kind = _SCALINGS.get(rope_type) if isinstance(rope_type, str) else None
         for field in () if kind is None else fields(kind):
             if field.name in parameters:
-                # YaRN's factor may be null; that other scalings need theirs is seen when they are built.
+                # YaRN's factor may be null; the other scalings check for a missing factor when they are built.
                 is_optional = field.default is None or field.name == "factor"
                 check_parameter(field.name, parameters[field.name], is_optional=is_optional)
 
@@ -149,10 +149,10 @@ class Rope:
     """Rotary embedding of a head: dimension i is paired with dimension i + head_dim / 2, as Hugging Face does.
 
     Args:
-        head_dim: even.
-        theta: the base of the wavelengths.
-        max_position_embeddings: as in config.json; for "dynamic" the length beyond which the base grows.
-        scaling: None is the default form.
+        head_dim: features of a head, an even number.
+        theta: base of the wavelengths.
+        max_position_embeddings: value in config.json; the base of "dynamic" grows beyond this length.
+        scaling: scaling of the frequencies; None is the default form.
     """
 
     head_dim: int
@@ -189,10 +189,10 @@ class Rope:
 
     @classmethod
     def from_hf(cls, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> "Rope":
-        """Builds from transformers' standardised ``rope_parameters``.
+        """Build the embedding from transformers' standardised ``rope_parameters``.
 
         Raises:
-            ValueError: a rope type that is not known, or parameters out of range.
+            ValueError: the rope type is unknown, or a parameter is out of range.
         """
         rope_type = parameters.get("rope_type", "default")
         if not isinstance(rope_type, str) or rope_type not in ("default", *_SCALINGS):
@@ -219,7 +219,7 @@ class Rope:
         return cls(head_dim, theta, max_position_embeddings, scaling)
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``rope_parameters`` that ``from_hf`` reads back."""
+        """Return the ``rope_parameters`` that ``from_hf`` reads back."""
         if self.scaling is None:
             return {"rope_type": "default", "rope_theta": self.theta}
         rope_type = next(name for name, kind in _SCALINGS.items() if isinstance(self.scaling, kind))
@@ -228,7 +228,7 @@ class Rope:
 
     @property
     def max_model_len(self) -> int:
-        """The longest context the scaling is meant for."""
+        """The longest context that the scaling is made for."""
         match self.scaling:
             case Linear(factor) | Dynamic(factor):
                 return int(self.max_position_embeddings * factor)
@@ -255,13 +255,12 @@ class Rope:
     def cos_sin(
         self, positions: Int32[Array, "tokens"], prompt_lens: Int32[Array, "tokens"]
     ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
-        """Cosine and sine, float32, of each token's angles, times the scaling's magnitude.
+        """Compute cosine and sine, float32, of each token's angles, times the scaling's magnitude.
 
         Args:
             positions: each token's position in its sequence, from 0.
-            prompt_lens: length of the prompt of each token's sequence. "dynamic" and "longrope" take the length a
-                token is embedded for to be max(prompt_len, position + 1), which is what a prefill followed by
-                decodes over a KV cache sees.
+            prompt_lens: length of the prompt of each token's sequence. "dynamic" and "longrope" embed a token for a
+                length of max(prompt_len, position + 1), as a prefill and then decodes over a KV cache do.
         """
         seq_lens = jnp.maximum(prompt_lens, positions + 1)
         magnitude = 1.0
@@ -291,7 +290,7 @@ class Rope:
 def rotate(
     x: Float[Array, "tokens heads head_dim"], cos: Float[Array, "tokens half"], sin: Float[Array, "tokens half"]
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Rotates each head's pairs of dimensions, in float32; the result has the dtype of ``x``."""
+    """Rotate each head's pairs of dimensions in float32; the result has the dtype of ``x``."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

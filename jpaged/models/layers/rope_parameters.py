@@ -1,4 +1,4 @@
-"""What each parameter of a rotary embedding must be."""
+"""Checks of the parameters of rotary embeddings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,10 +32,10 @@ _CHECKS: dict[str, _Check] = {
     "low_freq_factor": _POSITIVE,
     "high_freq_factor": _POSITIVE,
 }
-"""By the name that config.json and the fields of the scalings give it."""
+"""Name of a parameter, in config.json and in the scalings -> its check and the expected value in words."""
 
 
 def check_parameter(name: str, value: Any, *, is_optional: bool) -> None:
-    """Raises ValueError for a value that the parameter of this name cannot have, None included unless it may be."""
+    """Raise ValueError for an invalid value of the named parameter; None is valid if the parameter is optional."""
     is_valid, expected = _CHECKS[name]
     require((is_optional and value is None) or is_valid(value), name, value, expected)

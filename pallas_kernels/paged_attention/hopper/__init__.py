@@ -8,27 +8,14 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, is_quantized, num_kv_heads_of
+from pallas_kernels import dispatch
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, is_quantized, shape_of
+from pallas_kernels.chips import here
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tile import Scoring
-from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidates, default_device, sizes_for
-
-COMPUTE_CAPABILITY = "9.0"
-NUM_SMS = 132
-"""Multiprocessors of an H100 or H200; asked of the device where there is one."""
-
-
-def why_no_device() -> str | None:
-    """Why this process's default device cannot run the kernels; None if it can."""
-    device = default_device()
-    if device.platform != "gpu":
-        return f"the Hopper kernels need an NVIDIA GPU, not {device.platform}"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if capability != COMPUTE_CAPABILITY:
-        return f"the Hopper kernels need compute capability {COMPUTE_CAPABILITY}, not {capability}"
-    return None
+from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidates, sizes_for
 
 
 def why_not(
@@ -36,7 +23,7 @@ def why_not(
 ) -> str | None:
     """Why the kernels cannot take a case, whatever the device; None if they can."""
     _, num_heads, head_dim = q_shape
-    _, _, _, num_kv_heads, block_size, _ = pool_shape
+    _, _, num_kv_heads, block_size, _ = shape_of(pool_shape)
     if q_dtype not in (jnp.bfloat16, jnp.float16):
         return f"queries in {jnp.dtype(q_dtype).name}: the tensor cores take bfloat16 and float16"
     if is_quantized(pool_dtype) and q_dtype != jnp.bfloat16:
@@ -85,9 +72,8 @@ def attend_hopper(
     Raises:
         NotImplementedError: a case, or a device, that the kernels do not take.
     """
-    reason = why_not(q.shape, q.dtype, pool.shape, pool.dtype) or (None if interpret else why_no_device())
-    if reason is not None:
-        raise NotImplementedError(f"{reason}; implementation='xla' takes it")
+    reason = why_not(q.shape, q.dtype, pool.shape, pool.dtype) or (None if interpret else here.why_no_hopper())
+    dispatch.refuse(reason, "implementation='xla' takes it")
     if 0 in q.shape or 0 in block_tables.shape:
         return jnp.zeros_like(q)
     return _attend(
@@ -103,19 +89,15 @@ def attend_hopper(
         jnp.zeros_like(q) if into is None else into,  # padding is to come back as zeros
         scoring=Scoring(sm_scale, sliding_window, soft_cap),
         sizes=sizes or _tuned_sizes(q, pool),
-        num_sms=num_sms or _num_sms(),
+        num_sms=num_sms or here.num_sms(),
         interpret=interpret,
     )
 
 
 def _tuned_sizes(q: Array, pool: Array) -> Sizes:
-    group = q.shape[1] // num_kv_heads_of(pool)
-    return sizes_for(group=group, head_dim=q.shape[2], block_size=block_size_of(pool), pool_dtype=pool.dtype)
-
-
-def _num_sms() -> int:
-    device = default_device()
-    return device.core_count if device.platform == "gpu" else NUM_SMS
+    shape = shape_of(pool)
+    group = q.shape[1] // shape.num_kv_heads
+    return sizes_for(group=group, head_dim=q.shape[2], block_size=shape.block_size, pool_dtype=pool.dtype)
 
 
 @partial(jax.jit, static_argnames=("scoring", "sizes", "num_sms", "interpret"))

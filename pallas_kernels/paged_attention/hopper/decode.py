@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, num_kv_heads_of
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, as_matrices, shape_of
+from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.decode_consumer import (
     ROW,
     consume,
@@ -38,7 +39,7 @@ from pallas_kernels.paged_attention.hopper.decode_memory import (
 from pallas_kernels.paged_attention.hopper.decode_producer import produce
 from pallas_kernels.paged_attention.hopper.decode_quantized import with_stored_order
 from pallas_kernels.paged_attention.hopper.schedule import Merge, Queries, Schedule, schedule_decode
-from pallas_kernels.paged_attention.hopper.tile import LEAST, LOG2E, MATRIX, Ref, Scoring
+from pallas_kernels.paged_attention.hopper.tile import LEAST, LOG2E, MATRIX, Scoring
 
 MERGE = Merge()
 
@@ -72,12 +73,13 @@ def attend_decode(
 
     The other arguments are those of ``paged_attention``.
     """
+    pool_shape = shape_of(pool)
     shape = DecodeShape(
-        num_layers=pool.shape[1],
-        num_kv_heads=num_kv_heads_of(pool),
-        group=q.shape[1] // num_kv_heads_of(pool),
+        num_layers=pool_shape.num_layers,
+        num_kv_heads=pool_shape.num_kv_heads,
+        group=q.shape[1] // pool_shape.num_kv_heads,
         head_dim=q.shape[2],
-        block_size=block_size_of(pool),
+        block_size=pool_shape.block_size,
         dtype=q.dtype,
         pool_dtype=pool.dtype,
         scoring=scoring,
@@ -143,7 +145,7 @@ def _attend(
     inputs = Inputs(
         q,
         q_scales,
-        pool.reshape(-1, shape.piece, shape.head_dim),
+        as_matrices(pool, shape.piece),
         None if kv_scales is None else kv_scales.reshape(-1),
         layer.reshape(1),
         block_tables,

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.decode_memory import (
     DecodeShape,
     Inputs,
@@ -28,7 +29,6 @@ from pallas_kernels.paged_attention.hopper.schedule import Segment
 from pallas_kernels.paged_attention.hopper.tile import (
     LEAST,
     MATRIX,
-    Ref,
     interpreted_product,
     powers_of_two,
     spread,

@@ -8,15 +8,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_pool import is_quantized
+from pallas_kernels.block_pool.layout import is_quantized
+from pallas_kernels.chips.hopper import REGISTERS_OF_SM, WARPGROUP
+from pallas_kernels.chips.memory import Ref, round_up
 from pallas_kernels.paged_attention.hopper.schedule import Segment
-from pallas_kernels.paged_attention.hopper.tile import Ref, Scoring, swizzle_of, swizzling, tiled_smem
+from pallas_kernels.paged_attention.hopper.tile import Scoring, swizzle_of, swizzling, tiled_smem
 
 SEGMENT = Segment()
 
-REGISTERS_OF_SM = 65536
-THREADS = 256
-"""Of a worker: two warpgroups."""
+THREADS = 2 * WARPGROUP
+"""Threads of a worker: two warpgroups."""
 
 MOST_COLUMNS = {
     # (is quantised, workers of a multiprocessor): for 64, 128, 192 and 256 rows
@@ -79,12 +80,12 @@ class DecodeShape:
     @property
     def columns(self) -> int:
         """Query heads, filled up to what the tensor cores multiply."""
-        return up(self.group, 8)
+        return round_up(self.group, 8)
 
     @property
     def rows(self) -> int:
         """``head_dim``, filled up likewise."""
-        return up(self.head_dim, 64)
+        return round_up(self.head_dim, 64)
 
     @property
     def tile(self) -> int:
@@ -167,20 +168,16 @@ def columns_that_fit(head_dim: int, pool_dtype: jnp.dtype, workers_per_sm: int) 
     up to 24 bytes of an 8-bit pool. Eight more would spill 24 to 350 bytes in every tile, or, of a 16-bit pool that
     two workers share, leave registers for one. More than two workers are taken like two.
     """
-    return MOST_COLUMNS[is_quantized(pool_dtype), min(workers_per_sm, 2)][up(head_dim, 64) // 64 - 1]
+    return MOST_COLUMNS[is_quantized(pool_dtype), min(workers_per_sm, 2)][round_up(head_dim, 64) // 64 - 1]
 
 
 def decode_smem_bytes(sizes: DecodeSizes, group: int, head_dim: int, pool_dtype: jnp.dtype) -> int:
     """Shared memory that a worker takes."""
-    columns, rows = up(group, 8), up(head_dim, 64)
+    columns, rows = round_up(group, 8), round_up(head_dim, 64)
     # The scales of eight tokens each take eight bytes.
     slot = sizes.tile_tokens * (rows * pool_dtype.itemsize + is_quantized(pool_dtype))
     # Queries (two), weights and output in 2 bytes each; 6 KiB for alignment, barriers and the warps' sums.
     return sizes.slots * slot + 2 * columns * (2 * head_dim + sizes.tile_tokens + rows) + 6 * 1024
-
-
-def up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def scratch_types(shape: DecodeShape) -> Scratch:

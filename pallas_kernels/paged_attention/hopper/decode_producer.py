@@ -7,6 +7,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.block_pool.layout import matrix_of
+from pallas_kernels.chips.hopper import WARPS
+from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.decode_memory import (
     DecodeShape,
     Inputs,
@@ -17,9 +20,7 @@ from pallas_kernels.paged_attention.hopper.decode_memory import (
     segment_at,
 )
 from pallas_kernels.paged_attention.hopper.schedule import Segment
-from pallas_kernels.paged_attention.hopper.tile import Ref
 
-WARPS = 4
 QUERY_WARP = WARPS - 1
 
 
@@ -108,7 +109,7 @@ def _piece_of_block(at: Segment, tile: Array, piece: Array, shape: DecodeShape) 
 
 def _head(block: Array, which: int, at: Segment, layer: Array, shape: DecodeShape) -> Array:
     """Where the K (0) or V (1) of the segment's head is among all heads of all blocks."""
-    return ((block * shape.num_layers + layer) * 2 + which) * shape.num_kv_heads + at.kv_head
+    return matrix_of(block, layer, which, at.kv_head, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads)
 
 
 def _load_scales_of(

@@ -26,8 +26,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Float
 
+from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeShape
-from pallas_kernels.paged_attention.hopper.tile import COLUMN, MATRIX, Ref
+from pallas_kernels.paged_attention.hopper.tile import COLUMN, MATRIX
 
 PAIRS = plgpu.Layout.TILED(Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 """Of V^T in pairs of dims: as ``wgmma``'s accumulator, with 8 rows for each warp."""

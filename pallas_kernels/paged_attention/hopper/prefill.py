@@ -16,7 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, block_size_of, num_kv_heads_of
+from pallas_kernels.block_pool.layout import BlockPool, as_matrices, matrix_of, shape_of
+from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.prefill_consumer import Consumer
 from pallas_kernels.paged_attention.hopper.prefill_memory import (
     ITEM_SLOTS,
@@ -38,7 +39,7 @@ from pallas_kernels.paged_attention.hopper.prefill_plan import (
     plan_prefill,
     span_of,
 )
-from pallas_kernels.paged_attention.hopper.tile import LOG2E, Ref, Scoring
+from pallas_kernels.paged_attention.hopper.tile import LOG2E, Scoring
 
 
 def attend_prefill(
@@ -75,7 +76,7 @@ def attend_prefill(
         return
     inputs = Inputs(
         q,
-        pool.reshape(-1, case.block_size, case.head_dim),
+        as_matrices(pool, case.block_size),
         layer.reshape(1),
         block_tables,
         plan,
@@ -121,15 +122,16 @@ def prefill_case(
         ValueError: sizes that no pool fits.
         NotImplementedError: what ``attend_prefill`` cannot do.
     """
+    pool_shape = shape_of(pool)
     return Case(
         scoring=scoring,
         sizes=sizes,
         dtype=jnp.dtype(q.dtype),
         num_heads=q.shape[1],
-        num_kv_heads=num_kv_heads_of(pool),
+        num_kv_heads=pool_shape.num_kv_heads,
         head_dim=q.shape[2],
-        num_layers=pool.shape[1],
-        block_size=block_size_of(pool),
+        num_layers=pool_shape.num_layers,
+        block_size=pool_shape.block_size,
         is_interpreted=is_interpreted,
     )
 
@@ -260,7 +262,9 @@ def _pieces(case: Case, inputs: Inputs, which: int, item: Item, tile: Array) -> 
         pos = tile * case.kv_tile + i * case.piece
         block = jnp.clip(lax.div(pos, case.block_size), first_block, last_block)
         physical = inputs.block_tables[item.run.row, block]
-        matrix = ((physical * case.num_layers + inputs.layer[0]) * 2 + which) * case.num_kv_heads + kv_head
+        matrix = matrix_of(
+            physical, inputs.layer[0], which, kv_head, num_layers=case.num_layers, num_kv_heads=case.num_kv_heads
+        )
         piece = inputs.pool.at[matrix]
         if case.piece < case.block_size:
             piece = piece.at[pl.ds(lax.rem(pos, case.block_size), case.piece)]

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.prefill_memory import Inputs, Scratch, copied, for_each_item, multiplied
 from pallas_kernels.paged_attention.hopper.prefill_plan import (
     CONSUMERS,
@@ -27,7 +28,6 @@ from pallas_kernels.paged_attention.hopper.tile import (
     MATRIX,
     TILE_ROWS,
     Accumulator,
-    Ref,
     Softmax,
     StandIn,
     accumulate,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.prefill_plan import CONSUMERS, Case, Item, Plan, Run
-from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, Ref, smem_tile, swizzle_of, swizzling
+from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, smem_tile, swizzle_of, swizzling
 
 ITEM_SLOTS = 2
 """Items that are known at one time: the next is chosen while this one is under way."""

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from pallas_kernels.chips.hopper import SMEM_BYTES
 from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, Scoring, swizzle_of
 
 CONSUMERS = 2
 """Warpgroups that attend; each has its own half of an item's tokens."""
 
-SMEM_BYTES = 225 * 1024
-"""Shared memory for tiles, of the 227 KiB that a thread block gets; barriers and alignment take the rest."""
+TILE_BYTES = SMEM_BYTES - 2 * 1024
+"""Shared memory for tiles; barriers and alignment take the rest."""
 
 CACHED_KV_BYTES = 32 * 2**20
 """K and V that items under way at one time may cover: what stays in a cache of 50 MB beside everything else."""
@@ -119,7 +120,7 @@ class Case:
         row_bytes = self.head_dim * self.dtype.itemsize
         inputs = (CONSUMERS * TILE_ROWS + 2 * self.sizes.stages * self.kv_tile) * row_bytes
         slab_bytes = CONSUMERS * TILE_ROWS * self.slab * self.dtype.itemsize
-        fitting = min((SMEM_BYTES - inputs) // slab_bytes, self.num_slabs)
+        fitting = min((TILE_BYTES - inputs) // slab_bytes, self.num_slabs)
         return next((n for n in range(fitting, 0, -1) if self.num_slabs % n == 0), 0)
 
 

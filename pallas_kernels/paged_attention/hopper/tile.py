@@ -15,6 +15,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chips.memory import Ref
+
 LOG2E = math.log2(math.e)
 
 TILE_ROWS = 64
@@ -25,10 +27,6 @@ LEAST = -1e30
 
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(1)
-
-
-type Ref = Any
-"""A reference inside a kernel, to memory or barriers: JAX's own types for those are not what its functions take."""
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.chips import here
+from pallas_kernels.chips.hopper import SMEM_BYTES
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes, columns_that_fit, decode_smem_bytes
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 
 TUNED = Path(__file__).parent / "tuned.json"
 """Device kind -> shape class -> sizes."""
-
-SMEM_BYTES = 227 * 1024
-"""Shared memory of a multiprocessor that thread blocks may use."""
 
 MOST_SLOTS = 16
 """Worth trying, of 8-bit tiles: half as many of 16-bit ones are as many bytes."""
@@ -33,14 +31,6 @@ class Sizes:
     prefill: PrefillSizes
 
 
-def default_device() -> Any:
-    """Where what is not placed anywhere runs."""
-    default = jax.config.jax_default_device  # a device, a platform's name, or None
-    if isinstance(default, str):
-        return jax.devices(default)[0]
-    return default or jax.devices()[0]
-
-
 def shape_class(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> str:
     """What sizes are chosen by: known when a program is compiled, unlike lengths."""
     return f"group {group}, head_dim {head_dim}, block {block_size}, {jnp.dtype(pool_dtype).name}"
@@ -49,7 +39,7 @@ def shape_class(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.d
 def sizes_for(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> Sizes:
     """The tuned sizes of a shape class on the default device, else ones that fit."""
     key = shape_class(group=group, head_dim=head_dim, block_size=block_size, pool_dtype=pool_dtype)
-    tuned = load().get(default_device().device_kind, {}).get(key, {})
+    tuned = load().get(here.device_kind(), {}).get(key, {})
     decode = DecodeSizes(**tuned["decode"]) if "decode" in tuned else _fitting_decode(group, head_dim, pool_dtype)
     prefill = PrefillSizes(**tuned.get("prefill", {}))
     return Sizes(decode, prefill)

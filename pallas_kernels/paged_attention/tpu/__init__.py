@@ -1,14 +1,18 @@
 """Paged attention on TPUs by one ragged Pallas kernel: which batches it takes, and its launch."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, is_quantized
-from pallas_kernels.block_pool_tpu import write_kv_tpu
-from pallas_kernels.paged_attention.tpu.batch import attend_batch, layout_of_pool, slots_of_pieces
-from pallas_kernels.paged_attention.tpu.chip import LANES, Chip, chip_of, current_chip
+from pallas_kernels import dispatch
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, is_quantized, shape_of
+from pallas_kernels.block_pool.tpu import write_kv_quantized_tpu, write_kv_tpu
+from pallas_kernels.chips import here
+from pallas_kernels.chips.tpu import LANES, Chip, chip_of
+from pallas_kernels.paged_attention.tpu.batch import attend_batch, layout_of_pool, slots_of_rows
 from pallas_kernels.paged_attention.tpu.lanes import LaneLayout, lane_layout, to_lanes
 from pallas_kernels.paged_attention.tpu.launch import Scoring, Sizes
 
@@ -17,22 +21,13 @@ __all__ = [
     "attend_tpu",
     "lane_layout",
     "to_lanes",
-    "why_no_device",
     "why_not_tpu",
     "write_and_attend_tpu",
+    "write_quantized_and_attend_tpu",
 ]
 
 DEFAULT_GENERATION = "v5e"
 """The chip whose sizes the interpreter takes if none is named."""
-
-
-def why_no_device() -> str | None:
-    """Why what is being traced cannot run the kernels; None if it can."""
-    try:
-        current_chip()
-    except NotImplementedError as error:
-        return str(error)
-    return None
 
 
 def why_not_tpu(
@@ -48,7 +43,7 @@ def why_not_tpu(
         num_kv_heads: the model's; if None, as many as ``lane_layout`` puts into the pool's rows.
     """
     _, num_heads, head_dim = q_shape
-    *_, block_size, pool_dim = pool_shape
+    _, _, _, block_size, pool_dim = shape_of(pool_shape)
     if q_dtype not in (jnp.bfloat16, jnp.float32):
         return f"queries in {jnp.dtype(q_dtype).name}: TPUs compute in bfloat16 and float32"
     if pool_dtype == jnp.float16:  # all others that block_pool stores are widened where a chip cannot multiply them
@@ -104,12 +99,11 @@ def attend_tpu(
     del into  # XLA chooses where results go
     if not interpret:
         reason = why_not_tpu(q.shape, q.dtype, pool.shape, pool.dtype, num_kv_heads)
-        if reason is not None:
-            raise NotImplementedError(f"{reason}; implementation='xla' takes it")
+        dispatch.refuse(reason, "implementation='xla' takes it")
     if 0 in q.shape or 0 in block_tables.shape:
         return jnp.zeros_like(q)
     if chip is None:
-        chip = chip_of(DEFAULT_GENERATION) if interpret else current_chip()
+        chip = chip_of(DEFAULT_GENERATION) if interpret else here.current_tpu()
     out, _ = attend_batch(
         q,
         pool,
@@ -177,12 +171,12 @@ def write_and_attend_tpu(
     if 0 in q.shape or 0 in block_tables.shape:
         return jnp.zeros_like(q), pool
     if chip is None:
-        chip = chip_of(DEFAULT_GENERATION) if interpret else current_chip()
+        chip = chip_of(DEFAULT_GENERATION) if interpret else here.current_tpu()
     layout = layout_of_pool(q.shape[2], pool, k.shape[1])
     k, v = (to_lanes(x, layout).astype(pool.dtype) for x in (k, v))
     layer = jnp.asarray(layer, jnp.int32)
     if not is_decode:
-        slots = slots_of_pieces(q.shape[0], block_tables, kv_lens, cu_q_lens, block_size_of(pool))
+        slots = slots_of_rows(q.shape[0], block_tables, kv_lens, cu_q_lens, shape_of(pool).block_size, least_tokens=2)
         pool = write_kv_tpu(pool, layer, k, v, slots, interpret=interpret)
     out, written = attend_batch(
         q,
@@ -203,3 +197,37 @@ def write_and_attend_tpu(
     )
     assert written is not None
     return out, written
+
+
+def write_quantized_and_attend_tpu(
+    q: Float[Array, "tokens num_heads head_dim"],
+    k: Float[Array, "tokens num_kv_heads head_dim"],
+    v: Float[Array, "tokens num_kv_heads head_dim"],
+    pool: BlockPool,
+    kv_scales: KvScales,
+    layer: int | Int[Array, ""],
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    kv_lens: Int[Array, " num_seqs"],
+    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    *,
+    interpret: pltpu.InterpretParams | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "tokens num_heads head_dim"], BlockPool, KvScales]:
+    """``write_and_attend_tpu`` for a quantised pool, by one kernel that writes and one that attends."""
+    layout = layout_of_pool(q.shape[2], pool, k.shape[1])
+    slots = slots_of_rows(q.shape[0], block_tables, kv_lens, cu_q_lens, shape_of(pool).block_size, least_tokens=1)
+    k, v = (to_lanes(x, layout) for x in (k, v))
+    pool, kv_scales = write_kv_quantized_tpu(pool, kv_scales, layer, k, v, slots, interpret=interpret)
+    out = attend_tpu(
+        q,
+        pool,
+        layer,
+        block_tables,
+        kv_lens,
+        cu_q_lens,
+        kv_scales=kv_scales,
+        num_kv_heads=layout.num_kv_heads * layout.heads_per_row,
+        interpret=interpret,
+        **options,
+    )
+    return out, pool, kv_scales

@@ -9,8 +9,9 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool, KvScales, block_size_of, num_kv_heads_of
-from pallas_kernels.paged_attention.tpu.chip import Chip, round_up
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, num_blocks_of, shape_of
+from pallas_kernels.chips.memory import round_up
+from pallas_kernels.chips.tpu import Chip
 from pallas_kernels.paged_attention.tpu.kernel import Inputs, attend_packed, rows_of_heads
 from pallas_kernels.paged_attention.tpu.lanes import LaneLayout, own_lanes, spread_queries
 from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Scoring, Sizes
@@ -30,26 +31,28 @@ SMEM_SHARE = 0.9
 """Of SMEM, for the list of tiles; the rest is left to block tables and the compiler."""
 
 
-def slots_of_pieces(
+def slots_of_rows(
     num_tokens: int,
     block_tables: Int[Array, "num_seqs max_blocks"],
     kv_lens: Int[Array, " num_seqs"],
     cu_q_lens: Int[Array, " num_seqs_plus_1"],
     block_size: int,
+    *,
+    least_tokens: int,
 ) -> Int[Array, " tokens"]:
-    """The slots of the tokens of rows that have several; 0, which is padding's, for all others."""
+    """The slots of the tokens of rows that have at least so many; slot 0, which padding has, for all other tokens."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     row = jnp.minimum(owner(cu_q_lens, token), kv_lens.size - 1)
     q_len = jnp.diff(cu_q_lens)[row]
     position = kv_lens[row] - q_len + token - cu_q_lens[row]
     block = block_tables.at[row, position // block_size].get(mode="clip")
-    is_of_piece = (token < cu_q_lens[-1]) & (q_len > 1)
-    return jnp.where(is_of_piece, block * block_size + position % block_size, 0)
+    has_slot = (token < cu_q_lens[-1]) & (q_len >= least_tokens)
+    return jnp.where(has_slot, block * block_size + position % block_size, 0)
 
 
 def layout_of_pool(head_dim: int, pool: BlockPool, num_kv_heads: int | None) -> LaneLayout:
     """How a model's KV heads lie in a pool's rows: side by side if they fit, and there are as many."""
-    pool_heads, pool_dim = num_kv_heads_of(pool), pool.shape[5]
+    _, _, pool_heads, _, pool_dim = shape_of(pool)
     per_row = pool_dim // head_dim if num_kv_heads is None else num_kv_heads // pool_heads
     if per_row == 0 or per_row * head_dim > pool_dim or (num_kv_heads or per_row * pool_heads) != per_row * pool_heads:
         raise ValueError(
@@ -131,7 +134,7 @@ def plan_launch(
     num_tokens, num_heads, _ = q.shape
     launch = Launch(
         num_kv_heads=layout.num_kv_heads,
-        block_size=block_size_of(pool),
+        block_size=shape_of(pool).block_size,
         head_dim=layout.head_dim,
         q_dtype=jnp.dtype(q.dtype),
         pool_dtype=jnp.dtype(pool.dtype),
@@ -166,5 +169,5 @@ def _in_pieces(block_tables: Int[Array, "num_seqs max_blocks"]) -> Int[Array, "n
 
 def _of_layer(kv_scales: KvScales, layer: Int[Array, ""], lanes: int) -> Float[Array, "num_blocks 1 lanes"]:
     """One layer's scales, each block's in a row that one copy can fetch."""
-    scales = jax.lax.dynamic_index_in_dim(kv_scales, layer, 1, keepdims=False).reshape(kv_scales.shape[0], 1, -1)
+    scales = jax.lax.dynamic_index_in_dim(kv_scales, layer, 1, keepdims=False).reshape(num_blocks_of(kv_scales), 1, -1)
     return jnp.pad(scales, ((0, 0), (0, 0), (0, lanes - scales.shape[2])))

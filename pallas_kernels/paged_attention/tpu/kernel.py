@@ -18,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool import BlockPool
-from pallas_kernels.paged_attention.tpu.chip import LANES
-from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Ref
+from pallas_kernels.block_pool.layout import BlockPool
+from pallas_kernels.chips.memory import Ref
+from pallas_kernels.chips.tpu import LANES
+from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch
 from pallas_kernels.paged_attention.tpu.stream import (
     OUTPUT_SLOTS,
     WRITE_SLOTS,

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.paged_attention.tpu.chip import LANES, round_up
+from pallas_kernels.chips.memory import round_up
+from pallas_kernels.chips.tpu import LANES
 
 
 class LaneLayout(NamedTuple):

@@ -1,16 +1,13 @@
 """Everything static about a launch of the kernel, and what it takes of a core's VMEM."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
 
-from pallas_kernels.block_pool import is_quantized
-from pallas_kernels.paged_attention.tpu.chip import LANES, SUBLANES, round_up, sublanes_of
+from pallas_kernels.block_pool.layout import is_quantized
+from pallas_kernels.chips.memory import round_up
+from pallas_kernels.chips.tpu import LANES, SUBLANES, sublanes_of
 from pallas_kernels.paged_attention.tpu.schedule import Rows
-
-type Ref = Any
-"""A reference inside a kernel: JAX's own types for those are not what its functions take."""
 
 TABLE_PIECE = LANES
 """Entries of a block table that one copy brings into SMEM."""

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.paged_attention.tpu.chip import SUBLANES, round_up, sublanes_of
+from pallas_kernels.chips.memory import round_up
+from pallas_kernels.chips.tpu import SUBLANES, sublanes_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from pallas_kernels.paged_attention.tpu.chip import LANES, Chip
+from pallas_kernels.chips.tpu import LANES, Chip
 from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Sizes, vmem_bytes
 from pallas_kernels.paged_attention.tpu.tuning import LEAST_BUFFERS, tuned_sizes
 

@@ -7,7 +7,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Ref
+from pallas_kernels.chips.memory import Ref
+from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch
 from pallas_kernels.paged_attention.tpu.schedule import NO_TOKEN
 
 OUTPUT_SLOTS = 2

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.paged_attention.tpu.chip import CORES_OF_DEVICE
+from pallas_kernels.chips.tpu import CORES_OF_DEVICE
 from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Sizes, vmem_bytes
 
 TUNED = Path(__file__).parent / "tuned.json"

@@ -1,0 +1,208 @@
+"""The real TPU compiler, for chips that are not there: the attention kernel compiled for one device of a generation.
+
+It needs libtpu (``pip install 'jpaged[tpu-aot]'``), and no TPU.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import block_pool_shape
+from pallas_kernels.block_pool import is_quantized
+from pallas_kernels.chips.tpu import chip_of
+from pallas_kernels.paged_attention.tpu import LaneLayout, attend_tpu, lane_layout, write_and_attend_tpu
+from pallas_kernels.paged_attention.tpu.batch import plan_launch
+from pallas_kernels.paged_attention.tpu.launch import Launch, Scoring
+
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+"""Generation -> the smallest topology that the compiler describes."""
+
+CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
+"""A generation whose two TensorCores the compiler would keep apart, and whose TPUs run them as one device."""
+
+NO_MACHINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""What libtpu otherwise asks the cloud's metadata server for, and waits for where there is none; and that processes
+which only compile may be several.
+"""
+
+LAYER = 1
+"""The layer attended: not the first, which no offset leads to."""
+
+type Shape = tuple[tuple[int, ...], Any]
+"""An array's shape and type."""
+
+
+def why_no_compiler() -> str | None:
+    """Why nothing can be compiled for TPUs here; None if it can."""
+    if importlib.util.find_spec("libtpu") is None:
+        return "no libtpu: pip install 'jpaged[tpu-aot]'"
+    return None
+
+
+@cache
+def mesh_of(generation: str) -> Mesh:
+    """One device of a generation."""
+    return mesh_in(TOPOLOGIES[generation], 1, "chip", **CHIP_CONFIGS.get(generation, {}))
+
+
+def mesh_in(topology_name: str, num_devices: int, axis: str, **of_chip: str) -> Mesh:
+    """The first devices of a topology, as libtpu names it."""
+    for name, value in NO_MACHINE.items():
+        os.environ.setdefault(name, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=topology_name, **of_chip)
+    return Mesh(np.array(topology.devices[:num_devices]), (axis,))
+
+
+def trace_for(
+    generation: str, function: Callable[..., Any], *shapes: Shape | None, donate: tuple[int, ...] = ()
+) -> Any:
+    """A function of arrays of these shapes and types, traced for one device of a generation and not yet compiled."""
+    mesh = mesh_of(generation)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arguments = [None if x is None else jax.ShapeDtypeStruct(*x, sharding=sharding) for x in shapes]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function, donate_argnums=donate).lower(*arguments)
+
+
+def compile_for(
+    generation: str, function: Callable[..., Any], *shapes: Shape | None, donate: tuple[int, ...] = ()
+) -> Any:
+    """Compile a function of arrays of these shapes and types for one device of a generation."""
+    return trace_for(generation, function, *shapes, donate=donate).compile()
+
+
+@dataclass(frozen=True)
+class Case:
+    """The attention of one batch, and all that its program depends on.
+
+    Args:
+        pool_tokens: slots of a layer of the pool.
+        max_blocks: entries of a block table.
+        has_options: whether all that a model may ask of its scores is asked.
+        is_fused: whether K and V of the batch, a decode's, are written by the kernel that attends.
+    """
+
+    generation: str
+    head_dim: int
+    group: int
+    block_size: int
+    pool_dtype: jnp.dtype
+    num_tokens: int
+    num_seqs: int
+    q_dtype: Any = jnp.bfloat16
+    max_blocks: int = 512
+    num_kv_heads: int = 8
+    num_layers: int = 8
+    pool_tokens: int = 16 * 1024
+    has_options: bool = False
+    is_fused: bool = False
+
+    def __str__(self) -> str:
+        return (
+            f"{self.generation}-d{self.head_dim}-g{self.group}-b{self.block_size}-{self.pool_dtype.name}"
+            f"-{self.num_tokens}x{self.num_seqs}" + ("-options" if self.has_options else "")
+        )
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.group
+
+    @property
+    def layout(self) -> LaneLayout:
+        return lane_layout(self.num_kv_heads, self.head_dim)
+
+    @property
+    def q(self) -> Shape:
+        return (self.num_tokens, self.num_heads, self.head_dim), self.q_dtype
+
+    @property
+    def pool(self) -> Shape:
+        num_blocks, layout = self.pool_tokens // self.block_size, self.layout
+        axes = num_blocks, self.num_layers, layout.num_kv_heads, self.block_size, layout.head_dim
+        return block_pool_shape(*axes), self.pool_dtype
+
+    @property
+    def scoring(self) -> Scoring:
+        window, soft_cap = (1000, 30.0) if self.has_options else (None, None)
+        return Scoring(self.head_dim**-0.5, window, soft_cap)
+
+
+def launch_of(case: Case) -> Launch:
+    """The launch that a case's program makes."""
+    return plan_launch(
+        jax.ShapeDtypeStruct(*case.q),  # pyright: ignore[reportArgumentType]
+        jax.ShapeDtypeStruct(*case.pool),  # pyright: ignore[reportArgumentType]
+        case.num_seqs,
+        case.layout,
+        case.scoring,
+        None,
+        chip_of(case.generation),
+        has_slopes=case.has_options,
+        has_sinks=case.has_options,
+        is_fused=case.is_fused,
+    )
+
+
+def trace_attention(case: Case) -> Any:
+    """The attention of a case for its generation, without what leads to it, traced and not yet compiled.
+
+    Raises:
+        NotImplementedError: the kernel says that it cannot.
+    """
+    options = asdict(case.scoring)
+
+    def attend(q, pool, tables, kv_lens, cu_q_lens, alibi_slopes, sinks, kv_scales):
+        per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks, "kv_scales": kv_scales}
+        rows = tables, kv_lens, cu_q_lens
+        return attend_tpu(q, pool, LAYER, *rows, num_kv_heads=case.num_kv_heads, **options, **per_head)
+
+    def write_and_attend(q, pool, tables, kv_lens, cu_q_lens, alibi_slopes, sinks, k, v):
+        per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
+        rows = tables, kv_lens, cu_q_lens
+        return write_and_attend_tpu(q, k, v, pool, LAYER, *rows, is_decode=True, **options, **per_head)
+
+    num_seqs, (pool_shape, _) = case.num_seqs, case.pool
+    per_head = ((case.num_heads,), jnp.float32) if case.has_options else None
+    arguments = (
+        case.q,
+        case.pool,
+        ((num_seqs, case.max_blocks), jnp.int32),
+        ((num_seqs,), jnp.int32),
+        ((num_seqs + 1,), jnp.int32),
+        per_head,
+        per_head,
+    )
+    if case.is_fused:
+        new = (case.num_tokens, case.num_kv_heads, case.head_dim), case.q_dtype
+        return trace_for(case.generation, write_and_attend, *arguments, new, new, donate=(1,))
+    scales = (pool_shape[:4], jnp.float32) if is_quantized(case.pool_dtype) else None
+    return trace_for(case.generation, attend, *arguments, scales)
+
+
+def kernel_vmem_bytes(compiled: Any) -> int:
+    """VMEM that the compiler gave the attention kernel of a compiled program.
+
+    The kernel has what lies past the buffers that XLA keeps in VMEM meanwhile: they end where its memory begins.
+    """
+    lines = compiled.as_text().splitlines()
+    (call,) = (line for line in lines if "%paged_attention" in line and "tpu_custom_call" in line)
+    (begin, _), (offset, used) = (
+        map(int, re.findall(rf'"{field}":\[\{{"memory_space":"1","offset":"(\d+)","size":"(\d+)"', call)[0])
+        for field in ("scoped_memory_configs", "used_scoped_memory_configs")
+    )
+    return offset + used - begin

@@ -1,0 +1,65 @@
+"""Rounding of K and V to the numbers that a quantised pool stores, and the scales that this takes."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Float32, Int, Real
+
+from pallas_kernels.block_pool.layout import LARGEST_STORED, BlockPool, KvScales, LayerIndex, shape_of
+
+SMALLEST_SCALE = 2.0**-126
+"""The scale of zeros alone: this number and its reciprocal are normal numbers in float32."""
+
+
+class Quantized(NamedTuple):
+    """A step's tokens as a quantised pool stores them, and the rescaling of their blocks.
+
+    Args:
+        stored: numbers of the pool's type, to be written at the tokens' slots.
+        kv_scales: scales of all blocks after the write.
+        old, new: scales of each token's block before and after. The write multiplies the block's numbers by
+            ``old / new`` where ``old`` is above 0; ``old`` is 0 where a token at offset 0 starts the block.
+    """
+
+    stored: Real[Array, "tokens 2 num_kv_heads head_dim"]
+    kv_scales: KvScales
+    old: Float32[Array, "tokens 2 num_kv_heads"]
+    new: Float32[Array, "tokens 2 num_kv_heads"]
+
+
+def quantize(
+    pool: BlockPool,
+    kv_scales: KvScales,
+    layer: LayerIndex,
+    k: Float[Array, "tokens num_kv_heads head_dim"],
+    v: Float[Array, "tokens num_kv_heads head_dim"],
+    slots: Int[Array, " tokens"],
+) -> Quantized:
+    """Round a step's tokens without writing to the pool; arguments as for ``write_kv_quantized``."""
+    shape = shape_of(pool)
+    blocks, offsets = jnp.divmod(slots, shape.block_size)
+    kv = jnp.stack([k, v], axis=1).astype(jnp.float32)
+    started = jnp.where(offsets == 0, blocks, shape.num_blocks)
+    kv_scales = kv_scales.at[started, layer].set(0, mode="drop", wrap_negative_indices=False)
+    old = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
+    least = _least_scales(kv, pool.dtype)
+    kv_scales = kv_scales.at[blocks, layer].max(least, mode="drop", wrap_negative_indices=False)
+    new = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
+    return Quantized(to_stored(kv / new[..., None], pool.dtype), kv_scales, old, new)
+
+
+def _least_scales(
+    kv: Float32[Array, "tokens 2 num_kv_heads head_dim"], dtype: jnp.dtype
+) -> Float32[Array, "tokens 2 num_kv_heads"]:
+    """The smallest power of two with which each head's numbers fit the type; NaN where a number is not finite."""
+    least = jnp.maximum(jnp.abs(kv).max(axis=-1) / LARGEST_STORED[dtype], SMALLEST_SCALE)
+    mantissa = 2**23 - 1
+    bits = lax.bitcast_convert_type(least, jnp.int32)  # the sum carries into the exponent unless the mantissa is 0
+    power = lax.bitcast_convert_type((bits + mantissa) & ~mantissa, jnp.float32)
+    return jnp.where(jnp.isfinite(least), power, jnp.nan)
+
+
+def to_stored(x: Float32[Array, "..."], dtype: jnp.dtype) -> Real[Array, "..."]:
+    """The nearest number that the type stores. No number needs saturating: a block's scale covers its largest."""
+    return (jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)

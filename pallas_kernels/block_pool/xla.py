@@ -1,0 +1,139 @@
+"""The operations of the block pool in plain XLA: gathers and scatters on any device.
+
+XLA for CPUs has no gather or scatter of float8, and widens the whole pool for each; int8 stays as it is on all devices.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Float32, Int, Real
+
+from pallas_kernels.block_pool.layout import (
+    BlockIds,
+    BlockPool,
+    Blocks,
+    KvScales,
+    LayerIndex,
+    Scales,
+    shape_of,
+)
+from pallas_kernels.block_pool.quantization import quantize, to_stored
+
+TOKENS_RESCALED_AT_ONCE = 4096
+"""Tokens of the blocks that one pass rescales: the 256 blocks of a large decode batch, if a block holds 16."""
+
+
+def write_kv_xla(
+    pool: BlockPool,
+    layer: LayerIndex,
+    k: Float[Array, "tokens num_kv_heads head_dim"],
+    v: Float[Array, "tokens num_kv_heads head_dim"],
+    slots: Int[Array, " tokens"],
+) -> BlockPool:
+    """Store one layer's K and V of this step's tokens; arguments and result as for ``write_kv``."""
+    blocks, offsets = jnp.divmod(slots, shape_of(pool).block_size)
+    kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
+    return pool.at[blocks, layer, :, :, offsets].set(kv, mode="drop", wrap_negative_indices=False)
+
+
+def write_kv_quantized_xla(
+    pool: BlockPool,
+    kv_scales: KvScales,
+    layer: LayerIndex,
+    k: Float[Array, "tokens num_kv_heads head_dim"],
+    v: Float[Array, "tokens num_kv_heads head_dim"],
+    slots: Int[Array, " tokens"],
+) -> tuple[BlockPool, KvScales]:
+    """Store K and V in a quantised pool; arguments and result as for ``write_kv_quantized``."""
+    stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)
+    blocks, offsets = jnp.divmod(slots, shape_of(pool).block_size)
+    is_first = jnp.diff(blocks, prepend=-1) != 0
+    has_grown = is_first & ((old > 0) & (new > old)).any(axis=(1, 2))
+    pool = _rescale(pool, layer, blocks, has_grown, old / new)
+    return pool.at[blocks, layer, :, :, offsets].set(stored, mode="drop", wrap_negative_indices=False), kv_scales
+
+
+def _rescale(
+    pool: BlockPool,
+    layer: LayerIndex,
+    blocks: Int[Array, " tokens"],
+    is_rescaled: Bool[Array, " tokens"],
+    ratios: Float32[Array, "tokens 2 num_kv_heads"],
+) -> BlockPool:
+    """Multiply the stored numbers of one layer of the marked blocks, each marked once.
+
+    Each token of a decode step has a block of its own, but the tokens of a long prompt share few blocks that already
+    hold tokens. So the marked blocks are gathered to the front and rescaled in passes, each over blocks that hold as
+    many tokens as the call writes: most calls need no pass, or one. A single pass that covers all blocks runs without a
+    loop, since a GPU's host would have to wait for the loop's condition.
+    """
+    num_tokens, (num_blocks, _, _, block_size, _) = blocks.size, shape_of(pool)
+
+    def rescale(pool: BlockPool, blocks: BlockIds, ratios: Float32[Array, "blocks 2 num_kv_heads"]) -> BlockPool:
+        stored = pool.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
+        stored = to_stored(stored.astype(jnp.float32) * ratios[..., None, None], pool.dtype)
+        return pool.at[blocks, layer].set(stored, mode="drop", wrap_negative_indices=False)
+
+    per_pass = -(-max(num_tokens, TOKENS_RESCALED_AT_ONCE) // block_size)
+    if num_tokens <= per_pass:
+        return rescale(pool, jnp.where(is_rescaled, blocks, num_blocks), ratios)
+
+    most_passes = -(-num_tokens // per_pass)
+    (marked,) = jnp.nonzero(is_rescaled, size=most_passes * per_pass, fill_value=num_tokens)
+
+    def rescale_some(index: Int[Array, ""], pool: BlockPool) -> BlockPool:
+        tokens = lax.dynamic_slice_in_dim(marked, index * per_pass, per_pass)
+        return rescale(
+            pool, blocks.at[tokens].get(mode="fill", fill_value=num_blocks), ratios.at[tokens].get(mode="clip")
+        )
+
+    return lax.fori_loop(0, -(-is_rescaled.sum() // per_pass), rescale_some, pool)
+
+
+def read_kv(
+    pool: BlockPool, layer: LayerIndex, blocks: Int[Array, "rows blocks"]
+) -> tuple[
+    Real[Array, "rows num_kv_heads context head_dim"],
+    Real[Array, "rows num_kv_heads context head_dim"],
+]:
+    """One layer's K and V of some blocks, each row's blocks end to end: ``context = blocks * block_size`` tokens.
+
+    Numbers of a quantised pool come as stored; multiply them by ``read_kv_scales`` to get their values. The gather puts
+    heads before tokens, as batched matrix products want them, so no transpose follows.
+    """
+    rows, num_blocks = blocks.shape
+    _, _, num_kv_heads, block_size, head_dim = shape_of(pool)
+    dimension_numbers = lax.GatherDimensionNumbers(
+        offset_dims=(1, 3, 4), collapsed_slice_dims=(0, 1, 2), start_index_map=(0, 1, 2)
+    )
+
+    def read(which: int) -> Real[Array, "rows num_kv_heads context head_dim"]:
+        start = jnp.stack([blocks, jnp.full_like(blocks, layer), jnp.full_like(blocks, which)], axis=-1)
+        slice_sizes = (1, 1, 1, num_kv_heads, block_size, head_dim)
+        gathered = lax.gather(pool, start, dimension_numbers, slice_sizes, mode="clip")
+        return gathered.reshape(rows, num_kv_heads, num_blocks * block_size, head_dim)
+
+    return read(0), read(1)
+
+
+def read_kv_scales(
+    kv_scales: KvScales, layer: LayerIndex, blocks: Int[Array, "rows blocks"], block_size: int
+) -> tuple[Float32[Array, "rows num_kv_heads context"], Float32[Array, "rows num_kv_heads context"]]:
+    """The scales of each token of ``read_kv``, for K and for V."""
+    scales = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
+    k_scales, v_scales = jnp.unstack(jnp.repeat(scales, block_size, axis=1), axis=2)
+    return k_scales.transpose(0, 2, 1), v_scales.transpose(0, 2, 1)
+
+
+def copy_blocks_xla(pool: BlockPool | KvScales, src: BlockIds, dst: BlockIds) -> BlockPool | KvScales:
+    """Copy whole blocks within the pool; arguments and result as for ``copy_blocks``."""
+    return scatter_blocks_xla(pool, dst, gather_blocks_xla(pool, src))
+
+
+def gather_blocks_xla(pool: BlockPool | KvScales, blocks: BlockIds) -> Blocks | Scales:
+    """Whole blocks in the order asked for; arguments and result as for ``gather_blocks``."""
+    return pool.at[blocks].get(mode="clip", wrap_negative_indices=False)
+
+
+def scatter_blocks_xla(pool: BlockPool | KvScales, blocks: BlockIds, data: Blocks | Scales) -> BlockPool | KvScales:
+    """Overwrite whole blocks; arguments and result as for ``scatter_blocks``."""
+    return pool.at[blocks].set(data.astype(pool.dtype), mode="drop", wrap_negative_indices=False)
