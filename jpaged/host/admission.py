@@ -183,7 +183,8 @@ class Admission:
 
     def _refuse(self, group: SequenceGroup, start: Start) -> Refusal:
         blocks, num_short = self._blocks, start.num_short
-        if group.is_swapped or start.match.is_on_host:
+        is_on_host = group.is_swapped or start.match.is_on_host
+        if is_on_host:
             num_short -= 1 + blocks.num_copies_queued  # loads may avoid as many blocks in this plan
         lacking = None
         if blocks.enable_prefix_caching and not (group.is_swapped or group.needs_prompt_scores):
@@ -194,6 +195,7 @@ class Admission:
         return Refusal(
             group=group,
             num_rows=group.num_rows,
+            is_on_host=is_on_host,
             is_running=self._is_running,
             num_short=num_short,
             num_freed=blocks.num_blocks_freed,

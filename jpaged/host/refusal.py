@@ -10,12 +10,13 @@ from jpaged.host.sequence import SequenceGroup
 class Refusal:
     """A group that was short of blocks, and the events without which it stays short.
 
-    Blocks that become free shorten the lack by one each. Other sequences may also publish content that the group can
-    share: then the first block that its match lacked is cached, or one of a swapped group's blocks is.
+    Each block that becomes free shortens the lack by one. Each block that enters the device's cache may do the same, if
+    the group would load its content from the host. Otherwise only the first block that its match lacked matters.
 
     Args:
         group: the group.
         num_rows: rows that it needed.
+        is_on_host: whether it would load blocks from the host.
         is_running: whether other groups were running, for which some blocks must stay free.
         num_short: blocks that it lacked at least.
         num_freed: device blocks that had become free by then, since the start.
@@ -25,6 +26,7 @@ class Refusal:
 
     group: SequenceGroup
     num_rows: int
+    is_on_host: bool
     is_running: bool
     num_short: int
     num_freed: int
@@ -36,6 +38,6 @@ class Refusal:
         if group is not self.group or group.num_rows != self.num_rows or is_running != self.is_running:
             return False
         num_gained = blocks.num_blocks_freed - self.num_freed
-        if group.is_swapped:
+        if self.is_on_host:
             num_gained += blocks.num_blocks_cached - self.num_cached
         return num_gained < self.num_short and (self.lacking is None or not blocks.is_cached(self.lacking))
