@@ -1,7 +1,10 @@
-"""What a machine and a checkpoint offer, found without reading weights or allocating a KV cache."""
+"""``jpaged info``: what a machine and a checkpoint offer, without reading weights or allocating a KV cache."""
 
+import argparse
+import json
+import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jpaged.cli.options import engine_settings
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.host_pool import num_host_blocks_for
@@ -99,6 +103,14 @@ class Info:
             "preemption": _describe_preemption(self.preemption, self.host_pool),
         }
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is left to others
+    info = gather_info(args.model, EngineConfig(**engine_settings(args)))
+    if args.is_leader:
+        print(json.dumps(asdict(info)) if args.json else info)
 
 
 def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
