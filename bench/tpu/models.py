@@ -26,11 +26,11 @@ from jpaged import EngineConfig
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.programs import Programs
 from jpaged.device.step.steps import SAMPLING_SCOPE
+from jpaged.device.target import choose_backend
 from jpaged.models import ModelConfig, fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import TENSOR_AXIS
 from pallas_kernels.chips.tpu import chip_of
-from pallas_kernels.paged_attention import Choice
 
 TOPOLOGIES = {
     "v5e": {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4"},
@@ -122,8 +122,8 @@ def programs_of(config: ModelConfig, mesh: Mesh) -> Programs:
         tensor_parallel_size=mesh.size,
         attention_implementation="pallas_tpu",
     )
-    attention = Choice("pallas_tpu", "as asked")
-    return Programs(model, config, settings, mesh, attention, max_model_len=config.max_model_len)
+    backend = choose_backend(config, settings, "bfloat16", mesh)
+    return Programs(model, config, settings, mesh, backend, max_model_len=config.max_model_len)
 
 
 def fit(name: str, generation: str, num_chips: int, *, num_layers: int | None = None) -> Fit:
