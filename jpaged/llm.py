@@ -375,7 +375,7 @@ class LLM:
     def _run(self, mailbox: Mailbox, *, use_tqdm: bool) -> None:
         """Wait until the mailbox is complete, behind a progress bar."""
         if not use_tqdm:
-            self.inbox.run_until(lambda: mailbox.is_complete)
+            self.inbox.run_until(mailbox.is_complete)
             return
         num_before = self.engine.num_output_tokens
         with tqdm(total=len(mailbox.request_ids), desc="Generating", unit="request") as bar:
@@ -386,7 +386,7 @@ class LLM:
                 rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
 
-            self.inbox.run_until(lambda: mailbox.is_complete, after_step=update)
+            self.inbox.run_until(mailbox.is_complete, after_step=update)
             update()
 
     def _stream(self, requests: list[Request]) -> Generator[CompletionDelta]:
@@ -394,10 +394,10 @@ class LLM:
             while True:
                 while mailbox.deltas:
                     yield mailbox.deltas.popleft()
-                if mailbox.is_complete:
+                if mailbox.is_complete():
                     mailbox.outputs()  # raises the error of a request that failed
                     return
-                self.inbox.run_until(lambda: bool(mailbox.deltas) or mailbox.is_complete)
+                self.inbox.run_until(lambda: bool(mailbox.deltas) or mailbox.is_complete())
 
 
 LLM.__doc__ = describe(LLM.__doc__, EngineConfig)
