@@ -36,8 +36,8 @@ NO_MATCH = PrefixMatch()
 class BlockManager:
     """Hands out physical blocks 1 to ``num_blocks - 1`` to sequences. One writer: the scheduler.
 
-    Every call that raises has changed nothing. Sequences are named by any hashable ``seq_id``. Calls raise ValueError for
-    an unknown name, and for a swapped sequence whose device blocks they need.
+    Every call that raises has changed nothing. Sequences are named by any hashable ``seq_id``. Calls raise ValueError
+    for an unknown name, and for a swapped sequence whose device blocks they need.
 
     Args:
         num_blocks: blocks in the pool, block 0 (padding, never handed out) included.
