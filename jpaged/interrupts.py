@@ -1,22 +1,30 @@
-"""Ctrl-C, which waits while something is done that must not be left half done."""
+"""Ctrl-C deferred until the end of a block that must not be left half done."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
 
 
 class InterruptsWait:
-    """Lets Ctrl-C take effect after the block: half of a step's bookkeeping could not be told from all of it."""
+    """Defers Ctrl-C to the end of the block; a block inside another one joins it.
+
+    Bookkeeping that is half done cannot be told from bookkeeping that is done. Besides, Python drops an exception that
+    is raised inside a callback or a finalizer, and JAX runs many of both while it traces and compiles.
+    Only the main thread is ever interrupted: in other threads the block has no effect.
+    """
 
     def __init__(self) -> None:
-        self._before = signal.getsignal(signal.SIGINT)
-        # Only the main thread is interrupted, and only it may say how.
-        self._is_needed = threading.current_thread() is threading.main_thread() and self._before is not None
+        is_main = threading.current_thread() is threading.main_thread()
+        self._before = signal.getsignal(signal.SIGINT) if is_main else None
+        outer = getattr(self._before, "__self__", None)
+        self._outer = outer if isinstance(outer, InterruptsWait) else None
+        self._is_needed = self._before is not None and self._outer is None
         self._num_pending = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "InterruptsWait":
+        if self._outer is not None:
+            return self._outer
         if self._is_needed:
             signal.signal(signal.SIGINT, self._remember)
         return self
@@ -30,7 +38,7 @@ class InterruptsWait:
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
-        """Let Ctrl-C take effect at once: of what runs here nothing is relied upon."""
+        """Let Ctrl-C take effect at once, because nothing depends on the outcome of this block."""
         if not self._is_needed:
             yield
             return
@@ -39,6 +47,12 @@ class InterruptsWait:
             yield
         finally:
             self.__enter__()
+
+    def check(self) -> None:
+        """Let a Ctrl-C that is pending take effect now."""
+        if self._num_pending:
+            with self.let_through():
+                pass
 
     def _remember(self, number: int, frame: object) -> None:
         self._num_pending += 1

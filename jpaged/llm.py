@@ -1,7 +1,6 @@
-"""LLM: a checkpoint, an engine and the two ways to use it offline: whole batches, and streams."""
+"""LLM: text generation from Python, in whole batches and in streams."""
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,14 @@ from flax import nnx
 from tqdm import tqdm
 
 from jpaged.config import EngineConfig
-from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
-from jpaged.device.runner import ModelRunner, check_settings
-from jpaged.device.step.compile_cache import enable_compile_cache
-from jpaged.device.step.program_cache import SOURCE_DIGEST
-from jpaged.device.target import target_of
+from jpaged.device.processes import LeadingRunner
 from jpaged.engine.detokenizer import Tokenizer
-from jpaged.engine.loop import Engine, EngineStats, Prompt, StepOutput
-from jpaged.models import ModelConfig, import_transformers, load_config, load_model
+from jpaged.engine.inbox import Inbox, Mailbox
+from jpaged.engine.loading import Follow, load_checkpoint, start_engine
+from jpaged.engine.loop import Engine
+from jpaged.engine.prompts import Prompt, pair_up
+from jpaged.engine.stats import EngineStats
+from jpaged.models import ModelConfig
 from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
 from jpaged.sharding import make_mesh
 
@@ -125,14 +124,7 @@ class LLM:
             interpret=interpret,
         )
         path = DEMO_MODEL if model is None else Path(model)
-        model_config = load_config(path)
-        check_settings(model_config, config)
-        tokenizer = _load_tokenizer(path)
-        mesh = make_mesh(tensor_parallel_size)
-        use_tqdm = use_tqdm and jax.process_index() == 0
-        weights_dtype = target_of(mesh).resolve_dtype(dtype, model_config.dtype)
-        load = partial(load_model, path, model_config, weights_dtype, mesh, use_tqdm=use_tqdm)
-        self._start(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+        self._serve(load_checkpoint(path, config, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
     def from_model(
@@ -151,7 +143,8 @@ class LLM:
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
         clone = partial(nnx.clone, model)  # the runner joins its projections
-        self._start(clone, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+        engine = start_engine(clone, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+        self._serve(engine)
         return self
 
     @classmethod
@@ -164,43 +157,10 @@ class LLM:
         self._serve(engine)
         return self
 
-    def _start(
-        self,
-        load: Callable[[], Any],
-        model_config: ModelConfig,
-        config: EngineConfig,
-        mesh: jax.sharding.Mesh,
-        tokenizer: Tokenizer | None,
-        *,
-        warm_up: bool | None,
-        use_tqdm: bool,
-    ) -> None:
-        enable_compile_cache()
-        if warm_up is None:
-            warm_up = target_of(mesh).warms_up
-        channel = open_channel(mesh)
-        if channel is None:
-            runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
-            self._serve(Engine(runner, config, tokenizer))
-            return
-        options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
-        try:
-            agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
-            if channel.is_leader:
-                self._serve(Engine(LeadingRunner(load(), model_config, config, mesh, **options), config, tokenizer))
-            else:
-                self._engine = None
-                self._followed = partial(follow, ModelRunner(load(), model_config, config, mesh, **options), channel)
-        except BaseException:
-            channel.close()  # or the others would wait
-            raise
-
-    def _serve(self, engine: Engine) -> None:
-        self._engine = engine
+    def _serve(self, engine: Engine | Follow) -> None:
+        self._inbox = Inbox(engine) if isinstance(engine, Engine) else None
+        self._follow = None if isinstance(engine, Engine) else engine
         self._num_requests = 0
-        self._awaited: set[str] = set()
-        self._finished: dict[str, RequestOutput] = {}  # of the awaited ones
-        self._streams: dict[str, deque[CompletionDelta]] = {}
 
     # Several processes --------------------------------------------------------------------------------------------
 
@@ -210,7 +170,7 @@ class LLM:
 
         All others call ``follow``, and nothing else.
         """
-        return self._engine is not None
+        return self._inbox is not None
 
     def follow(self) -> None:
         """Do what the leading process decides, until it closes its LLM or ends.
@@ -219,25 +179,34 @@ class LLM:
             RuntimeError: this process leads.
             EOFError: the leading process was cut short.
         """
-        if self._engine is not None:
+        if self._follow is None:
             raise RuntimeError("this process leads: only the others follow")
-        self._followed()
+        self._follow()
 
     def close(self) -> None:
-        """Let the processes that follow go on; the LLM is of no more use then. The end of this process does it too."""
-        if self._engine is not None and isinstance(self._engine.runner, LeadingRunner):
-            self._engine.runner.close()
+        """Let the processes that follow go on, and use this LLM no more. The end of this process does it too."""
+        if self._inbox is not None and isinstance(self.engine.runner, LeadingRunner):
+            self.engine.runner.close()
 
     @property
-    def engine(self) -> Engine:
-        """What serves the requests.
+    def inbox(self) -> Inbox:
+        """The requests under way, and who waits for them.
 
         Raises:
             RuntimeError: in a process that follows.
         """
-        if self._engine is None:
+        if self._inbox is None:
             raise RuntimeError(f"process {jax.process_index()} follows process 0, which decides: call follow()")
-        return self._engine
+        return self._inbox
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that serves the requests. It is for one thread; the methods of an LLM are for several.
+
+        Raises:
+            RuntimeError: in a process that follows.
+        """
+        return self.inbox.engine
 
     @property
     def tokenizer(self) -> Any:
@@ -274,15 +243,10 @@ class LLM:
         Raises:
             ValueError: any prompt or parameter is invalid. Raised before anything runs, whichever prompt it is.
         """
-        requests = self._make_requests(prompts, sampling_params, priority)
-        self._awaited |= {request.request_id for request in requests}
-        try:
-            for request in requests:
-                self.engine.add(request, is_streamed=False)
-            self._run(requests, use_tqdm=use_tqdm)
-            return [self._finished[request.request_id] for request in requests]
-        finally:
-            self._abandon(requests)
+        make_requests = partial(self._make_requests, prompts, sampling_params, priority)
+        with self.inbox.expecting(make_requests, is_streamed=False) as mailbox:
+            self._run(mailbox, use_tqdm=use_tqdm)
+            return mailbox.outputs()
 
     def beam_search(
         self,
@@ -329,7 +293,8 @@ class LLM:
         Raises:
             ValueError: as ``generate``, when called; when first read only if a prefix pinned since took the room.
         """
-        requests = self._make_requests(prompts, sampling_params, priority)
+        with self.inbox.between_steps() as engine:
+            requests = self._make_requests(prompts, sampling_params, priority, engine)
         return self._stream(requests)
 
     def abort(self, request_id: str) -> bool:
@@ -338,9 +303,8 @@ class LLM:
         Returns:
             False if the request is unknown or has finished.
         """
-        is_aborted = self.engine.abort(request_id)
-        self._deliver(self.engine.take())
-        return is_aborted
+        with self.inbox.between_steps() as engine:
+            return engine.abort(request_id)
 
     def pin_prefix(self, prefix: Prompt) -> PinnedPrefix:
         """Compute a prefix now and keep its KV in the pool until ``unpin``: prompts that begin with it find it there.
@@ -353,12 +317,12 @@ class LLM:
         """
         pin_id = f"pin {uuid4()}"  # no other LLM's handle is taken for it
         try:
-            token_ids = self.engine.pin(pin_id, prefix)
-            while not self.engine.is_pinned(pin_id):
-                self._deliver(self.engine.step())
+            with self.inbox.between_steps() as engine:
+                token_ids = engine.pin(pin_id, prefix)
+            self.inbox.run_until(lambda: engine.is_pinned(pin_id))
         except BaseException:
-            with suppress(ValueError):  # it was refused
-                self.engine.unpin(pin_id)
+            with suppress(ValueError), self.inbox.between_steps() as engine:  # it may have been refused
+                engine.unpin(pin_id)
             raise
         return PinnedPrefix(pin_id, len(token_ids))
 
@@ -370,114 +334,51 @@ class LLM:
         """
         if not isinstance(pinned, PinnedPrefix):
             raise ValueError(f"{pinned!r} is not valid: expected what pin_prefix returned")
-        self.engine.unpin(pinned.pin_id)
+        with self.inbox.between_steps() as engine:
+            engine.unpin(pinned.pin_id)
 
     def stats(self) -> EngineStats:
         """The state of both pools, and counters since the start: see ``EngineStats``."""
-        return self.engine.stats()
+        with self.inbox.between_steps() as engine:
+            return engine.stats()
 
     # Inside -------------------------------------------------------------------------------------------------------
 
-    def _make_requests(self, prompts: Any, sampling_params: Any, priority: Any) -> list[Request]:
-        if isinstance(prompts, str | Mapping):
-            prompts = [prompts]
-        if not isinstance(prompts, Iterable):
-            raise ValueError(f"prompts={prompts!r} is not valid: expected a prompt or a list of prompts")
-        prompts = list(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)
-        if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Sequence):
-            raise ValueError(
-                f"sampling_params={sampling_params!r} is not valid: expected SamplingParams or a list of them"
-            )
-        if len(sampling_params) != len(prompts):
-            raise ValueError(
-                f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: give one for all, or one each"
-            )
-        priority = 0 if priority is None else priority
-        priorities = priority if isinstance(priority, list | tuple) else [priority] * len(prompts)
-        if len(priorities) != len(prompts):
-            raise ValueError(f"{len(priorities)} priorities for {len(prompts)} prompts: give one for all, or one each")
+    def _make_requests(self, prompts: Any, sampling_params: Any, priority: Any, engine: Engine) -> list[Request]:
+        asked = pair_up(prompts, sampling_params, priority)
         requests = []
-        for i, (prompt, params, rank) in enumerate(zip(prompts, sampling_params, priorities, strict=True)):
+        for i, (prompt, params, rank) in enumerate(asked):
             try:
-                requests.append(self.engine.make_request(str(self._num_requests + i), prompt, params, rank))
+                requests.append(engine.make_request(str(self._num_requests + i), prompt, params, rank))
             except ValueError as error:
-                where = f"prompt {i}: " if len(prompts) > 1 else ""
+                where = f"prompt {i}: " if len(asked) > 1 else ""
                 raise ValueError(f"{where}{error}") from None
         self._num_requests += len(requests)
         return requests
 
-    def _run(self, requests: list[Request], *, use_tqdm: bool) -> None:
-        """Step until all ``requests`` have finished."""
-        waiting = {request.request_id for request in requests}
+    def _run(self, mailbox: Mailbox, *, use_tqdm: bool) -> None:
+        """Wait until the mailbox is complete, behind a progress bar."""
+        if not use_tqdm:
+            self.inbox.run_until(lambda: mailbox.is_complete)
+            return
         num_before = self.engine.num_output_tokens
-        with tqdm(total=len(requests), desc="Generating", unit="request", disable=not use_tqdm) as bar:
-            while waiting:
-                num_waiting = len(waiting)
-                if self._step().finished:
-                    waiting -= self._finished.keys()
-                bar.update(num_waiting - len(waiting))
-                if use_tqdm:
-                    num_tokens = self.engine.num_output_tokens - num_before
-                    rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
-                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        with tqdm(total=len(mailbox.request_ids), desc="Generating", unit="request") as bar:
+
+            def update() -> None:
+                bar.update(len(mailbox.results) - bar.n)
+                num_tokens = self.engine.num_output_tokens - num_before
+                rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+
+            self.inbox.run_until(lambda: mailbox.is_complete, after_step=update)
+            update()
 
     def _stream(self, requests: list[Request]) -> Generator[CompletionDelta]:
-        deltas: deque[CompletionDelta] = deque()
-        self._awaited |= {request.request_id for request in requests}
-        try:
-            for request in requests:
-                self.engine.add(request)
-                self._streams[request.request_id] = deltas
+        with self.inbox.expecting(lambda engine: requests, is_streamed=True) as mailbox:
             while True:
-                while deltas:
-                    yield deltas.popleft()
-                if all(request.request_id in self._finished for request in requests):
+                while mailbox.deltas:
+                    yield mailbox.deltas.popleft()
+                if mailbox.is_complete:
+                    mailbox.outputs()  # raises the error of a request that failed
                     return
-                self._step()
-        finally:
-            self._abandon(requests)
-
-    def _step(self) -> StepOutput:
-        """One step of the engine, its output put where its readers look."""
-        output = self.engine.step()
-        if not (output.deltas or output.finished or self.engine.has_unfinished):
-            raise RuntimeError("a request was dropped after an error and will never finish")
-        self._deliver(output)
-        return output
-
-    def _deliver(self, output: StepOutput) -> None:
-        for delta in output.deltas:
-            stream = self._streams.get(delta.request_id)
-            if stream is not None:
-                stream.append(delta)
-        self._finished |= {r.request_id: r for r in output.finished if r.request_id in self._awaited}
-
-    def _abandon(self, requests: list[Request]) -> None:
-        """Leave no trace of ``requests``, finished or not."""
-        for request in requests:
-            self._awaited.discard(request.request_id)
-            self.engine.forget(request.request_id)
-            self._finished.pop(request.request_id, None)
-            self._streams.pop(request.request_id, None)
-
-
-def _load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer; None if the directory has none."""
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    tokenizers = import_transformers().AutoTokenizer
-    try:
-        return tokenizers.from_pretrained(
-            str(path),
-            local_files_only=True,
-            trust_remote_code=False,
-            clean_up_tokenization_spaces=False,
-            model_max_length=2**31,  # the engine says itself what is too long
-        )
-    except Exception as error:  # whatever the many libraries behind it raise
-        raise ValueError(
-            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}): download its files again, or "
-            "convert it to a tokenizer.json"
-        ) from error
+                self.inbox.run_until(lambda: bool(mailbox.deltas) or mailbox.is_complete)

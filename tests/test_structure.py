@@ -1,9 +1,10 @@
 """The limits of the code, checked on its text: English, sizes, imports, and the one answer to platform questions."""
 
 import ast
+import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +60,43 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one module (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for target in graph[node]:
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in stack:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            at = stack.index(node)
+            if len(stack) - at > 1:
+                found.append(sorted(stack[at:]))
+            del stack[at:]
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
+    assert circles(graph) == [["b", "c"]]
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert not circles(import_graph())
+
+
 @pytest.mark.parametrize(
     ("folder", "allowed"),
     [
@@ -77,6 +115,28 @@ def test_rooms_import_only_what_they_may(folder, allowed):
         f"{path.relative_to(ROOT)}: {target}" for path in sources(folder) for target in imports(path) if not may(target)
     }
     assert not found
+
+
+def lines_with(pattern: str, is_exempt: Callable[[str], bool]) -> list[str]:
+    """Lines of the packages that match, outside of exempt files."""
+    found = []
+    for path in sources(*PACKAGES):
+        name = path.relative_to(ROOT).as_posix()
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if re.search(pattern, line) and not is_exempt(name):
+                found.append(f"{name}:{number}: {line.strip()}")
+    return found
+
+
+def test_the_platform_is_asked_in_two_places():
+    def may_ask(name: str) -> bool:
+        return name == "jpaged/device/target.py" or name.startswith("pallas_kernels/chips/")
+
+    assert not lines_with(r"default_backend|\.platform\b", may_ask)
+
+
+def test_the_layout_of_the_pool_is_known_to_one_module():
+    assert not lines_with(r"\bpool(_ref)?\.shape\[-?\d+\]", lambda name: name == "pallas_kernels/block_pool/layout.py")
 
 
 def test_no_module_is_called_utils():

@@ -193,7 +193,7 @@ def _stopping(engine: Engine, deadline: float, progress: _Progress) -> Iterator[
 
     def counted() -> Any:
         if time.perf_counter() > deadline:
-            groups = engine._groups.values()
+            groups = engine.outputs.groups
             progress.num_unfinished_tokens = sum(seq.num_outputs for group in groups for seq in group.sequences)
             raise TimeIsUp
         output = step()

@@ -12,9 +12,9 @@ HOST_PARTS = (
     ("runner", "enqueue", "enqueue"),
     ("runner", "fetch", "wait"),
     ("scheduler", "update", "update"),
-    (None, "_collect_all", "collect"),
+    ("outputs", "read", "collect"),
 )
-"""What a step of the engine does on the host: attribute of the engine (None: itself), method, part of the step."""
+"""What a step of the engine does on the host: attribute of the engine, method, part of the step."""
 
 
 class Stopwatch:
@@ -45,8 +45,7 @@ class Stopwatch:
         """Time the parts of an engine's steps."""
         with ExitStack() as stack:
             for attribute, method, name in HOST_PARTS:
-                owner = engine if attribute is None else getattr(engine, attribute)
-                stack.enter_context(self.watch(owner, method, name))
+                stack.enter_context(self.watch(getattr(engine, attribute), method, name))
             yield
 
     @property

@@ -306,8 +306,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.finished.keys() == self.requests.keys()
         assert self.engine.blocks.num_free_blocks == self.engine.blocks.num_blocks - 1
         assert self.engine.stats().num_host_used_blocks == 0
-        engine = self.engine
-        assert not any((engine._groups, engine._streamed, engine._to_collect, engine._progress))
+        assert not self.engine.has_unfinished
+        assert self.engine.take().is_empty
         for name, output in self.finished.items():
             request = self.requests[name]
             is_aborted = any(o.finish_reason is FinishReason.ABORT for o in output.outputs)
@@ -578,7 +578,7 @@ def test_a_request_that_is_not_streamed_has_the_same_result_and_no_deltas():
             for delta in output.deltas:
                 told.setdefault(delta.request_id, {}).setdefault(delta.index, []).extend(delta.token_ids)
             finished |= {result.request_id: result for result in output.finished}
-        assert not any((engine._groups, engine._streamed, engine._to_collect, engine._progress))
+        assert engine.take().is_empty
         return finished, told
 
     finished, told = run_streaming(set(prompts))
@@ -687,10 +687,11 @@ def test_a_step_interrupted_while_its_tokens_are_taken_in_loses_none(monkeypatch
     for name in "ab":
         add(engine, name, [1, 2, 3], max_tokens=1, temperature=0, ignore_eos=True)
 
-    def interrupted(group):
+    def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_collect", interrupted)
+    reads = iter([engine.outputs.read, interrupted])  # what an earlier step left, and what this step brings
+    monkeypatch.setattr(engine.outputs, "read", lambda: next(reads)())
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     monkeypatch.undo()

@@ -25,11 +25,8 @@ def _nothing_is_left_behind():
     yield
     assert llm().stats().num_used_blocks == 0
     assert not llm().engine.has_unfinished
-    engine = llm().engine
-    assert not any((engine._groups, engine._streamed, engine._to_collect, engine._progress, engine._output.deltas))
-    assert not llm()._awaited
-    assert not llm()._finished
-    assert not llm()._streams
+    assert llm().engine.take().is_empty
+    assert len(llm().inbox) == 0
 
 
 def test_text_is_the_decoded_tokens_and_results_keep_the_order_of_prompts():

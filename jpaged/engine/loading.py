@@ -1,0 +1,113 @@
+"""From a checkpoint, or a model in memory, to an engine that is ready."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jpaged.config import EngineConfig
+from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
+from jpaged.device.runner import ModelRunner, check_settings
+from jpaged.device.step.compile_cache import enable_compile_cache
+from jpaged.device.step.program_cache import SOURCE_DIGEST
+from jpaged.device.target import target_of
+from jpaged.engine.detokenizer import Tokenizer
+from jpaged.engine.loop import Engine
+from jpaged.models import ModelConfig, import_transformers, load_config, load_model
+from jpaged.sharding import make_mesh
+
+Follow = Callable[[], None]
+"""Does the work of a process that does not decide, until the deciding process ends."""
+
+
+def load_checkpoint(path: Path, config: EngineConfig, *, warm_up: bool | None, use_tqdm: bool) -> Engine | Follow:
+    """Load a checkpoint directory and start an engine.
+
+    Args:
+        path: the directory.
+        config: the engine's settings.
+        warm_up: whether to compile every program now; None is now on an accelerator, later on a CPU.
+        use_tqdm: whether to show progress.
+
+    Returns:
+        The engine; in a process that does not decide, its work.
+
+    Raises:
+        ValueError: a setting out of range, a directory that is no checkpoint, or an architecture that is unknown.
+    """
+    model_config = load_config(path)
+    check_settings(model_config, config)
+    tokenizer = load_tokenizer(path)
+    mesh = make_mesh(config.tensor_parallel_size)
+    use_tqdm = use_tqdm and jax.process_index() == 0
+    dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
+    load = partial(load_model, path, model_config, dtype, mesh, use_tqdm=use_tqdm)
+    return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+
+
+def start_engine(
+    load: Callable[[], Any],
+    model_config: ModelConfig,
+    config: EngineConfig,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer | None,
+    *,
+    warm_up: bool | None,
+    use_tqdm: bool,
+) -> Engine | Follow:
+    """Start an engine over a model.
+
+    Args:
+        load: makes the model, its weights on ``mesh``; the engine changes it.
+        model_config: the model's configuration.
+        config: the engine's settings.
+        mesh: the devices.
+        tokenizer: text <-> token ids, or None.
+        warm_up: as in ``load_checkpoint``.
+        use_tqdm: whether to show progress.
+
+    Returns:
+        As ``load_checkpoint``.
+    """
+    enable_compile_cache()
+    if warm_up is None:
+        warm_up = target_of(mesh).warms_up
+    channel = open_channel(mesh)
+    if channel is None:
+        runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
+        return Engine(runner, config, tokenizer)
+    options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
+    try:
+        agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
+        if channel.is_leader:
+            return Engine(LeadingRunner(load(), model_config, config, mesh, **options), config, tokenizer)
+        return partial(follow, ModelRunner(load(), model_config, config, mesh, **options), channel)
+    except BaseException:
+        channel.close()  # or the other processes would wait
+        raise
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer; None if the directory has none.
+
+    Raises:
+        ValueError: its files cannot be read.
+    """
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    tokenizers = import_transformers().AutoTokenizer
+    try:
+        return tokenizers.from_pretrained(
+            str(path),
+            local_files_only=True,
+            trust_remote_code=False,
+            clean_up_tokenization_spaces=False,
+            model_max_length=2**31,  # the engine itself refuses what is too long
+        )
+    except Exception as error:  # the many libraries behind it raise many kinds
+        raise ValueError(
+            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}): download its files again, or "
+            "convert it to a tokenizer.json"
+        ) from error

@@ -1,0 +1,257 @@
+"""Tokens to results: detokenised text, deltas of streams, log-probabilities, ranked completions."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from jpaged.contract.plan import TokenScores
+from jpaged.engine.detokenizer import Detokenizer, Tokenizer
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Sequence, SequenceGroup
+from jpaged.request import CompletionDelta, CompletionOutput, FinishReason, Logprob, RequestOutput
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Output of one step.
+
+    Args:
+        deltas: new tokens and text of each completion of a streamed request.
+        finished: results of the requests that ended.
+        failed: by request id, errors that ended requests whose text could not be made.
+    """
+
+    deltas: list[CompletionDelta] = field(default_factory=list)
+    finished: list[RequestOutput] = field(default_factory=list)
+    failed: dict[str, Exception] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.deltas or self.finished or self.failed)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Decoding state of one sequence.
+
+    Args:
+        detokenizer: the text so far; None without a tokenizer.
+        num_tokens: tokens in deltas so far, the prompt counted in.
+        num_characters: characters in deltas so far.
+        is_ended: whether its end was read.
+    """
+
+    detokenizer: Detokenizer | None
+    num_tokens: int
+    num_characters: int = 0
+    is_ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """A request whose result was not made yet.
+
+    Args:
+        group: the sequences.
+        is_streamed: whether deltas are wanted.
+        progress: decoding state by sequence id.
+    """
+
+    group: SequenceGroup
+    is_streamed: bool
+    progress: dict[int, _Progress] = field(default_factory=dict)
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the results are the best of more sequences: no delta can be told before all of them end."""
+        return self.group.beam is not None or self.group.request.params.num_sequences > self.group.request.params.n
+
+
+class Outputs:
+    """Owner of every request that has no result yet, from ``open`` until its result is made or it is dropped.
+
+    An interrupted ``read`` loses nothing: the next one reads the same groups again.
+
+    Args:
+        tokenizer: makes text of token ids; None makes none.
+        scheduler: told of sequences whose text met a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, scheduler: Scheduler) -> None:
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._answers: dict[str, _Answer] = {}  # by request id
+        self._unread: dict[str, _Answer] = {}  # the part of them that gained tokens
+        self._output = StepOutput()  # not taken yet
+
+    def __len__(self) -> int:
+        """Requests without a result."""
+        return len(self._answers)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._answers
+
+    @property
+    def groups(self) -> Iterable[SequenceGroup]:
+        """The sequences of the requests without a result."""
+        return [answer.group for answer in self._answers.values()]
+
+    def open(self, group: SequenceGroup, *, is_streamed: bool) -> None:
+        """Expect tokens of a request."""
+        self._answers[group.request.request_id] = _Answer(group, is_streamed)
+
+    def drop(self, request_id: str) -> None:
+        """Keep nothing of a request."""
+        self._answers.pop(request_id, None)
+        self._unread.pop(request_id, None)
+
+    def take(self) -> StepOutput:
+        """The output that was read and not taken before."""
+        output, self._output = self._output, StepOutput()
+        return output
+
+    def note(self, groups: Iterable[SequenceGroup]) -> None:
+        """Remember groups that gained tokens or ended, until they are read."""
+        answers, has_text = self._answers, self._tokenizer is not None
+        for group in groups:
+            answer = answers.get(group.request.request_id)
+            if answer is not None and (has_text or answer.is_streamed or group.is_finished):
+                self._unread[group.request.request_id] = answer
+
+    def note_all(self) -> None:
+        """Remember all groups: it is unknown which of them gained tokens."""
+        self._unread |= self._answers
+
+    def read(self) -> None:
+        """Make text, deltas and results of the tokens that groups gained.
+
+        A request whose text cannot be made ends with the tokenizer's error; the others go on.
+        """
+        for request_id, answer in list(self._unread.items()):
+            try:
+                self._read(request_id, answer)
+            except Exception as error:
+                self._scheduler.abort(request_id)
+                self.drop(request_id)
+                self._output.failed[request_id] = error
+
+    def _read(self, request_id: str, answer: _Answer) -> None:
+        group = answer.group
+        is_told = answer.is_streamed and not answer.is_ranked
+        if is_told or (self._tokenizer is not None and (group.beam is None or group.is_finished)):
+            for seq in group.sequences:  # live beams come and go
+                self._read_sequence(answer, seq, is_told=is_told)
+        if group.is_finished:
+            result = self._result(answer)
+            if answer.is_streamed and answer.is_ranked:
+                self._output.deltas.extend(
+                    CompletionDelta(request_id, o.index, o.text, o.token_ids, o.finish_reason) for o in result.outputs
+                )
+            self._output.finished.append(result)
+            self.drop(request_id)
+        else:
+            del self._unread[request_id]
+
+    def _read_sequence(self, answer: _Answer, seq: Sequence, *, is_told: bool) -> None:
+        progress = answer.progress.get(seq.seq_id) or self._begin(answer, seq)
+        if progress.is_ended:
+            return
+        detokenizer = progress.detokenizer
+        end = 0 if detokenizer is None else self._decode(answer.group, seq, detokenizer)
+        is_finished = seq.is_finished
+        if is_told:
+            new_ids = seq.token_ids[progress.num_tokens :]
+            if new_ids or is_finished:
+                text = ""
+                if detokenizer is not None:
+                    text = detokenizer.text[progress.num_characters : end]
+                    progress.num_characters = max(progress.num_characters, end)
+                delta = CompletionDelta(answer.group.request.request_id, seq.index, text, new_ids, seq.finish_reason)
+                self._output.deltas.append(delta)
+                progress.num_tokens += len(new_ids)
+        progress.is_ended = is_finished
+
+    def _begin(self, answer: _Answer, seq: Sequence) -> _Progress:
+        detokenizer, request = None, answer.group.request
+        if self._tokenizer is not None:
+            detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids, request.params.stop_strings)
+        progress = answer.progress[seq.seq_id] = _Progress(detokenizer, seq.prompt_len)
+        return progress
+
+    def _decode(self, group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer) -> int:
+        """Turn new tokens into text; returns how many characters of it are decided."""
+        for token_id in seq.token_ids[seq.prompt_len + detokenizer.num_tokens :]:
+            if seq.finish_reason is FinishReason.STOP and token_id in group.stop_token_ids:
+                break  # a stop token ends the text and is no part of it
+            may_stop = detokenizer.num_tokens + 1 >= group.request.params.min_tokens
+            detokenizer.append(token_id, may_stop=may_stop)
+            if detokenizer.is_stopped:
+                self._scheduler.finish(group, seq, FinishReason.STOP)
+                break
+        if seq.is_finished:
+            detokenizer.finish()
+        return detokenizer.num_decided(is_last=seq.is_finished)
+
+    # Results ------------------------------------------------------------------------------------------------------
+
+    def _result(self, answer: _Answer) -> RequestOutput:
+        group, request = answer.group, answer.group.request
+        outputs = [self._completion(answer, seq) for seq in group.sequences]
+        if answer.is_ranked:
+            outputs.sort(key=lambda output: -(output.cumulative_logprob if output.score is None else output.score))
+            outputs = [dataclasses.replace(output, index=i) for i, output in enumerate(outputs[: request.params.n])]
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=outputs,
+            prompt_logprobs=self._prompt_logprobs(group),
+            num_cached_tokens=group.num_cached_tokens or 0,
+        )
+
+    def _completion(self, answer: _Answer, seq: Sequence) -> CompletionOutput:
+        group = answer.group
+        num_logprobs = group.request.params.logprobs
+        token_ids, scores = seq.output_token_ids, seq.output_scores
+        logprobs = None
+        if num_logprobs is not None:
+            logprobs = [
+                self._logprobs(token_id, of_step, row, num_logprobs)
+                for token_id, (of_step, row) in zip(token_ids, scores, strict=True)
+            ]
+        cumulative_logprob, score = float(sum(of_step.logprobs[row] for of_step, row in scores)), None
+        if group.beam is not None:
+            cumulative_logprob = seq.cumulative_logprob or 0.0
+            score = group.beam.score(cumulative_logprob, max(len(token_ids), 1)) if seq.score is None else seq.score
+        detokenizer = (answer.progress.get(seq.seq_id) or self._begin(answer, seq)).detokenizer
+        return CompletionOutput(
+            index=seq.index,
+            text="" if detokenizer is None else detokenizer.text,
+            token_ids=token_ids,
+            cumulative_logprob=cumulative_logprob,
+            logprobs=logprobs,
+            finish_reason=seq.finish_reason,
+            score=score,
+        )
+
+    def _prompt_logprobs(self, group: SequenceGroup) -> list[dict[int, Logprob] | None] | None:
+        num_logprobs = group.request.params.prompt_logprobs
+        if num_logprobs is None:
+            return None
+        rows = [(piece, row) for piece in group.prompt_scores for row in range(len(piece.logprobs))]
+        targets = group.request.prompt_token_ids[1:]
+        return [None, *(self._logprobs(t, s, row, num_logprobs) for t, (s, row) in zip(targets, rows, strict=False))]
+
+    def _logprobs(self, token_id: int, scores: TokenScores, row: int, num_top: int) -> dict[int, Logprob]:
+        """The most probable tokens, best first, and the chosen one if it is not among them."""
+        found = {
+            int(scores.top_ids[row, i]): Logprob(
+                float(scores.top_logprobs[row, i]), i + 1, self._decode_one(int(scores.top_ids[row, i]))
+            )
+            for i in range(min(num_top, scores.top_ids.shape[1]))
+        }
+        chosen = Logprob(float(scores.logprobs[row]), int(scores.ranks[row]), self._decode_one(token_id))
+        return found | {token_id: chosen}
+
+    def _decode_one(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.decode([token_id], skip_special_tokens=False)

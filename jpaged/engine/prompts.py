@@ -1,0 +1,153 @@
+"""Prompts: what callers may give, checked and turned into token ids."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+import numpy as np
+
+from jpaged.engine.detokenizer import Tokenizer
+from jpaged.models import ModelConfig
+from jpaged.request import Request, SamplingParams
+
+
+class TextPrompt(TypedDict):
+    """A prompt given as text. Prompts share cached KV only if their ``cache_salt`` is equal or both have none."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt given as token ids; ``cache_salt`` as in ``TextPrompt``."""
+
+    prompt_token_ids: list[int]
+    cache_salt: NotRequired[str]
+
+
+Prompt = str | TextPrompt | TokensPrompt
+
+
+class PromptReader:
+    """Makes requests of prompts: checks them against the vocabulary, and tokenises text.
+
+    Args:
+        tokenizer: turns text into token ids; None refuses text.
+        model_config: the vocabulary, and what a prompt's KV depends on besides its tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, model_config: ModelConfig) -> None:
+        self._tokenizer = tokenizer
+        self._model_config = model_config
+
+    def read(self, request_id: str, prompt: Prompt, params: SamplingParams | None, priority: int) -> Request:
+        """Make a request.
+
+        Raises:
+            ValueError: a prompt that is empty or out of the vocabulary, or parameters that do not fit this model.
+        """
+        params = params or SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params is a {type(params).__name__}: expected SamplingParams")
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise ValueError(f"priority={priority!r} is not valid: expected an integer, lower is served first")
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        _check_keys(prompt)
+        text = prompt.get("prompt")
+        if "prompt" in prompt:
+            token_ids = self._check_ids("the prompt", self._tokenize(text))
+        else:
+            token_ids = self._check_ids("prompt_token_ids", _as_list(prompt["prompt_token_ids"]))
+        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
+            if ids:
+                self._check_last(name, ids)
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this model has none: use stop_token_ids")
+        salt = self._model_config.prefix_salt(len(token_ids))
+        if (cache_salt := prompt.get("cache_salt")) is not None:
+            salt += hashlib.sha256(cache_salt.encode(errors="surrogatepass")).digest()
+        return Request(request_id, text, token_ids, params, params.seed, salt, priority)
+
+    def _tokenize(self, text: Any) -> list[int]:
+        if self._tokenizer is None:
+            raise ValueError("this model has no tokenizer: give the prompt as {'prompt_token_ids': [...]}")
+        if not isinstance(text, str):
+            raise ValueError(f"prompt={text!r} is not valid: expected a string")
+        if not text:
+            raise ValueError("the prompt is empty: give at least one character")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is no valid text ({error}): remove the lone surrogates") from None
+        return list(self._tokenizer.encode(text))
+
+    def _check_ids(self, where: str, token_ids: Any) -> list[int]:
+        """The ids as plain integers, all of them in the vocabulary."""
+        vocab_size, checked = self._model_config.vocab_size, []
+        for i, token_id in enumerate(token_ids):
+            is_int = isinstance(token_id, int | np.integer) and not isinstance(token_id, bool)
+            if not is_int or not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"{where}[{i}]={token_id!r} is not valid: expected token ids from 0 to {vocab_size - 1}, the "
+                    "model's vocabulary"
+                )
+            checked.append(int(token_id))
+        return checked
+
+    def _check_last(self, name: str, token_ids: Iterable[int]) -> None:
+        if (largest := max(token_ids)) >= self._model_config.vocab_size:
+            last = self._model_config.vocab_size - 1
+            raise ValueError(f"{name} has token id {largest}: the model's vocabulary ends at {last}")
+
+
+def pair_up(prompts: Any, sampling_params: Any, priority: Any) -> list[tuple[Any, Any, Any]]:
+    """Prompt, sampling parameters and priority of each request of a call. Their values are not checked.
+
+    Args:
+        prompts: one or many.
+        sampling_params: one for all, or one each; None is the default.
+        priority: one for all, or one each.
+
+    Raises:
+        ValueError: not a list where one is expected, or lists of different lengths.
+    """
+    if isinstance(prompts, str | Mapping):
+        prompts = [prompts]
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts={prompts!r} is not valid: expected a prompt or a list of prompts")
+    prompts = list(prompts)
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        sampling_params = [sampling_params] * len(prompts)
+    if isinstance(sampling_params, str | Mapping) or not isinstance(sampling_params, Sequence):
+        raise ValueError(f"sampling_params={sampling_params!r} is not valid: expected SamplingParams or a list of them")
+    if len(sampling_params) != len(prompts):
+        raise ValueError(
+            f"{len(sampling_params)} sampling_params for {len(prompts)} prompts: give one for all, or one each"
+        )
+    priority = 0 if priority is None else priority
+    priorities = priority if isinstance(priority, list | tuple) else [priority] * len(prompts)
+    if len(priorities) != len(prompts):
+        raise ValueError(f"{len(priorities)} priorities for {len(prompts)} prompts: give one for all, or one each")
+    return list(zip(prompts, sampling_params, priorities, strict=True))
+
+
+def _check_keys(prompt: Any) -> None:
+    if not isinstance(prompt, Mapping) or ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+        raise ValueError(
+            f"prompt={prompt!r} is not valid: expected a string, {{'prompt': ...}} or {{'prompt_token_ids': [...]}}"
+        )
+    unknown = prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}
+    if unknown:
+        raise ValueError(f"prompt has {sorted(unknown, key=str)}: expected prompt or prompt_token_ids, and cache_salt")
+    cache_salt = prompt.get("cache_salt")
+    if cache_salt is not None and not isinstance(cache_salt, str):
+        raise ValueError(f"cache_salt={cache_salt!r} is not valid: expected a string")
+
+
+def _as_list(token_ids: Any) -> Sequence[Any] | np.ndarray:
+    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence | np.ndarray):
+        raise ValueError(f"prompt_token_ids={token_ids!r} is not valid: expected a list of integers")
+    if len(token_ids) == 0:
+        raise ValueError("prompt_token_ids is empty: give at least one token")
+    return token_ids

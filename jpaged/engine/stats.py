@@ -1,0 +1,121 @@
+"""The engine's statistics: name, type, meaning and source of each, written once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+from jpaged.device.kv.host_pool import HostPool
+from jpaged.host.blocks.manager import BlockStats
+from jpaged.host.scheduler import SchedulerStats
+
+Kind = Literal["gauge", "counter"]
+
+
+class Sources(NamedTuple):
+    """Owners of the numbers that statistics are made of."""
+
+    blocks: BlockStats
+    scheduler: SchedulerStats
+    pool: HostPool | None
+
+
+def _gauge(help_: str, read: Callable[[Sources], Any]) -> Any:
+    return field(metadata={"kind": "gauge", "help": help_, "read": read})
+
+
+def _counter(help_: str, read: Callable[[Sources], Any]) -> Any:
+    return field(metadata={"kind": "counter", "help": help_, "read": read})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The state of the pools, and counters since the start. ``STATISTICS`` says what each field means."""
+
+    num_blocks: int = _gauge("device blocks that can be handed out", lambda of: of.blocks.num_blocks)
+    num_used_blocks: int = _gauge(
+        "device blocks held by a sequence or a pinned prefix, or by several", lambda of: of.blocks.num_used
+    )
+    num_shared_blocks: int = _gauge("device blocks held by two or more", lambda of: of.blocks.num_shared)
+    num_cached_blocks: int = _gauge("device blocks in the prefix cache, held or not", lambda of: of.blocks.num_cached)
+    tokens_held: int = _gauge(
+        "slots that hold a token of a running sequence, shared ones counted once", lambda of: of.blocks.tokens_held
+    )
+    internal_waste_percent: float = _gauge(
+        "slots of used blocks that hold no token, in percent", lambda of: 100 * of.blocks.waste
+    )
+    saved_by_sharing_percent: float = _gauge(
+        "blocks saved by sharing / blocks needed without it, in percent, over all steps (paper, section 6.3)",
+        lambda of: (
+            100 * (1 - of.scheduler.num_physical_blocks / max(of.scheduler.num_logical_blocks, 1))
+            if of.scheduler.num_logical_blocks
+            else 0.0
+        ),
+    )
+    num_copies_on_write: int = _counter(
+        "blocks copied because a sequence wrote to one that others, or the prefix cache, rely on",
+        lambda of: of.blocks.num_copies,
+    )
+    num_waiting: int = _gauge(
+        "requests, and prefixes to be pinned, that wait for admission", lambda of: of.scheduler.num_waiting
+    )
+    num_running: int = _gauge("requests, and prefixes to be pinned, that run", lambda of: of.scheduler.num_running)
+    num_pinned_prefixes: int = _gauge(
+        "prefixes that stay in the pool, or will once they are computed", lambda of: of.scheduler.num_pins
+    )
+    num_preemptions: int = _counter(
+        "preemptions; a request counts each time it is preempted", lambda of: of.scheduler.num_preemptions
+    )
+    num_swaps_out: int = _counter("preemptions that moved KV to the host pool", lambda of: of.scheduler.num_swaps_out)
+    num_swaps_in: int = _counter("returns of such KV to the device", lambda of: of.scheduler.num_swaps_in)
+    bytes_to_host: int = _counter(
+        "bytes moved to the host pool, for swaps and for the prefix cache",
+        lambda of: getattr(of.pool, "bytes_to_host", 0),
+    )
+    bytes_from_host: int = _counter(
+        "bytes moved from the host pool, for swaps and for the prefix cache",
+        lambda of: getattr(of.pool, "bytes_from_host", 0),
+    )
+    transfer_stalled_s: float = _counter(
+        "seconds that steps waited for such transfers", lambda of: getattr(of.pool, "stalled_s", 0.0)
+    )
+    num_host_blocks: int = _gauge("blocks of the host pool", lambda of: of.blocks.num_host_blocks)
+    num_host_used_blocks: int = _gauge(
+        "blocks of the host pool held by preempted requests", lambda of: of.blocks.num_host_used
+    )
+    num_host_cached_blocks: int = _gauge(
+        "blocks of the host pool in the prefix cache", lambda of: of.blocks.num_host_cached
+    )
+    prefix_cache_hit_rate: float = _gauge(
+        "fraction of admitted tokens whose KV came from the prefix cache, of either pool",
+        lambda of: of.blocks.prefix_hit_tokens / max(of.blocks.prefix_queried_tokens, 1),
+    )
+    host_cache_hit_tokens: int = _counter(
+        "tokens whose KV came from the prefix cache in the host pool", lambda of: of.blocks.host_hit_tokens
+    )
+    num_steps: int = _counter(
+        "steps planned; a multi-step decode counts each of its steps", lambda of: of.scheduler.num_steps
+    )
+
+
+class Statistic(NamedTuple):
+    """Meaning of one field of ``EngineStats``.
+
+    Args:
+        kind: "gauge" for a state, "counter" for a sum since the start.
+        help: the meaning, in words.
+        read: makes the value.
+    """
+
+    kind: Kind
+    help: str
+    read: Callable[[Sources], Any]
+
+
+STATISTICS: dict[str, Statistic] = {each.name: Statistic(**each.metadata) for each in fields(EngineStats)}
+"""Every statistic by name."""
+
+
+def read_stats(blocks: BlockStats, scheduler: SchedulerStats, pool: HostPool | None) -> EngineStats:
+    """The statistics now."""
+    sources = Sources(blocks, scheduler, pool)
+    return EngineStats(**{name: each.read(sources) for name, each in STATISTICS.items()})
