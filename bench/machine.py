@@ -1,4 +1,4 @@
-"""What the device can do at most, measured in the same run as everything compared with it."""
+"""Rates that the device cannot exceed, measured in the same run as everything compared with them."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-TURNS = 10
+NUM_REPEATS = 10
 """Repetitions inside one program, so that dispatching it is a small part of what is timed."""
 
 
@@ -17,14 +17,18 @@ class MachineLimits:
     """Rates that no step can exceed.
 
     Args:
-        read_bytes_per_s: summing a large array.
-        matmul_flops_per_s: a large square product.
-        dtype: of the product's operands.
+        read_bytes_per_s: rate of summing a large array.
+        matmul_flops_per_s: rate of a large square product.
+        dtype: type of the product's operands.
     """
 
     read_bytes_per_s: float
     matmul_flops_per_s: float
     dtype: str
+
+    def __str__(self) -> str:
+        reads, flops = self.read_bytes_per_s / 1e12, self.matmul_flops_per_s / 1e12
+        return f"limits of this device: {reads:.2f} TB/s read, {flops:.0f} TFLOP/s {self.dtype}"
 
 
 def measure_limits(dtype: jnp.dtype) -> MachineLimits:
@@ -32,7 +36,7 @@ def measure_limits(dtype: jnp.dtype) -> MachineLimits:
     is_cpu = jax.default_backend() == "cpu"
     num_bytes, n = (1 << 28, 1024) if is_cpu else (1 << 32, 8192)
     array = jnp.ones(num_bytes // 4, jnp.float32)
-    # Each turn depends on the one before, or the compiler would do the work once.
+    # Each repetition depends on the one before, or the compiler would do the work once.
     read_s = _best_time_s(lambda x: _repeat(lambda total: jnp.sum(x + total) * 1e-30, jnp.float32(0)), array)
     array.delete()
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(dtype) for i in range(2))
@@ -40,12 +44,12 @@ def measure_limits(dtype: jnp.dtype) -> MachineLimits:
     return MachineLimits(num_bytes / read_s, 2 * n**3 / matmul_s, jnp.dtype(dtype).name)
 
 
-def _repeat(turn: Callable[[Array], Array], start: Array) -> Array:
-    return lax.fori_loop(0, TURNS, lambda _, x: turn(x), start)
+def _repeat(once: Callable[[Array], Array], start: Array) -> Array:
+    return lax.fori_loop(0, NUM_REPEATS, lambda _, x: once(x), start)
 
 
 def _best_time_s(run: Callable[..., Array], *args: Array) -> float:
-    """Seconds a turn, the best of five programs."""
+    """Seconds of one repetition, the best of five programs."""
     program = jax.jit(run)
     program(*args).block_until_ready()
     times = []
@@ -53,4 +57,4 @@ def _best_time_s(run: Callable[..., Array], *args: Array) -> float:
         start = time.perf_counter()
         program(*args).block_until_ready()
         times.append(time.perf_counter() - start)
-    return min(times) / TURNS
+    return min(times) / NUM_REPEATS

@@ -1,8 +1,10 @@
-"""The requests every serving benchmark replays: token ids and output lengths, from fixed seeds."""
+"""The requests that serving benchmarks replay: token ids and output lengths, from fixed seeds."""
 
 from dataclasses import dataclass
 
 import numpy as np
+
+from jpaged.contract.plan import BeamCandidates, StepResult, TokenScores
 
 SHAREGPT_MEAN_IN, SHAREGPT_MEAN_OUT = 161.31, 337.99
 ALPACA_MEAN_IN, ALPACA_MEAN_OUT = 19.31, 58.45
@@ -12,16 +14,16 @@ SHAREGPT_SIGMA_IN, SHAREGPT_SIGMA_OUT = 1.0, 0.9
 ALPACA_SIGMA_IN, ALPACA_SIGMA_OUT = 0.6, 0.9
 TRANSLATION_MEAN_IN, TRANSLATION_MEAN_OUT, TRANSLATION_SIGMA = 35.0, 40.0, 0.5
 CHAT_MEAN_ROUNDS = 5
-"""What the paper does not state, chosen here: the spread of the log-normals (figure 11 shows ShareGPT broad, Alpaca
+"""Our choices where the paper states none: the spread of the log-normals (figure 11 shows ShareGPT broad, Alpaca
 short), the lengths of WMT16 sentences in tokens, and the rounds before a request in a conversation (figure 17 says only
 that most prompts fill their 1024 tokens)."""
 
-LOWEST_TOKEN_ID = 5  # below lie the special tokens of most vocabularies
+LOWEST_TOKEN_ID = 5  # lower ids are the special tokens of most vocabularies
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompts and how many tokens each is to generate."""
+    """Prompts, and the number of tokens that each generates."""
 
     prompts: list[list[int]]
     output_lens: list[int]
@@ -86,14 +88,14 @@ def translation(count: int, prefix_len: int, seed: int = 0, *, vocab_size: int =
 def chat(count: int, seed: int = 0, *, longest_prompt: int = 1024, vocab_size: int = 30_000) -> Workload:
     """Rounds of conversations: the history and a question, cut to its last tokens (PagedAttention, section 6.5).
 
-    Before each question lie rounds of ShareGPT lengths, their number geometric.
+    The history has rounds of ShareGPT lengths; their number is geometric.
     """
     rng = np.random.default_rng(seed)
     rounds = rng.geometric(1 / (1 + CHAT_MEAN_ROUNDS), count) - 1
-    num_turns = int(rounds.sum()) + count
-    asked = _lognormal_lens(rng, num_turns, SHAREGPT_MEAN_IN, SHAREGPT_SIGMA_IN, 1024)
-    answered = _lognormal_lens(rng, num_turns, SHAREGPT_MEAN_OUT, SHAREGPT_SIGMA_OUT, 1024)
-    last = np.cumsum(rounds + 1) - 1  # the turn to answer; those since the previous request's are its history
+    num_rounds = int(rounds.sum()) + count
+    asked = _lognormal_lens(rng, num_rounds, SHAREGPT_MEAN_IN, SHAREGPT_SIGMA_IN, 1024)
+    answered = _lognormal_lens(rng, num_rounds, SHAREGPT_MEAN_OUT, SHAREGPT_SIGMA_OUT, 1024)
+    last = np.cumsum(rounds + 1) - 1  # the round to answer; the rounds since the previous request are its history
     spoken = np.cumsum(asked + answered)
     before = np.concatenate([[0], spoken[last[:-1]]])
     prompt_lens = np.minimum(spoken[last] - answered[last] - before, longest_prompt)
@@ -117,3 +119,11 @@ def uniform(count: int, prompt_len: int, output_len: int, seed: int = 0, *, voca
     rng = np.random.default_rng(seed)
     prompts = rng.integers(LOWEST_TOKEN_ID, vocab_size, (count, prompt_len)).tolist()
     return Workload(prompts, [output_len] * count)
+
+
+def made_up_result(rows: int, num_steps: int = 1, beams: tuple[BeamCandidates, ...] = ()) -> StepResult:
+    """The result of a plan without a device: every row of every step draws token 7."""
+    tokens, logprobs = np.full(rows, 7, np.int32), np.zeros(rows, np.float32)
+    none = np.zeros((rows, 0))
+    scores = TokenScores(logprobs, np.ones(rows, np.int32), none.astype(np.int32), none.astype(np.float32))
+    return StepResult(tokens, scores, beams=beams, later=((tokens, scores),) * (num_steps - 1))

@@ -22,6 +22,7 @@ from jpaged.engine.prompts import Prompt, pair_up
 from jpaged.engine.stats import EngineStats
 from jpaged.models import ModelConfig
 from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
+from jpaged.rules import describe
 from jpaged.sharding import make_mesh
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -48,32 +49,13 @@ class LLM:
     >>> [output] = llm.generate("def add(a, b):")  # doctest: +SKIP
     >>> output.outputs[0].text  # doctest: +SKIP
 
+    Its methods may be called from several threads, which share the steps of the engine.
+
     Args:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer); None is the small model in the package.
-        dtype: of weights, activations and KV: "float32", "bfloat16", "float16", or "auto" (see ``EngineConfig``).
-        kv_cache_dtype: "auto" stores K and V in ``dtype``; "fp8" and "int8" in half as many bytes (``EngineConfig``).
-        block_size: tokens per KV block.
-        num_blocks: blocks in the pool; None takes what ``memory_fraction`` leaves.
-        memory_fraction: of the device's memory, for weights, workspace and pool together. On a GPU, of what JAX may
-            take: three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set (the command line sets it to 0.95).
-        max_num_seqs: sequences in one step at most.
-        max_num_batched_tokens: tokens in one step at most; longer prompts are computed in chunks.
-        max_model_len: tokens a sequence may reach; None is the checkpoint's own limit, or what the pool holds if less.
-        enable_prefix_caching: share the KV of equal prompt prefixes across requests.
-        max_burst: decode steps that may run in a row before the host sees their tokens, while nobody could be admitted;
-            streams get their tokens in groups of as many. None is 4 on an accelerator and 1 on a CPU.
-        preemption: what becomes of a request that has to make way: "swap" moves its KV to the host pool, "recompute"
-            computes it again, "auto" does what is cheaper on this machine.
-        num_host_blocks: blocks of the host pool, in pinned memory: for preempted requests, and for cached prefixes that
-            the device has no room for. None: as many as ``host_memory_bytes`` hold.
-        host_memory_bytes: None is 4 GiB on an accelerator, and nothing on a CPU, where all memory is the host's.
-        seed: of the seeds drawn for requests without one.
-        tensor_parallel_size: devices the model and its KV heads are spread over.
-        attention_implementation: a name from ``pallas_kernels``; None takes the best one for the device.
-        interpret: run the kernels of the implementation named in Pallas's interpreter, on any device and slowly.
-        warm_up: compile every program now, behind a progress bar; otherwise each when it is first needed. None: now on
-            an accelerator, later on a CPU.
-        use_tqdm: show progress while loading and compiling.
+        warm_up: whether to compile every program now, behind a progress bar; otherwise each is compiled when it is
+            first needed. None: now on an accelerator, later on a CPU.
+        use_tqdm: whether to show progress while loading and compiling.
 
     Raises:
         ValueError: a setting out of range, a directory that is no checkpoint, an architecture jpaged does not have, or
@@ -382,3 +364,6 @@ class LLM:
                     mailbox.outputs()  # raises the error of a request that failed
                     return
                 self.inbox.run_until(lambda: bool(mailbox.deltas) or mailbox.is_complete)
+
+
+LLM.__doc__ = describe(LLM.__doc__, EngineConfig)

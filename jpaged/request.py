@@ -1,11 +1,24 @@
-"""What a caller asks for and what comes back: the types at the engine's outer edge."""
+"""Requests and results: the types at the engine's outer edge."""
 
 import enum
 import reprlib
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, NamedTuple
+
+from jpaged.rules import (
+    FLAG,
+    Rule,
+    check_all,
+    documented,
+    integer,
+    is_int,
+    is_number,
+    number,
+    number_above,
+    optional,
+    setting,
+)
 
 MAX_LOGPROBS = 20
 """Most alternatives a token's log-probabilities may list (the OpenAI limit)."""
@@ -17,7 +30,7 @@ MAX_N = 4096
 MAX_BEAM_WIDTH = 64
 
 MAX_BEAM_CANDIDATES = 512
-"""Continuations one search looks at in a step at most: width x (1 + stop tokens), and twice the width at least."""
+"""Most continuations that one search looks at in a step: width x (1 + stop tokens), and twice the width at least."""
 
 
 class FinishReason(enum.StrEnum):
@@ -28,193 +41,212 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"
 
 
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={reprlib.repr(value)} is not valid: expected {expected}")
+def _parameter(default: Any, rule: Rule, help_: str, *, beams: Callable[[Any], bool] | None, unset: str = "") -> Any:
+    """Declare a sampling parameter.
+
+    Args:
+        default: the default.
+        rule: the valid values.
+        help_: the meaning.
+        beams: which values a beam search takes; None if it takes all. A search ranks whole sequences by the model's own
+            probabilities: it refuses what changes a distribution, and what speaks of the choice of one token.
+        unset: the meaning of the default where the value does not say it.
+    """
+    return setting(default, rule, help_, unset=unset, beams=beams)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    """Whether ``value`` is an int or a float that a float can hold: 10**400 is neither finite nor NaN, and is not."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+def _is_strings(value: Any) -> bool:
+    if not isinstance(value, str | list | tuple):
         return False
-    return abs(value) <= sys.float_info.max
+    strings = (value,) if isinstance(value, str) else value
+    return len(strings) <= MAX_STOP_STRINGS and all(isinstance(each, str) and each for each in strings)
 
 
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(is_int(each) and each >= 0 for each in value)
+
+
+_LENGTH_PENALTY = number(-10, 10)
+_EARLY_STOPPING = Rule(object, lambda x: isinstance(x, bool) or x == "never", 'True, False or "never"')
+_TEMPERATURE = Rule(float, lambda x: is_number(x) and x >= 0, "a finite number, 0 (greedy) or more")
+_LENGTH_PENALTY_HELP = "a score is the log-probability / length ** X: above 0 favours long sequences"
+_EARLY_STOPPING_HELP = (
+    "when the search ends: true with as many finished sequences as it follows, false when no better one is likely, "
+    "never when none is possible"
+)
+
+
+@documented
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose the tokens of one request. Names and meanings follow vLLM and the OpenAI API.
 
-    Args:
-        n: completions to return. The prompt is computed once and forked; completion i draws with
-            ``derive_seed(seed, i)``.
-        best_of: completions to draw, of which, if they are more than ``n``, the ``n`` of greatest cumulative
-            log-probability are returned, best first; with beam search the width of the beam. None is ``n``.
-        use_beam_search: search for the ``n`` sequences of greatest score instead of drawing, as Hugging Face's
-            ``generate(num_beams=best_of)``; see ``BeamSearchParams``. Needs ``temperature=0``.
-        length_penalty: of beam search: a sequence's score is its log-probability / length ** length_penalty.
-        early_stopping: of beam search: True ends it with ``best_of`` finished sequences, False when no better one
-            seems likely, "never" when none is possible.
-        temperature: 0 is greedy; otherwise logits are divided by it.
-        top_p: keep the smallest set of tokens whose probability reaches it. In (0, 1].
-        top_k: keep the k most probable tokens (ties with the k-th are kept). 0 or -1 keeps all.
-        min_p: drop tokens less probable than ``min_p`` times the most probable one. In [0, 1].
-        presence_penalty: subtracted from the logit of every token already generated. In [-2, 2].
-        frequency_penalty: subtracted once per occurrence of a generated token. In [-2, 2].
-        repetition_penalty: divides positive (multiplies negative) logits of tokens in the prompt or output. > 0.
-        logit_bias: token id -> value added to its logit.
-        seed: 32-bit; the same seed gives the same tokens whatever else the engine runs. None draws one.
-        stop: strings that end the completion; the string itself is not returned.
-        stop_token_ids: token ids that end the completion, besides the model's own end-of-sequence ids.
-        ignore_eos: go on past end-of-sequence.
-        max_tokens: tokens to generate at most; None fills the model's context, which ends every completion.
-        min_tokens: end-of-sequence and stop tokens cannot be drawn before this many.
-        logprobs: also return the log-probability of each token and of this many most probable alternatives.
-            Taken from the model's own logits, before penalties, temperature and filters.
-        prompt_logprobs: the same for each prompt token but the first.
+    A prompt is computed once and forked: completion i draws with ``derive_seed(seed, i)``. ``max_tokens=None`` fills
+    the context. Log-probabilities are the model's own, before penalties, temperature and filters.
 
     Raises:
-        ValueError: a value out of range, with the value and the range.
+        ValueError: a value out of range, with the value and the range; parameters that exclude each other.
     """
 
-    n: int = 1
-    best_of: int | None = None
-    use_beam_search: bool = False
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    stop: str | list[str] | tuple[str, ...] | None = None
-    stop_token_ids: list[int] | tuple[int, ...] | None = None
-    ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    n: int = _parameter(
+        1,
+        integer(1, MAX_N),
+        "completions of the prompt, computed together",
+        beams=None,
+    )
+    best_of: int | None = _parameter(
+        None,
+        optional(integer(1, MAX_N)),
+        "completions to draw, of which the ``n`` of greatest log-probability are returned, best first",
+        beams=None,
+        unset="``n``",
+    )
+    use_beam_search: bool = _parameter(
+        False,
+        FLAG,
+        "search for the ``n`` sequences of greatest score, following ``best_of`` at once, as ``BeamSearchParams`` says",
+        beams=None,
+    )
+    length_penalty: float = _parameter(1.0, _LENGTH_PENALTY, f"for a beam search: {_LENGTH_PENALTY_HELP}", beams=None)
+    early_stopping: bool | str = _parameter(
+        False, _EARLY_STOPPING, f"for a beam search: {_EARLY_STOPPING_HELP}", beams=None
+    )
+    temperature: float = _parameter(
+        1.0,
+        _TEMPERATURE,
+        "0 always takes the most probable token; higher is more varied",
+        beams=lambda value: value == 0,
+    )
+    top_p: float = _parameter(
+        1.0,
+        number_above(0, 1),
+        "draw from the most probable tokens that together reach this probability; 1 is off",
+        beams=lambda value: value == 1,
+    )
+    top_k: int = _parameter(
+        0,
+        Rule(int, lambda x: is_int(x) and x >= -1, "an integer: -1 or 0 (off), or 1 and up"),
+        "draw from this many most probable tokens, and from those as probable as the last; 0 or -1 is off",
+        beams=lambda value: value <= 0,
+    )
+    min_p: float = _parameter(
+        0.0,
+        number(0, 1),
+        "drop tokens less probable than this share of the most probable one's probability",
+        beams=lambda value: value == 0,
+    )
+    presence_penalty: float = _parameter(
+        0.0,
+        number(-2, 2),
+        "subtracted from the logit of every token already generated, -2 to 2",
+        beams=lambda value: value == 0,
+    )
+    frequency_penalty: float = _parameter(
+        0.0,
+        number(-2, 2),
+        "subtracted from the logit of a token for each time that it was generated, -2 to 2",
+        beams=lambda value: value == 0,
+    )
+    repetition_penalty: float = _parameter(
+        1.0,
+        Rule(float, lambda x: is_number(x) and x > 0, "a finite number above 0 (1 is off)"),
+        "divides the positive logits of tokens in the prompt or the output, and multiplies the negative ones; 1 is off",
+        beams=lambda value: value == 1,
+    )
+    logit_bias: Mapping[int, float] | None = _parameter(
+        None,
+        optional(Rule(dict, lambda x: isinstance(x, Mapping), "a mapping of token id to number")),
+        "token id -> number added to its logit",
+        beams=lambda value: not value,
+        unset="none",
+    )
+    seed: int | None = _parameter(
+        None,
+        optional(integer(0, 2**32 - 1)),
+        "equal seeds give equal tokens, whatever else runs",
+        beams=lambda value: value is None,
+        unset="a new one every time",
+    )
+    stop: str | list[str] | tuple[str, ...] | None = _parameter(  # noqa: RUF009
+        None,
+        optional(
+            Rule(list, _is_strings, f"a non-empty string, or a list or tuple of them, at most {MAX_STOP_STRINGS}")
+        ),
+        "text that ends the completion and is no part of it",
+        beams=lambda value: not value,
+        unset="none; may be given several times",
+    )
+    stop_token_ids: list[int] | tuple[int, ...] | None = _parameter(  # noqa: RUF009
+        None,
+        optional(Rule(list, _is_token_ids, "a list or tuple of token ids, each an integer of 0 or more")),
+        "token ids that end the completion, besides the model's own end-of-sequence ids",
+        beams=None,
+        unset="none",
+    )
+    ignore_eos: bool = _parameter(False, FLAG, "go on past the end of text, up to ``max_tokens``", beams=None)
+    max_tokens: int | None = _parameter(
+        16,
+        optional(integer(1)),
+        "most tokens to generate; a full context ends the completion sooner",
+        beams=None,
+    )
+    min_tokens: int = _parameter(0, integer(0), "no end of text before this many tokens", beams=None)
+    logprobs: int | None = _parameter(
+        None,
+        optional(integer(0, MAX_LOGPROBS)),
+        "also return the model's own log-probability of each token, and of this many most probable ones",
+        beams=lambda value: value is None,
+        unset="off",
+    )
+    prompt_logprobs: int | None = _parameter(
+        None,
+        optional(integer(0, MAX_LOGPROBS)),
+        "the same for the tokens of the prompt but the first",
+        beams=None,
+        unset="off",
+    )
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
-        _require(
-            self.best_of is None or (_is_int(self.best_of) and 1 <= self.best_of <= MAX_N),
-            "best_of", self.best_of, f"None or an integer from 1 to {MAX_N}",
-        )  # fmt: skip
+        check_all(self)
+        self._check_logit_bias()
         if self.num_sequences < self.n:
             raise ValueError(f"best_of={self.best_of} is less than n={self.n}: raise the first or lower the second")
-        _require(
-            _is_number(self.temperature) and self.temperature >= 0,
-            "temperature", self.temperature, "a finite number, 0 (greedy) or more",
-        )  # fmt: skip
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        _require(
-            _is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer: -1 or 0 (off), or 1 and up"
-        )
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _require(_is_number(value) and -2 <= value <= 2, name, value, "a number in [-2, 2]")
-        _require(
-            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty", self.repetition_penalty, "a finite number above 0 (1 is off)",
-        )  # fmt: skip
-        self._check_logit_bias()
-        _require(
-            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**32),
-            "seed", self.seed, "None or an integer from 0 to 2**32 - 1",
-        )  # fmt: skip
-        self._check_stops()
-        _require(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "True or False")
-        _require(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            "max_tokens", self.max_tokens, "None (fill the context) or an integer of 1 or more",
-        )  # fmt: skip
-        _require(
-            _is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer, 0 or more"
-        )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}: lower one or raise the other"
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            _require(
-                value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS),
-                name, value, f"None or an integer from 0 to {MAX_LOGPROBS}",
-            )  # fmt: skip
-
-        self._check_beam_search()
+        if self.use_beam_search:
+            self._check_beam_search()
+            return
+        for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} is of beam search: set use_beam_search=True")
 
     def _check_beam_search(self) -> None:
-        _require(isinstance(self.use_beam_search, bool), "use_beam_search", self.use_beam_search, "True or False")
-        penalty = self.length_penalty
-        _require(_is_number(penalty) and -10 <= penalty <= 10, "length_penalty", penalty, "a number in [-10, 10]")
-        is_stopping = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
-        _require(is_stopping, "early_stopping", self.early_stopping, 'True, False or "never"')
-        if not self.use_beam_search:
-            for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
-                if getattr(self, name) != default:
-                    raise ValueError(f"{name}={getattr(self, name)!r} is of beam search: set use_beam_search=True")
-            return
-        _require(
-            self.num_sequences <= MAX_BEAM_WIDTH,
-            "best_of" if self.best_of else "n", self.num_sequences, f"a beam width from 1 to {MAX_BEAM_WIDTH}",
-        )  # fmt: skip
-        # Everything that changes a distribution that a search does not draw from, or speaks of one token's choice.
-        unsupported = {
-            "temperature": self.temperature != 0,
-            "top_p": self.top_p != 1,
-            "top_k": self.top_k > 0,
-            "min_p": self.min_p != 0,
-            "presence_penalty": self.presence_penalty != 0,
-            "frequency_penalty": self.frequency_penalty != 0,
-            "repetition_penalty": self.repetition_penalty != 1,
-            "logit_bias": bool(self.logit_bias),
-            "seed": self.seed is not None,
-            "stop": bool(self.stop_strings),
-            "logprobs": self.logprobs is not None,
-        }
-        for name, is_set in unsupported.items():
-            if is_set:
-                remedy = "set temperature=0" if name == "temperature" else f"leave {name} at its default"
+        width = Rule(int, lambda x: x <= MAX_BEAM_WIDTH, f"a beam width from 1 to {MAX_BEAM_WIDTH}")
+        width.check("best_of" if self.best_of else "n", self.num_sequences)
+        for each in fields(self):
+            takes, value = each.metadata["beams"], getattr(self, each.name)
+            if takes is not None and not takes(value):
+                remedy = "set temperature=0" if each.name == "temperature" else f"leave {each.name} at its default"
                 raise ValueError(
-                    f"{name}={reprlib.repr(getattr(self, name))} does not go with use_beam_search, which ranks whole "
-                    f"sequences by the model's own probabilities: {remedy}"
+                    f"{each.name}={reprlib.repr(value)} does not go with use_beam_search, which ranks whole sequences "
+                    f"by the model's own probabilities: {remedy}"
                 )
+
+    def _check_logit_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} entries: at most {MAX_LOGIT_BIAS} are taken")
+        for token_id, value in self.logit_bias.items():
+            integer(0).check("logit_bias token id", token_id)
+            Rule(float, is_number, "a finite number").check(f"logit_bias[{token_id}]", value)
 
     @property
     def num_sequences(self) -> int:
         """Sequences that run at once: ``best_of`` or ``n``."""
         return self.n if self.best_of is None else self.best_of
-
-    def _check_logit_bias(self) -> None:
-        if self.logit_bias is None:
-            return
-        _require(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "a mapping of token id to number")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise ValueError(f"logit_bias has {len(self.logit_bias)} entries: at most {MAX_LOGIT_BIAS} are taken")
-        for token_id, value in self.logit_bias.items():
-            _require(_is_int(token_id) and token_id >= 0, "logit_bias token id", token_id, "an integer, 0 or more")
-            _require(_is_number(value), f"logit_bias[{token_id}]", value, "a finite number")
-
-    def _check_stops(self) -> None:
-        is_sequence = self.stop is None or isinstance(self.stop, str | list | tuple)
-        is_valid = is_sequence and all(isinstance(s, str) and s for s in self.stop_strings)
-        _require(is_valid, "stop", self.stop, "a non-empty string, or a list or tuple of them")
-        stops = self.stop_strings
-        _require(len(stops) <= MAX_STOP_STRINGS, "stop", f"{len(stops)} strings", f"at most {MAX_STOP_STRINGS}")
-        is_sequence = self.stop_token_ids is None or isinstance(self.stop_token_ids, list | tuple)
-        _require(is_sequence, "stop_token_ids", self.stop_token_ids, "a list or tuple of token ids")
-        for token_id in self.stop_token_ids or ():
-            _require(_is_int(token_id) and token_id >= 0, "stop_token_ids entry", token_id, "an integer, 0 or more")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -229,43 +261,28 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class BeamSearchParams:
     """How to search for the most probable completions of a prompt; the semantics are Hugging Face ``generate``'s.
 
-    Every step keeps the ``beam_width`` most probable unfinished sequences. One that meets end-of-sequence, or
-    ``max_tokens``, while among them is finished, and the finished ones of greatest score are returned. A width of 1 is
-    greedy decoding.
-
-    Args:
-        beam_width: sequences kept, and returned.
-        max_tokens: tokens to generate at most.
-        length_penalty: a score is the sum of a sequence's log-probabilities / its generated length ** length_penalty:
-            above 0 favours long sequences.
-        early_stopping: True ends the search with ``beam_width`` finished sequences, False when no better one seems
-            likely, "never" when none is possible.
-        ignore_eos: go on past end-of-sequence.
-        temperature: only 0: sampled beams are not supported.
+    Every step keeps the ``beam_width`` most probable unfinished sequences. A sequence that meets end-of-sequence, or
+    ``max_tokens``, while it is among them is finished. The finished sequences of greatest score are returned. A width
+    of 1 is greedy decoding.
 
     Raises:
         ValueError: a value out of range, with the value and the range.
     """
 
-    beam_width: int
-    max_tokens: int
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    ignore_eos: bool = False
-    temperature: float = 0.0
+    beam_width: int = setting(MISSING, integer(1, MAX_BEAM_WIDTH), "sequences followed at once, and returned")
+    max_tokens: int = setting(MISSING, integer(1), "most tokens to generate")
+    length_penalty: float = setting(1.0, _LENGTH_PENALTY, _LENGTH_PENALTY_HELP)
+    early_stopping: bool | str = setting(False, _EARLY_STOPPING, _EARLY_STOPPING_HELP)
+    ignore_eos: bool = setting(False, FLAG, "go on past the end of text")
+    temperature: float = setting(0.0, _TEMPERATURE, "only 0: no sampled beams")
 
     def __post_init__(self) -> None:
-        width = self.beam_width
-        _require(
-            _is_int(width) and 1 <= width <= MAX_BEAM_WIDTH,
-            "beam_width", width, f"an integer from 1 to {MAX_BEAM_WIDTH}",
-        )  # fmt: skip
-        _require(_is_int(self.max_tokens), "max_tokens", self.max_tokens, "an integer of 1 or more")
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer of 1 or more")
+        check_all(self)
         self.to_sampling_params()
 
     def to_sampling_params(self) -> SamplingParams:
@@ -292,13 +309,13 @@ def derive_seed(seed: int, index: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt to complete, validated and with its randomness settled.
+    """A prompt to complete, validated.
 
     Args:
         request_id: unique among the engine's unfinished requests.
         prompt: the text, None when the caller gave token ids.
-        prompt_token_ids: what the model reads, at least one token.
-        params: how to sample.
+        prompt_token_ids: tokens that the model reads, at least one.
+        params: sampling parameters.
         seed: 32-bit; completion i draws with ``derive_seed(seed, i)``. None until the engine draws one.
         prefix_salt: prompts share cached blocks only under equal salts.
         priority: lower is served first and preempted last; among equals, the first to arrive.
@@ -326,7 +343,7 @@ class Logprob:
 class CompletionOutput:
     """One completion of a request, so far or finished.
 
-    ``logprobs`` has one mapping (token id -> Logprob) per generated token, None unless asked for. ``score`` is that of
+    ``logprobs`` has one mapping (token id -> Logprob) per generated token, None unless asked for. ``score`` belongs to
     beam search: cumulative_logprob / length ** length_penalty.
     """
 
@@ -345,7 +362,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What a request has produced: ``outputs[i]`` is its i-th completion, or its i-th best (``best_of``, beams).
+    """Result of a request: ``outputs[i]`` is its i-th completion, or its i-th best (``best_of``, beams).
 
     ``prompt_logprobs[0]`` is None (nothing precedes the first token); the whole list is None unless asked for.
     ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.
@@ -364,9 +381,9 @@ class RequestOutput:
 
 
 class CompletionDelta(NamedTuple):
-    """What one completion gained since the last delta of a stream.
+    """Tokens and text that one completion gained since the last delta of a stream.
 
-    A step brings hundreds of them, and a named tuple costs a third of a frozen dataclass.
+    A step makes hundreds of deltas, and a named tuple costs a third of a frozen dataclass.
     """
 
     request_id: str

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from bench.paper.beams import DEFAULT_CANDIDATES, CandidateModel, CandidateSource
 from bench.paper.step_time import A100, MAX_MODEL_LEN, NUM_SLOTS
 from bench.paper.traces import Tally, Trace, Usage
-from jpaged.contract.plan import Costs, StepPlan, StepResult, TokenScores
+from bench.workloads import made_up_result
+from jpaged.contract.plan import Costs, StepPlan
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import Request, SamplingParams
@@ -71,7 +70,7 @@ class Paged:
                 if num_steps % STEPS_PER_SAMPLE == 0:
                     tally.usages.append(_usage(blocks))
             clock += self._step_s(plan)
-            for group in scheduler.update(plan, _result_of(plan, candidates)):
+            for group in scheduler.update(plan, made_up_result(len(plan.samples), beams=candidates.choose(plan.beams))):
                 if group.is_finished:
                     tally.finish(int(group.request.request_id), clock)
             num_steps += 1
@@ -117,10 +116,3 @@ def _usage(blocks: BlockManager) -> Usage:
     stats = blocks.stats()
     used = stats.num_used * blocks.block_size
     return Usage(stats.tokens_held, used - stats.tokens_held, 0, NUM_SLOTS - used)
-
-
-def _result_of(plan: StepPlan, candidates: CandidateSource) -> StepResult:
-    rows = len(plan.samples)
-    zeros = np.zeros(rows, np.float32)
-    scores = TokenScores(zeros, np.ones(rows, np.int32), np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32))
-    return StepResult(np.zeros(rows, np.int32), scores, beams=candidates.choose(plan.beams))

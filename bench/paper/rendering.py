@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper.experiment import Experiment, Paper, Report
+from bench.report import Table
 
 WIDTH = 110
 
@@ -15,20 +16,17 @@ WIDTH = 110
 def render(experiment: Experiment, report: Report) -> str:
     """The table of one experiment, with its notes."""
     lines = [f"{experiment.name}: {experiment.title}", *_wrapped(report.setting), ""]
-    lines.append(f"  {'':58} {'paper':>12} {'ours':>10} {'ratio':>7}")
-    for row in report.rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        lines.append(f"  {row.label:58} {_show_paper(row.paper):>12} {_show(row.ours):>10} {ratio:>7} {row.unit}")
+    figures = Table("", "paper", "ours", "ratio", "", first=60, width=9)
+    lines.append(figures.header())
+    lines += [figures.row(f"  {r.label}", _show(r.paper), r.ours, r.ratio, f" {r.unit}") for r in report.rows]
     for table in report.tables:
-        lines += ["", f"  {table.title:28}" + "".join(f"{column!s:>9}" for column in table.columns)]
-        lines += [
-            f"    {label:26}" + "".join(f"{_show(value):>9}" for value in row) for label, row in table.rows.items()
-        ]
+        rows = {f"    {label}": list(values) for label, values in table.rows.items()}
+        lines += ["", Table(f"  {table.title}", *table.columns, first=30).text(rows)]
     return "\n".join([*lines, "", *_wrapped(report.notes), ""])
 
 
 def to_json(experiment: Experiment, report: Report) -> dict[str, Any]:
-    """Everything a report says, and the measurements behind it."""
+    """The whole report, and the measurements behind it."""
     return {
         "title": experiment.title,
         "setting": report.setting,
@@ -43,7 +41,7 @@ def to_json(experiment: Experiment, report: Report) -> dict[str, Any]:
 
 
 def save_plots(reports: Mapping[str, Report], directory: Path) -> str:
-    """Draw a PNG per report, and say where they are; without matplotlib, how to get them."""
+    """Draw a PNG per report. Returns where; without matplotlib, how to install it."""
     if find_spec("matplotlib") is None:
         return "no plots: pip install '.[bench]' brings matplotlib"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -62,11 +60,7 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
-def _show(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _show_paper(paper: Paper) -> str:
+def _show(paper: Paper) -> str:
     if paper is None:
         return ""
     return "-".join(f"{end:g}" for end in paper) if isinstance(paper, tuple) else f"{paper:g}"

@@ -26,7 +26,7 @@ PROGRAM = re.compile(r"^HloModule ([\w.-]+)")
 OPERATION = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*metadata={[^}]*op_name="([^"]*)"', re.MULTILINE)
 """Of a compiled program's text: the name of an operation, and its scope where it was traced."""
 
-NUM_LARGEST = 24
+NUM_LARGEST, NUM_SHOWN = 24, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,16 @@ class StepBreakdown:
     num_steps: int
     largest: tuple[KernelSum, ...]
     host_us: dict[str, float]
+
+    def __str__(self) -> str:
+        parts = {"GEMMs": self.gemm_us, "attention": self.attention_us, "sampling": self.sampling_us}
+        parts |= {"other kernels": self.other_us, "gaps": self.gaps_us}
+        shown = ", ".join(f"{name} {'?' if us is None else f'{us:,.0f}'}" for name, us in parts.items())
+        largest = (f"{k.name[:48]} ({k.group}, {k.num_launches:.0f} x) {k.us:,.0f}" for k in self.largest[:NUM_SHOWN])
+        return (
+            f"a step of {self.step_us:,.0f} us: {shown}; {self.num_launches:.0f} launches\n"
+            f"  largest: {', '.join(largest)}"
+        )
 
 
 def break_down(kernels: list[Kernel], num_steps: int, *, step_us: float, host_us: dict[str, float]) -> StepBreakdown:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.results import environment
-from bench.workloads import sharegpt
+from bench.report import device_name, start_report
+from bench.serving.runs import as_prompts
+from bench.workloads import made_up_result, sharegpt
 from jpaged import LLM, SamplingParams
-from jpaged.contract.plan import StepResult, TokenScores
-from jpaged.engine.loop import Prompt
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import Request
@@ -23,8 +22,8 @@ NUM_REQUESTS, NUM_QUICK_REQUESTS = 64, 8
 NUM_WASTE_REQUESTS, NUM_QUICK_WASTE_REQUESTS = 2000, 400
 
 
-def measure_model(args: Namespace, platform: str) -> dict[str, Any]:
-    """The report, printed too."""
+def measure_model(args: Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure and print; returns the name and the content of the result file."""
     start = time.perf_counter()
     llm = LLM(
         args.model,
@@ -43,26 +42,25 @@ def measure_model(args: Namespace, platform: str) -> dict[str, Any]:
     print(f"  continuous batching  {batching['batched_tokens_per_s']:10,.0f} tokens/s   {batching['ratio']:.1f}x")
     print(f"\nInternal waste of held blocks: ShareGPT lengths, block {waste['block_size']}, steady state")
     print(f"  mean {waste['mean_percent']:.2f}%, most {waste['max_percent']:.2f}%")
-    name = args.name or f"serving_{Path(args.model).name if args.model else 'demo'}_{platform}"
-    return {
-        "file": name + "_quick" * (args.quick and not args.name),
-        "environment": environment(args.commit),
-        "is_quick": args.quick,
-        "model": dataclasses.asdict(llm.engine.model_config),
-        "dtype": str(llm.engine.runner.dtype),
-        "settings": dataclasses.asdict(llm.engine.config) | {"num_blocks": llm.engine.runner.num_blocks},
-        "startup_s": startup_s,
-        "continuous_batching": batching,
-        "waste": waste,
-    }
+    name = args.name or f"serving_{Path(args.model).name if args.model else 'demo'}_{device_name()}"
+    return name + "_quick" * (args.quick and not args.name), start_report(
+        args,
+        is_quick=args.quick,
+        model=dataclasses.asdict(llm.engine.model_config),
+        dtype=str(llm.engine.runner.dtype),
+        settings=dataclasses.asdict(llm.engine.config) | {"num_blocks": llm.engine.runner.num_blocks},
+        startup_s=startup_s,
+        continuous_batching=batching,
+        waste=waste,
+    )
 
 
 def _continuous_batching(llm: LLM, count: int) -> dict[str, Any]:
     """Requests of mixed lengths at once against the same, each alone in the engine; greedy, no end-of-sequence."""
     work = sharegpt(count, 3, mean_in=64, mean_out=96, longest=256, vocab_size=llm.engine.model_config.vocab_size)
-    prompts: list[Prompt] = [{"prompt_token_ids": prompt} for prompt in work.prompts]
+    prompts = as_prompts(work.prompts)
     params = [SamplingParams(temperature=0, ignore_eos=True, max_tokens=n) for n in work.output_lens]
-    llm.generate(prompts[:8], params[:8], use_tqdm=False)  # anything compiled late is compiled now
+    llm.generate(prompts[:8], params[:8], use_tqdm=False)  # programs that are compiled late are compiled now
     batched_s = _time_s(lambda: llm.generate(prompts, params))
     alone_s = _time_s(lambda: [llm.generate(p, s, use_tqdm=False) for p, s in zip(prompts, params, strict=True)])
     return {
@@ -80,7 +78,7 @@ def _continuous_batching(llm: LLM, count: int) -> dict[str, Any]:
 def _waste(num_requests: int, block_size: int = 16, num_blocks: int = 4096) -> dict[str, Any]:
     """Waste of held blocks over the paper's ShareGPT lengths: the real scheduler and block manager, tokens made up.
 
-    Steady state: the steps from when the pool first preempts or fills its rows until the queue is empty.
+    Steady state begins when the pool first preempts, or half-way, and ends when the queue is empty.
     """
     work = sharegpt(num_requests, 1)
     blocks = BlockManager(num_blocks, block_size)
@@ -92,11 +90,7 @@ def _waste(num_requests: int, block_size: int = 16, num_blocks: int = 4096) -> d
         while scheduler.stats().num_waiting:
             plan = scheduler.schedule()
             rows = len(plan.samples)
-            zeros = np.zeros(rows, np.float32)
-            scores = TokenScores(
-                zeros, zeros.astype(np.int32), np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
-            )
-            scheduler.update(plan, StepResult(np.zeros(rows, np.int32), scores))
+            scheduler.update(plan, made_up_result(rows))
             samples.append((blocks.stats(), scheduler.stats().num_preemptions))
             bar.update(rows)
     first = next((i for i, (_, preemptions) in enumerate(samples) if preemptions), len(samples) // 2)

@@ -1,10 +1,11 @@
-"""Figures beside those of a peer and beside the least that the device allows."""
+"""Figures beside the best of the peers and beside the least that the device allows."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.machine import MachineLimits
+from bench.report import Table
 from bench.serving.breakdown import StepBreakdown
 
 
@@ -14,11 +15,11 @@ class Floor:
 
     Args:
         limits: the rates.
-        weight_bytes: of all weights.
-        embedding_bytes: of the table of input embeddings: a step looks up a few of its rows.
+        weight_bytes: bytes of all weights.
+        embedding_bytes: bytes of the table of input embeddings, of which a step looks up a few rows.
         has_tied_logits: whether the same table makes the logits, which reads all of it.
-        weight_item_bytes: of one weight.
-        bytes_per_block, block_size: of the pool.
+        weight_item_bytes: bytes of one weight.
+        bytes_per_block, block_size: size of a block in bytes and in tokens.
     """
 
     limits: MachineLimits
@@ -31,30 +32,30 @@ class Floor:
 
     @property
     def read_weight_bytes(self) -> int:
-        """Read by every step."""
+        """Bytes of weights that every step reads."""
         return self.weight_bytes - (0 if self.has_tied_logits else self.embedding_bytes)
 
     @property
     def layer_bytes(self) -> int:
-        """Weights that every token meets, whether or not somebody reads its logits."""
+        """Bytes of weights that every token meets, with or without logits."""
         return self.read_weight_bytes - self.embedding_bytes
 
     def decode_s(self, batch: int, context: int) -> float:
-        """Of a step of ``batch`` rows that share nothing."""
+        """Seconds of a step of ``batch`` rows that share nothing."""
         kv_bytes = batch * context * self.bytes_per_block / self.block_size
         return (self.read_weight_bytes + kv_bytes) / self.limits.read_bytes_per_s
 
     def compute_s(self, num_tokens: int) -> float:
-        """Two FLOPs for each token and weight."""
+        """Seconds of two FLOPs for each token and weight."""
         return 2 * num_tokens * self.layer_bytes / self.weight_item_bytes / self.limits.matmul_flops_per_s
 
     def run_s(self, num_steps: int, num_blocks: int, num_tokens: int) -> float:
-        """Of so many steps.
+        """Seconds of several steps.
 
         Args:
-            num_steps: each reads the weights.
-            num_blocks: sum over the steps of the blocks that it reads, each counted once.
-            num_tokens: computed in all of them together.
+            num_steps: steps, each of which reads the weights.
+            num_blocks: sum over the steps of the distinct blocks that the step reads.
+            num_tokens: tokens computed in all steps together.
         """
         num_bytes = num_steps * self.read_weight_bytes + num_blocks * self.bytes_per_block
         return max(num_bytes / self.limits.read_bytes_per_s, self.compute_s(num_tokens))
@@ -62,10 +63,10 @@ class Floor:
 
 @dataclass(slots=True)
 class Figures:
-    """Collects the figures of a run, prints each as it comes, and saves them at once.
+    """Collects the figures of a run, prints each as it comes, and saves all at once.
 
     Args:
-        report: what is saved: "figures" and "steps" are filled.
+        report: content of the result file: "figures" and "steps" are filled.
         peers: engine -> its figures by name.
         save: writes the report.
     """
@@ -94,11 +95,9 @@ class Figures:
             peer_name: name of the peers' figure, if it differs.
             extra: further fields of the report.
         """
-        found = {
-            engine: figures[key] for engine, figures in self.peers.items() if (key := peer_name or name) in figures
-        }
-        best = min if lower_is_better else max
-        engine = best(found, key=found.__getitem__) if found else None
+        key = peer_name or name
+        found = {engine: figures[key] for engine, figures in self.peers.items() if key in figures}
+        engine = (min if lower_is_better else max)(found, key=found.__getitem__) if found else None
         peer = None if engine is None else found[engine]
         self.report["figures"][name] = {
             "value": value,
@@ -113,38 +112,40 @@ class Figures:
         self._print(name)
 
     def add_step(self, name: str, step: StepBreakdown) -> None:
-        """What a step is made of."""
+        """Add the breakdown of a step."""
         self.report["steps"][name] = asdict(step)
         self.save()
-        print(
-            f"  a step of {step.step_us:,.0f} us: {_parts(step)}; {step.num_launches:.0f} launches\n"
-            f"  largest: {_largest(step)}\n  {host_line(step.host_us)}",
-            flush=True,
-        )
+        print(f"  {step}\n  {host_line(step.host_us)}", flush=True)
 
     def print_header(self) -> None:
-        print(f"\n{'':44} {'here':>10} {'peer':>10} {'ratio':>7} {'floor':>10} {'of it':>6}")
+        """Print the heads of the columns."""
+        print("\n" + _FIGURES.header())
 
     def print_all(self) -> None:
-        """All figures once more, without what was printed between them, and the steps."""
+        """Print all figures and steps once more, without the lines between them."""
         self.print_header()
         for name in self.report["figures"]:
             self._print(name)
-        if self.report["steps"]:
-            columns = ("step", "gemm", "attention", "sampling", "other", "gaps")
-            host = tuple(next(iter(self.report["steps"].values()))["host_us"])
-            print(f"\n{'us a step':16}" + "".join(f"{c:>10}" for c in (*columns, "launches")) + "   host:", end="")
-            print("".join(f"{c:>9}" for c in host))
-            for name, step in self.report["steps"].items():
-                cells = [_us(step[f"{column}_us"]) for column in columns] + [f"{step['num_launches']:,.0f}"]
-                print(f"{name:16}" + "".join(f"{cell:>10}" for cell in cells) + " " * 8, end="")
-                print("".join(f"{step['host_us'][part]:9,.0f}" for part in host))
+        steps = self.report["steps"]
+        if not steps:
+            return
+        columns = ("step", "gemm", "attention", "sampling", "other", "gaps")
+        host = list(next(iter(steps.values()))["host_us"])
+        table = Table("us a step", *columns, "launches", *(f"host: {part}" for part in host), first=16)
+        rows = {
+            name: [*(step[f"{c}_us"] for c in columns), step["num_launches"], *(step["host_us"][part] for part in host)]
+            for name, step in steps.items()
+        }
+        print("\n" + table.text(rows))
 
     def _print(self, name: str) -> None:
         figure = self.report["figures"][name]
-        here, peer, ratio, floor = (_short(figure[key]) for key in ("value", "peer", "ratio_to_peer", "floor"))
-        fraction = "" if figure["fraction_of_floor"] is None else f"{figure['fraction_of_floor']:.0%}"
-        print(f"{name:44} {here:>10} {peer:>10} {ratio:>7} {floor:>10} {fraction:>6}", flush=True)
+        of_floor = figure["fraction_of_floor"]
+        cells = [figure[key] for key in ("value", "peer", "ratio_to_peer", "floor")]
+        print(_FIGURES.row(name, *cells, None if of_floor is None else f"{of_floor:.0%}"), flush=True)
+
+
+_FIGURES = Table("", "here", "peer", "ratio", "floor", "of it", first=44)
 
 
 def host_line(host_us: dict[str, float]) -> str:
@@ -153,23 +154,5 @@ def host_line(host_us: dict[str, float]) -> str:
 
 
 def _how_good(value: float, other: float | None, lower_is_better: bool) -> float | None:
-    """Above 1 where ``value`` is better than ``other``."""
+    """A ratio above 1 where ``value`` is better than ``other``."""
     return None if other is None else other / value if lower_is_better else value / other
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
-
-
-def _us(value: float | None) -> str:
-    return "?" if value is None else f"{value:,.0f}"
-
-
-def _parts(step: StepBreakdown) -> str:
-    parts = {"GEMMs": step.gemm_us, "attention": step.attention_us, "sampling": step.sampling_us}
-    parts |= {"other kernels": step.other_us, "gaps": step.gaps_us}
-    return ", ".join(f"{name} {_us(us)}" for name, us in parts.items())
-
-
-def _largest(step: StepBreakdown, count: int = 6) -> str:
-    return ", ".join(f"{k.name[:48]} ({k.group}, {k.num_launches:.0f} x) {k.us:,.0f}" for k in step.largest[:count])

@@ -85,7 +85,8 @@ class Bench:
         runner, config: as of ``Engine``.
         sizes: of the workloads.
         figures, floor: what is measured, and what cannot be beaten.
-        limit_s: of a workload, from ``start_clock`` on.
+        limit_s: seconds of a workload, from ``start_clock`` on.
+        end: when the last workload stops, by ``time.perf_counter``.
     """
 
     runner: ModelRunner
@@ -94,11 +95,19 @@ class Bench:
     figures: Figures
     floor: Floor
     limit_s: float
+    end: float = float("inf")
     deadline: float = field(init=False, default=float("inf"))
 
     def start_clock(self) -> None:
-        """A workload begins."""
-        self.deadline = time.perf_counter() + self.limit_s
+        """Begin a workload.
+
+        Raises:
+            TimeIsUp: the whole run has used its time.
+        """
+        now = time.perf_counter()
+        if now >= self.end:
+            raise TimeIsUp
+        self.deadline = min(now + self.limit_s, self.end)
 
     def llm(self, **changes: Any) -> LLM:
         """An LLM over the runner, its pools empty. Those made before it are done with."""

@@ -144,6 +144,8 @@ def _decode(bench: Bench, options: Any) -> None:
             num_programs_compiled=num_compiled,
             host_us_per_step=long.host_us_per_step,
         )
+        if options.no_breakdown:
+            continue
         name = f"decode_{batch}"
         step = profile_decode(llm, prompts, sizes.num_timed_steps, sizes.num_traced_steps, _trace_path(options, name))
         bench.figures.add_step(name, step)
@@ -163,6 +165,8 @@ def _prefill(bench: Bench, options: Any) -> None:
         num_programs_compiled=best.num_programs_compiled,
         host_us_per_step=best.host_us_per_step,
     )
+    if options.no_breakdown:
+        return
     per_step = bench.config.token_budget / sizes.prompt_len
     timed, traced = (
         _fresh_prompts(bench, max(1, int(num_steps * per_step)), seed)

@@ -1,10 +1,16 @@
-"""How long the engine takes to start, part by part."""
+"""Time that the engine takes to start, part by part."""
 
+import argparse
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,19 +29,19 @@ CACHE_EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_c
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StartUp:
-    """Seconds of the parts of a start, and where its programs came from.
+    """Seconds of the parts of a start, and the source of its programs.
 
     Args:
         total_s: from nothing on the device to an engine that takes requests.
         weights_s: until all weights are on the device.
-        sizing_s: the runner but for its programs: joining projections, the device pool, what is left of the host pool's
-            allocation once they are compiled.
+        sizing_s: the runner without its programs: joining projections, the device pool, and the part of the host pool's
+            allocation that outlasts compiling.
         compiling_s: all programs.
-        engine_s: the engine over them, which measures what copies to the host cost.
+        engine_s: the engine over them, which measures the cost of copies to the host.
         imports_s: before all that and not in ``total_s``: Python's modules, and the first touch of the device.
-        num_programs: that serve.
-        num_from_cache, num_compiled: programs that an earlier process compiled, and others: what JAX compiles in less
-            than 0.1 s, it does not keep.
+        num_programs: programs that serve.
+        num_from_cache: programs that an earlier process compiled.
+        num_compiled: others. JAX does not keep a program that compiles in less than 0.1 s.
     """
 
     total_s: float
@@ -57,7 +63,7 @@ class StartUp:
 
 
 def start(model_config: ModelConfig, config: EngineConfig, imports_s: float) -> tuple[LLM, StartUp]:
-    """An LLM with random weights, every program compiled, and what that took."""
+    """Make an LLM with random weights and compile every program; returns its times too."""
     watch, mesh = Stopwatch(), make_mesh(1)
     began = time.perf_counter()
     with (
@@ -66,7 +72,7 @@ def start(model_config: ModelConfig, config: EngineConfig, imports_s: float) -> 
         watch.watch(ModelRunner, "warm_up", "compiling"),
         watch.watch(Engine, "__init__", "engine"),
     ):
-        # Nobody keeps the model: the runner joins its projections, and the single ones would take the pool's place.
+        # No name holds the model: the runner joins its projections, and the single ones would take the pool's place.
         llm = LLM.from_model(_weights(model_config, mesh, watch), model_config, config, mesh=mesh, warm_up=True)
     return llm, StartUp(
         total_s=time.perf_counter() - began,
@@ -81,6 +87,26 @@ def start(model_config: ModelConfig, config: EngineConfig, imports_s: float) -> 
     )
 
 
+def start_cold(args: argparse.Namespace, directory: Path) -> StartUp:
+    """Start in another process with an empty compile cache, before this one takes the device's memory.
+
+    This process then starts warm, from the cache that the other one left.
+
+    Args:
+        args: options of this run; the command is repeated for its start alone.
+        directory: empty; it must exist until this process has started.
+
+    Raises:
+        subprocess.CalledProcessError: the other process failed.
+    """
+    os.environ["XDG_CACHE_HOME"] = str(directory / "cache")
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-m", "bench", *(each for each in args.argv if each != "--warm-start")]
+    command += ["--startup-only", "--out", str(directory), "--name", "cold"]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    return StartUp(**json.loads((directory / "cold.json").read_text())["startup"])
+
+
 def _weights(model_config: ModelConfig, mesh: jax.sharding.Mesh, watch: Stopwatch) -> Any:
     began = time.perf_counter()
     model = random_model(model_config, jnp.dtype(model_config.dtype), mesh, 0)
@@ -91,7 +117,7 @@ def _weights(model_config: ModelConfig, mesh: jax.sharding.Mesh, watch: Stopwatc
 
 @contextmanager
 def _cache_events() -> Iterator[Counter[str]]:
-    """Counts what the persistent cache has and has not."""
+    """Count the hits and misses of the persistent cache."""
     counts: Counter[str] = Counter()
 
     def count(event: str, **_: Any) -> None:

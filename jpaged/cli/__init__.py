@@ -1,1 +1,1 @@
-"""The ``jpaged`` command."""
+"""The ``jpaged`` command: one module a command."""

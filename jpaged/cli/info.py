@@ -1,7 +1,10 @@
-"""What a machine and a checkpoint offer, found without reading weights or allocating a KV cache."""
+"""``jpaged info``: what a machine and a checkpoint offer, without reading weights or allocating a KV cache."""
 
+import argparse
+import json
+import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,18 +12,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jpaged.cli.options import engine_settings
 from jpaged.config import EngineConfig
+from jpaged.device.backends import Backend
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.pool import block_bytes, block_shape, choose_attention
+from jpaged.device.kv.layout import pool_layout
 from jpaged.device.kv.sizing import num_blocks_that_fit
 from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
-from jpaged.device.target import Target, describe_devices, target_of
+from jpaged.device.target import Target, choose_backend, describe_devices, target_of
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import make_mesh
-from pallas_kernels.paged_attention import Choice
 
 PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 
@@ -101,6 +105,14 @@ class Info:
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
 
 
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is left to others
+    info = gather_info(args.model, EngineConfig(**engine_settings(args)))
+    if args.is_leader:
+        print(json.dumps(asdict(info)) if args.json else info)
+
+
 def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     """Look at this machine and at a checkpoint's config.json.
 
@@ -117,14 +129,14 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
     weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh)[1])
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
-    attention = choose_attention(model_config, config, dtype, mesh.size)
-    kv_cache = _plan_pool(model_config, config, dtype, attention, weight_bytes, mesh)
+    backend = choose_backend(model_config, config, dtype, mesh)
+    kv_cache = _plan_pool(model_config, config, dtype, backend, weight_bytes, mesh)
     cache_dir = enable_compile_cache()
     return Info(
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         devices=describe_devices(jax.devices()),
-        attention_implementation=attention.name,
-        attention_reason=attention.reason,
+        attention_implementation=backend.name,
+        attention_reason=backend.reason,
         compile_cache_dir=None if cache_dir is None else str(cache_dir),
         model=ModelInfo(
             path=str(path),
@@ -150,12 +162,12 @@ def _plan_pool(
     model: ModelConfig,
     config: EngineConfig,
     dtype: np.dtype,
-    attention: Choice,
+    backend: Backend,
     weight_bytes: int,
     mesh: Mesh,
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, but for the workspace."""
-    bytes_per_block = block_bytes(**block_shape(model, config, dtype, attention, mesh.size))
+    bytes_per_block = pool_layout(model, config, dtype, backend).block_bytes
     max_blocks = -(-check_settings(model, config) // config.block_size)
     num_blocks = config.num_blocks or num_blocks_that_fit(
         bytes_per_block,

@@ -1,10 +1,16 @@
-"""Every option of the ``jpaged`` command, its default and its help."""
+"""Every option of the ``jpaged`` command, made from the settings that it sets."""
 
 import argparse
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
+from typing import Any
 
-from jpaged.config import DTYPES, KV_CACHE_DTYPES, PREEMPTIONS, EngineConfig
-from jpaged.request import MAX_BEAM_WIDTH, MAX_LOGPROBS, SamplingParams
+from jpaged.config import EngineConfig
+from jpaged.request import MAX_LOGPROBS, BeamSearchParams, SamplingParams
+from jpaged.rules import Setting, settings_of
 
 GENERATE_MAX_TOKENS = 128
 CHAT_MAX_TOKENS = 512
@@ -12,6 +18,19 @@ DRAWING = SamplingParams(temperature=0.8, top_p=0.9)
 """Small models, such as the one in the package, repeat themselves when greedy and lose the thread when free."""
 
 EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
+
+ENGINE_OPTIONS = tuple(
+    name
+    for name in settings_of(EngineConfig)
+    # A command sets the sizes of a step itself, has --no-prefix-caching, and draws the seeds of its requests.
+    if name not in ("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "seed")
+)
+SAMPLING_OPTIONS = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "seed", "stop",
+)  # fmt: skip
+COMPLETION_OPTIONS = "n", "best_of", "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs"
+BEAM_OPTIONS = "beam_width", "length_penalty", "early_stopping"
 
 _EPILOG = """\
 examples:
@@ -50,8 +69,8 @@ examples:
 
 _CHAT = """\
 Talk to a model that has a chat template. Every message is answered with the whole conversation before it as
-context; what was computed for earlier turns is found in the prefix cache. At the end it says how many prompt
-tokens were.
+context; the KV of earlier messages is found in the prefix cache. At the end the command says how many prompt
+tokens were found there.
 
   /reset         forget the conversation (not --system)
   /quit, Ctrl-D  end it
@@ -60,10 +79,13 @@ tokens were.
 
 _INFO = """\
 Show versions, devices, the attention kernel chosen and why, where compiled programs are kept, the model's shape,
-the KV cache that jpaged.LLM would make with these options, its host pool, and what becomes of a request that has to
-make way. Reads config.json but no weights, and allocates nothing; on an accelerator a step's workspace still comes
-off the KV cache.
+the KV cache that jpaged.LLM would make with these options, its host pool, and how preempted requests come back.
+Reads config.json but no weights, and allocates nothing; on an accelerator a step's workspace still comes off the KV
+cache.
 """
+
+
+_METAVARS = {int: "N", float: "X", str: "NAME", list: "TEXT"}
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -83,147 +105,76 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"jpaged {version('jpaged')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    generate = commands.add_parser(
-        "generate",
-        help="complete a prompt",
-        description=_GENERATE,
-        epilog=_GENERATE_EXAMPLES,
-        formatter_class=_HelpFormatter,
-    )
+
+    def add_command(name: str, help_: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=help_, description=description, epilog=epilog, formatter_class=_HelpFormatter
+        )
+
+    generate = add_command("generate", "complete a prompt", _GENERATE, _GENERATE_EXAMPLES)
     generate.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin, as it is")
     _add_sampling_options(generate, GENERATE_MAX_TOKENS)
-    _add_generate_options(generate)
+    _add_completion_options(generate)
     _add_beam_options(generate)
-    _add_engine_options(generate)
-    _add_prefix_caching_option(generate)
-    chat = commands.add_parser(
-        "chat", help="talk to a model made for conversation", description=_CHAT, formatter_class=_HelpFormatter
-    )
+    chat = add_command("chat", "talk to a model made for conversation", _CHAT)
     chat.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
     _add_sampling_options(chat, CHAT_MAX_TOKENS)
-    _add_engine_options(chat)
-    _add_prefix_caching_option(chat)
-    info = commands.add_parser(
-        "info", help="show the machine, the model and the KV cache", description=_INFO, formatter_class=_HelpFormatter
-    )
+    info = add_command("info", "show the machine, the model and the KV cache", _INFO)
     info.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_engine_options(info)
     for command in (generate, chat, info):
+        _add_engine_options(command)
+        _add_process_options(command)
         command.add_argument("--debug", action="store_true", help="show where an error was raised: Python's traceback")
+    for command in (generate, chat):
+        command.add_argument(
+            "--no-prefix-caching", action="store_true", help="do not reuse the KV of equal beginnings of prompts"
+        )
     return parser
 
 
-def _add_generate_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("completions")
-    add = group.add_argument
-    add(
-        "-n",
-        type=int,
-        metavar="N",
-        help="completions of the prompt, computed together (default: 1; with --beam-width all it finds)",
+def _add(group: Any, each: Setting, *flags: str, shown: str, **more: Any) -> None:
+    """Add the option of a setting.
+
+    Args:
+        group: group of the parser.
+        each: the setting.
+        flags: the option's names, if they are not the setting's.
+        shown: the default in words; "" says none.
+        more: arguments of ``add_argument``.
+    """
+    flags = flags or (f"--{each.name.replace('_', '-')}",)
+    help_ = re.sub(
+        "``(.*?)``", lambda found: _as_option(found[1]), f"{each.help} (default: {shown})" if shown else each.help
     )
-    add("--best-of", type=int, metavar="N", help="draw this many and print the -n likeliest, best first (default: -n)")
-    add("--min-tokens", type=int, default=0, metavar="N", help="no end of text before this many tokens (default: 0)")
-    add("--ignore-eos", action="store_true", help="go on past the end of text, up to --max-tokens")
-    add("--json", action="store_true", help="print one JSON object when all is done, instead of text as it comes")
-    logprobs = f"0 to {MAX_LOGPROBS}; needs --json"
-    add(
-        "--logprobs", type=int, metavar="N", help=f"log-probabilities of each token and of the N likeliest ({logprobs})"
-    )
-    add("--prompt-logprobs", type=int, metavar="N", help=f"the same for the tokens of the prompt ({logprobs})")
+    if each.rule.type is bool:
+        more = {"action": "store_true"} | more
+    elif each.rule.choices:
+        more = {"choices": each.rule.choices} | more
+    elif each.rule.type is list:
+        more = {"action": "append", "metavar": _METAVARS[list]} | more
+    else:
+        more = {"type": each.rule.type, "metavar": _METAVARS[each.rule.type]} | more
+    group.add_argument(*flags, help=help_.replace("%", "%%"), **more)
 
 
-def _add_beam_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("beam search").add_argument
-    width = f"search for the likeliest completions, following this many at once: 1 to {MAX_BEAM_WIDTH} (default: off)"
-    add("--beam-width", type=int, metavar="N", help=width)
-    add(
-        "--length-penalty",
-        type=float,
-        metavar="X",
-        help="a score is the log-probability / length ** X: above 0 favours long texts (default: 1.0)",
-    )
-    add(
-        "--early-stopping",
-        choices=tuple(EARLY_STOPPING),
-        help="true stops at --beam-width finished texts; false when a better one is unlikely, never when it is "
-        "impossible (default: false)",
-    )
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    add = parser.add_argument_group("sampling").add_argument
-
-    def add_number(name: str, type_: type, help_: str) -> None:
-        """An option that stays None where it is not given: a beam search has no use for the default."""
-        option = f"--{name.replace('_', '-')}"
-        add(option, type=type_, metavar="X", help=f"{help_} (default: {getattr(DRAWING, name)})")
-
-    add(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help=f"tokens to generate at most; a full context ends the text sooner (default: {max_tokens})",
-    )
-    add_number("temperature", float, "0 always takes the likeliest token; higher is more varied")
-    add_number("top_p", float, "draw from the likeliest tokens that together reach this probability; 1 is off")
-    add_number("top_k", int, "draw from this many likeliest tokens; 0 is off")
-    add_number("min_p", float, "drop tokens less probable than this share of the likeliest one's probability")
-    add_number("presence_penalty", float, "taken off the logit of every token already generated, -2 to 2")
-    add_number("frequency_penalty", float, "the same, for each time it was generated")
-    add_number("repetition_penalty", float, "divides the logits of tokens in the prompt or the output; 1 is off")
-    add("--seed", type=int, metavar="N", help="equal seeds give equal text (default: a new one every time)")
-    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+def _as_option(name: str) -> str:
+    return "-n" if name == "n" else f"--{name.replace('_', '-')}"
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    defaults = EngineConfig()
-    add = parser.add_argument_group("model and engine").add_argument
-    add(
+    group = parser.add_argument_group("model and engine")
+    group.add_argument(
         "--model",
         metavar="DIR",
         help="Hugging Face checkpoint: config.json, *.safetensors, tokenizer (default: the small model in the package)",
     )
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default=defaults.dtype,
-        help="of weights and KV cache (default: auto, the checkpoint's own; float32 on a CPU)",
-    )
-    add(
-        "--kv-cache-dtype",
-        choices=KV_CACHE_DTYPES,
-        default=defaults.kv_cache_dtype,
-        help="of the KV cache: fp8 and int8 hold twice the tokens in the same memory (default: auto, that of --dtype)",
-    )
-    add(
-        "--block-size",
-        type=int,
-        default=defaults.block_size,
-        metavar="N",
-        help="tokens in a KV block (default: %(default)s)",
-    )
-    add("--num-blocks", type=int, metavar="N", help="blocks in the KV cache (default: what --memory-fraction leaves)")
-    add(
-        "--memory-fraction",
-        type=float,
-        default=defaults.memory_fraction,
-        metavar="X",
-        help="of the device's memory, for weights, workspace and KV cache together (default: %(default)s)",
-    )
-    add(
-        "--max-model-len",
-        type=int,
-        metavar="N",
-        help="tokens of prompt and output together (default: the model's own limit)",
-    )
-    add(
-        "--tensor-parallel-size",
-        type=int,
-        default=defaults.tensor_parallel_size,
-        metavar="N",
-        help="devices to spread the model over (default: %(default)s)",
-    )
+    settings = settings_of(EngineConfig)
+    for name in ENGINE_OPTIONS:
+        each = settings[name]
+        _add(group, each, shown="" if each.rule.type is bool else each.shown_default, default=each.default)
+
+
+def _add_process_options(parser: argparse.ArgumentParser) -> None:
     several = parser.add_argument_group(
         "several processes",
         "One model over the devices of several machines: start the same command on each. The first one reads the "
@@ -232,49 +183,101 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     several.add_argument(
         "--distributed", action="store_true", help="bring them together, as JAX finds out by itself (Cloud TPU, Slurm)"
     )
-    several.add_argument("--coordinator-address", metavar="HOST:PORT", help="of the first process, elsewhere")
-    several.add_argument("--num-processes", type=int, metavar="N", help="of them all")
-    several.add_argument("--process-id", type=int, metavar="I", help="of this one, from 0")
+    several.add_argument("--coordinator-address", metavar="HOST:PORT", help="address of the first process")
+    several.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    several.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
     parser.set_defaults(is_leader=True)
-    add(
-        "--attention-implementation",
-        metavar="NAME",
-        help="attention kernel (default: the best one here; jpaged info names it)",
-    )
-    add(
-        "--interpret",
-        action="store_true",
-        help="run the attention kernel named in Pallas's interpreter, on any device: slow, to try what this machine "
-        "cannot run",
-    )
-    add(
-        "--max-burst",
-        type=int,
-        metavar="N",
-        help="decode steps in a row before the host sees their tokens (default: 4 on an accelerator, 1 on a CPU)",
-    )
-    add(
-        "--preemption",
-        choices=PREEMPTIONS,
-        default=defaults.preemption,
-        help="how a request that had to make way comes back: its KV from the host pool (swap), computed again "
-        "(recompute), or what is quicker here (default: %(default)s)",
-    )
-    add(
-        "--num-host-blocks",
-        type=int,
-        metavar="N",
-        help="blocks in the host pool, where KV goes that makes way; 0: none",
-    )
-    add(
-        "--host-memory-bytes",
-        type=int,
-        metavar="N",
-        help="the host pool's size in bytes instead (default: up to 4 GiB; none on a CPU unless --preemption swap)",
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    group, settings = parser.add_argument_group("sampling"), settings_of(SamplingParams)
+    for name in SAMPLING_OPTIONS:
+        shown = settings[name].unset or str(max_tokens if name == "max_tokens" else getattr(DRAWING, name))
+        # None where the option is not given: a beam search has no use for the default.
+        _add(group, settings[name], shown=shown, default=None)
+
+
+def _add_completion_options(parser: argparse.ArgumentParser) -> None:
+    group, settings = parser.add_argument_group("completions"), settings_of(SamplingParams)
+    shown = dict.fromkeys(COMPLETION_OPTIONS, "") | {
+        "n": "1; with --beam-width as many as it finds",
+        "best_of": "-n",
+        "min_tokens": "0",
+        "logprobs": f"off; 0 to {MAX_LOGPROBS}, needs --json",
+        "prompt_logprobs": f"off; 0 to {MAX_LOGPROBS}, needs --json",
+    }
+    for name in COMPLETION_OPTIONS:
+        flags = ("-n",) if name == "n" else ()
+        _add(group, settings[name], *flags, shown=shown[name], default=None)
+    group.add_argument(
+        "--json", action="store_true", help="print one JSON object when all is done, instead of text as it comes"
     )
 
 
-def _add_prefix_caching_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--no-prefix-caching", action="store_true", help="do not reuse the KV of equal beginnings of prompts"
+def _add_beam_options(parser: argparse.ArgumentParser) -> None:
+    group, settings = parser.add_argument_group("beam search"), settings_of(BeamSearchParams)
+    _add(group, settings["beam_width"], shown="off", default=None)
+    _add(group, settings["length_penalty"], shown=settings["length_penalty"].shown_default, default=None)
+    early_stopping = settings["early_stopping"]
+    choices = early_stopping._replace(rule=early_stopping.rule._replace(choices=tuple(EARLY_STOPPING)))
+    _add(group, choices, shown="false", default=None)
+
+
+# From options to settings ---------------------------------------------------------------------------------------------
+
+
+def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the engine that options set."""
+    return {name: getattr(args, name) for name in ENGINE_OPTIONS}
+
+
+def sampling_params(args: argparse.Namespace, max_tokens: int, more: Sequence[str] = ()) -> SamplingParams:
+    """Parameters to draw with.
+
+    Args:
+        args: the options given; without a seed, one is drawn.
+        max_tokens: the command's own default.
+        more: options beside ``SAMPLING_OPTIONS`` that the command has.
+    """
+    defaults = {"max_tokens": max_tokens, "seed": random.SystemRandom().getrandbits(32)}
+    return replace(DRAWING, **defaults | _given(args, (*SAMPLING_OPTIONS, *more)))
+
+
+def generate_params(args: argparse.Namespace) -> SamplingParams:
+    """Parameters of ``jpaged generate``.
+
+    Raises:
+        ValueError: options of beam search without a search, or with a search what does not go with it.
+    """
+    if args.beam_width is not None:
+        return _beam_params(args)
+    if args.length_penalty is not None or args.early_stopping is not None:
+        raise ValueError("--length-penalty and --early-stopping are of beam search: add --beam-width")
+    return sampling_params(args, GENERATE_MAX_TOKENS, COMPLETION_OPTIONS)
+
+
+def _beam_params(args: argparse.Namespace) -> SamplingParams:
+    """A beam search. The defaults of drawing are not part of it; what was given and cannot be is refused."""
+    if args.best_of is not None:
+        raise ValueError("--best-of does not go with --beam-width: the width says how many are searched for")
+    search = BeamSearchParams(
+        args.beam_width,
+        GENERATE_MAX_TOKENS,
+        early_stopping=EARLY_STOPPING[args.early_stopping or "false"],
+        **_given(args, ["length_penalty"]),
     )
+    if args.n is not None and args.n > args.beam_width:
+        raise ValueError(
+            f"-n {args.n} is more than --beam-width {args.beam_width}: lower the first or raise the second"
+        )
+    return replace(search.to_sampling_params(), **_given(args, (*SAMPLING_OPTIONS, *COMPLETION_OPTIONS)))
+
+
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def cap(params: SamplingParams, most: int) -> SamplingParams:
+    """``params`` with ``max_tokens`` no more than ``most``."""
+    return replace(params, max_tokens=min(params.max_tokens or most, most))

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, PRNGKeyArray
 
 from jpaged.models.families.llama import LlamaForCausalLM
-from jpaged.models.layers.common import Attend
+from jpaged.models.spec import Attend, LayerSpec
 
 Attention = Literal["xla", "cudnn"]
 """Implementations of ``jax.nn.dot_product_attention``."""
@@ -32,20 +32,24 @@ def dense_attend(
     """Make causal attention within each of ``num_windows`` windows of equal length, one after another."""
 
     def attend(
-        layer: int,
+        spec: LayerSpec,
         q: Float[Array, "tokens num_heads head_dim"],
         k: Float[Array, "tokens num_kv_heads head_dim"],
         v: Float[Array, "tokens num_kv_heads head_dim"],
         *,
-        sm_scale: float,
-        sliding_window: int | None = None,
+        sinks: Float[Array, " num_heads"] | None = None,
+        alibi_slopes: Float[Array, " num_heads"] | None = None,
     ) -> Float[Array, "tokens num_heads head_dim"]:
-        assert sliding_window is None, "the demo model attends to its whole context"
+        del sinks, alibi_slopes
+        plain = LayerSpec(
+            layer=spec.layer, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, sm_scale=spec.sm_scale
+        )
+        assert spec == plain, "the demo model attends to its whole context, with nothing added"
         q, k, v = (x.reshape(num_windows, -1, *x.shape[1:]) for x in (q, k, v))
         with jax.numpy_dtype_promotion("standard"):  # JAX itself promotes bfloat16 to float32 here
-            out = jax.nn.dot_product_attention(q, k, v, scale=sm_scale, is_causal=True, implementation=attention)
+            out = jax.nn.dot_product_attention(q, k, v, scale=spec.sm_scale, is_causal=True, implementation=attention)
         out = out.reshape(-1, *out.shape[2:])
-        return _dropped(out, dropout, None if key is None else jax.random.fold_in(key, layer))
+        return _dropped(out, dropout, None if key is None else jax.random.fold_in(key, spec.layer))
 
     return attend
 

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Chunk, Costs, StepPlan, StepResult, TokenScores
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
-from jpaged.device.kv.pool import choose_attention
 from jpaged.device.kv.sizing import PoolSizer
 from jpaged.device.sampling.beams import Candidates, split_candidates
 from jpaged.device.sampling.sampler import (
@@ -28,8 +27,9 @@ from jpaged.device.sampling.sampler import (
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.packed import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
 from jpaged.device.step.programs import Programs, dtype_of, split_model
+from jpaged.device.target import BACKENDS, choose_backend
 from jpaged.models import ModelConfig, fuse_norms, fuse_projections
-from pallas_kernels.paged_attention import IMPLEMENTATIONS, INTERPRETERS, why_cannot_run
+from pallas_kernels.paged_attention import INTERPRETERS, why_cannot_run
 
 
 class Agreeing(Protocol):
@@ -80,7 +80,7 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
     Raises:
         ValueError: a context beyond the model's, or an attention implementation that is not there or cannot serve.
     """
-    servable = sorted(set(IMPLEMENTATIONS) - {"reference"})  # the reference does not trace
+    servable = sorted(BACKENDS)
     if config.attention_implementation not in (None, *servable):
         raise ValueError(
             f"attention_implementation={config.attention_implementation!r} cannot be had: "
@@ -92,16 +92,9 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
         raise ValueError(f"{asked}: only {sorted(INTERPRETERS)} can be interpreted; name one, or leave interpret out")
     if config.interpret and jax.process_count() > 1:
         raise ValueError(f"{asked}: the interpreter runs in one process, and there are {jax.process_count()}")
-    if name == "hopper" and config.tensor_parallel_size > 1:
-        raise ValueError(
-            f"{asked} runs on one device, not on tensor_parallel_size={config.tensor_parallel_size}: leave it out, or "
-            "ask for 'xla'"
-        )
     reason = None if name is None or config.interpret else why_cannot_run(name)
     if reason is not None:
         raise ValueError(f"{asked} cannot run here: {reason}; leave it out, or have it interpreted, which is slow")
-    if config.kv_cache_dtype != "auto":
-        raise ValueError(f"kv_cache_dtype={config.kv_cache_dtype!r} cannot be served yet: expected 'auto'")
     limit, wanted = model_config.max_model_len, config.max_model_len
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
@@ -144,10 +137,10 @@ class ModelRunner:
         self.mesh = mesh
         max_model_len = check_settings(model_config, config)
         fuse_projections(model)
-        self.attention = choose_attention(model_config, config, dtype_of(model), mesh.size)
-        if self.attention.name == "hopper" and not config.interpret:
-            fuse_norms(model)
-        self.programs = Programs(model, model_config, config, mesh, self.attention, max_model_len=max_model_len)
+        backend = choose_backend(model_config, config, dtype_of(model), mesh)
+        if backend.add_norm is not None:
+            fuse_norms(model, backend.add_norm)
+        self.programs = Programs(model, model_config, config, mesh, backend, max_model_len=max_model_len)
         _, self._weights, _ = split_model(model)
         self.weight_bytes = sum(x.nbytes for x in self._weights)
         least: Callable[[int], int] = channel.least if channel is not None else lambda number: number

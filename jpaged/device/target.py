@@ -4,8 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+
+from jpaged.config import EngineConfig
+from jpaged.device.backends import Backend
+from jpaged.device.backends.hopper import HopperBackend
+from jpaged.device.backends.tpu import TpuBackend
+from jpaged.device.backends.xla import XlaBackend
+from jpaged.device.kv.layout import heads_of_pool, kv_dtype
+from jpaged.models.checkpoint.config import ModelConfig
+from pallas_kernels import best_implementation, block_pool_shape
+from pallas_kernels.paged_attention import kernels_here, why_not_here
 
 GIB = 1 << 30
 
@@ -96,6 +107,34 @@ def target_of(mesh: Mesh) -> Target:
     if platform not in TARGETS:
         raise ValueError(f"the devices are of platform {platform!r}: expected one of {', '.join(TARGETS)}")
     return TARGETS[platform]
+
+
+BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (XlaBackend, HopperBackend, TpuBackend)}
+"""Every backend by the name that the settings know."""
+
+
+def choose_backend(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, mesh: Mesh) -> Backend:
+    """The backend for a model on the devices of a mesh: the one asked for, or the fastest that takes the model.
+
+    Args:
+        model: shape of the model.
+        config: the engine's settings.
+        dtype: type of the activations.
+        mesh: the devices.
+    """
+    if config.attention_implementation is not None:
+        return BACKENDS[config.attention_implementation]("as asked", mesh.size, config.interpret)
+    num_kv_heads, head_dim = heads_of_pool(model.layer_specs, mesh.size)
+    stored = kv_dtype(config.kv_cache_dtype, dtype)
+    with jax.default_device(mesh.devices.flat[0]):
+        own = BACKENDS[kernels_here()]("", mesh.size)
+        heads = own.pool_heads(num_kv_heads, head_dim)
+        # Each device runs the kernels over its own heads.
+        pool = block_pool_shape(1, model.num_layers, heads[0] // mesh.size, config.block_size, heads[1])
+        queries = (1, model.num_heads // mesh.size, head_dim)
+        reason = why_not_here(queries, jnp.dtype(dtype), pool, stored)
+        choice = best_implementation(reason, num_devices=1)
+    return BACKENDS[choice.name](choice.reason, mesh.size)
 
 
 def describe_devices(devices: Sequence[Any]) -> list[str]:

@@ -3,14 +3,18 @@
 import math
 from dataclasses import dataclass
 
-from jpaged.host.blocks.manager import NO_MATCH, BlockManager, PrefixMatch
+from jpaged.contract.plan import BlockCopy
+from jpaged.host.blocks.manager import NO_MATCH, BlockManager
+from jpaged.host.blocks.prefix_cache import PrefixMatch
+from jpaged.host.blocks.ticket import Ticket
 from jpaged.host.capacity import Capacity, num_blocks_covering, num_forked_blocks, width_name
 from jpaged.host.line import Line
 from jpaged.host.pins import Pins
 from jpaged.host.policies.budget import num_blocks_left_free
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
+from jpaged.host.refusal import Refusal
 from jpaged.host.roster import Roster
-from jpaged.host.sequence import SequenceGroup, SequenceState
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.request import MAX_BEAM_CANDIDATES, Request
 
 
@@ -25,6 +29,21 @@ class Terms:
 
     max_tokens: int
     stop_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What starting a waiting group takes.
+
+    Args:
+        match: the cached start of its leader's tokens.
+        ticket: reserves the leader's blocks, or swaps the group in.
+        num_short: blocks missing, 0 or less if the group can start.
+    """
+
+    match: PrefixMatch
+    ticket: Ticket[list[BlockCopy]] | Ticket[None]
+    num_short: int
 
 
 class Admission:
@@ -58,8 +77,7 @@ class Admission:
         self._eos_token_ids = eos_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        # The last group refused, and the blocks then free and cached.
-        self._refused: tuple[SequenceGroup, tuple[int, int]] | None = None
+        self._refusal: Refusal | None = None  # the last one
 
     # Requests -----------------------------------------------------------------------------------------------------
 
@@ -121,55 +139,82 @@ class Admission:
         group = self._line.first
         return group is not None and self.rows_short(group) <= 0 and self.find(group) is not None
 
-    def find(self, group: SequenceGroup) -> PrefixMatch | None:
-        """Find the cached start of the first waiting group; None if blocks are short."""
-        if self._refused == (group, self._pool):
-            return None  # no block was freed or published since: another match would end the same way
-        match = self.match(group)
-        if self.blocks_short(group, match) > 0:
-            self._refused = group, self._pool
+    def find(self, group: SequenceGroup) -> Start | None:
+        """Find the way to start the first waiting group; None if blocks are short."""
+        if self.is_known_short(group):
             return None
-        return match
+        start = self.start(group)
+        if start.num_short > 0:
+            self._refusal = self._refuse(group, start)
+            return None
+        self._refusal = None
+        return start
+
+    def is_known_short(self, group: SequenceGroup) -> bool:
+        """Whether the group was refused, and nothing has happened since that lets it start."""
+        refusal = self._refusal
+        return refusal is not None and refusal.stands(group, self._blocks, is_running=self._is_running)
 
     def forget_refusal(self) -> None:
-        """The pool has changed: the first group may be admitted now."""
-        self._refused = None
-
-    def match(self, group: SequenceGroup) -> PrefixMatch:
-        """Match the tokens that the group's leader must compute; one token is always left to compute."""
-        if group.needs_prompt_scores or group.is_swapped:
-            return NO_MATCH
-        leader = group.unfinished[0]
-        target = group.fork_len() if len(group.unfinished) > 1 else len(leader.token_ids)
-        return self._blocks.match_prefix(
-            leader.token_ids[: target - 1],
-            salt=group.request.prefix_salt,
-            least_inside=math.ceil(LEAST_HIT_INSIDE * self._blocks.block_size),
-        )
+        """Match the first group again: the content of the pools is lost."""
+        self._refusal = None
 
     def rows_short(self, group: SequenceGroup) -> int:
         """Count the rows missing to start a group: 0 or less if it can start."""
         return self._line.num_rows + group.num_rows - self.max_num_seqs
 
-    def blocks_short(self, group: SequenceGroup, match: PrefixMatch) -> int:
-        """Count the blocks missing to start the first waiting group: 0 or less if it can start."""
-        blocks = self._blocks
-        num_left_free = num_blocks_left_free(blocks.num_blocks - 1, is_running=bool(self._line.running))
+    def start(self, group: SequenceGroup) -> Start:
+        """Find what starting the first waiting group takes."""
+        num_left_free = num_blocks_left_free(self._blocks.num_blocks - 1, is_running=self._is_running)
+        to_spare = self._blocks.num_free_blocks - num_left_free
         members = group.unfinished
         if group.is_swapped:
             held = [seq.seq_id for seq in members if seq.state is SequenceState.SWAPPED]
-            # One more for each, to write its next token.
-            needed = blocks.num_blocks_to_swap_in(held) + (len(held) if self._line.running else 0)
-        else:
-            leader, shared = members[0], group.fork_len()
-            target = shared if len(members) > 1 else len(leader.token_ids)
-            lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
-            block_size = blocks.block_size
-            to_grow = num_forked_blocks(shared, lens, block_size) - num_blocks_covering(target, block_size)
-            needed = blocks.num_fresh_blocks(target, match) + to_grow
-        return needed + num_left_free - blocks.num_free_blocks
+            ticket = self._blocks.to_swap_in(held)
+            to_grow = len(held) if self._is_running else 0  # one more for each, to write its next token
+            return Start(NO_MATCH, ticket, ticket.num_blocks + to_grow - to_spare)
+        (leader, target), shared = self._leader_of(group), group.fork_len()
+        lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
+        block_size = self._blocks.block_size
+        to_grow = num_forked_blocks(shared, lens, block_size) - num_blocks_covering(target, block_size)
+        match = self._match(group, leader, target)
+        ticket = self._blocks.to_reserve(leader.seq_id, target, match=match)
+        return Start(match, ticket, ticket.num_blocks + to_grow - to_spare)
+
+    def _refuse(self, group: SequenceGroup, start: Start) -> Refusal:
+        blocks, num_short = self._blocks, start.num_short
+        is_on_host = group.is_swapped or start.match.is_on_host
+        if is_on_host:
+            num_short -= 1 + blocks.num_copies_queued  # loads may avoid as many blocks in this plan
+        lacking = None
+        if blocks.enable_prefix_caching and not (group.is_swapped or group.needs_prompt_scores):
+            leader, target = self._leader_of(group)
+            num_hits = start.match.num_full_blocks(blocks.block_size)
+            if num_hits < (target - 1) // blocks.block_size:
+                lacking = leader.hashed.full_blocks(target - 1)[num_hits][1]
+        return Refusal(
+            group=group,
+            num_rows=group.num_rows,
+            is_on_host=is_on_host,
+            is_running=self._is_running,
+            num_short=num_short,
+            num_freed=blocks.num_blocks_freed,
+            num_cached=blocks.num_blocks_cached,
+            lacking=lacking,
+        )
+
+    def _leader_of(self, group: SequenceGroup) -> tuple[Sequence, int]:
+        """The sequence that computes the tokens that all members share, and the number of these tokens."""
+        leader, *others = group.unfinished
+        return leader, group.fork_len() if others else len(leader.token_ids)
+
+    def _match(self, group: SequenceGroup, leader: Sequence, target: int) -> PrefixMatch:
+        """Match the tokens that the group's leader must compute; one token is always left to compute."""
+        if group.needs_prompt_scores:
+            return NO_MATCH
+        least_inside = math.ceil(LEAST_HIT_INSIDE * self._blocks.block_size)
+        return self._blocks.match_prefix(leader.hashed, target - 1, least_inside=least_inside)
 
     @property
-    def _pool(self) -> tuple[int, int]:
-        """What an admission depends on, beside the rows: blocks free and cached."""
-        return self._blocks.num_free_blocks, self._blocks.num_cached_blocks
+    def _is_running(self) -> bool:
+        return len(self._line.running) > 0

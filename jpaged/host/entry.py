@@ -1,7 +1,7 @@
 """Entry: starts waiting groups, whose blocks are taken, shared, or loaded from the host."""
 
-from jpaged.host.admission import Admission
-from jpaged.host.blocks.manager import BlockManager, PrefixMatch
+from jpaged.host.admission import Admission, Start
+from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.line import Line
 from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
@@ -37,13 +37,13 @@ class Entry:
                 return
             if plan.budget == 0 and not group.is_swapped:
                 return
-            if (match := self._admission.find(group)) is None:
+            if (start := self._admission.find(group)) is None:
                 return
             self._line.admit_first()
             if group.is_swapped:
-                self._swap_in(group)
+                self._swap_in(group, start)
             else:
-                self._start(plan, group, match)
+                self._start(plan, group, start)
 
     def land(self) -> None:
         """Let sequences run whose blocks have arrived."""
@@ -57,25 +57,25 @@ class Entry:
         """Forget the sequences on their way: the content of the pools is lost."""
         self._loading.clear()
 
-    def _swap_in(self, group: SequenceGroup) -> None:
+    def _swap_in(self, group: SequenceGroup, start: Start) -> None:
         """Load the blocks of a swapped group, which computes again from the next step on."""
         members = [seq for seq in group.sequences if seq.state is SequenceState.SWAPPED]
-        self._blocks.swap_in([seq.seq_id for seq in members])
+        start.ticket.commit()
         for seq in members:
             seq.state = SequenceState.LOADING
         self._loading += members
         self.num_swaps_in += 1
 
-    def _start(self, plan: PlanBuilder, group: SequenceGroup, match: PrefixMatch) -> None:
+    def _start(self, plan: PlanBuilder, group: SequenceGroup, start: Start) -> None:
         """Give a group's leader its blocks and its first chunk; its siblings wait for the tokens that all share."""
         leader, *others = group.unfinished
         group.fork_at = group.fork_len() if others else None
-        leader.state = SequenceState.LOADING if match.is_on_host else SequenceState.RUNNING
+        leader.state = SequenceState.LOADING if start.match.is_on_host else SequenceState.RUNNING
         for seq in others:
             seq.state = SequenceState.UNFORKED
         target = group.fork_at or len(leader.token_ids)
-        plan.copies += self._blocks.reserve(leader.seq_id, target, match=match)
-        leader.num_computed = match.num_tokens
+        plan.copies += start.ticket.commit() or []
+        leader.num_computed = start.match.num_tokens
         if group.num_cached_tokens is None:
             group.num_cached_tokens = leader.num_computed
         if leader.state is SequenceState.LOADING:

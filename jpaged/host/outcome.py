@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import numpy as np
 
 from jpaged.contract.plan import BeamCandidates, Chunk, Decodes, StepPlan, StepResult
-from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.line import Line
 from jpaged.host.pins import Pins
@@ -22,17 +21,15 @@ class Outcome:
         roster: the unfinished requests.
         line: the groups that wait and run.
         pins: the pinned prefixes.
-        admission: told when a group leaves the pool.
     """
 
-    def __init__(self, blocks: BlockManager, roster: Roster, line: Line, pins: Pins, admission: Admission) -> None:
+    def __init__(self, blocks: BlockManager, roster: Roster, line: Line, pins: Pins) -> None:
         self.num_output_tokens = 0
         """Tokens drawn since the start; a beam search counts one for each live beam and step."""
         self._blocks = blocks
         self._roster = roster
         self._line = line
         self._pins = pins
-        self._admission = admission
 
     # Sequences ----------------------------------------------------------------------------------------------------
 
@@ -44,26 +41,24 @@ class Outcome:
         seq.finish_reason = reason
         if seq.is_finished:
             return
-        self.release(group, seq)
+        self.release(seq)
         seq.state = SequenceState.FINISHED
         self._roster.remove_sequence(seq)
         if group.is_finished:
             self._leave(group)
 
-    def release(self, group: SequenceGroup, seq: Sequence, *, is_trusted: bool = True) -> None:
+    def release(self, seq: Sequence, *, is_trusted: bool = True) -> None:
         """Free the blocks of a sequence, if it holds any. The prefix cache keeps their content if it is trusted."""
         if seq.state is SequenceState.RUNNING and is_trusted:
-            self._publish(group, seq, include_partial=True)
+            self._publish(seq, include_partial=True)
         if seq.state.holds_blocks:
             self._blocks.free(seq.seq_id)
 
-    def _publish(self, group: SequenceGroup, seq: Sequence, *, include_partial: bool = False) -> None:
-        salt = group.request.prefix_salt
-        self._blocks.publish(seq.seq_id, seq.token_ids, seq.num_known, salt=salt, include_partial=include_partial)
+    def _publish(self, seq: Sequence, *, include_partial: bool = False) -> None:
+        self._blocks.publish(seq.seq_id, seq.hashed, seq.num_known, include_partial=include_partial)
 
     def _leave(self, group: SequenceGroup) -> None:
         """Take a group that has finished, or is pinned, out of the roster and the line."""
-        self._admission.forget_refusal()
         self._roster.remove(group)
         self._line.leave(group)
 
@@ -78,7 +73,7 @@ class Outcome:
             group, seq = member
             stop = chunk.stop
             if stop // block_size > chunk.start // block_size:
-                self._publish(group, seq)
+                self._publish(seq)
             if stop == group.fork_at:
                 self._fork_siblings(group, seq)
             if group.is_pin and stop == seq.prompt_len:
@@ -89,9 +84,9 @@ class Outcome:
         block_size, starts = self._blocks.block_size, decodes.positions - 1
         is_filled = (starts + decodes.num_draws) // block_size > starts // block_size
         for row in np.flatnonzero(is_filled).tolist():
-            seq_id = decodes.decoders[row].seq_id
-            if seq_id in self._roster.sequences:
-                self._publish(*self._roster.sequences[seq_id])
+            member = self._roster.sequences.get(decodes.decoders[row].seq_id)
+            if member is not None:
+                self._publish(member[1])
 
     def _fork_siblings(self, group: SequenceGroup, leader: Sequence) -> None:
         """Let every sibling share the blocks of the shared tokens, now in the pool (PagedAttention, section 4.4)."""
@@ -103,8 +98,8 @@ class Outcome:
 
     def _settle_pin(self, group: SequenceGroup, seq: Sequence) -> None:
         """Hold the very blocks that the prefix cache finds: another sequence may have published equal ones first."""
-        self.release(group, seq)
-        match = self._blocks.match_prefix(seq.token_ids, salt=group.request.prefix_salt)
+        self.release(seq)
+        match = self._blocks.match_prefix(seq.hashed)
         assert match.num_tokens == seq.prompt_len
         assert not match.is_on_host
         self._blocks.reserve(seq.seq_id, seq.prompt_len, match=match, is_query=False)
@@ -168,10 +163,9 @@ class Outcome:
         for beam in continuations:
             parent = live[beam.parent]
             if parent.seq_id in kept:
-                child = self._roster.new_sequence(group, 0, parent.token_ids[: parent.num_computed])
+                child = self._roster.fork_sequence(group, parent)
                 self._blocks.fork(parent.seq_id, child.seq_id)
-                child.state, child.num_computed = SequenceState.RUNNING, parent.num_computed
-                self._roster.enter_sequence(group, child)
+                child.state = SequenceState.RUNNING
             else:
                 kept.add(parent.seq_id)
                 child = parent

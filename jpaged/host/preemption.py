@@ -64,8 +64,7 @@ class Preemption:
             return
         while lower:
             self._preempt(lower.pop(), costs)
-            match = self._admission.match(first)  # the freed blocks may have been part of it
-            if self._admission.rows_short(first) <= 0 and self._admission.blocks_short(first, match) <= 0:
+            if self._admission.rows_short(first) <= 0 and self._admission.start(first).num_short <= 0:
                 return
 
     def groups_to_yield(self) -> list[SequenceGroup]:
@@ -77,12 +76,11 @@ class Preemption:
         rows_short = self._admission.rows_short(first)
         if rows_short > sum(group.num_rows for group in lower):
             return []
-        match = self._admission.match(first)
-        num_short = self._admission.blocks_short(first, match)
+        start = self._admission.start(first)
         seq_ids = [seq.seq_id for group in lower for seq in group.running]
-        num_blocks = self._blocks.num_blocks_freed_by(seq_ids, match=match)
-        is_needed = rows_short > 0 or num_short > 0
-        return lower if is_needed and num_short <= num_blocks else []
+        num_blocks = self._blocks.num_blocks_freed_by(seq_ids, match=start.match)
+        is_needed = rows_short > 0 or start.num_short > 0
+        return lower if is_needed and start.num_short <= num_blocks else []
 
     def make_room(self, costs: Costs | None) -> tuple[list[Feed], list[BlockCopy]]:
         """Give every running sequence the blocks for all its tokens; preempt from the back while blocks are short.
@@ -127,7 +125,7 @@ class Preemption:
     def drop_blocks(self, group: SequenceGroup, *, is_trusted: bool = True) -> None:
         """Free all blocks of an unfinished group, which will compute its tokens again."""
         for seq in group.unfinished:
-            self._outcome.release(group, seq, is_trusted=is_trusted)
+            self._outcome.release(seq, is_trusted=is_trusted)
             seq.state, seq.num_computed = SequenceState.WAITING, 0
         group.fork_at = None
         if group.needs_prompt_scores:
@@ -147,20 +145,21 @@ class Preemption:
         seq_ids = [seq.seq_id for seq in members]
         if self._kind == "recompute" or self._blocks.num_host_blocks == 0:
             return False
+        ticket = self._blocks.to_swap_out(seq_ids)
         if self._kind == "auto" and costs is not None:
             # Blocks that others hold stay on the device, whichever way the group comes back.
             num_blocks = self._blocks.num_blocks_freed_by(seq_ids)
             num_computed = sum(seq.num_computed for seq in members) - (len(members) - 1) * num_shared_tokens(members)
             is_cheaper = is_swap_cheaper(
                 costs,
-                num_blocks_out=self._blocks.num_host_blocks_to_swap_out(seq_ids),
+                num_blocks_out=ticket.num_blocks,
                 num_blocks_in=num_blocks,
                 num_tokens=min(num_computed, num_blocks * self._blocks.block_size),
             )
             if not is_cheaper:
                 return False
         try:
-            self._blocks.swap_out(seq_ids)
+            ticket.commit()
         except OutOfBlocks:
             return False
         for seq in members:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.request import Request, derive_seed
 
@@ -10,9 +11,13 @@ class Roster:
     """Unfinished groups by request id, and their unfinished sequences by sequence id.
 
     Also numbers groups and sequences in the order in which they are made. Written by the scheduler and its rooms.
+
+    Args:
+        block_size: tokens in a block, by which the tokens of sequences are hashed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
         self.sequences: dict[int, tuple[SequenceGroup, Sequence]] = {}
         """Every unfinished sequence with its group, by sequence id; written here alone."""
         self._groups: dict[str, SequenceGroup] = {}
@@ -58,9 +63,18 @@ class Roster:
         assert group.request.seed is not None
         seed = derive_seed(group.request.seed, index)
         seq = Sequence(self._num_sequences, index, seed, token_ids, prompt_len=group.prompt_len)
+        seq.hashed = HashedTokens(token_ids, self._block_size, group.request.prefix_salt)
         self._num_sequences += 1
         group.sequences.append(seq)
         return seq
+
+    def fork_sequence(self, group: SequenceGroup, parent: Sequence) -> Sequence:
+        """Append and register a sequence that continues the computed tokens of another one."""
+        child = self.new_sequence(group, 0, parent.token_ids[: parent.num_computed])
+        child.hashed = parent.hashed.fork(child.token_ids)
+        child.num_computed = parent.num_computed
+        self.enter_sequence(group, child)
+        return child
 
     def enter(self, group: SequenceGroup) -> None:
         """Register a group and its sequences, which have nothing in a pool."""

@@ -88,7 +88,7 @@ class Scheduler:
         self.step_sizes = tuple(step_sizes)
         self.preemption = preemption
         self.costs = costs
-        self.roster = Roster()
+        self.roster = Roster(blocks.block_size)
         self.line = Line()
         self.pins = Pins(blocks)
         self._admission = Admission(
@@ -100,7 +100,7 @@ class Scheduler:
             max_model_len=max_model_len,
             eos_token_ids=self.eos_token_ids,
         )
-        self._outcome = Outcome(blocks, self.roster, self.line, self.pins, self._admission)
+        self._outcome = Outcome(blocks, self.roster, self.line, self.pins)
         self._preemption = Preemption(blocks, self.line, self._admission, self._outcome, kind=preemption)
         self._entry = Entry(blocks, self.line, self._admission)
         self._num_in_flight = 0  # plans scheduled and not updated
@@ -154,7 +154,6 @@ class Scheduler:
             self.pins.release(request_id)
         else:
             self.abort(request_id)
-        self._admission.forget_refusal()
 
     def abort(self, request_id: str) -> SequenceGroup | None:
         """Finish a request now and free its blocks; None if it is unknown or already finished.

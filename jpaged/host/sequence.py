@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 from jpaged.contract.plan import TokenScores
+from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.search.beam import BeamSearch
 from jpaged.request import FinishReason, Request
 
@@ -40,6 +41,7 @@ class Sequence:
             Empty in beam search.
         cumulative_logprob: of beam search: of the output tokens.
         score: of beam search, once finished.
+        hashed: ``token_ids`` with the hashes of their blocks.
     """
 
     seq_id: int
@@ -56,6 +58,7 @@ class Sequence:
     score_rows: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     score: float | None = None
+    hashed: HashedTokens = field(init=False)
 
     @property
     def num_outputs(self) -> int:

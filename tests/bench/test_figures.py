@@ -3,7 +3,7 @@
 import json
 
 from bench.peers import KERNELS, SERVING
-from bench.results import RESULTS
+from bench.report import RESULTS
 from tests.support import tpu_aot
 
 README = (RESULTS.parent / "README.md").read_text()

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.paper import rendering
-from bench.paper.__main__ import EXPERIMENTS
 from bench.paper.baselines import FasterTransformer, Orca, Reservation
 from bench.paper.beams import CandidateModel, CandidateSource
 from bench.paper.buddy import BuddyAllocator
+from bench.paper.command import EXPERIMENTS
 from bench.paper.experiment import Row
 from bench.paper.memory import SYSTEMS
 from bench.paper.paged import Paged

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from bench.results import RESULTS
-from bench.tpu_compiler import why_no_compiler
-from bench.tpu_models import PLACES, count_collectives, fit, table
+from bench.report import RESULTS
+from bench.tpu.compiler import why_no_compiler
+from bench.tpu.models import PLACES, count_collectives, fit, table
 
 pytestmark = pytest.mark.usefixtures("nothing_kept_by_jax")  # it cannot be loaded for devices that are not there
 

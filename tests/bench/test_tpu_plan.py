@@ -1,13 +1,14 @@
-"""The figures of bench.tpu_plan, beside independent arithmetic."""
+"""The figures of bench.tpu.plan, beside independent arithmetic."""
 
 import json
 from dataclasses import asdict
 
 import pytest
 
-from bench import tpu_plan
-from bench.tpu_compiler import why_no_compiler
-from bench.tpu_plan import BATCHES, MODELS, plan, table
+from bench.__main__ import main
+from bench.tpu import plan as tpu_plan
+from bench.tpu.compiler import why_no_compiler
+from bench.tpu.plan import BATCHES, MODELS, plan, table
 from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu.sizes import vmem_limit
 
@@ -54,7 +55,7 @@ def test_command_writes_the_rows_that_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tpu_plan, "MODELS", (OPT,))
     monkeypatch.setattr(tpu_plan, "BATCHES", (DECODE, LONG))
     monkeypatch.setattr(tpu_plan, "POOL_DTYPES", ("int8",))
-    assert tpu_plan.main(["--generation", "v6e", "--output", str(tmp_path), "--commit", "a commit"]) == 0
+    assert main(["tpu-plan", "--generation", "v6e", "--out", str(tmp_path), "--commit", "a commit"]) == 0
     written = json.loads((tmp_path / "tpu_plan_v6e.json").read_text())
     rows = [plan("v6e", OPT, DECODE, "int8", block_size) for block_size in (16, 128)]
     assert written["rows"] == [asdict(row) | {"us": row.us, "bound": "bytes"} for row in rows], "contexts fit the model"

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jpaged.config import EngineConfig
 from jpaged.contract.plan import BeamSelect, BlockCopy, Chunk, Sample, StepPlan
 from jpaged.device.kv import sizing
 from jpaged.device.kv.host_pool import MOVE_SIZES
@@ -22,34 +21,8 @@ from jpaged.device.step.program_cache import ProgramCache
 from jpaged.device.step.programs import Programs
 from jpaged.device.target import TARGETS
 from jpaged.engine.loop import Engine
-from jpaged.models import LlamaConfig, Rope, random_model
 from jpaged.request import CompletionOutput, SamplingParams
-from jpaged.sharding import make_mesh
-
-TINY = LlamaConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=17,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    rms_norm_eps=1e-5,
-    rope=Rope(16, 10000.0, 128),
-)
-
-
-def make_runner(
-    dtype=jnp.float32, *, model_config=TINY, tensor_parallel_size=1, warm_up=False, **settings
-) -> ModelRunner:
-    mesh = make_mesh(tensor_parallel_size)
-    config = EngineConfig(
-        **{"block_size": 8, "num_blocks": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16} | settings
-    )
-    model = random_model(model_config, dtype, mesh, 0)
-    return ModelRunner(model, model_config, config, mesh, warm_up=warm_up, use_tqdm=False)
+from tests.support.tiny import TINY, make_runner
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -14,22 +14,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jpaged.device.step import program_cache
 from jpaged.device.step.program_cache import MOST_KEPT, ProgramCache, model_identity, source_digest
-from jpaged.models import LlamaConfig, Rope, random_model
+from jpaged.models import random_model
 from jpaged.sharding import make_mesh
+from tests.support.tiny import tiny_config
 
-TINY = LlamaConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=17,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=32,
-    rms_norm_eps=1e-5,
-    rope=Rope(8, 10000.0, 32),
-)
+TINY = tiny_config(num_layers=1)
 
 
 @pytest.fixture

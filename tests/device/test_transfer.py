@@ -14,28 +14,9 @@ from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.runner import ModelRunner
 from jpaged.device.target import TARGETS
-from jpaged.models import LlamaConfig, Rope, random_model
 from jpaged.request import SamplingParams
-from jpaged.sharding import make_mesh, pool_sharding
-
-TINY = LlamaConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=17,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    rms_norm_eps=1e-5,
-    rope=Rope(16, 10000.0, 128),
-)
-
-
-@cache
-def tiny_model(dtype, mesh):
-    return random_model(TINY, dtype, mesh, 0)
+from jpaged.sharding import pool_sharding
+from tests.support import tiny
 
 
 @cache
@@ -46,13 +27,11 @@ def programs_of(dtype, mesh, config: EngineConfig) -> dict:
 
 def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, **settings) -> ModelRunner:
     """A runner whose device pool holds random numbers, different in every block."""
-    mesh = make_mesh(tensor_parallel_size)
-    defaults = {"block_size": 8, "num_blocks": 257, "num_host_blocks": 128, "max_num_seqs": 4}
-    config = EngineConfig(**defaults | {"max_num_batched_tokens": 16} | settings)
-    runner = ModelRunner(tiny_model(dtype, mesh), TINY, config, mesh)
-    runner.programs._compiled = programs_of(dtype, mesh, config)
+    sizes = {"num_blocks": 257, "num_host_blocks": 128} | settings
+    runner = tiny.make_runner(dtype, tensor_parallel_size=tensor_parallel_size, **sizes)
+    runner.programs._compiled = programs_of(dtype, runner.mesh, runner.config)
     content = np.random.default_rng(0).standard_normal(runner.cache.pool.shape, np.float32).astype(dtype)
-    runner.cache = KVCache(jax.device_put(content, pool_sharding(mesh)))
+    runner.cache = KVCache(jax.device_put(content, pool_sharding(runner.mesh)))
     return runner
 
 

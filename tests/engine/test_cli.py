@@ -14,9 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 import jpaged.llm
 from jpaged.cli import main as cli
-from jpaged.models import LlamaConfig, Rope, random_model, save_checkpoint
-from jpaged.request import SamplingParams
+from jpaged.cli.options import ENGINE_OPTIONS, engine_settings
+from jpaged.config import EngineConfig
+from jpaged.models import random_model, save_checkpoint
+from jpaged.request import BeamSearchParams, SamplingParams
+from jpaged.rules import settings_of
 from jpaged.sharding import make_mesh
+from tests.support.tiny import tiny_config
 
 CONTEXT = 96
 TEMPLATE = (
@@ -38,11 +42,15 @@ def save_tokenizer(path, chat_template):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Two checkpoints with the same weights: one with a chat template, one without."""
-    config = LlamaConfig(
-        architecture="LlamaForCausalLM", vocab_size=257, hidden_size=16, intermediate_size=24, num_layers=1,
-        num_heads=2, num_kv_heads=1, head_dim=8, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5,
-        rope=Rope(8, 10000.0, CONTEXT), eos_token_ids=(0,),
-    )  # fmt: skip
+    config = tiny_config(
+        vocab_size=257,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        eos_token_ids=(0,),
+    )
     model = random_model(config, "float32", make_mesh(), seed=0)
     paths = {}
     for name, template in (("chat", TEMPLATE), ("plain", None)):
@@ -276,7 +284,7 @@ def test_debug_raises_with_the_traceback(run):
 
 
 def test_error_from_outside_jpaged_names_debug(run, monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_, **options: json.loads("{"))
+    monkeypatch.setattr("jpaged.cli.start.load", lambda *_, **options: json.loads("{"))
     status, _, err = run("generate", "a")
     assert (status, err.count("\n")) == (2, 1)
     assert err.endswith("(--debug shows where)\n")
@@ -295,7 +303,7 @@ def test_interrupt_is_status_130(run, monkeypatch):
     def interrupted(*_, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    monkeypatch.setattr("jpaged.cli.start.load", interrupted)
     assert run("generate", "a") == (130, "", "")
 
 
@@ -306,6 +314,27 @@ def test_unknown_usage_is_argparse_own_error(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(argv)
     assert "usage: jpaged" in capsys.readouterr().err
+
+
+def test_every_setting_is_an_option_or_is_left_out_on_purpose():
+    """A new setting has to be made an option, or named here."""
+    args = cli.make_parser().parse_args(["generate", "a"])
+    left_out = set(settings_of(EngineConfig)) - set(ENGINE_OPTIONS)
+    assert left_out == {"max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "seed"}
+    assert all(hasattr(args, name) for name in (*ENGINE_OPTIONS, "no_prefix_caching"))
+    left_out = {name for name in settings_of(SamplingParams) if not hasattr(args, name)}
+    assert left_out == {"use_beam_search", "logit_bias", "stop_token_ids"}
+    assert all(hasattr(args, name) for name in settings_of(BeamSearchParams))
+
+
+def test_every_option_of_the_engine_reaches_its_settings():
+    values = {int: "7", float: "0.5", str: "xla"}
+    for name in ENGINE_OPTIONS:
+        rule = settings_of(EngineConfig)[name].rule
+        value = rule.choices[-1] if rule.choices else values.get(rule.type, "")
+        argv = ["info", f"--{name.replace('_', '-')}", *filter(None, [value])]
+        config = EngineConfig(**engine_settings(cli.make_parser().parse_args(argv)))
+        assert str(getattr(config, name)) == (value or "True")
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["info"]])

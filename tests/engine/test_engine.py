@@ -1,11 +1,10 @@
 """The whole engine: its tokens are those of a loop without a cache, whatever else happens."""
 
 import contextlib
-import dataclasses
 import re
 import signal
 import sys
-from functools import cache
+from itertools import product
 from unittest import mock
 
 import hypothesis.strategies as st
@@ -13,17 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import Sample
-from jpaged.device.runner import ModelRunner
 from jpaged.device.sampling.sampler import make_sample_inputs, sample
 from jpaged.engine.loop import Engine
 from jpaged.llm import LLM
-from jpaged.models import LlamaConfig, Rope, load_config, load_model, random_model
+from jpaged.models import load_config, load_model
 from jpaged.request import FinishReason, RequestOutput, SamplingParams, derive_seed
 from jpaged.sharding import make_mesh
 from tests.support.oracles import (
@@ -33,51 +30,11 @@ from tests.support.oracles import (
     load_reference,
     teacher_forced_logits,
 )
+from tests.support.tiny import ENGINE_MODEL, ENGINE_SIZES, engine_model, engine_runner, tiny_engine
 
-MODEL_LEN = 64
-ROWS, BUDGET, NUM_BLOCKS, BLOCK_SIZE, NUM_HOST_BLOCKS = 4, 16, 40, 4, 24
-
-TINY = LlamaConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=23,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=MODEL_LEN,
-    rms_norm_eps=1e-5,
-    rope=Rope(8, 10000.0, MODEL_LEN),
-    eos_token_ids=(3,),
-)
-
-
-@cache
-def tiny_model() -> nnx.Module:
-    """Weights large enough that logits differ by far more than rounding."""
-    model = random_model(TINY, jnp.float32, make_mesh(1), 0)
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, state))
-
-
-@cache
-def tiny_runner() -> ModelRunner:
-    config = EngineConfig(
-        block_size=BLOCK_SIZE,
-        num_blocks=NUM_BLOCKS,
-        max_num_seqs=ROWS,
-        max_num_batched_tokens=BUDGET,
-        num_host_blocks=NUM_HOST_BLOCKS,
-        max_burst=3,
-    )
-    return ModelRunner(nnx.clone(tiny_model()), TINY, config, make_mesh(1))
-
-
-def tiny_engine(**settings) -> Engine:
-    """An engine over the one compiled runner, with no more than its blocks, rows and tokens."""
-    runner = tiny_runner()
-    return Engine(runner, dataclasses.replace(runner.config, **settings))
+MODEL_LEN = ENGINE_MODEL.max_position_embeddings
+ROWS, BUDGET = ENGINE_SIZES.max_num_seqs, ENGINE_SIZES.max_num_batched_tokens
+NUM_BLOCKS, NUM_HOST_BLOCKS = ENGINE_SIZES.num_blocks, ENGINE_SIZES.num_host_blocks
 
 
 def run(engine: Engine, most: int = 2000) -> dict[str, RequestOutput]:
@@ -106,13 +63,13 @@ def tokens_of_a_loop_without_cache(
 ) -> list[int]:
     """Each token is what the sampler draws from the logits of one dense pass over ``token_ids`` before it."""
     sequence = np.array(prompt + token_ids)
-    logits = teacher_forced_logits(tiny_model(), [sequence], [len(prompt)], MODEL_LEN)[0]
-    stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else TINY.eos_token_ids))
+    logits = teacher_forced_logits(engine_model(), [sequence], [len(prompt)], MODEL_LEN)[0]
+    stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else ENGINE_MODEL.eos_token_ids))
     samples = [
         Sample(0, 0, len(prompt) + i, seed, params, stops if i < params.min_tokens else (), prompt, token_ids[:i])
         for i in range(len(token_ids))
     ]
-    rows = np.zeros((MODEL_LEN, TINY.vocab_size), np.float32)
+    rows = np.zeros((MODEL_LEN, ENGINE_MODEL.vocab_size), np.float32)
     rows[: len(samples)] = logits[len(prompt) - 1 : len(sequence) - 1]
     expected = _sample(jnp.asarray(rows), make_sample_inputs(samples, MODEL_LEN))
     return np.asarray(expected)[: len(token_ids)].tolist()
@@ -121,7 +78,7 @@ def tokens_of_a_loop_without_cache(
 def logprobs_after(sequences: list[list[int]], banned: tuple[int, ...] = ()) -> np.ndarray:
     """What ``beam_search_without_cache`` asks of a model: one dense pass over a few sequences of one length."""
     rows = [np.array(tokens) for tokens in sequences + sequences[:1] * (ROWS - len(sequences))]
-    logits = teacher_forced_logits(tiny_model(), rows, [1] * ROWS, MODEL_LEN)
+    logits = teacher_forced_logits(engine_model(), rows, [1] * ROWS, MODEL_LEN)
     logprobs = np.array(jax.nn.log_softmax(logits[: len(sequences), len(sequences[0]) - 1]))
     logprobs[:, list(banned)] = -np.inf
     return logprobs
@@ -132,7 +89,7 @@ def _sample(logits, inputs):
     return sample(logits, inputs, num_top=0).token_ids
 
 
-PREFIXES = [[i % TINY.vocab_size for i in range(start, start + 14)] for start in (0, 5)]
+PREFIXES = [[i % ENGINE_MODEL.vocab_size for i in range(start, start + 14)] for start in (0, 5)]
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -176,7 +133,7 @@ class EngineMachine(RuleBasedStateMachine):
         "prefix": st.sampled_from([(), (), *PREFIXES]).flatmap(
             lambda p: st.integers(0, len(p)).map(lambda n: [*p[:n]])
         ),
-        "tail": st.lists(st.integers(0, TINY.vocab_size - 1), min_size=1, max_size=10),
+        "tail": st.lists(st.integers(0, ENGINE_MODEL.vocab_size - 1), min_size=1, max_size=10),
         "salt": st.sampled_from([None, None, None, "a"]),
         "priority": st.sampled_from([0, 0, 0, 1, -1]),
     }
@@ -325,7 +282,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def check_search(self, request, output):
         params = request.params
-        eos = () if params.ignore_eos else TINY.eos_token_ids
+        eos = () if params.ignore_eos else ENGINE_MODEL.eos_token_ids
         prompt_len = len(request.prompt_token_ids)
 
         def logprobs_of(sequences):
@@ -365,7 +322,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def check_prompt_logprobs(self, request, output):
         prompt = request.prompt_token_ids
-        logits = teacher_forced_logits(tiny_model(), [np.array(prompt)], [len(prompt)], MODEL_LEN)[0]
+        logits = teacher_forced_logits(engine_model(), [np.array(prompt)], [len(prompt)], MODEL_LEN)[0]
         expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(prompt) - 1), prompt[1:]]
         actual = [entry[t].logprob for t, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
         np.testing.assert_allclose(actual, expected, atol=1e-4)
@@ -517,7 +474,7 @@ def test_equal_pins_share_their_blocks_and_are_counted_once():
 
 
 def test_an_engine_that_must_swap_needs_a_runner_with_a_host_pool(monkeypatch):
-    monkeypatch.setattr(tiny_runner(), "num_host_blocks", 0)
+    monkeypatch.setattr(engine_runner(), "num_host_blocks", 0)
     with pytest.raises(ValueError, match="preemption='swap' needs a host pool"):
         tiny_engine(preemption="swap")
 
@@ -603,7 +560,7 @@ def test_logprobs_are_the_models_own_and_ranked():
     )
     output = run(engine)["a"]
     completion = output.outputs[0]
-    logits = teacher_forced_logits(tiny_model(), [np.array(prompt + completion.token_ids)], [4], MODEL_LEN)[0]
+    logits = teacher_forced_logits(engine_model(), [np.array(prompt + completion.token_ids)], [4], MODEL_LEN)[0]
     logprobs = np.asarray(jax.nn.log_softmax(logits))
     for i, (token_id, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
         row = logprobs[len(prompt) - 1 + i]
@@ -793,8 +750,15 @@ def test_an_engine_of_another_block_size_than_its_runners_is_refused():
         tiny_engine(block_size=8)
 
 
-@pytest.mark.parametrize("block_size", [8, 16, 32])
-@pytest.mark.parametrize("case", HF_CASES)
+HF_BLOCK_SIZES = (8, 16, 32)
+HF_RUNS = sorted(
+    {(case, HF_BLOCK_SIZES[i % 3]) for i, case in enumerate(HF_CASES)}
+    | set(product(("llama_gqa", "opt", "qwen2_window"), HF_BLOCK_SIZES))
+)
+"""Every checkpoint at one block size; every block size with grouped heads, learned positions and a sliding window."""
+
+
+@pytest.mark.parametrize(("case", "block_size"), HF_RUNS)
 def test_tokens_and_logprobs_equal_hugging_face(case, block_size):
     """All prompts of a case in one batch: chunked, mixed with each other's decodes."""
     path = HF_REFERENCE / case
@@ -802,7 +766,7 @@ def test_tokens_and_logprobs_equal_hugging_face(case, block_size):
     model = load_model(path, model_config, jnp.float32, mesh, use_tqdm=False)
     references = load_reference(case)
     rows = len(references)
-    # Few rows make a step of only decodes take the kernel's other path: every second case runs with it.
+    # Few rows make a step of only decodes take the kernel's other path: runs of one block size take it.
     budget = rows if block_size == 16 else 4 * rows
     config = EngineConfig(
         block_size=block_size, num_blocks=1 + 8 * 15, max_num_seqs=rows, max_num_batched_tokens=budget

@@ -303,7 +303,6 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_before_the_weights(tmp_path)
         ({"attention_implementation": "hopper"}, "cannot run here: the Hopper kernels need an NVIDIA GPU"),
         ({"interpret": True}, "only .* can be interpreted"),
         ({"attention_implementation": "xla", "interpret": True}, "only .* can be interpreted"),
-        ({"attention_implementation": "hopper", "interpret": True, "tensor_parallel_size": 2}, "runs on one device"),
     ],
 )
 def test_impossible_settings_are_refused(settings, match):
@@ -320,7 +319,7 @@ def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_bu
     tokens = []
     for kernel in ({"attention_implementation": "xla"}, {"attention_implementation": "pallas_tpu", "interpret": True}):
         llm = LLM(**settings, **kernel, warm_up=False, use_tqdm=False)
-        is_tpu = llm.engine.runner.attention.name == "pallas_tpu"
+        is_tpu = llm.engine.runner.programs.backend.name == "pallas_tpu"
         rows_of_device = llm.engine.runner.cache.pool.addressable_shards[0].data.shape[3:]
         assert rows_of_device == ((1, 16, 128) if is_tpu else (max(2 // num_devices, 1), 16, 64))
         tokens.append([result.outputs[0].token_ids for result in llm.generate(prompts, params, use_tqdm=False)])

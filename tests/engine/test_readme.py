@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from bench.peers import SERVING
-from bench.results import RESULTS
+from bench.report import RESULTS
 from jpaged import BeamSearchParams, EngineConfig, SamplingParams
 
 ROOT = Path(__file__).parents[2]

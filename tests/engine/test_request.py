@@ -18,6 +18,7 @@ from jpaged.request import (
     RequestOutput,
     SamplingParams,
 )
+from jpaged.rules import settings_of
 
 NOT_NUMBERS = [None, True, "1", [1.0], math.nan, math.inf, -math.inf, 10**400]
 NOT_INTEGERS = [True, 1.0, "1", [1], math.nan]
@@ -177,6 +178,34 @@ def test_sampling_options_do_not_go_with_beam_search(option):
     [name] = option
     with pytest.raises(ValueError, match=f"{name}=.* does not go with use_beam_search"):
         SamplingParams(use_beam_search=True, temperature=0, n=2, **option)
+
+
+TAKEN_BY_BEAMS = {
+    "n": 2,
+    "best_of": 3,
+    "use_beam_search": True,
+    "length_penalty": 0.5,
+    "early_stopping": "never",
+    "temperature": 0,
+    "stop_token_ids": [5],
+    "ignore_eos": True,
+    "max_tokens": 9,
+    "min_tokens": 3,
+    "prompt_logprobs": 1,
+}
+REFUSED_BY_BEAMS = {
+    "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 1.0, "frequency_penalty": 1.0,
+    "repetition_penalty": 1.1, "logit_bias": {1: 1.0}, "seed": 3, "stop": "x", "logprobs": 1,
+}  # fmt: skip
+
+
+def test_every_parameter_goes_with_beam_search_or_is_refused_by_it():
+    """A new parameter has to be put into one of the two tables."""
+    assert TAKEN_BY_BEAMS.keys() | REFUSED_BY_BEAMS.keys() == set(settings_of(SamplingParams))
+    assert SamplingParams(**TAKEN_BY_BEAMS).use_beam_search
+    for name, value in REFUSED_BY_BEAMS.items():
+        with pytest.raises(ValueError, match=f"{name}=.* does not go with use_beam_search"):
+            SamplingParams(**TAKEN_BY_BEAMS, **{name: value})
 
 
 @pytest.mark.parametrize(

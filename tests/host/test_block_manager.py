@@ -54,7 +54,7 @@ def full_hits(*blocks: int, block_size: int = 4) -> PrefixMatch:
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
 def test_reserve_takes_the_blocks_that_cover_the_tokens(num_tokens, num_blocks):
     manager = BlockManager(10, 4)
-    assert manager.num_fresh_blocks(num_tokens) == num_blocks
+    assert manager.to_reserve("new", num_tokens).num_blocks == num_blocks
     manager.reserve("a", num_tokens)
     assert len(manager.block_table("a")) == num_blocks
     assert manager.num_free_blocks == 9 - num_blocks
@@ -72,10 +72,10 @@ def test_block_0_is_never_handed_out():
 def test_append_takes_a_block_only_when_the_last_is_full():
     manager = BlockManager(10, 4)
     manager.reserve("a", 3)
-    assert manager.num_blocks_to_append("a") == 0
+    assert manager.to_append([("a", 1)]).num_blocks == 0
     assert manager.append("a") == []
     assert len(manager.block_table("a")) == 1
-    assert manager.num_blocks_to_append("a") == 1
+    assert manager.to_append([("a", 1)]).num_blocks == 1
     assert manager.append("a") == []
     assert len(manager.block_table("a")) == 2
     assert manager.num_tokens("a") == 5
@@ -84,7 +84,7 @@ def test_append_takes_a_block_only_when_the_last_is_full():
 def test_append_of_several_tokens_fills_the_last_block_first():
     manager = BlockManager(10, 4)
     manager.reserve("a", 3)
-    assert manager.num_blocks_to_append("a", 6) == 2
+    assert manager.to_append([("a", 6)]).num_blocks == 2
     manager.append("a", 6)
     assert manager.num_tokens("a") == 9
     assert len(manager.block_table("a")) == 3
@@ -138,11 +138,11 @@ def test_append_copies_a_shared_partial_block_and_the_last_owner_writes_in_place
     manager.reserve("parent", 6)
     manager.fork("parent", "child")
     head, tail = manager.block_table("parent")
-    assert manager.num_blocks_to_append("child") == 1
+    assert manager.to_append([("child", 1)]).num_blocks == 1
     [made] = manager.append("child")
     assert made == BlockCopy(src=tail, dst=manager.block_table("child")[1])
     assert made.dst != tail
-    assert manager.num_blocks_to_append("parent") == 0
+    assert manager.to_append([("parent", 1)]).num_blocks == 0
     assert manager.append("parent") == []
     assert manager.block_table("parent") == [head, tail]
     assert manager.block_table("child")[0] == head
@@ -152,7 +152,7 @@ def test_append_across_a_shared_partial_block_copies_it_and_takes_more():
     manager = BlockManager(10, 4)
     manager.reserve("parent", 6)
     manager.fork("parent", "child")
-    assert manager.num_blocks_to_append("child", 7) == 3
+    assert manager.to_append([("child", 7)]).num_blocks == 3
     assert len(manager.append("child", 7)) == 1
     assert len(manager.block_table("child")) == 4
     manager.check_invariants()
@@ -207,6 +207,65 @@ def test_shared_blocks_outlive_their_first_holder():
     assert manager.num_free_blocks == 9
 
 
+# Tickets
+
+
+def test_a_ticket_counts_changes_nothing_and_does_it_when_committed():
+    manager = cached_manager()
+    run(manager, "a", [1, 2, 3, 4, 5, 6])
+    before = snapshot(manager)
+    ticket = manager.to_reserve("b", 9, match=manager.match_prefix([1, 2, 3, 4]))
+    assert ticket.num_blocks == 2
+    assert snapshot(manager) == before
+    assert ticket.commit() == []
+    assert manager.block_table("b")[0] == manager.block_table("a")[0]
+    assert manager.num_tokens("b") == 9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.reserve("other", 1),
+        lambda m: m.append("a"),
+        lambda m: m.fork("a", "other"),
+        lambda m: m.free("a"),
+        lambda m: m.publish("a", [1] * 6, 6, include_partial=True),
+        lambda m: m.take_transfers(),
+    ],
+)
+def test_a_ticket_is_valid_until_blocks_change(change):
+    manager = cached_manager()
+    manager.reserve("a", 6)
+    tickets = [manager.to_reserve("new", 4), manager.to_append([("a", 1)])]
+    change(manager)
+    before = snapshot(manager)
+    for ticket in tickets:
+        with pytest.raises(ValueError, match="blocks have changed since this ticket was made: ask for a new one"):
+            ticket.commit()
+    assert snapshot(manager) == before
+
+
+def test_a_ticket_is_committed_once():
+    manager = cached_manager()
+    manager.reserve("a", 6)
+    ticket = manager.to_append([("a", 1)])
+    ticket.commit()
+    with pytest.raises(ValueError, match="ask for a new one"):
+        ticket.commit()
+    assert manager.num_tokens("a") == 7
+
+
+def test_a_ticket_for_too_many_blocks_changes_nothing():
+    manager = cached_manager(3)
+    manager.reserve("a", 4)
+    before = snapshot(manager)
+    for ticket in (manager.to_reserve("b", 5), manager.to_append([("a", 5)])):
+        assert ticket.num_blocks == 2
+        with pytest.raises(OutOfBlocks, match="2 blocks needed, 1 free of 2"):
+            ticket.commit()
+        assert snapshot(manager) == before
+
+
 # Refusals
 
 
@@ -239,7 +298,7 @@ def test_out_of_blocks_changes_nothing(call):
     [
         (lambda m: m.reserve("a", 1), "exists already"),
         (lambda m: m.reserve("new", -1), "num_tokens=-1"),
-        (lambda m: m.num_fresh_blocks(-1), "num_tokens=-1"),
+        (lambda m: m.to_reserve("new", -1).num_blocks, "num_tokens=-1"),
         (lambda m: m.reserve("new", 8, match=full_hits(0)), "block=0.*does not continue"),
         (lambda m: m.reserve("new", 8, match=full_hits(999)), "block=999.*does not continue"),
         (lambda m: m.reserve("new", 8, match=full_hits(m.block_table("a")[2])), "does not continue"),
@@ -250,8 +309,8 @@ def test_out_of_blocks_changes_nothing(call):
         (lambda m: m.append("nobody"), "unknown sequence 'nobody'"),
         (lambda m: m.append_all([("a", 1), ("b", 1), ("nobody", 1)]), "unknown sequence 'nobody'"),
         (lambda m: m.append_all([("a", 1), ("b", 1), ("a", -1)]), "num_tokens=-1"),
-        (lambda m: m.num_blocks_to_append("a", -1), "num_tokens=-1"),
-        (lambda m: m.num_blocks_to_append("nobody"), "unknown sequence"),
+        (lambda m: m.to_append([("a", -1)]).num_blocks, "num_tokens=-1"),
+        (lambda m: m.to_append([("nobody", 1)]).num_blocks, "unknown sequence"),
         (lambda m: m.fork("nobody", "new"), "unknown sequence"),
         (lambda m: m.fork("a", "a"), "exists already"),
         (lambda m: m.free("nobody"), "unknown sequence"),
@@ -318,7 +377,7 @@ def test_a_published_prefix_is_shared_by_the_next_sequence():
     run(manager, "a", list(range(10)))
     cached = manager.match_prefix([*range(9), 99, 100])
     assert cached == full_hits(*manager.block_table("a")[:2])
-    assert manager.num_fresh_blocks(11, cached) == 1
+    assert manager.to_reserve("new", 11, match=cached).num_blocks == 1
     manager.reserve("b", 11, match=cached)
     assert manager.block_table("b")[:2] == blocks_of(cached)
     assert manager.block_table("b")[2] != manager.block_table("a")[2]
@@ -343,7 +402,9 @@ def test_a_freed_prefix_stays_cached_until_its_blocks_are_reused():
     assert manager.num_free_blocks == 3
     cached = manager.match_prefix(list(range(8)))
     assert len(cached.hits) == 2
-    assert manager.num_fresh_blocks(9, cached) == 3, "a cached block that nobody holds leaves the free set"
+    assert manager.to_reserve("new", 9, match=cached).num_blocks == 3, (
+        "a cached block that nobody holds leaves the free set"
+    )
     manager.reserve("b", 9, match=cached)
     assert manager.num_free_blocks == 0
 
@@ -500,7 +561,7 @@ def test_a_hit_ends_inside_a_full_block_and_is_copied():
     run(manager, "a", list(range(8)))
     match = manager.match_prefix([0, 1, 2, 3, 4, 5, 99, 98])
     assert match == PrefixMatch((*full_hits(1).hits, PrefixHit(2, 2)))
-    assert manager.num_fresh_blocks(8, match) == 1
+    assert manager.to_reserve("new", 8, match=match).num_blocks == 1
     assert manager.reserve("b", 8, match=match) == [BlockCopy(2, manager.block_table("b")[1])]
     assert manager.block_table("b")[0] == 1
     assert manager.block_table("b")[1] != 2
@@ -561,7 +622,7 @@ def test_one_who_ends_inside_a_cached_block_shares_it_and_copies_before_writing(
     assert manager.block_table("pin") == [1, 2]
     assert manager.stats().tokens_held == 6
     manager.fork("pin", "child")
-    assert manager.num_blocks_to_append("pin") == manager.num_blocks_to_append("child") == 1
+    assert manager.to_append([("pin", 1)]).num_blocks == manager.to_append([("child", 1)]).num_blocks == 1
     for seq_id in ("pin", "child"):
         assert manager.append(seq_id) == [BlockCopy(2, manager.block_table(seq_id)[1])]
     assert manager.append("pin") == [], "its copy is its own"
@@ -586,7 +647,7 @@ def test_a_partial_hit_of_the_last_free_block_is_used_in_place():
     run(manager, "a", [1, 2, 3, 4])
     manager.free("a")
     match = manager.match_prefix([1, 2, 3])
-    assert manager.num_fresh_blocks(4, match) == 2
+    assert manager.to_reserve("new", 4, match=match).num_blocks == 2
     assert manager.reserve("b", 4, match=match) == []
     assert manager.block_table("b") == [1, 2]
     assert manager.match_prefix([1, 2, 3, 4]).num_tokens == 2
@@ -736,7 +797,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         shared = [hit.block for hit in (hits[:-1] if is_copying else hits)]
         refs = self.refs()
         needed = -(-len(tokens) // self.block_size) - len(shared) + sum(refs[block] == 0 for block in shared)
-        assert self.manager.num_fresh_blocks(len(tokens), match) == needed
+        assert self.manager.to_reserve("new", len(tokens), match=match).num_blocks == needed
         seq_id = self.next_id
         if needed > self.num_free():
             self.refused(OutOfBlocks, lambda: self.manager.reserve(seq_id, len(tokens), match=match))
@@ -774,7 +835,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         num_last = len(seq.tokens) % self.block_size
         is_copied = bool(tokens and num_last and (self.refs()[seq.table[-1]] > 1 or seq.is_borrowing))
         num_new = -(-(len(seq.tokens) + len(tokens)) // self.block_size) - len(seq.table)
-        assert self.manager.num_blocks_to_append(seq_id, len(tokens)) == num_new + is_copied
+        assert self.manager.to_append([(seq_id, len(tokens))]).num_blocks == num_new + is_copied
         if num_new + is_copied > self.num_free():
             self.refused(OutOfBlocks, lambda: self.manager.append(seq_id, len(tokens)))
             return
@@ -928,7 +989,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for seq_id in list(getattr(self, "sequences", ())):
             self.manager.free(seq_id)
             self.manager.check_invariants()
-            if not self.manager._holdings:
+            if not self.manager._holdings.on_device:
                 assert self.manager.num_free_blocks == self.manager.num_blocks - 1
 
 

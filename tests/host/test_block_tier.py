@@ -81,7 +81,7 @@ def test_a_group_comes_back_with_its_sharing():
     manager.append("b", 3)
     finish(manager)
     (head, a_tail), b_table = manager.block_table("a"), list(manager.block_table("b"))
-    assert manager.num_host_blocks_to_swap_out(["a", "b"]) == 4
+    assert manager.to_swap_out(["a", "b"]).num_blocks == 4
     manager.swap_out(["a", "b"])
     assert manager.is_swapped("a")
     assert manager.is_swapped("b")
@@ -90,7 +90,7 @@ def test_a_group_comes_back_with_its_sharing():
     manager.finish_transfers()
     assert sorted(copy.src for copy in to_host) == sorted({head, a_tail, *b_table})
     assert (manager.num_tokens("a"), manager.num_tokens("b")) == (6, 9)
-    assert manager.num_blocks_to_swap_in(["a", "b"]) == 4
+    assert manager.to_swap_in(["a", "b"]).num_blocks == 4
     manager.swap_in(["a", "b"])
     home = {copy.dst: copy.src for copy in to_host}
     origin = {copy.dst: home[copy.src] for copy in manager.take_transfers().from_host}
@@ -107,7 +107,7 @@ def test_a_full_host_pool_refuses_a_group_whole():
     manager = two_tiers(num_host_blocks=3)
     manager.reserve("a", 8)
     manager.reserve("b", 8)
-    assert manager.num_host_blocks_to_swap_out(["a", "b"]) == 4
+    assert manager.to_swap_out(["a", "b"]).num_blocks == 4
     before = snapshot(manager)
     with pytest.raises(OutOfBlocks, match="4 blocks needed, 3 free of 3"):
         manager.swap_out(["a", "b"])
@@ -136,16 +136,16 @@ def test_a_swapped_sequence_can_only_be_freed_or_swapped_in():
     manager.swap_out(["a"])
     calls: list[Callable] = [
         lambda: manager.append("a"),
-        lambda: manager.num_blocks_to_append("a"),
+        lambda: manager.to_append([("a", 1)]).num_blocks,
         lambda: manager.fork("a", "c"),
         lambda: manager.publish("a", [1], 1),
         lambda: manager.block_table("a"),
         lambda: manager.slots("a", 0, 1),
         lambda: manager.swap_out(["b", "a"]),
-        lambda: manager.num_host_blocks_to_swap_out(["a"]),
+        lambda: manager.to_swap_out(["a"]).num_blocks,
         lambda: manager.swap_in(["a", "b"]),
         lambda: manager.swap_in(["nobody"]),
-        lambda: manager.num_blocks_to_swap_in(["b"]),
+        lambda: manager.to_swap_in(["b"]).num_blocks,
         lambda: manager.reserve("a", 1),
         lambda: manager.fork("b", "a"),
         lambda: manager.forget_all(),
@@ -189,12 +189,12 @@ def test_published_blocks_move_only_if_the_other_tier_lacks_them():
     table = list(manager.block_table("a"))
     manager.swap_out(["a"])
     assert len(finish(manager).to_host) == 3
-    assert manager.num_blocks_to_swap_in(["a"]) == 3
+    assert manager.to_swap_in(["a"]).num_blocks == 3
     manager.swap_in(["a"])
     assert manager.block_table("a")[:2] == table[:2], "still cached on the device"
     assert len(finish(manager).from_host) == 1
     assert manager.stats().num_host_cached == 2
-    assert manager.num_host_blocks_to_swap_out(["a"]) == 3
+    assert manager.to_swap_out(["a"]).num_blocks == 3
     tail = manager.block_table("a")[2]
     manager.swap_out(["a"])
     assert [copy.src for copy in finish(manager).to_host] == [tail]
@@ -212,10 +212,10 @@ def test_blocks_of_equal_content_take_one_place_in_the_other_tier():
     manager.swap_out(["c"])
     finish(manager)
     manager.free("c")
-    assert manager.num_host_blocks_to_swap_out(["a", "b"]) == 1
+    assert manager.to_swap_out(["a", "b"]).num_blocks == 1
     manager.swap_out(["a", "b"])
     assert finish(manager) == NO_TRANSFERS
-    assert manager.num_blocks_to_swap_in(["a", "b"]) == 1
+    assert manager.to_swap_in(["a", "b"]).num_blocks == 1
     manager.swap_in(["a", "b"])
     assert manager.block_table("a") == manager.block_table("b")
     manager.check_invariants()
@@ -263,7 +263,7 @@ def test_a_held_host_block_is_never_evicted_and_a_cached_one_is():
     spill(manager)
     assert manager.stats().num_host_cached == 2
     manager.reserve("b", 5)
-    assert manager.num_host_blocks_to_swap_out(["b"]) == 2
+    assert manager.to_swap_out(["b"]).num_blocks == 2
     manager.swap_out(["b"])
     finish(manager)
     assert manager.stats().num_host_cached == 0
@@ -289,7 +289,7 @@ def test_an_evicted_prefix_is_found_on_the_host_and_returns():
     manager.free("b")
     match = manager.match_prefix(list(range(12)))
     assert [(hit.num_tokens, hit.is_on_host) for hit in match.hits] == [(4, True), (4, True), (2, True)]
-    assert manager.num_fresh_blocks(12, match) == 3
+    assert manager.to_reserve("new", 12, match=match).num_blocks == 3
     assert manager.reserve("c", 12, match=match) == [], "a block loaded is the sequence's own"
     table = list(manager.block_table("c"))
     assert not any(hit.block in table for hit in manager.match_prefix(list(range(12))).hits if not hit.is_on_host)
@@ -413,13 +413,13 @@ def test_a_load_goes_to_no_block_that_the_plan_copies_from():
     assert manager.num_free_blocks == 1, "only the source of the copy is left"
     on_host = manager.match_prefix([1, 1])
     assert on_host.is_on_host
-    assert manager.num_fresh_blocks(2, on_host) == 2
+    assert manager.to_reserve("new", 2, match=on_host).num_blocks == 2
     before = snapshot(manager)
     with pytest.raises(OutOfBlocks):
         manager.reserve("e", 2, match=on_host)
     assert snapshot(manager) == before
     finish(manager)
-    assert manager.num_fresh_blocks(2, on_host) == 1
+    assert manager.to_reserve("new", 2, match=on_host).num_blocks == 1
     manager.reserve("e", 2, match=on_host)
     assert manager.block_table("e") == [copy.src]
 
@@ -443,7 +443,7 @@ def test_a_load_skips_the_block_that_its_own_sequence_copies():
     manager.reserve("rest", 4)
     match = manager.match_prefix([0, 1, 2, 9])
     assert [(hit.num_tokens, hit.is_on_host) for hit in match.hits] == [(2, True), (1, False)]
-    assert manager.num_fresh_blocks(4, match) == manager.num_free_blocks == 2
+    assert manager.to_reserve("new", 4, match=match).num_blocks == manager.num_free_blocks == 2
     copies = manager.reserve("a", 4, match=match)
     manager.check_invariants()
     source = match.hits[1].block
@@ -460,7 +460,7 @@ def test_a_load_waits_while_all_free_blocks_are_being_copied():
     manager.reserve("rest", 4)
     match = manager.match_prefix([0, 1, 2, 9])
     assert manager.num_free_blocks == 2, "this sequence's own source, and the source of the copy before"
-    assert manager.num_fresh_blocks(4, match) == 3
+    assert manager.to_reserve("new", 4, match=match).num_blocks == 3
     before = snapshot(manager)
     with pytest.raises(OutOfBlocks):
         manager.reserve("a", 4, match=match)
@@ -498,7 +498,7 @@ def test_a_source_that_becomes_shared_is_no_loss():
     match = manager.match_prefix([1, 1, 2, 2])
     assert match.hits[0] == PrefixHit(copy.src, 2)
     assert match.hits[1].is_on_host
-    assert manager.num_fresh_blocks(4, match) == manager.num_free_blocks == 2
+    assert manager.to_reserve("new", 4, match=match).num_blocks == manager.num_free_blocks == 2
     manager.reserve("d", 4, match=match)
     manager.check_invariants()
 
@@ -514,7 +514,7 @@ def test_copy_on_write_of_a_block_under_way_waits_while_all_free_blocks_are_bein
     manager.reserve("copy", 2, match=manager.match_prefix([8, 9]))
     manager.swap_in(["a", "b"])
     assert manager.num_free_blocks == 1
-    assert manager.num_blocks_to_append("a") == 2
+    assert manager.to_append([("a", 1)]).num_blocks == 2
     before = snapshot(manager)
     with pytest.raises(OutOfBlocks):
         manager.append("a")
@@ -530,7 +530,7 @@ def test_copy_on_write_of_a_block_under_way_loads_it_twice():
     manager.swap_out(["a", "b"])
     finish(manager)
     manager.swap_in(["a", "b"])
-    assert manager.num_blocks_to_append("a") == 1
+    assert manager.to_append([("a", 1)]).num_blocks == 1
     assert manager.append("a") == []
     assert manager.append("b") == []
     from_host = finish(manager).from_host
@@ -651,7 +651,7 @@ class Simulation:
         self.check_match(match, tokens, salt)
         if is_pin:
             tokens = tokens[: match.num_tokens]
-        needed = self.manager.num_fresh_blocks(len(tokens), match)
+        needed = self.manager.to_reserve("new", len(tokens), match=match).num_blocks
         num_free, seq_id = self.manager.num_free_blocks, self.next_id
         copies = self.attempt(needed, num_free, lambda: self.manager.reserve(seq_id, len(tokens), match=match))
         if copies is None:
@@ -675,7 +675,7 @@ class Simulation:
         self.append_to(self.choose(self.on_device()), self.choose_tokens(3))
 
     def append_to(self, seq_id: int, tokens: list[int]) -> None:
-        needed = self.manager.num_blocks_to_append(seq_id, len(tokens))
+        needed = self.manager.to_append([(seq_id, len(tokens))]).num_blocks
         num_free = self.manager.num_free_blocks
         copies = self.attempt(needed, num_free, lambda: self.manager.append(seq_id, len(tokens)))
         if copies is not None:
@@ -685,7 +685,7 @@ class Simulation:
 
     def swap_out(self) -> None:
         group = self.choose_group(self.at_rest())
-        needed = self.manager.num_host_blocks_to_swap_out(group)
+        needed = self.manager.to_swap_out(group).num_blocks
         stats = self.manager.stats()
         num_free = stats.num_host_blocks - stats.num_host_used
         self.attempt(needed, num_free, lambda: self.manager.swap_out(group))
@@ -696,7 +696,7 @@ class Simulation:
 
     def swap_in(self) -> None:
         group = self.choose_group(self.in_host())
-        needed, num_free = self.manager.num_blocks_to_swap_in(group), self.manager.num_free_blocks
+        needed, num_free = self.manager.to_swap_in(group).num_blocks, self.manager.num_free_blocks
         self.attempt(needed, num_free, lambda: self.manager.swap_in(group))
         if needed <= num_free:
             for seq_id in group:

@@ -1,9 +1,13 @@
 """The scheduler's decisions, with a made-up device: a token is its sequence's seed plus its position."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 
 from jpaged.contract.plan import StepPlan, StepResult, TokenScores
+from jpaged.host.blocks import hashed_tokens
+from jpaged.host.blocks.hashed_tokens import hash_blocks
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import FinishReason, Request, SamplingParams, derive_seed
@@ -369,3 +373,25 @@ def test_without_max_tokens_a_sequence_fills_the_context_or_the_pool():
     group = scheduler.add(request("a", 5, max_tokens=None))
     run(scheduler)
     assert len(group.sequences[0].token_ids) == 9
+
+
+def test_the_blocks_of_a_waiting_prompt_are_hashed_once_and_matched_only_when_it_could_start():
+    scheduler = make_scheduler(num_blocks=200, caching=True, rows=8)
+    blocks = scheduler.blocks
+    for i in range(4):  # one of them takes a block in every step
+        scheduler.add(request(str(i), 8 + i, first=1000 * i, max_tokens=60, ignore_eos=True))
+    step(scheduler)
+    blocks.reserve("other", 4 * (blocks.num_free_blocks - 70))
+    scheduler.add(request("waiting", 400, first=9000, max_tokens=2))
+    with (
+        mock.patch.object(hashed_tokens, "hash_blocks", side_effect=hash_blocks) as made,
+        mock.patch.object(blocks, "match_prefix", side_effect=blocks.match_prefix) as matched,
+    ):
+        for _ in range(40):
+            step(scheduler)
+        sizes = sorted(len(call.args[1]) for call in made.call_args_list)
+        assert sizes[-2:] == [4, 400 - 1 - 3], "its full blocks at once, the others as they fill"
+        assert sum(call.args[0].salt == b"" and len(call.args[0]) == 400 for call in matched.call_args_list) == 1
+    blocks.free("other")
+    assert 4 in {chunk.seq_id for chunk in step(scheduler).chunks}, "it starts as soon as it can"
+    run(scheduler)

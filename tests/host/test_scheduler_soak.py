@@ -113,6 +113,7 @@ FEATURES = {
     "beams: dropped to recompute",
     "dropped because the host pool was full",
     "swapped in",
+    "refused without another match",
     "several recompute what they share once",
     "a lower priority made way",
     "copies on write",
@@ -353,6 +354,7 @@ class Episode:
         running = list(self.scheduler.line.running)
         plan = schedule()
         self._check_order(running)
+        self._check_refusal()
         if plan is not None:
             self._count(plan, running)
             is_cut = plan.num_tokens < self.scheduler.max_num_batched_tokens and plan.num_tokens in (8, 16, 32)
@@ -389,6 +391,13 @@ class Episode:
                 is_admitted = group not in running_before
                 if is_admitted or group.request.priority == other.request.priority:
                     assert schedule_order(group) < schedule_order(other), "nobody overtakes"
+
+    def _check_refusal(self) -> None:
+        """Assert that a group which is not matched again could not start."""
+        admission, first = self.scheduler._admission, self.scheduler.line.first
+        if first is not None and admission.is_known_short(first):
+            self.seen["refused without another match"] += 1
+            assert admission.start(first).num_short > 0
 
     def _count(self, plan: StepPlan, running_before: list[SequenceGroup]) -> None:
         scheduler, seen = self.scheduler, self.seen

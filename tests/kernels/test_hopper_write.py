@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jpaged.device.backends import Rows
+from jpaged.device.backends.hopper import WRITE_KERNEL_FROM
 from jpaged.device.kv import pool as kv_cache
-from jpaged.device.kv.pool import WRITE_KERNEL_FROM, KVCache, PagedAttend
-from jpaged.device.step.inputs import StepInputs
+from jpaged.device.kv.attend import PagedAttend
+from jpaged.device.kv.pool import KVCache
+from jpaged.device.target import BACKENDS
+from jpaged.models.spec import LayerSpec
 from pallas_kernels import block_pool_shape, write_kv
 from pallas_kernels.block_pool.hopper import write_kv_hopper
 from pallas_kernels.chips import here
@@ -215,7 +219,8 @@ def test_a_step_writes_with_the_kernel_where_it_is_faster(
     monkeypatch.setattr(kv_cache, "paged_attention", lambda q, *_, **__: q)
     cache = KVCache.allocate(num_blocks=1, num_layers=1, num_kv_heads=num_kv_heads, block_size=8, head_dim=64)
     zeros = jnp.zeros(num_tokens, jnp.int32)
-    inputs = StepInputs(*[zeros] * 4, jnp.zeros((1, 1), jnp.int32), *[zeros[:1]] * 4)
+    rows = Rows(zeros, jnp.zeros((1, 1), jnp.int32), zeros[:1], zeros[:2])
     kv = jnp.zeros((num_tokens, num_kv_heads, 64))
-    PagedAttend(cache, inputs, implementation)(0, kv, kv, kv, sm_scale=1.0)
+    spec = LayerSpec(layer=0, num_kv_heads=num_kv_heads, head_dim=64, sm_scale=1.0)
+    PagedAttend(cache, rows, BACKENDS[implementation](""))(spec, kv, kv, kv)
     assert used == [expected]

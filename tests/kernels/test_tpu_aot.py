@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bench.tpu_compiler import (
+from bench.tpu.compiler import (
     TOPOLOGIES,
     Case,
     compile_for,

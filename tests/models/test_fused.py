@@ -11,26 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jpaged.models import LlamaConfig, OPTConfig, Rope, fuse_projections, random_model
+from jpaged.models import OPTConfig, fuse_projections, random_model
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.models.layers import fused
 from jpaged.models.layers.fused import GATE_UP, QKV, allocation_order
 from jpaged.sharding import make_mesh, replicated
 from tests.support.oracles import dense_attend, teacher_forced_logits
+from tests.support.tiny import tiny_config
 
-TINY = LlamaConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=11,
-    hidden_size=8,
-    intermediate_size=12,
-    num_layers=2,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position_embeddings=32,
-    rms_norm_eps=1e-5,
-    rope=Rope(4, 10000.0, 32),
-)
+TINY = tiny_config(num_heads=6, head_dim=4, intermediate_size=12)
 EVERYTHING = replace(
     TINY, num_heads=4, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, tie_word_embeddings=True
 )

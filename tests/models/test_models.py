@@ -18,20 +18,9 @@ from jpaged.models import SUPPORTED_ARCHITECTURES, LlamaConfig, Rope, load_confi
 from jpaged.models.layers.rope import Dynamic, LongRope, Yarn
 from jpaged.sharding import make_mesh, pool_sharding
 from tests.support.oracles import HF_CASES, HF_REFERENCE, greedy_without_cache, load_reference, teacher_forced_logits
+from tests.support.tiny import tiny_config
 
-TINY = LlamaConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=11,
-    hidden_size=8,
-    intermediate_size=12,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=4,
-    max_position_embeddings=32,
-    rms_norm_eps=1e-5,
-    rope=Rope(4, 10000.0, 32),
-)
+TINY = tiny_config(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4, intermediate_size=12)
 
 
 @cache

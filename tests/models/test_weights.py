@@ -12,9 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jpaged.models import (
-    LlamaConfig,
     OPTConfig,
-    Rope,
     fuse_projections,
     load_config,
     load_model,
@@ -23,20 +21,17 @@ from jpaged.models import (
 )
 from jpaged.sharding import make_mesh
 from tests.support.oracles import HF_REFERENCE
+from tests.support.tiny import tiny_config
 
-LLAMA = LlamaConfig(
+LLAMA = tiny_config(
     architecture="Qwen3ForCausalLM",
     vocab_size=11,
     hidden_size=8,
     intermediate_size=12,
     num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=6,
     max_position_embeddings=32,
     eos_token_ids=(3, 4),
-    rms_norm_eps=1e-5,
-    rope=Rope(6, 10000.0, 32),
     qk_norm=True,
     qkv_bias=True,
     o_bias=True,

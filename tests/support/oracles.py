@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jpaged.models.layers.common import Attend
+from jpaged.models.spec import Attend, LayerSpec
 
 HF_REFERENCE = Path(__file__).parents[1] / "hf_reference"
 HF_CASES = sorted(path.parent.name for path in HF_REFERENCE.glob("*/reference.npz"))
@@ -45,25 +45,32 @@ def dense_attend(num_seqs: int = 1) -> Attend:
     """Attention without a cache over ``num_seqs`` sequences of equal (padded) length, one after another."""
 
     def attend(
-        layer: int,
+        spec: LayerSpec,
         q: Float[Array, "tokens num_heads head_dim"],
         k: Float[Array, "tokens num_kv_heads head_dim"],
         v: Float[Array, "tokens num_kv_heads head_dim"],
         *,
-        sm_scale: float,
-        sliding_window: int | None = None,
+        sinks: Float[Array, " num_heads"] | None = None,
+        alibi_slopes: Float[Array, " num_heads"] | None = None,
     ) -> Float[Array, "tokens num_heads head_dim"]:
-        del layer
         tokens, num_heads, head_dim = q.shape
         length, group = tokens // num_seqs, num_heads // k.shape[1]
         q, k, v = (x.astype(jnp.float32).reshape(num_seqs, length, -1, head_dim) for x in (q, k, v))
         k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
         query_at, key_at = jnp.arange(length)[:, None], jnp.arange(length)[None]
         is_seen = key_at <= query_at
-        if sliding_window is not None:
-            is_seen &= key_at > query_at - sliding_window
-        scores = jnp.einsum("sqhd,skhd->shqk", q, k) * sm_scale
-        weights = jax.nn.softmax(jnp.where(is_seen[None, None], scores, -jnp.inf), axis=-1)
+        if spec.sliding_window is not None:
+            is_seen &= key_at > query_at - spec.sliding_window
+        scores = jnp.einsum("sqhd,skhd->shqk", q, k) * spec.sm_scale
+        if spec.soft_cap is not None:
+            scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+        if alibi_slopes is not None:
+            scores += alibi_slopes[None, :, None, None] * (key_at - query_at).astype(jnp.float32)[None, None]
+        scores = jnp.where(is_seen[None, None], scores, -jnp.inf)
+        if sinks is not None:
+            logits = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+            scores = jnp.concatenate([scores, logits], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :length]
         out = jnp.einsum("shqk,skhd->sqhd", weights, v)
         return out.reshape(tokens, num_heads, head_dim).astype(q.dtype)
 

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from bench.results import environment
-from bench.tpu_compiler import TOPOLOGIES, Case, kernel_vmem_bytes, launch_of, trace_attention
+from bench.report import environment
+from bench.tpu.compiler import TOPOLOGIES, Case, kernel_vmem_bytes, launch_of, trace_attention
 from pallas_kernels.paged_attention.tpu.launch import vmem_bytes
 
 BATCHES = {

@@ -20,7 +20,7 @@ from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Costs
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import Target
-from jpaged.sharding import pool_sharding
+from jpaged.sharding import block_spec
 
 Block = Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]
 
@@ -234,7 +234,7 @@ def _padded_ids(blocks: Sequence[int]) -> np.ndarray:
 
 def block_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
     """One block on the devices: as in the pool, without the axis that numbers blocks."""
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*pool_sharding(mesh).spec[1:]))
+    return jax.sharding.NamedSharding(mesh, block_spec())
 
 
 # Sizes ------------------------------------------------------------------------------------------------------------

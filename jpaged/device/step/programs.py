@@ -13,8 +13,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from jpaged.config import EngineConfig
+from jpaged.device.backends import Backend
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES, block_sharding, has_host_pool
-from jpaged.device.kv.pool import BlockMover, KVCache, block_bytes, block_shape
+from jpaged.device.kv.layout import pool_layout
+from jpaged.device.kv.pool import KVCache
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.sampler import SampleSizes
 from jpaged.device.step.inputs import Bucket, all_buckets, packed_size
@@ -25,7 +27,6 @@ from jpaged.device.step.steps import Steps
 from jpaged.device.target import target_of
 from jpaged.models import ModelConfig
 from jpaged.sharding import pool_sharding, replicated
-from pallas_kernels.paged_attention import Choice
 
 
 def num_cores() -> int:
@@ -43,7 +44,7 @@ class Programs:
         model_config: its configuration.
         config: the engine's settings.
         mesh: the devices.
-        attention: the implementation of paged attention.
+        backend: attends and moves blocks.
         max_model_len: the context wanted, in tokens.
         num_blocks: of the pool; with ``max_model_len``, may be changed by ``resize``.
 
@@ -58,7 +59,7 @@ class Programs:
         model_config: ModelConfig,
         config: EngineConfig,
         mesh: jax.sharding.Mesh,
-        attention: Choice,
+        backend: Backend,
         *,
         max_model_len: int,
         num_blocks: int = 0,
@@ -71,14 +72,12 @@ class Programs:
         self.weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in weights]
         self._model_identity = model_identity(model)
         self.dtype = dtype_of(model)
-        self.attention = attention
-        block = block_shape(model_config, config, self.dtype, attention, mesh.size)
-        self.bytes_per_block = block_bytes(**block)
-        self._new_cache = partial(KVCache.allocate, **block)
-        self._mover = BlockMover(attention.name, config.interpret, mesh.size)
+        self.backend = backend
+        self._layout = pool_layout(model_config, config, self.dtype, backend)
+        self.bytes_per_block = self._layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
-        self._steps = partial(Steps, graphdef, tree, mesh, attention.name, config.interpret, config.block_size)
+        self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size)
         self.resize(num_blocks, max_model_len)
 
     def resize(self, num_blocks: int, max_model_len: int) -> None:
@@ -115,7 +114,7 @@ class Programs:
 
     def new_cache(self) -> KVCache:
         """An empty pool."""
-        return self._new_cache(num_blocks=self.num_blocks, sharding=pool_sharding(self.mesh))
+        return self._layout.allocate(num_blocks=self.num_blocks, sharding=pool_sharding(self.mesh))
 
     def new_state(self) -> StepState:
         """What the first step finds."""
@@ -173,7 +172,7 @@ class Programs:
             return None
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
         sizes = self.num_blocks, self.config.block_size, self.max_model_len, self.max_burst, self.buckets
-        choices = self.model_config, self.attention.name, self.config.interpret, self.target
+        choices = self.model_config, self.backend, self.config.kv_cache_dtype, self.target
         devices = list(self.mesh.devices.flat)
         return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
 
@@ -229,13 +228,13 @@ class Programs:
                 return self._jit(self.steps.beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
             case "copy":
                 blocks = self._abstract((sizes[0],), jnp.int32)
-                return jax.jit(self._mover.copy, donate_argnums=0).lower(cache, blocks, blocks)
+                return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
                 blocks = self._abstract((sizes[0],), jnp.int32)
-                return jax.jit(self._mover.gather, out_shardings=block_sharding(self.mesh)).lower(cache, blocks)
+                return jax.jit(self.backend.gather, out_shardings=block_sharding(self.mesh)).lower(cache, blocks)
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), [self.abstract_block()] * sizes[0]
-                return jax.jit(self._mover.scatter, donate_argnums=0).lower(cache, blocks, data)
+                return jax.jit(self.backend.scatter, donate_argnums=0).lower(cache, blocks, data)
             case _:
                 raise AssertionError(kind)
 
@@ -247,7 +246,7 @@ class Programs:
 
     def abstract_cache(self) -> KVCache:
         """The shapes of the pool."""
-        cache = jax.eval_shape(partial(self._new_cache, num_blocks=self.num_blocks))
+        cache = jax.eval_shape(partial(self._layout.allocate, self.num_blocks))
         sharding = pool_sharding(self.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
 
@@ -256,8 +255,9 @@ class Programs:
 
     def abstract_block(self) -> jax.ShapeDtypeStruct:
         """The shape of one block outside of the pool."""
-        pool = jax.eval_shape(partial(self._new_cache, num_blocks=1)).pool
-        return jax.ShapeDtypeStruct(pool.shape[1:], pool.dtype, sharding=block_sharding(self.mesh))
+        cache = jax.eval_shape(partial(self._layout.allocate, 1))
+        [block] = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((1,), jnp.int32))
+        return jax.ShapeDtypeStruct(block.shape, block.dtype, sharding=block_sharding(self.mesh))
 
     @property
     def copy_sizes(self) -> list[int]:

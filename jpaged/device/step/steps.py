@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jpaged.device.kv.pool import KVCache, PagedAttend
+from jpaged.device.backends import Backend, Rows
+from jpaged.device.kv.attend import PagedAttend
+from jpaged.device.kv.pool import KVCache
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
 from jpaged.device.sampling.sampler import (
     SampledTokens,
@@ -40,7 +42,7 @@ class Steps:
         graphdef, weights_tree: with a flat list of weights, the model. A flat list: flattening an nnx state in every
             call costs more than a small step.
         mesh: the devices.
-        attention: the implementation of paged attention, and whether it is interpreted.
+        backend: attends.
         block_size: tokens of a block.
         max_blocks: width of a block table.
         max_burst: steps that a decode may have.
@@ -49,8 +51,7 @@ class Steps:
     graphdef: nnx.GraphDef
     weights_tree: Any
     mesh: jax.sharding.Mesh
-    attention: str
-    interpret: bool
+    backend: Backend
     block_size: int
     max_blocks: int
     max_burst: int
@@ -68,7 +69,8 @@ class Steps:
         inputs = unpack(state.step_inputs(bucket, self.max_blocks), bucket, self.max_blocks)
         token_ids = jnp.where(inputs.token_ids < 0, state.latest[~inputs.token_ids], inputs.token_ids)
         model = self._merge(weights)
-        attend = PagedAttend(cache, inputs, self.attention, interpret=self.interpret, num_devices=self.mesh.size)
+        rows = Rows(inputs.slots, inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
+        attend = PagedAttend(cache, rows, self.backend)
         hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 

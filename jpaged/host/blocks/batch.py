@@ -69,3 +69,11 @@ def pad_batch(
         batch.cu_q_lens[i + 1] = stop
     batch.cu_q_lens[len(tables) + 1 :] = stop
     return batch
+
+
+def slots_of(blocks: Sequence[int], start: int, stop: int, block_size: int) -> Int32[np.ndarray, " tokens"]:
+    """The slots of token positions [start, stop) of a sequence with these physical blocks."""
+    first = start // block_size
+    covering = np.asarray(blocks[first : -(-stop // block_size)], dtype=np.int32)
+    logical, offsets = np.divmod(np.arange(start, stop, dtype=np.int32), np.int32(block_size))
+    return covering[logical - first] * np.int32(block_size) + offsets

@@ -38,7 +38,11 @@ class Prefix:
 
     def extend(self, tokens: bytes) -> Self:
         """This prefix, all full blocks, followed by one more, whose token ids are ``tokens`` (see ``split_blocks``)."""
-        return type(self)(self, tokens, self.salt, _sha256(self.digest + tokens))
+        return self.link(tokens, hash_block(self.digest, tokens))
+
+    def link(self, tokens: bytes, digest: bytes) -> Self:
+        """As ``extend``, with the digest that ``hash_block`` made."""
+        return type(self)(self, tokens, self.salt, digest)
 
     def cut(self, num_tokens: int) -> Self:
         """This prefix with only the first ``num_tokens`` tokens of its last block."""
@@ -77,6 +81,11 @@ class Prefix:
         return True
 
 
+def hash_block(digest: bytes, tokens: bytes) -> bytes:
+    """The digest of a prefix that has ``digest`` before its last block, and ``tokens`` in it."""
+    return _sha256(digest + tokens)
+
+
 def split_blocks(token_ids: Sequence[int], block_size: int) -> Iterator[bytes]:
     """The blocks of ``token_ids`` as fixed-width bytes (8 a token); the last one may be partial, never empty."""
     block_bytes = TOKEN_BYTES * block_size
@@ -94,10 +103,12 @@ class PrefixCache:
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
+        self.block_bytes = block_size * TOKEN_BYTES
         self._blocks: dict[bytes, int] = {}  # digest -> physical block
         self._prefixes: dict[int, Prefix] = {}  # physical block -> the prefix it ends
         # digest -> (tokens, physical block) of all that continue it, sorted: neighbours share the most tokens.
         self._children: dict[bytes, list[tuple[bytes, int]]] = {}
+        self.num_inserted = 0  # since the start
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -114,6 +125,18 @@ class PrefixCache:
         block = self._blocks.get(prefix.digest)
         return block if block is not None and self._prefixes[block].is_same(prefix) else None
 
+    def find_child(self, parent: Prefix, tokens: bytes, digest: bytes) -> int | None:
+        """The physical block that holds exactly ``tokens`` after ``parent``; ``digest`` is that of both."""
+        block = self._blocks.get(digest)
+        if block is None:
+            return None
+        known = self._prefixes[block]
+        return block if known.tokens == tokens and known.parent is not None and known.parent.is_same(parent) else None
+
+    def has(self, digest: bytes) -> bool:
+        """Whether a prefix with this digest is cached."""
+        return digest in self._blocks
+
     def find_longest(self, parent: Prefix, tokens: bytes) -> tuple[int | None, int]:
         """The block after ``parent`` that starts with most of ``tokens``, and with how many; None with 0."""
         siblings = self._children.get(parent.digest, [])
@@ -127,7 +150,7 @@ class PrefixCache:
 
     def find_cover(self, prefix: Prefix) -> int | None:
         """A block that holds the tokens of the last block of ``prefix``, and perhaps more after them."""
-        if len(prefix.tokens) == self.block_size * TOKEN_BYTES:
+        if len(prefix.tokens) == self.block_bytes:
             return self.find(prefix)
         assert prefix.parent is not None, "no block holds no tokens"
         block, num_tokens = self.find_longest(prefix.parent, prefix.tokens)
@@ -148,6 +171,7 @@ class PrefixCache:
         assert before is None or prefix.tokens.startswith(before.tokens), "cached tokens are never overwritten"
         if prefix.digest not in self._blocks:  # of two prefixes with one digest, the second goes uncached
             assert prefix.parent is not None, "no block holds no tokens"
+            self.num_inserted += 1
             self._blocks[prefix.digest] = block
             self._prefixes[block] = prefix
             insort(self._children.setdefault(prefix.parent.digest, []), (prefix.tokens, block))
@@ -206,6 +230,15 @@ class PrefixMatch:
     @property
     def num_tokens(self) -> int:
         return sum(hit.num_tokens for hit in self.hits)
+
+    def num_full_blocks(self, block_size: int) -> int:
+        """Count the hits that cover whole blocks."""
+        return len(self.hits) - bool(self.hits and self.hits[-1].num_tokens < block_size)
+
+    @property
+    def device_blocks(self) -> set[int]:
+        """The blocks of the device's tier."""
+        return {hit.block for hit in self.hits if not hit.is_on_host}
 
     @property
     def is_on_host(self) -> bool:

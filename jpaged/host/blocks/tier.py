@@ -1,11 +1,12 @@
 """Tiers of blocks, below the sequences: who holds a block, which is reused next, what it caches, what has to move."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from jpaged.contract.plan import BlockCopy
-from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache, PrefixHit, PrefixMatch, split_blocks
+from jpaged.host.blocks.hashed_tokens import HashedTokens
+from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache, PrefixHit, PrefixMatch
 from jpaged.host.policies.eviction import MAX_SPILLS_PER_STEP, enters_at_front, order_release
 
 
@@ -24,6 +25,7 @@ class BlockTier:
         self.blocks = blocks
         self.ref_counts = [0] * blocks.stop
         self.num_holders = 0  # their sum
+        self.num_freed = 0  # blocks that lost their last holder, since the start
         self.cache = PrefixCache(block_size)
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(blocks)  # front: reused first
 
@@ -71,7 +73,13 @@ class BlockTier:
                 if enters_at_front(block in self.cache):
                     self._free.move_to_end(block, last=False)
                 freed.append(block)
+        self.num_freed += len(freed)
         return freed
+
+    def num_freed_by(self, tables: Iterable[Sequence[int]], *, but: Set[int] = frozenset()) -> int:
+        """Count the blocks that only these block tables hold, without those in ``but``."""
+        holders = Counter(block for table in tables for block in table)
+        return sum(self.ref_counts[block] == count for block, count in holders.items() if block not in but)
 
     def touch(self, block: int) -> None:
         """Count a cached block as just used: if it is free, it is reused last."""
@@ -137,6 +145,8 @@ class TwoTiers:
         self.device = BlockTier(range(1, num_blocks), block_size)
         self.host = BlockTier(range(num_host_blocks), block_size)
         self.block_size = block_size
+        self.num_changes = 0
+        """Calls of the block manager that changed blocks; a ticket is valid until the next one."""
         self.num_copies = 0
         self.num_spilled = 0
         self._queued = _Moves()  # by the plan under construction
@@ -218,6 +228,11 @@ class TwoTiers:
         """Whether the plan under construction loads this device block."""
         return block in self._queued.loads
 
+    @property
+    def num_copies_queued(self) -> int:
+        """Copies of the plan under construction."""
+        return len(self._queued.copies)
+
     # Taking host blocks -------------------------------------------------------------------------------------------
 
     def store(self, block: int, prefix: Prefix | None) -> int:
@@ -245,15 +260,20 @@ class TwoTiers:
 
     # The prefix caches --------------------------------------------------------------------------------------------
 
-    def match(self, token_ids: Sequence[int], salt: bytes, least_inside: int) -> PrefixMatch:
-        """Find the longest cached start of ``token_ids``: full blocks, then perhaps the first tokens of one more.
+    def match(self, tokens: HashedTokens, num_tokens: int, least_inside: int) -> PrefixMatch:
+        """Find the longest cached start of some tokens: full blocks, then perhaps the first tokens of one more.
 
         Each block is looked up on the device, then on the host.
+
+        Args:
+            tokens: the tokens of a sequence.
+            num_tokens: the first of them, to match.
+            least_inside: tokens of a hit that ends inside a block, at least.
         """
         hits: list[PrefixHit] = []
-        prefix = Prefix.empty(salt)
-        for tokens in split_blocks(token_ids, self.block_size):
-            hit = self._find(prefix.extend(tokens)) or self._find_inside(prefix, tokens, least_inside)
+        prefix = Prefix.empty(tokens.salt)
+        for block_tokens, digest in tokens.blocks(0, num_tokens):
+            hit = self._find(prefix, block_tokens, digest) or self._find_inside(prefix, block_tokens, least_inside)
             if hit is not None:
                 hits.append(hit)
             if hit is None or hit.num_tokens < self.block_size:
@@ -287,14 +307,14 @@ class TwoTiers:
     def tier_of(self, hit: PrefixHit) -> BlockTier:
         return self.host if hit.is_on_host else self.device
 
-    def _find(self, prefix: Prefix) -> PrefixHit | None:
-        """The full block that ends ``prefix``; none if its end is partial."""
-        if prefix.num_last_tokens < self.block_size:
+    def _find(self, prefix: Prefix, tokens: bytes, digest: bytes) -> PrefixHit | None:
+        """The full block that holds ``tokens`` after ``prefix``; none if they are fewer than a block's."""
+        if len(tokens) < self.device.cache.block_bytes:
             return None
-        block = self.device.cache.find(prefix)
+        block = self.device.cache.find_child(prefix, tokens, digest)
         if block is not None:
             return PrefixHit(block, self.block_size)
-        block = self.host.cache.find(prefix)
+        block = self.host.cache.find_child(prefix, tokens, digest)
         return None if block is None or self.is_storing(block) else PrefixHit(block, self.block_size, is_on_host=True)
 
     def _find_inside(self, prefix: Prefix, tokens: bytes, least: int) -> PrefixHit | None:

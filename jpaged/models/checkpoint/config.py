@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jpaged import config as engine_config
+from jpaged.models.spec import LayerSpec
 
 DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
 """Dtypes of checkpoints and of running models."""
@@ -92,6 +93,14 @@ class ModelConfig(ABC):
     def max_model_len(self) -> int:
         """The longest supported context, in tokens."""
         return self.max_position_embeddings
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """How each layer attends, in order."""
+        return tuple(
+            LayerSpec(layer=layer, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, sm_scale=self.head_dim**-0.5)
+            for layer in range(self.num_layers)
+        )
 
     def prefix_salt(self, prompt_len: int) -> bytes:
         """Return a salt that separates prompts whose equal tokens differ in KV.

@@ -1,6 +1,6 @@
 """The Llama family: Llama, Mistral, Qwen2 and Qwen3, which differ in biases, head norms and windows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flax import nnx
@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int32
 from jpaged.models.checkpoint.config import MAX_INT, ModelConfig, is_count, is_positive, require
 from jpaged.models.layers.common import (
     ACTIVATIONS,
-    Attend,
     Dtype,
     RMSNorm,
     check_activation,
@@ -20,6 +19,7 @@ from jpaged.models.layers.common import (
 )
 from jpaged.models.layers.fused import GATE_UP, QKV
 from jpaged.models.layers.rope import Rope, rotate
+from jpaged.models.spec import Attend, LayerSpec
 
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
@@ -68,6 +68,14 @@ class LlamaConfig(ModelConfig):
     @property
     def max_model_len(self) -> int:
         return self.rope.max_model_len
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        specs = super().layer_specs
+        if not self.sliding_windows:
+            return specs
+        with_windows = zip(specs, self.sliding_windows, strict=True)
+        return tuple(replace(spec, sliding_window=window) for spec, window in with_windows)
 
     def prefix_salt(self, prompt_len: int) -> bytes:
         return self.rope.prefix_salt(prompt_len)
@@ -154,7 +162,7 @@ class LlamaAttention(nnx.Module):
             self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.config = config
-        self.layer = layer
+        self.spec = config.layer_specs[layer]
 
     def __call__(
         self,
@@ -168,8 +176,7 @@ class LlamaAttention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        window = config.sliding_windows[self.layer] if config.sliding_windows else None
-        out = attend(self.layer, q, k, v, sm_scale=config.head_dim**-0.5, sliding_window=window)
+        out = attend(self.spec, q, k, v)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
 

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int32
 from jpaged.models.checkpoint.config import MAX_INT, ModelConfig, is_count, require
 from jpaged.models.layers.common import (
     ACTIVATIONS,
-    Attend,
     Dtype,
     LayerNorm,
     check_activation,
@@ -19,6 +18,7 @@ from jpaged.models.layers.common import (
     to_vocab,
 )
 from jpaged.models.layers.fused import QKV
+from jpaged.models.spec import Attend
 
 MODEL_TYPES = {"OPTForCausalLM": "opt"}
 
@@ -97,11 +97,11 @@ class OPTAttention(nnx.Module):
         self.v_proj = linear(hidden, hidden, None, "kv_heads", bias=bias, dtype=dtype, rngs=rngs)
         self.out_proj = linear(hidden, hidden, "heads", None, bias=bias, dtype=dtype, rngs=rngs)
         self.head_dim = config.head_dim
-        self.layer = layer
+        self.spec = config.layer_specs[layer]
 
     def __call__(self, x: Float[Array, "tokens hidden_size"], attend: Attend) -> Float[Array, "tokens hidden_size"]:
         q, k, v = (split_heads(projected, self.head_dim) for projected in QKV.project(self, x))
-        out = attend(self.layer, q, k, v, sm_scale=self.head_dim**-0.5)
+        out = attend(self.spec, q, k, v)
         return self.out_proj(out.reshape(x.shape))
 
 

@@ -33,23 +33,16 @@ sums the parts of a matrix product and would remain.
 """
 
 
-class Attend(Protocol):
-    """Causal attention of one layer, supplied by the caller of a model.
-
-    The engine's version writes ``k`` and ``v`` to the block pool and attends over the pool. Training and the oracles
-    attend densely over the given tokens. With a ``sliding_window``, a token sees that many positions, its own included.
-    """
+class AddNorm(Protocol):
+    """A kernel that adds a branch to the residual stream, and norms the sum; see ``RMSNorm.add``."""
 
     def __call__(
         self,
-        layer: int,
-        q: Float[Array, "tokens num_heads head_dim"],
-        k: Float[Array, "tokens num_kv_heads head_dim"],
-        v: Float[Array, "tokens num_kv_heads head_dim"],
-        *,
-        sm_scale: float,
-        sliding_window: int | None = None,
-    ) -> Float[Array, "tokens num_heads head_dim"]: ...
+        x: Float[Array, "tokens features"],
+        branch: Float[Array, "tokens features"],
+        scale: Float[Array, " features"],
+        epsilon: float,
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]: ...
 
 
 def check_activation(name: str) -> None:
@@ -98,15 +91,14 @@ def embed(num_embeddings: int, features: int, axis: str | None, *, dtype: Dtype,
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, in float32 and cast *before* the scale, as Hugging Face does.
 
-    ``fuses_add`` says whether ``add`` runs as one kernel of pallas_kernels (see ``fuse_norms``). That kernel has no
-    gradient.
+    ``add_norm`` is a kernel that ``add`` runs instead (see ``fuse_norms``), without a gradient; None for none.
     """
 
     def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         init = with_axes(nnx.initializers.ones, None)
         self.scale = nnx.Param(init(rngs.params(), (features,), dtype))
         self.epsilon = epsilon
-        self.fuses_add = False
+        self.add_norm: AddNorm | None = None
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         wide = x.astype(jnp.float32)
@@ -120,17 +112,24 @@ class RMSNorm(nnx.Module):
         """Add a layer's output, if there is one, to the residual stream; return the sum and its norm."""
         if branch is None:
             return x, self(x)
-        if self.fuses_add and len(x) >= FUSED_NORM_FROM:
-            return add_rms_norm(x, branch, self.scale[...], self.epsilon)
+        if self.add_norm is not None and len(x) >= FUSED_NORM_FROM:
+            return self.add_norm(x, branch, self.scale[...], self.epsilon)
         x = x + branch
         return x, self(x)
 
 
-def fuse_norms(model: nnx.Module) -> None:
-    """Let norms also add to the residual stream, where the Hopper kernel can take them."""
+def fuse_norms(model: nnx.Module, add_norm: AddNorm | None = None) -> None:
+    """Let a kernel add to the residual stream and norm, in the norms of a model that Hopper's kernel takes.
+
+    Args:
+        model: changed.
+        add_norm: runs the kernel; None for the kernel itself, on one device.
+    """
+    add_norm = add_norm or add_rms_norm
     for _, module in nnx.iter_modules(model):
         if isinstance(module, RMSNorm):
-            module.fuses_add = why_not_add_norm(module.scale.shape[0], jnp.dtype(module.scale.dtype)) is None
+            is_taken = why_not_add_norm(module.scale.shape[0], jnp.dtype(module.scale.dtype)) is None
+            module.add_norm = add_norm if is_taken else None
 
 
 class LayerNorm(nnx.Module):

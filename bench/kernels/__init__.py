@@ -1,0 +1,1 @@
+"""Attention kernels: batches, programs that attend them, peers, copies, correctness, kernel sizes."""

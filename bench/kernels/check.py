@@ -1,0 +1,197 @@
+"""Correctness on the device: real sizes, everything that kernels may take, against float64."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from bench.kernels.inputs import Inputs, attend, head_options, make_inputs, make_queries
+from bench.kernels.shapes import NOWHERE, AttentionShape
+
+LAYER, NUM_LAYERS = 1, 2
+
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
+"""Of ||out - right|| / ||right|| of any query and head, by the queries' type. Outputs round to 8 bits of bfloat16, an
+error of 1.1e-3 on average, as weights do before they meet V."""
+
+NUM_ROWS, NUM_KV_HEADS, NUM_QUERIES = 10, 2, 6
+"""Sampled of each batch: the extremes, and others at random."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one implementation on one batch: the worst error sampled, and what is wrong, if anything."""
+
+    error: float
+    problem: str | None
+
+
+def coverage() -> list[AttentionShape]:
+    """Every head size, block size, group, type and option, each on a batch of decodes, chunks and padding."""
+    variants: list[dict[str, Any]] = [
+        *({"head_dim": head_dim} for head_dim in (64, 80, 96, 128, 192, 256)),
+        *({"block_size": block_size} for block_size in (8, 32, 64, 128)),
+        *({"num_heads": heads, "num_kv_heads": kv} for heads, kv in ((8, 8), (16, 8), (64, 8), (32, 1))),
+        {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64},
+        {"dtype": "float16", "kv_dtype": "float16"},
+        *({"kv_dtype": kv_dtype, "block_size": size} for kv_dtype in ("float8_e4m3fn", "int8") for size in (16, 64)),
+        {"dtype": "float16", "kv_dtype": "int8"},
+        {"sliding_window": 1},
+        {"sliding_window": 200},
+        {"soft_cap": 2.0},
+        {"has_alibi": True},
+        {"has_sinks": True},
+        {"sliding_window": 130, "soft_cap": 20.0, "has_alibi": True, "has_sinks": True},
+        {"sliding_window": 130, "has_sinks": True, "kv_dtype": "float8_e4m3fn", "head_dim": 64},
+    ]
+    return [_covering(_name("mixed", variant), MIXED_ROWS, 13, variant) for variant in variants] + [
+        _covering(_name("decodes", variant), DECODE_ROWS, 0, variant)
+        for variant in (
+            {},
+            {"sliding_window": 200},
+            {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64, "has_alibi": True},
+        )
+    ]
+
+
+MIXED_ROWS = (
+    (1, 1), (1, 16), (70, 70), (0, 0), (1, 17), (128, 1500), (1, 4095), (2, 2), (1, 129), (65, 128), (300, 333), (0, 0),
+)  # fmt: skip
+DECODE_ROWS = ((1, 1), (1, 15), (1, 16), (1, 8191), (0, 0), (1, 128), (1, 129), (1, 1000), (0, 0))
+"""Rows of the batches that cover options: query length and context length."""
+
+
+def _covering(
+    name: str, rows: tuple[tuple[int, int], ...], padding_tokens: int, variant: dict[str, Any]
+) -> AttentionShape:
+    q_lens, kv_lens = zip(*rows, strict=True)
+    return AttentionShape(name, q_lens, kv_lens, padding_tokens=padding_tokens, **variant)
+
+
+def _name(rows: str, variant: dict[str, Any]) -> str:
+    return "_".join([rows, *(key if value is True else f"{key}={value}" for key, value in variant.items())])
+
+
+def program(shape: AttentionShape, implementation: str) -> Any:
+    """The jitted call to check: from queries and ``Inputs`` to outputs."""
+    return jax.jit(lambda q, inputs: attend(q, inputs, LAYER, shape, implementation))
+
+
+def make_arguments(shape: AttentionShape) -> tuple[Array, Inputs]:
+    """Queries, and a pool of which only the slots to be read do not hold poison."""
+    return make_queries(shape, seed=7), make_inputs(shape, NUM_LAYERS, filled=[LAYER])
+
+
+def examine(shape: AttentionShape, compiled: Any) -> Verdict:
+    """Run it twice and look at everything: same bits, no poison, padding of zeros; and at samples in float64."""
+    q, inputs = make_arguments(shape)
+    out, again = compiled(q, inputs), compiled(q, inputs)
+    num_owned = int(shape.cu_q_lens[-1])
+    problems = []
+    if out.dtype != q.dtype or out.shape != q.shape:
+        return Verdict(np.inf, f"outputs are {out.dtype} {out.shape} for queries {q.dtype} {q.shape}")
+    if not bool(jnp.array_equal(_bits(out), _bits(again))):
+        problems.append("two runs differ")
+    if not bool(jnp.isfinite(out[:num_owned]).all()):
+        problems.append("a slot was read that must not be")
+    if bool(jnp.any(out[num_owned:] != 0)):
+        problems.append("padding is not zero")
+    host_q, host_out = np.asarray(q), np.asarray(out)
+    error = max((_error(shape, *sample, host_q, host_out, inputs) for sample in _samples(shape)), default=0.0)
+    if not error <= TOLERANCE[shape.dtype]:
+        problems.append(f"error above {TOLERANCE[shape.dtype]:g}")
+    return Verdict(error, "; ".join(problems) or None)
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+
+
+def _samples(shape: AttentionShape) -> list[tuple[int, int]]:
+    """Rows and KV heads."""
+    rng = np.random.default_rng(0)
+    live = [row for row, q_len in enumerate(shape.q_lens) if q_len]
+    if not live:
+        return []
+    extremes = [live[0], live[-1]]
+    for lens in (shape.q_lens, shape.kv_lens):
+        extremes += [max(live, key=lens.__getitem__), min(live, key=lens.__getitem__)]
+    rows = {*extremes, *rng.permutation(live)[:NUM_ROWS].tolist()}
+    heads = {0, shape.num_kv_heads - 1, *rng.permutation(shape.num_kv_heads)[:NUM_KV_HEADS].tolist()}
+    return [(row, head) for row in sorted(rows) for head in sorted(heads)]
+
+
+def _error(shape: AttentionShape, row: int, kv_head: int, q: np.ndarray, out: np.ndarray, inputs: Inputs) -> float:
+    """The worst relative error of some queries of a row, over the query heads of one KV head."""
+    start, q_len, kv_len = int(shape.cu_q_lens[row]), shape.q_lens[row], shape.kv_lens[row]
+    offsets = np.array(sorted({0, q_len - 1, *np.random.default_rng(row).integers(0, q_len, NUM_QUERIES).tolist()}))
+    heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
+    sampled_q, sampled_out = (x[start + offsets, heads].astype(np.float64) for x in (q, out))
+    k, v = _context(shape, row, kv_head, inputs)
+    right = _dense(shape, sampled_q, k, v, kv_len - q_len + offsets, kv_len, heads)
+    return float((np.linalg.norm(sampled_out - right, axis=-1) / np.linalg.norm(right, axis=-1)).max())
+
+
+@jax.jit
+def _gather(x: Array, blocks: Array, kv_head: Array) -> Array:
+    return x[blocks, LAYER, :, kv_head]
+
+
+def _context(shape: AttentionShape, row: int, kv_head: int, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """K and V as stored, times their scales, of the positions that the row's queries see: [seen, head_dim] each."""
+    table, num_blocks = np.asarray(inputs.block_tables)[row], shape.num_row_blocks[row]
+    # The whole table, though its end is nonsense: one compilation for all rows.
+    blocks, head = jnp.asarray(np.where(table == NOWHERE, 0, table)), jnp.int32(kv_head)
+    kv = np.asarray(_gather(inputs.pool, blocks, head))[:num_blocks].astype(np.float64)
+    if inputs.kv_scales is not None:
+        kv = kv * np.asarray(_gather(inputs.kv_scales, blocks, head))[:num_blocks, :, None, None]
+    flat = kv.transpose(1, 0, 2, 3).reshape(2, -1, shape.head_dim)  # of [blocks, 2, block_size, head_dim]
+    k, v = flat[:, _first_seen(shape, row) : shape.kv_lens[row]]
+    return k, v
+
+
+def _first_seen(shape: AttentionShape, row: int) -> int:
+    if shape.sliding_window is None:
+        return 0
+    return max(shape.kv_lens[row] - shape.q_lens[row] - shape.sliding_window + 1, 0)
+
+
+def _dense(
+    shape: AttentionShape,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    q_positions: np.ndarray,
+    kv_len: int,
+    heads: slice,
+) -> np.ndarray:
+    """Attention by the textbook, in float64: [queries, group, head_dim].
+
+    Args:
+        shape: for its options.
+        q: [queries, group, head_dim].
+        k, v: the context up to ``kv_len``, [seen, head_dim] each.
+        q_positions: of each query.
+        kv_len: of the row.
+        heads: which query heads these are.
+    """
+    scores = np.einsum("qgd,kd->qgk", q, k) / np.sqrt(shape.head_dim)
+    slopes, sinks = head_options(shape)
+    if shape.soft_cap is not None:
+        scores = shape.soft_cap * np.tanh(scores / shape.soft_cap)
+    distance = (q_positions[:, None] - np.arange(kv_len - len(k), kv_len))[:, None]  # [queries, 1, seen]
+    if slopes is not None:
+        scores = scores - slopes[heads].astype(np.float64)[:, None] * distance
+    is_visible = distance >= 0
+    if shape.sliding_window is not None:
+        is_visible &= distance < shape.sliding_window
+    scores = np.where(is_visible, scores, -np.inf)
+    if sinks is not None:
+        sink = np.broadcast_to(sinks[heads].astype(np.float64)[:, None], (*scores.shape[:2], 1))
+        scores = np.concatenate([scores, sink], axis=-1)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("qgk,kd->qgd", weights[..., : len(k)], v)

@@ -1,0 +1,130 @@
+"""Arrays for a batch: a pool with poison wherever nobody may read, and values that stay alive through many layers."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from bench.kernels.shapes import UNSEEN, AttentionShape, value_deviations
+from pallas_kernels import block_pool_shape, paged_attention
+
+STEPS = {"float8_e4m3fn": 64.0, "int8": 32.0}
+"""Stored values of a quantised pool are normal with this deviation."""
+
+
+class Inputs(NamedTuple):
+    """What ``paged_attention`` reads beside the queries."""
+
+    pool: Array
+    block_tables: Int[Array, "num_seqs max_blocks"]
+    kv_lens: Int[Array, " num_seqs"]
+    cu_q_lens: Int[Array, " num_seqs_plus_1"]
+    kv_scales: Float[Array, "num_blocks num_layers 2 num_kv_heads"] | None
+
+
+def make_queries(shape: AttentionShape, seed: int = 0) -> Float[Array, "tokens num_heads head_dim"]:
+    """Normal queries."""
+    key = jax.random.key(seed, impl="rbg")
+    return jax.random.normal(key, (shape.num_tokens, shape.num_heads, shape.head_dim), jnp.dtype(shape.dtype))
+
+
+def make_inputs(
+    shape: AttentionShape, num_layers: int, *, filled: Iterable[int] | None = None, grows: bool = False, seed: int = 0
+) -> Inputs:
+    """A pool and its tables.
+
+    Args:
+        shape: the batch.
+        num_layers: of the pool.
+        filled: the layers with values; all if None. The others hold poison, as do slots that no query may read: NaN, or
+            the largest number in an int8 pool, whose scales are NaN for blocks without a slot to read.
+        grows: see ``value_deviations``; V is normal otherwise, as K always is.
+        seed: of everything.
+    """
+    tables = shape.block_tables(seed)
+    positions = shape.positions(tables)
+    pool_shape = block_pool_shape(shape.num_blocks, num_layers, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    dtype = jnp.dtype(shape.kv_dtype)
+    pool = jnp.full(pool_shape, poison(dtype), dtype)
+    deviations = value_deviations(positions) if grows else np.where(positions == UNSEEN, np.nan, 1).astype(np.float32)
+    layers, key = list(range(num_layers) if filled is None else filled), jax.random.key(seed + 1, impl="rbg")
+    scales = None
+    if shape.is_quantized:
+        scales = _make_scales(deviations, num_layers, layers, shape, seed)
+        deviations = np.where(positions == UNSEEN, np.nan, 1).astype(np.float32)
+    slots = jnp.asarray(deviations)
+    for layer in layers:
+        pool = _fill_layer(pool, jnp.int32(layer), slots, jax.random.fold_in(key, layer))
+    return Inputs(
+        pool,
+        jnp.asarray(tables),
+        jnp.asarray(shape.kv_lens, jnp.int32),
+        jnp.asarray(shape.cu_q_lens),
+        None if scales is None else jnp.asarray(scales),
+    )
+
+
+def poison(dtype: jnp.dtype) -> float:
+    """What no result survives reading."""
+    return 127 if dtype == jnp.int8 else float("nan")
+
+
+def _make_scales(
+    deviations: np.ndarray, num_layers: int, layers: list[int], shape: AttentionShape, seed: int
+) -> np.ndarray:
+    """K of deviation 1 and V of about the block's, each head's off by up to a quarter: a scale mixed up shows."""
+    is_seen = ~np.isnan(deviations)
+    counts = is_seen.sum(axis=1)
+    of_block = np.where(counts > 0, np.nansum(deviations, axis=1) / np.maximum(counts, 1), np.nan)
+    scales = np.full((len(deviations), num_layers, 2, shape.num_kv_heads), np.nan, np.float32)
+    of_kv = np.stack([np.where(counts > 0, 1, np.nan), of_block], axis=1)  # [num_blocks, 2]
+    scales[:, layers] = of_kv[:, None, :, None] / STEPS[shape.kv_dtype]
+    return scales * np.random.default_rng(seed).uniform(0.75, 1.25, scales.shape).astype(np.float32)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill_layer(
+    pool: Array, layer: Int[Array, ""], deviations: Float[Array, "num_blocks block_size"], key: Any
+) -> Array:
+    num_blocks, _, _, num_kv_heads, block_size, head_dim = pool.shape
+    values = jax.random.normal(key, (num_blocks, 2, num_kv_heads, block_size, head_dim), jnp.float32)
+    of_slot = deviations[:, None, None, :, None]
+    values = values * jnp.concatenate([jnp.where(jnp.isnan(of_slot), of_slot, 1), of_slot], axis=1)
+    name = pool.dtype.name
+    if name in STEPS:
+        values = values * STEPS[name]
+    if pool.dtype == jnp.int8:
+        values = jnp.where(jnp.isnan(values), 127, jnp.clip(jnp.round(values), -127, 127))
+    return lax.dynamic_update_index_in_dim(pool, values.astype(pool.dtype), layer, axis=1)
+
+
+def attend(q: Array, inputs: Inputs, layer: int, shape: AttentionShape, implementation: str) -> Array:
+    """One layer of ``shape`` by one implementation, with the shape's options."""
+    slopes, sinks = head_options(shape)
+    options: dict[str, Any] = {"sliding_window": shape.sliding_window, "soft_cap": shape.soft_cap}
+    options["alibi_slopes"] = None if slopes is None else jnp.asarray(slopes)
+    options["sinks"] = None if sinks is None else jnp.asarray(sinks)
+    if inputs.kv_scales is not None:
+        options["kv_scales"] = inputs.kv_scales
+    return paged_attention(
+        q,
+        inputs.pool,
+        layer,
+        inputs.block_tables,
+        inputs.kv_lens,
+        inputs.cu_q_lens,
+        implementation=implementation,
+        **options,
+    )
+
+
+def head_options(shape: AttentionShape) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Slopes and sinks of the heads, [num_heads] float32 each, or None."""
+    heads = np.arange(shape.num_heads, dtype=np.float32)
+    slopes = np.exp2(-8 * (heads + 1) / shape.num_heads) if shape.has_alibi else None
+    return slopes, (heads % 7 - 2 if shape.has_sinks else None)

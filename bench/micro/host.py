@@ -1,0 +1,261 @@
+"""Host time of a plan: schedule it, pack it for the device, update with its tokens. No device is used.
+
+    python -m bench host                                         # 256 sequences
+    python -m bench host --num-seqs 32 --profile
+    python -m bench host --num-seqs 256 1024 --max-burst 1 4 --against PATH
+
+The real engine, scheduler and block manager run over a runner that packs each step as for a device and makes up its
+tokens. So only the host's own work is timed, in CPU time of its thread. One step is in flight, as in serving. A burst
+is a multi-step decode, as on an accelerator while no request can be admitted.
+
+With several cases, repeats or ``--against`` (a checkout of another commit), every measurement has a process of its own.
+The two commits alternate, and the table has medians over the repeats. Writes ``bench/results/host_NAME.json``, or
+``host.json`` for several cases or commits.
+"""
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bench import UsageError
+from bench.report import CONFIGS, Table, current_commit, save, start_report
+from bench.workloads import made_up_result
+from jpaged import EngineConfig, SamplingParams
+from jpaged.contract.plan import StepPlan, StepResult
+from jpaged.device.sampling.sampler import SamplePacker, num_top_of
+from jpaged.device.step.inputs import StepPacker, all_buckets, bucket_for
+from jpaged.engine.loop import Engine
+from jpaged.models import ModelConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+MAX_MODEL_LEN = 2048
+PARTS = "schedule", "update", "pack"
+"""The parts that a step cannot do without; "rest" collects the outputs."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    add = parser.add_argument
+    add("--num-seqs", type=int, nargs="+", default=[256], metavar="N", help="sequences that decode (default: 256)")
+    add("--max-burst", type=int, nargs="+", default=[1], metavar="N", help="steps planned at once (default: 1)")
+    add("--num-plans", type=int, default=300, metavar="N", help="plans timed (default: %(default)s)")
+    add("--prompt-len", type=int, default=512, metavar="N", help="tokens of each prompt (default: %(default)s)")
+    add("--stream", action="store_true", help="stream every token, as a server does, instead of results alone")
+    add("--no-prefix-caching", action="store_true", help="without the prefix cache")
+    add("--profile", action="store_true", help="print the functions that take the time")
+    add("--against", type=Path, metavar="PATH", help="a checkout of another commit, measured in the same run")
+    add("--repeats", type=int, metavar="N", help="processes for each case (default: 1, with --against 5)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and save."""
+    if args.prompt_len + (args.num_plans + 2) * max(args.max_burst) > MAX_MODEL_LEN:
+        raise UsageError(f"--prompt-len and --num-plans: they make sequences of more than {MAX_MODEL_LEN} tokens")
+    args.repeats = args.repeats or (1 if args.against is None else 5)
+    cases = list(product(args.num_seqs, args.max_burst))
+    if len(cases) == args.repeats == 1 and args.against is None:
+        return _run_one(args, *cases[0])
+    if args.profile:
+        raise UsageError("--profile takes one case without --against")
+    checkouts = {"here": ROOT} | ({} if args.against is None else {"against": args.against})
+    measured: dict[tuple[int, int], dict[str, list[dict[str, float]]]] = {}
+    with tqdm(total=len(cases) * args.repeats * len(checkouts), unit="run") as bar:
+        for case in cases:
+            measured[case] = {name: [] for name in checkouts}
+            for _ in range(args.repeats):
+                for name, checkout in checkouts.items():
+                    measured[case][name].append(_run_in_process(checkout, args, *case))
+                    bar.update()
+    report = start_report(
+        args,
+        settings=_settings(args) | {"repeats": args.repeats},
+        commits={name: current_commit(checkout) for name, checkout in checkouts.items()},
+        cases=[
+            {"num_seqs": num_seqs, "max_burst": max_burst, "median_us": runs}
+            for (num_seqs, max_burst), runs in measured.items()
+        ],
+    )
+    print(render(measured))
+    print(f"written to {save('host', report, args.out)}")
+    return 0
+
+
+def render(measured: dict[tuple[int, int], dict[str, list[dict[str, float]]]]) -> str:
+    """The table, in microseconds a plan: least, median and most over the repeats, and the ratio of the medians.
+
+    Args:
+        measured: microseconds by part, of each repeat, by commit and by case (sequences, steps of a burst).
+    """
+    table = Table("us a plan", "least", "median", "most", "against: least", "median", "most", "ratio", first=40)
+    lines = [table.header()]
+    for (num_seqs, max_burst), runs in measured.items():
+        for title in (*PARTS, "+".join(PARTS), "all"):
+            parts = title.split("+")
+            sums = {
+                name: [sum(us for part, us in each.items() if title == "all" or part in parts) for each in repeats]
+                for name, repeats in runs.items()
+            }
+            cells = [f"{us:,.0f}" for times in sums.values() for us in (min(times), median(times), max(times))]
+            if "against" in sums:
+                cells.append(f"{median(sums['here']) / median(sums['against']):.2f}")
+            lines.append(table.row(f"{num_seqs} rows, burst {max_burst}: {title}", *cells))
+    return "\n".join(lines)
+
+
+def _run_one(args: argparse.Namespace, num_seqs: int, max_burst: int) -> int:
+    timed = _time_steps(args, num_seqs, max_burst)
+    rows = {name: median(seconds) * 1e6 for name, seconds in timed.items()}
+    total = sum(rows.values())
+    print(Table(f"{num_seqs} rows, burst {max_burst}", "us").text({name: [us] for name, us in rows.items()}))
+    print(f"a plan {total:,.0f} us; a step {total / max_burst:,.0f} us")
+    case = {"num_seqs": num_seqs, "max_burst": max_burst}
+    report = start_report(args, **case, **_settings(args), median_us=rows, step_us=total / max_burst)
+    name = f"host_{num_seqs}" + f"_burst{max_burst}" * (max_burst > 1) + "_stream" * args.stream
+    print(f"written to {save(name, report, args.out)}")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "num_plans": args.num_plans,
+        "prompt_len": args.prompt_len,
+        "is_streamed": args.stream,
+        "enable_prefix_caching": not args.no_prefix_caching,
+    }
+
+
+def _run_in_process(checkout: Path, args: argparse.Namespace, num_seqs: int, max_burst: int) -> dict[str, float]:
+    """Microseconds by part of one case. Commits before ``python -m bench`` have a script with the same options."""
+    names = ["bench", "host"] if (checkout / "bench" / "__main__.py").exists() else ["bench.host"]
+    options = {"--num-seqs": num_seqs, "--max-burst": max_burst}
+    options |= {"--num-plans": args.num_plans, "--prompt-len": args.prompt_len, "--commit": "unknown"}
+    command = [sys.executable, "-m", *names, *(str(x) for option in options.items() for x in option)]
+    command += ["--stream"] * args.stream + ["--no-prefix-caching"] * args.no_prefix_caching
+    environ = os.environ | {"PYTHONPATH": str(checkout.resolve()), "JAX_PLATFORMS": "cpu"}
+    with TemporaryDirectory() as directory:
+        subprocess.run([*command, "--out", directory], cwd=checkout, env=environ, stdout=subprocess.DEVNULL, check=True)
+        [path] = Path(directory).glob("host_*.json")
+        measured = json.loads(path.read_text())["median_us"]
+    parts: defaultdict[str, float] = defaultdict(float)
+    for name, us in measured.items():
+        parts[next((part for part in PARTS if name.startswith(part)), "rest")] += us
+    return dict(parts)
+
+
+@dataclass
+class _Runner:
+    """The attributes of a ``ModelRunner`` that an engine uses. It packs a step as the real one does.
+
+    ``enqueue`` is to call the packers that ``ModelRunner.enqueue`` calls, and nothing else of the device half.
+    """
+
+    config: EngineConfig
+    model_config: ModelConfig
+    max_model_len: int
+    num_blocks: int
+    max_burst: int
+    timed: dict[str, list[float]]
+    num_host_blocks = 0
+    host_bytes_per_block = 1
+    costs = None
+    host_pool = None
+
+    def __post_init__(self) -> None:
+        self.buckets = all_buckets(self.config.max_num_seqs, self.config.token_budget)
+        self._step_packer = StepPacker(self.max_model_len // self.config.block_size, self.config.block_size)
+        self._sample_packer = SamplePacker()
+
+    def enqueue(self, plan: StepPlan) -> Any:
+        start = time.thread_time()
+        bucket = bucket_for(plan, self.buckets)
+        self._step_packer.pack(plan, bucket)
+        packed = time.thread_time()
+        self._sample_packer.pack(plan.samples, bucket.num_rows)
+        num_top_of(plan.samples)
+        self.timed["pack tokens and tables"].append(packed - start)
+        self.timed["pack sampling parameters"].append(time.thread_time() - packed)
+        return SimpleNamespace(plan=plan)
+
+    def fetch(self, step: Any) -> StepResult:
+        return made_up_result(len(step.plan.samples), step.plan.num_steps)
+
+
+def _time_steps(args: argparse.Namespace, num_seqs: int, max_burst: int) -> dict[str, list[float]]:
+    """Seconds of each part, for every plan timed."""
+    timed: defaultdict[str, list[float]] = defaultdict(list)
+    engine = _make_engine(args, num_seqs, max_burst, timed)
+    num_before = 0
+    while engine.scheduler.stats().num_waiting or engine.num_output_tokens - num_before < num_seqs:
+        num_before = engine.num_output_tokens
+        engine.step()
+    timed.clear()
+    scheduler = engine.scheduler
+    scheduler.schedule_ahead = _timing(scheduler.schedule_ahead, timed["schedule"])
+    scheduler.update = _timing(scheduler.update, timed["update"])
+    engine.runner.enqueue = _timing(engine.runner.enqueue, elsewhere := [])
+    engine.runner.fetch = _timing(engine.runner.fetch, elsewhere)
+    profile = cProfile.Profile()
+    for _ in range(args.num_plans):
+        num_before = engine.num_output_tokens
+        if args.profile:
+            profile.enable()
+        started = time.thread_time()
+        output = engine.step()
+        step_s = time.thread_time() - started
+        profile.disable()
+        assert engine.num_output_tokens - num_before == num_seqs * max_burst
+        assert len(output.deltas) == num_seqs * args.stream
+        timed_apart = sum(elsewhere) + timed["schedule"][-1] + timed["update"][-1]
+        timed["collect, and the rest"].append(step_s - timed_apart)
+        elsewhere.clear()
+    if args.profile:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+    return timed
+
+
+def _make_engine(args: argparse.Namespace, num_seqs: int, max_burst: int, timed: dict[str, list[float]]) -> Engine:
+    """An engine with as many requests, none of which ends while it is timed."""
+    num_blocks = 1 + num_seqs * (MAX_MODEL_LEN // 16)
+    config = EngineConfig(
+        max_num_seqs=num_seqs,
+        max_model_len=MAX_MODEL_LEN,
+        num_blocks=num_blocks,
+        max_burst=max_burst,
+        enable_prefix_caching=not args.no_prefix_caching,
+    )
+    runner = _Runner(config, load_config(CONFIGS / "llama3-8b"), MAX_MODEL_LEN, num_blocks, max_burst, timed)
+    engine = Engine(runner, config)  # pyright: ignore[reportArgumentType]
+    random = np.random.default_rng(0)
+    params = SamplingParams(temperature=1.0, ignore_eos=True, max_tokens=MAX_MODEL_LEN - args.prompt_len)
+    for i in range(num_seqs):
+        prompt = random.integers(5, 30_000, args.prompt_len).tolist()
+        engine.add(engine.make_request(str(i), {"prompt_token_ids": prompt}, params), is_streamed=args.stream)
+    return engine
+
+
+def _timing[**P, R](call: Callable[P, R], into: list[float]) -> Callable[P, R]:
+    def timed(*args: P.args, **kwargs: P.kwargs) -> R:
+        start = time.thread_time()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            into.append(time.thread_time() - start)
+
+    return timed

@@ -1,0 +1,212 @@
+"""Throughput, latency of a step and its parts, start-up and memory waste of the whole engine.
+
+    python -m bench serving --device cpu                          # the model in the box, on this machine
+    python -m bench serving --random-weights llama3-8b            # the shapes of a real model, on a GPU
+    python -m bench serving --random-weights llama3-8b --quick    # a first look: less work, a file of its own
+    python -m bench serving --random-weights llama3-8b --warm-start --profile traces
+    python -m bench serving --random-weights llama3-8b --workloads decode prefill32 sharegpt1000 \\
+        --decode-batches 1 32 256 --max-num-seqs 1024 --no-breakdown --name serving_llama3-8b_1024rows
+
+Columns: the figure measured here; the best figure of the peers; the ratio (above 1: better than the peer); the floor;
+the fraction of the floor reached. The floor is the least time that bytes and FLOPs take at this device's own rates,
+measured in the same run; that of a throughput is for the steps it took. A breakdown divides a step's time: kernels by
+kind, from a profile; gaps, in which no kernel runs; and the host's own work, which runs beside the device.
+
+Prints figures as they come and all of them in the end, and keeps ``bench/results/serving_NAME_DEVICE.json`` current. A
+workload that fails or runs out of time is recorded, and the next one runs. The exit status is 1 if any failed.
+"""
+
+import argparse
+import dataclasses
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax.numpy as jnp
+
+from bench import UsageError, machine
+from bench.peers import SERVING, serving_figures
+from bench.report import CONFIGS, device_name, save, start_report
+from bench.serving.demo import measure_model
+from bench.serving.figures import Figures, Floor
+from bench.serving.runs import Bench, TimeIsUp
+from bench.serving.scenarios import run_workload
+from bench.serving.sizes import FULL, QUICK, WORKLOADS
+from bench.serving.startup import StartUp, start, start_cold
+from jpaged import EngineConfig
+from jpaged.device.runner import ModelRunner
+from jpaged.models import load_config
+
+DECODE_BATCHES = (1, 32, 128, 256)
+PREEMPTIONS = ("swap", "recompute", "auto")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="DIR", help="a checkpoint (default: the model in the box)")
+    shapes = f"random weights in the shapes of a config.json: its directory, or one of {', '.join(preset_names())}"
+    source.add_argument("--random-weights", metavar="CONFIG", help=shapes)
+    add("--quick", action="store_true", help="less work in every workload, and so figures of other names")
+    add("--num-blocks", type=int, help="blocks in the pool (default: all that fit)")
+    add("--name", help="name of the result file (default: from the model and the device)")
+    add = parser.add_argument_group("with --random-weights").add_argument
+    add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="run these, in this order")
+    batches = f"batches of the decode workload (default: {' '.join(map(str, DECODE_BATCHES))})"
+    add("--decode-batches", nargs="+", type=int, metavar="B", help=batches)
+    add(
+        "--preemption",
+        nargs="+",
+        choices=PREEMPTIONS,
+        default=list(PREEMPTIONS),
+        help="run the sharegpt1000_2048blocks workload under each of these",
+    )
+    seconds = "seconds after which a workload stops with what it has (default: %(default)s)"
+    add("--limit-s", type=float, default=60.0, metavar="X", help=seconds)
+    budget = "seconds after which no further workload starts; the current one stops (default: none)"
+    add("--budget-s", type=float, metavar="X", help=budget)
+    add("--no-breakdown", action="store_true", help="skip the profiles of steps")
+    add("--profile", type=Path, metavar="DIR", help="keep the traces that breakdowns come from")
+    add("--warm-start", action="store_true", help="measure a start without a compile cache too, before this one")
+    add("--startup-only", action="store_true", help="start, print how long that took, and end")
+    add("--host-memory-gib", type=float, default=16.0, metavar="X", help="size of the host pool (default: %(default)s)")
+    add("--max-model-len", type=int, default=2048, metavar="N", help="tokens (default: %(default)s)")
+    add("--max-num-seqs", type=int, default=256, metavar="N", help="rows of a step (default: %(default)s)")
+    add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: the engine's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and save; 1 if a workload failed."""
+    if not args.random_weights and (args.warm_start or args.startup_only):
+        raise UsageError("--warm-start and --startup-only need --random-weights")
+    if args.decode_batches is None:
+        args.decode_batches = [batch for batch in DECODE_BATCHES if batch <= args.max_num_seqs]
+    if max(args.decode_batches) > args.max_num_seqs:
+        raise UsageError(f"--decode-batches: at most --max-num-seqs, {args.max_num_seqs}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    if not args.random_weights:
+        name, report = measure_model(args)
+    else:
+        with _cold_start(args) as cold:
+            name, report = _measure(args, cold)
+    print(f"\nwritten to {save(name, report, args.out)}")
+    return 1 if report.get("failed") else 0
+
+
+@contextmanager
+def _cold_start(args: argparse.Namespace) -> Iterator[StartUp | None]:
+    """The cold start, if asked for; the programs it compiled are there for the warm one until this ends."""
+    if not args.warm_start:
+        yield None
+        return
+    with TemporaryDirectory() as directory:
+        cold = start_cold(args, Path(directory))
+        args.began = time.perf_counter()
+        yield cold
+
+
+def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[str, Any]]:
+    """Name and content of the result file."""
+    jnp.zeros(()).block_until_ready()
+    imports_s = time.perf_counter() - args.began
+    path = CONFIGS / args.random_weights if args.random_weights in preset_names() else Path(args.random_weights)
+    try:
+        model_config = load_config(path)
+        config = EngineConfig(
+            num_blocks=args.num_blocks,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_model_len=min(args.max_model_len, model_config.max_model_len),
+            enable_prefix_caching=True,
+            host_memory_bytes=int(args.host_memory_gib * 2**30),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    limits = None if args.startup_only else machine.measure_limits(jnp.dtype(model_config.dtype))
+    llm, startup = start(model_config, config, imports_s)
+    print(startup)
+    runner = llm.engine.runner
+    name = args.name or f"serving_{path.name}_{device_name()}" + "_quick" * args.quick
+    report = start_report(
+        args,
+        is_quick=args.quick,
+        sizes=dataclasses.asdict(QUICK if args.quick else FULL),
+        limit_s=args.limit_s,
+        model=dataclasses.asdict(model_config),
+        dtype=str(runner.dtype),
+        weight_bytes=runner.weight_bytes,
+        settings=dataclasses.asdict(config)
+        | {"num_blocks": runner.num_blocks, "num_host_blocks": runner.num_host_blocks},
+        num_programs=len(runner.programs),
+        limits=None if limits is None else dataclasses.asdict(limits),
+        costs=None if runner.costs is None else dataclasses.asdict(runner.costs),
+        startup_s=(cold or startup).total_s,
+        startup=dataclasses.asdict(cold or startup),
+        startup_warm=None if cold is None else dataclasses.asdict(startup),
+        peers={engine: {key: peer[key] for key in ("settings", "source")} for engine, peer in SERVING.items()},
+        figures={},
+        steps={},
+        unfinished=[],
+        failed={},
+    )
+    if limits is not None:
+        figures = Figures(report, serving_figures(path.name), lambda: save(name, report, args.out))
+        bench = Bench(
+            runner,
+            config,
+            QUICK if args.quick else FULL,
+            figures,
+            _floor(runner, config, limits),
+            args.limit_s,
+            end=float("inf") if args.budget_s is None else args.began + args.budget_s,
+        )
+        _run_workloads(args, report, bench)
+    return name, report
+
+
+def _floor(runner: ModelRunner, config: EngineConfig, limits: machine.MachineLimits) -> Floor:
+    model, item_bytes = runner.model_config, runner.dtype.itemsize
+    return Floor(
+        limits,
+        weight_bytes=runner.weight_bytes,
+        embedding_bytes=model.vocab_size * model.hidden_size * item_bytes,
+        has_tied_logits=model.tie_word_embeddings,
+        weight_item_bytes=item_bytes,
+        bytes_per_block=runner.bytes_per_block,
+        block_size=config.block_size,
+    )
+
+
+def _run_workloads(args: argparse.Namespace, report: dict[str, Any], bench: Bench) -> None:
+    """Run all workloads asked for; the report is filled and saved on the way."""
+    runner, figures = bench.runner, bench.figures
+    print(bench.floor.limits)
+    print(f"{runner.num_blocks:,} blocks, {runner.num_host_blocks:,} in host memory, {len(runner.programs)} programs")
+    figures.print_header()
+    figures.add("startup_s", report["startup_s"], lower_is_better=True)
+    if report["startup_warm"] is not None:
+        figures.add("startup_warm_s", report["startup_warm"]["total_s"], lower_is_better=True)
+    bench.load_programs()
+    for workload in args.workloads:
+        try:
+            run_workload(workload, bench, args)
+        except TimeIsUp:
+            report["unfinished"].append(workload)
+            print(f"{workload}: NOT FINISHED within {args.limit_s:g} s")
+        except Exception as error:  # the others may still be measured
+            report["failed"][workload] = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+            print(f"{workload}: FAILED: {error}")
+        figures.save()
+    figures.print_all()
+
+
+def preset_names() -> list[str]:
+    """Shapes with a peer's figures; the other configs are of models that one GPU does not hold."""
+    return sorted(path.name for path in CONFIGS.iterdir() if serving_figures(path.name))

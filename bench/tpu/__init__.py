@@ -1,0 +1,1 @@
+"""TPU kernels and whole models through the real TPU compiler, without a TPU."""

@@ -1,0 +1,73 @@
+"""``jpaged generate``: continues a prompt."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from jpaged.cli import start
+from jpaged.cli.options import cap, generate_params
+from jpaged.cli.terminal import Answer, end_line, note, show, waiting
+from jpaged.request import CompletionOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from jpaged.llm import LLM
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if not args.json and (args.logprobs is not None or args.prompt_logprobs is not None):
+        raise ValueError("--logprobs and --prompt-logprobs are shown by --json only: add it")
+    params = generate_params(args)
+    prompt = sys.stdin.read() if args.prompt == "-" and args.is_leader else args.prompt
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one character")
+    llm = start.load(args, max_num_seqs=params.num_sequences)
+    if args.max_tokens is None:
+        params = cap(params, llm.max_model_len)
+    if args.json:
+        [output] = llm.generate(prompt, params, use_tqdm=sys.stderr.isatty())
+        print(json.dumps(asdict(output), ensure_ascii=False))
+    elif params.use_beam_search or params.num_sequences > params.n:
+        _print_ranked(llm, prompt, params)
+    elif params.n == 1:
+        answer = Answer()
+        show(prompt, llm.stream(prompt, params), answer)
+        end_line(prompt + answer.text)
+        if sys.stderr.isatty():
+            note(f"[{answer}; --seed {params.seed} repeats it]" if params.temperature else f"[{answer}]")
+    else:
+        _print_whole(llm, prompt, params)
+
+
+def _print_whole(llm: "LLM", prompt: str, params: SamplingParams) -> None:
+    """Print each of several completions, after the prompt and under a header, when it is complete."""
+    texts = [""] * params.n
+    for delta in llm.stream(prompt, params):
+        texts[delta.index] += delta.text
+        if delta.finish_reason is not None:
+            print(f"=== completion {delta.index + 1} of {params.n} ({delta.finish_reason}) ===")
+            _print_text(prompt + texts[delta.index])
+
+
+def _print_ranked(llm: "LLM", prompt: str, params: SamplingParams) -> None:
+    """Print the best of several completions, best first, once all are complete; a single one needs no header."""
+    with waiting(f"{'searching' if params.use_beam_search else 'drawing'} {params.num_sequences} at once ..."):
+        [result] = llm.generate(prompt, params, use_tqdm=False)
+    for output in result.outputs:
+        if params.use_beam_search or params.n > 1:
+            print(f"=== completion {output.index + 1} of {params.n}, {_rank(output)} ({output.finish_reason}) ===")
+        _print_text(prompt + output.text)
+
+
+def _rank(output: CompletionOutput) -> str:
+    """What a completion was ranked by."""
+    if output.score is None:
+        return f"log-probability {output.cumulative_logprob:.5g}"
+    return f"score {output.score:.5g}"
+
+
+def _print_text(text: str) -> None:
+    sys.stdout.write(text)
+    end_line(text)

@@ -1,0 +1,70 @@
+"""What commands write: text as it comes to stdout, notes and progress to stderr."""
+
+import sys
+import time
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+
+from jpaged.request import CompletionDelta, FinishReason
+
+
+def note(text: str) -> None:
+    """Write a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, without line breaks."""
+    return " ".join(str(error).split())
+
+
+def end_line(text: str) -> None:
+    """End the line ``text`` was written on, if it did not end it itself."""
+    if not text.endswith("\n"):
+        sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+@dataclass(slots=True)
+class Answer:
+    """One completion as it was streamed."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    seconds: float = 0.0  # from the first token to the last
+    finish_reason: FinishReason = FinishReason.ABORT
+
+    def __str__(self) -> str:
+        rate = f", {(len(self.token_ids) - 1) / self.seconds:.0f} a second" if self.seconds else ""
+        return f"{len(self.token_ids)} tokens{rate}; ended by {self.finish_reason}"
+
+
+def show(head: str, deltas: Generator[CompletionDelta], answer: Answer) -> None:
+    """Write ``head`` and a completion to stdout as it comes. ``answer`` keeps it, and is right even after Ctrl-C."""
+    with closing(deltas):
+        with waiting("computing the prompt and compiling what is new ..."):
+            first = next(deltas)
+        start = time.monotonic()
+        sys.stdout.write(head)
+        for delta in chain((first,), deltas):
+            sys.stdout.write(delta.text)
+            sys.stdout.flush()
+            answer.text += delta.text
+            answer.token_ids += delta.token_ids
+            answer.seconds = time.monotonic() - start
+            answer.finish_reason = delta.finish_reason or answer.finish_reason
+
+
+@contextmanager
+def waiting(text: str) -> Generator[None]:
+    """Shows ``text`` on the last line of a terminal while something takes its time."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # back, and erase to the end of the line

@@ -1,0 +1,101 @@
+"""What the engine asks of the kernels of a platform, and what all platforms have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jpaged.device.kv.pool import Block, KVCache
+from jpaged.models.layers.common import AddNorm
+from jpaged.models.spec import LayerSpec
+
+
+class Rows(NamedTuple):
+    """Where the tokens of a step lie in the pool; the fields are arguments of ``write_kv`` and ``paged_attention``."""
+
+    slots: Int[Array, " tokens"]
+    block_tables: Int[Array, "rows max_blocks"]
+    kv_lens: Int[Array, " rows"]
+    cu_q_lens: Int[Array, " rows_plus_1"]
+
+
+class HeadArrays(NamedTuple):
+    """Numbers of attention for each query head, as ``Attend`` takes them; None for a layer without."""
+
+    sinks: Float[Array, " num_heads"] | None = None
+    alibi_slopes: Float[Array, " num_heads"] | None = None
+
+
+@dataclass(frozen=True)
+class Backend(ABC):
+    """Writes K and V, attends and moves blocks with the kernels of one platform. Hashable: it is static under jit.
+
+    Over several devices, each device runs the kernels over its own heads, under ``jax.shard_map``. What a subclass
+    does not override, XLA does, and splits over the devices itself.
+
+    Args:
+        reason: why this backend was chosen, for people.
+        num_devices: devices that the heads are split over.
+        interpret: whether kernels run in Pallas's interpreter, on any device.
+    """
+
+    reason: str = field(compare=False)
+    num_devices: int = 1
+    interpret: bool = False
+
+    name: ClassVar[str]
+    """The implementation of ``pallas_kernels.paged_attention``."""
+
+    def pool_heads(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
+        """KV heads and head_dim of the pool, for a model's over all devices."""
+        return num_kv_heads, head_dim
+
+    @property
+    def add_norm(self) -> AddNorm | None:
+        """A kernel that adds and norms; None if there is none."""
+        return None
+
+    @abstractmethod
+    def attend(
+        self,
+        cache: KVCache,
+        spec: LayerSpec,
+        q: Float[Array, "tokens num_heads head_dim"],
+        k: Float[Array, "tokens num_kv_heads head_dim"],
+        v: Float[Array, "tokens num_kv_heads head_dim"],
+        rows: Rows,
+        head_arrays: HeadArrays,
+        into: Float[Array, "tokens num_heads head_dim"] | None,
+    ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
+        """Store a layer's K and V, and attend over all of each row's context.
+
+        Args:
+            cache: the block pool.
+            spec: the layer.
+            q, k, v: this step's tokens.
+            rows: where the tokens lie in the pool.
+            head_arrays: as the spec announces them.
+            into: the result for an earlier layer, which nothing reads any more. Its memory may take the next result.
+        """
+
+    def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
+        """``KVCache.copy``. No block but block 0 may be both a source and a destination; block 0 may stay as it is."""
+        return cache.copy(src, dst)
+
+    def gather(self, cache: KVCache, blocks: Int[Array, " n"]) -> list[Block]:
+        """``KVCache.gather``."""
+        return cache.gather(blocks)
+
+    def scatter(self, cache: KVCache, blocks: Int[Array, " n"], data: Sequence[Block]) -> KVCache:
+        """``KVCache.scatter``. Block 0 may stay as it is."""
+        return cache.scatter(blocks, data)
+
+    def on_each_device(self, run: Callable[..., Any], in_specs: tuple[P, ...], out_specs: Any) -> Callable[..., Any]:
+        """A function that every device of the mesh in use runs over its own parts of the arguments."""
+        if self.num_devices == 1:
+            return run
+        return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,0 +1,40 @@
+"""The engine's ``attend``: the door between a model and the block pool."""
+
+from jaxtyping import Array, Float
+
+from jpaged.device.backends import Backend, HeadArrays, Rows
+from jpaged.device.kv.pool import KVCache
+from jpaged.models.spec import LayerSpec, check_head_arrays
+
+
+class PagedAttend:
+    """Stores a layer's K and V, then attends over all of each sequence's context.
+
+    Lives during one trace. ``cache`` is the newest value of the cache, which this class alone replaces.
+
+    Args:
+        cache: the block pool before this step.
+        rows: where the step's tokens lie in the pool.
+        backend: writes and attends.
+    """
+
+    def __init__(self, cache: KVCache, rows: Rows, backend: Backend):
+        self.cache = cache
+        self._rows = rows
+        self._backend = backend
+        self._out: Array | None = None  # output of the layer before, which its output projection has read
+
+    def __call__(
+        self,
+        spec: LayerSpec,
+        q: Float[Array, "tokens num_heads head_dim"],
+        k: Float[Array, "tokens num_kv_heads head_dim"],
+        v: Float[Array, "tokens num_kv_heads head_dim"],
+        *,
+        sinks: Float[Array, " num_heads"] | None = None,
+        alibi_slopes: Float[Array, " num_heads"] | None = None,
+    ) -> Float[Array, "tokens num_heads head_dim"]:
+        check_head_arrays(spec, sinks, alibi_slopes)
+        head_arrays = HeadArrays(sinks, alibi_slopes)
+        self._out, self.cache = self._backend.attend(self.cache, spec, q, k, v, self._rows, head_arrays, self._out)
+        return self._out

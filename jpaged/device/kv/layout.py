@@ -1,0 +1,101 @@
+"""The shape of the block pool of a model's layers, and the bytes of a block."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.config import EngineConfig
+from jpaged.device.backends import Backend
+from jpaged.device.kv.pool import KVCache
+from jpaged.models.checkpoint.config import ModelConfig
+from jpaged.models.spec import LayerSpec
+from pallas_kernels import block_pool_shape, is_quantized, kv_scales_shape
+
+KV_DTYPES = {"fp8": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
+"""Types of quantised pools, by the setting ``kv_cache_dtype``."""
+
+
+@dataclass(frozen=True)
+class PoolLayout:
+    """Everything about a pool but the number of its blocks.
+
+    Args:
+        num_kv_heads, head_dim: KV heads over all devices, and their features, as a backend lays them out.
+        dtype: type of K and V in the pool.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: jnp.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block with its scales, over all devices."""
+        shape = block_pool_shape(1, self.num_layers, self.num_kv_heads, self.block_size, self.head_dim)
+        scales_bytes = 0
+        if is_quantized(self.dtype):
+            scales_bytes = 4 * math.prod(kv_scales_shape(1, self.num_layers, self.num_kv_heads))
+        return math.prod(shape) * self.dtype.itemsize + scales_bytes
+
+    def allocate(self, num_blocks: int, sharding: jax.sharding.Sharding | None = None) -> KVCache:
+        """A cache of so many blocks."""
+        return KVCache.allocate(
+            num_blocks=num_blocks,
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            dtype=self.dtype,
+            sharding=sharding,
+        )
+
+
+def kv_dtype(setting: str, dtype: Any) -> jnp.dtype:
+    """Type of K and V in the pool.
+
+    Args:
+        setting: ``EngineConfig.kv_cache_dtype``.
+        dtype: type of the activations.
+    """
+    return KV_DTYPES.get(setting, jnp.dtype(dtype))
+
+
+def heads_of_pool(specs: Sequence[LayerSpec], num_devices: int) -> tuple[int, int]:
+    """KV heads that the pool of some layers has, at least one for each device, and their features.
+
+    Raises:
+        ValueError: no layers, layers that are not numbered in order, or layers that one pool cannot hold.
+    """
+    if not specs:
+        raise ValueError("the model declares no layers: expected layer_specs with a LayerSpec for each layer")
+    if [spec.layer for spec in specs] != list(range(len(specs))):
+        raise ValueError(
+            f"layer_specs are numbered {[spec.layer for spec in specs]}: expected 0 to {len(specs) - 1}, in order"
+        )
+    shapes = {(spec.group, spec.num_kv_heads, spec.head_dim) for spec in specs}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"layers have (group, num_kv_heads, head_dim) of {sorted(shapes)}: expected one for all layers, since they "
+            "share a block pool"
+        )
+    return max(specs[0].num_kv_heads, num_devices), specs[0].head_dim
+
+
+def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: Backend) -> PoolLayout:
+    """The layout of a model's pool.
+
+    Args:
+        model: shape of the model.
+        config: the engine's settings.
+        dtype: type of the activations.
+        backend: lays out the heads.
+    """
+    num_kv_heads, head_dim = backend.pool_heads(*heads_of_pool(model.layer_specs, backend.num_devices))
+    stored = kv_dtype(config.kv_cache_dtype, dtype)
+    return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, config.block_size, stored)

@@ -1,0 +1,108 @@
+"""Appending: new blocks, and copies on write, for sequences that grow (PagedAttention, section 4.4)."""
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+from jpaged.contract.plan import BlockCopy
+from jpaged.host.blocks.holdings import Holding, Holdings
+from jpaged.host.blocks.ticket import Ticket
+from jpaged.host.blocks.tier import TwoTiers
+
+type _Growth = tuple[Holding, int]  # the blocks of a sequence, and the tokens that it gains
+
+
+class Append:
+    """Gives blocks to sequences that grow.
+
+    Args:
+        tiers: the two tiers of blocks.
+        holdings: the blocks of every sequence.
+    """
+
+    def __init__(self, tiers: TwoTiers, holdings: Holdings) -> None:
+        self._tiers = tiers
+        self._holdings = holdings
+
+    def ticket(self, appends: Sequence[tuple[Hashable, int]]) -> Ticket[list[BlockCopy]]:
+        """The ticket to make room for more tokens, by (seq_id, number of tokens).
+
+        The sequences take what each would take alone, less one for every shared block all of whose holders grow: the
+        last of them writes in place.
+        """
+        growing = [self._growth(*append) for append in appends]
+        num_blocks, writers = 0, Counter()
+        for holding, num_tokens in growing:
+            num_blocks += _num_blocks_alone(self._tiers, holding, num_tokens)
+            if holding.num_empty > 0 and not holding.is_borrowing:
+                writers[holding.blocks[-1]] += 1
+        device = self._tiers.device
+        in_place = sum(1 < count == device.ref_counts[block] for block, count in writers.items())
+        return Ticket(num_blocks - in_place, self._tiers, device, lambda: self._grow(growing))
+
+    def append(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
+        """As the ticket and its commit, at less cost in the common case."""
+        holdings, ref_counts = self._holdings.on_device, self._tiers.device.ref_counts
+        fitting: list[_Growth] = []
+        others: list[tuple[Hashable, int]] = []
+        for seq_id, num_tokens in appends:
+            holding = holdings.get(seq_id)
+            if (  # 15 of 16 decodes with blocks of 16: kept free of other work
+                holding is not None
+                and 0 < num_tokens <= holding.num_empty
+                and ref_counts[holding.blocks[-1]] == 1
+                and not holding.is_borrowing
+            ):
+                fitting.append((holding, num_tokens))
+            else:
+                others.append((seq_id, num_tokens))
+        growing = [self._growth(*append) for append in others]
+        most = sum(2 + num_tokens // self._tiers.block_size for _, num_tokens in growing)
+        is_sure_to_fit = most <= self._tiers.device.num_free and not self._tiers.has_loads
+        copies = self._grow(growing) if is_sure_to_fit else self.ticket(others).commit()
+        self._tiers.num_changes += bool(fitting) or any(num_tokens for _, num_tokens in growing)
+        for holding, num_tokens in fitting:
+            holding.num_empty -= num_tokens
+        return copies
+
+    def _growth(self, seq_id: Hashable, num_tokens: int) -> _Growth:
+        holding = self._holdings.held_by(seq_id)
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens={num_tokens}: give 0 or more")
+        return holding, num_tokens
+
+    def _grow(self, growing: Sequence[_Growth]) -> list[BlockCopy]:
+        return [copy for holding, num_tokens in growing for copy in _grow(self._tiers, holding, num_tokens)]
+
+
+def _grow(tiers: TwoTiers, holding: Holding, num_tokens: int) -> list[BlockCopy]:
+    """Give a sequence the blocks for its tokens, which must be there. Returns the copies to run."""
+    total = len(holding.blocks) * tiers.block_size - holding.num_empty + num_tokens
+    copies = _copy_last_block(tiers, holding) if num_tokens > 0 and _must_copy_last_block(tiers, holding) else []
+    while len(holding.blocks) * tiers.block_size < total:
+        holding.blocks.append(tiers.take())
+    holding.num_empty = len(holding.blocks) * tiers.block_size - total
+    return copies
+
+
+def _num_blocks_alone(tiers: TwoTiers, holding: Holding, num_tokens: int) -> int:
+    num_new = -(-max(num_tokens - holding.num_empty, 0) // tiers.block_size)
+    if num_tokens == 0 or not _must_copy_last_block(tiers, holding):
+        return num_new
+    num_loads = int(tiers.is_loading(holding.blocks[-1]))
+    return tiers.num_needed(num_new + 1 - num_loads, num_loads=num_loads)
+
+
+def _must_copy_last_block(tiers: TwoTiers, holding: Holding) -> bool:
+    """Whether another sequence, or the cache, relies on slots of the last block that the holder would write."""
+    return holding.num_empty > 0 and (tiers.device.ref_counts[holding.blocks[-1]] > 1 or holding.is_borrowing)
+
+
+def _copy_last_block(tiers: TwoTiers, holding: Holding) -> list[BlockCopy]:
+    src, copies = holding.blocks[-1], []
+    if tiers.is_loading(src):
+        holding.blocks[-1] = tiers.load_again(src)
+    else:
+        holding.blocks[-1], copies = tiers.copy(src)
+    tiers.release([src])
+    holding.is_borrowing = False
+    return copies

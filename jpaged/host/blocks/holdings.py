@@ -1,0 +1,121 @@
+"""Holdings: the blocks of every sequence, on the device or on the host."""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from jpaged.host.blocks.prefix_cache import Prefix
+from jpaged.host.blocks.tier import TwoTiers
+
+
+@dataclass(slots=True)
+class Holding:
+    """The blocks of one sequence.
+
+    Args:
+        blocks: physical blocks in logical order.
+        num_empty: slots of the last block without a token, so ``0 <= num_empty < block_size``.
+        prefix: content of the first ``num_published`` blocks, all full.
+        num_published: blocks that this sequence has published.
+        is_borrowing: shares a last block in which the cache may hold more tokens than the sequence does.
+    """
+
+    blocks: list[int]
+    num_empty: int
+    prefix: Prefix | None = None
+    num_published: int = 0
+    is_borrowing: bool = False
+
+    def fork(self) -> "Holding":
+        """The same blocks for another sequence."""
+        return Holding(self.blocks.copy(), self.num_empty, self.prefix, self.num_published, self.is_borrowing)
+
+
+class Holdings:
+    """The holding of every sequence, by its id. Written by the block manager and its rooms.
+
+    Args:
+        block_size: tokens in a block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.on_device: dict[Hashable, Holding] = {}
+        self.on_host: dict[Hashable, Holding] = {}
+
+    def held_by(self, seq_id: Hashable) -> Holding:
+        """The device blocks of a sequence. Raises ValueError if it is unknown or swapped out."""
+        holding = self.on_device.get(seq_id)
+        if holding is None:
+            if seq_id in self.on_host:
+                raise ValueError(f"sequence {seq_id!r} is swapped out: swap it in first")
+            raise ValueError(f"unknown sequence {seq_id!r}: reserve or fork it first")
+        return holding
+
+    def swapped_by(self, seq_id: Hashable) -> Holding:
+        """The host blocks of a sequence. Raises ValueError if it is not swapped out."""
+        holding = self.on_host.get(seq_id)
+        if holding is None:
+            raise ValueError(f"sequence {seq_id!r} is not swapped out: there is nothing to swap in")
+        return holding
+
+    def require_new(self, seq_id: Hashable) -> None:
+        """Raise ValueError if the name is in use."""
+        if seq_id in self.on_device or seq_id in self.on_host:
+            raise ValueError(f"sequence {seq_id!r} exists already: free it first, or choose another name")
+
+    def require_none(self) -> None:
+        """Raise ValueError if any sequence holds blocks."""
+        if self.on_device or self.on_host:
+            raise ValueError(f"{len(self.on_device) + len(self.on_host)} sequences hold blocks: free them first")
+
+    def require_positions(self, seq_id: Hashable, start: int, stop: int) -> None:
+        """Raise ValueError if the sequence does not hold token positions [start, stop) on the device."""
+        num_held = self.num_tokens(self.held_by(seq_id))
+        if not 0 <= start <= stop <= num_held:
+            raise ValueError(f"positions [{start}, {stop}): sequence {seq_id!r} holds [0, {num_held})")
+
+    def num_tokens(self, holding: Holding) -> int:
+        """Count the tokens that the blocks of a sequence hold or have room for."""
+        return len(holding.blocks) * self.block_size - holding.num_empty
+
+    def num_tokens_of(self, seq_id: Hashable) -> int:
+        """As ``num_tokens``, of a sequence in either tier. Raises ValueError if it is unknown."""
+        return self.num_tokens(self.on_device.get(seq_id) or self.on_host.get(seq_id) or self.held_by(seq_id))
+
+    def num_covering(self, num_tokens: int) -> int:
+        """Count the blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def num_empty_slots(self) -> int:
+        """Count the device slots without a token, each physical block once.
+
+        A sequence that borrows a block may see fewer tokens in it than others: the sequence that sees most counts.
+        """
+        holdings = self.on_device.values()
+        full = {block for h in holdings for block in (h.blocks[:-1] if h.num_empty else h.blocks)}
+        partial = dict(sorted(((h.blocks[-1], h.num_empty) for h in holdings if h.num_empty), reverse=True))
+        return sum(count for block, count in partial.items() if block not in full)
+
+    def check_invariants(self, tiers: TwoTiers) -> None:
+        """Assert what this class and the tiers promise, at the cost of a walk over all blocks."""
+        assert not self.on_device.keys() & self.on_host.keys()
+        tiers.check_invariants(on_device=_count(self.on_device.values()), on_host=_count(self.on_host.values()))
+        for h in [*self.on_device.values(), *self.on_host.values()]:
+            assert 0 <= h.num_empty < self.block_size
+            assert h.blocks or not h.num_empty
+            assert len(set(h.blocks)) == len(h.blocks)
+            assert h.num_published * self.block_size <= self.num_tokens(h)
+            assert h.num_published == (len(h.prefix.chain()) if h.prefix else 0)
+        owners = [h for h in self.on_device.values() if h.blocks and not h.is_borrowing]
+        num_empty = {h.blocks[-1]: h.num_empty for h in owners}
+        for h in owners:
+            assert h.num_empty == num_empty[h.blocks[-1]], "all owners of a block see the same tokens in it"
+            assert not any(num_empty.get(block, 0) for block in h.blocks[:-1])
+            cached = tiers.device.cache.prefix_of(h.blocks[-1])
+            num_held = self.block_size - h.num_empty
+            assert cached is None or cached.num_last_tokens <= num_held, "an owner writes no cached slot"
+
+
+def _count(holdings: Iterable[Holding]) -> Counter[int]:
+    return Counter(block for holding in holdings for block in holding.blocks)

@@ -1,0 +1,68 @@
+"""Publishing: enters the blocks of a sequence into the prefix cache."""
+
+from collections.abc import Hashable, Sequence
+
+from jpaged.host.blocks.hashed_tokens import HashedTokens, hash_blocks
+from jpaged.host.blocks.holdings import Holding, Holdings
+from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache
+from jpaged.host.blocks.tier import TwoTiers
+
+
+def check_publish(
+    holdings: Holdings, seq_id: Hashable, token_ids: Sequence[int] | HashedTokens, num_computed: int, salt: bytes
+) -> None:
+    """Raise ValueError if the sequence is not on the device, has not so many tokens, or has another salt."""
+    holding = holdings.held_by(seq_id)
+    num_tokens = holdings.num_tokens(holding)
+    if not 0 <= num_computed <= num_tokens or num_computed > len(token_ids):
+        raise ValueError(
+            f"num_computed={num_computed}: sequence {seq_id!r} has room for {num_tokens} tokens, "
+            f"and {len(token_ids)} token_ids were given: expected 0 to the lesser of both"
+        )
+    if holding.prefix is not None and holding.prefix.salt != salt:
+        raise ValueError(f"salt={salt!r}: sequence {seq_id!r} shares or published blocks under {holding.prefix.salt!r}")
+
+
+def publish(
+    tiers: TwoTiers,
+    holding: Holding,
+    token_ids: Sequence[int] | HashedTokens,
+    num_computed: int,
+    *,
+    salt: bytes,
+    include_partial: bool,
+) -> None:
+    """Enter blocks that the sequence has not published. Of two blocks with the same content, the first is kept.
+
+    Args:
+        tiers: the two tiers of blocks.
+        holding: the sequence's blocks.
+        token_ids: the sequence's tokens.
+        num_computed: tokens of these whose KV is in the pool once all planned steps have run.
+        salt: of the prefix.
+        include_partial: enter the last, partial block too, and blocks whose entries other blocks have lost.
+    """
+    cache, block_size, start = tiers.device.cache, tiers.block_size, holding.num_published
+    prefix = holding.prefix or Prefix.empty(salt)
+    if include_partial:
+        _publish_again(cache, holding, prefix)
+    stop = num_computed if include_partial else num_computed // block_size * block_size
+    if stop <= start * block_size:
+        return
+    if isinstance(token_ids, HashedTokens):
+        blocks = token_ids.blocks(start, stop)
+    else:
+        blocks = hash_blocks(prefix.digest, token_ids[start * block_size : stop], block_size)
+    for tokens, digest in blocks:
+        known = cache.insert(prefix.link(tokens, digest), holding.blocks[holding.num_published])
+        if len(tokens) == cache.block_bytes:
+            prefix = holding.prefix = known
+            holding.num_published += 1
+
+
+def _publish_again(cache: PrefixCache, holding: Holding, prefix: Prefix) -> None:
+    """Enter published blocks that were left out: the blocks that held the entries may have been reused since."""
+    for link, block in zip(prefix.chain(), holding.blocks, strict=False):
+        entered = cache.prefix_of(block)  # perhaps before the block was full
+        if entered is None or entered.num_last_tokens < link.num_last_tokens:
+            cache.insert(link, block)

@@ -1,0 +1,77 @@
+"""The statistics of the pools."""
+
+from dataclasses import dataclass
+
+from jpaged.host.blocks.holdings import Holdings
+from jpaged.host.blocks.reserve import Reserve
+from jpaged.host.blocks.swap import Swap
+from jpaged.host.blocks.tier import TwoTiers
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStats:
+    """The blocks held and cached now, and counters since the start.
+
+    Args:
+        num_blocks: device blocks that can be handed out (all but block 0).
+        num_used: device blocks held by at least one sequence.
+        num_shared: device blocks held by two or more.
+        num_logical: device blocks that would be held if none were shared.
+        num_cached: device blocks in the prefix cache, held or free.
+        num_host_blocks: blocks of the host tier.
+        num_host_used: host blocks held by a swapped sequence, or read by a transfer in flight.
+        num_host_cached: host blocks in the prefix cache, held or free.
+        tokens_held: device slots that hold a token, each physical block counted once however many share it.
+        waste: fraction of the slots of used blocks that hold no token (the paper's internal fragmentation).
+        prefix_queried_tokens: tokens of all sequences reserved so far while prefix caching was on.
+        prefix_hit_tokens: queried tokens whose KV came from the prefix cache, of either tier.
+        host_hit_tokens: queried tokens whose KV came from the host tier.
+        num_copies: blocks copied on write.
+        num_blocks_swapped_out, num_blocks_swapped_in: blocks moved between the tiers for sequences.
+        num_blocks_spilled: cached blocks saved to the host tier because their device block was reused.
+    """
+
+    num_blocks: int
+    num_used: int
+    num_shared: int
+    num_logical: int
+    num_cached: int
+    num_host_blocks: int
+    num_host_used: int
+    num_host_cached: int
+    tokens_held: int
+    waste: float
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
+    host_hit_tokens: int
+    num_copies: int
+    num_blocks_swapped_out: int
+    num_blocks_swapped_in: int
+    num_blocks_spilled: int
+
+
+def count_blocks(tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Swap) -> BlockStats:
+    """Count the blocks of the pools, in time proportional to all block tables."""
+    device, host = tiers.device, tiers.host
+    num_blocks, num_host_blocks = len(device.blocks), len(host.blocks)
+    num_used, num_empty = num_blocks - device.num_free, holdings.num_empty_slots()
+    num_slots = num_used * tiers.block_size
+    return BlockStats(
+        num_blocks=num_blocks,
+        num_used=num_used,
+        num_shared=sum(count > 1 for count in device.ref_counts),
+        num_logical=device.num_holders,
+        num_cached=len(device.cache),
+        num_host_blocks=num_host_blocks,
+        num_host_used=num_host_blocks - host.num_free,
+        num_host_cached=len(host.cache),
+        tokens_held=num_slots - num_empty,
+        waste=num_empty / num_slots if num_slots else 0.0,
+        prefix_queried_tokens=reserve.queried_tokens,
+        prefix_hit_tokens=reserve.hit_tokens,
+        host_hit_tokens=reserve.host_hit_tokens,
+        num_copies=tiers.num_copies,
+        num_blocks_swapped_out=swap.num_blocks_out,
+        num_blocks_swapped_in=swap.num_blocks_in,
+        num_blocks_spilled=tiers.num_spilled,
+    )

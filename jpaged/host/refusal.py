@@ -1,0 +1,43 @@
+"""Refusals: why the first waiting group could not start, so that it is not matched again in every iteration."""
+
+from dataclasses import dataclass
+
+from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.sequence import SequenceGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A group that was short of blocks, and the events without which it stays short.
+
+    Each block that becomes free shortens the lack by one. Each block that enters the device's cache may do the same, if
+    the group would load its content from the host. Otherwise only the first block that its match lacked matters.
+
+    Args:
+        group: the group.
+        num_rows: rows that it needed.
+        is_on_host: whether it would load blocks from the host.
+        is_running: whether other groups were running, for which some blocks must stay free.
+        num_short: blocks that it lacked at least.
+        num_freed: device blocks that had become free by then, since the start.
+        num_cached: blocks that had entered the device's prefix cache by then, since the start.
+        lacking: digest of the first block that its match lacked, if more of it can match.
+    """
+
+    group: SequenceGroup
+    num_rows: int
+    is_on_host: bool
+    is_running: bool
+    num_short: int
+    num_freed: int
+    num_cached: int
+    lacking: bytes | None
+
+    def stands(self, group: SequenceGroup, blocks: BlockManager, *, is_running: bool) -> bool:
+        """Whether the first waiting group is known to be still short of blocks."""
+        if group is not self.group or group.num_rows != self.num_rows or is_running != self.is_running:
+            return False
+        num_gained = blocks.num_blocks_freed - self.num_freed
+        if self.is_on_host:
+            num_gained += blocks.num_blocks_cached - self.num_cached
+        return num_gained < self.num_short and (self.lacking is None or not blocks.is_cached(self.lacking))

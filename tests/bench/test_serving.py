@@ -1,0 +1,411 @@
+"""The serving benchmark: profiles and figures against counts by hand, and the command on a tiny model."""
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench import machine
+from bench.__main__ import main
+from bench.machine import MachineLimits
+from bench.peers import SERVING
+from bench.report import CONFIGS
+from bench.serving import command
+from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
+from bench.serving.figures import Figures, Floor
+from bench.serving.profiling import profile_decode
+from bench.serving.runs import Bench, sampling
+from bench.serving.sizes import QUICK
+from bench.serving.startup import StartUp, start_cold
+from bench.serving.stopwatch import HOST_PARTS, Stopwatch
+from jpaged import LLM, EngineConfig
+from jpaged.device.step.steps import SAMPLING_SCOPE
+from jpaged.models import load_config, random_model
+from jpaged.sharding import make_mesh
+from tests.support.tiny import tiny_config
+
+LIMITS = MachineLimits(read_bytes_per_s=1e9, matmul_flops_per_s=1e12, dtype="float32")
+TINY = tiny_config(vocab_size=64, head_dim=8, max_position_embeddings=256, dtype="float32", eos_token_ids=(3,))
+SIZES = replace(
+    QUICK,
+    num_sharegpt=12,
+    num_shared_prefix=6,
+    num_parallel=3,
+    length_divisor=16,
+    prompt_len=32,
+    decode_lens=(3, 7),
+    num_prefill=2,
+    num_beam_prompts=2,
+    beam_len=4,
+    num_pressure_blocks=6,
+    num_timed_steps=4,
+    num_traced_steps=2,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    return path
+
+
+# Breakdowns
+
+
+@pytest.mark.parametrize(
+    ("name", "program", "group"),
+    [
+        ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "jit__forward", "gemm"),
+        ("gemm_fusion_dot_general_130", "jit__forward", "gemm"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop>", "jit__forward", "gemm"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "jit__forward", "gemm"),
+        ("gemm_fusion_dot_1", "jit__sample", "gemm"),
+        ("paged_decode_mosaic_gpu_kernel", "jit__forward", "attention"),
+        ("merge_decode_parts_mosaic_gpu_kernel", "jit__forward", "attention"),
+        ("paged_prefill_mosaic_gpu_kernel", "jit__forward", "attention"),
+        ("input_reduce_fusion_12", "jit__sample", "sampling"),
+        ("input_reduce_fusion_12", "jit__beam", "sampling"),
+        ("input_reduce_fusion_12", "jit__forward", "other"),
+        ("MemcpyH2D", "", "other"),
+    ],
+)
+def test_kernels_are_grouped_by_name_and_program(name, program, group):
+    assert Kernel(name, 0, 1, program).group == group
+
+
+def test_sampling_inside_of_a_larger_program_is_told_by_its_scope():
+    @jax.jit
+    def step(x):
+        with jax.named_scope(SAMPLING_SCOPE):
+            return jnp.sort(x * 2)
+
+    scopes = scopes_of(step.lower(jnp.ones(1000)).compile().as_text())
+    sorts = [key for key, scope in scopes.items() if scope.endswith("/sort")]
+    assert sorts
+    assert {Kernel(name, 0, 1, program, scopes[program, name]).group for program, name in sorts} == {"sampling"}
+    assert {program for program, _ in sorts} == {"jit_step"}
+    assert Kernel(sorts[0][1], 0, 1, "jit_step", "jit(step)/sort").group == "other"
+
+
+def test_breakdown_sums_kernels_a_step_and_leaves_the_rest_as_gaps():
+    one_step = [
+        Kernel("gemm_fusion_dot", 0, 4000, "jit__forward"),
+        Kernel("paged_decode", 5000, 3000, "jit__forward"),
+        Kernel("MemcpyD2H", 7000, 2000),  # beside the kernel before it for 1 us
+        Kernel("loop_add_fusion", 10_000, 1000, "jit__forward"),
+        Kernel("loop_add_fusion", 12_000, 2000, "jit__sample"),
+    ]
+    kernels = one_step + [replace(kernel, start_ns=kernel.start_ns + 20_000) for kernel in one_step]
+    step = break_down(kernels[::-1], 2, step_us=15.0, host_us={"schedule": 1.0})
+    assert (step.gemm_us, step.attention_us, step.sampling_us, step.other_us) == pytest.approx((4, 3, 2, 3))
+    assert step.gaps_us == pytest.approx(15 - 11)
+    assert step.traced_step_us == pytest.approx(34 / 2)
+    assert (step.num_launches, step.num_steps) == (5, 2)
+    assert [(k.name, k.group, k.us, k.num_launches) for k in step.largest[:2]] == [
+        ("gemm_fusion_dot", "gemm", pytest.approx(4), 1),
+        ("paged_decode", "attention", pytest.approx(3), 1),
+    ]
+    fusions = {k.group: k.us for k in step.largest if k.name == "loop_add_fusion"}
+    assert fusions == {"other": pytest.approx(1), "sampling": pytest.approx(2)}
+
+
+def test_without_programs_sampling_is_unknown_rather_than_nothing():
+    step = break_down([Kernel("loop_add_fusion", 0, 1000)], 1, step_us=2.0, host_us={})
+    assert step.sampling_us is None
+    assert step.other_us == pytest.approx(1)
+
+
+def test_nothing_profiled_is_refused():
+    with pytest.raises(ValueError, match="nothing of the device was profiled"):
+        break_down([], 3, step_us=1.0, host_us={})
+
+
+def event(name: str, start_ns: int, duration_ns: int, stats: dict) -> SimpleNamespace:
+    return SimpleNamespace(name=name, start_ns=start_ns, duration_ns=duration_ns, stats=list(stats.items()))
+
+
+def plane(name: str, **lines) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name,
+        lines=[
+            SimpleNamespace(name=line.replace("_", " "), events=[event(*values) for values in events])
+            for line, events in lines.items()
+        ],
+    )
+
+
+def test_kernels_are_those_on_the_streams_of_the_first_gpu():
+    launch = ("nvjet", 10, 5, {"hlo_module": "jit__forward"})
+    host = plane("/host:CPU", python=[("f", 0, 9, {"hlo_op": "f"})])
+    gpu = plane("/device:GPU:0", Stream_7=[launch, ("MemcpyH2D", 1, 2, {})], XLA_Ops=[launch], Stream_9=[launch])
+    other = plane("/device:GPU:1", Stream_7=[launch])
+    forward = Kernel("nvjet", 10, 5, "jit__forward")
+    assert list(kernels_of([host, other, gpu], {})) == [forward, Kernel("MemcpyH2D", 1, 2), forward]
+
+
+@pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
+def test_a_real_profile_tells_the_programs_apart(tmp_path):
+    def _forward(x):
+        return x @ x
+
+    def _sample(x):
+        return jnp.sort(x, -1)[:, 0]
+
+    forward, sample = jax.jit(_forward), jax.jit(_sample)
+    x = jnp.ones((64, 64))
+    jax.block_until_ready(sample(forward(x)))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(sample(forward(x)))
+    programs = {kernel.program: kernel.group for kernel in read_kernels(tmp_path)}
+    assert programs["jit__sample"] == "sampling"
+    assert programs["jit__forward"] != "sampling"
+    with pytest.raises(FileNotFoundError):
+        read_kernels(tmp_path / "nowhere")
+
+
+# Figures
+
+
+def make_floor(**changes) -> Floor:
+    values = {"weight_bytes": 1000, "embedding_bytes": 100, "has_tied_logits": False, "weight_item_bytes": 2}
+    return Floor(LIMITS, **values | {"bytes_per_block": 64, "block_size": 4} | changes)
+
+
+def test_floors_are_bytes_over_bandwidth_and_flops_over_rate():
+    untied, tied = make_floor(), make_floor(has_tied_logits=True)
+    assert untied.decode_s(batch=3, context=10) == pytest.approx((900 + 3 * 10 * 16) / 1e9)
+    assert tied.decode_s(batch=3, context=10) == pytest.approx((1000 + 3 * 10 * 16) / 1e9)
+    assert untied.compute_s(num_tokens=7) == pytest.approx(2 * 7 * 400 / 1e12)  # without both tables of 50 weights
+    assert tied.compute_s(num_tokens=7) == pytest.approx(2 * 7 * 450 / 1e12)
+    assert untied.run_s(num_steps=5, num_blocks=11, num_tokens=1) == pytest.approx((5 * 900 + 11 * 64) / 1e9)
+    assert untied.run_s(num_steps=1, num_blocks=0, num_tokens=10**6) == pytest.approx(untied.compute_s(10**6))
+
+
+def test_ratios_and_fractions_are_above_one_where_we_are_better(capsys):
+    saved = []
+    report = {"figures": {}, "steps": {}}
+    figures = Figures(
+        report,
+        {"slow": {"time": 9.0}, "peer": {"time": 6.0, "rate_of_peer": 50.0}},
+        lambda: saved.append(len(report["figures"])),
+    )
+    figures.add("time", 4.0, lower_is_better=True, floor=3.0)
+    figures.add("rate", 100.0, lower_is_better=False, floor=125.0, peer_name="rate_of_peer", num_steps=7)
+    figures.add("alone", 1.0, lower_is_better=True)
+    assert saved == [1, 2, 3]
+    time_, rate, alone = report["figures"].values()
+    assert (time_["ratio_to_peer"], time_["fraction_of_floor"]) == (pytest.approx(1.5), pytest.approx(0.75))
+    assert (rate["ratio_to_peer"], rate["fraction_of_floor"]) == (pytest.approx(2), pytest.approx(0.8))
+    assert (rate["peer"], rate["num_steps"]) == (50, 7)
+    assert (alone["peer"], alone["ratio_to_peer"], alone["floor"], alone["fraction_of_floor"]) == (None,) * 4
+    assert capsys.readouterr().out.splitlines()[0].split() == ["time", "4", "6", "1.5", "3", "75%"]
+
+
+def test_stopwatch_times_calls_and_leaves_no_trace():
+    class Slow:
+        def sleep(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+    one, other, watch = Slow(), Slow(), Stopwatch()
+    with watch.watch(one, "sleep", "one"), watch.watch(Slow, "sleep", "all"):
+        assert one.sleep(0.01) == 0.01
+        other.sleep(0.02)
+    one.sleep(0)
+    assert watch.calls == {"one": 1, "all": 1}
+    assert watch.seconds["one"] >= 0.01
+    assert watch.seconds["all"] >= 0.02
+    assert vars(one) == {}
+
+
+# The engine
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    """Over a tiny model."""
+    config = EngineConfig(num_blocks=64, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)
+    model = random_model(TINY, jnp.dtype("float32"), make_mesh(1), 0)
+    runner = LLM.from_model(model, TINY, config, warm_up=True).engine.runner
+    figures = Figures({"figures": {}, "steps": {}}, {}, lambda: None)
+    return Bench(runner, config, SIZES, figures, make_floor(), limit_s=60.0)
+
+
+def prompts_of(count: int, length: int) -> list[list[int]]:
+    return [[5 + i] * length for i in range(count)]
+
+
+def test_a_run_counts_its_work_and_the_hosts_time(bench):
+    llm = bench.llm()
+    run = bench.run(llm, prompts_of(3, 20), sampling(max_tokens=6))
+    assert run.is_complete
+    assert (run.num_requests, run.num_prompt_tokens, run.num_output_tokens) == (3, 60, 18)
+    assert set(run.host_us_per_step) == {name for _, _, name in HOST_PARTS}
+    assert all(us > 0 for us in run.host_us_per_step.values())
+    assert sum(run.host_us_per_step.values()) * run.num_steps <= 1e6 * run.elapsed_s
+    again = bench.run(llm, prompts_of(3, 20), sampling(max_tokens=6))
+    assert again.num_cached_prompt_tokens == 3 * 16
+    assert (again.num_programs_compiled, again.num_computed_tokens) == (0, 60 - 48 + 18)
+
+
+def test_a_run_stops_at_the_deadline_with_what_it_has(bench, monkeypatch):
+    llm = bench.llm()
+    step, num_steps = llm.engine.step, 0
+
+    def counted():
+        nonlocal num_steps
+        num_steps += 1
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", counted)
+    monkeypatch.setattr("bench.serving.runs.time", SimpleNamespace(perf_counter=lambda: num_steps))
+    monkeypatch.setattr(bench, "deadline", 10)
+    run = bench.run(llm, prompts_of(2, 4), [sampling(max_tokens=n) for n in (3, 100)])
+    assert (run.is_complete, run.num_requests, run.num_output_tokens) == (False, 1, 3 + 11)
+    assert "STOPPED" in run.note()
+    assert not llm.engine.has_unfinished
+    assert llm.stats().num_used_blocks == 0
+    monkeypatch.setattr(bench, "deadline", 1000)
+    assert bench.run(llm, prompts_of(1, 4), sampling(max_tokens=5)).num_output_tokens == 5, "the engine still serves"
+
+
+@pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
+def test_decode_steps_are_profiled_and_forgotten(bench, tmp_path):
+    llm = bench.llm()
+    step = profile_decode(llm, prompts_of(4, 16), 5, 3, tmp_path)
+    assert step.num_steps == 3
+    assert step.step_us > 0
+    assert step.sampling_us is not None
+    assert step.host_us["enqueue"] > 0
+    assert not llm.engine.has_unfinished
+    assert llm.stats().num_used_blocks == 0
+    assert list(tmp_path.rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="the pool is too small"):
+        profile_decode(bench.llm(num_blocks=9), prompts_of(4, 60), 2, 2, tmp_path)
+
+
+def test_loading_runs_every_program_of_plain_steps(bench, monkeypatch):
+    program = bench.runner.programs.get
+
+    def programs_of(call) -> set[tuple]:
+        used = set()
+        monkeypatch.setattr(bench.runner.programs, "get", lambda key: used.add(key) or program(key))
+        call()
+        return used
+
+    compiled = set(bench.runner.programs.all_keys())
+    assert len(compiled) >= 8
+    assert {key for key in compiled if key[0] != "copy"} <= programs_of(bench.load_programs)
+
+
+# The command
+
+
+@pytest.fixture
+def run_serving(monkeypatch, tmp_path, capsys):
+    """Runs the command on the tiny model: status, printed lines, report."""
+    monkeypatch.setattr(machine, "measure_limits", lambda dtype: LIMITS)
+    monkeypatch.setattr(command, "QUICK", SIZES)
+
+    def run(model: Path, *options: str) -> tuple[int, list[str], dict]:
+        args = ["serving", "--random-weights", str(model), "--quick", "--commit", "abc", "--out", str(tmp_path)]
+        args += ["--num-blocks", "60", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"]
+        status = main([*args, "--max-model-len", "192", "--host-memory-gib", "0.001", *options])
+        report = json.loads((tmp_path / "serving_tiny_cpu_quick.json").read_text())
+        return status, capsys.readouterr().out.splitlines(), report
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
+def test_command_measures_all_workloads(run_serving, tiny_path, tmp_path):
+    status, lines, report = run_serving(tiny_path, "--decode-batches", "1", "4", "--profile", str(tmp_path / "traces"))
+    assert (status, report["failed"], report["unfinished"]) == (0, {}, [])
+    pressure = [
+        f"sharegpt12_6blocks_{preemption}_{unit}"
+        for preemption in command.PREEMPTIONS
+        for unit in ("tokens_per_s", "kept_percent")
+    ]
+    assert list(report["figures"]) == [
+        "startup_s", "sharegpt12_tokens_per_s", "decode_1_ms", "decode_4_ms", "prefill2_s",
+        "sharedprefix21_6_requests_per_s", "parallel4_3_tokens_per_s", "beam4_2x4_tokens_per_s", *pressure,
+    ]  # fmt: skip
+    assert report["figures"]["sharegpt12_6blocks_swap_tokens_per_s"]["num_preemptions"] > 0
+    assert report["figures"]["sharegpt12_tokens_per_s"]["num_programs_compiled"] == 0
+    assert list(report["steps"]) == ["decode_1", "decode_4", "prefill"]
+    assert (tmp_path / "traces" / "decode_4").is_dir()
+    assert (report["is_quick"], report["sizes"]["num_sharegpt"], report["environment"]["commit"]) == (True, 12, "abc")
+    startup = report["startup"]
+    parts = ("weights_s", "sizing_s", "compiling_s", "engine_s")
+    assert all(startup[part] > 0 for part in parts)
+    assert sum(startup[part] for part in parts) <= startup["total_s"] == report["figures"]["startup_s"]["value"]
+    assert startup["num_programs"] == report["num_programs"] > 10
+    header = next(i for i, line in reversed(list(enumerate(lines))) if line.split()[:3] == ["here", "peer", "ratio"])
+    assert lines[header + 1].split()[0] == "startup_s"
+    assert any(line.split()[:2] == ["us", "a"] and "gemm" in line for line in lines[header:])
+
+
+def test_command_goes_on_after_failures_and_time_limits(run_serving, tiny_path, monkeypatch, capsys):
+    def break_down(*args):
+        raise RuntimeError("no profiler here")
+
+    monkeypatch.setattr("bench.serving.scenarios.profile_prefill", break_down)
+    monkeypatch.setattr("bench.serving.runs.Bench.load_programs", lambda bench: None)
+    options = ("--workloads", "prefill32", "sharedprefix341_500", "--limit-s")
+    status, lines, report = run_serving(tiny_path, *options, "60")
+    assert status == 1
+    assert report["failed"] == {"prefill32": "RuntimeError: no profiler here"}
+    assert list(report["figures"]) == ["startup_s", "prefill2_s", "sharedprefix21_6_requests_per_s"]
+    status, lines, report = run_serving(tiny_path, *options, "0")
+    assert (status, report["unfinished"]) == (0, ["prefill32", "sharedprefix341_500"])
+    assert "prefill32: NOT FINISHED within 0 s" in lines
+
+
+def test_cold_start_is_measured_by_a_process_that_leaves_its_cache(monkeypatch, tmp_path):
+    times = StartUp(9, 1, 1, 1, 1, 1, 1, 0, 1)
+
+    def run(args, **options):
+        assert args[1:4] == ["-m", "bench", "serving"]
+        assert args[4:] == ["--quick", "--startup-only", "--out", str(tmp_path), "--name", "cold"]
+        (tmp_path / "cold.json").write_text(json.dumps({"startup": asdict(times)}))
+        return subprocess.CompletedProcess(args, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    args = SimpleNamespace(argv=["serving", "--quick", "--warm-start"])
+    assert start_cold(args, tmp_path) == times  # pyright: ignore[reportArgumentType]
+    assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / "cache")
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_options_that_need_random_weights_say_so(capsys):
+    for options in (["--warm-start"], ["--startup-only"]):
+        with pytest.raises(SystemExit):
+            main(["serving", *options])
+        assert "need --random-weights" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["serving", "--random-weights", "llama3-8b", "--max-num-seqs", "8", "--decode-batches", "1", "9"])
+    assert "--decode-batches" in capsys.readouterr().err
+
+
+def test_a_preset_loads_and_its_peer_has_figures_under_our_names():
+    peers = SERVING["vLLM 0.24.0"]["figures"]
+    assert set(command.preset_names()) == set(peers)
+    assert load_config(CONFIGS / "llama3-8b").vocab_size == 128256
+    names = {name.rsplit("_", 2)[0] for name in peers["llama3-8b"]}
+    assert {
+        "sharegpt1000_tokens",
+        "sharedprefix341_500_requests",
+        "parallel4_200_tokens",
+        "beam4_64x64_tokens",
+    } <= names
