@@ -1,4 +1,4 @@
-"""The real TPU compiler, for chips that are not there: the attention kernel compiled for one device of a generation.
+"""The real TPU compiler, for absent chips: the attention kernel compiled for one device of a generation.
 
 It needs libtpu (``pip install 'jpaged[tpu-aot]'``), and no TPU.
 """
@@ -29,7 +29,7 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6
 """Generation -> the smallest topology that the compiler describes."""
 
 CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
-"""A generation whose two TensorCores the compiler would keep apart, and whose TPUs run them as one device."""
+"""Options of a generation whose TPUs run two TensorCores as one device, which the compiler would keep apart."""
 
 NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -37,12 +37,12 @@ NO_MACHINE = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""What libtpu otherwise asks the cloud's metadata server for, and waits for where there is none; and that processes
-which only compile may be several.
+"""Answers that libtpu would otherwise wait for from the cloud's metadata server, and permission for several processes
+to compile.
 """
 
 LAYER = 1
-"""The layer attended: not the first, which no offset leads to."""
+"""The layer attended. The first one would have no offset."""
 
 type Shape = tuple[tuple[int, ...], Any]
 """An array's shape and type."""
@@ -72,7 +72,7 @@ def mesh_in(topology_name: str, num_devices: int, axis: str, **of_chip: str) -> 
 def trace_for(
     generation: str, function: Callable[..., Any], *shapes: Shape | None, donate: tuple[int, ...] = ()
 ) -> Any:
-    """A function of arrays of these shapes and types, traced for one device of a generation and not yet compiled."""
+    """Trace a function of arrays of these shapes and types for one device of a generation."""
     mesh = mesh_of(generation)
     sharding = NamedSharding(mesh, PartitionSpec())
     arguments = [None if x is None else jax.ShapeDtypeStruct(*x, sharding=sharding) for x in shapes]
@@ -89,13 +89,13 @@ def compile_for(
 
 @dataclass(frozen=True)
 class Case:
-    """The attention of one batch, and all that its program depends on.
+    """The attention of one batch, with everything that its program depends on.
 
     Args:
         pool_tokens: slots of a layer of the pool.
         max_blocks: entries of a block table.
-        has_options: whether all that a model may ask of its scores is asked.
-        is_fused: whether K and V of the batch, a decode's, are written by the kernel that attends.
+        has_options: whether every option of scores is set.
+        is_fused: whether the kernel that attends also writes K and V of the batch, which are decodes.
     """
 
     generation: str
@@ -157,10 +157,10 @@ def launch_of(case: Case) -> Launch:
 
 
 def trace_attention(case: Case) -> Any:
-    """The attention of a case for its generation, without what leads to it, traced and not yet compiled.
+    """Trace the attention of a case for its generation, without the layers around it.
 
     Raises:
-        NotImplementedError: the kernel says that it cannot.
+        NotImplementedError: the kernel refuses the case.
     """
 
     def call_of(q, pool, kv_scales, rows, heads):
@@ -194,7 +194,7 @@ def trace_attention(case: Case) -> Any:
 def kernel_vmem_bytes(compiled: Any) -> int:
     """VMEM that the compiler gave the attention kernel of a compiled program.
 
-    The kernel has what lies past the buffers that XLA keeps in VMEM meanwhile: they end where its memory begins.
+    The kernel's memory begins where the buffers end that XLA keeps in VMEM.
     """
     lines = compiled.as_text().splitlines()
     (call,) = (line for line in lines if "%paged_attention" in line and "tpu_custom_call" in line)

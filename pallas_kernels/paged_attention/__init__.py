@@ -45,10 +45,10 @@ __all__ = [
 IMPLEMENTATIONS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("hopper", attend_hopper, why_not_hopper),
-        Kernel("pallas_tpu", attend_tpu, why_not_tpu),
         Kernel("reference", attend_reference),
         Kernel("xla", attend_xla),
+        Kernel("hopper", attend_hopper, why_not_hopper),
+        Kernel("pallas_tpu", attend_tpu, why_not_tpu),
     )
 }
 """Every implementation by name; each takes a ``Call``."""
