@@ -30,30 +30,12 @@ class State(NamedTuple):
 
 
 def attend_with(sizes: Sizes, q: Array, inputs: Inputs, layer: int, shape: AttentionShape) -> Array:
-<<<<<<< HEAD
-    """One layer by the Hopper kernels, of the sizes given."""
+    """Attend one layer by the Hopper kernels, with the given sizes."""
     call = Call(
         q=q,
         kv=KvLayer(inputs.pool, layer, inputs.kv_scales),
         batch=Batch(inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens),
         scoring=Scoring(shape.head_dim**-0.5),
-=======
-    """Attend one layer by the Hopper kernels, with the given sizes."""
-    return attend_hopper(
-        q,
-        inputs.pool,
-        layer,
-        inputs.block_tables,
-        inputs.kv_lens,
-        inputs.cu_q_lens,
-        sm_scale=shape.head_dim**-0.5,
-        sliding_window=None,
-        soft_cap=None,
-        alibi_slopes=None,
-        sinks=None,
-        kv_scales=inputs.kv_scales,
-        sizes=sizes,
->>>>>>> main
     )
     return attend_hopper(call, sizes=sizes)
 
