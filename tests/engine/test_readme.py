@@ -119,6 +119,17 @@ def test_example_of_several_devices_shards_the_pool_by_heads():
     assert pool.sharding.shard_shape(pool.shape)[3] == 8 // jax.device_count()
 
 
+def test_rooms_of_the_architecture_page_exist():
+    [tree] = re.findall(r"```\n(jpaged/\n.*?)```", (DOCS / "architecture.md").read_text(), re.S)
+    around: dict[int, Path] = {}
+    for line in tree.splitlines():
+        depth = len(line) - len(line.lstrip())
+        folder = around.get(depth - 2, ROOT)
+        for name in re.match(r" *((?:[\w.]+(?:\.py|/) ?)+)", line)[1].split():
+            assert (folder / name).exists(), folder / name
+            around[depth] = folder / name
+
+
 def test_readme_is_short():
     assert len(README.encode()) <= 8192
 
