@@ -16,6 +16,7 @@ from bench.kernels.contenders import NUM_LAYERS, NUM_OUR_LAYERS
 from bench.kernels.inputs import Inputs, make_inputs, make_queries
 from bench.kernels.shapes import AttentionShape
 from bench.kernels.timing import time_program
+from pallas_kernels.paged_attention.call import Batch, Call, KvLayer, Scoring
 from pallas_kernels.paged_attention.hopper import attend_hopper, tuning
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 from pallas_kernels.paged_attention.hopper.tuning import Sizes
@@ -30,21 +31,13 @@ class State(NamedTuple):
 
 def attend_with(sizes: Sizes, q: Array, inputs: Inputs, layer: int, shape: AttentionShape) -> Array:
     """Attend one layer by the Hopper kernels, with the given sizes."""
-    return attend_hopper(
-        q,
-        inputs.pool,
-        layer,
-        inputs.block_tables,
-        inputs.kv_lens,
-        inputs.cu_q_lens,
-        sm_scale=shape.head_dim**-0.5,
-        sliding_window=None,
-        soft_cap=None,
-        alibi_slopes=None,
-        sinks=None,
-        kv_scales=inputs.kv_scales,
-        sizes=sizes,
+    call = Call(
+        q=q,
+        kv=KvLayer(inputs.pool, layer, inputs.kv_scales),
+        batch=Batch(inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens),
+        scoring=Scoring(shape.head_dim**-0.5),
     )
+    return attend_hopper(call, sizes=sizes)
 
 
 def class_of(shape: AttentionShape) -> str:
@@ -58,7 +51,7 @@ def class_of(shape: AttentionShape) -> str:
 
 
 def candidates(shape: AttentionShape) -> list[Sizes]:
-    """Sizes to try for one of the two kernels; those of the other do not matter."""
+    """Sizes to try for one of the two kernels; the other kernel's sizes do not matter."""
     pool_dtype = jnp.dtype(shape.kv_dtype)
     if shape.kind == "decode":
         decode = tuning.decode_candidates(shape.group, shape.head_dim, pool_dtype)

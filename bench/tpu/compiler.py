@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels import block_pool_shape
 from pallas_kernels.block_pool import is_quantized
 from pallas_kernels.chips.tpu import chip_of
+from pallas_kernels.paged_attention.call import Batch, Call, Heads, KvLayer, Scoring
 from pallas_kernels.paged_attention.tpu import LaneLayout, attend_tpu, lane_layout, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.batch import plan_launch
-from pallas_kernels.paged_attention.tpu.launch import Launch, Scoring
+from pallas_kernels.paged_attention.tpu.launch import Launch
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 """Generation -> the smallest topology that the compiler describes."""
@@ -137,6 +138,11 @@ class Case:
         return block_pool_shape(*axes), self.pool_dtype
 
     @property
+    def rows(self) -> tuple[Shape, Shape, Shape]:
+        num_seqs = self.num_seqs
+        return ((num_seqs, self.max_blocks), jnp.int32), ((num_seqs,), jnp.int32), ((num_seqs + 1,), jnp.int32)
+
+    @property
     def scoring(self) -> Scoring:
         window, soft_cap = (1000, 30.0) if self.has_options else (None, None)
         return Scoring(self.head_dim**-0.5, window, soft_cap)
@@ -144,18 +150,10 @@ class Case:
 
 def launch_of(case: Case) -> Launch:
     """The launch that a case's program makes."""
-    return plan_launch(
-        jax.ShapeDtypeStruct(*case.q),  # pyright: ignore[reportArgumentType]
-        jax.ShapeDtypeStruct(*case.pool),  # pyright: ignore[reportArgumentType]
-        case.num_seqs,
-        case.layout,
-        case.scoring,
-        None,
-        chip_of(case.generation),
-        has_slopes=case.has_options,
-        has_sinks=case.has_options,
-        is_fused=case.is_fused,
-    )
+    q, pool, *rows = (jax.ShapeDtypeStruct(*shape) for shape in (case.q, case.pool, *case.rows))
+    heads = Heads(q, q) if case.has_options else Heads()  # pyright: ignore[reportArgumentType]
+    call = Call(q=q, kv=KvLayer(pool, LAYER), batch=Batch(*rows), scoring=case.scoring, heads=heads)  # pyright: ignore[reportArgumentType]
+    return plan_launch(call, case.layout, None, chip_of(case.generation), is_fused=case.is_fused)
 
 
 def trace_attention(case: Case) -> Any:
@@ -164,26 +162,25 @@ def trace_attention(case: Case) -> Any:
     Raises:
         NotImplementedError: the kernel refuses the case.
     """
-    options = asdict(case.scoring)
+
+    def call_of(q, pool, kv_scales, rows, heads):
+        kv = KvLayer(pool, LAYER, kv_scales)
+        return Call(q=q, kv=kv, batch=Batch(*rows), scoring=case.scoring, heads=Heads(*heads))
 
     def attend(q, pool, tables, kv_lens, cu_q_lens, alibi_slopes, sinks, kv_scales):
-        per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks, "kv_scales": kv_scales}
-        rows = tables, kv_lens, cu_q_lens
-        return attend_tpu(q, pool, LAYER, *rows, num_kv_heads=case.num_kv_heads, **options, **per_head)
+        call = call_of(q, pool, kv_scales, (tables, kv_lens, cu_q_lens), (alibi_slopes, sinks))
+        return attend_tpu(call, num_kv_heads=case.num_kv_heads)
 
     def write_and_attend(q, pool, tables, kv_lens, cu_q_lens, alibi_slopes, sinks, k, v):
-        per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
-        rows = tables, kv_lens, cu_q_lens
-        return write_and_attend_tpu(q, k, v, pool, LAYER, *rows, is_decode=True, **options, **per_head)
+        call = call_of(q, pool, None, (tables, kv_lens, cu_q_lens), (alibi_slopes, sinks))
+        return write_and_attend_tpu(call, k, v, is_decode=True)
 
-    num_seqs, (pool_shape, _) = case.num_seqs, case.pool
+    pool_shape, _ = case.pool
     per_head = ((case.num_heads,), jnp.float32) if case.has_options else None
     arguments = (
         case.q,
         case.pool,
-        ((num_seqs, case.max_blocks), jnp.int32),
-        ((num_seqs,), jnp.int32),
-        ((num_seqs + 1,), jnp.int32),
+        *case.rows,
         per_head,
         per_head,
     )

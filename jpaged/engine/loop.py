@@ -83,8 +83,7 @@ class Engine:
             ValueError: a prompt that is empty, too long or out of the vocabulary; parameters that can never be met.
         """
         request = self.prompts.read(request_id, prompt, params, priority)
-        self.scheduler.check(request)
-        return request
+        return dataclasses.replace(request, terms=self.scheduler.check(request))
 
     def add(self, request: Request, *, is_streamed: bool = True) -> None:
         """Queue a request made by ``make_request``; draws its seed if it has none.

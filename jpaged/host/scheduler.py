@@ -17,7 +17,7 @@ from jpaged.host.preemption import Feed, Preemption, feeds_of
 from jpaged.host.roster import Roster
 from jpaged.host.search.beam import BeamSearch
 from jpaged.host.sequence import Sequence, SequenceGroup
-from jpaged.request import FinishReason, Request
+from jpaged.request import FinishReason, Request, Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +112,17 @@ class Scheduler:
 
     # Requests -----------------------------------------------------------------------------------------------------
 
-    def check(self, request: Request) -> None:
-        """Raise ValueError, with the arithmetic, if ``request`` could never run to its end here."""
-        self._admission.check(request)
+    def check(self, request: Request) -> Terms:
+        """Raise ValueError, with the arithmetic, if ``request`` could never run to its end here.
+
+        Returns:
+            The terms of the request; with these, ``add`` does not check it again.
+        """
+        return self._admission.check(request)
 
     def add(self, request: Request) -> SequenceGroup:
         """Queue a request, its seed settled. Raises what ``check`` raises, changing nothing."""
-        terms = self._admission.check(request)
+        terms = self._admission.settle(request)
         group = self.roster.new_group(request, terms.max_tokens, terms.stop_token_ids)
         if request.params.use_beam_search:
             group.beam = BeamSearch(request.params, terms.max_tokens, terms.stop_token_ids)

@@ -1,5 +1,6 @@
 """The scheduler's decisions, with a made-up device: a token is its sequence's seed plus its position."""
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -463,4 +464,21 @@ def test_the_blocks_of_a_waiting_prompt_are_hashed_once_and_matched_only_when_it
         assert sum(call.args[0].salt == b"" and len(call.args[0]) == 400 for call in matched.call_args_list) == 1
     blocks.free("other")
     assert 4 in {chunk.seq_id for chunk in step(scheduler).chunks}, "it starts as soon as it can"
+    run(scheduler)
+
+
+def test_a_checked_request_is_not_checked_again_unless_pins_have_changed():
+    scheduler = make_scheduler(num_blocks=12, caching=True)  # 11 blocks of 4
+    waiting = request("a", 8, max_tokens=29)  # 9 blocks
+    terms = scheduler.check(waiting)
+    with mock.patch.object(scheduler._admission, "check", side_effect=AssertionError("checked twice")):
+        assert scheduler.add(replace(waiting, terms=terms)).max_tokens == 29
+        with pytest.raises(ValueError, match="already in use"):
+            scheduler.add(replace(waiting, terms=terms))
+    run(scheduler)
+    scheduler.pin(request("pin", 12, first=100, max_tokens=1))
+    with pytest.raises(ValueError, match="can never fit"):
+        scheduler.add(replace(waiting, terms=terms))
+    scheduler.unpin("pin")
+    scheduler.add(replace(waiting, terms=terms))
     run(scheduler)
