@@ -105,7 +105,7 @@ def make_tiles(
 def pack_queries(
     q: Float[Array, "tokens num_kv_heads group head_dim"], row_tiles: RowTiles, rows: Rows
 ) -> Float[Array, "row_tiles num_kv_heads rows head_dim"]:
-    """Queries as the kernel reads them; padding rows repeat some queries, and their outputs are dropped."""
+    """Queries as the kernel reads them; padding rows may hold anything, since their outputs are dropped."""
     _, num_kv_heads, group, head_dim = q.shape
     if rows.tokens == 1:
         return jnp.pad(q, ((0, 0), (0, 0), (0, rows.token_rows - group), (0, 0)))
