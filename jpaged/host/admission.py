@@ -34,7 +34,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What starting a waiting group takes.
+    """The way to start a waiting group.
 
     Args:
         match: the cached start of its leader's tokens.
@@ -156,7 +156,7 @@ class Admission:
     def is_known_short(self, group: SequenceGroup) -> bool:
         """Whether the group was refused, and nothing has happened since that lets it start."""
         refusal = self._refusal
-        return refusal is not None and refusal.stands(group, self._blocks, is_running=self._is_running)
+        return refusal is not None and refusal.stands(group, self._blocks.tiers, is_running=self._is_running)
 
     def forget_refusal(self) -> None:
         """Match the first group again: the content of the pools is lost."""
@@ -167,7 +167,7 @@ class Admission:
         return self._line.num_rows + group.num_rows - self.max_num_seqs
 
     def start(self, group: SequenceGroup) -> Start:
-        """Find what starting the first waiting group takes."""
+        """Find the way to start the first waiting group, and the number of blocks that it lacks."""
         num_left_free = num_blocks_left_free(self._blocks.num_blocks - 1, is_running=self._is_running)
         to_spare = self._blocks.num_free_blocks - num_left_free
         members = group.unfinished
@@ -182,14 +182,14 @@ class Admission:
         to_grow = num_forked_blocks(shared, lens, block_size) - num_blocks_covering(target, block_size)
         match = self._match(group, leader, target)
         ticket = self._blocks.to_reserve(leader.seq_id, target, match=match)
-        is_ready = not match.is_on_host and self._blocks.num_hits_ready(match) == len(match.hits)
+        is_ready = not match.is_on_host and self._blocks.tiers.num_hits_ready(match) == len(match.hits)
         return Start(match, ticket, ticket.num_blocks + to_grow - to_spare, is_ready)
 
     def _refuse(self, group: SequenceGroup, start: Start) -> Refusal:
         blocks, num_short = self._blocks, start.num_short
         is_on_host = group.is_swapped or start.match.is_on_host
         if is_on_host:
-            num_short -= 1 + blocks.num_copies_queued  # loads may avoid as many blocks in this plan
+            num_short -= 1 + blocks.tiers.num_copies_queued  # loads may avoid as many blocks in this plan
         lacking = None
         if blocks.enable_prefix_caching and not (group.is_swapped or group.needs_prompt_scores):
             leader, target = self._leader_of(group)
@@ -202,8 +202,8 @@ class Admission:
             is_on_host=is_on_host,
             is_running=self._is_running,
             num_short=num_short,
-            num_freed=blocks.num_blocks_freed,
-            num_cached=blocks.num_blocks_cached,
+            num_freed=blocks.tiers.device.num_freed,
+            num_cached=blocks.tiers.device.cache.num_inserted,
             lacking=lacking,
         )
 
@@ -218,7 +218,7 @@ class Admission:
             return NO_MATCH
         least_inside = math.ceil(LEAST_HIT_INSIDE * self._blocks.block_size)
         match = self._blocks.match_prefix(leader.hashed, target - 1, least_inside=least_inside)
-        ready = match.cut(self._blocks.num_hits_ready(match))
+        ready = match.cut(self._blocks.tiers.num_hits_ready(match))
         num_shared, num_left = match.num_tokens - ready.num_tokens, target - ready.num_tokens
         return match if is_worth_waiting(num_shared, num_left) else ready
 
