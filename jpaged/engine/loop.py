@@ -83,8 +83,7 @@ class Engine:
             ValueError: a prompt that is empty, too long or out of the vocabulary; parameters that can never be met.
         """
         request = self.prompts.read(request_id, prompt, params, priority)
-        self.scheduler.check(request)
-        return request
+        return dataclasses.replace(request, terms=self.scheduler.check(request))
 
     def add(self, request: Request, *, is_streamed: bool = True) -> None:
         """Queue a request made by ``make_request``; draws its seed if it has none.
@@ -193,7 +192,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state of both pools, and counters since the start."""
-        return read_stats(self.blocks.stats(), self.scheduler.stats(), self.runner.host_pool)
+        return read_stats(self.scheduler.block_stats(), self.scheduler.stats(), self.runner.host_pool)
 
     def _run_step(self, interrupts: InterruptsWait) -> list[SequenceGroup]:
         """Keep one step in flight: plan and enqueue the next before waiting for the results of this one."""

@@ -16,20 +16,7 @@ from jpaged.host.policies.sharing import is_worth_waiting
 from jpaged.host.refusal import Refusal
 from jpaged.host.roster import Roster
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.request import MAX_BEAM_CANDIDATES, Request
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The limits of a request that was checked.
-
-    Args:
-        max_tokens: output tokens that each sequence may reach.
-        stop_token_ids: tokens that end a sequence.
-    """
-
-    max_tokens: int
-    stop_token_ids: frozenset[int]
+from jpaged.request import MAX_BEAM_CANDIDATES, Request, Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +96,17 @@ class Admission:
                 "stop_token_ids"
             )
         if params.max_tokens is None:
-            return Terms(capacity.most_tokens(prompt_len, params.num_sequences), stops)
-        return Terms(min(params.max_tokens, self.max_model_len - prompt_len), stops)
+            max_tokens = capacity.most_tokens(prompt_len, params.num_sequences)
+        else:
+            max_tokens = min(params.max_tokens, self.max_model_len - prompt_len)
+        return Terms(max_tokens, stops, self._pins.num_changes)
+
+    def settle(self, request: Request) -> Terms:
+        """The terms of a request, checked now unless they were checked before and still hold. Raises as ``check``."""
+        if request.terms is None or request.terms.num_pin_changes != self._pins.num_changes:
+            return self.check(request)
+        self._check_new(request)
+        return request.terms
 
     def check_pin(self, request: Request) -> None:
         """Raise ValueError if pinning a prompt leaves too little to the unfinished groups, or its name is in use."""
