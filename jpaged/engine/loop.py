@@ -194,7 +194,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state of both pools, and counters since the start."""
-        return read_stats(self.blocks.stats(), self.scheduler.stats(), self.runner.host_pool)
+        return read_stats(self.scheduler.block_stats(), self.scheduler.stats(), self.runner.host_pool)
 
     def _run_step(self, interrupts: InterruptsWait) -> list[SequenceGroup]:
         """Keep one step in flight: plan and enqueue the next before waiting for the results of this one."""

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from jpaged.contract.plan import TokenScores
+from jpaged.contract.result import TokenScores
 from jpaged.engine.detokenizer import Detokenizer, Tokenizer
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup
