@@ -38,9 +38,10 @@ from bench import UsageError
 from bench.report import CONFIGS, Table, current_commit, save, start_report
 from bench.workloads import made_up_result
 from jpaged import EngineConfig, SamplingParams
-from jpaged.contract.plan import StepPlan, StepResult
-from jpaged.device.sampling.sampler import SamplePacker, num_top_of
-from jpaged.device.step.inputs import StepPacker, all_buckets, bucket_for
+from jpaged.contract.plan import StepPlan
+from jpaged.contract.result import StepResult
+from jpaged.device.step.inputs import all_buckets
+from jpaged.device.step.pack import Packer
 from jpaged.engine.loop import Engine
 from jpaged.models import ModelConfig, load_config
 
@@ -170,22 +171,18 @@ class _Runner:
 
     def __post_init__(self) -> None:
         self.buckets = all_buckets(self.config.max_num_seqs, self.config.token_budget)
-        self._step_packer = StepPacker(self.max_model_len // self.config.block_size, self.config.block_size)
-        self._sample_packer = SamplePacker()
+        max_blocks = self.max_model_len // self.config.block_size
+        num_rows = self.config.max_num_seqs + 1
+        self._packer = Packer(self.buckets, num_rows, max_blocks, self.model_config.vocab_size)
 
     def enqueue(self, plan: StepPlan) -> Any:
         start = time.thread_time()
-        bucket = bucket_for(plan, self.buckets)
-        self._step_packer.pack(plan, bucket)
-        packed = time.thread_time()
-        self._sample_packer.pack(plan.samples, bucket.num_rows)
-        num_top_of(plan.samples)
-        self.timed["pack tokens and tables"].append(packed - start)
-        self.timed["pack sampling parameters"].append(time.thread_time() - packed)
+        self._packer.pack(plan)
+        self.timed["pack"].append(time.thread_time() - start)
         return SimpleNamespace(plan=plan)
 
     def fetch(self, step: Any) -> StepResult:
-        return made_up_result(len(step.plan.samples), step.plan.num_steps)
+        return made_up_result(len(step.plan.draws), step.plan.num_steps)
 
 
 def _time_steps(args: argparse.Namespace, num_seqs: int, max_burst: int) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ decides which beams run. The semantics are those of Hugging Face ``generate(num_
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jpaged.contract.plan import BeamCandidates
+from jpaged.contract.result import BeamCandidates
 from jpaged.request import FinishReason, SamplingParams
 
 
