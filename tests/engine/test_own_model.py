@@ -1,15 +1,12 @@
 """A user's own module in the whole engine: its contract, and what breaks it."""
 
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen, nnx
 
-import jpaged
 from jpaged import LLM, EngineConfig, SamplingParams
 from jpaged.models import LayerSpec, ModelConfig
 from jpaged.sharding import make_mesh
@@ -221,12 +218,3 @@ def test_weights_with_logical_axes_are_split_over_the_devices():
     [output] = llm.generate({"prompt_token_ids": PROMPTS[0]}, params, use_tqdm=False)
     assert output.outputs[0].token_ids == greedy_without_cache(model, PROMPTS[0], 5, padded_len=32)[0]
     assert llm.engine.runner.weight_bytes == sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
-
-
-def test_the_example_of_the_models_page_runs():
-    page = (Path(jpaged.__file__).parent / "docs" / "models.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
-    found = {}
-    exec(code, found)
-    model = found["Decoder"](found["config"], nnx.Rngs(0))
-    assert found["output"].outputs[0].token_ids == greedy_without_cache(model, [5, 6, 7], 8, padded_len=16)[0]
