@@ -204,7 +204,8 @@ class Engine:
                 self.outputs.note(touched)
             if self.outputs.unread:
                 self.outputs.read()
-            self._drop_wasted()
+            if self._in_flight:
+                self._drop_wasted()
         return self.outputs.take()
 
     def take(self) -> StepOutput:
@@ -235,7 +236,7 @@ class Engine:
 
     def _drop_wasted(self) -> None:
         """Drop steps in flight whose sequences have all ended."""
-        if self._in_flight and not self.scheduler.has_unfinished:
+        if not self.scheduler.has_unfinished:
             for _ in self._in_flight:
                 self.scheduler.drop()
             self._in_flight.clear()
