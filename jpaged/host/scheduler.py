@@ -296,13 +296,15 @@ class Scheduler:
         may_admit: bool,
     ) -> StepPlan:
         """Plan one step: decodes, chunks of running prompts, and the groups that can be admitted."""
-        budget = find_token_budget(
-            [1] * len(num_draws) + [feed.num_tokens for feed in feeds],
-            ((group.num_rows, group.prompt_len) for group in (self.line.waiting if may_admit else ())),
-            max_num_seqs=self.max_num_seqs,
-            max_num_tokens=self.max_num_batched_tokens,
-            step_sizes=self.step_sizes,
-        )
+        budget = self.max_num_batched_tokens
+        if feeds or may_admit:
+            budget = find_token_budget(
+                [1] * len(num_draws) + [feed.num_tokens for feed in feeds],
+                ((group.num_rows, group.prompt_len) for group in (self.line.waiting if may_admit else ())),
+                max_num_seqs=self.max_num_seqs,
+                max_num_tokens=self.max_num_batched_tokens,
+                step_sizes=self.step_sizes,
+            )
         plan = PlanBuilder(self.rows, budget, copies)
         plan.decode(decodes, num_draws)
         self._compute_all(plan, feeds)
