@@ -86,6 +86,8 @@ class Outcome:
 
         Steady rows are left out: they publish once their tokens are known.
         """
+        if self._rows.is_all_steady:
+            return
         chunks = plan.chunks
         is_due = ~self._rows.is_steady[chunks.rows] & self._rows.owned(chunks.rows, chunks.seq_ids)
         block_size = self._blocks.block_size
@@ -102,11 +104,14 @@ class Outcome:
 
     def note_decoded(self, plan: StepPlan) -> None:
         """Note the steady rows that filled a block: ``publish_due`` publishes them before anything is looked up."""
+        if not self._blocks.enable_prefix_caching:
+            return
         chunks, block_size = plan.chunks, self._blocks.block_size
         stops = chunks.stops if plan.num_steps == 1 else chunks.starts + plan.draws.num_tokens
         is_filled = stops // block_size > chunks.starts // block_size
-        is_filled &= self._rows.is_steady[chunks.rows] & self._rows.owned(chunks.rows, chunks.seq_ids)
-        self._rows.is_due[chunks.rows[is_filled]] = True
+        if is_filled.any():
+            rows, seq_ids = chunks.rows[is_filled], chunks.seq_ids[is_filled]
+            self._rows.is_due[rows] |= self._rows.is_steady[rows] & self._rows.owned(rows, seq_ids)
 
     def publish_due(self) -> None:
         """Publish the blocks that steady rows filled since the last call."""
@@ -139,6 +144,13 @@ class Outcome:
 
     # Tokens -------------------------------------------------------------------------------------------------------
 
+    def take_prompt_scores(self, plan: StepPlan, result: StepResult) -> None:
+        """Give each group the scores of its prompt tokens."""
+        for score, piece in zip(plan.prompt_scores, result.prompt_scores, strict=True):
+            member = self._roster.sequences.get(int(plan.chunks.seq_ids[score.chunk]))
+            if member is not None:
+                member[0].prompt_scores.append(piece)
+
     def take_tokens(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Append the drawn tokens, and end the sequences that are complete.
 
@@ -149,19 +161,21 @@ class Outcome:
         steps = [(result.token_ids, result.scores), *result.later]
         token_ids = np.stack([drawn for drawn, _ in steps])
         rows, num_draws, is_owned = draws.rows, draws.num_tokens, table.owned(draws.rows, draws.seq_ids)
-        touched = table.groups_of(rows if is_owned.all() else rows[is_owned])
+        is_steady = is_owned if table.is_all_steady else is_owned & table.is_steady[rows]
+        num_steady = np.count_nonzero(is_steady)
+        touched = table.groups_of(rows if num_steady == len(rows) else rows[is_owned])
         is_left = is_owned  # rows whose tokens are for the sequences themselves
-        is_steady = is_owned & table.is_steady[rows]
-        if is_steady.any():
+        if num_steady > 0:
             logprobs = np.stack([scores.logprobs for _, scores in steps])
-            is_left = is_owned & ~is_steady
-            if is_steady.all():
+            if num_steady == len(rows):
                 is_left = table.take(rows, num_draws, token_ids, logprobs)
             else:
                 steady = np.flatnonzero(is_steady)
+                is_left = is_owned & ~is_steady
                 is_left[steady] = table.take(rows[steady], num_draws[steady], token_ids[:, steady], logprobs[:, steady])
-        self.num_output_tokens += int(num_draws[is_owned & ~is_left].sum())
-        self._take_left(plan, token_ids, [scores for _, scores in steps], is_left)
+        self.num_output_tokens += int(num_draws[is_owned].sum())
+        if is_left.any():
+            self._take_left(plan, token_ids, [scores for _, scores in steps], is_left)
         return touched
 
     def _take_left(
@@ -175,22 +189,39 @@ class Outcome:
         for draw in np.flatnonzero(is_left).tolist():
             row, num_draws = int(plan.draws.rows[draw]), int(plan.draws.num_tokens[draw])
             group, seq = self._rows.member(row)
+            drawn = token_ids[:num_draws, draw].tolist()
+            if self._rows.append(seq, drawn, scores, draw):
+                continue
             self._rows.hand_over(seq, num_draws)
-            for token_id, step_scores in zip(token_ids[:num_draws, draw].tolist(), scores, strict=False):
-                seq.append([token_id], step_scores, range(draw, draw + 1))
-                self.num_output_tokens += 1
-                if token_id in group.stop_token_ids and seq.num_outputs > group.request.params.min_tokens:
-                    self.finish(group, seq, FinishReason.STOP)
-                    break
-                if seq.num_outputs >= group.max_tokens:
-                    self.finish(group, seq, FinishReason.LENGTH)
-                    break
-            else:
-                self._rows.join(seq)
+            self._take_last(group, seq, list(zip(drawn, scores, strict=False)), draw)
+
+    def _take_last(self, group: SequenceGroup, seq: Sequence, drawn: list[tuple[int, TokenScores]], draw: int) -> None:
+        """Append drawn tokens up to the one that ends the sequence, if there is one."""
+        for num_left, (token_id, scores) in zip(reversed(range(len(drawn))), drawn, strict=True):
+            seq.append([token_id], scores, range(draw, draw + 1))
+            is_stop = token_id in group.stop_token_ids and seq.num_outputs > group.request.params.min_tokens
+            if is_stop or seq.num_outputs >= group.max_tokens:
+                self.num_output_tokens -= num_left
+                return self.finish(group, seq, FinishReason.STOP if is_stop else FinishReason.LENGTH)
+        self._rows.join(seq)
 
     # Beams --------------------------------------------------------------------------------------------------------
 
-    def advance_beams(self, group: SequenceGroup, live: list[Sequence], candidates: BeamCandidates) -> None:
+    def take_beams(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
+        """Move searches on. Returns their groups, without those that have ended."""
+        sequences, chunk_seq_ids = self._roster.sequences, plan.chunks.seq_ids
+        touched: list[SequenceGroup] = []
+        for select, candidates in zip(plan.beams, result.beams, strict=True):
+            members = [sequences.get(int(chunk_seq_ids[chunk])) for chunk in select.chunks]
+            live = [member[1] for member in members if member is not None]
+            if members[0] is None:
+                continue
+            assert len(live) == len(members), "beams end together"
+            self._advance_beams(members[0][0], live, candidates)
+            touched.append(members[0][0])
+        return touched
+
+    def _advance_beams(self, group: SequenceGroup, live: list[Sequence], candidates: BeamCandidates) -> None:
         """Fork, continue and free beams (PagedAttention, section 4.4): no block moves until two children write."""
         assert group.beam is not None
         self.num_output_tokens += len(live)

@@ -293,6 +293,26 @@ class RowTable:
         self.known[rows] += num_draws
         return is_left
 
+    def append(self, seq: Sequence, token_ids: list[int], scores: list[TokenScores], draw: int) -> bool:
+        """Append drawn tokens to a steady sequence, each with its scores, unless one of the tokens can end it.
+
+        Returns:
+            Whether the tokens were appended.
+        """
+        if not seq.is_steady:
+            return False
+        assert seq.row is not None
+        row, num_tokens = seq.row, len(token_ids)
+        group, _ = self.member(row)
+        if self.known[row] + num_tokens >= self.limits[row] or not group.stop_token_ids.isdisjoint(token_ids):
+            return False
+        self.flush(row)
+        for token_id, step_scores in zip(token_ids, scores, strict=False):
+            seq.append([token_id], step_scores, range(draw, draw + 1))
+        self.known[row] += num_tokens
+        self._flushed[row] += num_tokens
+        return True
+
     def hand_over(self, seq: Sequence, num_drawn: int) -> None:
         """Give a sequence its state back, for it to append tokens that were pending."""
         assert seq.row is not None
