@@ -20,6 +20,7 @@ from jpaged.engine.loading import Follow, load_checkpoint, start_engine
 from jpaged.engine.loop import Engine
 from jpaged.engine.prompts import Prompt, pair_up
 from jpaged.engine.stats import EngineStats
+from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
 from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
 from jpaged.rules import describe
@@ -106,7 +107,8 @@ class LLM:
             interpret=interpret,
         )
         path = DEMO_MODEL if model is None else Path(model)
-        self._serve(load_checkpoint(path, config, warm_up=warm_up, use_tqdm=use_tqdm))
+        with InterruptsWait():
+            self._serve(load_checkpoint(path, config, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
     def from_model(
@@ -125,8 +127,8 @@ class LLM:
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
         clone = partial(nnx.clone, model)  # the runner joins its projections
-        engine = start_engine(clone, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
-        self._serve(engine)
+        with InterruptsWait():
+            self._serve(start_engine(clone, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
         return self
 
     @classmethod

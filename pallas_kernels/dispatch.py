@@ -77,7 +77,7 @@ def check_named(kernels: Mapping[str, Kernel], name: str | None, *, interpret: b
         ValueError: an unknown name, or ``interpret`` for one whose kernels Pallas cannot interpret.
     """
     if name not in (None, *kernels):
-        raise ValueError(f"implementation={name!r} is unknown: expected None or one of {list(kernels)}")
+        raise ValueError(f"implementation={name!r} is unknown: expected None or one of {sorted(kernels)}")
     if interpret and name not in INTERPRETERS:
         raise ValueError(
             f"interpret=True with implementation={name!r}: expected one of {sorted(kernels.keys() & INTERPRETERS)}, "

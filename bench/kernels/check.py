@@ -1,4 +1,4 @@
-"""Correctness on the device: real sizes, everything that kernels may take, against float64."""
+"""Correctness on the device, against float64: real sizes, and all cases that kernels may take."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,23 +14,23 @@ from bench.kernels.shapes import NOWHERE, AttentionShape
 LAYER, NUM_LAYERS = 1, 2
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
-"""Of ||out - right|| / ||right|| of any query and head, by the queries' type. Outputs round to 8 bits of bfloat16, an
-error of 1.1e-3 on average, as weights do before they meet V."""
+"""Largest ||out - right|| / ||right|| of any query and head, by the queries' type. Outputs round to 8 bits of bfloat16,
+an error of 1.1e-3 on average, as weights do before their product with V."""
 
 NUM_ROWS, NUM_KV_HEADS, NUM_QUERIES = 10, 2, 6
-"""Sampled of each batch: the extremes, and others at random."""
+"""Samples of each batch: the extremes, and others at random."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one implementation on one batch: the worst error sampled, and what is wrong, if anything."""
+    """Result of one implementation on one batch: the worst error sampled, and the problem, if any."""
 
     error: float
     problem: str | None
 
 
 def coverage() -> list[AttentionShape]:
-    """Every head size, block size, group, type and option, each on a batch of decodes, chunks and padding."""
+    """Cases of every head size, block size, group, type and option, each with decodes, chunks and padding."""
     variants: list[dict[str, Any]] = [
         *({"head_dim": head_dim} for head_dim in (64, 80, 96, 128, 192, 256)),
         *({"block_size": block_size} for block_size in (8, 32, 64, 128)),
@@ -81,12 +81,12 @@ def program(shape: AttentionShape, implementation: str) -> Any:
 
 
 def make_arguments(shape: AttentionShape) -> tuple[Array, Inputs]:
-    """Queries, and a pool of which only the slots to be read do not hold poison."""
+    """Queries, and a pool with poison in all slots that no query may read."""
     return make_queries(shape, seed=7), make_inputs(shape, NUM_LAYERS, filled=[LAYER])
 
 
 def examine(shape: AttentionShape, compiled: Any) -> Verdict:
-    """Run it twice and look at everything: same bits, no poison, padding of zeros; and at samples in float64."""
+    """Run a program twice. Check bits, poison and padding everywhere, and samples against float64."""
     q, inputs = make_arguments(shape)
     out, again = compiled(q, inputs), compiled(q, inputs)
     num_owned = int(shape.cu_q_lens[-1])
@@ -141,9 +141,9 @@ def _gather(x: Array, blocks: Array, kv_head: Array) -> Array:
 
 
 def _context(shape: AttentionShape, row: int, kv_head: int, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """K and V as stored, times their scales, of the positions that the row's queries see: [seen, head_dim] each."""
+    """K and V times their scales at the positions that the row's queries see: [seen, head_dim] each."""
     table, num_blocks = np.asarray(inputs.block_tables)[row], shape.num_row_blocks[row]
-    # The whole table, though its end is nonsense: one compilation for all rows.
+    # The whole table, with entries past its end: one compilation serves all rows.
     blocks, head = jnp.asarray(np.where(table == NOWHERE, 0, table)), jnp.int32(kv_head)
     kv = np.asarray(_gather(inputs.pool, blocks, head))[:num_blocks].astype(np.float64)
     if inputs.kv_scales is not None:
@@ -171,12 +171,12 @@ def _dense(
     """Attention by the textbook, in float64: [queries, group, head_dim].
 
     Args:
-        shape: for its options.
-        q: [queries, group, head_dim].
+        shape: the case, for its options.
+        q: queries, [queries, group, head_dim].
         k, v: the context up to ``kv_len``, [seen, head_dim] each.
-        q_positions: of each query.
-        kv_len: of the row.
-        heads: which query heads these are.
+        q_positions: position of each query.
+        kv_len: context length of the row.
+        heads: the query heads.
     """
     scores = np.einsum("qgd,kd->qgk", q, k) / np.sqrt(shape.head_dim)
     slopes, sinks = head_options(shape)

@@ -17,10 +17,7 @@ class Source(NamedTuple):
 
 
 def compile_all[Key: Hashable](sources: Mapping[Key, Source]) -> dict[Key, Any]:
-    """Compiled programs; in place of one that could not be traced or compiled, the exception.
-
-    Tracing is one after the other, since Python does nothing else; compiling is not.
-    """
+    """Compile programs in threads, after tracing them one by one. A failed program's value is its exception."""
     lowered: dict[Key, Any] = {}
     for key, (function, arguments) in tqdm(sources.items(), desc="Tracing"):
         try:
@@ -42,6 +39,6 @@ def _compile(lowered: Any) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and the beginning of what it says."""
+    """An exception's type and the beginning of its message."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}"[:300]

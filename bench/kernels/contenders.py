@@ -1,4 +1,4 @@
-"""Who attends a batch, layer after layer in one program: our implementations, and those that come with JAX."""
+"""Implementations that attend a batch, layer after layer in one program: ours, and those that come with JAX."""
 
 import warnings
 from collections.abc import Callable
@@ -17,26 +17,23 @@ from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 NUM_LAYERS = 8
 NUM_XLA_LAYERS = 2
-"""Layers with K and V of their own: together far larger than the L2 cache (60 MB on an H200). The portable
-implementation is many operations, compiled anew for every layer, and layers share nothing: two will do."""
+"""Layers with K and V of their own, together far larger than the L2 cache (60 MB on an H200). The portable
+implementation compiles many operations for every layer, and its layers share nothing, so two suffice."""
 
 NUM_OUR_LAYERS = 32
-"""Layers of a program of our kernels, which take the pool's in turn: what all layers share is worked out once, so it is
-to be seen in proportion. A model of 8 billion parameters has as many."""
+"""Layers of a program of our kernels, which cycle through the pool's layers. Work shared by all layers is done once, so
+its proportion matters. A model of 8 billion parameters has as many layers."""
 
 TRITON_SPLITS, TRITON_TOKENS = (1, 4, 16, 64), 128
-"""Parts into which JAX's paged attention cuts a context: its configurations, of which the best counts. And the tokens
-that it takes at once, as by default of blocks of 16: as many blocks of 64 would not fit into shared memory."""
+"""Configurations of JAX's paged attention: parts of a context, of which the best counts. And the tokens that it takes
+at once, its default for blocks of 16; as many blocks of 64 do not fit into shared memory."""
 
 type Program = Callable[[Array, Any], Array]
 """From queries and the rest to outputs, which are the next run's queries."""
 
 
 class Contender(Protocol):
-    """Someone who attends.
-
-    ``is_paged`` tells whether K and V lie in blocks; ``is_ours``, whether it is measured or measured against.
-    """
+    """An implementation of attention. ``is_paged`` tells whether K and V lie in blocks."""
 
     @property
     def name(self) -> str: ...
@@ -47,7 +44,7 @@ class Contender(Protocol):
     @property
     def num_layers(self) -> int: ...
     def why_not(self, shape: AttentionShape) -> str | None:
-        """What it lacks for a batch, if that is known before it is asked."""
+        """Reason why it refuses a batch, if it is known without a call."""
         ...
 
     def programs(self, shape: AttentionShape) -> dict[str, Program]:
@@ -55,7 +52,7 @@ class Contender(Protocol):
         ...
 
     def make_rest(self, shape: AttentionShape) -> Any:
-        """What its programs take beside the queries."""
+        """Argument of its programs beside the queries."""
         ...
 
 
@@ -121,7 +118,7 @@ class JaxTriton:
         tables = shape.block_tables()
         deviations = np.nan_to_num(value_deviations(shape.positions(tables)))
         pages = (shape.num_kv_heads, shape.num_blocks, shape.block_size, shape.head_dim)
-        # It does not scale scores, so the keys are scaled.
+        # JAX's kernel does not scale scores, so the keys are scaled.
         of_key, of_slot = shape.head_dim**-0.5, jnp.asarray(deviations)[None, :, :, None]
         keys, values = _make_layers(pages, of_key, of_slot, self.num_layers, shape.dtype)
         return keys, values, jnp.asarray(tables), jnp.asarray(shape.kv_lens, jnp.int32)
@@ -162,7 +159,7 @@ class CuDNN:
 def _make_layers(
     axes: tuple[int, ...], of_key: float, of_value: Array, num_layers: int, dtype: str
 ) -> tuple[list[Array], list[Array]]:
-    """K and V of each layer, in arrays of their own, normal with the deviations given."""
+    """K and V of each layer, in arrays of their own, normal with the given deviations."""
     keys = [jax.random.split(jax.random.key(layer, impl="rbg")) for layer in range(num_layers)]
     return (
         [_normal(key[0], axes, jnp.float32(of_key), dtype) for key in keys],
@@ -176,7 +173,7 @@ def _normal(key: Any, axes: tuple[int, ...], deviation: Array, dtype: str) -> Ar
 
 
 def all_contenders() -> list[Contender]:
-    """Peers first, so that ours can be compared as they are printed."""
+    """All implementations, peers first: our rows have ratios to them."""
     names = [name for name in IMPLEMENTATIONS if name != "reference"]
     ours = [Ours(name, NUM_XLA_LAYERS if name == "xla" else NUM_OUR_LAYERS) for name in names]
     return [JaxTriton(), CuDNN(), *ours]

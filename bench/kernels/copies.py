@@ -1,4 +1,4 @@
-"""Writes into a pool that fills the device: what a step adds to every layer, and copies of whole blocks."""
+"""Writes into a pool that fills the device: the K and V of a step, and copies of whole blocks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,27 +16,27 @@ from pallas_kernels.chips.here import why_no_hopper
 
 POOL_BYTES, CPU_POOL_BYTES = 60 * 10**9, 2**26
 LARGEST_SHARE = 0.8
-"""Of the memory that is free, what a pool may take."""
+"""Largest share of the free memory that a pool takes."""
 
 POOL_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM = 32, 8, 16, 128
-"""Of Llama-3-8B: a block is 2 MiB in bfloat16."""
+"""Sizes of Llama-3-8B, whose block is 2 MiB in bfloat16."""
 
 NUM_LAYERS = 8
-"""Layers that a program writes to: time is per layer."""
+"""Layers that a program writes. Times are per layer."""
 
 NUM_TOKENS, NUM_COPIED = 256, 64
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """What a write into the pool cost.
+    """Cost of a write into the pool.
 
     Args:
-        name: of what.
-        timing: of one layer's write, or of one call that copies.
-        num_bytes: read and written at the least.
-        temporary_bytes: allocated by the program beside its arguments.
-        pool_bytes: of the pool.
+        name: name of the write.
+        timing: time of one layer's write, or of one call that copies.
+        num_bytes: least number of bytes read and written.
+        temporary_bytes: bytes that the program allocates beside its arguments.
+        pool_bytes: size of the pool.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Copy:
 
 
 def pool_bytes_that_fit(wanted: int | None) -> int:
-    """``wanted``, or the default, or what is free if that is less."""
+    """``wanted`` or the default, but no more than fits into the free memory."""
     if jax.default_backend() == "cpu":
         return wanted or CPU_POOL_BYTES
     memory = jax.devices()[0].memory_stats()
@@ -56,7 +56,7 @@ def pool_bytes_that_fit(wanted: int | None) -> int:
 
 
 def measure_copies(pool_bytes: int, num_samples: int) -> list[Copy]:
-    """K and V of a decode step's tokens, those of a prompt, and blocks copied on write."""
+    """Time writes of K and V of decodes and of a prompt, and copies of blocks."""
     block_bytes = 2 * POOL_LAYERS * NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM * 2
     num_blocks = pool_bytes // block_bytes
     blocks = np.random.default_rng(0).permutation(np.arange(1, num_blocks))

@@ -1,4 +1,4 @@
-"""Arrays for a batch: a pool with poison wherever nobody may read, and values that stay alive through many layers."""
+"""Arrays for a batch: a pool with poison in unreadable slots, and values that stay in range through many layers."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -14,11 +14,11 @@ from bench.kernels.shapes import UNSEEN, AttentionShape, value_deviations
 from pallas_kernels import block_pool_shape, paged_attention
 
 STEPS = {"float8_e4m3fn": 64.0, "int8": 32.0}
-"""Stored values of a quantised pool are normal with this deviation."""
+"""Deviation of the stored values of a quantised pool, which are normal."""
 
 
 class Inputs(NamedTuple):
-    """What ``paged_attention`` reads beside the queries."""
+    """Arguments of ``paged_attention`` beside the queries."""
 
     pool: Array
     block_tables: Int[Array, "num_seqs max_blocks"]
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 
 
 def make_queries(shape: AttentionShape, seed: int = 0) -> Float[Array, "tokens num_heads head_dim"]:
-    """Normal queries."""
+    """Queries from a normal distribution."""
     key = jax.random.key(seed, impl="rbg")
     return jax.random.normal(key, (shape.num_tokens, shape.num_heads, shape.head_dim), jnp.dtype(shape.dtype))
 
@@ -40,11 +40,11 @@ def make_inputs(
 
     Args:
         shape: the batch.
-        num_layers: of the pool.
-        filled: the layers with values; all if None. The others hold poison, as do slots that no query may read: NaN, or
-            the largest number in an int8 pool, whose scales are NaN for blocks without a slot to read.
-        grows: see ``value_deviations``; V is normal otherwise, as K always is.
-        seed: of everything.
+        num_layers: layers of the pool.
+        filled: the layers with values; all if None. The other layers hold poison, as do slots that no query may read.
+            Poison is NaN, or the largest number in an int8 pool, whose scales are NaN for unreadable blocks.
+        grows: whether V has the deviations of ``value_deviations``. Otherwise V is normal, as K always is.
+        seed: seed of all values.
     """
     tables = shape.block_tables(seed)
     positions = shape.positions(tables)
@@ -70,14 +70,14 @@ def make_inputs(
 
 
 def poison(dtype: jnp.dtype) -> float:
-    """What no result survives reading."""
+    """A value that spoils every result that reads it."""
     return 127 if dtype == jnp.int8 else float("nan")
 
 
 def _make_scales(
     deviations: np.ndarray, num_layers: int, layers: list[int], shape: AttentionShape, seed: int
 ) -> np.ndarray:
-    """K of deviation 1 and V of about the block's, each head's off by up to a quarter: a scale mixed up shows."""
+    """Scales for K of deviation 1 and V of about the block's. Heads differ by up to a quarter, so a mix-up shows."""
     is_seen = ~np.isnan(deviations)
     counts = is_seen.sum(axis=1)
     of_block = np.where(counts > 0, np.nansum(deviations, axis=1) / np.maximum(counts, 1), np.nan)
@@ -104,7 +104,7 @@ def _fill_layer(
 
 
 def attend(q: Array, inputs: Inputs, layer: int, shape: AttentionShape, implementation: str) -> Array:
-    """One layer of ``shape`` by one implementation, with the shape's options."""
+    """Attend one layer of ``shape`` by one implementation, with the shape's options."""
     slopes, sinks = head_options(shape)
     options: dict[str, Any] = {"sliding_window": shape.sliding_window, "soft_cap": shape.soft_cap}
     options["alibi_slopes"] = None if slopes is None else jnp.asarray(slopes)

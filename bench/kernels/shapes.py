@@ -1,7 +1,7 @@
 """The batches that the kernel benchmarks attend, as numbers: no accelerator and no JAX needed.
 
-Those measured are the shapes of the tables they are compared with; a context or a chunk "at 2k" ends at position 2047,
-so that ``kv_len`` is 2048 with its own tokens.
+The measured shapes are those of the peers' tables. A context or a chunk "at 2k" ends at position 2047, so its
+``kv_len`` is 2048 with its own tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from bench.workloads import shared_prefix
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 
 NOWHERE = 2**30
-"""In a block table past a row's length: a block that no pool has."""
+"""Entry of a block table past a row's length: a block that no pool has."""
 
 UNSEEN = -1
 """The position of a slot that no query may read."""
@@ -25,14 +25,14 @@ PREFIX_LEN = 341
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """One ragged batch, and what of the model matters to attention.
+    """One ragged batch, and the attention of its model.
 
     Args:
-        name: distinct.
-        q_lens, kv_lens: of each row; 0 and 0 for a padding row.
-        dtype: of the queries.
-        kv_dtype: of the pool.
-        shared_blocks: so many blocks at the beginning of all rows are the same ones.
+        name: a distinct name.
+        q_lens, kv_lens: lengths of each row; 0 and 0 for a padding row.
+        dtype: type of the queries.
+        kv_dtype: type of the pool.
+        shared_blocks: number of blocks at the beginning that all rows share.
         padding_tokens: queries after the last row's.
         has_alibi, has_sinks: whether each head has a slope, a sink.
     """
@@ -69,7 +69,7 @@ class AttentionShape:
 
     @property
     def kind(self) -> str:
-        """What the rows are: all single queries, all chunks, or both."""
+        """Kind of the rows: all single queries, all chunks, or both."""
         is_decode = {q_len == 1 for q_len in self.q_lens if q_len}
         return "mixed" if len(is_decode) == 2 else "decode" if True in is_decode else "prefill"
 
@@ -83,30 +83,30 @@ class AttentionShape:
 
     @property
     def num_row_blocks(self) -> np.ndarray:
-        """Blocks of each row, those shared counted in every row. [num_seqs]"""
+        """Blocks of each row, shared ones counted in every row. [num_seqs]"""
         return -(-np.array(self.kv_lens) // self.block_size)
 
     @property
     def num_blocks(self) -> int:
-        """Of a pool that holds the batch: one more for padding, and one that nobody has."""
+        """Blocks of a pool that holds the batch, with one for padding and one that no row has."""
         return 2 + self.shared_blocks + int(np.maximum(self.num_row_blocks - self.shared_blocks, 0).sum())
 
     @property
     def kv_bytes(self) -> int:
-        """K and V of all contexts, what rows share once: what a layer has to read."""
+        """Bytes that a layer must read: K and V of all contexts, shared blocks once."""
         num_shared = (len(self.kv_lens) - 1) * self.shared_blocks * self.block_size
         num_tokens = sum(self.kv_lens) - num_shared
         return num_tokens * 2 * self.num_kv_heads * self.head_dim * ITEM_BYTES[self.kv_dtype]
 
     @property
     def flops(self) -> int:
-        """4 for each visible pair of query and key, head and element: in two products, a multiply and an add."""
+        """FLOPs of a layer: 4 for each visible pair of query and key, head and element, in two products."""
         q_lens, kv_lens = np.array(self.q_lens, np.int64), np.array(self.kv_lens, np.int64)
         num_pairs = int((q_lens * (kv_lens - q_lens) + q_lens * (q_lens + 1) // 2).sum())
         return 4 * num_pairs * self.num_heads * self.head_dim
 
     def block_tables(self, seed: int = 0) -> np.ndarray:
-        """[num_seqs, max_blocks] int32: distinct blocks in random order, those shared first, NOWHERE past the end."""
+        """[num_seqs, max_blocks] int32: distinct blocks in random order, shared ones first, NOWHERE past the end."""
         blocks = np.random.default_rng(seed).permutation(np.arange(1, self.num_blocks - 1))
         shared, own = np.split(blocks, [self.shared_blocks])
         tables = np.full((len(self.kv_lens), self.num_row_blocks.max()), NOWHERE, np.int32)
@@ -127,11 +127,11 @@ class AttentionShape:
         return positions
 
     def shrunk(self, divisor: int) -> "AttentionShape":
-        """The same with fewer rows and tokens, each divided by ``divisor``: for a look on a slow device."""
+        """The same shape with rows and tokens divided by ``divisor``, for a slow device."""
         num_rows = max(len(self.q_lens) // divisor, 2)
         q_lens = tuple(-(-q_len // divisor) for q_len in self.q_lens)
         kv_lens = tuple(-(-kv_len // divisor) for kv_len in self.kv_lens)
-        if self.kind == "mixed":  # the first and the last rows, so that both kinds stay
+        if self.kind == "mixed":  # the first and the last rows keep both kinds
             rows = [*range(num_rows // 2), *range(num_rows // 2 - num_rows, 0)]
             q_lens, kv_lens = tuple(q_lens[row] for row in rows), tuple(kv_lens[row] for row in rows)
         return replace(
@@ -142,7 +142,7 @@ class AttentionShape:
         )
 
     def describe(self) -> dict[str, Any]:
-        """For a result file: the lengths summed up."""
+        """Content of a result file."""
         return {
             "num_seqs": len(self.q_lens),
             "num_tokens": self.num_tokens,
@@ -161,12 +161,12 @@ class AttentionShape:
 
 
 def value_deviations(positions: np.ndarray) -> np.ndarray:
-    """Deviations of V at which a layer's outputs can be the next one's queries; NaN for slots not to be read.
+    """Deviations of V with which a layer's outputs can be the next one's queries; NaN for slots that no query may read.
 
-    They are sqrt((position + 1) / 2). With queries of deviation s and normal keys, scores are of deviation s, and the
-    output at position p has variance e^(s^2) * sum over j <= p of (j + 1) / 2 / (p + 1)^2, about e^(s^2) / 4 wherever
-    p is. So s becomes e^(s^2 / 2) / 2, which settles at 0.6: after many layers softmaxes have neither frozen on one key
-    nor become uniform. (How fast a GPU multiplies depends on such things.)
+    They are sqrt((position + 1) / 2). With queries of deviation s and normal keys, scores are of deviation s. The
+    output at position p has variance e^(s^2) * sum over j <= p of (j + 1) / 2 / (p + 1)^2, about e^(s^2) / 4 for every
+    p. So s becomes e^(s^2 / 2) / 2, which settles at 0.6: after many layers softmaxes neither freeze on one key nor
+    become uniform. The speed of a GPU's products depends on their values.
     """
     return np.where(positions == UNSEEN, np.nan, np.sqrt((positions + 1) / 2)).astype(np.float32)
 
@@ -217,10 +217,10 @@ MEASURED = (
 
 
 def choose(names: str | None, shapes: tuple[AttentionShape, ...] = MEASURED) -> list[AttentionShape]:
-    """The shapes whose name holds one of some words, separated by commas; all of them if None.
+    """The shapes whose name contains one of some words, separated by commas; all shapes if None.
 
     Raises:
-        ValueError: a word fits none.
+        ValueError: a word fits no name.
     """
     if names is None:
         return list(shapes)

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 LONG_CHAIN_S, MAX_RUNS = 0.03, 256
-"""How long the runs that are timed together should take, and the most of them."""
+"""Wanted duration of the runs that are timed together, and their largest number."""
 
 PATIENCE_S, MIN_SAMPLES = 3.0, 3
-"""No more samples are taken after so long, once there are so many."""
+"""Sampling stops after this time, once there are this many samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Timing:
     num_samples: int
 
     def divided(self, by: int) -> "Timing":
-        """Of one of ``by`` equal parts of the program."""
+        """The timing of one of ``by`` equal parts of the program."""
         return Timing(self.median_s / by, self.fastest_s / by, self.slowest_s / by, self.num_samples)
 
 
@@ -34,8 +34,8 @@ def time_program(
 ) -> tuple[Timing, Any]:
     """Time ``state = program(state, *args)``, a compiled program that may donate its state.
 
-    A sample is the time of a long chain of runs less that of a single one, over the runs between: what dispatching and
-    waiting cost once drops out, and the rest hides behind the device's work.
+    A sample is the time of a long chain of runs less that of a single run, over the difference of their numbers. So the
+    cost of waiting drops out, and dispatching hides behind the device's work.
 
     Returns:
         The timing, and the last state.

@@ -1,4 +1,4 @@
-"""Kernel sizes: tries what the kernels offer on the measured shapes, and saves the best of each class."""
+"""Kernel sizes: tries all candidates on the measured shapes, and saves the best of each class."""
 
 import math
 import sys
@@ -16,35 +16,28 @@ from bench.kernels.contenders import NUM_LAYERS, NUM_OUR_LAYERS
 from bench.kernels.inputs import Inputs, make_inputs, make_queries
 from bench.kernels.shapes import AttentionShape
 from bench.kernels.timing import time_program
+from pallas_kernels.paged_attention.call import Batch, Call, KvLayer, Scoring
 from pallas_kernels.paged_attention.hopper import attend_hopper, tuning
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 from pallas_kernels.paged_attention.hopper.tuning import Sizes
 
 
 class State(NamedTuple):
-    """What one run of a program leaves to the next: its queries. The first layer's output shows whether it is right."""
+    """State between two runs of a program: the queries, and the first layer's output, which is checked."""
 
     q: Array
     first: Array
 
 
 def attend_with(sizes: Sizes, q: Array, inputs: Inputs, layer: int, shape: AttentionShape) -> Array:
-    """One layer by the Hopper kernels, of the sizes given."""
-    return attend_hopper(
-        q,
-        inputs.pool,
-        layer,
-        inputs.block_tables,
-        inputs.kv_lens,
-        inputs.cu_q_lens,
-        sm_scale=shape.head_dim**-0.5,
-        sliding_window=None,
-        soft_cap=None,
-        alibi_slopes=None,
-        sinks=None,
-        kv_scales=inputs.kv_scales,
-        sizes=sizes,
+    """Attend one layer by the Hopper kernels, with the given sizes."""
+    call = Call(
+        q=q,
+        kv=KvLayer(inputs.pool, layer, inputs.kv_scales),
+        batch=Batch(inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens),
+        scoring=Scoring(shape.head_dim**-0.5),
     )
+    return attend_hopper(call, sizes=sizes)
 
 
 def class_of(shape: AttentionShape) -> str:
@@ -58,7 +51,7 @@ def class_of(shape: AttentionShape) -> str:
 
 
 def candidates(shape: AttentionShape) -> list[Sizes]:
-    """The sizes to try for one of the kernels; the other's do not matter."""
+    """Sizes to try for one of the two kernels; those of the other do not matter."""
     pool_dtype = jnp.dtype(shape.kv_dtype)
     if shape.kind == "decode":
         decode = tuning.decode_candidates(shape.group, shape.head_dim, pool_dtype)
@@ -68,10 +61,10 @@ def candidates(shape: AttentionShape) -> list[Sizes]:
 
 
 def tune(shapes: list[AttentionShape], num_samples: int) -> dict[str, Any]:
-    """Time every candidate; save each class's best; report all of them.
+    """Time every candidate, save each class's best, and report all.
 
-    A class's best is the least geometric mean over its shapes of microseconds a layer, among the candidates that ran on
-    all of them, with outputs like the first one's. Mixed batches are left out: their rows are those of the other two
+    The best candidate has the least geometric mean of microseconds a layer over the shapes of the class. It must run on
+    all of them, with outputs like the first candidate's. Mixed batches are left out: they have rows of both other
     kinds.
     """
     classes: dict[tuple[str, str], list[AttentionShape]] = defaultdict(list)
@@ -114,7 +107,7 @@ def _arguments(shape: AttentionShape) -> tuple[State, Inputs]:
 
 
 def _run(state: State, inputs: Inputs, *, shape: AttentionShape, sizes: Sizes) -> State:
-    """Attend ``NUM_OUR_LAYERS`` layers, which the pool's take turns to be."""
+    """Attend ``NUM_OUR_LAYERS`` layers, cycling through the pool's."""
     outputs = []
     for layer in range(NUM_OUR_LAYERS):
         outputs.append(attend_with(sizes, outputs[-1] if outputs else state.q, inputs, layer % NUM_LAYERS, shape))
@@ -124,7 +117,7 @@ def _run(state: State, inputs: Inputs, *, shape: AttentionShape, sizes: Sizes) -
 def _time_candidates(
     shape: AttentionShape, candidates: list[Sizes], programs: dict[tuple[str, Sizes], Any], num_samples: int
 ) -> list[float]:
-    """Microseconds a layer of each candidate, infinite if it cannot run or its output is not the first one's."""
+    """Microseconds a layer of each candidate; infinite if it fails or its output differs from the first one's."""
     state, inputs = _arguments(shape)
     right, times = None, []
     for sizes in candidates:
@@ -147,7 +140,7 @@ def _time_candidates(
 
 
 def is_alike(out: Array, right: Array, shape: AttentionShape) -> bool:
-    """Whether each query's and head's output is finite, and off by no more than two right ones can be."""
+    """Whether each query's and head's output is finite, and as near as two correct outputs are."""
     out, right = (x.astype(jnp.float32) for x in (out, right))
     error, size = jnp.linalg.norm(out - right, axis=-1), jnp.linalg.norm(right, axis=-1)
     return bool((error <= 2 * TOLERANCE[shape.dtype] * size).all())

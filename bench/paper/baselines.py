@@ -1,4 +1,4 @@
-"""The systems the paper compares with, as allocation and batching policies on the same machine."""
+"""The paper's baselines, as allocation and batching policies on the same machine."""
 
 import enum
 import heapq
@@ -12,11 +12,11 @@ from bench.paper.traces import Tally, Trace, Usage
 
 
 class Reservation(enum.Enum):
-    """What Orca reserves for a sequence when it starts (section 6.1)."""
+    """Orca's reservation for a sequence when it starts (section 6.1)."""
 
     MAX = "Max"  # the longest sequence the model allows
     POW2 = "Pow2"  # the output's true length rounded up to a power of two
-    ORACLE = "Oracle"  # the output's true length, which nobody knows
+    ORACLE = "Oracle"  # the output's true length, which no system knows
 
     def num_slots(self, prompt_len: int, output_len: int) -> int:
         """Contiguous slots for one sequence, before the allocator rounds them."""
@@ -32,8 +32,8 @@ class Orca:
     """Iteration-level batching over contiguous reservations, first come, first served.
 
     A request is admitted when a run of slots is free for each of its sequences. Nothing is shared: every sample and
-    every beam has its own reservation. In the baseline's favour, a prompt is still computed once for all of them,
-    copying KV between beams costs nothing, and reservations never wait for a limit on rows or tokens.
+    every beam has its own reservation. In the baseline's favour, a prompt is computed once for all of them, copies of
+    KV between beams cost nothing, and rows and tokens of a step have no limit.
     """
 
     reservation: Reservation
@@ -73,7 +73,7 @@ class Orca:
 
 
 class _Reservations:
-    """What the running requests of a trace reserve and hold. Written by ``Orca.serve``."""
+    """Reservations and tokens of the running requests of a trace. ``Orca.serve`` is its writer."""
 
     def __init__(self, reservation: Reservation, trace: Trace) -> None:
         self.reservation = reservation
@@ -81,7 +81,7 @@ class _Reservations:
         self.allocator = BuddyAllocator(NUM_SLOTS)
         self.num_sequences = 0
         self.num_tokens = 0  # stored
-        self._num_needed = 0  # slots the running sequences will have filled at their ends
+        self._num_needed = 0  # slots that the running sequences fill by their ends
         self._num_reserved = 0
         self._runs: dict[int, list[int]] = {}  # by request
 
@@ -106,11 +106,11 @@ class _Reservations:
         return True
 
     def grow(self) -> None:
-        """Every sequence stores the token it drew last."""
+        """Store the last drawn token of every sequence."""
         self.num_tokens += self.num_sequences
 
     def release(self, request: int) -> None:
-        """End a request: its last token is never stored."""
+        """End a request, whose last token is never stored."""
         prompt_len, output_len = self._lens(request)
         width = self.trace.decoding.width
         self.num_sequences -= width
@@ -136,8 +136,8 @@ class _Reservations:
 class FasterTransformer:
     """Request-level batching over reservations of the longest sequence: a batch starts when the last one has ended.
 
-    It takes the earliest arrivals, as many as fit, and answers them when the longest is done. In the baseline's favour,
-    prompts are not padded, and a finished sequence costs nothing more than its slots.
+    A batch has the earliest arrivals, as many as fit; all are answered when the longest ends. In the baseline's favour,
+    prompts are not padded, and a finished sequence costs nothing but its slots.
     """
 
     name: str = "FasterTransformer"

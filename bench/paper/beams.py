@@ -1,4 +1,4 @@
-"""Made-up continuations for beam searches: a seeded model of how probable the next tokens of each beam are."""
+"""Made-up continuations for beam searches: a seeded model of the probabilities of next tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ import numpy as np
 from jpaged.contract.plan import BeamCandidates, BeamSelect
 
 NUM_TABLED = 1 << 14
-"""Distributions drawn beforehand; a beam takes one at random every step."""
+"""Number of distributions drawn beforehand; a beam takes one at random in every step."""
 
 
 @dataclass(frozen=True)
 class CandidateModel:
-    """Next-token distributions of a language model, as far as a beam search sees them.
+    """Next-token distributions of a language model, as a beam search sees them.
 
     A distribution is a Poisson-Dirichlet one, the heavy-tailed law of the shares of infinitely many rivals: often one
     token has nearly everything, sometimes many compete. Which beams survive follows from cumulative log-probabilities.
 
     Args:
-        concentration: a mean entropy of digamma(concentration + 1) + 0.577 nats: 1.28 of 1.5.
+        concentration: parameter of the law; the mean entropy is digamma(concentration + 1) + 0.577 nats (1.28 for 1.5).
         alikeness: probability that all beams of a search face the same distribution in a step, as beams do that differ
-            in a word long past; otherwise each draws its own. The more alike, the longer rivals live side by side.
-        seed: of everything drawn.
+            in an old word alone. Otherwise each draws its own. Rivals live longer side by side if this is larger.
+        seed: seed of all draws.
     """
 
     concentration: float = 1.5
@@ -42,7 +42,7 @@ DEFAULT_CANDIDATES = CandidateModel()
 
 
 class CandidateSource:
-    """Draws the candidates of each search in a plan. Written by whoever replays one trace."""
+    """Draws the candidates of each search in a plan; one source serves one replay."""
 
     def __init__(self, model: CandidateModel) -> None:
         self._model = model
@@ -68,7 +68,7 @@ class CandidateSource:
 def _draw_logprobs(model: CandidateModel, num_tokens: int) -> np.ndarray:
     """[distributions, tokens] log-probabilities of each distribution's most probable tokens, best first.
 
-    By breaking sticks: each token takes a Beta(1, concentration) share of what the ones before it left.
+    Stick breaking: each token takes a Beta(1, concentration) share of the rest that the earlier ones left.
     """
     rng = np.random.default_rng(model.seed)
     shares = rng.beta(1, model.concentration, (NUM_TABLED, 8 * num_tokens))

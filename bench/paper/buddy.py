@@ -1,16 +1,16 @@
-"""A buddy allocator of contiguous slots: how the paper assumes Orca places its KV (section 6.1)."""
+"""A buddy allocator of contiguous slots, which the paper assumes for Orca's KV (section 6.1)."""
 
 
 class BuddyAllocator:
     """Hands out contiguous runs of slots, each a power of two long and aligned to its length.
 
-    A pool that is no power of two is cut into the powers of two that sum to it, largest first.
+    Other pools are cut into the powers of two that sum to them, largest first.
 
     Args:
-        num_slots: in the pool.
+        num_slots: slots in the pool.
 
     Raises:
-        ValueError: an empty pool.
+        ValueError: the pool is empty.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -28,7 +28,8 @@ class BuddyAllocator:
                 start += 1 << order
 
     def allocate(self, num_slots: int) -> int | None:
-        """Take the smallest run that holds ``num_slots``; its first slot, or None when no free run is long enough.
+        """Take the smallest run that holds ``num_slots``. Returns its first slot, or None if no free run is long
+        enough.
 
         Raises:
             ValueError: fewer than one slot asked for.
@@ -49,7 +50,7 @@ class BuddyAllocator:
         return start
 
     def free(self, start: int) -> None:
-        """Give a run back and merge it with its buddy as long as that is free too.
+        """Free a run, and merge it with its buddy while the buddy is free.
 
         Raises:
             ValueError: no run handed out starts there.
@@ -58,7 +59,7 @@ class BuddyAllocator:
         if order is None:
             raise ValueError(f"start={start}: no run handed out starts there")
         self.num_free += 1 << order
-        # A whole cut of the pool is never merged: its buddy would be all that follows it, which is shorter.
+        # A whole cut of the pool is never merged: the rest of the pool after it is shorter.
         while order + 1 < len(self._free) and (buddy := start ^ (1 << order)) in self._free[order]:
             self._free[order].remove(buddy)
             start = min(start, buddy)

@@ -19,26 +19,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.paper.blocks import FIG18B
-from bench.paper.experiment import Experiment, Report
+from bench import workloads
+from bench.paper.blocks import FIG18B, FIG19
+from bench.paper.experiment import Experiment, Report, render, save_plots, to_json
 from bench.paper.latency import FIG12, FIG16, FIG17
 from bench.paper.memory import FIG02, FIG13
 from bench.paper.paged import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
-from bench.paper.preemption import FIG19
-from bench.paper.rendering import render, save_plots, to_json
 from bench.paper.sampling import FIG14, FIG15
 from bench.paper.step_time import A100
 from bench.report import RESULTS, save, start_report
-from bench.workloads import (
-    ALPACA_SIGMA_IN,
-    ALPACA_SIGMA_OUT,
-    CHAT_MEAN_ROUNDS,
-    SHAREGPT_SIGMA_IN,
-    SHAREGPT_SIGMA_OUT,
-    TRANSLATION_MEAN_IN,
-    TRANSLATION_MEAN_OUT,
-    TRANSLATION_SIGMA,
-)
 
 _ALL = (FIG02, FIG12, FIG13, FIG14, FIG15, FIG16, FIG17, FIG18B, FIG19)
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
@@ -80,14 +69,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _describe_setting() -> str:
+    w = workloads
     return (
         f"{A100.describe()}\n"
         f"jpaged: blocks of 16, {MAX_NUM_SEQS} rows and {MAX_NUM_BATCHED_TOKENS:,} tokens a step at most;\n"
         "  prefix cache off but for fig16, preempted requests recomputed but for fig19\n"
         "Lengths: log-normal, means the paper's, spreads (sigma of the logarithm, in / out) chosen here: "
-        f"ShareGPT {SHAREGPT_SIGMA_IN:g} / {SHAREGPT_SIGMA_OUT:g}, Alpaca {ALPACA_SIGMA_IN:g} / {ALPACA_SIGMA_OUT:g};\n"
-        f"  translations {TRANSLATION_MEAN_IN:g} / {TRANSLATION_MEAN_OUT:g} tokens, {TRANSLATION_SIGMA:g}; chats of "
-        f"{CHAT_MEAN_ROUNDS} rounds of ShareGPT (mean of a geometric) before the question\n"
+        f"ShareGPT {w.SHAREGPT_SIGMA_IN:g} / {w.SHAREGPT_SIGMA_OUT:g}, "
+        f"Alpaca {w.ALPACA_SIGMA_IN:g} / {w.ALPACA_SIGMA_OUT:g};\n"
+        f"  translations {w.TRANSLATION_MEAN_IN:g} / {w.TRANSLATION_MEAN_OUT:g} tokens, {w.TRANSLATION_SIGMA:g}; chats "
+        f"of {w.CHAT_MEAN_ROUNDS} rounds of ShareGPT (mean of a geometric) before the question\n"
         "Poisson arrivals, the same for every system; fixed seeds"
     )
 

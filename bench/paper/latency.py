@@ -4,19 +4,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.paper.baselines import FasterTransformer, Orca, Reservation
-from bench.paper.experiment import Experiment, Paper, Report, Row, Table
+from bench.paper.experiment import Experiment, Paper, Plot, Report, Row, Table
 from bench.paper.memory import Load, measure_occupancy
 from bench.paper.paged import Paged
-from bench.paper.plots import add_legend, draw_lines
 from bench.paper.sustained import LATENCY_BOUND_S, Sweep, System, sweep_rates
 from bench.paper.traces import GREEDY, Decoding, TraceMaker
 from bench.workloads import Workload, alpaca, chat, sharegpt, translation
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 OURS = Paged()
 ORCAS: tuple[System, ...] = tuple(Orca(reservation) for reservation in Reservation)
@@ -27,13 +23,13 @@ class Panel:
     """One plot of latency over rate.
 
     Args:
-        title: what is served.
+        title: name of the workload.
         workload: its requests.
-        seconds: of arrivals, at scale 1.
+        seconds: seconds of arrivals, at scale 1.
         highest_rate: requests/s that a search may reach.
-        first_rates: where to start looking for each system's sustained rate.
-        ours: our system, as set up for it.
-        decoding: of every request.
+        first_rates: first rate of each system's search for its sustained rate.
+        ours: our system, as set up for the workload.
+        decoding: decoding of every request.
     """
 
     title: str
@@ -45,7 +41,7 @@ class Panel:
     decoding: Decoding = GREEDY
 
     def tasks(self, systems: tuple[System, ...], scale: float) -> dict[tuple[str, str], Callable[[], Sweep]]:
-        """A sweep per system, and ours, by (title, system)."""
+        """A sweep for each system, and for ours, by (title, system)."""
         traces = TraceMaker(self.workload, scale * self.seconds, self.highest_rate, self.decoding)
         return {
             (self.title, system.name): partial(sweep_rates, system, traces, self.first_rates[system.name])
@@ -81,21 +77,17 @@ def _short(names: Iterable[str]) -> list[str]:
     return [name.replace("FasterTransformer", "FT").removeprefix("Orca ").strip("()") for name in names]
 
 
-def draw_panels(results: Mapping[Any, Sweep], figure: "Figure") -> None:
-    """Latency over rate, one plot per panel."""
-    titles = list(dict.fromkeys(title for title, _ in results))
-    num_columns = min(len(titles), 3)
-    num_rows = -(-len(titles) // num_columns)
-    figure.set_figheight(figure.get_figheight() * (1 + num_rows) / 2)
-    grid = figure.subplots(num_rows, num_columns, squeeze=False)
-    for axes, title in zip(grid.flat, titles, strict=True):
+def panel_plots(results: Mapping[Any, Sweep]) -> list[Plot]:
+    """Latency over rate, one plot for each panel."""
+    plots = []
+    for title in dict.fromkeys(title for title, _ in results):
         lines = {name: (s.rates, s.latencies_s) for (panel, name), s in results.items() if panel == title}
-        draw_lines(axes, lines, title=title, x="req/s", y="s / output token", top=2 * LATENCY_BOUND_S)
-    add_legend(figure, figure.axes[0])
+        plots.append(Plot(title, "s / output token", "req/s", lines=lines, top=2 * LATENCY_BOUND_S))
+    return plots
 
 
 def sweep_data(results: Mapping[Any, Sweep]) -> dict[str, Any]:
-    """For the result file, where null stands for a latency past what was measured."""
+    """Content of the result file, where null stands for a latency beyond the measurement."""
     return {
         f"{title}: {name}": {
             "rates": sweep.rates,
@@ -110,8 +102,7 @@ def _report(
     papers: Mapping[str, Mapping[str, Paper]], setting: str, notes: str, results: Mapping[Any, Sweep]
 ) -> Report:
     rows = [row for title, ratios in papers.items() for row in ratio_rows(results, title, ratios)]
-    draw = partial(draw_panels, results)
-    return Report(setting, rows, [rate_table(results)], notes, draw, sweep_data(results))
+    return Report(setting, rows, [rate_table(results)], notes, panel_plots(results), sweep_data(results))
 
 
 SETTING = (
@@ -120,21 +111,10 @@ SETTING = (
 
 # Figure 12 ------------------------------------------------------------------------------------------------------------
 
+_NAMES = ("FasterTransformer", *(system.name for system in (*ORCAS, OURS)))
 _BASIC = (
-    Panel(
-        "ShareGPT",
-        sharegpt,
-        600,
-        8,
-        {"FasterTransformer": 0.35, "Orca (Max)": 0.7, "Orca (Pow2)": 1, "Orca (Oracle)": 1.2, "jpaged": 2},
-    ),
-    Panel(
-        "Alpaca",
-        alpaca,
-        90,
-        128,
-        {"FasterTransformer": 1, "Orca (Max)": 5, "Orca (Pow2)": 20, "Orca (Oracle)": 32, "jpaged": 40},
-    ),
+    Panel("ShareGPT", sharegpt, 600, 8, dict(zip(_NAMES, (0.35, 0.7, 1, 1.2, 2), strict=True))),
+    Panel("Alpaca", alpaca, 90, 128, dict(zip(_NAMES, (1, 5, 20, 32, 40), strict=True))),
 )
 
 
@@ -164,23 +144,19 @@ def translation_behind(prefix_len: int, count: int, seed: int) -> Workload:
     return translation(count, prefix_len, seed)
 
 
-_PREFIXES = (
+_PREFIXES = tuple(
     Panel(
-        "1-shot (80 tokens)",
-        partial(translation_behind, ONE_SHOT_LEN),
+        f"{shots}-shot ({prefix_len} tokens)",
+        partial(translation_behind, prefix_len),
         60,
-        160,
-        {"Orca (Oracle)": 24, "jpaged": 64},
+        highest_rate,
+        {"Orca (Oracle)": orca_rate, "jpaged": our_rate},
         Paged(enable_prefix_caching=True),
-    ),
-    Panel(
-        "5-shot (341 tokens)",
-        partial(translation_behind, FIVE_SHOT_LEN),
-        60,
-        128,
-        {"Orca (Oracle)": 8, "jpaged": 45},
-        Paged(enable_prefix_caching=True),
-    ),
+    )
+    for shots, prefix_len, highest_rate, orca_rate, our_rate in (
+        (1, ONE_SHOT_LEN, 160, 24, 64),
+        (5, FIVE_SHOT_LEN, 128, 8, 45),
+    )
 )
 
 
@@ -234,7 +210,7 @@ def _report_chat(results: Mapping[Any, Any]) -> Report:
             "that reads twice the KV is longer, and prompts this long, computed again when preempted, take much of the "
             "time of every system. A third of our conversations are also too short to fill 1024 tokens."
         ),
-        draw=partial(draw_panels, sweeps),
+        plots=panel_plots(sweeps),
         data=sweep_data(sweeps) | {f"{_CHAT_SATURATED}: {name}": batch for name, batch in batches.items()},
     )
 

@@ -1,27 +1,23 @@
-"""Experiments on what the pool holds: figures 2 and 13."""
+"""Experiments on the contents of the pool: figures 2 and 13."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.paper.baselines import Orca, Reservation
-from bench.paper.experiment import Experiment, Report, Row, Table
+from bench.paper.experiment import Experiment, Plot, Report, Row, Table
 from bench.paper.paged import Paged
-from bench.paper.plots import add_legend, draw_bars
 from bench.paper.sustained import System
 from bench.paper.traces import Tally, TraceMaker
 from bench.workloads import Workload, alpaca, chat, sharegpt
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SYSTEMS: tuple[System, ...] = (*(Orca(reservation) for reservation in Reservation), Paged())
 
 
 @dataclass(frozen=True)
 class Load:
-    """A dataset at one rate (requests/s), and how many seconds of it to replay."""
+    """A dataset at one rate (requests/s), and the seconds of it to replay."""
 
     dataset: str
     rate: float
@@ -33,7 +29,7 @@ class Load:
 
 PAPER_LOADS = Load("ShareGPT", 2, 600), Load("Alpaca", 30, 120)
 SATURATED_LOADS = Load("ShareGPT", 5, 600), Load("Alpaca", 200, 60)
-"""Rates that none of the systems sustains: the pool is full of what each can make of it."""
+"""Rates that no system sustains, so that every pool is full."""
 
 DATASETS: Mapping[str, Callable[[int, int], Workload]] = {"ShareGPT": sharegpt, "Alpaca": alpaca, "Chat": chat}
 
@@ -67,76 +63,53 @@ def _tasks(loads: tuple[Load, ...], scale: float) -> dict[tuple[Load, str], Call
     }
 
 
-# Figure 2 -------------------------------------------------------------------------------------------------------------
-
-
 def _report_breakdown(results: Mapping[Any, Occupancy]) -> Report:
     usage = {name: occupancy.usage for (_, name), occupancy in results.items()}
     ours = usage["jpaged"]
     of_used = 100 * ours["tokens"] / (ours["tokens"] + ours["reserved"])
     rows = [Row(f"{name}: token states", PAPER_USAGE[name], parts["tokens"], "%") for name, parts in usage.items()]
     rows.append(Row("jpaged: token states in the blocks used", PAPER_USAGE["jpaged"], of_used, "%"))
-    shares = Table("% of the pool", list(ours), {name: list(parts.values()) for name, parts in usage.items()})
+    labels = {"tokens": "token states", "reserved": "reserved", "internal": "internal", "external": "external and free"}
+    bars = {label: {name: parts[part] for name, parts in usage.items()} for part, label in labels.items()}
     return Report(
         setting=f"{SATURATED_LOADS[0]}: every queue is full; means over the last three quarters of 10 minutes",
         rows=rows,
-        tables=[shares],
+        tables=[Table("% of the pool", list(ours), {name: list(parts.values()) for name, parts in usage.items()})],
         notes=(
             "Reserved: slots that will hold a token later (of jpaged: the rest of each sequence's last block). "
             "Internal: reserved and never filled. External: the rounding of the buddy allocator and runs too short to "
             "use (of jpaged: free blocks, kept so that running sequences can grow). The baselines depend on the "
             "lengths alone: with log-normals for ShareGPT's they come within a few points of the paper's."
         ),
-        draw=partial(_draw_breakdown, usage),
+        plots=[Plot("KV memory at high load (ShareGPT)", "% of the pool", bars=bars, is_stacked=True, top=100)],
         data={name: vars(occupancy) for (_, name), occupancy in results.items()},
     )
 
 
-def _draw_breakdown(usage: Mapping[str, Mapping[str, float]], figure: "Figure") -> None:
-    axes = figure.subplots()
-    bottoms = dict.fromkeys(usage, 0.0)
-    parts = {"tokens": "token states", "reserved": "reserved", "internal": "internal", "external": "external and free"}
-    for part, label in parts.items():
-        heights = [usage[name][part] for name in usage]
-        axes.bar(list(usage), heights, bottom=list(bottoms.values()), label=label)
-        bottoms = {name: bottoms[name] + usage[name][part] for name in usage}
-    axes.set(title="KV memory at high load (ShareGPT)", ylabel="% of the pool", ylim=(0, 100))
-    add_legend(figure, axes)
-
-
-FIG02 = Experiment("fig02", "What KV memory holds", partial(_tasks, SATURATED_LOADS[:1]), _report_breakdown)
-
-
-# Figure 13 ------------------------------------------------------------------------------------------------------------
-
-
 def _report_batches(results: Mapping[Any, Occupancy]) -> Report:
-    rows = [
-        Row(f"{load}: {name}", PAPER_BATCHES[load.dataset][name], occupancy.mean_batch, "requests")
-        for (load, name), occupancy in results.items()
-    ]
-    return Report(
-        setting="Requests running in a step, mean; at the paper's rates, then where every system is saturated",
-        rows=rows,
-        tables=[],
-        notes=(
-            "At the paper's rates jpaged holds fewer requests because it is not saturated: a step of the model takes "
-            "about 30 ms where the paper's figures imply 45 to 75 (batch / (rate x output length)), so requests leave "
-            "sooner. Saturated, it holds as many as fit into the pool's blocks; the paper's 30.42 and 132.44 are fewer."
-        ),
-        draw=partial(_draw_batches, results),
-        data={f"{load}: {name}": vars(occupancy) for (load, name), occupancy in results.items()},
-    )
-
-
-def _draw_batches(results: Mapping[Any, Occupancy], figure: "Figure") -> None:
-    for axes, (dataset, paper) in zip(figure.subplots(1, 2), PAPER_BATCHES.items(), strict=True):
+    plots = []
+    for dataset, paper in PAPER_BATCHES.items():
         groups: dict[str, dict[str, float]] = {"paper": paper}
         for (load, name), occupancy in results.items():
             if load.dataset == dataset:
                 groups.setdefault(f"{load.rate:g} req/s", {})[name] = occupancy.mean_batch
-        draw_bars(axes, groups, title=dataset, y="requests in a step")
-    add_legend(figure, figure.axes[0])
+        plots.append(Plot(dataset, "requests in a step", bars=groups))
+    return Report(
+        setting="Requests running in a step, mean; at the paper's rates, then where every system is saturated",
+        rows=[
+            Row(f"{load}: {name}", PAPER_BATCHES[load.dataset][name], occupancy.mean_batch, "requests")
+            for (load, name), occupancy in results.items()
+        ],
+        tables=[],
+        notes=(
+            "At the paper's rates jpaged holds fewer requests because it is not saturated: a step of the model takes "
+            "about 30 ms where the paper's figures imply 45 to 75 (batch / (rate x output length)), so requests end "
+            "sooner. Saturated, it holds as many as fit into the pool's blocks; the paper's 30.42 and 132.44 are fewer."
+        ),
+        plots=plots,
+        data={f"{load}: {name}": vars(occupancy) for (load, name), occupancy in results.items()},
+    )
 
 
+FIG02 = Experiment("fig02", "Contents of KV memory", partial(_tasks, SATURATED_LOADS[:1]), _report_breakdown)
 FIG13 = Experiment("fig13", "Batched requests", partial(_tasks, PAPER_LOADS + SATURATED_LOADS), _report_batches)

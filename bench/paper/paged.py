@@ -1,4 +1,4 @@
-"""This repository's Scheduler and BlockManager as they are, replaying a trace; only the device is made up."""
+"""The real Scheduler and BlockManager replay a trace; only the device is modelled."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,10 @@ from jpaged.host.scheduler import Scheduler
 from jpaged.request import Request, SamplingParams
 
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 512, 2048
-"""Rows and tokens of a step at most: rows enough that memory is the limit, as for the baselines."""
+"""Limits of a step: rows enough that memory is the limit, as for the baselines."""
 
 STEPS_PER_SAMPLE = 16
-"""Steps from one look at the pool to the next: counting it walks all its blocks."""
+"""Steps between samples of the pool, since counting walks all its blocks."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Paged:
 
     Args:
         block_size: tokens in a block. Block 0, padding, is within the pool's 12 GB.
-        enable_prefix_caching: share equal prompt prefixes; off where the paper has none.
+        enable_prefix_caching: whether equal prompt prefixes are shared; off where the paper has none.
         preemption: "recompute" or "swap", or "auto" by the costs of the modelled machine.
         num_host_slots: tokens that the host pool holds.
-        pieces_per_block: contiguous pieces that a block is moved in. Ours are one; the paper's system keeps keys and
+        pieces_per_block: contiguous pieces of a block in a transfer. Ours is one; the paper's system keeps keys and
             values of each layer apart.
-        candidates: what beam searches see.
+        candidates: model of the continuations in beam searches.
     """
 
     block_size: int = 16
@@ -89,7 +89,7 @@ class Paged:
         compute_s = A100.copy_s(len(plan.copies) * self.block_size)
         if plan.chunks:
             compute_s += A100.compute_s(num_tokens, num_context, num_context_blocks)
-        # The link is full duplex, and what it moves is hidden behind the step as far as the step lasts.
+        # The link is full duplex, and transfers hide behind the step.
         return max(compute_s, *(self._transfer_s(len(moves)) for moves in (plan.to_host, plan.from_host)))
 
     def _transfer_s(self, num_blocks: int) -> float:

@@ -2,20 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.paper.beams import DEFAULT_CANDIDATES, CandidateModel
-from bench.paper.experiment import Experiment, Paper, Report, Row
-from bench.paper.latency import ORCAS, SETTING, Panel, draw_panels, panel_tasks, rate_table, ratio_rows, sweep_data
+from bench.paper.experiment import Experiment, Paper, Plot, Report, Row
+from bench.paper.latency import ORCAS, SETTING, Panel, panel_plots, panel_tasks, rate_table, ratio_rows, sweep_data
 from bench.paper.memory import DATASETS, Load
 from bench.paper.paged import Paged
-from bench.paper.plots import add_legend, draw_bars
 from bench.paper.sustained import Sweep, measure_latency
 from bench.paper.traces import Decoding, TraceMaker
 from bench.workloads import alpaca
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DECODINGS = tuple(Decoding(width, is_beam) for is_beam in (False, True) for width in (2, 4, 6))
 
@@ -47,7 +43,7 @@ def _report_latency(results: Mapping[Any, Sweep]) -> Report:
             "sequence and 2.3x for six beams. Its baselines also copy KV between beams; here they do so for nothing. "
             "Of Orca (Max)'s seven reservations a request of four or six takes most, so requests run one by one."
         ),
-        draw=partial(draw_panels, results),
+        plots=panel_plots(results),
         data=sweep_data(results),
     )
 
@@ -59,24 +55,16 @@ FIG14 = Experiment(
 
 # Figure 15 ------------------------------------------------------------------------------------------------------------
 
+_SHAREGPT_SAVED = 16.2, (16.2, 30.5), 30.5, 44.3, (44.3, 66.3), 66.3
 PAPER_SAVED: Mapping[tuple[str, Decoding], Paper] = {
-    ("Alpaca", Decoding(2)): 6.09,
-    ("Alpaca", Decoding(4)): 8.53,
-    ("Alpaca", Decoding(6)): 9.79,
-    ("Alpaca", Decoding(2, True)): 37.56,
-    ("Alpaca", Decoding(4, True)): 53.13,
-    ("Alpaca", Decoding(6, True)): 55.16,
-    ("ShareGPT", Decoding(2)): 16.2,
-    ("ShareGPT", Decoding(4)): (16.2, 30.5),
-    ("ShareGPT", Decoding(6)): 30.5,
-    ("ShareGPT", Decoding(2, True)): 44.3,
-    ("ShareGPT", Decoding(4, True)): (44.3, 66.3),
-    ("ShareGPT", Decoding(6, True)): 66.3,
+    (dataset, decoding): saved
+    for dataset, figures in (("Alpaca", (6.09, 8.53, 9.79, 37.56, 53.13, 55.16)), ("ShareGPT", _SHAREGPT_SAVED))
+    for decoding, saved in zip(DECODINGS, figures, strict=True)
 }
-"""Per cent; of ShareGPT the paper gives the ends, taken here for the narrowest and the widest."""
+"""Per cent. For ShareGPT the paper gives the ends of a range: they stand for the narrowest and the widest."""
 
 LOADS = Load("Alpaca", 6, 60), Load("ShareGPT", 0.3, 600)
-"""The same requests at every width, so few that what is saved does not depend on preemption."""
+"""The same requests at every width, so few that preemption does not change the saving."""
 
 OTHER_MODELS = CandidateModel(alikeness=0), CandidateModel(alikeness=0.9)
 
@@ -108,6 +96,15 @@ def _report_saved(results: Mapping[Any, float]) -> Report:
         if model != DEFAULT_CANDIDATES:
             label += f", beams alike in {100 * model.alikeness:.0f}% of steps"
         rows.append(Row(label, PAPER_SAVED[dataset, decoding], saved, "%"))
+    plots = []
+    for dataset in (load.dataset for load in LOADS):
+        groups: dict[str, dict[str, float]] = {}
+        for decoding in DECODINGS:
+            paper = PAPER_SAVED[dataset, decoding]
+            bars = {"paper": paper} if isinstance(paper, float) else {}
+            bars["jpaged"] = results[dataset, decoding, DEFAULT_CANDIDATES]
+            groups[str(decoding).replace("beam width", "beam")] = bars
+        plots.append(Plot(dataset, "% of blocks saved", bars=groups))
     return Report(
         setting="Blocks saved by sharing / blocks without sharing, over all steps",
         rows=rows,
@@ -117,22 +114,9 @@ def _report_saved(results: Mapping[Any, float]) -> Report:
             "here than in the paper, up to nearly all they could, (width - 1) / width less the last blocks: rivals of "
             "its model may live side by side for longer than those of any such law. Samples share a prompt."
         ),
-        draw=partial(_draw_saved, results),
+        plots=plots,
         data={f"{dataset}: {decoding}, {model}": saved for (dataset, decoding, model), saved in results.items()},
     )
-
-
-def _draw_saved(results: Mapping[Any, float], figure: "Figure") -> None:
-    for axes, dataset in zip(figure.subplots(1, len(LOADS)), (load.dataset for load in LOADS), strict=True):
-        groups: dict[str, dict[str, float]] = {}
-        for decoding in DECODINGS:
-            paper = PAPER_SAVED[dataset, decoding]
-            bars = groups[str(decoding).replace("beam width", "beam")] = {}
-            if isinstance(paper, float):
-                bars["paper"] = paper
-            bars["jpaged"] = results[dataset, decoding, DEFAULT_CANDIDATES]
-        draw_bars(axes, groups, title=dataset, y="% of blocks saved")
-    add_legend(figure, figure.axes[0])
 
 
 FIG15 = Experiment("fig15", "Memory saved by sharing", _saved_tasks, _report_saved)

@@ -1,4 +1,4 @@
-"""The machine of the paper's experiments, and how long it takes over one step: every constant of the model is here."""
+"""The machine of the paper's experiments: every constant of the model of a step's time."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ class StepTime:
     """Seconds of one step of a 13B model on one A100-40GB with PCIe 4.0: a roofline, the same for every system.
 
     Args:
-        num_params: weights, in float16.
+        num_params: number of weights, in float16.
         bandwidth: bytes/s read from HBM: 85% of 1.555 TB/s.
         flops: FLOP/s of the matrix products: half of 312 TFLOP/s.
-        overhead_s: of the host and of launches, every step.
-        block_s: what reading KV through a block table adds, every block: 23% of the time to read a block of 16 tokens.
+        overhead_s: seconds of the host and of launches in every step.
+        block_s: seconds that a block table adds for every block read: 23% of the time to read a block of 16 tokens.
             Figure 18a has 20 to 26%. Contiguous KV pays nothing.
         link_bandwidth: bytes/s between host and device, each way: 25 of PCIe 4.0's 32 GB/s.
-        piece_s: what each contiguous piece of a transfer adds.
+        piece_s: seconds that each contiguous piece of a transfer adds.
     """
 
     num_params: float = 13e9
@@ -37,10 +37,10 @@ class StepTime:
         """One forward pass.
 
         Args:
-            num_tokens: fed to the model: decodes and prompts.
+            num_tokens: tokens fed to the model: decodes and prompts.
             num_context: tokens whose KV attention reads, summed over the sequences. A block that two sequences share
                 is read twice.
-            num_context_blocks: blocks they are read from; 0 where KV is contiguous.
+            num_context_blocks: blocks that hold these tokens; 0 where KV is contiguous.
         """
         weights_s = max(2 * self.num_params / self.bandwidth, num_tokens * 2 * self.num_params / self.flops)
         attention_s = num_context * KV_BYTES_PER_TOKEN / self.bandwidth + num_context_blocks * self.block_s

@@ -1,4 +1,4 @@
-"""Normalised latency over request rate, and the rate a system sustains (figures 12, 14, 16, 17)."""
+"""Normalised latency over request rate, and the rate that a system sustains (figures 12, 14, 16, 17)."""
 
 import math
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from typing import Protocol
 from bench.paper.traces import Tally, Trace, TraceMaker
 
 LATENCY_BOUND_S = 0.2
-"""A rate is sustained while the mean over requests of seconds per output token stays below this: about as fast as
-people read, and where every curve of the paper is steep."""
+"""Largest mean over requests of seconds per output token at a sustained rate. It is about the speed of reading, and
+every curve of the paper is steep there."""
 
 RATE_STEP = math.sqrt(2)
 NUM_BISECTIONS = 3
 
 
 class System(Protocol):
-    """Anything that can replay a trace."""
+    """A system that can replay a trace."""
 
     @property
     def name(self) -> str: ...

@@ -15,7 +15,7 @@ WARM_UP = 0.25
 
 @dataclass(frozen=True)
 class Decoding:
-    """How each request is answered: ``width`` samples of one prompt, or a beam search of that width."""
+    """Decoding of a request: ``width`` samples of one prompt, or a beam search of that width."""
 
     width: int = 1
     is_beam_search: bool = False
@@ -35,8 +35,8 @@ class Trace:
 
     Args:
         work: prompts and output lengths; every sequence of a request runs to the same length, as in the paper.
-        arrivals_s: when each request arrives.
-        decoding: of all of them.
+        arrivals_s: time of each arrival.
+        decoding: decoding of all requests.
     """
 
     work: Workload
@@ -53,10 +53,10 @@ class TraceMaker:
 
     Args:
         workload: count and seed to requests.
-        seconds: arrivals last this long.
-        highest_rate: requests/s at most.
-        decoding: of all requests.
-        seed: of lengths, tokens and arrivals.
+        seconds: duration of the arrivals.
+        highest_rate: largest rate, in requests/s.
+        decoding: decoding of all requests.
+        seed: seed of lengths, tokens and arrivals.
     """
 
     workload: Callable[[int, int], Workload]
@@ -81,13 +81,13 @@ def _draw(workload: Callable[[int, int], Workload], count: int, seed: int) -> Wo
 
 @dataclass(frozen=True)
 class Usage:
-    """How many slots of the pool are what, at one moment; they sum to the pool.
+    """Numbers of slots by use at one moment; they sum to the pool.
 
     Args:
-        tokens: hold a token's KV.
-        reserved: will hold one later, and wait for it.
-        internal: belong to a request that will never fill them.
-        external: belong to nobody, or to the rounding of a buddy allocator.
+        tokens: slots that hold a token's KV.
+        reserved: slots that will hold a token later.
+        internal: slots of a request that never fills them.
+        external: free slots, and the rounding of a buddy allocator.
     """
 
     tokens: int
@@ -102,12 +102,12 @@ class Usage:
 
 @dataclass
 class Tally:
-    """What one replay measured. Written by the system that serves the trace.
+    """Measurements of one replay. The system that serves the trace is the writer.
 
     Args:
         trace: the trace served.
-        most_latency_s: give up once the mean of all requests is sure to exceed this.
-        is_drained: serve until the last request ends; otherwise stop at the last arrival.
+        most_latency_s: mean latency of all requests at which the replay is given up.
+        is_drained: whether the replay lasts until the last request ends, instead of the last arrival.
     """
 
     trace: Trace
@@ -129,13 +129,13 @@ class Tally:
         self._num_finished += 1
 
     def is_over(self, clock_s: float) -> bool:
-        """Whether there is nothing left to learn."""
+        """Whether the replay can end."""
         if not self.is_drained:
             return clock_s > self.trace.arrivals_s[-1]
         return self._num_finished == len(self.trace) or self._latency_sum > self.most_latency_s * len(self.trace)
 
     def is_steady(self, clock_s: float) -> bool:
-        """Whether averages are taken now: requests still arrive, and the pool has had time to fill."""
+        """Whether averages are taken: requests still arrive, and the pool has had time to fill."""
         last = self.trace.arrivals_s[-1]
         return WARM_UP * last <= clock_s <= last
 

@@ -1,1 +1,1 @@
-"""The whole engine measured: throughput, latency of a step and what it is made of, start-up, memory waste."""
+"""The whole engine: throughput, latency and breakdown of a step, start-up, memory waste."""

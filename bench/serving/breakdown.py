@@ -1,4 +1,4 @@
-"""What a step is made of: its kernels by kind, from a profile, and what is left of its time."""
+"""Breakdown of a step: its kernels by kind, from a profile, and the rest of its time."""
 
 import re
 from collections import Counter, defaultdict
@@ -16,15 +16,15 @@ GEMM = re.compile(r"nvjet|gemm|gemv|cublas|cutlass|xmma|splitk", re.IGNORECASE)
 
 ATTENTION = re.compile(r"paged_decode|merge_decode_parts|paged_prefill")
 SAMPLING = re.compile(rf"_sample|_beam|/{SAMPLING_SCOPE}/")
-"""In the names of the runner's programs that choose tokens, or of the scope of operations in others. The one product
-among them makes the logits and counts as a GEMM.
+"""Part of the names of the runner's sampling programs, or of the scope of operations in others. The one product among
+them makes the logits and counts as a GEMM.
 """
 
 PROGRAM = re.compile(r"^HloModule ([\w.-]+)")
 """The name of a compiled program, at the beginning of its text."""
 
 OPERATION = re.compile(r'^ *(?:ROOT )?%?([\w.-]+) = .*metadata={[^}]*op_name="([^"]*)"', re.MULTILINE)
-"""Of a compiled program's text: the name of an operation, and its scope where it was traced."""
+"""Name of an operation and its scope, in the text of a compiled program."""
 
 NUM_LARGEST, NUM_SHOWN = 24, 6
 
@@ -34,8 +34,8 @@ class Kernel:
     """A launch on the device, as profiled.
 
     Args:
-        program: the HLO module it belongs to, "" if the profile lacks it.
-        scope: of the operation it runs, "" if nobody said (see ``scopes_of``).
+        program: HLO module of the launch, "" if the profile lacks it.
+        scope: scope of its operation (see ``scopes_of``), "" if unknown.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Kernel:
 
     @property
     def group(self) -> str:
-        """The column it counts in."""
+        """The column in which the launch counts."""
         if ATTENTION.search(self.name):
             return "attention"
         if GEMM.search(self.name):
@@ -55,7 +55,7 @@ class Kernel:
 
     @property
     def is_sampling(self) -> bool:
-        """Whether it helps to choose tokens."""
+        """Whether the launch is part of sampling."""
         return SAMPLING.search(f"{self.program}/{self.scope}") is not None
 
 
@@ -74,16 +74,16 @@ class StepBreakdown:
     """Where the time of a step goes, in microseconds a step.
 
     Args:
-        step_us: of a step without a profiler, by the host's clock.
-        gemm_us, attention_us, sampling_us, other_us: of kernels by kind. Sampling is None where the profile does not
-            tell programs apart; "other" holds its kernels then.
-        gaps_us: ``step_us`` less the time in which any kernel ran. Not the profile's own gaps: under a profiler XLA
+        step_us: time of a step without a profiler, by the host's clock.
+        gemm_us, attention_us, sampling_us, other_us: times of kernels by kind. Sampling is None where the profile does
+            not tell programs apart; "other" includes its kernels then.
+        gaps_us: ``step_us`` less the time in which any kernel ran. The profile's own gaps differ: under a profiler XLA
             launches its kernels one by one, outside CUDA graphs.
-        traced_step_us: from the first kernel profiled to the end of the last, with those gaps.
-        num_launches: kernels, copies and fills.
-        num_steps: profiled.
-        largest: the kernels that take the most, by name.
-        host_us: of the parts of a step on the host; they run beside the device.
+        traced_step_us: time from the first profiled kernel to the end of the last, with those gaps.
+        num_launches: number of kernels, copies and fills.
+        num_steps: number of profiled steps.
+        largest: the kernels that take the most time, by name.
+        host_us: times of the parts of a step on the host, which run beside the device.
     """
 
     step_us: float
@@ -110,10 +110,10 @@ class StepBreakdown:
 
 
 def break_down(kernels: list[Kernel], num_steps: int, *, step_us: float, host_us: dict[str, float]) -> StepBreakdown:
-    """The breakdown of the ``num_steps`` steps that launched ``kernels``, nothing else being profiled.
+    """Break down the ``num_steps`` steps that launched ``kernels``.
 
     Raises:
-        ValueError: no kernels.
+        ValueError: there are no kernels.
     """
     if not kernels or not num_steps:
         raise ValueError(f"{len(kernels)} kernels in {num_steps} steps: nothing of the device was profiled")
@@ -147,7 +147,7 @@ def break_down(kernels: list[Kernel], num_steps: int, *, step_us: float, host_us
 
 
 def _busy_ns(kernels: list[Kernel]) -> float:
-    """Time in which some kernel ran: those of several streams may overlap."""
+    """Time in which any kernel ran. Kernels of several streams may overlap."""
     busy, until = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda k: k.start_ns):
         end = kernel.start_ns + kernel.duration_ns
@@ -169,11 +169,11 @@ def _kernel_name(operation: str) -> str:
 def read_kernels(directory: Path, scopes: Mapping[tuple[str, str], str] | None = None) -> list[Kernel]:
     """The kernels of the first GPU in the newest profile under a directory; on a CPU, XLA's operations.
 
-    Those of a CPU lie inside each other where there are loops, and count twice then.
+    On a CPU the operations of a loop lie inside each other, and count twice.
 
     Args:
-        directory: where the profiler wrote.
-        scopes: of some programs' operations (``scopes_of``).
+        directory: directory of the profiler.
+        scopes: scopes of some programs' operations (``scopes_of``).
 
     Raises:
         FileNotFoundError: there is no profile.
@@ -191,7 +191,7 @@ def kernels_of(planes: Iterable[Any], scopes: Mapping[tuple[str, str], str]) -> 
     by_name = {plane.name: plane for plane in planes}
     gpus = sorted(name for name in by_name if name.startswith("/device:GPU"))
     if gpus:
-        # Lines of other names sum up what is on the streams.
+        # Lines of other names sum up the streams.
         lines = [line for line in by_name[gpus[0]].lines if line.name.startswith("Stream")]
     else:
         lines = by_name["/host:CPU"].lines

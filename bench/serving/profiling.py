@@ -14,7 +14,7 @@ from bench.serving.stopwatch import Stopwatch, replaced
 from jpaged import LLM
 
 QUIET_S = 0.1
-"""Longer than any step: the device is done with all that was enqueued."""
+"""Longer than any step: the device has finished everything in flight."""
 
 NUM_SETTLING_STEPS = 3
 
@@ -22,13 +22,13 @@ NUM_SETTLING_STEPS = 3
 def profile_decode(
     llm: LLM, prompts: list[list[int]], num_timed: int, num_traced: int, directory: Path | None
 ) -> StepBreakdown:
-    """Steps in which every prompt gains a token. The prompts are best in the prefix cache already.
+    """Break down steps in which every prompt gains a token. The prompts should be in the prefix cache already.
 
     Args:
-        llm: with nothing under way.
+        llm: an idle LLM.
         prompts: no more than rows, all of one length.
         num_timed, num_traced: steps without and with the profiler.
-        directory: where the trace goes; None keeps none.
+        directory: directory of the trace; None keeps no trace.
 
     Raises:
         ValueError: the pool does not hold all of them at once.
@@ -41,26 +41,26 @@ def profile_decode(
         with watch.watch_steps(engine):
             num_timed = _decode(llm, len(prompts), num_timed)
         step_us = 1e6 * (time.perf_counter() - start) / num_timed
-        # Of a loop that runs inside a graph only one turn is profiled.
+        # The profiler sees one iteration alone of a loop inside a graph.
         with _kept(directory) as path, replaced(engine.scheduler, "max_burst", 1):
-            _decode(llm, len(prompts), NUM_SETTLING_STEPS)  # those of a burst under way
+            _decode(llm, len(prompts), NUM_SETTLING_STEPS)  # the steps of a burst in flight
             with _trace(path):
                 num_traced = _decode(llm, len(prompts), num_traced)
             kernels = read_kernels(path, scopes_of(_program_text(llm, len(prompts))))
     finally:
         for request_id in ids:
             engine.forget(request_id)
-        engine.step()  # lets go of what was under way
+        engine.step()  # takes the step in flight
     return break_down(kernels, num_traced, step_us=step_us, host_us=watch.us_per_step(num_timed))
 
 
 def profile_prefill(llm: LLM, timed: list[list[int]], traced: list[list[int]], directory: Path | None) -> StepBreakdown:
-    """Steps full of prompts, one token each.
+    """Break down steps full of prompts, one token each.
 
     Args:
-        llm: with nothing under way.
-        timed, traced: prompts for the time without and for the profile; none of them cached.
-        directory: where the trace goes; None keeps none.
+        llm: an idle LLM.
+        timed, traced: prompts without and with the profiler; none of them cached.
+        directory: directory of the trace; None keeps no trace.
     """
     watch, watch_traced = Stopwatch(), Stopwatch()
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def _settle(llm: LLM, num_rows: int) -> None:
 
 
 def _decode(llm: LLM, num_rows: int, at_least: int) -> int:
-    """Let every row gain so many tokens; returns how many. As many are enqueued meanwhile, one step ahead."""
+    """Step until every row has gained this many tokens. Returns the number gained."""
     num_tokens = 0
     while num_tokens < at_least * num_rows:
         num_tokens += sum(len(delta.token_ids) for delta in llm.engine.step().deltas)
@@ -103,7 +103,7 @@ def _run_all(llm: LLM, prompts: list[list[int]], watch: Stopwatch) -> None:
 
 
 def _add(llm: LLM, prompts: list[list[int]], max_tokens: int) -> list[str]:
-    """Queue prompts at the engine itself; their request ids."""
+    """Queue prompts at the engine. Returns their request ids."""
     ids = [f"profiled {i}" for i in range(len(prompts))]
     for request_id, prompt in zip(ids, prompts, strict=True):
         params = sampling(max_tokens=max_tokens)
@@ -122,7 +122,7 @@ class _Temporary(TemporaryDirectory):
 
 @contextmanager
 def _trace(directory: Path) -> Iterator[None]:
-    """Profile what is enqueued meanwhile, all of it and nothing else."""
+    """Profile everything enqueued inside, and nothing else."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # a step makes many thousand calls
     time.sleep(QUIET_S)

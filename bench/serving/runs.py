@@ -1,4 +1,4 @@
-"""Timed runs of ``LLM.generate``: what they made, what moved meanwhile, and when they have to stop."""
+"""Timed runs of ``LLM.generate``: their results, the engine's counters, and their deadline."""
 
 import time
 from collections.abc import Iterator
@@ -25,22 +25,22 @@ COUNTERS = (
 
 
 class TimeIsUp(Exception):
-    """A workload took longer than it may, and has no figure to show for it."""
+    """A workload took longer than its limit, and has no figure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One timed ``LLM.generate``: what it made, and by how much it moved the engine's counters.
+    """One timed ``LLM.generate``: its results, and the changes of the engine's counters.
 
     Args:
-        elapsed_s: of all of it, at once in the queue.
-        is_complete: False if it was stopped. What was done until then counts, but requests count when they finish.
+        elapsed_s: time of the whole run, with all requests queued at once.
+        is_complete: False if the run was stopped. Tokens until then count; requests count when they finish.
         num_requests, num_prompt_tokens, num_output_tokens: the work done.
-        num_cached_prompt_tokens: found in the prefix cache.
-        num_programs_compiled: while the clock ran; anything but 0 spoils the figure.
-        num_steps, ..., transfer_stalled_s: see ``EngineStats``.
+        num_cached_prompt_tokens: prompt tokens found in the prefix cache.
+        num_programs_compiled: programs compiled while the clock ran; any number but 0 spoils the figure.
+        num_steps, ..., transfer_stalled_s: changes of the counters of ``EngineStats``.
         num_block_reads: sum over the steps of the distinct blocks held by running sequences.
-        saved_by_sharing_percent: the same as of ``EngineStats``, over the steps of this run.
+        saved_by_sharing_percent: the statistic of ``EngineStats``, over the steps of this run.
         host_us_per_step: microseconds on the host, by part of a step.
     """
 
@@ -71,7 +71,7 @@ class Run:
         return self.num_prompt_tokens - self.num_cached_prompt_tokens + self.num_output_tokens
 
     def note(self) -> str:
-        """Warnings, if the figure is worth less than it seems."""
+        """Warnings about the figure, if any."""
         count = self.num_programs_compiled
         note = f"; {count} programs were compiled while the clock ran" if count else ""
         return note if self.is_complete else f"{note}; STOPPED after {self.elapsed_s:.0f} s: the time limit"
@@ -79,12 +79,12 @@ class Run:
 
 @dataclass(slots=True)
 class Bench:
-    """What all workloads share: one runner, whose programs are compiled once, and where figures go.
+    """The runner that all workloads share, whose programs are compiled once, and the figures that they fill.
 
     Args:
-        runner, config: as of ``Engine``.
-        sizes: of the workloads.
-        figures, floor: what is measured, and what cannot be beaten.
+        runner, config: arguments of ``Engine``.
+        sizes: sizes of the workloads.
+        figures, floor: the figures, and their limits.
         limit_s: seconds of a workload, from ``start_clock`` on.
         end: when the last workload stops, by ``time.perf_counter``.
     """
@@ -110,16 +110,16 @@ class Bench:
         self.deadline = min(now + self.limit_s, self.end)
 
     def llm(self, **changes: Any) -> LLM:
-        """An LLM over the runner, its pools empty. Those made before it are done with."""
+        """An LLM over the runner, with empty pools. Earlier ones must no longer be used."""
         return LLM.from_engine(Engine(self.runner, replace(self.config, **changes)))
 
     @property
     def vocab_size(self) -> int:
-        """Of the prompts: what the peers were given, if the model has as many."""
+        """Number of token ids in prompts: the peers', if the model has as many."""
         return min(PEER_VOCAB_SIZE, self.runner.model_config.vocab_size)
 
     def run(self, llm: LLM, prompts: list[list[int]], params: Any) -> Run:
-        """``LLM.generate``, until it is done or the workload's time is up."""
+        """``LLM.generate``, until it ends or the workload's time is up."""
         engine, watch, progress = llm.engine, Stopwatch(), _Progress()
         before, blocks_before, programs_before = llm.stats(), engine.scheduler.stats(), len(self.runner.programs)
         start = time.perf_counter()
@@ -127,10 +127,10 @@ class Bench:
             try:
                 llm.generate(as_prompts(prompts), params)
             except TimeIsUp:
-                progress.is_complete = False  # and LLM.generate has dropped the rest
+                progress.is_complete = False  # LLM.generate has aborted the rest
         elapsed_s = time.perf_counter() - start
         if not progress.is_complete:
-            engine.step()  # lets go of what was under way
+            engine.step()  # takes the step in flight
         after, blocks_after = llm.stats(), engine.scheduler.stats()
         logical = blocks_after.num_logical_blocks - blocks_before.num_logical_blocks
         physical = blocks_after.num_physical_blocks - blocks_before.num_physical_blocks
@@ -149,10 +149,10 @@ class Bench:
         )
 
     def run_to_the_end(self, llm: LLM, prompts: list[list[int]], params: Any) -> Run:
-        """As ``run``, for figures that part of a run cannot give.
+        """As ``run``, for figures that need the complete run.
 
         Raises:
-            TimeIsUp: it was stopped.
+            TimeIsUp: the run was stopped.
         """
         run = self.run(llm, prompts, params)
         if not run.is_complete:
@@ -160,7 +160,7 @@ class Bench:
         return run
 
     def load_programs(self) -> None:
-        """Run every program of plain steps: the first runs of one also load it and record its CUDA graphs."""
+        """Run every program of plain steps: the first runs of a program also load it and record its CUDA graphs."""
         llm, random = self.llm(), np.random.default_rng(0)
         longest = self.runner.max_model_len - 3
         for bucket in self.runner.buckets:
@@ -174,7 +174,7 @@ class Bench:
 
 
 def as_prompts(token_ids: list[list[int]]) -> list[Prompt]:
-    """As ``LLM.generate`` takes them."""
+    """Prompts for ``LLM.generate``."""
     return [{"prompt_token_ids": each} for each in token_ids]
 
 
@@ -197,7 +197,7 @@ class _Progress:
 
 @contextmanager
 def _stopping(engine: Engine, deadline: float, progress: _Progress) -> Iterator[None]:
-    """Keep the results that the engine's steps bring; from the deadline on they raise TimeIsUp instead."""
+    """Keep the results of the engine's steps. From the deadline on a step raises TimeIsUp instead."""
     step = engine.step
 
     def counted() -> Any:

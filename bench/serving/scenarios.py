@@ -1,4 +1,4 @@
-"""The workloads, each of them a function that adds its figures to a ``Bench``."""
+"""The workloads: each is a function that adds its figures to a ``Bench``."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,10 +14,10 @@ from bench.workloads import Workload, uniform
 from jpaged import BeamSearchParams
 
 WARM_UP_ROWS, WARM_UP_LEN = 32, 8
-"""Of the short run before a timed one: plain programs are loaded already, but forks and swaps have theirs."""
+"""Size of the short run before a timed one, which loads the programs of forks and swaps."""
 
 WARM_UP_BLOCKS, WARM_UP_PRESSED_ROWS, WARM_UP_PRESSED_LEN = 257, 64, 48
-"""So few blocks that so many requests preempt each other."""
+"""A pool so small that these requests preempt each other."""
 
 BEAM_WIDTH = 4
 
@@ -27,11 +27,11 @@ def run_workload(name: str, bench: Bench, options: Any) -> None:
 
     Args:
         name: one of ``WORKLOADS``.
-        bench: what it uses and fills.
-        options: decode_batches, preemption, profile (see ``python -m bench.serving --help``).
+        bench: the runner, and the figures to fill.
+        options: decode_batches, preemption, profile, no_breakdown (see ``python -m bench serving --help``).
 
     Raises:
-        TimeIsUp: it took too long, and a figure is missing.
+        TimeIsUp: the workload took too long, and a figure is missing.
     """
     bench.start_clock()
     _RUNS[name](bench, options)
@@ -55,9 +55,9 @@ def _parallel(bench: Bench, _: Any) -> None:
 
 
 def _beams(bench: Bench, _: Any) -> None:
-    """Searches; and as many samples of the same prompts, plain decoding of as many rows.
+    """Beam searches, beside samples of the same prompts: plain decoding of as many rows.
 
-    Before each the beginning of the same: its steps have the shapes that the timed ones have.
+    The beginning of the same work runs before each, since its steps have the shapes of the timed ones.
     """
     count, length = bench.sizes.num_beam_prompts, bench.sizes.beam_len
     prompts = _cut(workloads.sharegpt(count, 7, vocab_size=bench.vocab_size), bench).prompts
@@ -88,7 +88,7 @@ def _beams(bench: Bench, _: Any) -> None:
 
 
 def _under_pressure(bench: Bench, options: Any) -> None:
-    """The ShareGPT work in a small pool, against the same engine with all of its pool."""
+    """The ShareGPT work in a small pool, against the same engine with its whole pool."""
     name, num_blocks = _sharegpt_name(bench), bench.sizes.num_pressure_blocks
     figures = bench.figures.report["figures"]
     if f"{name}_tokens_per_s" not in figures:
@@ -111,7 +111,7 @@ def _under_pressure(bench: Bench, options: Any) -> None:
             costs=None if bench.runner.costs is None else asdict(bench.runner.costs),
             **asdict(run),
         )
-        if run.is_complete and unconstrained["is_complete"]:  # parts of the work differ in their lengths
+        if run.is_complete and unconstrained["is_complete"]:  # parts of the work would differ in their lengths
             bench.figures.add(
                 f"{title}_{preemption}_kept_percent",
                 100 * run.tokens_per_s / unconstrained["value"],
@@ -128,7 +128,7 @@ def _under_pressure(bench: Bench, options: Any) -> None:
 
 
 def _decode(bench: Bench, options: Any) -> None:
-    """Prompts already cached: the time that more tokens take, over their number. Then what a step is made of."""
+    """Time of more tokens over their number, with cached prompts. Then the breakdown of a step."""
     llm, sizes = bench.llm(), bench.sizes
     few, many = sizes.decode_lens
     for batch in options.decode_batches:
@@ -152,7 +152,7 @@ def _decode(bench: Bench, options: Any) -> None:
 
 
 def _prefill(bench: Bench, options: Any) -> None:
-    """Prompts of which none is cached, one token each. Then what a step is made of."""
+    """Prompts that are not cached, one token each. Then the breakdown of a step."""
     llm, sizes = bench.llm(), bench.sizes
     works = [_fresh_prompts(bench, sizes.num_prefill, seed) for seed in (100, 101)]
     runs = [bench.run_to_the_end(llm, prompts, sampling(max_tokens=1)) for prompts in works]
@@ -201,14 +201,14 @@ def _throughput(bench: Bench, name: str, work: Workload, *, n: int = 1, unit: st
 
 
 def _floor_per_s(bench: Bench, run: Run, done: int) -> float | None:
-    """The rate if its steps took no more than their bytes and FLOPs; of all of a run, since only then all is known."""
+    """The rate if steps took no more time than their bytes and FLOPs; None for a part of a run."""
     if not run.is_complete:
         return None
     return done / bench.floor.run_s(run.num_steps, run.num_block_reads, run.num_computed_tokens)
 
 
 def _warm_up(bench: Bench, llm: Any, work: Workload, num_requests: int, length: int, n: int = 1) -> None:
-    """The beginning of the same work, cut short."""
+    """Run the beginning of the same work, cut short."""
     lens = work.output_lens[:num_requests]
     bench.run(llm, work.prompts[:num_requests], [sampling(max_tokens=min(each, length), n=n) for each in lens])
 
@@ -222,7 +222,7 @@ def _sharegpt_work(bench: Bench) -> Workload:
 
 
 def _cut(work: Workload, bench: Bench) -> Workload:
-    """Its prompts and outputs shortened as the sizes say."""
+    """Shorten prompts and outputs as the sizes say."""
     divisor = bench.sizes.length_divisor
     prompts = [prompt[: -(-len(prompt) // divisor)] for prompt in work.prompts]
     return Workload(prompts, [-(-length // divisor) for length in work.output_lens])

@@ -1,4 +1,4 @@
-"""The workloads' names and how much work each is."""
+"""The workloads' names and sizes."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ WORKLOADS = (
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much work the workloads are. A figure is named after its work, so no peer stands beside what was cut.
+    """Sizes of the workloads. A figure is named after its work, so shortened work has no peer.
 
     Args:
-        num_sharegpt, num_shared_prefix, num_parallel: requests.
-        length_divisor: of the mean and the longest lengths of these requests.
+        num_sharegpt, num_shared_prefix, num_parallel: numbers of requests.
+        length_divisor: divisor of the lengths of these requests.
         prompt_len: tokens of the prompts of decodes and prefills.
         decode_lens: tokens of the two runs whose difference is the time of a decode step.
         num_prefill: prompts.

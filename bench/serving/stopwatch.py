@@ -1,4 +1,4 @@
-"""Time spent in methods, taken around each call while somebody watches."""
+"""Time spent in methods, taken around each call."""
 
 import time
 from collections import Counter, defaultdict
@@ -14,11 +14,11 @@ HOST_PARTS = (
     ("scheduler", "update", "update"),
     ("outputs", "read", "collect"),
 )
-"""What a step of the engine does on the host: attribute of the engine, method, part of the step."""
+"""Parts of a step on the host: attribute of the engine, method, name of the part."""
 
 
 class Stopwatch:
-    """Seconds and calls by name of what ``watch`` watches."""
+    """Seconds and calls, by the names given to ``watch``."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -50,18 +50,18 @@ class Stopwatch:
 
     @property
     def num_steps(self) -> int:
-        """Steps enqueued."""
+        """Number of steps enqueued."""
         return self.calls["enqueue"]
 
     def us_per_step(self, num_steps: float) -> dict[str, float]:
-        """Microseconds of each part, a step."""
+        """Microseconds of each part of a step."""
         names = dict.fromkeys(name for _, _, name in HOST_PARTS)
         return {name: 1e6 * self.seconds[name] / max(num_steps, 1) for name in names}
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Another attribute of an object or a class, for a while."""
+    """Replace an attribute of an object or a class, and restore it."""
     is_own, own = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:

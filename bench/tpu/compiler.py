@@ -1,4 +1,4 @@
-"""The real TPU compiler, for chips that are not there: the attention kernel compiled for one device of a generation.
+"""The real TPU compiler, for absent chips: the attention kernel compiled for one device of a generation.
 
 It needs libtpu (``pip install 'jpaged[tpu-aot]'``), and no TPU.
 """
@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,15 +20,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels import block_pool_shape
 from pallas_kernels.block_pool import is_quantized
 from pallas_kernels.chips.tpu import chip_of
+from pallas_kernels.paged_attention.call import Batch, Call, Heads, KvLayer, Scoring
 from pallas_kernels.paged_attention.tpu import LaneLayout, attend_tpu, lane_layout, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.batch import plan_launch
-from pallas_kernels.paged_attention.tpu.launch import Launch, Scoring
+from pallas_kernels.paged_attention.tpu.launch import Launch
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 """Generation -> the smallest topology that the compiler describes."""
 
 CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
-"""A generation whose two TensorCores the compiler would keep apart, and whose TPUs run them as one device."""
+"""Options of a generation whose TPUs run two TensorCores as one device, which the compiler would keep apart."""
 
 NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -36,12 +37,12 @@ NO_MACHINE = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""What libtpu otherwise asks the cloud's metadata server for, and waits for where there is none; and that processes
-which only compile may be several.
+"""Answers that libtpu would otherwise wait for from the cloud's metadata server, and permission for several processes
+to compile.
 """
 
 LAYER = 1
-"""The layer attended: not the first, which no offset leads to."""
+"""The layer attended. The first one would have no offset."""
 
 type Shape = tuple[tuple[int, ...], Any]
 """An array's shape and type."""
@@ -71,7 +72,7 @@ def mesh_in(topology_name: str, num_devices: int, axis: str, **of_chip: str) -> 
 def trace_for(
     generation: str, function: Callable[..., Any], *shapes: Shape | None, donate: tuple[int, ...] = ()
 ) -> Any:
-    """A function of arrays of these shapes and types, traced for one device of a generation and not yet compiled."""
+    """Trace a function of arrays of these shapes and types for one device of a generation."""
     mesh = mesh_of(generation)
     sharding = NamedSharding(mesh, PartitionSpec())
     arguments = [None if x is None else jax.ShapeDtypeStruct(*x, sharding=sharding) for x in shapes]
@@ -88,13 +89,13 @@ def compile_for(
 
 @dataclass(frozen=True)
 class Case:
-    """The attention of one batch, and all that its program depends on.
+    """The attention of one batch, with everything that its program depends on.
 
     Args:
         pool_tokens: slots of a layer of the pool.
         max_blocks: entries of a block table.
-        has_options: whether all that a model may ask of its scores is asked.
-        is_fused: whether K and V of the batch, a decode's, are written by the kernel that attends.
+        has_options: whether every option of scores is set.
+        is_fused: whether the kernel that attends also writes K and V of the batch, which are decodes.
     """
 
     generation: str
@@ -137,6 +138,11 @@ class Case:
         return block_pool_shape(*axes), self.pool_dtype
 
     @property
+    def rows(self) -> tuple[Shape, Shape, Shape]:
+        num_seqs = self.num_seqs
+        return ((num_seqs, self.max_blocks), jnp.int32), ((num_seqs,), jnp.int32), ((num_seqs + 1,), jnp.int32)
+
+    @property
     def scoring(self) -> Scoring:
         window, soft_cap = (1000, 30.0) if self.has_options else (None, None)
         return Scoring(self.head_dim**-0.5, window, soft_cap)
@@ -144,46 +150,37 @@ class Case:
 
 def launch_of(case: Case) -> Launch:
     """The launch that a case's program makes."""
-    return plan_launch(
-        jax.ShapeDtypeStruct(*case.q),  # pyright: ignore[reportArgumentType]
-        jax.ShapeDtypeStruct(*case.pool),  # pyright: ignore[reportArgumentType]
-        case.num_seqs,
-        case.layout,
-        case.scoring,
-        None,
-        chip_of(case.generation),
-        has_slopes=case.has_options,
-        has_sinks=case.has_options,
-        is_fused=case.is_fused,
-    )
+    q, pool, *rows = (jax.ShapeDtypeStruct(*shape) for shape in (case.q, case.pool, *case.rows))
+    heads = Heads(q, q) if case.has_options else Heads()  # pyright: ignore[reportArgumentType]
+    call = Call(q=q, kv=KvLayer(pool, LAYER), batch=Batch(*rows), scoring=case.scoring, heads=heads)  # pyright: ignore[reportArgumentType]
+    return plan_launch(call, case.layout, None, chip_of(case.generation), is_fused=case.is_fused)
 
 
 def trace_attention(case: Case) -> Any:
-    """The attention of a case for its generation, without what leads to it, traced and not yet compiled.
+    """Trace the attention of a case for its generation, without the layers around it.
 
     Raises:
-        NotImplementedError: the kernel says that it cannot.
+        NotImplementedError: the kernel refuses the case.
     """
-    options = asdict(case.scoring)
+
+    def call_of(q, pool, kv_scales, rows, heads):
+        kv = KvLayer(pool, LAYER, kv_scales)
+        return Call(q=q, kv=kv, batch=Batch(*rows), scoring=case.scoring, heads=Heads(*heads))
 
     def attend(q, pool, tables, kv_lens, cu_q_lens, alibi_slopes, sinks, kv_scales):
-        per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks, "kv_scales": kv_scales}
-        rows = tables, kv_lens, cu_q_lens
-        return attend_tpu(q, pool, LAYER, *rows, num_kv_heads=case.num_kv_heads, **options, **per_head)
+        call = call_of(q, pool, kv_scales, (tables, kv_lens, cu_q_lens), (alibi_slopes, sinks))
+        return attend_tpu(call, num_kv_heads=case.num_kv_heads)
 
     def write_and_attend(q, pool, tables, kv_lens, cu_q_lens, alibi_slopes, sinks, k, v):
-        per_head = {"alibi_slopes": alibi_slopes, "sinks": sinks}
-        rows = tables, kv_lens, cu_q_lens
-        return write_and_attend_tpu(q, k, v, pool, LAYER, *rows, is_decode=True, **options, **per_head)
+        call = call_of(q, pool, None, (tables, kv_lens, cu_q_lens), (alibi_slopes, sinks))
+        return write_and_attend_tpu(call, k, v, is_decode=True)
 
-    num_seqs, (pool_shape, _) = case.num_seqs, case.pool
+    pool_shape, _ = case.pool
     per_head = ((case.num_heads,), jnp.float32) if case.has_options else None
     arguments = (
         case.q,
         case.pool,
-        ((num_seqs, case.max_blocks), jnp.int32),
-        ((num_seqs,), jnp.int32),
-        ((num_seqs + 1,), jnp.int32),
+        *case.rows,
         per_head,
         per_head,
     )
@@ -197,7 +194,7 @@ def trace_attention(case: Case) -> Any:
 def kernel_vmem_bytes(compiled: Any) -> int:
     """VMEM that the compiler gave the attention kernel of a compiled program.
 
-    The kernel has what lies past the buffers that XLA keeps in VMEM meanwhile: they end where its memory begins.
+    The kernel's memory begins where the buffers end that XLA keeps in VMEM.
     """
     lines = compiled.as_text().splitlines()
     (call,) = (line for line in lines if "%paged_attention" in line and "tpu_custom_call" in line)

@@ -17,14 +17,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax.numpy as jnp
 from tqdm import tqdm
 
 from bench import UsageError
-from bench.paper.plots import add_legend, draw_bars
+from bench.paper.experiment import Plot, save_plot
 from bench.report import RESULTS, Table, environment, save
 from bench.tpu.compiler import TOPOLOGIES, Case, kernel_vmem_bytes, launch_of, trace_attention, why_no_compiler
 from pallas_kernels.block_pool import is_quantized
@@ -196,13 +195,8 @@ def table(generation: str, rows: Sequence[Row]) -> str:
     return "\n".join([title, "", columns.header(), *lines, ""])
 
 
-def save_plot(rows: Sequence[Row], path: Path) -> str:
+def save_plots(rows: Sequence[Row], path: Path) -> str:
     """Draw one model's rows. Returns where; without matplotlib, how to install it."""
-    if find_spec("matplotlib") is None:
-        return "no plot: pip install '.[bench]' brings matplotlib"
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     model, pool_dtype, block_size = MODELS[0].name, POOL_DTYPES[0], BLOCK_SIZES[0]
     us: dict[str, dict[str, float]] = {}
     ratios: dict[str, dict[str, float]] = {}
@@ -210,16 +204,13 @@ def save_plot(rows: Sequence[Row], path: Path) -> str:
         if (row.model, row.pool_dtype, row.block_size) == (model, pool_dtype, block_size):
             us.setdefault(row.generation, {})[row.batch] = row.us
             ratios.setdefault(row.generation, {})[row.batch] = row.moved_bytes / row.least_bytes
-    figure = Figure(figsize=(12, 4), dpi=80, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(f"{ABOUT}: attention of one layer of {model}, {pool_dtype} pool, block {block_size}", fontsize=10)
-    left, right = figure.subplots(1, 2)
-    draw_bars(left, us, title="the longer of bytes and operations, at published rates", y="us a layer")
-    left.set_yscale("log")
-    draw_bars(right, ratios, title="bytes moved, over the least possible", y="ratio")
-    add_legend(figure, left)
-    figure.savefig(path)
-    return f"plot in {path}"
+    plots = (
+        Plot("the longer of bytes and operations, at published rates", "us a layer", bars=us),
+        Plot("bytes moved, over the least possible", "ratio", bars=ratios),
+    )
+    title = f"{ABOUT}: attention of one layer of {model}, {pool_dtype} pool, block {block_size}"
+    is_drawn = save_plot(plots, path, title=title, has_log_y=True)
+    return f"plot in {path}" if is_drawn else "no plot: pip install '.[bench]' brings matplotlib"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -236,7 +227,7 @@ def run(args: argparse.Namespace) -> int:
     name = "tpu_plan" + (f"_{args.generation}" if args.generation else "")
     records = [asdict(row) | {"us": row.us, "bound": row.bound} for row in rows]
     path = save(name, {"about": ABOUT, "environment": made_in, "rows": records}, args.out)
-    print(f"written to {path}; {save_plot(rows, (args.out or RESULTS) / f'{name}.png')}")
+    print(f"written to {path}; {save_plots(rows, (args.out or RESULTS) / f'{name}.png')}")
     return 0
 
 

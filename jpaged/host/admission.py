@@ -12,6 +12,7 @@ from jpaged.host.line import Line
 from jpaged.host.pins import Pins
 from jpaged.host.policies.budget import num_blocks_left_free
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
+from jpaged.host.policies.sharing import is_worth_waiting
 from jpaged.host.refusal import Refusal
 from jpaged.host.roster import Roster
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
@@ -39,11 +40,13 @@ class Start:
         match: the cached start of its leader's tokens.
         ticket: reserves the leader's blocks, or swaps the group in.
         num_short: blocks missing, 0 or less if the group can start.
+        is_ready: whether the blocks of the match can be read in this step: none is loaded, or computed by this step.
     """
 
     match: PrefixMatch
     ticket: Ticket[list[BlockCopy]] | Ticket[None]
     num_short: int
+    is_ready: bool
 
 
 class Admission:
@@ -172,14 +175,15 @@ class Admission:
             held = [seq.seq_id for seq in members if seq.state is SequenceState.SWAPPED]
             ticket = self._blocks.to_swap_in(held)
             to_grow = len(held) if self._is_running else 0  # one more for each, to write its next token
-            return Start(NO_MATCH, ticket, ticket.num_blocks + to_grow - to_spare)
+            return Start(NO_MATCH, ticket, ticket.num_blocks + to_grow - to_spare, is_ready=False)
         (leader, target), shared = self._leader_of(group), group.fork_len()
         lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
         block_size = self._blocks.block_size
         to_grow = num_forked_blocks(shared, lens, block_size) - num_blocks_covering(target, block_size)
         match = self._match(group, leader, target)
         ticket = self._blocks.to_reserve(leader.seq_id, target, match=match)
-        return Start(match, ticket, ticket.num_blocks + to_grow - to_spare)
+        is_ready = not match.is_on_host and self._blocks.num_hits_ready(match) == len(match.hits)
+        return Start(match, ticket, ticket.num_blocks + to_grow - to_spare, is_ready)
 
     def _refuse(self, group: SequenceGroup, start: Start) -> Refusal:
         blocks, num_short = self._blocks, start.num_short
@@ -213,7 +217,10 @@ class Admission:
         if group.needs_prompt_scores:
             return NO_MATCH
         least_inside = math.ceil(LEAST_HIT_INSIDE * self._blocks.block_size)
-        return self._blocks.match_prefix(leader.hashed, target - 1, least_inside=least_inside)
+        match = self._blocks.match_prefix(leader.hashed, target - 1, least_inside=least_inside)
+        ready = match.cut(self._blocks.num_hits_ready(match))
+        num_shared, num_left = match.num_tokens - ready.num_tokens, target - ready.num_tokens
+        return match if is_worth_waiting(num_shared, num_left) else ready
 
     @property
     def _is_running(self) -> bool:

@@ -1,8 +1,13 @@
-"""Entry: starts waiting groups, whose blocks are taken, shared, or loaded from the host."""
+"""Entry: starts waiting groups, whose blocks are taken, shared, or loaded from the host.
+
+A group may share blocks that the same plan computes for another group. Like a group whose blocks are loaded, it
+computes from the next iteration on.
+"""
 
 from jpaged.host.admission import Admission, Start
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.line import Line
+from jpaged.host.outcome import Outcome
 from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 
@@ -14,9 +19,11 @@ class Entry:
         blocks: the bookkeeping of the pools.
         line: the groups that wait and run.
         admission: what the first waiting group takes.
+        outcome: publishes the blocks that a plan fills.
     """
 
-    def __init__(self, blocks: BlockManager, line: Line, admission: Admission) -> None:
+    def __init__(self, blocks: BlockManager, line: Line, admission: Admission, outcome: Outcome) -> None:
+        self._outcome = outcome
         self.num_swaps_in = 0
         self._blocks = blocks
         self._line = line
@@ -70,7 +77,7 @@ class Entry:
         """Give a group's leader its blocks and its first chunk; its siblings wait for the tokens that all share."""
         leader, *others = group.unfinished
         group.fork_at = group.fork_len() if others else None
-        leader.state = SequenceState.LOADING if start.match.is_on_host else SequenceState.RUNNING
+        leader.state = SequenceState.RUNNING if start.is_ready else SequenceState.LOADING
         for seq in others:
             seq.state = SequenceState.UNFORKED
         target = group.fork_at or len(leader.token_ids)
@@ -83,3 +90,4 @@ class Entry:
         else:
             num_tokens = target - leader.num_computed
             plan.add(group, leader, num_tokens, self._blocks.block_table(leader.seq_id))
+            self._outcome.publish_planned(leader, start.match.num_tokens)

@@ -62,6 +62,15 @@ class Outcome:
         self._roster.remove(group)
         self._line.leave(group)
 
+    def publish_planned(self, seq: Sequence, start: int) -> None:
+        """Publish the blocks that the plan under construction fills with known tokens, from token ``start`` on.
+
+        Plans run in order: the next plan may read these blocks.
+        """
+        block_size, stop = self._blocks.block_size, seq.num_computed
+        if stop <= len(seq.token_ids) and stop // block_size > start // block_size:
+            self._blocks.publish(seq.seq_id, seq.hashed, stop, is_filling=True)
+
     # Chunks -------------------------------------------------------------------------------------------------------
 
     def settle_chunks(self, chunks: Iterable[Chunk]) -> None:

@@ -102,7 +102,7 @@ class Scheduler:
         )
         self._outcome = Outcome(blocks, self.roster, self.line, self.pins)
         self._preemption = Preemption(blocks, self.line, self._admission, self._outcome, kind=preemption)
-        self._entry = Entry(blocks, self.line, self._admission)
+        self._entry = Entry(blocks, self.line, self._admission, self._outcome)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can
         self._batch: DecodeBatch | None = None  # the batch of the newest plan in flight, if it only decodes
@@ -315,7 +315,9 @@ class Scheduler:
                 chunks.append(feed)
         for feed in chunks:
             if plan.budget > 0:
+                start = feed.seq.num_computed
                 plan.add(feed.group, feed.seq, feed.num_tokens, self.blocks.block_table(feed.seq.seq_id))
+                self._outcome.publish_planned(feed.seq, start)
 
     def _send_off(self, plan: StepPlan, batch: DecodeBatch | None = None) -> None:
         """Mark the plan as in flight, and add its blocks to the sums; blocks that only pins hold do not count."""

@@ -14,7 +14,7 @@ class SequenceState(enum.Enum):
 
     WAITING = enum.auto()  # new, or preempted to be recomputed: in no pool
     UNFORKED = enum.auto()  # its group runs, but its leader still computes the tokens they share: in no pool of its own
-    LOADING = enum.auto()  # on its way to the device pool, there when this step has run
+    LOADING = enum.auto()  # in the device pool when this step has run: loaded, or computed for another sequence
     RUNNING = enum.auto()  # in the device pool
     SWAPPED = enum.auto()  # preempted: in the host pool
     FINISHED = enum.auto()

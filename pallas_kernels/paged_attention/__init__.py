@@ -2,14 +2,13 @@
 
 import logging
 import math
-from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.block_pool.layout import (
     BlockPool,
     KvScales,
@@ -19,9 +18,12 @@ from pallas_kernels.block_pool.layout import (
     shape_of,
 )
 from pallas_kernels.chips import here
-from pallas_kernels.dispatch import INTERPRETERS, Choice, best_implementation, why_cannot_run
-from pallas_kernels.paged_attention import hopper, tpu
+from pallas_kernels.dispatch import INTERPRETERS, Choice, Kernel, best_implementation, why_cannot_run
+from pallas_kernels.paged_attention.call import Attended, Batch, Call, Heads, KvLayer, Scoring
+from pallas_kernels.paged_attention.hopper import attend_hopper
+from pallas_kernels.paged_attention.hopper import why_not as why_not_hopper
 from pallas_kernels.paged_attention.reference import attend_reference
+from pallas_kernels.paged_attention.tpu import attend_tpu, lane_layout, why_not_tpu, write_and_attend_tpu
 from pallas_kernels.paged_attention.xla import attend_xla
 
 log = logging.getLogger(__name__)
@@ -40,13 +42,18 @@ __all__ = [
     "write_and_attend",
 ]
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "reference": attend_reference,
-    "xla": attend_xla,
-    "hopper": hopper.attend_hopper,
-    "pallas_tpu": tpu.attend_tpu,
+IMPLEMENTATIONS = {
+    kernel.name: kernel
+    for kernel in (
+        Kernel("reference", attend_reference),
+        Kernel("xla", attend_xla),
+        Kernel("hopper", attend_hopper, why_not_hopper),
+        Kernel("pallas_tpu", attend_tpu, why_not_tpu),
+    )
 }
-"""Every implementation by name; each takes the arguments of ``paged_attention``, checked, with the scale filled in."""
+"""Every implementation by name; each takes a ``Call``."""
+
+WRITES_AND_ATTENDS = Kernel("pallas_tpu", write_and_attend_tpu, why_not_tpu)
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -55,9 +62,7 @@ def why_not_here(
     q_shape: tuple[int, ...], q_dtype: jnp.dtype, pool_shape: tuple[int, ...], pool_dtype: jnp.dtype
 ) -> str | None:
     """Why the kernels for this device cannot take a case; None if they can."""
-    name = kernels_here()
-    why_not = tpu.why_not_tpu if name == "pallas_tpu" else hopper.why_not
-    return why_not(q_shape, q_dtype, pool_shape, pool_dtype)
+    return IMPLEMENTATIONS[kernels_here()].why_not(q_shape, q_dtype, pool_shape, pool_dtype)
 
 
 def pool_rows(num_kv_heads: int, head_dim: int, implementation: str, num_devices: int = 1) -> tuple[int, int]:
@@ -66,7 +71,7 @@ def pool_rows(num_kv_heads: int, head_dim: int, implementation: str, num_devices
     They are the model's own, but that on TPUs narrow heads of one device lie side by side: see ``lane_layout``.
     """
     if implementation == "pallas_tpu" and num_kv_heads % num_devices == 0:
-        layout = tpu.lane_layout(num_kv_heads // num_devices, head_dim)
+        layout = lane_layout(num_kv_heads // num_devices, head_dim)
         return layout.num_kv_heads * num_devices, layout.head_dim
     return num_kv_heads, head_dim
 
@@ -132,50 +137,27 @@ def paged_attention(
         ValueError: shapes, types or options that do not fit together, or an unknown implementation.
         NotImplementedError: the implementation named cannot do this case.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation={implementation!r} is unknown: expected None or one of {sorted(IMPLEMENTATIONS)}"
-        )
-    if interpret and implementation not in INTERPRETERS:
-        raise ValueError(
-            f"interpret=True with implementation={implementation!r}: expected one of {sorted(INTERPRETERS)}, whose "
-            "kernels Pallas can interpret"
-        )
+    dispatch.check_named(IMPLEMENTATIONS, implementation, interpret=interpret)
     _check_arrays(q, pool, layer, block_tables, kv_lens, cu_q_lens)
     _check_types(q, pool, kv_scales)
     if into is not None and (into.shape, into.dtype) != (q.shape, q.dtype):
         raise ValueError(f"into is {into.dtype}{list(into.shape)}: expected what q is, {q.dtype}{list(q.shape)}")
-    _check_options(q.shape[1], sm_scale, sliding_window, soft_cap, alibi_slopes, sinks)
-    if implementation is None:
-        choice = best_implementation(why_not_here(q.shape, q.dtype, pool.shape, pool.dtype))
-        implementation = choice.name
-        if why_cannot_run(kernels_here()) is None and implementation == "xla":
-            _log_fallback(choice.reason)
-    interpreter = {"interpret": INTERPRETERS[implementation]()} if interpret else {}
-    return IMPLEMENTATIONS[implementation](
-        q,
-        pool,
-        layer,
-        block_tables,
-        kv_lens,
-        cu_q_lens,
-        sm_scale=1 / math.sqrt(q.shape[2]) if sm_scale is None else float(sm_scale),
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        kv_scales=kv_scales,
+    call = Call(
+        q=q,
+        kv=KvLayer(pool, layer, kv_scales),
+        batch=Batch(block_tables, kv_lens, cu_q_lens),
+        scoring=_scoring(q, sm_scale, sliding_window, soft_cap),
+        heads=_heads(q, alibi_slopes, sinks),
         into=into,
-        **interpreter,
     )
+    return dispatch.run(IMPLEMENTATIONS[implementation or _best(call)], call, interpret=interpret)
 
 
-class Attended(NamedTuple):
-    """Outputs of ``write_and_attend``, and the pool and scales with the step's K and V."""
-
-    out: Float[Array, "tokens num_heads head_dim"]
-    pool: BlockPool
-    kv_scales: KvScales | None
+def _best(call: Call) -> str:
+    choice = best_implementation(why_not_here(*call.case))
+    if choice.name == "xla" and why_cannot_run(kernels_here()) is None:
+        _log_fallback(choice.reason)
+    return choice.name
 
 
 def write_and_attend(
@@ -227,20 +209,14 @@ def write_and_attend(
             f"q has shape {q.shape}, k {k.shape} and v {v.shape}: expected the same tokens and head_dim, and heads of "
             "q that are a multiple of the KV heads"
         )
-    _check_options(q.shape[1], sm_scale, sliding_window, soft_cap, alibi_slopes, sinks)
-    options = {
-        "sm_scale": 1 / math.sqrt(q.shape[2]) if sm_scale is None else float(sm_scale),
-        "sliding_window": sliding_window,
-        "soft_cap": soft_cap,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-        "interpret": INTERPRETERS["pallas_tpu"]() if interpret else None,
-    }
-    rows = block_tables, kv_lens, cu_q_lens
-    if kv_scales is not None:
-        return Attended(*tpu.write_quantized_and_attend_tpu(q, k, v, pool, kv_scales, layer, *rows, **options))
-    out, pool = tpu.write_and_attend_tpu(q, k, v, pool, layer, *rows, is_decode=is_decode, **options)
-    return Attended(out, pool, None)
+    call = Call(
+        q=q,
+        kv=KvLayer(pool, layer, kv_scales),
+        batch=Batch(block_tables, kv_lens, cu_q_lens),
+        scoring=_scoring(q, sm_scale, sliding_window, soft_cap),
+        heads=_heads(q, alibi_slopes, sinks),
+    )
+    return dispatch.run(WRITES_AND_ATTENDS, call, k, v, is_decode=is_decode, interpret=interpret)
 
 
 def _check_arrays(q: Array, pool: Array, layer: int, block_tables: Array, kv_lens: Array, cu_q_lens: Array) -> None:
@@ -286,14 +262,7 @@ def _check_types(q: Array, pool: Array, kv_scales: Array | None) -> None:
     check_kv_scales(pool, kv_scales)
 
 
-def _check_options(
-    num_heads: int,
-    sm_scale: float | None,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    alibi_slopes: Array | None,
-    sinks: Array | None,
-) -> None:
+def _scoring(q: Array, sm_scale: float | None, sliding_window: int | None, soft_cap: float | None) -> Scoring:
     if sm_scale is not None and not (math.isfinite(sm_scale) and sm_scale > 0):
         raise ValueError(f"sm_scale={sm_scale}: expected a finite number above 0, or None for 1 / sqrt(head_dim)")
     if sliding_window is not None and sliding_window < 1:
@@ -302,6 +271,12 @@ def _check_options(
         )
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ValueError(f"soft_cap={soft_cap}: expected a finite number above 0; None turns it off")
+    return Scoring(1 / math.sqrt(q.shape[2]) if sm_scale is None else float(sm_scale), sliding_window, soft_cap)
+
+
+def _heads(q: Array, alibi_slopes: Array | None, sinks: Array | None) -> Heads:
+    num_heads = q.shape[1]
     for name, array in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if array is not None and array.shape != (num_heads,):
             raise ValueError(f"{name} has shape {array.shape}: expected ({num_heads},), one for each query head")
+    return Heads(alibi_slopes, sinks)

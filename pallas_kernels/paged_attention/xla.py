@@ -1,9 +1,9 @@
 """Portable paged attention in plain XLA: ragged prefill and decode in one call, in bounded memory.
 
-The batch becomes a list of equal work items: one tile of queries against one chunk of one sequence's context. A loop on
-the device takes a fixed number of items a turn and merges their partial softmaxes (as in FlashAttention,
-arXiv:2205.14135) into the tiles' running ones. So the work is what the sequences' lengths ask for, however unequal they
-are, and padding costs nothing.
+The batch becomes a list of equal work items: one tile of queries against one chunk of one sequence's context. Each
+iteration of a loop on the device takes a fixed number of items, and merges the items' partial softmaxes into the
+tiles' running softmaxes (as in FlashAttention, arXiv:2205.14135). So the work follows the sequences' lengths, however
+unequal they are, and padding costs nothing.
 """
 
 from functools import partial
@@ -14,40 +14,31 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.block_pool.layout import BlockPool, KvScales, is_quantized, shape_of
+from pallas_kernels.block_pool.layout import BlockPool, is_quantized, shape_of
 from pallas_kernels.block_pool.xla import read_kv, read_kv_scales
+from pallas_kernels.paged_attention.call import Call, KvLayer, Scoring
 
 LEAST = -1e30
-"""Where the largest score starts: finite, so that one less minus infinity, of a slot not seen, is not NaN."""
+"""The running maximum before any score: finite, since minus infinity less itself is NaN, where no slot is visible."""
 
 PREFILL_TILE = 64
 CHUNK_TOKENS = 128
 
 
-class Cache(NamedTuple):
-    """One layer of the pool."""
-
-    pool: BlockPool
-    kv_scales: KvScales | None
-    layer: int | Int[Array, ""]
-
-
-class Scoring(NamedTuple):
-    """How a query and a key make a score."""
-
-    sm_scale: float
-    sliding_window: int | None
-    soft_cap: float | None
-    slopes: Float[Array, "num_kv_heads group"] | None
-
-
 class Rows(NamedTuple):
-    """The rows that one pass attends; ``q_lens`` is 0 for all others."""
+    """The rows that one pass attends; ``q_lens`` is 0 for all other rows."""
 
     block_tables: Int[Array, "num_seqs max_blocks"]
     kv_lens: Int[Array, " num_seqs"]
     cu_q_lens: Int[Array, " num_seqs_plus_1"]
     q_lens: Int[Array, " num_seqs"]
+
+
+class GroupedHeads(NamedTuple):
+    """Numbers of each query head, by the KV head that the query head reads."""
+
+    slopes: Float[Array, "num_kv_heads group"] | None
+    sinks: Float[Array, "num_kv_heads group"] | None
 
 
 class Tiles(NamedTuple):
@@ -62,18 +53,17 @@ class Tiles(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """A segment is what one tile holds of one row. Its work items are first_item[i]:first_item[i + 1].
+    """A segment is the queries of one row in one tile. Segment i has the work items first_item[i]:first_item[i + 1].
 
-    ``fields`` are row, tile, first position that any of its queries sees, position after the last one, first item: one
-    array, because every turn of the loop gathers them.
+    All fields are in one array, because every iteration of the loop gathers them.
     """
 
-    fields: Int[Array, "segments 5"]
+    fields: Int[Array, "segments 5"]  # row, tile, first position seen, position after the last one seen, first item
     first_item: Int[Array, " segments_plus_1"]
 
 
 class Items(NamedTuple):
-    """The work of one turn of the loop: tile ``tile[i]`` against one chunk of the context of row ``row[i]``."""
+    """The work of one iteration: tile ``tile[i]`` against one chunk of the context of row ``row[i]``."""
 
     is_live: Bool[Array, " items"]
     row: Int[Array, " items"]
@@ -84,56 +74,38 @@ class Items(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """A softmax under way: the largest score, and the sums of exp(score - top) and of exp(score - top) * value."""
+    """A running softmax: the largest score, and the sums of exp(score - top) and of exp(score - top) * value."""
 
     top: Float[Array, "tiles num_kv_heads tile_len group"]
     total: Float[Array, "tiles num_kv_heads tile_len group"]
     weighted: Float[Array, "tiles num_kv_heads tile_len group head_dim"]
 
 
-@partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap"))
-def attend_xla(
-    q: Float[Array, "tokens num_heads head_dim"],
-    pool: BlockPool,
-    layer: int | Int[Array, ""],
-    block_tables: Int[Array, "num_seqs max_blocks"],
-    kv_lens: Int[Array, " num_seqs"],
-    cu_q_lens: Int[Array, " num_seqs_plus_1"],
-    *,
-    sm_scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    alibi_slopes: Float[Array, " num_heads"] | None,
-    sinks: Float[Array, " num_heads"] | None,
-    kv_scales: KvScales | None,
-    into: Float[Array, "tokens num_heads head_dim"] | None = None,
-) -> Float[Array, "tokens num_heads head_dim"]:
-    """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``."""
-    del into  # XLA chooses where results go
-    if 0 in q.shape or 0 in block_tables.shape:
-        return jnp.zeros_like(q)
-    num_tokens, num_heads, head_dim = q.shape
-    num_seqs, num_kv_heads = block_tables.shape[0], shape_of(pool).num_kv_heads
+@jax.jit
+def attend_xla(call: Call) -> Float[Array, "tokens num_heads head_dim"]:
+    """Attention of every query over its sequence's blocks, on any device."""
+    if not call.has_work:
+        return jnp.zeros_like(call.q)
+    num_tokens, num_kv_heads = call.num_tokens, shape_of(call.kv.pool).num_kv_heads
 
     def split_heads(x: Array | None) -> Array | None:
         return None if x is None else x.astype(jnp.float32).reshape(num_kv_heads, -1)
 
-    grouped_q = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    cache = Cache(pool, kv_scales, layer)
-    scoring = Scoring(sm_scale, sliding_window, soft_cap, split_heads(alibi_slopes))
-    q_lens = jnp.diff(cu_q_lens)
+    grouped_q = call.q.reshape(num_tokens, num_kv_heads, call.num_heads // num_kv_heads, call.head_dim)
+    heads = GroupedHeads(*(split_heads(x) for x in call.heads))
+    q_lens = jnp.diff(call.batch.cu_q_lens)
 
     def attend(is_attended: Bool[Array, " num_seqs"], max_queries: int, tile_len: int) -> Array:
-        rows = Rows(block_tables, kv_lens, cu_q_lens, jnp.where(is_attended, q_lens, 0))
+        rows = Rows(*call.batch, jnp.where(is_attended, q_lens, 0))
         tiles = _pack(grouped_q, rows, max_queries, tile_len)
-        out = _attend_tiles(tiles, rows, cache, scoring, split_heads(sinks))
-        return _unpack(out, tiles, rows, num_tokens).reshape(q.shape).astype(q.dtype)
+        out = _attend_tiles(tiles, rows, call.kv, call.scoring, heads)
+        return _unpack(out, tiles, rows, num_tokens).reshape(call.q.shape).astype(call.q.dtype)
 
-    if num_tokens <= num_seqs:
-        # A decode step, most likely. Tiles of one query serve a prefill among them too, only less quickly.
+    if not call.may_have_prompts:
+        # Tiles of one query serve a prefill among decodes too, only less quickly.
         return attend(q_lens > 0, num_tokens, 1)
-    # Two passes, because a long tile costs the same for a single query as for as many as it holds.
-    return attend(q_lens == 1, num_seqs, 1) + attend(q_lens > 1, num_tokens, min(PREFILL_TILE, num_tokens))
+    # Two passes, because a long tile costs the same for a single query as for as many as the tile holds.
+    return attend(q_lens == 1, call.num_seqs, 1) + attend(q_lens > 1, num_tokens, min(PREFILL_TILE, num_tokens))
 
 
 def _starts(lens: Int[Array, " n"]) -> Int[Array, " n_plus_1"]:
@@ -165,7 +137,7 @@ def _pack(q: Float[Array, "tokens num_kv_heads group head_dim"], rows: Rows, max
 def _unpack(
     out: Float[Array, "tiles num_kv_heads tile_len group head_dim"], tiles: Tiles, rows: Rows, num_tokens: int
 ) -> Float[Array, "tokens num_kv_heads group head_dim"]:
-    """Outputs in the order of the batch's tokens, zero for those that the pass did not attend."""
+    """Outputs in the order of the batch's tokens, zero for tokens that the pass did not attend."""
     num_seqs = rows.q_lens.size
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     row = _owner(rows.cu_q_lens, token)
@@ -211,39 +183,42 @@ def _take_items(segments: Segments, first: Int[Array, ""], num_items: int, block
 def _attend_tiles(
     tiles: Tiles,
     rows: Rows,
-    cache: Cache,
+    kv: KvLayer,
     scoring: Scoring,
-    sinks: Float[Array, "num_kv_heads group"] | None,
+    heads: GroupedHeads,
 ) -> Float[Array, "tiles num_kv_heads tile_len group head_dim"]:
-    block_size = shape_of(cache.pool).block_size
-    chunk_blocks, items_per_turn = _sizes(tiles, cache.pool, rows.block_tables.shape[1])
+    block_size = shape_of(kv.pool).block_size
+    chunk_blocks, items_per_iteration = _sizes(tiles, kv.pool, rows.block_tables.shape[1])
     segments = _segments(tiles, rows, scoring.sliding_window, block_size, chunk_blocks * block_size)
 
-    def turn(index: Int[Array, ""], running: Softmax) -> Softmax:
-        items = _take_items(segments, index * items_per_turn, items_per_turn, block_size, chunk_blocks)
-        return _merge(running, _attend_items(items, tiles, rows, cache, scoring), items)
+    def attend_some(index: Int[Array, ""], running: Softmax) -> Softmax:
+        items = _take_items(segments, index * items_per_iteration, items_per_iteration, block_size, chunk_blocks)
+        return _merge(running, _attend_items(items, tiles, rows, kv, scoring, heads), items)
 
     shape = tiles.q.shape[:-1]
     # A sink is one more score, of a slot without a value.
+    sinks = heads.sinks
     top = jnp.full(shape, LEAST, jnp.float32) if sinks is None else jnp.broadcast_to(sinks[None, :, None, :], shape)
     total = jnp.full(shape, 0 if sinks is None else 1, jnp.float32)
     start = Softmax(top, total, jnp.zeros(tiles.q.shape, jnp.float32))
-    turns = -(-segments.first_item[-1] // items_per_turn)
-    done = lax.fori_loop(0, turns, turn, start)
+    iterations = -(-segments.first_item[-1] // items_per_iteration)
+    done = lax.fori_loop(0, iterations, attend_some, start)
     return done.weighted / jnp.where(done.total == 0, 1, done.total)[..., None]
 
 
-def _attend_items(items: Items, tiles: Tiles, rows: Rows, cache: Cache, scoring: Scoring) -> Softmax:
+def _attend_items(
+    items: Items, tiles: Tiles, rows: Rows, kv: KvLayer, scoring: Scoring, heads: GroupedHeads
+) -> Softmax:
     """Each item's own softmax over its own chunk, [items, ...] in place of [tiles, ...]."""
-    block_size, max_blocks = shape_of(cache.pool).block_size, rows.block_tables.shape[1]
+    block_size, max_blocks = shape_of(kv.pool).block_size, rows.block_tables.shape[1]
     is_read = items.is_live[:, None] & (items.blocks * block_size < items.context_end[:, None])
     table_entry = rows.block_tables[items.row[:, None], jnp.minimum(items.blocks, max_blocks - 1)]
-    k, v, k_scales = _read(cache, jnp.where(is_read, table_entry, 0), tiles.q.dtype)
+    k, v, k_scales = _read(kv, jnp.where(is_read, table_entry, 0), tiles.q.dtype)
 
     kv_pos = items.blocks[:, :1] * block_size + jnp.arange(k.shape[2], dtype=jnp.int32)[None, :]
     in_context = (kv_pos >= items.context_start[:, None]) & (kv_pos < items.context_end[:, None])
     in_context &= items.is_live[:, None]
-    # Slots that nobody may see can hold anything, and 0 * NaN is NaN: weights of zero are not enough.
+    # Invisible slots can hold anything, and 0 * NaN is NaN: weights of zero are not enough.
     v = jnp.where(in_context[:, None, :, None], v, 0)
 
     q = tiles.q[items.tile]
@@ -261,41 +236,42 @@ def _attend_items(items: Items, tiles: Tiles, rows: Rows, cache: Cache, scoring:
         scores = scores * k_scales[:, :, None, None, :]
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
-    if scoring.slopes is not None:
-        bias = scoring.slopes[None, :, None, :, None] * distance.astype(jnp.float32)[:, None, :, None, :]
+    if heads.slopes is not None:
+        bias = heads.slopes[None, :, None, :, None] * distance.astype(jnp.float32)[:, None, :, None, :]
         scores = scores + bias
     scores = jnp.where(visible[:, None, :, None, :], scores, -jnp.inf)
     top = scores.max(axis=-1, initial=LEAST)
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(axis=-1)
     weighted = dot("nhtgc,nhcd->nhtgd", weights.astype(v.dtype), v)
-    # A query of another row weighs all of this one's values by zero, and they may have overflowed.
+    # A query of another row weighs all values of this row by zero, and these may have overflowed.
     return Softmax(top, total, jnp.where(total[..., None] > 0, weighted, 0))
 
 
 def _read(
-    cache: Cache, blocks: Int[Array, "items chunk_blocks"], dtype: jnp.dtype
+    kv: KvLayer, blocks: Int[Array, "items chunk_blocks"], dtype: jnp.dtype
 ) -> tuple[
     Float[Array, "items num_kv_heads context head_dim"],
     Float[Array, "items num_kv_heads context head_dim"],
     Float[Array, "items num_kv_heads context"] | None,
 ]:
-    """K and V in the queries' type, and the scales by which K's scores are yet to be multiplied, if there are any.
+    """K and V in the queries' type, and the scales by which the scores remain to be multiplied, if there are any.
 
-    K as stored is exact in every float type, so its scale is left to the scores, which are float32. V takes its own:
-    a float16 weight times a small scale could vanish.
+    K as stored is exact in every float type, so its scales multiply the scores, which are float32. V is multiplied
+    here, since a float16 weight times a small scale could vanish.
     """
-    k, v = read_kv(cache.pool, cache.layer, blocks)
-    if cache.kv_scales is None:
+    k, v = read_kv(kv.pool, kv.layer, blocks)
+    if kv.kv_scales is None:
         return k, v, None
-    k_scales, v_scales = read_kv_scales(cache.kv_scales, cache.layer, blocks, shape_of(cache.pool).block_size)
+    k_scales, v_scales = read_kv_scales(kv.kv_scales, kv.layer, blocks, shape_of(kv.pool).block_size)
     return k.astype(dtype), (v.astype(jnp.float32) * v_scales[..., None]).astype(dtype), k_scales
 
 
 def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
-    """The running softmax of each tile, with the items' own added.
+    """The running softmax of each tile, with the softmaxes of its items merged in.
 
-    Items are in the order of their tiles and leave no tile out, so those of one turn lie in a window of as many tiles.
+    Items are in the order of their tiles and skip no tile, so the tiles of one iteration lie in a window of as many
+    tiles as there are items.
     """
     num_tiles, num_items = running.top.shape[0], items.tile.size
     window = min(num_tiles, num_items)
@@ -311,7 +287,7 @@ def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
     top = jnp.maximum(old.top, fold(jnp.max, partials.top, LEAST))
     shrink = jnp.exp(partials.top - top[place])
     weighted = partials.weighted * shrink[..., None]
-    # The product below would spread one row's overflow to its neighbours: hand it on in the total, which stays apart.
+    # The product below would spread one row's overflow to its neighbours. The total, which stays apart, carries it.
     is_finite = jnp.isfinite(weighted).all(axis=-1)
     total = fold(jnp.sum, jnp.where(is_finite, partials.total * shrink, jnp.nan), 0)
     weighted = jnp.where(is_finite[..., None], weighted, 0)
@@ -323,11 +299,11 @@ def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
 
 
 def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
-    """Blocks of a chunk, and items of a turn.
+    """Blocks of a chunk, and items of an iteration.
 
-    A turn's K, V and scores take 1/1024 of the pool, but no less than 2 MiB (what a CPU's caches hold) and no
-    more than 64 MiB (a GPU reads that in the time that a turn costs it anyway). They cover at most four chunks for each
-    tile, lest a small batch with short contexts computes mostly padding.
+    K, V and scores of an iteration take 1/1024 of the pool, but no less than 2 MiB (the caches of a CPU) and no more
+    than 64 MiB (a GPU reads as much while it starts an iteration). An iteration covers at most four chunks for each
+    tile, since a small batch with short contexts would otherwise compute mostly padding.
     """
     num_tiles, num_kv_heads, tile_len, group, head_dim = tiles.q.shape
     block_size = shape_of(pool).block_size
@@ -336,5 +312,5 @@ def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
     kv_bytes = 2 * head_dim * (pool.dtype.itemsize + widened_bytes)
     score_bytes = 2 * 4 * tile_len * group  # scores and weights, float32
     item_bytes = chunk_blocks * block_size * num_kv_heads * (kv_bytes + score_bytes)
-    turn_bytes = min(max(pool.size * pool.dtype.itemsize // 1024, 2**21), 2**26)
-    return chunk_blocks, min(max(turn_bytes // item_bytes, 1), 4 * num_tiles)
+    iteration_bytes = min(max(pool.size * pool.dtype.itemsize // 1024, 2**21), 2**26)
+    return chunk_blocks, min(max(iteration_bytes // item_bytes, 1), 4 * num_tiles)

@@ -23,6 +23,7 @@ from bench.kernels.timing import Timing, time_program
 from bench.machine import MachineLimits
 from bench.peers import run_flashinfer
 from pallas_kernels.block_pool.xla import read_kv
+from pallas_kernels.dispatch import Kernel
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
@@ -177,29 +178,37 @@ def test_the_portable_implementation_passes(options):
     assert 0 < verdict.error < check.TOLERANCE[options.get("dtype", "bfloat16")]
 
 
-def scaled(q, *args, **options):
-    return (IMPLEMENTATIONS["xla"](q, *args, **options) * 1.03).astype(q.dtype)
+def attend_xla(call):
+    return IMPLEMENTATIONS["xla"].run(call)
 
 
-def without_first_key(q, pool, layer, tables, kv_lens, cu_q_lens, **options):
-    options["sliding_window"] = 69
-    return IMPLEMENTATIONS["xla"](q, pool, layer, tables, kv_lens, cu_q_lens, **options)
+def scaled(call):
+    return (attend_xla(call) * 1.03).astype(call.q.dtype)
 
 
-def other_heads(q, *args, **options):
-    return IMPLEMENTATIONS["xla"](q[:, ::-1], *args, **options)[:, ::-1]
+def without_first_key(call):
+    return attend_xla(replace(call, scoring=replace(call.scoring, sliding_window=69)))
 
 
-def beyond_the_end(q, pool, layer, tables, kv_lens, cu_q_lens, **options):
-    return IMPLEMENTATIONS["xla"](q, pool, layer, tables, kv_lens.at[0].add(1), cu_q_lens, **options)
+def other_heads(call):
+    return attend_xla(replace(call, q=call.q[:, ::-1]))[:, ::-1]
 
 
-def other_layer(q, pool, layer, *args, **options):
-    return IMPLEMENTATIONS["xla"](q, pool, 0, *args, **options)
+def beyond_the_end(call):
+    return attend_xla(replace(call, batch=call.batch._replace(kv_lens=call.batch.kv_lens.at[0].add(1))))
 
 
-def dirty_padding(q, *args, **options):
-    return IMPLEMENTATIONS["xla"](q, *args, **options).at[-1].set(1)
+def other_layer(call):
+    return attend_xla(replace(call, kv=call.kv._replace(layer=0)))
+
+
+def dirty_padding(call):
+    return attend_xla(call).at[-1].set(1)
+
+
+def put(monkeypatch, name, run):
+    """Puts a function in the place of an implementation."""
+    monkeypatch.setitem(IMPLEMENTATIONS, name, Kernel(name, run))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +224,7 @@ def dirty_padding(q, *args, **options):
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_what_is_wrong_is_found(implementation, problem, monkeypatch):
-    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", implementation)
+    put(monkeypatch, "wrong", implementation)
     assert problem in (examine(RAGGED, "wrong").problem or "")
 
 
@@ -227,10 +236,10 @@ def test_runs_that_differ_are_found():
 
 
 def test_a_mixed_up_scale_is_found(monkeypatch):
-    def next_block(*args, kv_scales, **options):
-        return IMPLEMENTATIONS["xla"](*args, kv_scales=jnp.roll(kv_scales, 1, axis=3), **options)
+    def next_block(call):
+        return attend_xla(replace(call, kv=call.kv._replace(kv_scales=jnp.roll(call.kv.kv_scales, 1, axis=3))))
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", next_block)
+    put(monkeypatch, "wrong", next_block)
     assert "error above" in (examine(replace(RAGGED, kv_dtype="int8"), "wrong").problem or "")
 
 
@@ -288,10 +297,10 @@ def test_command_skips_what_says_it_cannot_and_fails_on_what_breaks(run_kernels,
     def breaks(*args, **options):
         raise RuntimeError("too much shared memory\nand more")
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", cannot)
+    put(monkeypatch, "hopper", cannot)
     status, _, report = run_kernels("--shapes", "b16_8k", "--implementations", "hopper", "--no-copies")
     assert (status, report["rows"][0]["skipped"]) == (0, "no kernel for a CPU")
-    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", breaks)
+    put(monkeypatch, "hopper", breaks)
     status, _, report = run_kernels("--shapes", "b16_8k", "--implementations", "hopper", "--no-copies")
     assert (status, report["rows"][0]["failed"]) == (1, "RuntimeError: too much shared memory")
 
@@ -314,14 +323,14 @@ def test_check_command_prints_every_case_and_fails_if_one_is_wrong(monkeypatch, 
         raise NotImplementedError("no kernel for a CPU")
 
     args = ["kernels", "--check", "--shapes", "b16_8k", "--shrink", "256", "--implementations"]
-    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", cannot)
+    put(monkeypatch, "hopper", cannot)
     assert main([*args, "xla,hopper"]) == 0
     right, absent, summary = capsys.readouterr().out.splitlines()
     assert right.split()[:2] == ["decode_b16_8k", "xla"]
     assert right.endswith("ok")
     assert absent.endswith("not taken: no kernel for a CPU")
     assert summary == "1 checked, 0 wrong"
-    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", scaled)
+    put(monkeypatch, "hopper", scaled)
     assert main([*args, "xla,hopper"]) == 1
     assert "WRONG: error above 0.01" in capsys.readouterr().out
 

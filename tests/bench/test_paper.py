@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.paper import rendering
 from bench.paper.baselines import FasterTransformer, Orca, Reservation
 from bench.paper.beams import CandidateModel, CandidateSource
 from bench.paper.buddy import BuddyAllocator
 from bench.paper.command import EXPERIMENTS
-from bench.paper.experiment import Row
+from bench.paper.experiment import Row, render, save_plots, to_json
 from bench.paper.memory import SYSTEMS
 from bench.paper.paged import Paged
 from bench.paper.step_time import A100, NUM_SLOTS
@@ -284,9 +283,9 @@ def test_a_tiny_run_of_each_experiment_reports_finite_figures(name):
         assert row.ours >= 0
     for table in report.tables:
         assert all(len(row) == len(table.columns) for row in table.rows.values())
-    text = rendering.render(experiment, report)
+    text = render(experiment, report)
     assert all(row.label in text for row in report.rows)
-    content = json.dumps(rendering.to_json(experiment, report), allow_nan=False)
+    content = json.dumps(to_json(experiment, report), allow_nan=False)
     assert experiment.title in content
     if name == "fig02":
         assert [sum(row) for row in report.tables[0].rows.values()] == pytest.approx([100] * 4)
@@ -296,9 +295,9 @@ def test_plots_are_small_and_without_matplotlib_the_way_to_get_them_is_said(tmp_
     experiment = EXPERIMENTS["fig02"]
     reports = {"fig02": experiment.report({key: task() for key, task in experiment.tasks(0.01).items()})}
     with monkeypatch.context() as patch:
-        patch.setattr(rendering, "find_spec", lambda name: None)
-        assert "pip install" in rendering.save_plots(reports, tmp_path / "none")
+        patch.setattr("bench.paper.experiment.find_spec", lambda name: None)
+        assert "pip install" in save_plots(reports, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     pytest.importorskip("matplotlib")
-    rendering.save_plots(reports, tmp_path)
+    save_plots(reports, tmp_path)
     assert 1_000 < (tmp_path / "fig02.png").stat().st_size < 100_000

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ from flax import nnx
 from bench.peers import SERVING
 from bench.report import RESULTS
 from jpaged import BeamSearchParams, EngineConfig, SamplingParams
+from jpaged.rules import settings_of
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "jpaged" / "docs"
@@ -118,6 +119,17 @@ def test_example_of_several_devices_shards_the_pool_by_heads():
     assert pool.sharding.shard_shape(pool.shape)[3] == 8 // jax.device_count()
 
 
+def test_rooms_of_the_architecture_page_exist():
+    [tree] = re.findall(r"```\n(jpaged/\n.*?)```", (DOCS / "architecture.md").read_text(), re.S)
+    around: dict[int, Path] = {}
+    for line in tree.splitlines():
+        depth = len(line) - len(line.lstrip())
+        folder = around.get(depth - 2, ROOT)
+        for name in re.match(r" *((?:[\w.]+(?:\.py|/) ?)+)", line)[1].split():
+            assert (folder / name).exists(), folder / name
+            around[depth] = folder / name
+
+
 def test_readme_is_short():
     assert len(README.encode()) <= 8192
 
@@ -139,17 +151,22 @@ def test_every_page_is_linked_from_the_readme_or_another_page():
     assert {page.name for page in PAGES} - linked <= {"README.md"}
 
 
-def test_settings_are_those_of_the_code():
-    shown = [
-        (name.strip("`"), default.strip("`"))
-        for name, default, _ in filter(lambda row: row[0][0] == "`", rows((DOCS / "settings.md").read_text()))
-    ]
-    expected = []
-    for cls in (EngineConfig, SamplingParams, BeamSearchParams):
-        for field in fields(cls):
-            default = "required" if field.default is MISSING else repr(field.default).replace("'", '"')
-            expected.append((field.name, default))
-    assert shown == expected
+def settings_rows(cls) -> list[str]:
+    """The table of a class of settings."""
+    lines = []
+    for each in settings_of(cls).values():
+        default = "required" if each.default is MISSING else f"`{each.default!r}`"
+        meaning = each.help.replace("``", "`") + (f"; default: {each.unset}".replace("``", "`") if each.unset else "")
+        lines.append(f"| `{each.name}` | {default} | {meaning} |")
+    return lines
+
+
+@pytest.mark.parametrize("cls", [EngineConfig, SamplingParams, BeamSearchParams])
+def test_settings_are_those_of_the_code(cls):
+    [section] = [part for part in (DOCS / "settings.md").read_text().split("\n## ") if f"`{cls.__name__}`\n" in part]
+    expected = settings_rows(cls)
+    shown = [line for line in section.splitlines() if line.startswith("| `")]
+    assert shown == expected, "the table in jpaged/docs/settings.md has to be:\n" + "\n".join(expected)
 
 
 def test_table_of_tpus_is_that_of_the_measurements():

@@ -232,13 +232,82 @@ def test_a_waiting_request_is_admitted_as_soon_as_its_prefix_is_cached():
     run(scheduler)
 
 
-def test_blocks_are_published_only_after_the_step_that_wrote_them():
+def test_blocks_are_read_only_after_the_step_that_writes_them():
+    scheduler = make_scheduler(caching=True, budget=64)
+    groups = [scheduler.add(request(name, 9, max_tokens=1)) for name in "ab"]
+    plan = scheduler.schedule()
+    assert [(c.seq_id, c.start) for c in plan.chunks] == [(0, 0)], "the second shares its blocks, and computes later"
+    ahead = scheduler.schedule_ahead()
+    assert [(c.seq_id, c.start) for c in ahead.chunks] == [(1, 8)]
+    assert ahead.chunks[0].block_table[:2] == plan.chunks[0].block_table[:2]
+    for each in (plan, ahead):
+        scheduler.update(each, result_of(each))
+    assert not scheduler.has_unfinished
+    assert [group.num_cached_tokens for group in groups] == [0, 8]
+
+
+def test_a_prompt_shares_the_blocks_of_a_step_in_flight():
+    scheduler = make_scheduler(caching=True, budget=64)
+    scheduler.add(request("a", 22, max_tokens=3))
+    plan = scheduler.schedule()
+    late = scheduler.add(request("b", 22, max_tokens=3))
+    ahead = scheduler.schedule_ahead()
+    assert [(c.seq_id, c.start, len(c.token_ids)) for c in ahead.chunks] == [(0, 22, 1), (1, 20, 2)]
+    assert late.num_cached_tokens == 20
+    for each in (plan, ahead):
+        scheduler.update(each, result_of(each))
+    run(scheduler)
+
+
+def test_a_prompt_that_shares_little_with_the_same_plan_is_computed_at_once():
+    scheduler = make_scheduler(caching=True, budget=64)
+    scheduler.add(request("a", 9, max_tokens=1))
+    prompt = [*range(8), *range(100, 109)]  # 8 of 17 tokens
+    scheduler.add(Request("b", None, prompt, SamplingParams(max_tokens=1), 0))
+    assert [(c.seq_id, c.start) for c in step(scheduler).chunks] == [(0, 0), (1, 0)]
+    run(scheduler)
+
+
+def test_equal_prompts_of_one_step_neither_starve_nor_block_others():
+    scheduler = make_scheduler(num_blocks=100, caching=True, budget=32, rows=8)
+    names = ["long", "equal", "equal too", "other"]
+    for name in names:
+        scheduler.add(request(name, 60 if name != "other" else 20, first=500 * (name == "other"), max_tokens=2))
+    first, second, third = (step(scheduler) for _ in range(3))
+    assert [(c.seq_id, c.start, c.stop) for c in first.chunks] == [(0, 0, 32)]
+    assert [(c.seq_id, c.start, c.stop) for c in second.chunks] == [(0, 32, 60), (3, 0, 4)], (
+        "no token is computed twice"
+    )
+    assert [(c.seq_id, c.start) for c in third.chunks] == [(0, 60), (1, 56), (2, 56), (3, 4)]
+    run(scheduler)
+
+
+def test_an_equal_prompt_is_right_when_the_first_is_aborted_while_its_step_is_in_flight():
+    scheduler = make_scheduler(num_blocks=30, caching=True, budget=64)
+    scheduler.add(request("a", 22, max_tokens=3))
+    plan = scheduler.schedule()
+    late = scheduler.add(request("b", 22, max_tokens=3))
+    scheduler.abort("a")
+    ahead = scheduler.schedule_ahead()
+    assert [(c.seq_id, c.start) for c in ahead.chunks] == [(1, 21)], "the step runs, and its last block is copied"
+    assert [copy.src for copy in ahead.copies] == [plan.chunks[0].block_table[5]]
+    for each in (plan, ahead):
+        scheduler.update(each, result_of(each))
+    run(scheduler)
+    assert late.sequences[0].output_token_ids == [22, 23, 24]
+
+
+def test_blocks_of_a_step_that_failed_are_not_shared():
     scheduler = make_scheduler(caching=True, budget=64)
     for name in "ab":
         scheduler.add(request(name, 9, max_tokens=1))
-    plan = scheduler.schedule()
-    assert [c.start for c in plan.chunks] == [0, 0]
-    scheduler.update(plan, result_of(plan))
+    scheduler.schedule()  # its step fails
+    scheduler.forget_pool()
+    late = scheduler.add(request("c", 9, max_tokens=1))
+    plan = step(scheduler)
+    assert [(c.seq_id, c.start) for c in plan.chunks] == [(0, 0)]
+    run(scheduler)
+    assert late.num_cached_tokens == 8
 
 
 def test_different_salts_share_nothing():
@@ -293,7 +362,7 @@ def test_abort_frees_everything_at_any_point(steps):
 
 def test_a_lost_pool_costs_a_recomputation_and_nothing_else():
     scheduler = make_scheduler(caching=True)
-    groups = [scheduler.add(request(name, 9, n=2, max_tokens=6)) for name in "ab"]
+    groups = [scheduler.add(request(name, 9, first=20 * i, n=2, max_tokens=6)) for i, name in enumerate("ab")]
     for _ in range(3):
         step(scheduler)
     scheduler.schedule()  # its step fails

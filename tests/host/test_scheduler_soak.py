@@ -114,6 +114,8 @@ FEATURES = {
     "dropped because the host pool was full",
     "swapped in",
     "refused without another match",
+    "shared blocks that the same plan computes",
+    "shared blocks of a step in flight",
     "several recompute what they share once",
     "a lower priority made way",
     "copies on write",
@@ -392,6 +394,9 @@ class Episode:
                 if is_admitted or group.request.priority == other.request.priority:
                     assert schedule_order(group) < schedule_order(other), "nobody overtakes"
 
+    def _device_blocks(self, seq: Sequence) -> list[int]:
+        return [] if self.blocks.is_swapped(seq.seq_id) else self.blocks.block_table(seq.seq_id)
+
     def _check_refusal(self) -> None:
         """Assert that a group which is not matched again could not start."""
         admission, first = self.scheduler._admission, self.scheduler.line.first
@@ -416,12 +421,19 @@ class Episode:
             states = Counter(seq.state for seq in group.sequences)
             has_output = group.sequences[0].num_outputs > 0
             seen["several recompute what they share once"] += states[SequenceState.UNFORKED] > 0 and has_output
-            seen["swapped in"] += states[SequenceState.LOADING] > 0 and not group.fork_at and has_output
+            is_loading = states[SequenceState.LOADING] > 0 and len(plan.from_host) > 0
+            seen["swapped in"] += is_loading and not group.fork_at and has_output
+            is_waiting = states[SequenceState.LOADING] > 0 and not plan.from_host and not has_output
+            seen["shared blocks that the same plan computes"] += is_waiting
             seen["hits that end inside a block"] += (group.num_cached_tokens or 0) % self.blocks.block_size > 0
             leader = group.unfinished[0]
-            is_loading = leader.state is SequenceState.LOADING and leader.num_computed > 0
+            is_loading = is_loading and leader.state is SequenceState.LOADING and leader.num_computed > 0
             num_loading = len(plan.from_host) * self.blocks.block_size
             seen["hits in both tiers at once"] += is_loading and num_loading < leader.num_computed
+            for chunk in self.under_way[-1][0].chunks if self.under_way and leader.state.holds_blocks else ():
+                written = chunk.block_table[chunk.start // self.blocks.block_size :]
+                is_shared = not set(written).isdisjoint(self._device_blocks(leader))
+                seen["shared blocks of a step in flight"] += is_shared
         seen["copies on write"] += len(plan.copies)
         seen["bursts"] += plan.num_steps > 1
         seen["bursts that some end in"] += len({sample.num_tokens for sample in plan.samples}) > 1

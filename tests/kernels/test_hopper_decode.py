@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import block_pool_shape, kv_scales_shape
 from pallas_kernels.block_pool.quantization import SMALLEST_SCALE
+from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
 from pallas_kernels.paged_attention.hopper.decode_quantized import LEAST_V_SCALE
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
-from pallas_kernels.paged_attention.hopper.tile import Scoring
 from pallas_kernels.paged_attention.hopper.tuning import sizes_for
-from tests.kernels.test_paged_attention import LAYER, Batch, Options, Shape, dense_attention, make_batch
+from tests.support.attention import LAYER, NO_OPTIONS, Batch, Options, Shape, abstract_call, dense_attention, make_batch
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
@@ -26,47 +25,18 @@ SENTINEL = 7.0
 """Where no output is due."""
 
 SMALL = DecodeSizes(tile_tokens=64, slots=4, workers_per_sm=1)
-NO_OPTIONS = Options()
 WATCHED = plgpu.InterpretGPUParams(detect_races=True)
 
 
-@partial(jax.jit, static_argnames=("of_tokens", "scoring", "sizes", "num_sms", "interpret"))
-def decode(
-    q,
-    pool,
-    tables,
-    kv_lens,
-    q_starts,
-    alibi_slopes,
-    sinks,
-    kv_scales,
-    *,
-    of_tokens,
-    scoring,
-    sizes,
-    num_sms,
-    interpret,
-):
+@partial(jax.jit, static_argnames=("of_tokens", "sizes", "num_sms", "interpret"))
+def decode(call, *, of_tokens, sizes, num_sms, interpret):
+    _, kv_lens, q_starts = call.batch
     if of_tokens:
-        queries = queries_of_tokens(len(q), kv_lens, q_starts, scoring.sliding_window)
+        queries = queries_of_tokens(call.num_tokens, kv_lens, q_starts, call.scoring.sliding_window)
     else:
-        queries = queries_of_rows(kv_lens, q_starts, scoring.sliding_window)
-    out = jax.new_ref(jnp.full_like(q, SENTINEL))
-    attend_decode(
-        out,
-        queries,
-        q,
-        pool,
-        jnp.int32(LAYER),
-        tables,
-        scoring=scoring,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        kv_scales=kv_scales,
-        sizes=sizes,
-        num_sms=num_sms,
-        interpret=interpret,
-    )
+        queries = queries_of_rows(kv_lens, q_starts, call.scoring.sliding_window)
+    out = jax.new_ref(jnp.full_like(call.q, SENTINEL))
+    attend_decode(out, queries, call, sizes=sizes, num_sms=num_sms, interpret=interpret)
     return out[...]
 
 
@@ -78,24 +48,7 @@ def attend(
     sizes: DecodeSizes = SMALL,
     num_sms: int = 2,
 ) -> np.ndarray:
-    arrays = options.as_arguments()
-    scale = batch.shape.head_dim**-0.5 if options.sm_scale is None else options.sm_scale
-    pool, kv_scales = batch.pool(options.sliding_window)
-    out = decode(
-        jnp.asarray(batch.q),
-        jnp.asarray(pool),
-        jnp.asarray(batch.tables),
-        jnp.asarray(batch.kv_lens),
-        jnp.asarray(batch.q_starts),
-        arrays["alibi_slopes"],
-        arrays["sinks"],
-        None if kv_scales is None else jnp.asarray(kv_scales),
-        of_tokens=of_tokens,
-        scoring=Scoring(scale, options.sliding_window, options.soft_cap),
-        sizes=sizes,
-        num_sms=num_sms,
-        interpret=WATCHED,
-    )
+    out = decode(batch.call(options), of_tokens=of_tokens, sizes=sizes, num_sms=num_sms, interpret=WATCHED)
     assert out.dtype == batch.shape.dtype
     return np.asarray(out).astype(np.float64)
 
@@ -137,24 +90,10 @@ def test_tiles_of_a_large_block_that_lie_behind_the_window_are_no_ones_part():
 def test_both_kernels_together_attend_a_mixed_batch_and_give_zeros_for_padding(quantized, is_reused):
     shape = Shape(16, 4, 5, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
     batch = make_batch(replace(shape, quantized=quantized), [1, 9, 0, 1], [70, 30, 0, 1])
-    pool, kv_scales = batch.pool()
     num_tokens = int(batch.q_starts[-1])
     before = jnp.zeros(batch.q.shape, shape.dtype).at[:num_tokens].set(7)
-    out = attend_hopper(
-        jnp.asarray(batch.q),
-        jnp.asarray(pool),
-        LAYER,
-        *(jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts)),
-        sm_scale=shape.head_dim**-0.5,
-        sliding_window=None,
-        soft_cap=None,
-        alibi_slopes=None,
-        sinks=None,
-        kv_scales=None if kv_scales is None else jnp.asarray(kv_scales),
-        into=before if is_reused else None,
-        num_sms=2,
-        interpret=WATCHED,
-    )
+    call = replace(batch.call(), into=before if is_reused else None)
+    out = attend_hopper(call, num_sms=2, interpret=WATCHED)
     out = np.asarray(out).astype(np.float64)
     assert_near(out[:num_tokens], dense_attention(batch)[:num_tokens], shape.dtype)
     np.testing.assert_array_equal(out[num_tokens:], 0)
@@ -316,22 +255,11 @@ def test_numbers_far_from_1_keep_their_precision_in_float16(quantized):
     ],
 )
 def test_compiles_for_the_gpu_at_real_sizes(num_heads, head_dim, block_size, dtype, quantized):
-    num_blocks, num_layers, num_kv_heads, num_seqs = 4096, 32, 8, 128
-    abstract = jax.ShapeDtypeStruct
-    pool_dtype = jnp.dtype(quantized or dtype)
-    scales = abstract(kv_scales_shape(num_blocks, num_layers, num_kv_heads), jnp.float32)
+    shape = Shape(128, 128, 256, num_heads, 8, head_dim, block_size, dtype, quantized)
     traced = decode.trace(
-        abstract((num_seqs, num_heads, head_dim), dtype),
-        abstract(block_pool_shape(num_blocks, num_layers, num_kv_heads, block_size, head_dim), pool_dtype),
-        abstract((num_seqs, 256), jnp.int32),
-        abstract((num_seqs,), jnp.int32),
-        abstract((num_seqs + 1,), jnp.int32),
-        abstract((num_heads,), jnp.float32),
-        abstract((num_heads,), jnp.float32),
-        scales if quantized else None,
+        abstract_call(shape, scoring=Scoring(0.1, 1000, 30.0)),
         of_tokens=True,
-        scoring=Scoring(0.1, 1000, 30.0),
-        sizes=fitting_sizes(num_heads // num_kv_heads, head_dim, block_size, pool_dtype),
+        sizes=fitting_sizes(num_heads // 8, head_dim, block_size, jnp.dtype(quantized or dtype)),
         num_sms=132,
         interpret=None,
     )

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu.fragmented_array import Replicated
 
+from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper import decode_quantized
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeShape, DecodeSizes
 from pallas_kernels.paged_attention.hopper.decode_quantized import EVEN_FIRST, IN_PLACE, with_stored_order
-from pallas_kernels.paged_attention.hopper.tile import Scoring
 
 WARPS, LANES = 4, 32
 STORED = {"int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}

@@ -9,62 +9,39 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import block_pool_shape
+from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.prefill_plan import DEFAULT_SIZES, Case, PrefillSizes, Run, plan_prefill
-from pallas_kernels.paged_attention.hopper.tile import Scoring
-from tests.kernels.test_paged_attention import LAYER, TOLERANCE, Batch, Options, Shape, dense_attention, make_batch
+from tests.support.attention import (
+    NO_OPTIONS,
+    TOLERANCE,
+    Batch,
+    Options,
+    Shape,
+    abstract_call,
+    dense_attention,
+    make_batch,
+)
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
 SENTINEL = 7.0
 """Where no output is due."""
 
-NO_OPTIONS = Options()
 SMALL = PrefillSizes(kv_tile=64)
 
 
-def scoring_of(shape: Shape, options: Options) -> Scoring:
-    return Scoring(shape.head_dim**-0.5, options.sliding_window, options.soft_cap)
-
-
-@partial(jax.jit, static_argnames=("scoring", "sizes", "num_sms", "interpret"))
-def prefill(q, pool, tables, kv_lens, q_starts, alibi_slopes, sinks, *, scoring, sizes, num_sms, interpret):
-    out = jax.new_ref(jnp.full_like(q, SENTINEL))
-    attend_prefill(
-        out,
-        q,
-        pool,
-        jnp.int32(LAYER),
-        tables,
-        kv_lens,
-        q_starts,
-        scoring=scoring,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        sizes=sizes,
-        num_sms=num_sms,
-        interpret=interpret,
-    )
+@partial(jax.jit, static_argnames=("sizes", "num_sms", "interpret"))
+def prefill(call, *, sizes, num_sms, interpret):
+    out = jax.new_ref(jnp.full_like(call.q, SENTINEL))
+    attend_prefill(out, call, sizes=sizes, num_sms=num_sms, interpret=interpret)
     return out[...]
 
 
 def check(batch: Batch, options: Options = NO_OPTIONS, sizes: PrefillSizes = SMALL, num_sms: int = 2) -> None:
     """Rows of several queries get dense attention's outputs, and nothing else is written to."""
-    arrays = options.as_arguments()
-    out = prefill(
-        jnp.asarray(batch.q),
-        jnp.asarray(batch.pool(options.sliding_window)[0]),
-        jnp.asarray(batch.tables),
-        jnp.asarray(batch.kv_lens),
-        jnp.asarray(batch.q_starts),
-        arrays["alibi_slopes"],
-        arrays["sinks"],
-        scoring=scoring_of(batch.shape, options),
-        sizes=sizes,
-        num_sms=num_sms,
-        interpret=plgpu.InterpretGPUParams(detect_races=True),
-    )
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    out = prefill(batch.call(options), sizes=sizes, num_sms=num_sms, interpret=interpret)
     expected = dense_attention(batch, options)
     is_ours = np.zeros(batch.shape.num_tokens, bool)
     for start, end in zip(batch.q_starts, batch.q_starts[1:], strict=False):
@@ -112,19 +89,9 @@ def test_outputs_wider_than_their_shared_memory() -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_compiles_for_the_gpu_at_real_sizes(head_dim: int) -> None:
-    abstract = jax.ShapeDtypeStruct
-    arguments = (
-        abstract((4096, 32, head_dim), jnp.bfloat16),
-        abstract(block_pool_shape(4096, 32, 8, 16, head_dim), jnp.bfloat16),
-        abstract((8, 256), jnp.int32),
-        abstract((8,), jnp.int32),
-        abstract((9,), jnp.int32),
-        abstract((32,), jnp.float32),
-        abstract((32,), jnp.float32),
-    )
-    traced = prefill.trace(
-        *arguments, scoring=Scoring(0.1, 1000, 30.0), sizes=DEFAULT_SIZES, num_sms=132, interpret=None
-    )
+    shape = Shape(4096, 8, 256, num_heads=32, num_kv_heads=8, head_dim=head_dim, block_size=16, dtype=jnp.bfloat16)
+    call = abstract_call(shape, scoring=Scoring(0.1, 1000, 30.0))
+    traced = prefill.trace(call, sizes=DEFAULT_SIZES, num_sms=132, interpret=None)
     traced.lower(lowering_platforms=("cuda",))
 
 

@@ -158,7 +158,8 @@ def test_pools_that_the_kernel_cannot_write_are_refused(options, reason):
 
 def test_arguments_that_do_not_fit_are_refused():
     pool, layer, k, v, slots = arguments()
-    with pytest.raises(ValueError, match=r"implementation='triton' is unknown: expected None or one of \['xla', 'hop"):
+    known = r"\['hopper', 'pallas_tpu', 'xla'\]"
+    with pytest.raises(ValueError, match=f"implementation='triton' is unknown: expected None or one of {known}"):
         write_kv(pool, layer, k, v, slots, implementation="triton")
     with pytest.raises(ValueError, match=r"v has shape \(2, 2, 16\): expected \(3, 2, 16\)"):
         write_kv(pool, layer, k, v[:2], slots, implementation="hopper")

@@ -23,180 +23,27 @@ from pallas_kernels import (
     write_kv_quantized,
 )
 from pallas_kernels.chips import here
+from pallas_kernels.dispatch import Kernel
 from pallas_kernels.paged_attention import IMPLEMENTATIONS, INTERPRETERS
 from pallas_kernels.paged_attention.hopper import why_not
+from tests.support.attention import (
+    LAYER,
+    NO_OPTIONS,
+    NUM_LAYERS,
+    TOLERANCE,
+    Batch,
+    Options,
+    Shape,
+    dense_attention,
+    jitted_attention,
+    make_batch,
+)
 
 ANYWHERE = [name for name in IMPLEMENTATIONS if name not in INTERPRETERS]
 """The implementations that need no device of their own; test_hopper_*.py and test_tpu_*.py interpret the others."""
 
-LAYER, NUM_LAYERS = 1, 2
-TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2, jnp.float16: 3e-3}
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What a batch is padded to, and the model's side of it: one compilation each."""
-
-    num_tokens: int
-    num_seqs: int
-    max_blocks: int
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 16
-    block_size: int = 8
-    dtype: type = jnp.float32
-    quantized: type | None = None
-
-    @property
-    def num_blocks(self) -> int:
-        return self.num_seqs * self.max_blocks + 2
-
-
-@dataclass(frozen=True)
-class Options:
-    sm_scale: float | None = None
-    sliding_window: int | None = None
-    soft_cap: float | None = None
-    alibi_slopes: np.ndarray | None = None
-    sinks: np.ndarray | None = None
-
-    def as_arguments(self) -> dict:
-        arrays = {name: getattr(self, name) for name in ("alibi_slopes", "sinks")}
-        scalars = {name: getattr(self, name) for name in ("sm_scale", "sliding_window", "soft_cap")}
-        return scalars | {name: None if x is None else jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Ragged rows: their queries, and the dense K and V of each, [kv_len, num_kv_heads, head_dim].
-
-    A quantised pool has scales, and K and V are what it holds exactly.
-    """
-
-    shape: Shape
-    q_lens: list[int]
-    q: np.ndarray
-    keys: list[np.ndarray]
-    values: list[np.ndarray]
-    tables: np.ndarray
-    scales: np.ndarray
-
-    @property
-    def q_starts(self) -> np.ndarray:
-        return np.concatenate([[0], np.cumsum(self.q_lens)]).astype(np.int32)
-
-    @property
-    def kv_lens(self) -> np.ndarray:
-        return np.array([len(keys) for keys in self.keys], np.int32)
-
-    def pool(self, window: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-        """K and V of the slots that some query sees, and their scales if quantised; NaN in all others."""
-        shape = self.shape
-        full = np.full(
-            block_pool_shape(shape.num_blocks, NUM_LAYERS, shape.num_kv_heads, shape.block_size, shape.head_dim), np.nan
-        )
-        scales = np.full(self.scales.shape, np.nan, np.float32)
-        for row, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            if self.q_lens[row] == 0:
-                continue
-            first = 0 if window is None else max(0, len(keys) - self.q_lens[row] - window + 1)
-            position = np.arange(first, len(keys))
-            block, offset = self.tables[row][position // shape.block_size], position % shape.block_size
-            full[block, LAYER, 0, :, offset] = keys[position]
-            full[block, LAYER, 1, :, offset] = values[position]
-            scales[block, LAYER] = self.scales[block, LAYER]
-        if shape.quantized is None:
-            return full.astype(shape.dtype), None
-        stored = full / scales[..., None, None]
-        if shape.quantized == jnp.int8:
-            stored = np.nan_to_num(np.round(stored), nan=-128)  # int8 has no NaN: the lowest number stands for it
-        return stored.astype(shape.quantized), scales
-
-    def attend(self, implementation: str, options: Options = Options()) -> np.ndarray:
-        run = paged_attention if implementation == "reference" else jitted_attention
-        pool, scales = self.pool(options.sliding_window)
-        out = run(
-            jnp.asarray(self.q),
-            jnp.asarray(pool),
-            LAYER,
-            jnp.asarray(self.tables),
-            jnp.asarray(self.kv_lens),
-            jnp.asarray(self.q_starts),
-            kv_scales=None if scales is None else jnp.asarray(scales),
-            implementation=implementation,
-            **options.as_arguments(),
-        )
-        assert out.dtype == self.shape.dtype
-        return np.asarray(out).astype(np.float64)
-
-
-jitted_attention = jax.jit(
-    paged_attention, static_argnames=("layer", "sm_scale", "sliding_window", "soft_cap", "implementation")
-)
-
-
-def make_batch(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 0) -> Batch:
-    """Random numbers, and blocks in random order. Rows are padded to the shape; unused table entries are nonsense."""
-    rng = np.random.default_rng(seed)
-    padding = [0] * (shape.num_seqs - len(q_lens))
-    q_lens, kv_lens = q_lens + padding, kv_lens + padding
-
-    def normal(*axes: int) -> np.ndarray:
-        return rng.standard_normal(axes, np.float32).astype(shape.dtype)
-
-    blocks = list(rng.permutation(np.arange(1, shape.num_seqs * shape.max_blocks + 1)))
-    tables = np.full((shape.num_seqs, shape.max_blocks), 2**30, np.int32)
-    for row, kv_len in enumerate(kv_lens):
-        for logical in range(math.ceil(kv_len / shape.block_size)):
-            tables[row, logical] = blocks.pop()
-    scales = rng.uniform(0.01, 0.05, kv_scales_shape(shape.num_blocks, NUM_LAYERS, shape.num_kv_heads))
-    scales = scales.astype(np.float32)
-
-    def context(row: int, which: int) -> np.ndarray:
-        kv_len = kv_lens[row]
-        numbers = normal(kv_len, shape.num_kv_heads, shape.head_dim)
-        if shape.quantized is None:
-            return numbers
-        stored = np.round(numbers.astype(np.float32) * 30).astype(shape.quantized).astype(np.float32)
-        blocks = tables[row][np.arange(kv_len) // shape.block_size]
-        return stored * scales[blocks, LAYER, which, :, None]
-
-    q = normal(shape.num_tokens, shape.num_heads, shape.head_dim)
-    keys, values = ([context(row, which) for row in range(shape.num_seqs)] for which in range(2))
-    return Batch(shape, q_lens, q, keys, values, tables, scales)
-
-
-def dense_attention(batch: Batch, options: Options = Options()) -> np.ndarray:
-    """Dense attention by the textbook, all heads at once, in float64."""
-    shape = batch.shape
-    group = shape.num_heads // shape.num_kv_heads
-    scale = shape.head_dim**-0.5 if options.sm_scale is None else options.sm_scale
-    out = np.zeros(batch.q.shape)
-    for row, (start, end) in enumerate(zip(batch.q_starts[:-1], batch.q_starts[1:], strict=True)):
-        if start == end:
-            continue
-        kv_len = len(batch.keys[row])
-        q = batch.q[start:end].astype(np.float64)
-        k, v = (np.repeat(x[row].astype(np.float64), group, axis=1) for x in (batch.keys, batch.values))
-        scores = np.einsum("qhd,khd->hqk", q, k) * scale
-        if options.soft_cap is not None:
-            scores = np.tanh(scores / options.soft_cap) * options.soft_cap
-        behind = np.arange(kv_len - len(q), kv_len)[:, None] - np.arange(kv_len)
-        if options.alibi_slopes is not None:
-            scores -= options.alibi_slopes[:, None, None] * behind
-        scores[:, behind < 0] = -np.inf
-        if options.sliding_window is not None:
-            scores[:, behind >= options.sliding_window] = -np.inf
-        if options.sinks is not None:
-            sink = np.broadcast_to(options.sinks[:, None, None], (*scores.shape[:2], 1))
-            scores = np.concatenate([scores, sink], axis=-1)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        out[start:end] = np.einsum("hqk,khd->qhd", weights[..., :kv_len], v)
-    return out
-
-
-def assert_right(batch: Batch, implementation: str, options: Options = Options()) -> None:
+def assert_right(batch: Batch, implementation: str, options: Options = NO_OPTIONS) -> None:
     atol = TOLERANCE[batch.shape.dtype]
     np.testing.assert_allclose(
         batch.attend(implementation, options), dense_attention(batch, options), atol=atol, rtol=0
@@ -515,7 +362,8 @@ def hopper_calls(monkeypatch):
     calls = []
     monkeypatch.setattr(here, "why_no_hopper", lambda: None)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", lambda q, *args, **options: calls.append(q) or q)
+    pretended = Kernel("hopper", lambda call: calls.append(call.q) or call.q, why_not)
+    monkeypatch.setitem(IMPLEMENTATIONS, "hopper", pretended)
     attention._log_fallback.cache_clear()
     yield calls
     attention._log_fallback.cache_clear()

@@ -27,6 +27,7 @@ from pallas_kernels.block_pool.tpu import (
 )
 from pallas_kernels.chips.here import current_tpu
 from pallas_kernels.chips.tpu import chip_of
+from pallas_kernels.paged_attention.call import Batch, Call, KvLayer, Scoring
 from pallas_kernels.paged_attention.tpu import attend_tpu, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 from tests.support import tpu_aot
@@ -42,8 +43,11 @@ EVERY = 97
 
 BF16 = jnp.dtype(jnp.bfloat16)
 POOL = (block_pool_shape(1024, 8, 8, 16, 128), BF16)
-PLAIN = {"sm_scale": 0.1, "sliding_window": None, "soft_cap": None, "alibi_slopes": None, "sinks": None}
 POOL_BYTES = 1024 * 8 * 2 * 8 * 16 * 128 * 2
+
+
+def call_of(q, pool, layer, *rows) -> Call:
+    return Call(q=q, kv=KvLayer(pool, layer), batch=Batch(*rows), scoring=Scoring(0.1))
 
 
 @pytest.mark.parametrize("generation", TOPOLOGIES)
@@ -137,7 +141,9 @@ def test_quantised_writes_are_in_place(generation, dtype):
 @pytest.mark.parametrize("generation", TOPOLOGIES)
 def test_fused_writes_are_in_place(generation, is_decode):
     def step(q, k, v, pool, tables, kv_lens, cu_q_lens):
-        return write_and_attend_tpu(q, k, v, pool, 3, tables, kv_lens, cu_q_lens, is_decode=is_decode, **PLAIN)
+        call = call_of(q, pool, 3, tables, kv_lens, cu_q_lens)
+        out, pool, _ = write_and_attend_tpu(call, k, v, is_decode=is_decode)
+        return out, pool
 
     num_tokens = 64 if is_decode else 300
     new = ((num_tokens, 8, 128), BF16)
@@ -175,7 +181,7 @@ def assert_in_place(compiled) -> None:
 
 def test_compiler_does_refuse_what_overruns_vmem():
     def attend(q, pool, *rows):
-        return attend_tpu(q, pool, 0, *rows, sizes=Sizes(8, 128, 16), kv_scales=None, **PLAIN)
+        return attend_tpu(call_of(q, pool, 0, *rows), sizes=Sizes(8, 128, 16))
 
     rows = ((64, 512), jnp.int32), ((64,), jnp.int32), ((65,), jnp.int32)
     with pytest.raises(Exception, match="vmem"):
@@ -202,7 +208,7 @@ def test_what_the_kernel_does_not_take_is_refused_before_anything_is_compiled(ca
 
 def test_narrow_pool_is_refused_before_anything_is_compiled():
     def attend(q, pool, *rows):
-        return attend_tpu(q, pool, 0, *rows, kv_scales=None, **PLAIN)
+        return attend_tpu(call_of(q, pool, 0, *rows))
 
     rows = ((64, 512), jnp.int32), ((64,), jnp.int32), ((65,), jnp.int32)
     with pytest.raises(NotImplementedError, match="lane_layout"):

@@ -13,7 +13,7 @@ from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention import best_implementation, paged_attention, why_cannot_run, why_not_here
 from pallas_kernels.paged_attention.tpu import attend_tpu, why_not_tpu
 from pallas_kernels.paged_attention.tpu.launch import Sizes
-from tests.kernels.test_paged_attention import LAYER, Options, Shape, dense_attention, make_batch
+from tests.support.attention import LAYER, Options, Shape, dense_attention, make_batch
 from tests.support.tpu_interpret import EAGER, SMALL, WATCHED, assert_near, attend, check, no_tpu_races  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_tpu_races")
@@ -134,38 +134,20 @@ def test_cases_that_the_kernel_does_not_take_are_named(changes, why):
 def test_without_a_tpu_it_is_refused():
     assert "TPU" in why_no_tpu()
     batch = make_batch(DECODE, [1], [9])
-    pool, _ = batch.pool()
-    arrays = [jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts)]
-    options = Options(0.1).as_arguments()
     with pytest.raises(NotImplementedError, match="need a TPU"):
-        attend_tpu(jnp.asarray(batch.q), jnp.asarray(pool), LAYER, *arrays, kv_scales=None, **options)
+        attend_tpu(batch.call(Options(0.1)))
 
 
 def test_heads_that_do_not_fit_the_pools_rows_are_the_callers_mistake():
     batch = make_batch(replace(DECODE, head_dim=64), [1], [9])
-    pool, _ = batch.pool()
-    arrays = [jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts)]
-    options = Options(0.1).as_arguments()
     with pytest.raises(ValueError, match="lane_layout"):
-        attend_tpu(
-            jnp.asarray(batch.q),
-            jnp.asarray(pool),
-            LAYER,
-            *arrays,
-            kv_scales=None,
-            num_kv_heads=4,
-            sizes=SMALL,
-            chip=chip_of("v5e"),
-            interpret=WATCHED,
-            **options,
-        )
+        attend_tpu(batch.call(Options(0.1)), num_kv_heads=4, sizes=SMALL, chip=chip_of("v5e"), interpret=WATCHED)
 
 
 def test_paged_attention_interprets_it_on_request():
     batch = make_batch(MIXED, [1, 20, 1], [70, 33, 16])
     pool, _ = batch.pool()
-    arrays = [jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts)]
-    args = jnp.asarray(batch.q), jnp.asarray(pool), LAYER, *arrays
+    args = jnp.asarray(batch.q), jnp.asarray(pool), LAYER, *batch.rows()
     out = paged_attention(*args, implementation="pallas_tpu", interpret=True)
     assert_near(np.asarray(out), dense_attention(batch), batch.shape.dtype)
     with pytest.raises(NotImplementedError, match="need a TPU"):

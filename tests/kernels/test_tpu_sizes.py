@@ -13,14 +13,15 @@ import pytest
 
 from pallas_kernels import block_pool_shape
 from pallas_kernels.chips.tpu import CORES_OF_DEVICE, chip_of
+from pallas_kernels.paged_attention.call import Batch, Call, KvLayer, Scoring
 from pallas_kernels.paged_attention.tpu import attend_tpu, lane_layout, tuning, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.batch import plan_launch
-from pallas_kernels.paged_attention.tpu.launch import Launch, Scoring, Sizes, vmem_bytes
+from pallas_kernels.paged_attention.tpu.launch import Launch, Sizes, vmem_bytes
 from pallas_kernels.paged_attention.tpu.sizes import vmem_limit
 from pallas_kernels.paged_attention.tpu.traffic import count_traffic, least_bytes, least_flops
 from pallas_kernels.paged_attention.tpu.tuning import TUNED, shape_class
-from tests.kernels.test_paged_attention import LAYER, Options, Shape, make_batch
-from tests.support.tpu_interpret import WATCHED, counted_bytes, no_tpu_races, scaled  # noqa: F401
+from tests.support.attention import Options, Shape, make_batch
+from tests.support.tpu_interpret import WATCHED, counted_bytes, no_tpu_races  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_tpu_races")
 
@@ -40,19 +41,14 @@ def launch_for(
     is_fused: bool = False,
 ) -> Launch:
     layout = lane_layout(num_kv_heads, head_dim)
-    pool = block_pool_shape(100, 2, layout.num_kv_heads, block_size, layout.head_dim)
-    return plan_launch(
-        jax.ShapeDtypeStruct((num_tokens, num_kv_heads * group, head_dim), q_dtype),
-        jax.ShapeDtypeStruct(pool, pool_dtype),
-        num_seqs,
-        layout,
-        Scoring(0.1, window, None),
-        None,
-        chip_of(generation),
-        has_slopes=False,
-        has_sinks=False,
-        is_fused=is_fused,
+    shaped, pool = jax.ShapeDtypeStruct, block_pool_shape(100, 2, layout.num_kv_heads, block_size, layout.head_dim)
+    call = Call(
+        q=shaped((num_tokens, num_kv_heads * group, head_dim), q_dtype),
+        kv=KvLayer(shaped(pool, pool_dtype), 0),
+        batch=Batch(*(shaped(shape, jnp.int32) for shape in ((num_seqs, 1), (num_seqs,), (num_seqs + 1,)))),
+        scoring=Scoring(0.1, window),
     )
+    return plan_launch(call, layout, None, chip_of(generation), is_fused=is_fused)
 
 
 @pytest.mark.parametrize("generation", CORES_OF_DEVICE)
@@ -215,16 +211,13 @@ MIXED = Shape(40, 4, 12, num_heads=8, num_kv_heads=2, head_dim=128, block_size=1
 )
 def test_planned_bytes_are_those_that_the_interpreter_moves(monkeypatch, shape, q_lens, kv_lens, window, is_fused):
     batch = make_batch(shape, q_lens, kv_lens)
-    pool, scales = (None if x is None else jnp.asarray(x) for x in batch.pool(window))
-    q, *rows = (jnp.asarray(x) for x in (batch.q, batch.tables, batch.kv_lens, batch.q_starts))
-    launch = {"chip": chip_of("v5e"), "interpret": WATCHED}
-    options = scaled(Options(sliding_window=window), shape.head_dim).as_arguments()
+    call, launch = batch.call(Options(sliding_window=window)), {"chip": chip_of("v5e"), "interpret": WATCHED}
     with counted_bytes(monkeypatch) as moved:
         if is_fused:
             new = jnp.ones((shape.num_tokens, shape.num_kv_heads, shape.head_dim), shape.dtype)
-            out, _ = write_and_attend_tpu(q, new, new, pool, LAYER, *rows, is_decode=True, **options, **launch)
+            out = write_and_attend_tpu(call, new, new, is_decode=True, **launch).out
         else:
-            out = attend_tpu(q, pool, LAYER, *rows, kv_scales=scales, **options, **launch)
+            out = attend_tpu(call, **launch)
         out.block_until_ready()
     planned = count_traffic(
         launch_for(

@@ -25,8 +25,8 @@ from pallas_kernels.block_pool.tpu import (
 from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu import write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.launch import Sizes
-from tests.kernels.test_paged_attention import LAYER, Options, Shape, dense_attention, make_batch
-from tests.support.tpu_interpret import EAGER, WATCHED, assert_near, no_tpu_races, scaled  # noqa: F401
+from tests.support.attention import LAYER, Options, Shape, dense_attention, make_batch
+from tests.support.tpu_interpret import EAGER, WATCHED, assert_near, no_tpu_races  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_tpu_races")
 
@@ -138,13 +138,11 @@ def test_fused_write_attends_and_leaves_the_pool_as_write_kv_does(shape, q_lens,
         k[start:end], v[start:end] = batch.keys[row][position], batch.values[row][position]
         blocks = batch.tables[row][position // shape.block_size]
         before[blocks, LAYER, :, :, position % shape.block_size] = np.nan
-    options = scaled(options, shape.head_dim)
-    out, pool = write_and_attend_tpu(
-        *(jnp.asarray(x) for x in (batch.q, k, v, before)),
-        LAYER,
-        *(jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts)),
+    out, pool, _ = write_and_attend_tpu(
+        batch.call(options, before),
+        jnp.asarray(k),
+        jnp.asarray(v),
         **({"chip": chip_of("v5e"), "interpret": WATCHED} | launch),
-        **options.as_arguments(),
     )
     assert_same_bits(pool, after)
     assert_near(np.asarray(out).astype(np.float64), dense_attention(batch, options), shape.dtype)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention.tpu import attend_tpu, lane_layout
 from pallas_kernels.paged_attention.tpu.launch import Sizes
-from tests.kernels.test_paged_attention import LAYER, Batch, Options, dense_attention
+from tests.support.attention import NO_OPTIONS, Batch, Options, dense_attention
 
 WATCHED = pltpu.InterpretParams(detect_races=True)
 """Copies happen when they are waited for, so that what is not waited for never arrives."""
@@ -22,7 +22,6 @@ EAGER = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
 """Copies happen when they are started, so that what starts too early overwrites what is still needed."""
 
 SMALL = Sizes(tile_row_tiles=2, chunk_blocks=4, buffers=3)
-NO_OPTIONS = Options()
 
 
 @pytest.fixture
@@ -47,27 +46,16 @@ def attend(
     """What the kernel makes of a batch, over a pool of NaN but for what some query sees."""
     shape = batch.shape
     layout = lane_layout(shape.num_kv_heads, shape.head_dim)
-    pool, kv_scales = batch.pool(options.sliding_window)
+    pool, _ = batch.pool(options.sliding_window)
     out = attend_tpu(
-        jnp.asarray(batch.q),
-        jnp.asarray(in_lanes(pool, layout.heads_per_row) if shape.head_dim < 128 else pool),
-        LAYER,
-        *(jnp.asarray(x) for x in (batch.tables, batch.kv_lens, batch.q_starts)),
-        kv_scales=None if kv_scales is None else jnp.asarray(kv_scales),
+        batch.call(options, in_lanes(pool, layout.heads_per_row) if shape.head_dim < 128 else None),
         num_kv_heads=shape.num_kv_heads,
         sizes=sizes,
         chip=chip_of(generation),
         interpret=interpret,
-        **scaled(options, shape.head_dim).as_arguments(),
     )
     assert out.dtype == shape.dtype
     return np.asarray(out).astype(np.float64)
-
-
-def scaled(options: Options, head_dim: int) -> Options:
-    """The options with the scale that ``paged_attention`` fills in."""
-    scale = head_dim**-0.5 if options.sm_scale is None else options.sm_scale
-    return Options(scale, options.sliding_window, options.soft_cap, options.alibi_slopes, options.sinks)
 
 
 def in_lanes(pool: np.ndarray, heads_per_row: int) -> np.ndarray:

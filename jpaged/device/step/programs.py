@@ -25,6 +25,7 @@ from jpaged.device.step.program_cache import ProgramCache, compile_program, mode
 from jpaged.device.step.state import StepState, num_decode_inputs
 from jpaged.device.step.steps import Steps
 from jpaged.device.target import target_of
+from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
 from jpaged.sharding import pool_sharding, replicated
 
@@ -137,21 +138,27 @@ class Programs:
         keys = [key for key in self.all_keys(with_host_pool=with_host_pool) if key not in self._compiled]
         threads = ThreadPoolExecutor(max_workers=num_cores())
         kept = self._program_cache()
-        try:
-            if kept is not None:
-                self._compiled |= (loaded := kept.load_all(keys, threads))
-                self.num_loaded += len(loaded)
-            jobs = {threads.submit(self._compile, self.lower(key)): key for key in keys if key not in self._compiled}
-            done = as_completed(jobs)
-            saves: list[Future[None]] = []
-            for job in tqdm(done, total=len(jobs), desc="Compiling", unit="program", disable=not (use_tqdm and jobs)):
-                self._compiled[jobs[job]], can_be_saved = job.result()
-                if kept is not None and can_be_saved:
-                    saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
-            for save in saves:
-                save.result()
-        finally:  # an interruption need not wait for programs that nobody started on
-            threads.shutdown(cancel_futures=True)
+        with InterruptsWait() as interrupts:
+            try:
+                if kept is not None:
+                    self._compiled |= (loaded := kept.load_all(keys, threads))
+                    self.num_loaded += len(loaded)
+                jobs: dict[Future[tuple[jax.stages.Compiled, bool]], tuple] = {}
+                for key in keys:
+                    interrupts.check()
+                    if key not in self._compiled:
+                        jobs[threads.submit(self._compile, self.lower(key))] = key
+                saves: list[Future[None]] = []
+                bar = {"total": len(jobs), "desc": "Compiling", "unit": "program"}
+                for job in tqdm(as_completed(jobs), **bar, disable=not (use_tqdm and jobs)):
+                    interrupts.check()
+                    self._compiled[jobs[job]], can_be_saved = job.result()
+                    if kept is not None and can_be_saved:
+                        saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
+                for save in saves:
+                    save.result()
+            finally:  # an interruption does not wait for programs whose compilation has not begun
+                threads.shutdown(cancel_futures=True)
         # Tracing leaves a million objects that stay. Python's garbage collector would visit them between two steps.
         gc.collect()
         gc.freeze()
@@ -186,7 +193,8 @@ class Programs:
     def get(self, key: tuple) -> jax.stages.Compiled:
         """The program of ``key``: a kind and its static sizes. Compiled on first use."""
         if key not in self._compiled:
-            self._compiled[key], _ = self._compile(self.lower(key))
+            with InterruptsWait():
+                self._compiled[key], _ = self._compile(self.lower(key))
         return self._compiled[key]
 
     def _compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:

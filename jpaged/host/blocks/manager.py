@@ -200,6 +200,10 @@ class BlockManager:
         """
         return self._append.append(appends)
 
+    def num_hits_ready(self, match: PrefixMatch) -> int:
+        """Count the leading hits of a match that the plan under construction does not compute itself."""
+        return self._tiers.num_hits_ready(match)
+
     def num_blocks_freed_by(self, seq_ids: Iterable[Hashable], *, match: PrefixMatch = NO_MATCH) -> int:
         """Count the blocks that only these sequences hold, without those that ``match`` would share.
 
@@ -229,6 +233,7 @@ class BlockManager:
         *,
         salt: bytes = b"",
         include_partial: bool = False,
+        is_filling: bool = False,
     ) -> None:
         """Enter the sequence's full blocks into the prefix cache, once a step that writes them is planned.
 
@@ -242,6 +247,8 @@ class BlockManager:
             salt: only a ``match_prefix`` with the same salt finds the blocks. ``HashedTokens`` bring their own.
             include_partial: the sequence is about to be freed. Enter the last, partial block too, so that a later
                 prompt may match inside it. Also enter blocks whose entries other blocks held, and have lost since.
+            is_filling: the plan under construction computes these tokens. Until ``take_transfers``, another sequence
+                can share the blocks, but not read them in the same step: ``num_hits_ready`` tells.
 
         Raises:
             ValueError: an unknown or swapped ``seq_id``, ``num_computed`` beyond the tokens, or a salt that changed.
@@ -251,7 +258,10 @@ class BlockManager:
         if self.enable_prefix_caching:
             self._tiers.num_changes += 1
             holding = self._holdings.held_by(seq_id)
+            start = holding.num_published
             publish(self._tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
+            if is_filling:
+                self._tiers.fill(holding.blocks[start : holding.num_published])
 
     # Two tiers ----------------------------------------------------------------------------------------------------
 

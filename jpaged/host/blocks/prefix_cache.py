@@ -235,6 +235,10 @@ class PrefixMatch:
         """Count the hits that cover whole blocks."""
         return len(self.hits) - bool(self.hits and self.hits[-1].num_tokens < block_size)
 
+    def cut(self, num_hits: int) -> Self:
+        """The first hits."""
+        return type(self)(self.hits[:num_hits])
+
     @property
     def device_blocks(self) -> set[int]:
         """The blocks of the device's tier."""

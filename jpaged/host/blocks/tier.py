@@ -124,6 +124,7 @@ class _Moves:
     to_host: dict[int, int] = field(default_factory=dict)  # host block -> the device block written to it
     loads: dict[int, _Load] = field(default_factory=dict)  # device block -> what is loaded into it
     copies: dict[int, int] = field(default_factory=dict)  # device block -> the device block copied to it
+    filled: set[int] = field(default_factory=set)  # cached device blocks whose content the plan computes
     num_spills: int = 0
 
 
@@ -133,7 +134,8 @@ class TwoTiers:
     Moves are queued while a plan is made and follow the order that ``StepPlan`` states: all that is stored on the host
     is read first, then copies are read, then blocks are written, while loads arrive at any time in between. Therefore a
     block can be retaken as soon as it is stored or copied, but a load neither reads a host block that the same plan
-    writes, nor goes to a device block that the same plan copies from.
+    writes, nor goes to a device block that the same plan copies from. Blocks that the plan computes come last: the same
+    plan neither copies nor stores them.
 
     Args:
         num_blocks: blocks of the device's pool; block 0 is never handed out.
@@ -233,6 +235,16 @@ class TwoTiers:
         """Copies of the plan under construction."""
         return len(self._queued.copies)
 
+    def fill(self, blocks: Iterable[int]) -> None:
+        """The plan under construction computes the content of these cached blocks."""
+        self._queued.filled.update(blocks)
+
+    def num_hits_ready(self, match: PrefixMatch) -> int:
+        """Count the leading hits that the plan under construction does not compute itself."""
+        filled = self._queued.filled
+        waiting = (i for i, hit in enumerate(match.hits) if not hit.is_on_host and hit.block in filled)
+        return next(waiting, len(match.hits)) if filled else len(match.hits)
+
     # Taking host blocks -------------------------------------------------------------------------------------------
 
     def store(self, block: int, prefix: Prefix | None) -> int:
@@ -320,6 +332,8 @@ class TwoTiers:
     def _find_inside(self, prefix: Prefix, tokens: bytes, least: int) -> PrefixHit | None:
         """The block after ``prefix`` that starts with most of ``tokens``, ``least`` or more; the device's on ties."""
         on_device, num_on_device = self.device.cache.find_longest(prefix, tokens)
+        if on_device in self._queued.filled:  # copies come before the plan computes
+            on_device, num_on_device = None, 0
         on_host, num_on_host = self.host.cache.find_longest(prefix, tokens)
         if max(num_on_device, num_on_host) < least:
             return None

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from jpaged.interrupts import InterruptsWait
 from jpaged.models.checkpoint.config import ModelConfig, read_json
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
@@ -71,8 +72,10 @@ def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool
         bar = stack.enter_context(
             tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm)
         )
+        interrupts = stack.enter_context(InterruptsWait())
         loaded = []
         for where, variable in flat:
+            interrupts.check()
             name = hf_name(where)
             loaded.append((where, variable.replace(_load_tensor(stored[name], is_transposed(where), variable, copies))))
             bar.update(num_bytes[name])

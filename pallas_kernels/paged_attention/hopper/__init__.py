@@ -1,20 +1,20 @@
-"""Paged attention on Hopper GPUs by Pallas Mosaic GPU kernels: which batches they take, and the launches of one."""
+"""Paged attention on Hopper GPUs by Pallas Mosaic GPU kernels: the cases they take, and their launches."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_pool.layout import BlockPool, KvScales, is_quantized, shape_of
+from pallas_kernels.block_pool.layout import is_quantized, shape_of
 from pallas_kernels.chips import here
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
-from pallas_kernels.paged_attention.hopper.tile import Scoring
 from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidates, sizes_for
 
 
@@ -44,122 +44,66 @@ def why_not(
 
 
 def attend_hopper(
-    q: Float[Array, "tokens num_heads head_dim"],
-    pool: BlockPool,
-    layer: int,
-    block_tables: Int[Array, "num_seqs max_blocks"],
-    kv_lens: Int[Array, " num_seqs"],
-    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    call: Call,
     *,
-    sm_scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    alibi_slopes: Float[Array, " num_heads"] | None,
-    sinks: Float[Array, " num_heads"] | None,
-    kv_scales: KvScales | None,
-    into: Float[Array, "tokens num_heads head_dim"] | None = None,
     sizes: Sizes | None = None,
     num_sms: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
-    """Attention of every query over its sequence's blocks; arguments and result as for ``paged_attention``.
+    """Attention of every query over its sequence's blocks.
 
     Args:
-        sizes: of tiles and rings; the tuned ones if None.
-        num_sms: multiprocessors to fill; the device's if None.
-        interpret: run in Pallas's interpreter for Mosaic GPU instead of on a GPU.
+        sizes: sizes of tiles and rings; the tuned ones if None.
+        num_sms: multiprocessors to fill; those of the device if None.
+        interpret: settings of Pallas's interpreter for Mosaic GPU; None runs on a GPU.
 
     Raises:
         NotImplementedError: a case, or a device, that the kernels do not take.
     """
-    reason = why_not(q.shape, q.dtype, pool.shape, pool.dtype) or (None if interpret else here.why_no_hopper())
+    reason = why_not(*call.case) or (None if interpret else here.why_no_hopper())
     dispatch.refuse(reason, "implementation='xla' takes it")
-    if 0 in q.shape or 0 in block_tables.shape:
-        return jnp.zeros_like(q)
+    if not call.has_work:
+        return jnp.zeros_like(call.q)
+    into = jnp.zeros_like(call.q) if call.into is None else call.into  # padding is to come back as zeros
+    kv = call.kv._replace(layer=jnp.int32(call.kv.layer))
     return _attend(
-        q,
-        pool,
-        jnp.int32(layer),
-        block_tables,
-        kv_lens,
-        cu_q_lens,
-        alibi_slopes,
-        sinks,
-        kv_scales,
-        jnp.zeros_like(q) if into is None else into,  # padding is to come back as zeros
-        scoring=Scoring(sm_scale, sliding_window, soft_cap),
-        sizes=sizes or _tuned_sizes(q, pool),
+        replace(call, kv=kv, into=into),
+        sizes=sizes or _tuned_sizes(call),
         num_sms=num_sms or here.num_sms(),
         interpret=interpret,
     )
 
 
-def _tuned_sizes(q: Array, pool: Array) -> Sizes:
-    shape = shape_of(pool)
-    group = q.shape[1] // shape.num_kv_heads
-    return sizes_for(group=group, head_dim=q.shape[2], block_size=shape.block_size, pool_dtype=pool.dtype)
-
-
-@partial(jax.jit, static_argnames=("scoring", "sizes", "num_sms", "interpret"))
-def _attend(
-    q: Float[Array, "tokens num_heads head_dim"],
-    pool: BlockPool,
-    layer: Int[Array, ""],
-    block_tables: Int[Array, "num_seqs max_blocks"],
-    kv_lens: Int[Array, " num_seqs"],
-    cu_q_lens: Int[Array, " num_seqs_plus_1"],
-    alibi_slopes: Float[Array, " num_heads"] | None,
-    sinks: Float[Array, " num_heads"] | None,
-    kv_scales: KvScales | None,
-    into: Float[Array, "tokens num_heads head_dim"],
-    *,
-    scoring: Scoring,
-    sizes: Sizes,
-    num_sms: int,
-    interpret: plgpu.InterpretGPUParams | None,
-) -> Float[Array, "tokens num_heads head_dim"]:
-    num_tokens, num_seqs = q.shape[0], kv_lens.size
-    # A part of a larger array, which XLA passes on by its address, need not be aligned as a kernel's operand has to be.
-    # This makes a copy of its own, and by an operation that XLA cannot drop: entries below 0 there may be, for all it
-    # knows.
-    block_tables = jnp.maximum(block_tables, 0)
-    # A decode step, most likely. Single queries serve a prefill among them too, only less quickly; the prefill kernel
-    # does not read quantised pools.
-    has_prefill = num_tokens > num_seqs and not is_quantized(pool.dtype)
-    if not has_prefill:
-        queries = queries_of_tokens(num_tokens, kv_lens, cu_q_lens, scoring.sliding_window)
-    else:
-        queries = queries_of_rows(kv_lens, cu_q_lens, scoring.sliding_window)
-    out = jax.new_ref(into)
-    attend_decode(
-        out,
-        queries,
-        q,
-        pool,
-        layer,
-        block_tables,
-        scoring=scoring,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        kv_scales=kv_scales,
-        sizes=sizes.decode,
-        num_sms=num_sms,
-        interpret=interpret,
+def _tuned_sizes(call: Call) -> Sizes:
+    shape = shape_of(call.kv.pool)
+    return sizes_for(
+        group=call.num_heads // shape.num_kv_heads,
+        head_dim=call.head_dim,
+        block_size=shape.block_size,
+        pool_dtype=call.kv.pool.dtype,
     )
+
+
+@partial(jax.jit, static_argnames=("sizes", "num_sms", "interpret"))
+def _attend(
+    call: Call, *, sizes: Sizes, num_sms: int, interpret: plgpu.InterpretGPUParams | None
+) -> Float[Array, "tokens num_heads head_dim"]:
+    _, kv_lens, cu_q_lens = call.batch
+    # XLA passes a part of a larger array on by its address, which need not have the alignment that a kernel's operand
+    # has to have. This makes an array of its own, by an operation that XLA cannot drop: it does not know that there
+    # are no entries below 0.
+    batch = call.batch._replace(block_tables=jnp.maximum(call.batch.block_tables, 0))
+    call = replace(call, batch=batch)
+    window = call.scoring.sliding_window
+    # Single queries serve a prefill among decodes too, only less quickly. The prefill kernel reads no quantised pool.
+    has_prefill = call.may_have_prompts and not is_quantized(call.kv.pool.dtype)
+    if not has_prefill:
+        queries = queries_of_tokens(call.num_tokens, kv_lens, cu_q_lens, window)
+    else:
+        queries = queries_of_rows(kv_lens, cu_q_lens, window)
+    assert call.into is not None
+    out = jax.new_ref(call.into)
+    attend_decode(out, queries, call, sizes=sizes.decode, num_sms=num_sms, interpret=interpret)
     if has_prefill:
-        attend_prefill(
-            out,
-            q,
-            pool,
-            layer,
-            block_tables,
-            kv_lens,
-            cu_q_lens,
-            scoring=scoring,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            sizes=sizes.prefill,
-            num_sms=num_sms,
-            interpret=interpret,
-        )
+        attend_prefill(out, call, sizes=sizes.prefill, num_sms=num_sms, interpret=interpret)
     return out[...]

@@ -12,15 +12,18 @@ copies: 64 tokens of K and V (32 KB) take 1.0 us of a multiprocessor's share of 
 half of that; the consumer makes those tiles float16 as it reads them (see decode_quantized.py).
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from pallas_kernels.block_pool.layout import BlockPool, KvScales, as_matrices, shape_of
+from pallas_kernels.block_pool.layout import as_matrices, shape_of
 from pallas_kernels.chips.memory import Ref
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.hopper.decode_consumer import (
     ROW,
     consume,
@@ -39,26 +42,26 @@ from pallas_kernels.paged_attention.hopper.decode_memory import (
 from pallas_kernels.paged_attention.hopper.decode_producer import produce
 from pallas_kernels.paged_attention.hopper.decode_quantized import with_stored_order
 from pallas_kernels.paged_attention.hopper.schedule import Merge, Queries, Schedule, schedule_decode
-from pallas_kernels.paged_attention.hopper.tile import LEAST, LOG2E, MATRIX, Scoring
+from pallas_kernels.paged_attention.hopper.tile import LEAST, LOG2E, MATRIX
 
 MERGE = Merge()
 
 PARTS_AT_ONCE = 4
-"""Parts that a merge loads together: their latencies overlap."""
+"""Parts that a merge loads together, so that their latencies overlap."""
+
+
+class HeadColumns(NamedTuple):
+    """Numbers of each query head, a row for each KV head, in powers of two."""
+
+    slopes: Float[Array, "num_kv_heads columns"] | None
+    sinks: Float[Array, "num_kv_heads columns"] | None
 
 
 def attend_decode(
     out: jax.Ref,
     queries: Queries,
-    q: Float[Array, "tokens num_heads head_dim"],
-    pool: BlockPool,
-    layer: Int[Array, ""],
-    block_tables: Int[Array, "num_seqs max_blocks"],
+    call: Call,
     *,
-    scoring: Scoring,
-    alibi_slopes: Float[Array, " num_heads"] | None,
-    sinks: Float[Array, " num_heads"] | None,
-    kv_scales: KvScales | None,
     sizes: DecodeSizes,
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -66,23 +69,21 @@ def attend_decode(
     """Attend single queries and write their outputs, and nothing else, into ``out`` (like q).
 
     Args:
-        queries: which.
-        layer: on the device, so that one compiled kernel serves all layers.
+        queries: the queries to attend.
+        call: the rest; its layer is on the device, so that one compiled kernel serves all layers.
         num_sms: multiprocessors to fill.
-        interpret: run on a CPU instead.
-
-    The other arguments are those of ``paged_attention``.
+        interpret: settings of Pallas's interpreter for Mosaic GPU; None runs on a GPU.
     """
-    pool_shape = shape_of(pool)
+    pool, pool_shape = call.kv.pool, shape_of(call.kv.pool)
     shape = DecodeShape(
         num_layers=pool_shape.num_layers,
         num_kv_heads=pool_shape.num_kv_heads,
-        group=q.shape[1] // pool_shape.num_kv_heads,
-        head_dim=q.shape[2],
+        group=call.num_heads // pool_shape.num_kv_heads,
+        head_dim=call.head_dim,
         block_size=pool_shape.block_size,
-        dtype=q.dtype,
+        dtype=call.q.dtype,
         pool_dtype=pool.dtype,
-        scoring=scoring,
+        scoring=call.scoring,
         sizes=sizes,
         num_workers=num_sms * sizes.workers_per_sm,
         is_interpreted=interpret is not None,
@@ -94,15 +95,14 @@ def attend_decode(
         tile_tokens=shape.tile,
         num_workers=shape.num_workers,
     )
-    slopes, sinks = (_by_kv_head(x, shape) for x in (alibi_slopes, sinks))
-    parts = _attend(out, q, pool, kv_scales, layer, block_tables, schedule, slopes, sinks, shape, interpret)
-    _merge(out, *parts, schedule, sinks, shape, interpret)
+    heads = HeadColumns(*(_by_kv_head(x, shape) for x in call.heads))
+    parts = _attend(out, call, schedule, heads, shape, interpret)
+    _merge(out, *parts, schedule, heads.sinks, shape, interpret)
 
 
 def _by_kv_head(
     x: Float[Array, " num_heads"] | None, shape: DecodeShape
 ) -> Float[Array, "num_kv_heads columns"] | None:
-    """In powers of two, a row for each KV head."""
     if x is None:
         return None
     grouped = x.astype(jnp.float32).reshape(shape.num_kv_heads, shape.group) * LOG2E
@@ -112,10 +112,10 @@ def _by_kv_head(
 def _fit_float16(
     q: Float[Array, "tokens num_heads head_dim"], shape: DecodeShape
 ) -> tuple[Float[Array, "tokens num_heads head_dim"], Float[Array, "tokens num_kv_heads columns"]]:
-    """Queries in float16 whatever their range, and the powers of two that they are to be multiplied by."""
+    """Queries in float16 whatever their range, and the powers of two that restore their range."""
     largest = jnp.abs(q).max(axis=2).astype(jnp.float32)
     _, exponent = jnp.frexp(largest)
-    # Powers of two that are normal numbers, as are their reciprocals: compilers divide by multiplying with those.
+    # These powers of two and their reciprocals are normal numbers: compilers divide by multiplying by reciprocals.
     exponent = jnp.clip(exponent, -126, 126)
     scales = jnp.ldexp(jnp.float32(1), jnp.where(jnp.isfinite(largest), exponent, 0))
     grouped = scales.reshape(-1, shape.num_kv_heads, shape.group)
@@ -125,20 +125,15 @@ def _fit_float16(
 
 def _attend(
     out: Ref,
-    q: Float[Array, "tokens num_heads head_dim"],
-    pool: BlockPool,
-    kv_scales: KvScales | None,
-    layer: Int[Array, ""],
-    block_tables: Int[Array, "num_seqs max_blocks"],
+    call: Call,
     schedule: Schedule,
-    slopes: Float[Array, "num_kv_heads columns"] | None,
-    sinks: Float[Array, "num_kv_heads columns"] | None,
+    heads: HeadColumns,
     shape: DecodeShape,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> tuple[Float[Array, "parts rows columns"], Float[Array, "parts 64 columns"]]:
-    """Write the outputs of whole items; return the parts of the others: normalised outputs, and log2 of their sums."""
+    """Write the outputs of whole items. Return the parts of other items: normalised outputs, and log2 of their sums."""
     num_parts = 2 * shape.num_workers
-    q_scales = None
+    q, (pool, layer, kv_scales), q_scales = call.q, call.kv, None
     if shape.is_quantized:
         q, q_scales = _fit_float16(q, shape)
         q = with_stored_order(q)
@@ -147,13 +142,13 @@ def _attend(
         q_scales,
         as_matrices(pool, shape.piece),
         None if kv_scales is None else kv_scales.reshape(-1),
-        layer.reshape(1),
-        block_tables,
+        jnp.asarray(layer).reshape(1),
+        call.batch.block_tables,
         schedule.segments,
         schedule.first_segment,
         schedule.last_segment,
-        slopes,
-        sinks,
+        heads.slopes,
+        heads.sinks,
     )
     operands, structure = jax.tree.flatten((inputs, out))
 
@@ -180,8 +175,8 @@ def _attend(
         thread_name="warpgroup",
         kernel_name="paged_decode",
         scratch_types=scratch_types(shape),
-        # What warps write for each other is committed before it is read, and a tile is written after all warps agreed
-        # on the maxima of the one before: after they read what was there.
+        # Warps commit shared memory before other warps read it. A tile is written after all warps agreed on the maxima
+        # of the tile before, so after they read that tile.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(*operands)
@@ -196,7 +191,7 @@ def _merge(
     shape: DecodeShape,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> None:
-    """Write the outputs of items that several workers share: their parts', weighted by the sums."""
+    """Write the outputs of items that several workers share: sums of the parts' outputs, weighted by their sums."""
     inputs = (part_outputs, part_sums, schedule.merges, sinks, out)
     operands, structure = jax.tree.flatten(inputs)
 
@@ -209,11 +204,11 @@ def _merge(
         def load(part: Array) -> tuple[Array, Array]:
             return plgpu.load(part_outputs.at[part], layout=MATRIX, optimized=False), load_row(part_sums.at[part, 0])
 
-        def add(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def add(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             output, top, total = carry
             parts = []
             for nth in range(PARTS_AT_ONCE):
-                other = turn * PARTS_AT_ONCE + nth
+                other = index * PARTS_AT_ONCE + nth
                 part, part_sum = load(2 * (worker + jnp.minimum(other, at.num_others - 1)))
                 parts.append((part, part_sum + jnp.where(other < at.num_others, jnp.float32(0), jnp.float32(LEAST))))
             new_top = top
@@ -230,8 +225,8 @@ def _merge(
         def _merge_item() -> None:
             output, top = load(at.first_part)
             total = plgpu.layout_cast(jnp.ones((shape.columns,), jnp.float32), ROW)
-            turns = lax.div(at.num_others + PARTS_AT_ONCE - 1, jnp.int32(PARTS_AT_ONCE))
-            output, top, total = lax.fori_loop(0, turns, add, (output, top, total))
+            groups = lax.div(at.num_others + PARTS_AT_ONCE - 1, jnp.int32(PARTS_AT_ONCE))
+            output, top, total = lax.fori_loop(0, groups, add, (output, top, total))
             if sinks is not None:
                 total = total + jnp.exp2(load_row(sinks.at[at.kv_head]) - top)
             heads = pl.ds(at.kv_head * shape.group, shape.group)

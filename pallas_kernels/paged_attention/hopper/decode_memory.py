@@ -11,8 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.block_pool.layout import is_quantized
 from pallas_kernels.chips.hopper import REGISTERS_OF_SM, WARPGROUP
 from pallas_kernels.chips.memory import Ref, round_up
+from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper.schedule import Segment
-from pallas_kernels.paged_attention.hopper.tile import Scoring, swizzle_of, swizzling, tiled_smem
+from pallas_kernels.paged_attention.hopper.tile import swizzle_of, swizzling, tiled_smem
 
 SEGMENT = Segment()
 

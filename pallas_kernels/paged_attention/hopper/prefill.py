@@ -1,8 +1,8 @@
 """Rows with several queries on Hopper: FlashAttention-3 (arXiv:2407.08608) over the blocks of a pool.
 
-A thread block for each multiprocessor takes items of work (see prefill_plan.py) until none are left. Two of its
-warpgroups, the consumers, take half of an item's tokens each: 64 rows of (token, head), against the same tiles of K and
-V. The warps of a third, the producer, choose the next item, and copy its queries, keys and values to shared memory.
+One thread block on each multiprocessor takes items of work (see prefill_plan.py) until none are left. Two warpgroups,
+the consumers, take half of an item's tokens each: 64 rows of (token, head), against the same tiles of K and V. A third
+warpgroup is the producer: its warps choose the next item, and copy its queries, keys and values to shared memory.
 """
 
 from functools import partial
@@ -14,10 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from pallas_kernels.block_pool.layout import BlockPool, as_matrices, matrix_of, shape_of
+from pallas_kernels.block_pool.layout import as_matrices, matrix_of, shape_of
 from pallas_kernels.chips.memory import Ref
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.hopper.prefill_consumer import Consumer
 from pallas_kernels.paged_attention.hopper.prefill_memory import (
     ITEM_SLOTS,
@@ -39,21 +40,13 @@ from pallas_kernels.paged_attention.hopper.prefill_plan import (
     plan_prefill,
     span_of,
 )
-from pallas_kernels.paged_attention.hopper.tile import LOG2E, Scoring
+from pallas_kernels.paged_attention.hopper.tile import LOG2E
 
 
 def attend_prefill(
     out: jax.Ref,
-    q: Float[Array, "tokens num_heads head_dim"],
-    pool: BlockPool,
-    layer: Int[Array, ""],
-    block_tables: Int[Array, "num_seqs max_blocks"],
-    kv_lens: Int[Array, " num_seqs"],
-    cu_q_lens: Int[Array, " num_seqs_plus_1"],
+    call: Call,
     *,
-    scoring: Scoring,
-    alibi_slopes: Float[Array, " num_heads"] | None,
-    sinks: Float[Array, " num_heads"] | None,
     sizes: PrefillSizes = DEFAULT_SIZES,
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -61,27 +54,25 @@ def attend_prefill(
     """Attend every row that has more than one query, and write its outputs, and nothing else, into ``out`` (like q).
 
     Args:
-        layer: on the device, so that one compiled kernel serves all layers.
+        call: the call; its layer is on the device, so that one compiled kernel serves all layers.
         num_sms: multiprocessors to fill.
-        interpret: run on a CPU instead.
-
-    The other arguments are those of ``paged_attention``.
+        interpret: settings of Pallas's interpreter for Mosaic GPU; None runs on a GPU.
 
     Raises:
-        ValueError, NotImplementedError: as ``prefill_case``.
+        ValueError, NotImplementedError: as for ``Case``.
     """
-    case = prefill_case(q, pool, scoring, sizes, is_interpreted=interpret is not None)
-    plan = plan_prefill(case, q.shape[0], kv_lens, cu_q_lens)
+    case = prefill_case(call, sizes, is_interpreted=interpret is not None)
+    plan = plan_prefill(case, call.num_tokens, call.batch.kv_lens, call.batch.cu_q_lens)
     if len(plan.runs) == 0:
         return
     inputs = Inputs(
-        q,
-        as_matrices(pool, case.block_size),
-        layer.reshape(1),
-        block_tables,
+        call.q,
+        as_matrices(call.kv.pool, case.block_size),
+        jnp.asarray(call.kv.layer).reshape(1),
+        call.batch.block_tables,
         plan,
         jax.new_ref(jnp.zeros((1,), jnp.int32)),
-        *(None if x is None else _by_unit(case, x) for x in (alibi_slopes, sinks)),
+        *(None if x is None else _by_unit(case, x) for x in call.heads),
     )
     operands, structure = jax.tree.flatten((inputs, out))
 
@@ -108,36 +99,24 @@ def attend_prefill(
     )(*operands)
 
 
-def prefill_case(
-    q: Float[Array, "tokens num_heads head_dim"],
-    pool: BlockPool,
-    scoring: Scoring,
-    sizes: PrefillSizes = DEFAULT_SIZES,
-    *,
-    is_interpreted: bool = False,
-) -> Case:
-    """What is static about a launch.
-
-    Raises:
-        ValueError: sizes that no pool fits.
-        NotImplementedError: what ``attend_prefill`` cannot do.
-    """
-    pool_shape = shape_of(pool)
+def prefill_case(call: Call, sizes: PrefillSizes = DEFAULT_SIZES, *, is_interpreted: bool = False) -> Case:
+    """The static properties of a launch; raises as for ``Case``."""
+    shape = shape_of(call.kv.pool)
     return Case(
-        scoring=scoring,
+        scoring=call.scoring,
         sizes=sizes,
-        dtype=jnp.dtype(q.dtype),
-        num_heads=q.shape[1],
-        num_kv_heads=pool_shape.num_kv_heads,
-        head_dim=q.shape[2],
-        num_layers=pool_shape.num_layers,
-        block_size=pool_shape.block_size,
+        dtype=jnp.dtype(call.q.dtype),
+        num_heads=call.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=call.head_dim,
+        num_layers=shape.num_layers,
+        block_size=shape.block_size,
         is_interpreted=is_interpreted,
     )
 
 
 def _by_unit(case: Case, heads: Float[Array, " num_heads"]) -> Float[Array, "units tile_rows"]:
-    """In powers of two, one for each row of a unit's tiles."""
+    """Numbers of query heads in powers of two, for each row of a unit's tiles."""
     units = heads.astype(jnp.float32).reshape(-1, case.tile_heads) * LOG2E
     return jnp.tile(units, (1, case.tile_tokens))
 
@@ -161,15 +140,15 @@ def _run_warpgroup(case: Case, inputs: Inputs, out_ref: Ref, scratch: Scratch) -
 
 
 def _deal(case: Case, inputs: Inputs, scratch: Scratch) -> None:
-    """Take the next item for everyone to read, until there are none left."""
+    """Take the next item, for all warps to read, until none are left."""
     num_runs, section = inputs.plan.dealing[0], inputs.plan.dealing[1]
 
     def deal(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        turn, _ = carry
-        slot = lax.rem(turn, ITEM_SLOTS)
-        pl.when(turn >= ITEM_SLOTS)(lambda: plgpu.barrier_wait(scratch.item_free.at[slot]))
+        count, _ = carry
+        slot = lax.rem(count, ITEM_SLOTS)
+        pl.when(count >= ITEM_SLOTS)(lambda: plgpu.barrier_wait(scratch.item_free.at[slot]))
         if case.is_interpreted:
-            index = lax.axis_index("block") + turn * lax.axis_size("block")
+            index = lax.axis_index("block") + count * lax.axis_size("block")
         else:
             index = _fetch_and_increment(inputs.num_dealt)
         is_item = index < num_runs * case.num_units
@@ -179,16 +158,16 @@ def _deal(case: Case, inputs: Inputs, scratch: Scratch) -> None:
         for column, number in enumerate((unit, *run)):
             scratch.items[slot, column] = number
         plgpu.barrier_arrive(scratch.item_full.at[slot])
-        return turn + 1, is_item
+        return count + 1, is_item
 
-    num_turns, _ = lax.while_loop(lambda carry: carry[1], deal, (jnp.int32(0), jnp.bool_(True)))
+    num_dealt, _ = lax.while_loop(lambda carry: carry[1], deal, (jnp.int32(0), jnp.bool_(True)))
     for back in range(ITEM_SLOTS, 0, -1):
-        last = num_turns - back
+        last = num_dealt - back
         pl.when(last >= 0)(lambda last=last: plgpu.barrier_wait(scratch.item_free.at[lax.rem(last, ITEM_SLOTS)]))
 
 
 def _fetch_and_increment(counter: Ref) -> Array:
-    """A warp's next number, atomically; all lanes get it. Pallas has atomics, but none that return something."""
+    """The next number of a counter, atomically, for all lanes of a warp. Pallas's atomics return no result."""
     ptx = """{
         .reg .pred is_first; .reg .b32 lane;
         mov.u32 lane, %laneid; setp.eq.u32 is_first, lane, 0; mov.u32 $0, 0;
@@ -238,7 +217,7 @@ def _copy_tiles(case: Case, inputs: Inputs, scratch: Scratch, which: int, smem: 
         span = span_of(case, item)
 
         def copy_tile(step: Array, count: Array) -> Array:
-            pieces = _pieces(case, inputs, which, item, span.tile(step))  # what they load is there after the wait
+            pieces = _pieces(case, inputs, which, item, span.tile(step))  # its loads overlap with the wait
             slot = lax.rem(count, stages)
             plgpu.barrier_wait(free.at[slot])
             for i, piece in enumerate(pieces):
@@ -248,12 +227,12 @@ def _copy_tiles(case: Case, inputs: Inputs, scratch: Scratch, which: int, smem: 
         return lax.fori_loop(0, span.num_tiles, copy_tile, count)
 
     for_each_item(scratch, copy_item, jnp.int32(0))
-    for slot in range(stages):  # all that was lent comes back before the barriers go
+    for slot in range(stages):  # barriers must outlive the last signal to them
         plgpu.barrier_wait(free.at[slot])
 
 
 def _pieces(case: Case, inputs: Inputs, which: int, item: Item, tile: Array) -> list[Ref]:
-    """A tile's pieces in the pool. Outside of what the row sees, some piece that it does see."""
+    """A tile's pieces in the pool. A visible piece stands in for each piece that the row does not see."""
     kv_head = lax.div(item.unit * case.tile_heads, case.group)
     first_block = lax.div(first_seen(case, item.run.row_pos), case.block_size)
     last_block = lax.div(item.run.kv_len - 1, case.block_size)

@@ -12,7 +12,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from pallas_kernels.chips.hopper import SMEM_BYTES
-from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, Scoring, swizzle_of
+from pallas_kernels.paged_attention.call import Scoring
+from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, swizzle_of
 
 CONSUMERS = 2
 """Warpgroups that attend; each has its own half of an item's tokens."""

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips.memory import Ref
+from pallas_kernels.paged_attention.call import Scoring
 
 LOG2E = math.log2(math.e)
 
@@ -27,15 +28,6 @@ LEAST = -1e30
 
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(1)
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a query and a key make a score; static."""
-
-    sm_scale: float
-    sliding_window: int | None
-    soft_cap: float | None
 
 
 class Softmax(NamedTuple):

@@ -1,4 +1,4 @@
-"""A batch on its way into the kernel and back: its launch, its work list, and the layouts that XLA makes for it."""
+"""A batch's way into the kernel and back: its launch, its work list, and the layouts that XLA makes for it."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,12 +9,13 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.block_pool.layout import BlockPool, KvScales, num_blocks_of, shape_of
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, LayerIndex, num_blocks_of, shape_of
 from pallas_kernels.chips.memory import round_up
 from pallas_kernels.chips.tpu import Chip
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.tpu.kernel import Inputs, attend_packed, rows_of_heads
 from pallas_kernels.paged_attention.tpu.lanes import LaneLayout, own_lanes, spread_queries
-from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Scoring, Sizes
+from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Sizes
 from pallas_kernels.paged_attention.tpu.schedule import (
     make_row_tiles,
     make_tiles,
@@ -28,20 +29,14 @@ from pallas_kernels.paged_attention.tpu.sizes import sizes_for, vmem_limit
 from pallas_kernels.paged_attention.tpu.stream import TILE_FIELDS
 
 SMEM_SHARE = 0.9
-"""Of SMEM, for the list of tiles; the rest is left to block tables and the compiler."""
+"""Share of SMEM for the list of tiles; block tables and the compiler take the rest."""
 
 
-def slots_of_rows(
-    num_tokens: int,
-    block_tables: Int[Array, "num_seqs max_blocks"],
-    kv_lens: Int[Array, " num_seqs"],
-    cu_q_lens: Int[Array, " num_seqs_plus_1"],
-    block_size: int,
-    *,
-    least_tokens: int,
-) -> Int[Array, " tokens"]:
+def slots_of_rows(call: Call, *, least_tokens: int) -> Int[Array, " tokens"]:
     """The slots of the tokens of rows that have at least so many; slot 0, which padding has, for all other tokens."""
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    block_tables, kv_lens, cu_q_lens = call.batch
+    block_size = shape_of(call.kv.pool).block_size
+    token = jnp.arange(call.num_tokens, dtype=jnp.int32)
     row = jnp.minimum(owner(cu_q_lens, token), kv_lens.size - 1)
     q_len = jnp.diff(cu_q_lens)[row]
     position = kv_lens[row] - q_len + token - cu_q_lens[row]
@@ -51,7 +46,7 @@ def slots_of_rows(
 
 
 def layout_of_pool(head_dim: int, pool: BlockPool, num_kv_heads: int | None) -> LaneLayout:
-    """How a model's KV heads lie in a pool's rows: side by side if they fit, and there are as many."""
+    """How a model's KV heads lie in a pool's rows: side by side if they fit, and if there are as many."""
     _, _, pool_heads, _, pool_dim = shape_of(pool)
     per_row = pool_dim // head_dim if num_kv_heads is None else num_kv_heads // pool_heads
     if per_row == 0 or per_row * head_dim > pool_dim or (num_kv_heads or per_row * pool_heads) != per_row * pool_heads:
@@ -62,47 +57,29 @@ def layout_of_pool(head_dim: int, pool: BlockPool, num_kv_heads: int | None) -> 
     return LaneLayout(pool_heads, pool_dim, per_row)
 
 
-@partial(jax.jit, static_argnames=("layout", "scoring", "sizes", "chip", "interpret"))
+@partial(jax.jit, static_argnames=("layout", "sizes", "chip", "interpret"))
 def attend_batch(
-    q: Float[Array, "tokens num_heads head_dim"],
-    pool: BlockPool,
-    layer: Int[Array, ""],
-    block_tables: Int[Array, "num_seqs max_blocks"],
-    kv_lens: Int[Array, " num_seqs"],
-    cu_q_lens: Int[Array, " num_seqs_plus_1"],
-    alibi_slopes: Float[Array, " num_heads"] | None,
-    sinks: Float[Array, " num_heads"] | None,
-    kv_scales: KvScales | None,
+    call: Call,
     new: Float[Array, "tokens 2 pool_heads 1 pool_head_dim"] | None,
     *,
     layout: LaneLayout,
-    scoring: Scoring,
     sizes: Sizes | None,
     chip: Chip,
     interpret: pltpu.InterpretParams | None,
 ) -> tuple[Float[Array, "tokens num_heads head_dim"], BlockPool | None]:
-    """The outputs of a batch; and the pool with K and V of its decodes, if they came as ``new``."""
-    num_tokens, num_heads, head_dim = q.shape
-    num_seqs, group = kv_lens.size, num_heads // layout.num_kv_heads
-    launch = plan_launch(
-        q,
-        pool,
-        num_seqs,
-        layout,
-        scoring,
-        sizes,
-        chip,
-        has_slopes=alibi_slopes is not None,
-        has_sinks=sinks is not None,
-        is_fused=new is not None,
-    )
+    """The outputs of a batch, and the pool with K and V of its decodes, if they came as ``new``."""
+    num_tokens, group = call.num_tokens, call.num_heads // layout.num_kv_heads
+    block_tables, kv_lens, cu_q_lens = call.batch
+    pool, layer, kv_scales = call.kv
+    alibi_slopes, sinks = call.heads
+    launch = plan_launch(call, layout, sizes, chip, is_fused=new is not None)
     row_tiles = make_row_tiles(cu_q_lens, num_tokens, launch.rows)
     tiles = make_tiles(row_tiles, kv_lens, num_tokens, launch.rows, launch.sizes.tile_row_tiles)
     inputs = Inputs(
-        layer_and_count=jnp.stack([layer, tiles.num_live]),
+        layer_and_count=jnp.stack([jnp.asarray(layer), tiles.num_live]),
         tiles=jnp.stack(tiles[:TILE_FIELDS], axis=1).reshape(-1),
         tables=_in_pieces(block_tables),
-        q=pack_queries(spread_queries(q, layout), row_tiles, launch.rows),
+        q=pack_queries(spread_queries(call.q, layout), row_tiles, launch.rows),
         pool=pool,
         scales=None if kv_scales is None else _of_layer(kv_scales, layer, launch.scale_lanes),
         slopes=None if alibi_slopes is None else rows_of_heads(alibi_slopes, launch),
@@ -110,45 +87,33 @@ def attend_batch(
         new=new,
     )
     out, written = attend_packed(launch, inputs, interpret)
-    return own_lanes(unpack_outputs(out, row_tiles, launch.rows, num_tokens, group), layout, head_dim), written
+    return own_lanes(unpack_outputs(out, row_tiles, launch.rows, num_tokens, group), layout, call.head_dim), written
 
 
-def plan_launch(
-    q: Array,
-    pool: BlockPool,
-    num_seqs: int,
-    layout: LaneLayout,
-    scoring: Scoring,
-    sizes: Sizes | None,
-    chip: Chip,
-    *,
-    has_slopes: bool,
-    has_sinks: bool,
-    is_fused: bool,
-) -> Launch:
-    """Everything static about the launch for a batch.
+def plan_launch(call: Call, layout: LaneLayout, sizes: Sizes | None, chip: Chip, *, is_fused: bool) -> Launch:
+    """The static properties of the launch for a call, of which shapes and types alone count.
 
     Raises:
         NotImplementedError: the chip's VMEM or SMEM does not hold what it needs.
     """
-    num_tokens, num_heads, _ = q.shape
+    num_tokens, num_seqs, group = call.num_tokens, call.num_seqs, call.num_heads // layout.num_kv_heads
     launch = Launch(
         num_kv_heads=layout.num_kv_heads,
-        block_size=shape_of(pool).block_size,
+        block_size=shape_of(call.kv.pool).block_size,
         head_dim=layout.head_dim,
-        q_dtype=jnp.dtype(q.dtype),
-        pool_dtype=jnp.dtype(pool.dtype),
-        rows=rows_for(num_tokens, num_seqs, num_heads // layout.num_kv_heads, q.dtype),
+        q_dtype=jnp.dtype(call.q.dtype),
+        pool_dtype=jnp.dtype(call.kv.pool.dtype),
+        rows=rows_for(num_tokens, num_seqs, group, call.q.dtype),
         sizes=sizes or Sizes(1, 1, 1),
-        scoring=scoring,
+        scoring=call.scoring,
         num_cores=chip.num_cores,
         vmem_limit=vmem_limit(chip),
-        has_slopes=has_slopes,
-        has_sinks=has_sinks,
+        has_slopes=call.heads.alibi_slopes is not None,
+        has_sinks=call.heads.sinks is not None,
         is_fused=is_fused,
     )
     if sizes is None:
-        longest_q = 1 if num_tokens <= num_seqs else num_tokens
+        longest_q = num_tokens if call.may_have_prompts else 1
         launch = replace(launch, sizes=sizes_for(chip, launch, longest_q=longest_q))
     num_tiles = most_tiles(num_tokens, num_seqs, launch.sizes.tile_row_tiles * launch.rows.tokens)
     most = int(chip.smem_bytes * SMEM_SHARE) // (TILE_FIELDS * 4)
@@ -161,13 +126,13 @@ def plan_launch(
 
 
 def _in_pieces(block_tables: Int[Array, "num_seqs max_blocks"]) -> Int[Array, "num_seqs pieces 1 entries"]:
-    """Block tables in pieces that lie in one stretch of memory each, of any length in HBM."""
+    """Block tables in pieces, each contiguous in HBM, of any length."""
     num_seqs, max_blocks = block_tables.shape
     padded = round_up(max_blocks, TABLE_PIECE)
     return jnp.pad(block_tables, ((0, 0), (0, padded - max_blocks))).reshape(num_seqs, -1, 1, TABLE_PIECE)
 
 
-def _of_layer(kv_scales: KvScales, layer: Int[Array, ""], lanes: int) -> Float[Array, "num_blocks 1 lanes"]:
-    """One layer's scales, each block's in a row that one copy can fetch."""
+def _of_layer(kv_scales: KvScales, layer: LayerIndex, lanes: int) -> Float[Array, "num_blocks 1 lanes"]:
+    """One layer's scales, with a row for each block that one copy can fetch."""
     scales = jax.lax.dynamic_index_in_dim(kv_scales, layer, 1, keepdims=False).reshape(num_blocks_of(kv_scales), 1, -1)
     return jnp.pad(scales, ((0, 0), (0, 0), (0, lanes - scales.shape[2])))

@@ -1,4 +1,4 @@
-"""Everything static about a launch of the kernel, and what it takes of a core's VMEM."""
+"""The static properties of a launch of the kernel, and the VMEM that the launch takes."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_pool.layout import is_quantized
 from pallas_kernels.chips.memory import round_up
 from pallas_kernels.chips.tpu import LANES, SUBLANES, sublanes_of
+from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.tpu.schedule import Rows
 
 TABLE_PIECE = LANES
@@ -14,30 +15,21 @@ TABLE_PIECE = LANES
 
 
 SMALL_TILE = 16 * 1024
-"""Scores that take a quarter of the 64 vector registers: one such product alone leaves the units idle between steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How a query and a key make a score; static."""
-
-    sm_scale: float
-    sliding_window: int | None
-    soft_cap: float | None
+"""Scores that take a quarter of the 64 vector registers. One such product alone leaves units idle between its steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is chosen for a chip: most row tiles of a tile, blocks of a chunk (a power of two), chunks in VMEM."""
+    """Sizes chosen for a chip."""
 
-    tile_row_tiles: int
-    chunk_blocks: int
-    buffers: int
+    tile_row_tiles: int  # row tiles of a tile, at most
+    chunk_blocks: int  # blocks of a chunk: a power of two
+    buffers: int  # chunks in VMEM
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Everything static about a launch."""
+    """The static properties of a launch."""
 
     num_kv_heads: int
     block_size: int
@@ -68,17 +60,17 @@ class Launch:
 
     @property
     def clears_values(self) -> bool:
-        """Whether values of unread slots must be cleared in VMEM: they can be NaN, of a type that can be selected."""
+        """Whether values of unread slots, which can be NaN, must be cleared in VMEM. Only float types have a select."""
         return not self.is_quantized
 
     @property
     def masks_values_on_use(self) -> bool:
-        """Whether they must be masked whenever they are used instead: float8 can be NaN, and is not selected from."""
+        """Whether values of unread slots must be masked on use instead: float8 can be NaN, and has no select."""
         return self.pool_dtype == jnp.float8_e4m3fn
 
     @property
     def scale_lanes(self) -> int:
-        """Lanes that the scales of a block's K heads, then V heads, take."""
+        """Lanes of a block's scales: those of its K heads, then of its V heads."""
         return round_up(2 * self.num_kv_heads, LANES)
 
     @property
@@ -93,7 +85,7 @@ class Launch:
 
     @property
     def written_rows(self) -> int:
-        """Rows of a block, of each head, that are written for the sake of one: a register's, or the whole block's."""
+        """Rows of each head that the write of one token rewrites: a register's rows, or the whole block's."""
         rows = sublanes_of(self.pool_dtype)
         return self.block_size if self.block_size % rows else rows
 
@@ -104,7 +96,7 @@ class Launch:
 
 
 def vmem_bytes(launch: Launch) -> int:
-    """VMEM that a launch takes: its buffers, padded as the hardware pads them, and the tiles of scores under way."""
+    """VMEM that a launch takes: its buffers, padded as the hardware pads them, and the tiles of scores in flight."""
     lanes = round_up(launch.head_dim, LANES)
     kv_rows = round_up(launch.block_size, SUBLANES)
     sizes, heads = launch.sizes, launch.num_kv_heads
