@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jpaged.contract.plan import BeamCandidates, StepResult, TokenScores
+from jpaged.contract.result import BeamCandidates, StepResult, TokenScores
 
 SHAREGPT_MEAN_IN, SHAREGPT_MEAN_OUT = 161.31, 337.99
 ALPACA_MEAN_IN, ALPACA_MEAN_OUT = 19.31, 58.45

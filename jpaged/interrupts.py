@@ -32,27 +32,37 @@ class InterruptsWait:
     def __exit__(self, *error: object) -> None:
         if self._is_needed:
             signal.signal(signal.SIGINT, self._before)
-            num_pending, self._num_pending = self._num_pending, 0
-            if num_pending:
-                signal.raise_signal(signal.SIGINT)
+            if self._num_pending:
+                self._raise()
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
-        """Let Ctrl-C take effect at once, because nothing depends on the outcome of this block."""
+        """Let Ctrl-C take effect at once in a block whose outcome nothing depends on."""
         if not self._is_needed:
             yield
             return
         try:
-            self.__exit__()
+            signal.signal(signal.SIGINT, self._before)
+            if self._num_pending:
+                self._raise()
             yield
         finally:
-            self.__enter__()
+            signal.signal(signal.SIGINT, self._remember)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a Ctrl-C waits."""
+        return self._num_pending > 0
 
     def check(self) -> None:
-        """Let a Ctrl-C that is pending take effect now."""
+        """Let a Ctrl-C that waits take effect now."""
         if self._num_pending:
             with self.let_through():
                 pass
 
     def _remember(self, number: int, frame: object) -> None:
         self._num_pending += 1
+
+    def _raise(self) -> None:
+        self._num_pending = 0
+        signal.raise_signal(signal.SIGINT)

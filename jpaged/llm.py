@@ -22,6 +22,7 @@ from jpaged.engine.prompts import Prompt, pair_up
 from jpaged.engine.stats import EngineStats
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
+from jpaged.models.contract import check_model, place
 from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
 from jpaged.rules import describe
 from jpaged.sharding import make_mesh
@@ -106,6 +107,11 @@ class LLM:
             attention_implementation=attention_implementation,
             interpret=interpret,
         )
+        if model is not None and not isinstance(model, str | Path):
+            raise ValueError(
+                f"model is a {type(model).__name__}: expected a checkpoint directory; LLM.from_model(model, "
+                "model_config) serves a module in memory"
+            )
         path = DEMO_MODEL if model is None else Path(model)
         with InterruptsWait():
             self._serve(load_checkpoint(path, config, warm_up=warm_up, use_tqdm=use_tqdm))
@@ -122,13 +128,39 @@ class LLM:
         warm_up: bool | None = None,
         use_tqdm: bool = True,
     ) -> Self:
-        """An LLM over a model already in memory, such as ``jpaged.models.random_model``; ``mesh`` holds its weights."""
+        """Serve a model that is in memory: one's own, or one of ``jpaged.models``, such as ``random_model``.
+
+        The LLM keeps a copy of the module, which shares its weights; the module itself is not changed.
+
+        >>> class Net(nnx.Module):  # doctest: +SKIP
+        ...     def __call__(self, token_ids, positions, prompt_lens, attend):  # -> hidden states [tokens, hidden_size]
+        ...         ...  # each layer: attend(config.layer_specs[layer], q, k, v)
+        ...     def logits(self, hidden): ...  # -> float32 [rows, vocab_size]
+        >>> config = ModelConfig(  # doctest: +SKIP
+        ...     vocab_size=32000, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64,
+        ...     max_position_embeddings=2048, eos_token_ids=(2,),
+        ... )
+        >>> llm = LLM.from_model(Net(config, rngs=nnx.Rngs(0)), config, tokenizer=tokenizer)  # doctest: +SKIP
+
+        Args:
+            model: a ``flax.nnx.Module`` that keeps the contract of ``jpaged.models.CausalLM``.
+            model_config: its shape: a ``ModelConfig``, or a subclass.
+            config: the engine's settings; its dtype is "auto" or that of the weights.
+            tokenizer: has ``encode`` and ``decode`` as a Hugging Face tokenizer; None serves token ids only.
+            mesh: the devices, with one axis "tensor"; None makes a mesh of ``config.tensor_parallel_size`` devices.
+                Weights that lie elsewhere are moved to it, replicated unless their metadata ``logical_axes`` says more.
+            warm_up, use_tqdm: as for ``LLM``.
+
+        Raises:
+            ValueError: the module breaks the contract, or disagrees with ``model_config``, ``config`` or ``mesh``.
+        """
         self = cls.__new__(cls)
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
-        clone = partial(nnx.clone, model)  # the runner joins its projections
+        check_model(model, model_config, config.dtype, mesh)
+        load = partial(place, model, mesh)
         with InterruptsWait():
-            self._serve(start_engine(clone, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
+            self._serve(start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
         return self
 
     @classmethod
@@ -343,7 +375,7 @@ class LLM:
     def _run(self, mailbox: Mailbox, *, use_tqdm: bool) -> None:
         """Wait until the mailbox is complete, behind a progress bar."""
         if not use_tqdm:
-            self.inbox.run_until(lambda: mailbox.is_complete)
+            self.inbox.run_until(mailbox.is_complete)
             return
         num_before = self.engine.num_output_tokens
         with tqdm(total=len(mailbox.request_ids), desc="Generating", unit="request") as bar:
@@ -354,7 +386,7 @@ class LLM:
                 rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
 
-            self.inbox.run_until(lambda: mailbox.is_complete, after_step=update)
+            self.inbox.run_until(mailbox.is_complete, after_step=update)
             update()
 
     def _stream(self, requests: list[Request]) -> Generator[CompletionDelta]:
@@ -362,10 +394,10 @@ class LLM:
             while True:
                 while mailbox.deltas:
                     yield mailbox.deltas.popleft()
-                if mailbox.is_complete:
+                if mailbox.is_complete():
                     mailbox.outputs()  # raises the error of a request that failed
                     return
-                self.inbox.run_until(lambda: bool(mailbox.deltas) or mailbox.is_complete)
+                self.inbox.run_until(lambda: bool(mailbox.deltas) or mailbox.is_complete())
 
 
 LLM.__doc__ = describe(LLM.__doc__, EngineConfig)

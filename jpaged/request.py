@@ -308,6 +308,21 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """The limits of a request that the scheduler has checked.
+
+    Args:
+        max_tokens: output tokens that each sequence may reach.
+        stop_token_ids: tokens that end a sequence.
+        num_pin_changes: changes of the pinned prefixes before the check; it holds until the next one.
+    """
+
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    num_pin_changes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A prompt to complete, validated.
 
@@ -319,6 +334,7 @@ class Request:
         seed: 32-bit; completion i draws with ``derive_seed(seed, i)``. None until the engine draws one.
         prefix_salt: prompts share cached blocks only under equal salts.
         priority: lower is served first and preempted last; among equals, the first to arrive.
+        terms: limits settled by ``Scheduler.check``; None until then.
     """
 
     request_id: str
@@ -328,6 +344,7 @@ class Request:
     seed: int | None
     prefix_salt: bytes = b""
     priority: int = 0
+    terms: Terms | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,40 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def where(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+
+
+def test_files_are_short():
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(*PACKAGES)}
+    assert not {path: count for path, count in lines.items() if count > MAX_FILE_LINES}
+
+
+def nodes(*kinds: type) -> Iterator[tuple[Path, ast.AST, tuple[str, ...]]]:
+    """Every class or function, with the names of the classes and functions around it."""
+
+    def walk(path: Path, node: ast.AST, around: tuple[str, ...]) -> Iterator[tuple[Path, ast.AST, tuple[str, ...]]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, kinds):
+                yield path, child, around
+            inner = (*around, child.name) if isinstance(child, ast.ClassDef | ast.FunctionDef) else around
+            yield from walk(path, child, inner)
+
+    for path in sources(*PACKAGES):
+        yield from walk(path, tree(path), ())
+
+
+def test_functions_have_few_parameters():
+    """The public API excepted: its names are for users, who give them one by one."""
+    found = {}
+    for path, node, around in nodes(ast.FunctionDef):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+        if count > MAX_PARAMETERS and PUBLIC_NAMES.isdisjoint((*around, node.name)):
+            found[f"{where(path, node)} {node.name}"] = count
+    assert not found
+
+
 def imports(path: Path) -> Iterator[str]:
     """Dotted names that a module imports, anywhere in its text."""
     package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,33 +32,13 @@ type Program = Callable[[Array, Any], Array]
 """From queries and the rest to outputs, which are the next run's queries."""
 
 
-class Contender(Protocol):
-    """An implementation of attention. ``is_paged`` tells whether K and V lie in blocks."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def is_ours(self) -> bool: ...
-    @property
-    def is_paged(self) -> bool: ...
-    @property
-    def num_layers(self) -> int: ...
-    def why_not(self, shape: AttentionShape) -> str | None:
-        """Reason why it refuses a batch, if it is known without a call."""
-        ...
-
-    def programs(self, shape: AttentionShape) -> dict[str, Program]:
-        """Its programs, by configuration."""
-        ...
-
-    def make_rest(self, shape: AttentionShape) -> Any:
-        """Argument of its programs beside the queries."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """An entry of ``IMPLEMENTATIONS``, through ``paged_attention``."""
+    """An entry of ``IMPLEMENTATIONS``, through ``paged_attention``.
+
+    ``why_not`` is the reason of a refusal that is known without a call, ``programs`` are by configuration, and
+    ``make_rest`` makes the programs' argument beside the queries.
+    """
 
     name: str
     num_layers: int
@@ -154,6 +134,9 @@ class CuDNN:
         of_token = jnp.asarray(value_deviations(np.arange(kv_len)))[None, :, None, None]
         dense = (len(shape.kv_lens), kv_len, shape.num_kv_heads, shape.head_dim)
         return _make_layers(dense, 1.0, of_token, self.num_layers, shape.dtype)
+
+
+type Contender = Ours | JaxTriton | CuDNN
 
 
 def _make_layers(

@@ -51,7 +51,7 @@ def class_of(shape: AttentionShape) -> str:
 
 
 def candidates(shape: AttentionShape) -> list[Sizes]:
-    """Sizes to try for one of the two kernels; those of the other do not matter."""
+    """Sizes to try for one of the two kernels; the other kernel's sizes do not matter."""
     pool_dtype = jnp.dtype(shape.kv_dtype)
     if shape.kind == "decode":
         decode = tuning.decode_candidates(shape.group, shape.head_dim, pool_dtype)

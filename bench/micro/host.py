@@ -38,9 +38,10 @@ from bench import UsageError
 from bench.report import CONFIGS, Table, current_commit, save, start_report
 from bench.workloads import made_up_result
 from jpaged import EngineConfig, SamplingParams
-from jpaged.contract.plan import StepPlan, StepResult
-from jpaged.device.sampling.sampler import SamplePacker, num_top_of
-from jpaged.device.step.inputs import StepPacker, all_buckets, bucket_for
+from jpaged.contract.plan import StepPlan
+from jpaged.contract.result import StepResult
+from jpaged.device.step.inputs import all_buckets
+from jpaged.device.step.pack import Packer
 from jpaged.engine.loop import Engine
 from jpaged.models import ModelConfig, load_config
 
@@ -70,22 +71,31 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--prompt-len and --num-plans: they make sequences of more than {MAX_MODEL_LEN} tokens")
     args.repeats = args.repeats or (1 if args.against is None else 5)
     cases = list(product(args.num_seqs, args.max_burst))
+    settings = {
+        "num_plans": args.num_plans,
+        "prompt_len": args.prompt_len,
+        "is_streamed": args.stream,
+        "enable_prefix_caching": not args.no_prefix_caching,
+    }
     if len(cases) == args.repeats == 1 and args.against is None:
-        return _run_one(args, *cases[0])
+        [(num_seqs, max_burst)] = cases
+        rows = {name: median(times) * 1e6 for name, times in _time_steps(args, num_seqs, max_burst).items()}
+        print(render({cases[0]: {"here": [_by_part(rows)]}}))
+        case = {"num_seqs": num_seqs, "max_burst": max_burst}
+        report = start_report(args, **case, **settings, median_us=rows, step_us=sum(rows.values()) / max_burst)
+        name = f"host_{num_seqs}" + f"_burst{max_burst}" * (max_burst > 1) + "_stream" * args.stream
+        print(f"written to {save(name, report, args.out)}")
+        return 0
     if args.profile:
         raise UsageError("--profile takes one case without --against")
     checkouts = {"here": ROOT} | ({} if args.against is None else {"against": args.against})
-    measured: dict[tuple[int, int], dict[str, list[dict[str, float]]]] = {}
-    with tqdm(total=len(cases) * args.repeats * len(checkouts), unit="run") as bar:
-        for case in cases:
-            measured[case] = {name: [] for name in checkouts}
-            for _ in range(args.repeats):
-                for name, checkout in checkouts.items():
-                    measured[case][name].append(_run_in_process(checkout, args, *case))
-                    bar.update()
+    measured = {case: {name: [] for name in checkouts} for case in cases}
+    for case, _ in tqdm(list(product(cases, range(args.repeats)))):
+        for name, checkout in checkouts.items():
+            measured[case][name].append(_run_in_process(checkout, args, *case))
     report = start_report(
         args,
-        settings=_settings(args) | {"repeats": args.repeats},
+        settings=settings | {"repeats": args.repeats},
         commits={name: current_commit(checkout) for name, checkout in checkouts.items()},
         cases=[
             {"num_seqs": num_seqs, "max_burst": max_burst, "median_us": runs}
@@ -119,28 +129,6 @@ def render(measured: dict[tuple[int, int], dict[str, list[dict[str, float]]]]) -
     return "\n".join(lines)
 
 
-def _run_one(args: argparse.Namespace, num_seqs: int, max_burst: int) -> int:
-    timed = _time_steps(args, num_seqs, max_burst)
-    rows = {name: median(seconds) * 1e6 for name, seconds in timed.items()}
-    total = sum(rows.values())
-    print(Table(f"{num_seqs} rows, burst {max_burst}", "us").text({name: [us] for name, us in rows.items()}))
-    print(f"a plan {total:,.0f} us; a step {total / max_burst:,.0f} us")
-    case = {"num_seqs": num_seqs, "max_burst": max_burst}
-    report = start_report(args, **case, **_settings(args), median_us=rows, step_us=total / max_burst)
-    name = f"host_{num_seqs}" + f"_burst{max_burst}" * (max_burst > 1) + "_stream" * args.stream
-    print(f"written to {save(name, report, args.out)}")
-    return 0
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "num_plans": args.num_plans,
-        "prompt_len": args.prompt_len,
-        "is_streamed": args.stream,
-        "enable_prefix_caching": not args.no_prefix_caching,
-    }
-
-
 def _run_in_process(checkout: Path, args: argparse.Namespace, num_seqs: int, max_burst: int) -> dict[str, float]:
     """Microseconds by part of one case. Commits before ``python -m bench`` have a script with the same options."""
     names = ["bench", "host"] if (checkout / "bench" / "__main__.py").exists() else ["bench.host"]
@@ -152,9 +140,13 @@ def _run_in_process(checkout: Path, args: argparse.Namespace, num_seqs: int, max
     with TemporaryDirectory() as directory:
         subprocess.run([*command, "--out", directory], cwd=checkout, env=environ, stdout=subprocess.DEVNULL, check=True)
         [path] = Path(directory).glob("host_*.json")
-        measured = json.loads(path.read_text())["median_us"]
+        return _by_part(json.loads(path.read_text())["median_us"])
+
+
+def _by_part(rows: dict[str, float]) -> dict[str, float]:
+    """Microseconds of ``PARTS`` and of the rest."""
     parts: defaultdict[str, float] = defaultdict(float)
-    for name, us in measured.items():
+    for name, us in rows.items():
         parts[next((part for part in PARTS if name.startswith(part)), "rest")] += us
     return dict(parts)
 
@@ -179,22 +171,18 @@ class _Runner:
 
     def __post_init__(self) -> None:
         self.buckets = all_buckets(self.config.max_num_seqs, self.config.token_budget)
-        self._step_packer = StepPacker(self.max_model_len // self.config.block_size, self.config.block_size)
-        self._sample_packer = SamplePacker()
+        max_blocks = self.max_model_len // self.config.block_size
+        num_rows = self.config.max_num_seqs + 1
+        self._packer = Packer(self.buckets, num_rows, max_blocks, self.model_config.vocab_size)
 
     def enqueue(self, plan: StepPlan) -> Any:
         start = time.thread_time()
-        bucket = bucket_for(plan, self.buckets)
-        self._step_packer.pack(plan, bucket)
-        packed = time.thread_time()
-        self._sample_packer.pack(plan.samples, bucket.num_rows)
-        num_top_of(plan.samples)
-        self.timed["pack tokens and tables"].append(packed - start)
-        self.timed["pack sampling parameters"].append(time.thread_time() - packed)
+        self._packer.pack(plan)
+        self.timed["pack"].append(time.thread_time() - start)
         return SimpleNamespace(plan=plan)
 
     def fetch(self, step: Any) -> StepResult:
-        return made_up_result(len(step.plan.samples), step.plan.num_steps)
+        return made_up_result(len(step.plan.draws), step.plan.num_steps)
 
 
 def _time_steps(args: argparse.Namespace, num_seqs: int, max_burst: int) -> dict[str, list[float]]:

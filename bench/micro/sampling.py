@@ -23,8 +23,8 @@ from jaxtyping import Float
 from bench import UsageError, machine
 from bench.kernels.timing import time_program
 from bench.report import Table, device_name, save, start_report
-from jpaged.contract.plan import Sample
-from jpaged.device.sampling.sampler import SampleInputs, make_sample_inputs, sample
+from jpaged.device.sampling.columns import SampleInputs, make_sample_inputs
+from jpaged.device.sampling.draw import sample
 from jpaged.device.target import TARGETS
 from jpaged.request import SamplingParams
 
@@ -104,7 +104,7 @@ def _time_s(case: Case, logits: Float[Array, "rows vocab"], num_samples: int) ->
     """Seconds a call, in a chain of them within one program."""
     num_rows = logits.shape[0]
     params = SamplingParams(**case.params)
-    inputs = make_sample_inputs([Sample(0, 0, 0, row, params, [], [], []) for row in range(num_rows)], num_rows)
+    inputs = make_sample_inputs([params] * num_rows, range(num_rows), [0] * num_rows, num_rows)
     tokens = jnp.zeros(num_rows, jnp.int32)
     program = _compile(case.num_top, tokens, logits, inputs)
     timing, _ = time_program(program, tokens, (logits, inputs), num_samples)

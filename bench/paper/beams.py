@@ -6,7 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from jpaged.contract.plan import BeamCandidates, BeamSelect
+from jpaged.contract.plan import BeamSelect
+from jpaged.contract.result import BeamCandidates
 
 NUM_TABLED = 1 << 14
 """Number of distributions drawn beforehand; a beam takes one at random in every step."""

@@ -39,7 +39,7 @@ def _plot(title: str, lines: Mapping[str, list[float]], y: str = "s / output tok
 # Figure 18b -----------------------------------------------------------------------------------------------------------
 
 LOADS = Load("ShareGPT", 2.6, 300), Load("Alpaca", 56, 60)
-"""Fixed rates a little below those that block size 16 sustains, so that the cost of a size shows."""
+"""Fixed rates a little below the limit of block size 16, so that the cost of a size shows."""
 
 
 def _size_tasks(scale: float) -> dict[tuple[Load, int], Callable[[], Served]]:

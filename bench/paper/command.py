@@ -87,7 +87,7 @@ def run_experiments(experiments: Sequence[Experiment], scale: float) -> dict[str
     """Run the simulations of all experiments in two processes; returns their reports by name."""
     tasks = {experiment.name: experiment.tasks(scale) for experiment in experiments}
     names = [(figure, key) for figure, keyed in tasks.items() for key in keyed]
-    # The long replays are those of jpaged: first, so that none runs alone at the end.
+    # The replays of jpaged are long: they come first, so that none runs alone at the end.
     names.sort(key=lambda name: "Orca" in str(name) or "FasterTransformer" in str(name))
     results: dict[tuple[str, Any], Any] = {}
     with (

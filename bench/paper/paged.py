@@ -6,8 +6,9 @@ from bench.paper.beams import DEFAULT_CANDIDATES, CandidateModel, CandidateSourc
 from bench.paper.step_time import A100, MAX_MODEL_LEN, NUM_SLOTS
 from bench.paper.traces import Tally, Trace, Usage
 from bench.workloads import made_up_result
-from jpaged.contract.plan import Costs, StepPlan
-from jpaged.host.blocks.manager import BlockManager
+from jpaged.contract.costs import Costs
+from jpaged.contract.plan import StepPlan
+from jpaged.host.blocks.manager import BlockManager, BlockStats
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import Request, SamplingParams
 
@@ -68,9 +69,9 @@ class Paged:
             if tally.is_steady(clock):
                 tally.batches.append(scheduler.stats().num_running)
                 if num_steps % STEPS_PER_SAMPLE == 0:
-                    tally.usages.append(_usage(blocks))
+                    tally.usages.append(_usage(scheduler.block_stats(), blocks.block_size))
             clock += self._step_s(plan)
-            for group in scheduler.update(plan, made_up_result(len(plan.samples), beams=candidates.choose(plan.beams))):
+            for group in scheduler.update(plan, made_up_result(len(plan.draws), beams=candidates.choose(plan.beams))):
                 if group.is_finished:
                     tally.finish(int(group.request.request_id), clock)
             num_steps += 1
@@ -80,15 +81,11 @@ class Paged:
 
     def _step_s(self, plan: StepPlan) -> float:
         """The step's time on the modelled machine."""
-        num_tokens = num_context = num_context_blocks = 0
-        for chunk in plan.chunks:
-            stop = chunk.start + len(chunk.token_ids)
-            num_tokens += len(chunk.token_ids)
-            num_context += stop
-            num_context_blocks += -(-stop // self.block_size)
+        stops = plan.chunks.stops
+        num_context_blocks = int((-(-stops // self.block_size)).sum())
         compute_s = A100.copy_s(len(plan.copies) * self.block_size)
         if plan.chunks:
-            compute_s += A100.compute_s(num_tokens, num_context, num_context_blocks)
+            compute_s += A100.compute_s(plan.num_tokens, int(stops.sum()), num_context_blocks)
         # The link is full duplex, and transfers hide behind the step.
         return max(compute_s, *(self._transfer_s(len(moves)) for moves in (plan.to_host, plan.from_host)))
 
@@ -111,8 +108,7 @@ def _request(trace: Trace, index: int) -> Request:
     return Request(str(index), None, trace.work.prompts[index], params, seed=index)
 
 
-def _usage(blocks: BlockManager) -> Usage:
+def _usage(stats: BlockStats, block_size: int) -> Usage:
     """Paged KV reserves less than a block ahead: the empty slots of a sequence's last block count as reserved."""
-    stats = blocks.stats()
-    used = stats.num_used * blocks.block_size
+    used = stats.num_used * block_size
     return Usage(stats.tokens_held, used - stats.tokens_held, 0, NUM_SLOTS - used)

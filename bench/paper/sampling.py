@@ -112,7 +112,7 @@ def _report_saved(results: Mapping[Any, float]) -> Report:
         notes=(
             f"{DEFAULT_CANDIDATES.describe()} The last rows show how much that choice matters. Wide beams share more "
             "here than in the paper, up to nearly all they could, (width - 1) / width less the last blocks: rivals of "
-            "its model may live side by side for longer than those of any such law. Samples share a prompt."
+            "its model may live longer side by side than the rivals of any such law. Samples share a prompt."
         ),
         plots=plots,
         data={f"{dataset}: {decoding}, {model}": saved for (dataset, decoding, model), saved in results.items()},

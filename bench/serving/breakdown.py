@@ -79,7 +79,7 @@ class StepBreakdown:
             not tell programs apart; "other" includes its kernels then.
         gaps_us: ``step_us`` less the time in which any kernel ran. The profile's own gaps differ: under a profiler XLA
             launches its kernels one by one, outside CUDA graphs.
-        traced_step_us: time from the first profiled kernel to the end of the last, with those gaps.
+        traced_step_us: time from the first profiled kernel to the end of the last, with the profile's gaps.
         num_launches: number of kernels, copies and fills.
         num_steps: number of profiled steps.
         largest: the kernels that take the most time, by name.

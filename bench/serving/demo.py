@@ -89,9 +89,9 @@ def _waste(num_requests: int, block_size: int = 16, num_blocks: int = 4096) -> d
     with tqdm(total=work.num_output_tokens, desc="Waste", unit="token") as bar:
         while scheduler.stats().num_waiting:
             plan = scheduler.schedule()
-            rows = len(plan.samples)
+            rows = len(plan.draws)
             scheduler.update(plan, made_up_result(rows))
-            samples.append((blocks.stats(), scheduler.stats().num_preemptions))
+            samples.append((scheduler.block_stats(), scheduler.stats().num_preemptions))
             bar.update(rows)
     first = next((i for i, (_, preemptions) in enumerate(samples) if preemptions), len(samples) // 2)
     steady = [100 * stats.waste for stats, _ in samples[first:]]

@@ -1,4 +1,4 @@
-"""Blocks that sharing saves in the engine, on the model in the box, beside the paper's (PagedAttention, figure 15).
+"""Blocks saved by sharing in the engine, on the model in the box, beside the paper's (PagedAttention, figure 15).
 
     python -m bench sharing --device cpu
 
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         args,
         model="the model in the box",
         block_size=llm.engine.config.block_size,
+        settings=asdict(llm.engine.config),
         prompts="Python source held out from the model's training",
         traces={},
     )

@@ -1,6 +1,6 @@
 """Whole models on absent TPUs: do parameters, pool and temporaries fit, and what do the chips exchange?
 
-``python -m bench.tpu.models`` compiles the decode and the prefill step of each model with the real TPU compiler, all
+``python -m bench tpu-models`` compiles the decode and the prefill step of each model with the real TPU compiler, all
 layers of it, and saves what the compiler says. Computed, not measured. It needs libtpu
 (``pip install 'jpaged[tpu-aot]'``), and no TPU.
 """

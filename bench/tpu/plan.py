@@ -1,14 +1,13 @@
-"""What the TPU kernel has to do, on paper: computed from compiled programs, not measured. No TPU is used.
+"""Bytes and operations of the TPU attention kernel: computed from compiled programs, not measured, without a TPU.
 
-    python -m bench.tpu.plan                     # every generation, several minutes
-    python -m bench.tpu.plan --generation v5e
+    python -m bench tpu-plan                     # every generation, several minutes
+    python -m bench tpu-plan --generation v5e
 
-A row is one layer's attention of one batch on one device, compiled ahead of time by the real TPU compiler. Its bytes
-are those of the kernel's plan of copies, which the tests hold to what Pallas's interpreter counts; its operations,
-those of its matrix products; "least" is what any kernel would need. The time is the longer of the two at the chip's
-published rates: a bound from below, which leaves out what copies take to start, all arithmetic but the products, and
-what XLA does around the kernel. A decode over a bfloat16 pool writes its K and V too, as in the engine; other writes
-are other kernels', not counted.
+A row is one layer's attention of one batch on one device, compiled ahead of time by the real TPU compiler. The bytes
+come from the kernel's plan of copies, which the tests compare with the counts of Pallas's interpreter. The operations
+are the matrix products. "Least" is the minimum of any kernel. The time is the longer of the two at the chip's published
+rates. This lower bound leaves out the start of copies, all arithmetic but the products, and XLA's work around the
+kernel. A decode over a bfloat16 pool writes its K and V too, as in the engine; other kernels' writes do not count.
 
 Prints a table for each generation, writes ``tpu_plan.json`` and ``tpu_plan.png``.
 """
@@ -215,7 +214,7 @@ def save_plots(rows: Sequence[Row], path: Path) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
-    parser.add_argument("--generation", choices=TOPOLOGIES, help="only this one; its name joins those of the files")
+    parser.add_argument("--generation", choices=TOPOLOGIES, help="only this one; its name is part of the files' names")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
 from jpaged.device.runner import ModelRunner, Results
-from jpaged.device.step.packed import PackedStep
+from jpaged.device.step.pack import PackedStep
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
 

@@ -13,19 +13,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jpaged.config import EngineConfig
-from jpaged.contract.plan import BlockCopy, Chunk, Costs, StepPlan, StepResult, TokenScores
+from jpaged.contract.costs import Costs
+from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
+from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
 from jpaged.device.kv.sizing import PoolSizer
 from jpaged.device.sampling.beams import Candidates, split_candidates
-from jpaged.device.sampling.sampler import (
-    NO_SCORES,
-    SampledTokens,
-    Scores,
-    first_rows,
-    join_scores,
-)
+from jpaged.device.sampling.draw import SampledTokens
+from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_scores
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.step.packed import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
+from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
 from jpaged.device.step.programs import Programs, dtype_of, split_model
 from jpaged.device.target import BACKENDS, choose_backend
 from jpaged.models import ModelConfig, fuse_norms, fuse_projections
@@ -162,12 +159,7 @@ class ModelRunner:
             self.host_pool = host_pool.result()
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
-        self._packer = Packer(
-            self.buckets,
-            max_blocks=self.max_blocks,
-            block_size=config.block_size,
-            vocab_size=model_config.vocab_size,
-        )
+        self._packer = Packer(self.buckets, len(self._state.latest), self.max_blocks, model_config.vocab_size)
         self._num_enqueued = 0  # steps
         self._newest_waited_for = 0  # the number of a step: it has run
 
@@ -260,28 +252,27 @@ class ModelRunner:
         """Anew what went with a program that did not bring it back."""
         if self.cache.pool.is_deleted():
             self.cache = self.programs.new_cache()
-        if any(x.is_deleted() for x in jax.tree.leaves(self._state)):
+        if any(map(jax.Array.is_deleted, jax.tree.leaves(self._state))):
             self._state = self.programs.new_state()
 
     def fetch(self, step: StepUnderWay) -> StepResult:
         """Wait for the results of a step. What it moves between the pools may still be under way."""
         plan = step.plan
         drawn, sampled, candidates, prompt_scores = jax.device_get(step.results)
-        num_samples = len(plan.samples)
+        num_draws = len(plan.draws)
         if plan.num_logit_rows > 0:
             self._newest_waited_for = step.number
         if self.host_pool is not None:
             self.host_pool.poll()
-        if self.host_pool is not None and plan.decodes is None:
-            num_prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks if len(chunk.token_ids) > 1)
+            num_prompt_tokens = int(plan.chunks.lens[plan.chunks.lens > 1].sum())
             is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
             is_alone = step.was_idle and self._newest_waited_for == step.number
             if is_large and is_alone and len(self.programs) == step.num_programs and not prompt_scores:
                 self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - step.started_s)
         if drawn is not None:
-            draws = _split_draws(drawn, num_samples)[: plan.num_steps]
+            draws = _split_draws(drawn, num_draws)[: plan.num_steps]
         else:
-            draws = [(tokens.token_ids[:num_samples], first_rows(tokens.scores, num_samples)) for tokens in sampled]
+            draws = [(tokens.token_ids[:num_draws], first_rows(tokens.scores, num_draws)) for tokens in sampled]
         token_ids, scores = draws[0] if draws else (np.zeros(0, np.int32), NO_SCORES)
         return StepResult(
             token_ids=token_ids,
@@ -298,7 +289,9 @@ class ModelRunner:
         """Enqueue the forward passes and all that is made of their logits."""
         assert step.bucket is not None
         assert step.inputs is not None
-        self._state = self.programs.get(("load", len(step.inputs)))(self._state, step.inputs)
+        for changes in step.changes:
+            self._state = self.programs.get(("enter",))(self._state, changes)
+        self._state = self.programs.get(("load", step.bucket))(self._state, step.inputs)
         drawn, sampled, candidates = None, (), None
         if step.samples is not None:
             hidden, sampled = self._run_and_sample(step.bucket, step.samples, step.num_steps)
@@ -325,7 +318,7 @@ class ModelRunner:
         for number in range(num_steps):
             hidden = self._run(bucket)
             state = self._state
-            args = state.latest, state.sample_hidden, samples.inputs, np.int32(number)
+            args = state.latest, state.columns, state.sample_hidden, samples.inputs, np.int32(number)
             tokens, latest = draw(self._weights, *args)
             self._state = dataclasses.replace(state, latest=latest)
             sampled.append(tokens)
@@ -362,8 +355,9 @@ class ModelRunner:
         assert self.host_pool is not None
         bucket, width = self.buckets[-1], min(self.max_model_len, self.buckets[-1].num_tokens)
         num_chunks = min(bucket.num_tokens // width, bucket.num_rows)
-        padding = Chunk(0, [0] * width, 0, width, [0] * self.max_blocks)
-        plan = StepPlan(chunks=(padding,) * num_chunks)
+        rows, lens = np.full(num_chunks, self._packer.padding_row, np.int32), np.full(num_chunks, width, np.int32)
+        token_ids = np.zeros(num_chunks * width, np.int32)
+        plan = StepPlan(chunks=Chunks(rows, rows.astype(np.int64), np.zeros_like(lens), lens, token_ids))
         packed = self._packer.pack(plan)
         self._replace_lost()
         for _ in range(2):  # the first run loads the program
@@ -402,13 +396,7 @@ def _split_draws(
 ) -> list[tuple[Int[np.ndarray, " rows"], TokenScores]]:
     """The tokens and scores of each step, without padding rows."""
     token_ids, logprobs = drawn[0, :, :num_rows], drawn[1, :, :num_rows].view(np.float32)
-    unasked = TokenScores(
-        logprobs=np.zeros(num_rows, np.float32),
-        ranks=np.zeros(num_rows, np.int32),
-        top_ids=np.zeros((num_rows, 0), np.int32),
-        top_logprobs=np.zeros((num_rows, 0), np.float32),
-    )
-    scores = [dataclasses.replace(unasked, logprobs=of_step) for of_step in logprobs]
+    scores = [TokenScores.plain(of_step) for of_step in logprobs]
     return list(zip(token_ids, scores, strict=True))
 
 

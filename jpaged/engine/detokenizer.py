@@ -20,14 +20,14 @@ class Tokenizer(Protocol):
 
 
 class _State(NamedTuple):
-    """All that a token changes, replaced as a whole: an interruption leaves the token taken or not, never half.
+    """State that a token changes. It is replaced as a whole: an interrupted token is taken or not, never half.
 
     Args:
-        text: all of it, decided or not.
-        num_tokens: tokens that made it.
-        ids: the tail of the tokens; ``ids[:num_read]`` is decoded already, and context.
+        text: the whole text, decided or not.
+        num_tokens: tokens appended so far.
+        ids: the last tokens; ``ids[:num_read]`` are decoded already and serve as context.
         num_read: see ``ids``.
-        is_open: whether the decoded ends in a replacement held back, maybe a character's beginning.
+        is_open: whether the decoded text ended in a replacement that is held back: a character may begin there.
         is_stopped: whether a stop string ended the text.
     """
 
@@ -43,8 +43,8 @@ class Detokenizer:
     """The text of one completion, grown token by token.
 
     Args:
-        tokenizer: decodes ids.
-        prompt_token_ids: what comes before.
+        tokenizer: decodes token ids.
+        prompt_token_ids: the tokens before the completion.
         stop_strings: the text ends before the first of these to appear.
     """
 
@@ -56,7 +56,7 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All of it, decided or not."""
+        """The whole text, decided or not."""
         return self._state.text
 
     @property
@@ -69,34 +69,40 @@ class Detokenizer:
         """Whether a stop string ended the text."""
         return self._state.is_stopped
 
-    def append(self, token_id: int, *, may_stop: bool = True) -> None:
+    def append(self, token_id: int, *, may_stop: bool = True) -> bool:
         """Add a token. Text that still waits for the rest of a character is held back, though never for long.
 
         Args:
             token_id: the token.
             may_stop: whether a stop string that this token completes ends the text.
+
+        Returns:
+            Whether a stop string ended the text.
         """
         before = self._state._replace(num_tokens=self._state.num_tokens + 1)
         after = self._decoded(before._replace(ids=(*before.ids, token_id)), is_last=False, may_stop=may_stop)
         if after.text == before.text and self._is_textless(token_id):
-            after = before  # else an endless row of them would be decoded again with each
+            after = before  # or every further token would decode an endless row of special tokens again
         self._state = after
+        return after.is_stopped
 
     def finish(self) -> None:
-        """No more tokens: what was held back becomes text."""
+        """Turn what is held back into text: no more tokens come."""
         if not self.is_stopped:
             self._state = self._decoded(self._state, is_last=True, may_stop=False)
 
     def num_decided(self, *, is_last: bool) -> int:
-        """How much of ``text``, in characters, no later token can take back.
+        """Number of characters of ``text`` that no later token can take back.
 
         Unless ``is_last``, an ending that may be the beginning of a stop string waits.
         """
-        waiting = 0 if is_last else max((_overlap(self.text, stop) for stop in self._stop_strings), default=0)
-        return len(self.text) - waiting
+        text = self._state.text
+        if is_last or not self._stop_strings:
+            return len(text)
+        return len(text) - max(_overlap(text, stop) for stop in self._stop_strings)
 
     def _decoded(self, state: _State, *, is_last: bool, may_stop: bool) -> _State:
-        """``state`` with what is decided turned into text."""
+        """``state`` with decided tokens turned into text."""
         before = self._tokenizer.decode(list(state.ids[: state.num_read]), skip_special_tokens=True)
         after = self._tokenizer.decode(list(state.ids), skip_special_tokens=True)
         before = before[:-1] if state.is_open else before
@@ -104,17 +110,18 @@ class Detokenizer:
         if is_open:
             if len(state.ids) - state.num_read <= MAX_CHARACTER_TOKENS:
                 return state
-            after = after[:-1]  # the last may be a character's beginning; those before it are in the output
+            after = after[:-1]  # a character may begin at the last replacement; the earlier ones are text
         if after == before:
             return state
-        # Not always all of ``before``: where the prompt ends inside a character, that ends in a replacement.
-        text = state.text + after[_num_common(before, after) :]
-        end = self._find_stop(text, len(state.text)) if may_stop else None
+        # Where the prompt ends inside a character, ``before`` ends in a replacement, which ``after`` has not.
+        start = len(before) if after.startswith(before) else _num_common(before, after)
+        text = state.text + after[start:]
+        end = self._find_stop(text, len(state.text)) if may_stop and self._stop_strings else None
         ids = state.ids[state.num_read :]
         return _State(text[:end], state.num_tokens, ids, len(ids), is_open, end is not None)
 
     def _is_textless(self, token_id: int) -> bool:
-        """Whether it is a special token. Twice, as some tokenizers drop the space before a text's first token."""
+        """Whether a token is special. It is decoded twice: some tokenizers drop the space of a text's first token."""
         return not self._tokenizer.decode([token_id, token_id], skip_special_tokens=True)
 
     def _find_stop(self, text: str, start: int) -> int | None:

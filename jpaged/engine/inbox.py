@@ -25,7 +25,6 @@ class Mailbox:
         self.deltas: deque[CompletionDelta] = deque()
         self.results: dict[str, RequestOutput | Exception] = {}
 
-    @property
     def is_complete(self) -> bool:
         """Whether every request has a result."""
         return len(self.results) == len(self.request_ids)
@@ -96,32 +95,34 @@ class Inbox:
         with InterruptsWait() as interrupts:
             try:
                 while not is_ready():
-                    if not self._turn.acquire(blocking=False):
+                    if self._turn.acquire(blocking=False):
+                        try:
+                            self._step_until(is_ready, after_step, interrupts)
+                        finally:
+                            self._turn.release()
+                    else:
                         self._wait(is_ready, interrupts)
-                        continue
-                    try:
-                        while not is_ready():
-                            interrupts.check()
-                            self._step()
-                            if after_step is not None:
-                                after_step()
-                    finally:
-                        self._turn.release()
             finally:
                 self._hand_over()
 
-    def _step(self) -> None:
-        with self._door:
-            self._engine_lock.acquire()
-        try:
-            self._drop_closed()
-            output = self.engine.step()
-            self._deliver(output)
-            if output.is_empty and not self.engine.has_unfinished:
-                self._end_dropped()
-        finally:
-            self._engine_lock.release()
-            self._tidy_up()
+    def _step_until(
+        self, is_ready: Callable[[], bool], after_step: Callable[[], None] | None, interrupts: InterruptsWait
+    ) -> None:
+        while not is_ready():
+            if interrupts.is_pending:
+                interrupts.check()
+            with self._door:
+                self._engine_lock.acquire()
+            try:
+                self._drop_closed()
+                self._deliver(self.engine.step())
+                if not self.engine.has_unfinished:
+                    self._end_dropped()
+            finally:
+                self._engine_lock.release()
+                self._tidy_up()
+            if after_step is not None:
+                after_step()
 
     def _wait(self, is_ready: Callable[[], bool], interrupts: InterruptsWait) -> None:
         """Wait until another thread's step made this one ready, or until no thread steps."""
@@ -134,11 +135,6 @@ class Inbox:
                     gate.get()
         finally:
             del self._waiters[gate]
-
-    def _wake_ready(self) -> None:
-        for gate, is_ready in list(self._waiters.items()):
-            if is_ready():
-                gate.put(None)
 
     def _hand_over(self) -> None:
         """Wake a thread that steps from now on, in case none does."""
@@ -186,10 +182,10 @@ class Inbox:
                 mailbox.results[request_id] = error
 
     def _end_dropped(self) -> None:
-        """Give requests that the engine no longer has an error, or their callers would wait forever."""
+        """Give requests that the engine lost an error, or their callers would wait forever."""
         for request_id, mailbox in self._mailboxes.items():
-            error = RuntimeError(f"request {request_id} was dropped and will never finish")
-            mailbox.results.setdefault(request_id, error)
+            if request_id not in mailbox.results:
+                mailbox.results[request_id] = RuntimeError(f"request {request_id} was dropped and will never finish")
 
     def _drop_closed(self) -> None:
         while self._closed:
@@ -204,4 +200,6 @@ class Inbox:
                 self._drop_closed()
             finally:
                 self._engine_lock.release()
-        self._wake_ready()
+        for gate, is_ready in list(self._waiters.items()):
+            if is_ready():
+                gate.put(None)

@@ -83,8 +83,7 @@ class Engine:
             ValueError: a prompt that is empty, too long or out of the vocabulary; parameters that can never be met.
         """
         request = self.prompts.read(request_id, prompt, params, priority)
-        self.scheduler.check(request)
-        return request
+        return dataclasses.replace(request, terms=self.scheduler.check(request))
 
     def add(self, request: Request, *, is_streamed: bool = True) -> None:
         """Queue a request made by ``make_request``; draws its seed if it has none.
@@ -105,7 +104,7 @@ class Engine:
         Returns:
             False if the request is unknown or has finished.
         """
-        if request_id not in self.outputs:
+        if request_id not in self.outputs.request_ids:
             return False
         with InterruptsWait():
             group = self.scheduler.abort(request_id)
@@ -117,7 +116,7 @@ class Engine:
 
     def forget(self, request_id: str) -> None:
         """End a request, if there is one, and keep nothing of it."""
-        if request_id in self.outputs:
+        if request_id in self.outputs.request_ids:
             with InterruptsWait():
                 self.scheduler.abort(request_id)
                 self.outputs.drop(request_id)
@@ -130,7 +129,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether a request has no result yet."""
-        return len(self.outputs) > 0
+        return bool(self.outputs.request_ids)
 
     # Pinned prefixes ----------------------------------------------------------------------------------------------
 
@@ -171,7 +170,8 @@ class Engine:
         A step that fails or is interrupted costs the running requests a recomputation, but no token.
         """
         with InterruptsWait() as interrupts:
-            self.outputs.read()  # tokens that an error left unread
+            if self.outputs.unread:  # an error left them
+                self.outputs.read()
             if self.scheduler.has_unfinished:
                 try:
                     touched = self._run_step(interrupts)
@@ -183,7 +183,8 @@ class Engine:
                     raise
                 self.scheduler.costs = self.runner.costs
                 self.outputs.note(touched)
-            self.outputs.read()
+            if self.outputs.unread:
+                self.outputs.read()
             self._drop_wasted()
         return self.outputs.take()
 
@@ -193,7 +194,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state of both pools, and counters since the start."""
-        return read_stats(self.blocks.stats(), self.scheduler.stats(), self.runner.host_pool)
+        return read_stats(self.scheduler.block_stats(), self.scheduler.stats(), self.runner.host_pool)
 
     def _run_step(self, interrupts: InterruptsWait) -> list[SequenceGroup]:
         """Keep one step in flight: plan and enqueue the next before waiting for the results of this one."""
@@ -215,7 +216,7 @@ class Engine:
 
     def _drop_wasted(self) -> None:
         """Drop steps in flight whose sequences have all ended."""
-        if not self.scheduler.has_unfinished:
+        if self._in_flight and not self.scheduler.has_unfinished:
             for _ in self._in_flight:
                 self.scheduler.drop()
             self._in_flight.clear()

@@ -1,10 +1,10 @@
 """Tokens to results: detokenised text, deltas of streams, log-probabilities, ranked completions."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from jpaged.contract.plan import TokenScores
+from jpaged.contract.result import TokenScores
 from jpaged.engine.detokenizer import Detokenizer, Tokenizer
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup
@@ -81,18 +81,16 @@ class Outputs:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._answers: dict[str, _Answer] = {}  # by request id
-        self._unread: dict[str, _Answer] = {}  # the part of them that gained tokens
+        self.unread: dict[str, _Answer] = {}  # the part of them that gained tokens
         self._output = StepOutput()  # not taken yet
 
-    def __len__(self) -> int:
-        """Requests without a result."""
-        return len(self._answers)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._answers
+    @property
+    def request_ids(self) -> Collection[str]:
+        """The requests without a result."""
+        return self._answers.keys()
 
     @property
-    def groups(self) -> Iterable[SequenceGroup]:
+    def groups(self) -> list[SequenceGroup]:
         """The sequences of the requests without a result."""
         return [answer.group for answer in self._answers.values()]
 
@@ -103,7 +101,7 @@ class Outputs:
     def drop(self, request_id: str) -> None:
         """Keep nothing of a request."""
         self._answers.pop(request_id, None)
-        self._unread.pop(request_id, None)
+        self.unread.pop(request_id, None)
 
     def take(self) -> StepOutput:
         """The output that was read and not taken before."""
@@ -116,18 +114,18 @@ class Outputs:
         for group in groups:
             answer = answers.get(group.request.request_id)
             if answer is not None and (has_text or answer.is_streamed or group.is_finished):
-                self._unread[group.request.request_id] = answer
+                self.unread[group.request.request_id] = answer
 
     def note_all(self) -> None:
         """Remember all groups: it is unknown which of them gained tokens."""
-        self._unread |= self._answers
+        self.unread |= self._answers
 
     def read(self) -> None:
         """Make text, deltas and results of the tokens that groups gained.
 
         A request whose text cannot be made ends with the tokenizer's error; the others go on.
         """
-        for request_id, answer in list(self._unread.items()):
+        for request_id, answer in list(self.unread.items()):
             try:
                 self._read(request_id, answer)
             except Exception as error:
@@ -150,7 +148,7 @@ class Outputs:
             self._output.finished.append(result)
             self.drop(request_id)
         else:
-            del self._unread[request_id]
+            del self.unread[request_id]
 
     def _read_sequence(self, answer: _Answer, seq: Sequence, *, is_told: bool) -> None:
         progress = answer.progress.get(seq.seq_id) or self._begin(answer, seq)
@@ -180,12 +178,11 @@ class Outputs:
 
     def _decode(self, group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer) -> int:
         """Turn new tokens into text; returns how many characters of it are decided."""
-        for token_id in seq.token_ids[seq.prompt_len + detokenizer.num_tokens :]:
+        num_read, min_tokens = detokenizer.num_tokens, group.request.params.min_tokens
+        for number, token_id in enumerate(seq.token_ids[seq.prompt_len + num_read :], num_read + 1):
             if seq.finish_reason is FinishReason.STOP and token_id in group.stop_token_ids:
                 break  # a stop token ends the text and is no part of it
-            may_stop = detokenizer.num_tokens + 1 >= group.request.params.min_tokens
-            detokenizer.append(token_id, may_stop=may_stop)
-            if detokenizer.is_stopped:
+            if detokenizer.append(token_id, may_stop=number >= min_tokens):
                 self._scheduler.finish(group, seq, FinishReason.STOP)
                 break
         if seq.is_finished:

@@ -16,25 +16,12 @@ from jpaged.host.policies.sharing import is_worth_waiting
 from jpaged.host.refusal import Refusal
 from jpaged.host.roster import Roster
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.request import MAX_BEAM_CANDIDATES, Request
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The limits of a request that was checked.
-
-    Args:
-        max_tokens: output tokens that each sequence may reach.
-        stop_token_ids: tokens that end a sequence.
-    """
-
-    max_tokens: int
-    stop_token_ids: frozenset[int]
+from jpaged.request import MAX_BEAM_CANDIDATES, Request, Terms
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What starting a waiting group takes.
+    """The way to start a waiting group.
 
     Args:
         match: the cached start of its leader's tokens.
@@ -109,8 +96,17 @@ class Admission:
                 "stop_token_ids"
             )
         if params.max_tokens is None:
-            return Terms(capacity.most_tokens(prompt_len, params.num_sequences), stops)
-        return Terms(min(params.max_tokens, self.max_model_len - prompt_len), stops)
+            max_tokens = capacity.most_tokens(prompt_len, params.num_sequences)
+        else:
+            max_tokens = min(params.max_tokens, self.max_model_len - prompt_len)
+        return Terms(max_tokens, stops, self._pins.num_changes)
+
+    def settle(self, request: Request) -> Terms:
+        """The terms of a request, checked now unless they were checked before and still hold. Raises as ``check``."""
+        if request.terms is None or request.terms.num_pin_changes != self._pins.num_changes:
+            return self.check(request)
+        self._check_new(request)
+        return request.terms
 
     def check_pin(self, request: Request) -> None:
         """Raise ValueError if pinning a prompt leaves too little to the unfinished groups, or its name is in use."""
@@ -156,7 +152,7 @@ class Admission:
     def is_known_short(self, group: SequenceGroup) -> bool:
         """Whether the group was refused, and nothing has happened since that lets it start."""
         refusal = self._refusal
-        return refusal is not None and refusal.stands(group, self._blocks, is_running=self._is_running)
+        return refusal is not None and refusal.stands(group, self._blocks.tiers, is_running=self._is_running)
 
     def forget_refusal(self) -> None:
         """Match the first group again: the content of the pools is lost."""
@@ -167,7 +163,7 @@ class Admission:
         return self._line.num_rows + group.num_rows - self.max_num_seqs
 
     def start(self, group: SequenceGroup) -> Start:
-        """Find what starting the first waiting group takes."""
+        """Find the way to start the first waiting group, and the number of blocks that it lacks."""
         num_left_free = num_blocks_left_free(self._blocks.num_blocks - 1, is_running=self._is_running)
         to_spare = self._blocks.num_free_blocks - num_left_free
         members = group.unfinished
@@ -182,14 +178,14 @@ class Admission:
         to_grow = num_forked_blocks(shared, lens, block_size) - num_blocks_covering(target, block_size)
         match = self._match(group, leader, target)
         ticket = self._blocks.to_reserve(leader.seq_id, target, match=match)
-        is_ready = not match.is_on_host and self._blocks.num_hits_ready(match) == len(match.hits)
+        is_ready = not match.is_on_host and self._blocks.tiers.num_hits_ready(match) == len(match.hits)
         return Start(match, ticket, ticket.num_blocks + to_grow - to_spare, is_ready)
 
     def _refuse(self, group: SequenceGroup, start: Start) -> Refusal:
         blocks, num_short = self._blocks, start.num_short
         is_on_host = group.is_swapped or start.match.is_on_host
         if is_on_host:
-            num_short -= 1 + blocks.num_copies_queued  # loads may avoid as many blocks in this plan
+            num_short -= 1 + blocks.tiers.num_copies_queued  # loads may avoid as many blocks in this plan
         lacking = None
         if blocks.enable_prefix_caching and not (group.is_swapped or group.needs_prompt_scores):
             leader, target = self._leader_of(group)
@@ -202,8 +198,8 @@ class Admission:
             is_on_host=is_on_host,
             is_running=self._is_running,
             num_short=num_short,
-            num_freed=blocks.num_blocks_freed,
-            num_cached=blocks.num_blocks_cached,
+            num_freed=blocks.tiers.device.num_freed,
+            num_cached=blocks.tiers.device.cache.num_inserted,
             lacking=lacking,
         )
 
@@ -218,7 +214,7 @@ class Admission:
             return NO_MATCH
         least_inside = math.ceil(LEAST_HIT_INSIDE * self._blocks.block_size)
         match = self._blocks.match_prefix(leader.hashed, target - 1, least_inside=least_inside)
-        ready = match.cut(self._blocks.num_hits_ready(match))
+        ready = match.cut(self._blocks.tiers.num_hits_ready(match))
         num_shared, num_left = match.num_tokens - ready.num_tokens, target - ready.num_tokens
         return match if is_worth_waiting(num_shared, num_left) else ready
 

@@ -9,6 +9,7 @@ from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.line import Line
 from jpaged.host.outcome import Outcome
 from jpaged.host.plan_builder import PlanBuilder
+from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 
 
@@ -20,14 +21,18 @@ class Entry:
         line: the groups that wait and run.
         admission: what the first waiting group takes.
         outcome: publishes the blocks that a plan fills.
+        rows: the rows of the running sequences.
     """
 
-    def __init__(self, blocks: BlockManager, line: Line, admission: Admission, outcome: Outcome) -> None:
+    def __init__(
+        self, blocks: BlockManager, line: Line, admission: Admission, outcome: Outcome, rows: RowTable
+    ) -> None:
         self._outcome = outcome
         self.num_swaps_in = 0
         self._blocks = blocks
         self._line = line
         self._admission = admission
+        self._rows = rows
         self._loading: list[Sequence] = []  # their blocks arrive with the plan in flight
 
     @property
@@ -37,6 +42,8 @@ class Entry:
 
     def admit(self, plan: PlanBuilder) -> None:
         """Start waiting groups in order while rows, blocks and, for tokens to compute, the budget allow."""
+        if self._line.first is None:
+            return
         num_rows = self._line.num_rows
         while (group := self._line.first) is not None:
             num_rows += group.num_rows
@@ -70,6 +77,10 @@ class Entry:
         start.ticket.commit()
         for seq in members:
             seq.state = SequenceState.LOADING
+        for seq in group.unfinished:
+            self._rows.enter(group, seq)
+        for seq in members:
+            self._rows.hold(seq)
         self._loading += members
         self.num_swaps_in += 1
 
@@ -82,6 +93,9 @@ class Entry:
             seq.state = SequenceState.UNFORKED
         target = group.fork_at or len(leader.token_ids)
         plan.copies += start.ticket.commit() or []
+        for seq in (leader, *others):
+            self._rows.enter(group, seq)
+        self._rows.hold(leader)
         leader.num_computed = start.match.num_tokens
         if group.num_cached_tokens is None:
             group.num_cached_tokens = leader.num_computed
@@ -89,5 +103,5 @@ class Entry:
             self._loading.append(leader)
         else:
             num_tokens = target - leader.num_computed
-            plan.add(group, leader, num_tokens, self._blocks.block_table(leader.seq_id))
+            plan.add(group, leader, num_tokens)
             self._outcome.publish_planned(leader, start.match.num_tokens)

@@ -1,14 +1,15 @@
 """The outcome of a step: publishes its blocks, appends its tokens, forks, moves beams on, ends sequences."""
 
-from collections.abc import Iterable
-
 import numpy as np
+from jaxtyping import Bool, Int32
 
-from jpaged.contract.plan import BeamCandidates, Chunk, Decodes, StepPlan, StepResult
+from jpaged.contract.plan import StepPlan
+from jpaged.contract.result import BeamCandidates, StepResult, TokenScores
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.line import Line
 from jpaged.host.pins import Pins
 from jpaged.host.roster import Roster
+from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.request import FinishReason
 
@@ -21,15 +22,17 @@ class Outcome:
         roster: the unfinished requests.
         line: the groups that wait and run.
         pins: the pinned prefixes.
+        rows: the rows of the running sequences.
     """
 
-    def __init__(self, blocks: BlockManager, roster: Roster, line: Line, pins: Pins) -> None:
+    def __init__(self, blocks: BlockManager, roster: Roster, line: Line, pins: Pins, rows: RowTable) -> None:
         self.num_output_tokens = 0
         """Tokens drawn since the start; a beam search counts one for each live beam and step."""
         self._blocks = blocks
         self._roster = roster
         self._line = line
         self._pins = pins
+        self._rows = rows
 
     # Sequences ----------------------------------------------------------------------------------------------------
 
@@ -48,13 +51,18 @@ class Outcome:
             self._leave(group)
 
     def release(self, seq: Sequence, *, is_trusted: bool = True) -> None:
-        """Free the blocks of a sequence, if it holds any. The prefix cache keeps their content if it is trusted."""
+        """Free the row and the blocks of a sequence, if it has any.
+
+        The prefix cache keeps the content of the blocks if it is trusted.
+        """
+        self._rows.leave(seq)
         if seq.state is SequenceState.RUNNING and is_trusted:
-            self._publish(seq, include_partial=True)
+            self.publish(seq, include_partial=True)
         if seq.state.holds_blocks:
             self._blocks.free(seq.seq_id)
 
-    def _publish(self, seq: Sequence, *, include_partial: bool = False) -> None:
+    def publish(self, seq: Sequence, *, include_partial: bool = False) -> None:
+        """Enter the known blocks of a running sequence into the prefix cache."""
         self._blocks.publish(seq.seq_id, seq.hashed, seq.num_known, include_partial=include_partial)
 
     def _leave(self, group: SequenceGroup) -> None:
@@ -73,29 +81,43 @@ class Outcome:
 
     # Chunks -------------------------------------------------------------------------------------------------------
 
-    def settle_chunks(self, chunks: Iterable[Chunk]) -> None:
-        """Publish the blocks that chunks filled; fork the groups, and settle the pins, that waited for their last."""
-        block_size, sequences = self._blocks.block_size, self._roster.sequences
-        for chunk in chunks:
-            if (member := sequences.get(chunk.seq_id)) is None:
-                continue  # ended since this was planned
-            group, seq = member
-            stop = chunk.stop
-            if stop // block_size > chunk.start // block_size:
-                self._publish(seq)
+    def settle_chunks(self, plan: StepPlan) -> None:
+        """Publish the blocks that chunks filled; fork the groups, and settle the pins, that waited for their last.
+
+        Steady rows are left out: they publish once their tokens are known.
+        """
+        if self._rows.is_all_steady:
+            return
+        chunks = plan.chunks
+        is_due = ~self._rows.is_steady[chunks.rows] & self._rows.owned(chunks.rows, chunks.seq_ids)
+        block_size = self._blocks.block_size
+        for index in np.flatnonzero(is_due).tolist():
+            group, seq = self._rows.member(int(chunks.rows[index]))
+            start = int(chunks.starts[index])
+            stop = start + int(chunks.lens[index])
+            if stop // block_size > start // block_size:
+                self.publish(seq)
             if stop == group.fork_at:
                 self._fork_siblings(group, seq)
             if group.is_pin and stop == seq.prompt_len:
                 self._settle_pin(group, seq)
 
-    def publish_drawn(self, decodes: Decodes) -> None:
-        """Publish the blocks that decodes filled."""
-        block_size, starts = self._blocks.block_size, decodes.positions - 1
-        is_filled = (starts + decodes.num_draws) // block_size > starts // block_size
-        for row in np.flatnonzero(is_filled).tolist():
-            member = self._roster.sequences.get(decodes.decoders[row].seq_id)
-            if member is not None:
-                self._publish(member[1])
+    def note_decoded(self, plan: StepPlan) -> None:
+        """Note the steady rows that filled a block: ``publish_due`` publishes them before anything is looked up."""
+        if not self._blocks.enable_prefix_caching:
+            return
+        chunks, block_size = plan.chunks, self._blocks.block_size
+        stops = chunks.stops if plan.num_steps == 1 else chunks.starts + plan.draws.num_tokens
+        is_filled = stops // block_size > chunks.starts // block_size
+        if is_filled.any():
+            rows, seq_ids = chunks.rows[is_filled], chunks.seq_ids[is_filled]
+            self._rows.is_due[rows] |= self._rows.is_steady[rows] & self._rows.owned(rows, seq_ids)
+
+    def publish_due(self) -> None:
+        """Publish the blocks that steady rows filled since the last call."""
+        for row in np.flatnonzero(self._rows.is_due).tolist():
+            self.publish(self._rows.member(row)[1])
+        self._rows.is_due[:] = False
 
     def _fork_siblings(self, group: SequenceGroup, leader: Sequence) -> None:
         """Let every sibling share the blocks of the shared tokens, now in the pool (PagedAttention, section 4.4)."""
@@ -103,7 +125,11 @@ class Outcome:
             if seq.state is SequenceState.UNFORKED:
                 self._blocks.fork(leader.seq_id, seq.seq_id)
                 seq.state, seq.num_computed = SequenceState.RUNNING, leader.num_computed
+                self._rows.hold(seq)
         group.fork_at = None
+        for seq in group.running:
+            if seq.num_pending > 0:
+                self._rows.join(seq)
 
     def _settle_pin(self, group: SequenceGroup, seq: Sequence) -> None:
         """Hold the very blocks that the prefix cache finds: another sequence may have published equal ones first."""
@@ -124,40 +150,53 @@ class Outcome:
         Returns:
             The group of each sequence that gained tokens, in plan order.
         """
-        step_token_ids, scores = zip((result.token_ids, result.scores), *result.later, strict=True)
-        drawn = np.stack(step_token_ids, axis=1).tolist()
-        sequences = self._roster.sequences
-        touched: list[SequenceGroup] = []
-        num_taken = 0
-        for row, (seq_id, num_draws, token_ids) in enumerate(zip(*plan.draws, drawn, strict=True)):
-            if (member := sequences.get(seq_id)) is None:
-                continue  # ended since this was planned
-            group, seq = member
-            touched.append(group)
-            del token_ids[num_draws:]
-            seq.num_pending -= num_draws
-            seq.scores.append(scores)
-            seq.score_rows.append(row)
-            if (  # the common case, kept free of other work: no token is the last
-                len(seq.token_ids) + num_draws < seq.prompt_len + group.max_tokens
-                and group.stop_token_ids.isdisjoint(token_ids)
-            ):
-                seq.token_ids += token_ids
-                num_taken += num_draws
+        draws, table = plan.draws, self._rows
+        steps = [(result.token_ids, result.scores), *result.later]
+        token_ids = np.stack([drawn for drawn, _ in steps])
+        rows, num_draws, is_owned = draws.rows, draws.num_tokens, table.owned(draws.rows, draws.seq_ids)
+        is_steady = is_owned if table.is_all_steady else is_owned & table.is_steady[rows]
+        num_steady = np.count_nonzero(is_steady)
+        touched = table.groups_of(rows if num_steady == len(rows) else rows[is_owned])
+        is_left = is_owned  # rows whose tokens are for the sequences themselves
+        if num_steady > 0:
+            logprobs = np.stack([scores.logprobs for _, scores in steps])
+            if num_steady == len(rows):
+                is_left = table.take(rows, num_draws, token_ids, logprobs)
             else:
-                self._take_last(group, seq, token_ids)
-        self.num_output_tokens += num_taken
+                steady = np.flatnonzero(is_steady)
+                is_left = is_owned & ~is_steady
+                is_left[steady] = table.take(rows[steady], num_draws[steady], token_ids[:, steady], logprobs[:, steady])
+        self.num_output_tokens += int(num_draws[is_owned].sum())
+        if is_left.any():
+            self._take_left(plan, token_ids, [scores for _, scores in steps], is_left)
         return touched
 
-    def _take_last(self, group: SequenceGroup, seq: Sequence, token_ids: list[int]) -> None:
+    def _take_left(
+        self,
+        plan: StepPlan,
+        token_ids: Int32[np.ndarray, "steps draws"],
+        scores: list[TokenScores],
+        is_left: Bool[np.ndarray, " draws"],
+    ) -> None:
+        """Append the tokens of some draws one by one, as far as the sequences go."""
+        for draw in np.flatnonzero(is_left).tolist():
+            row, num_draws = int(plan.draws.rows[draw]), int(plan.draws.num_tokens[draw])
+            group, seq = self._rows.member(row)
+            drawn = token_ids[:num_draws, draw].tolist()
+            if self._rows.append(seq, drawn, scores, draw):
+                continue
+            self._rows.hand_over(seq, num_draws)
+            self._take_last(group, seq, list(zip(drawn, scores, strict=False)), draw)
+
+    def _take_last(self, group: SequenceGroup, seq: Sequence, drawn: list[tuple[int, TokenScores]], draw: int) -> None:
         """Append drawn tokens up to the one that ends the sequence, if there is one."""
-        for token_id in token_ids:
-            seq.token_ids.append(token_id)
-            self.num_output_tokens += 1
-            if token_id in group.stop_token_ids and seq.num_outputs > group.request.params.min_tokens:
-                return self.finish(group, seq, FinishReason.STOP)
-            if seq.num_outputs >= group.max_tokens:
-                return self.finish(group, seq, FinishReason.LENGTH)
+        for num_left, (token_id, scores) in zip(reversed(range(len(drawn))), drawn, strict=True):
+            seq.append([token_id], scores, range(draw, draw + 1))
+            is_stop = token_id in group.stop_token_ids and seq.num_outputs > group.request.params.min_tokens
+            if is_stop or seq.num_outputs >= group.max_tokens:
+                self.num_output_tokens -= num_left
+                return self.finish(group, seq, FinishReason.STOP if is_stop else FinishReason.LENGTH)
+        self._rows.join(seq)
 
     # Beams --------------------------------------------------------------------------------------------------------
 
@@ -168,23 +207,26 @@ class Outcome:
         continuations = group.beam.advance([seq.output_token_ids for seq in live], candidates)
         successors: list[Sequence] = []
         group.sequences = successors
-        kept: set[int] = set()
+        kept = {live[beam.parent].seq_id for beam in continuations}
+        for seq in live:
+            if seq.seq_id not in kept:  # their rows are for the children
+                self._rows.leave(seq)
+                self._blocks.free(seq.seq_id)
+                self._roster.remove_sequence(seq)
         for beam in continuations:
             parent = live[beam.parent]
             if parent.seq_id in kept:
+                kept.remove(parent.seq_id)
+                child = parent
+                successors.append(child)
+            else:
                 child = self._roster.fork_sequence(group, parent)
                 self._blocks.fork(parent.seq_id, child.seq_id)
                 child.state = SequenceState.RUNNING
-            else:
-                kept.add(parent.seq_id)
-                child = parent
-                successors.append(child)
+                self._rows.enter(group, child)
+                self._rows.hold(child)
             child.token_ids.append(beam.token_id)
             child.cumulative_logprob = beam.cumulative_logprob
-        for seq in live:
-            if seq.seq_id not in kept:
-                self._blocks.free(seq.seq_id)
-                self._roster.remove_sequence(seq)
         if not continuations:
             self._end_search(group)
 

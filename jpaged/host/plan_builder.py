@@ -2,34 +2,69 @@
 
 from collections import defaultdict
 
-from jpaged.contract.plan import BeamSelect, BlockCopy, Chunk, PromptScore, Sample, StepPlan
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from jpaged.contract.draws import Draws, ExtrasBuilder
+from jpaged.contract.plan import NO_CHUNKS, BeamSelect, BlockCopy, Chunks, PromptScore, StepPlan
+from jpaged.contract.rows import ON_DEVICE
+from jpaged.host.rows import Decodes, RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 
 
 class PlanBuilder:
-    """Collects one step.
+    """Collects one step: first what steady rows decode, then chunks one by one.
 
     Args:
+        rows: the rows of the running sequences.
         budget: tokens that may still be added; goes down.
-        copies: those already decided; the scheduler adds more.
+        copies: the copies decided so far; the scheduler adds more.
     """
 
-    def __init__(self, budget: int, copies: list[BlockCopy]):
+    def __init__(self, rows: RowTable, budget: int, copies: list[BlockCopy]):
         self.budget = budget
         self.copies = copies
-        self._chunks: list[Chunk] = []
-        self._samples: list[Sample] = []
+        self._rows = rows
+        self._decodes: Decodes | None = None
+        self._positions: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
+        self._num_draws: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
+        self._extras = ExtrasBuilder()
+        self._chunks: list[tuple[int, int, int, int]] = []  # row, sequence, start, length
+        self._token_ids: list[int] = []
+        self._draws: list[tuple[int, int, int]] = []  # row, sequence, chunk
         self._prompt_scores: list[PromptScore] = []
         self._beams: defaultdict[SequenceGroup, list[int]] = defaultdict(list)
 
-    def add(self, group: SequenceGroup, seq: Sequence, num_tokens: int, block_table: list[int]) -> None:
+    @property
+    def num_chunks(self) -> int:
+        """Chunks so far."""
+        return len(self._num_draws) + len(self._chunks)
+
+    def decode(self, decodes: Decodes, num_draws: Int32[np.ndarray, " decodes"]) -> None:
+        """Let steady rows feed their newest token and draw; called once, before anything is added.
+
+        Args:
+            decodes: the rows.
+            num_draws: tokens that each draws.
+        """
+        if len(num_draws) == 0:
+            return
+        self._decodes, self._num_draws = decodes, num_draws
+        self._positions = self._rows.draw(decodes, num_draws)
+        self.budget -= len(num_draws)
+        for index in decodes.biased:
+            group, _ = self._rows.member(int(decodes.rows[index]))
+            self._extras.add(index, group.request.params, (), (), ())
+
+    def add(self, group: SequenceGroup, seq: Sequence, num_tokens: int) -> None:
         """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits."""
-        start, num_known, total = seq.num_computed, len(seq.token_ids), seq.num_tokens
+        start, total = seq.num_computed, seq.num_tokens
         stop = start + min(num_tokens, self.budget)
-        index = len(self._chunks)
-        # A token that is pending is fed alone: all before it have been computed.
-        token_ids = [~seq.pending_row] if start >= num_known else seq.token_ids[start:stop]
-        self._chunks.append(Chunk(seq.seq_id, token_ids, start, seq.prompt_len, block_table))
+        index = self.num_chunks
+        assert seq.row is not None
+        self._chunks.append((seq.row, seq.seq_id, start, stop - start))
+        # A pending token is fed alone: all before it have been computed.
+        self._token_ids += seq.token_ids[start:stop] if start < len(seq.token_ids) else [ON_DEVICE]
         self.budget -= stop - start
         seq.num_computed = stop
         if start < seq.prompt_len - 1 and group.needs_prompt_scores:
@@ -45,27 +80,68 @@ class PlanBuilder:
             for other in group.sequences:
                 if other.state is SequenceState.UNFORKED:
                     self._draw(group, other, index)
+        self._rows.join(seq)
 
     def _draw(self, group: SequenceGroup, seq: Sequence, chunk: int) -> None:
         """Draw the next token of ``seq`` from the logits of a chunk."""
         params = group.request.params
-        history = (group.request.prompt_token_ids, seq.output_token_ids) if params.has_penalties else ((), ())
-        position, row = seq.num_tokens, len(self._samples)
-        banned = _banned(group, seq)
-        self._samples.append(Sample(seq.seq_id, chunk, position, seq.seed, params, banned, *history))
-        seq.pending_row = row
+        assert seq.row is not None
+        draw = len(self._num_draws) + len(self._draws)
+        output_token_ids = seq.output_token_ids if params.has_penalties else []
+        self._extras.add(draw, params, _banned(group, seq), group.request.prompt_token_ids, output_token_ids)
+        self._draws.append((seq.row, seq.seq_id, chunk))
         seq.num_pending += 1
 
     def build(self, to_host: tuple[BlockCopy, ...], from_host: tuple[BlockCopy, ...]) -> StepPlan:
+        """The plan. One without chunks leaves changed rows to the next."""
+        copies = tuple(self.copies)
+        if self.num_chunks == 0:
+            return StepPlan(copies=copies, to_host=to_host, from_host=from_host)
         return StepPlan(
-            copies=tuple(self.copies),
-            chunks=tuple(self._chunks),
-            samples=tuple(self._samples),
-            prompt_scores=tuple(self._prompt_scores),
-            beams=tuple(_select(group, chunks) for group, chunks in self._beams.items()),
+            copies=copies,
             to_host=to_host,
             from_host=from_host,
+            changes=self._rows.take_changes(),
+            chunks=self._build_chunks(),
+            draws=self._build_draws(),
+            prompt_scores=tuple(self._prompt_scores),
+            beams=tuple(_select(group, chunks) for group, chunks in self._beams.items()),
+            num_steps=int(self._num_draws.max(initial=1)),
         )
+
+    def _build_chunks(self) -> Chunks:
+        num_decodes = len(self._num_draws)
+        token_ids = np.full(num_decodes + len(self._token_ids), ON_DEVICE, np.int32)
+        rows, seq_ids = self._steady()
+        decodes = rows, seq_ids, self._positions - 1, np.ones(num_decodes, np.int32)
+        if not self._chunks:
+            return Chunks(*decodes, token_ids)
+        token_ids[num_decodes:] = self._token_ids
+        added = np.array(self._chunks, np.int64).T
+        rows, seq_ids, starts, lens = (
+            np.concatenate([decoding, column.astype(decoding.dtype)])
+            for decoding, column in zip(decodes, added, strict=True)
+        )
+        return Chunks(rows, seq_ids, starts, lens, token_ids)
+
+    def _build_draws(self) -> Draws:
+        rows, seq_ids = self._steady()
+        chunks, num_tokens = np.arange(len(rows), dtype=np.int32), self._num_draws
+        if not self._draws:
+            num_logprobs = None if self._decodes is None else self._decodes.num_logprobs
+            return Draws(rows, seq_ids, chunks, num_tokens, num_logprobs, self._extras.build())
+        added = np.array(self._draws, np.int64).T
+        rows, chunks = (
+            np.concatenate([old, new.astype(np.int32)]) for old, new in ((rows, added[0]), (chunks, added[2]))
+        )
+        seq_ids = np.concatenate([seq_ids, added[1]])
+        num_tokens = np.concatenate([num_tokens, np.ones(len(self._draws), np.int32)])
+        return Draws(rows, seq_ids, chunks, num_tokens, self._rows.num_logprobs(rows), self._extras.build())
+
+    def _steady(self) -> tuple[Int32[np.ndarray, " decodes"], Int64[np.ndarray, " decodes"]]:
+        if self._decodes is None:
+            return NO_CHUNKS.rows, NO_CHUNKS.seq_ids
+        return self._decodes.rows, self._decodes.seq_ids
 
 
 def _select(group: SequenceGroup, chunks: list[int]) -> BeamSelect:

@@ -2,13 +2,19 @@
 
 from typing import NamedTuple
 
-from jpaged.contract.plan import BlockCopy, Costs
+import numpy as np
+from jaxtyping import Int32
+
+from jpaged.contract.costs import Costs
+from jpaged.contract.plan import BlockCopy
 from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
 from jpaged.host.line import Line
 from jpaged.host.outcome import Outcome
+from jpaged.host.policies.order import schedule_order
 from jpaged.host.policies.restore import is_swap_cheaper
 from jpaged.host.policies.victim import choose_victim
+from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState, num_shared_tokens
 
 
@@ -25,11 +31,6 @@ class Feed(NamedTuple):
         return self.target - self.seq.num_computed
 
 
-def feeds_of(group: SequenceGroup) -> list[Feed]:
-    """The tokens that each running sequence of a group should feed next."""
-    return [Feed(group, seq, target) for seq, target in group.targets()]
-
-
 class Preemption:
     """Gives running sequences the blocks that they write next, and preempts groups where blocks are short.
 
@@ -40,10 +41,13 @@ class Preemption:
         line: the groups that wait and run.
         admission: what the first waiting group takes.
         outcome: frees and publishes the blocks of a sequence.
+        rows: the rows of the running sequences.
         kind: "swap", "recompute", or "auto": the cheaper one. A full host pool always means recompute.
     """
 
-    def __init__(self, blocks: BlockManager, line: Line, admission: Admission, outcome: Outcome, *, kind: str) -> None:
+    def __init__(
+        self, blocks: BlockManager, line: Line, admission: Admission, outcome: Outcome, rows: RowTable, *, kind: str
+    ) -> None:
         self.num_preemptions = 0
         self.num_swaps_out = 0
         self._kind = kind
@@ -51,6 +55,7 @@ class Preemption:
         self._line = line
         self._admission = admission
         self._outcome = outcome
+        self._rows = rows
 
     def yield_to_first(self, costs: Costs | None) -> None:
         """Preempt groups of lower priority than the first waiting group, if and while that lets it start.
@@ -82,45 +87,69 @@ class Preemption:
         is_needed = rows_short > 0 or start.num_short > 0
         return lower if is_needed and start.num_short <= num_blocks else []
 
-    def make_room(self, costs: Costs | None) -> tuple[list[Feed], list[BlockCopy]]:
+    def feeds(self) -> list[Feed]:
+        """The tokens that each running sequence should feed next, in schedule order; steady rows are left out."""
+        groups = sorted(self._rows.restless_groups(), key=schedule_order)
+        return [Feed(group, seq, target) for group in groups for seq, target in group.targets() if not seq.is_steady]
+
+    def make_room(self, costs: Costs | None) -> list[BlockCopy]:
         """Give every running sequence the blocks for all its tokens; preempt from the back while blocks are short.
 
         Args:
             costs: as in ``yield_to_first``.
 
         Returns:
-            The feeds of the groups that still run, and the copies to make before.
+            The copies to make before.
         """
-        feeds: list[Feed] = []
-        copies: list[BlockCopy] = []
-        index = 0
+        decodes = self._rows.decodes().rows
+        copies = self.append(decodes, np.ones_like(decodes), self.feeds())
+        if copies is not None:
+            return copies
+        copies, index = [], 0
         while index < len(self._line.running):
             group = self._line.running[index]
-            group_feeds = feeds_of(group)
-            while (group_copies := self.append(group_feeds)) is None:
+            while (group_copies := self._append_group(group)) is None:
                 victim = choose_victim(self._line.running)
                 self._preempt(victim, costs)
                 if victim is group:
-                    return feeds, copies
-            feeds += group_feeds
+                    return copies
             copies += group_copies
             index += 1
-        return feeds, copies
+        return copies
 
-    def append(self, feeds: list[Feed]) -> list[BlockCopy] | None:
-        """Give sequences the blocks that their feeds lack. Returns None, without effect, if blocks are short."""
-        held = self._blocks.num_tokens
-        missing = [
-            (seq.seq_id, target - num_held) for _, seq, target in feeds if (num_held := held(seq.seq_id)) < target
-        ]
-        return self.append_all(missing)
+    def append(
+        self, decodes: Int32[np.ndarray, " decodes"], num_draws: Int32[np.ndarray, " decodes"], feeds: list[Feed]
+    ) -> list[BlockCopy] | None:
+        """Give sequences the blocks that they lack. Returns None, without effect, if blocks are short.
 
-    def append_all(self, missing: list[tuple[int, int]]) -> list[BlockCopy] | None:
-        """As ``append``, for (seq_id, number of tokens)."""
+        Args:
+            decodes: steady rows.
+            num_draws: tokens that each of them draws.
+            feeds: tokens that other sequences feed.
+        """
+        rows = self._rows
+        growing, num_tokens = rows.missing(decodes, rows.positions[decodes] - 1 + num_draws)
+        if feeds:
+            fed = np.array([seq.row for _, seq, _ in feeds], np.int32)
+            more = np.array([target for _, _, target in feeds], np.int32) - rows.capacity[fed]
+            growing = np.concatenate([growing, fed[more > 0]])
+            num_tokens = np.concatenate([num_tokens, more[more > 0]])
+        if len(growing) == 0:
+            return []
         try:
-            return self._blocks.append_all(missing)
+            copies = self._blocks.append_all(
+                list(zip(rows.seq_ids[growing].tolist(), num_tokens.tolist(), strict=True))
+            )
         except OutOfBlocks:
             return None
+        rows.grow(growing, num_tokens)
+        return copies
+
+    def _append_group(self, group: SequenceGroup) -> list[BlockCopy] | None:
+        steady = [seq for seq, _ in group.targets() if seq.is_steady]
+        decodes = np.array([seq.row for seq in steady], np.int32)
+        feeds = [Feed(group, seq, target) for seq, target in group.targets() if not seq.is_steady]
+        return self.append(decodes, np.ones_like(decodes), feeds)
 
     def drop_blocks(self, group: SequenceGroup, *, is_trusted: bool = True) -> None:
         """Free all blocks of an unfinished group, which will compute its tokens again."""
@@ -145,6 +174,8 @@ class Preemption:
         seq_ids = [seq.seq_id for seq in members]
         if self._kind == "recompute" or self._blocks.num_host_blocks == 0:
             return False
+        for seq in members:
+            self._outcome.publish(seq)  # blocks that the host caches already are not moved
         ticket = self._blocks.to_swap_out(seq_ids)
         if self._kind == "auto" and costs is not None:
             # Blocks that others hold stay on the device, whichever way the group comes back.
@@ -164,4 +195,6 @@ class Preemption:
             return False
         for seq in members:
             seq.state = SequenceState.SWAPPED
+        for seq in group.unfinished:
+            self._rows.leave(seq)
         return True

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.blocks.tier import TwoTiers
 from jpaged.host.sequence import SequenceGroup
 
 
@@ -33,11 +33,11 @@ class Refusal:
     num_cached: int
     lacking: bytes | None
 
-    def stands(self, group: SequenceGroup, blocks: BlockManager, *, is_running: bool) -> bool:
+    def stands(self, group: SequenceGroup, tiers: TwoTiers, *, is_running: bool) -> bool:
         """Whether the first waiting group is known to be still short of blocks."""
         if group is not self.group or group.num_rows != self.num_rows or is_running != self.is_running:
             return False
-        num_gained = blocks.num_blocks_freed - self.num_freed
+        num_gained = tiers.device.num_freed - self.num_freed
         if self.is_on_host:
-            num_gained += blocks.num_blocks_cached - self.num_cached
-        return num_gained < self.num_short and (self.lacking is None or not blocks.is_cached(self.lacking))
+            num_gained += tiers.device.cache.num_inserted - self.num_cached
+        return num_gained < self.num_short and (self.lacking is None or not tiers.is_cached(self.lacking))

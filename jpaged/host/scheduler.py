@@ -1,23 +1,28 @@
 """Decides, for each iteration, which sequences run and with which blocks: admit, chunk, preempt, resume, finish."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from jpaged.contract.plan import BlockCopy, Costs, DecodeChunks, DecodeSamples, StepPlan, StepResult
+import numpy as np
+from jaxtyping import Int32
+
+from jpaged.contract.costs import Costs
+from jpaged.contract.plan import BlockCopy, StepPlan
+from jpaged.contract.result import StepResult
 from jpaged.host.admission import Admission
-from jpaged.host.blocks.manager import BlockManager
-from jpaged.host.decode_batch import DecodeBatch
+from jpaged.host.blocks.manager import BlockManager, BlockStats
 from jpaged.host.entry import Entry
 from jpaged.host.line import Line
 from jpaged.host.outcome import Outcome
 from jpaged.host.pins import Pins
 from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.policies.budget import find_token_budget
-from jpaged.host.preemption import Feed, Preemption, feeds_of
+from jpaged.host.preemption import Feed, Preemption
 from jpaged.host.roster import Roster
+from jpaged.host.rows import Decodes, RowTable
 from jpaged.host.search.beam import BeamSearch
 from jpaged.host.sequence import Sequence, SequenceGroup
-from jpaged.request import FinishReason, Request
+from jpaged.request import FinishReason, Request, Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class Scheduler:
         self.roster = Roster(blocks.block_size)
         self.line = Line()
         self.pins = Pins(blocks)
+        self.rows = RowTable(max_num_seqs, blocks)
         self._admission = Admission(
             blocks,
             self.roster,
@@ -100,25 +106,28 @@ class Scheduler:
             max_model_len=max_model_len,
             eos_token_ids=self.eos_token_ids,
         )
-        self._outcome = Outcome(blocks, self.roster, self.line, self.pins)
-        self._preemption = Preemption(blocks, self.line, self._admission, self._outcome, kind=preemption)
-        self._entry = Entry(blocks, self.line, self._admission, self._outcome)
+        self._outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows)
+        self._preemption = Preemption(blocks, self.line, self._admission, self._outcome, self.rows, kind=preemption)
+        self._entry = Entry(blocks, self.line, self._admission, self._outcome, self.rows)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can
-        self._batch: DecodeBatch | None = None  # the batch of the newest plan in flight, if it only decodes
         self._num_steps = 0
         self._num_logical_blocks = 0
         self._num_physical_blocks = 0
 
     # Requests -----------------------------------------------------------------------------------------------------
 
-    def check(self, request: Request) -> None:
-        """Raise ValueError, with the arithmetic, if ``request`` could never run to its end here."""
-        self._admission.check(request)
+    def check(self, request: Request) -> Terms:
+        """Raise ValueError, with the arithmetic, if ``request`` could never run to its end here.
+
+        Returns:
+            The terms of the request; with these, ``add`` does not check it again.
+        """
+        return self._admission.check(request)
 
     def add(self, request: Request) -> SequenceGroup:
         """Queue a request, its seed settled. Raises what ``check`` raises, changing nothing."""
-        terms = self._admission.check(request)
+        terms = self._admission.settle(request)
         group = self.roster.new_group(request, terms.max_tokens, terms.stop_token_ids)
         if request.params.use_beam_search:
             group.beam = BeamSearch(request.params, terms.max_tokens, terms.stop_token_ids)
@@ -179,9 +188,9 @@ class Scheduler:
         self._preemption.num_preemptions += self.line.preempt_all()
         self._num_in_flight = 0
         for group in self.roster.groups:
+            self._preemption.drop_blocks(group, is_trusted=False)
             for seq in group.unfinished:
                 seq.num_pending = 0
-            self._preemption.drop_blocks(group, is_trusted=False)
         self._entry.forget()
         for pin in self.pins.requeue_all():
             self._enqueue(pin)
@@ -212,6 +221,13 @@ class Scheduler:
             num_physical_blocks=self._num_physical_blocks,
         )
 
+    def block_stats(self) -> BlockStats:
+        """Count what the pools hold; a steady row has its last block to itself, and fills it step by step."""
+        self._outcome.publish_due()
+        stats = self.blocks.stats()
+        num_slots, tokens_held = stats.num_used * self.blocks.block_size, stats.tokens_held - self.rows.num_unwritten
+        return replace(stats, tokens_held=tokens_held, waste=1 - tokens_held / num_slots if num_slots else 0.0)
+
     def _enter(self, group: SequenceGroup, num_sequences: int) -> None:
         for index in range(num_sequences):
             self.roster.new_sequence(group, index, list(group.request.prompt_token_ids))
@@ -227,77 +243,70 @@ class Scheduler:
         """Plan one step. It has no chunks only if no request is unfinished, or if all come back in the next step."""
         assert self._num_in_flight == 0, "the results of the step before come first"
         self.line.begin_plan()
+        self._publish_due()
         self._preemption.yield_to_first(self.costs)
         num_preemptions = self._preemption.num_preemptions
-        feeds, copies = self._preemption.make_room(self.costs)
-        plan = self._plan(feeds, copies, may_admit=self._preemption.num_preemptions == num_preemptions)
+        copies = self._preemption.make_room(self.costs)
+        decodes = self.rows.decodes()
+        may_admit = self._preemption.num_preemptions == num_preemptions
+        plan = self._plan(decodes, np.ones_like(decodes.rows), self._preemption.feeds(), copies, may_admit=may_admit)
         self._send_off(plan)
         return plan
 
     def schedule_ahead(self) -> StepPlan | None:
         """Plan the step after the one in flight; None if that one's results come first, or if there is nothing to do.
 
-        No group is preempted before it is known which sequences end.
+        If decoding is all there is to do, several steps are planned at once. No group is preempted before it is known
+        which sequences end.
         """
         assert self._num_in_flight == 1
+        self._publish_due()
         if not self._can_be_followed or self._preemption.groups_to_yield():
             return None
         self._entry.land()  # the plan in flight loads nothing: groups that resumed found all their blocks on the device
         self.line.begin_plan()
-        if (plan := self._decode_on()) is not None:
-            return plan
-        feeds = [feed for group in self.line.running for feed in feeds_of(group)]
-        copies = self._preemption.append(feeds)
-        if copies is None:
+        decodes, feeds = self.rows.decodes(), self._preemption.feeds()
+        may_admit = self._admission.can_admit_first()
+        may_burst = self.max_burst > 1 and not may_admit and self.rows.is_all_steady
+        for most in (self.max_burst, 1) if may_burst else (1,):
+            num_draws = self.rows.num_draws(decodes, most)
+            copies = self._preemption.append(decodes.rows, num_draws, feeds)
+            if copies is not None:
+                break
+        else:
             return None
-        plan = self._plan(feeds, copies)
+        plan = self._plan(decodes, num_draws, feeds, copies, may_admit=may_admit)
         if plan.is_empty:
             return None
         self._send_off(plan)
         return plan
 
-    def _decode_on(self) -> StepPlan | None:
-        """Let all running sequences draw their next tokens, if that is all there is to do: one step or several.
+    def _publish_due(self) -> None:
+        """Publish the blocks that decodes filled, if a group may match them now."""
+        if self.line.first is not None:
+            self._outcome.publish_due()
 
-        Most steps are of this kind. Its cost follows the work done for each sequence.
-        """
-        if self._admission.can_admit_first():
-            return None
-        batch = self._batch or DecodeBatch.find(self.line.running, self.blocks)
-        batch = batch and batch.those_that_go_on()
-        if not batch or not batch.seqs:
-            return None
-        seq_ids = [seq.seq_id for seq in batch.seqs]
-        for most in (self.max_burst, 1):
-            num_draws = batch.num_draws(most)
-            copies = self._preemption.append_all(list(zip(seq_ids, num_draws.tolist(), strict=True)))
-            if copies is not None:
-                break
-        else:
-            return None
-        assert not copies, "a sequence that wrote to a block in the plan before owns that block"
-        batch, decodes = batch.draw(num_draws)
-        transfers = self.blocks.take_transfers()
-        assert not transfers.from_host, "only an admission loads blocks"
-        plan = StepPlan(
-            chunks=DecodeChunks(decodes),
-            samples=DecodeSamples(decodes),
-            to_host=transfers.to_host,
-            num_steps=int(num_draws.max()),
-        )
-        self._send_off(plan, batch)
-        return plan
-
-    def _plan(self, feeds: list[Feed], copies: list[BlockCopy], *, may_admit: bool = True) -> StepPlan:
+    def _plan(
+        self,
+        decodes: Decodes,
+        num_draws: Int32[np.ndarray, " decodes"],
+        feeds: list[Feed],
+        copies: list[BlockCopy],
+        *,
+        may_admit: bool,
+    ) -> StepPlan:
         """Plan one step: decodes, chunks of running prompts, and the groups that can be admitted."""
-        budget = find_token_budget(
-            [feed.num_tokens for feed in feeds],
-            ((group.num_rows, group.prompt_len) for group in (self.line.waiting if may_admit else ())),
-            max_num_seqs=self.max_num_seqs,
-            max_num_tokens=self.max_num_batched_tokens,
-            step_sizes=self.step_sizes,
-        )
-        plan = PlanBuilder(budget, copies)
+        budget = self.max_num_batched_tokens
+        if feeds or may_admit:
+            budget = find_token_budget(
+                [1] * len(num_draws) + [feed.num_tokens for feed in feeds],
+                ((group.num_rows, group.prompt_len) for group in (self.line.waiting if may_admit else ())),
+                max_num_seqs=self.max_num_seqs,
+                max_num_tokens=self.max_num_batched_tokens,
+                step_sizes=self.step_sizes,
+            )
+        plan = PlanBuilder(self.rows, budget, copies)
+        plan.decode(decodes, num_draws)
         self._compute_all(plan, feeds)
         if may_admit:
             self._entry.admit(plan)
@@ -310,19 +319,18 @@ class Scheduler:
         for feed in feeds:
             num_tokens = feed.num_tokens
             if num_tokens == 1:
-                plan.add(feed.group, feed.seq, 1, self.blocks.block_table(feed.seq.seq_id))
+                plan.add(feed.group, feed.seq, 1)
             elif num_tokens > 1:
                 chunks.append(feed)
         for feed in chunks:
             if plan.budget > 0:
                 start = feed.seq.num_computed
-                plan.add(feed.group, feed.seq, feed.num_tokens, self.blocks.block_table(feed.seq.seq_id))
+                plan.add(feed.group, feed.seq, feed.num_tokens)
                 self._outcome.publish_planned(feed.seq, start)
 
-    def _send_off(self, plan: StepPlan, batch: DecodeBatch | None = None) -> None:
+    def _send_off(self, plan: StepPlan) -> None:
         """Mark the plan as in flight, and add its blocks to the sums; blocks that only pins hold do not count."""
         self._num_in_flight += 1
-        self._batch = batch
         self._can_be_followed = plan.can_be_followed
         self._num_steps += plan.num_steps
         pins = self.pins.held_seq_ids
@@ -336,7 +344,6 @@ class Scheduler:
         """Forget the oldest plan in flight, instead of ``update``: its results are not needed."""
         self._num_in_flight -= 1
         if self._num_in_flight == 0:  # otherwise it loaded nothing
-            self._batch = None
             self._entry.land()
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
@@ -349,21 +356,19 @@ class Scheduler:
             The groups that gained tokens, each once, in plan order.
         """
         self.drop()
-        outcome, sequences = self._outcome, self.roster.sequences
-        if plan.decodes is None:
-            outcome.settle_chunks(plan.chunks)
+        outcome, sequences, chunk_seq_ids = self._outcome, self.roster.sequences, plan.chunks.seq_ids
+        outcome.settle_chunks(plan)
         for score, piece in zip(plan.prompt_scores, result.prompt_scores, strict=True):
-            seq_id = plan.chunks[score.chunk].seq_id
-            if seq_id in sequences:
-                sequences[seq_id][0].prompt_scores.append(piece)
+            if (member := sequences.get(int(chunk_seq_ids[score.chunk]))) is not None:
+                member[0].prompt_scores.append(piece)
         touched = dict.fromkeys(outcome.take_tokens(plan, result))
-        if plan.decodes is not None:
-            outcome.publish_drawn(plan.decodes)
+        outcome.note_decoded(plan)
         for select, candidates in zip(plan.beams, result.beams, strict=True):
-            seq_ids = [plan.chunks[chunk].seq_id for chunk in select.chunks]
-            if seq_ids[0] not in sequences:
+            members = [sequences.get(int(chunk_seq_ids[chunk])) for chunk in select.chunks]
+            live = [member[1] for member in members if member is not None]
+            if members[0] is None:
                 continue
-            group, live = sequences[seq_ids[0]][0], [sequences[seq_id][1] for seq_id in seq_ids]
-            outcome.advance_beams(group, live, candidates)
-            touched[group] = None
+            assert len(live) == len(members), "beams end together"
+            outcome.advance_beams(members[0][0], live, candidates)
+            touched[members[0][0]] = None
         return list(touched)

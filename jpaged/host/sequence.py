@@ -1,9 +1,13 @@
-"""Sequences and sequence groups: what the scheduler knows of a request under way."""
+"""Sequences and sequence groups: the host's state of an unfinished request."""
 
 import enum
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from jpaged.contract.plan import TokenScores
+import numpy as np
+from jaxtyping import Int32
+
+from jpaged.contract.result import TokenScores
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.search.beam import BeamSearch
 from jpaged.request import FinishReason, Request
@@ -24,41 +28,132 @@ class SequenceState(enum.Enum):
         return self in (SequenceState.LOADING, SequenceState.RUNNING, SequenceState.SWAPPED)
 
 
-@dataclass(slots=True, eq=False)
+class Columns(Protocol):
+    """The columns of the row table that own the state of a steady sequence."""
+
+    positions: Int32[np.ndarray, " rows"]
+    known: Int32[np.ndarray, " rows"]
+
+    def flush(self, row: int) -> None: ...
+
+
 class Sequence:
     """One completion of a request: its tokens and how many of them are in the pool. Written by the scheduler alone.
 
-    Args:
+    While the sequence is steady (``RowTable``), the columns of its row own its state, and what is read here comes from
+    there.
+
+    Attributes:
         seq_id: unique in the engine; the key of its block table.
-        index: which of its request's completions it is.
+        index: number of the completion within its request.
         seed: its own 32-bit seed.
-        token_ids: prompt and output, in order.
         prompt_len: how many of ``token_ids`` are the prompt.
-        num_computed: leading tokens whose K/V are in the pool, counting those of the steps planned.
-        num_pending: tokens that the steps planned will add to ``token_ids``.
-        pending_row: the sample of the newest plan that brings the last of them.
-        scores, score_rows: of each plan that brought tokens, the scores of its steps, and this sequence's row in them.
-            Empty in beam search.
-        cumulative_logprob: of beam search: of the output tokens.
-        score: of beam search, once finished.
-        hashed: ``token_ids`` with the hashes of their blocks.
+        row: its row id while it runs; None otherwise.
+        is_steady: whether columns own its state; written by the row table.
+        state: where the sequence is.
+        finish_reason: why it ended; None before.
+        cumulative_logprob: log-probability of the output tokens of a beam; None outside of a beam search.
+        score: score of a finished beam; None otherwise.
     """
 
-    seq_id: int
-    index: int
-    seed: int
-    token_ids: list[int]
-    prompt_len: int
-    num_computed: int = 0
-    num_pending: int = 0
-    pending_row: int = 0
-    state: SequenceState = SequenceState.WAITING
-    finish_reason: FinishReason | None = None
-    scores: list[tuple[TokenScores, ...]] = field(default_factory=list)
-    score_rows: list[int] = field(default_factory=list)
-    cumulative_logprob: float | None = None
-    score: float | None = None
-    hashed: HashedTokens = field(init=False)
+    __slots__ = (
+        "_hashed",
+        "_num_computed",
+        "_num_pending",
+        "_rows",
+        "_scores",
+        "_token_ids",
+        "cumulative_logprob",
+        "finish_reason",
+        "index",
+        "is_steady",
+        "prompt_len",
+        "row",
+        "score",
+        "seed",
+        "seq_id",
+        "state",
+    )
+
+    def __init__(self, seq_id: int, index: int, seed: int, token_ids: list[int], prompt_len: int) -> None:
+        self.seq_id = seq_id
+        self.index = index
+        self.seed = seed
+        self.prompt_len = prompt_len
+        self.row: int | None = None
+        self.is_steady = False
+        self.state = SequenceState.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.cumulative_logprob: float | None = None
+        self.score: float | None = None
+        self._rows: Columns | None = None
+        self._token_ids = token_ids
+        self._hashed: HashedTokens | None = None
+        self._num_computed = 0
+        self._num_pending = 0
+        self._scores: list[tuple[TokenScores, range]] = []  # of the output tokens, in order, with their rows in them
+
+    def take_row(self, rows: Columns, row: int) -> None:
+        """Have a row of the table from now on."""
+        self._rows, self.row = rows, row
+
+    def leave_row(self) -> None:
+        """Have no row any more."""
+        self._rows = self.row = None
+
+    def append(self, token_ids: list[int], scores: TokenScores, rows: range) -> None:
+        """Append tokens that were drawn, each with its row of ``scores``."""
+        self._token_ids += token_ids
+        self._scores.append((scores, rows))
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output, in order."""
+        if self.is_steady:
+            assert self._rows is not None
+            assert self.row is not None
+            self._rows.flush(self.row)
+        return self._token_ids
+
+    @property
+    def hashed(self) -> HashedTokens:
+        """``token_ids`` with the hashes of their blocks."""
+        assert self._hashed is not None
+        if self.is_steady:
+            assert self._rows is not None
+            assert self.row is not None
+            self._rows.flush(self.row)
+        return self._hashed
+
+    @hashed.setter
+    def hashed(self, value: HashedTokens) -> None:
+        self._hashed = value
+
+    @property
+    def num_computed(self) -> int:
+        """Leading tokens whose K/V are in the pool, counting those of the steps planned."""
+        if self.is_steady:
+            assert self._rows is not None
+            return int(self._rows.positions[self.row]) - 1
+        return self._num_computed
+
+    @num_computed.setter
+    def num_computed(self, value: int) -> None:
+        assert not self.is_steady
+        self._num_computed = value
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that the steps planned will add to ``token_ids``."""
+        if self.is_steady:
+            assert self._rows is not None
+            return int(self._rows.positions[self.row] - self._rows.known[self.row])
+        return self._num_pending
+
+    @num_pending.setter
+    def num_pending(self, value: int) -> None:
+        assert not self.is_steady
+        self._num_pending = value
 
     @property
     def num_outputs(self) -> int:
@@ -66,8 +161,11 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output, with what is pending."""
-        return len(self.token_ids) + self.num_pending
+        """Prompt and output, with pending tokens."""
+        if self.is_steady:
+            assert self._rows is not None
+            return int(self._rows.positions[self.row])
+        return len(self._token_ids) + self._num_pending
 
     @property
     def num_known(self) -> int:
@@ -80,10 +178,10 @@ class Sequence:
 
     @property
     def output_scores(self) -> list[tuple[TokenScores, int]]:
-        """Of each output token, the scores it came with and its row in them. Empty in beam search."""
-        drawn = zip(self.scores, self.score_rows, strict=True)
-        # Of the last burst, a sequence that ended may have taken no more than the beginning.
-        return [(scores, row) for steps, row in drawn for scores in steps][: self.num_outputs]
+        """The scores that each output token came with, and its row in them. Empty in beam search."""
+        num_outputs = self.num_outputs
+        # A sequence that ended in a burst may have taken no more than the beginning of the burst.
+        return [(scores, row) for scores, rows in self._scores for row in rows][:num_outputs]
 
     @property
     def is_finished(self) -> bool:
@@ -149,15 +247,12 @@ class SequenceGroup:
                 return False
         return True
 
-    @property
-    def is_steady(self) -> bool:
-        """Whether its sequences draw each token as they drew the one before: nothing is forked, banned or penalised."""
+    def is_steady(self, seq: Sequence) -> bool:
+        """Whether a sequence draws each token as it drew the one before: nothing is forked, banned or penalised."""
         params = self.request.params
         if self.beam is not None or self.is_pin or self.fork_at is not None or params.has_penalties:
             return False
-        return not (
-            params.min_tokens and any(seq.num_tokens - seq.prompt_len < params.min_tokens for seq in self.unfinished)
-        )
+        return seq.num_tokens - seq.prompt_len >= params.min_tokens
 
     @property
     def needs_prompt_scores(self) -> bool:

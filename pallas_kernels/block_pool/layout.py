@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float32, Int, Real
 
 BlockPool = Real[Array, "num_blocks num_layers 2 num_kv_heads block_size head_dim"]
-"""K at index 0 of the third axis, V at index 1. Of a float type, or quantised."""
+"""Blocks of a float type or quantised, with K at index 0 of the third axis and V at index 1."""
 
 KvScales = Float32[Array, "num_blocks num_layers 2 num_kv_heads"]
 """Scales of a quantised pool. A block's scales have no meaning until a token at offset 0 has started the block."""

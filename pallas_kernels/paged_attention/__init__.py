@@ -66,9 +66,9 @@ def why_not_here(
 
 
 def pool_rows(num_kv_heads: int, head_dim: int, implementation: str, num_devices: int = 1) -> tuple[int, int]:
-    """KV heads and head_dim of the pool, as ``block_pool_shape`` takes them, that an implementation wants for a model.
+    """KV heads and head_dim of the pool that an implementation needs for a model, as ``block_pool_shape`` takes them.
 
-    They are the model's own, but that on TPUs narrow heads of one device lie side by side: see ``lane_layout``.
+    They are the model's own, except that on TPUs narrow heads of one device lie side by side (``lane_layout``).
     """
     if implementation == "pallas_tpu" and num_kv_heads % num_devices == 0:
         layout = lane_layout(num_kv_heads // num_devices, head_dim)
@@ -113,22 +113,22 @@ def paged_attention(
         q: queries of all rows, one row after the other, in float32, bfloat16 or float16. Tokens past the last row are
             padding, and come back as zeros.
         pool: the block pool, read only, of the same type as ``q`` or quantised.
-        layer: which layer of it, a static number.
+        layer: which layer of the pool, a static number.
         block_tables: physical block of each logical block of each row. Entries past a row's length are never used.
-        kv_lens: tokens of each row's sequence in the pool, those of this call included, so no fewer than its queries;
-            0 for padding rows.
+        kv_lens: tokens of each row's sequence in the pool, including the tokens of this call, so no fewer than the
+            row's queries; 0 for padding rows.
         cu_q_lens: row i owns ``q[cu_q_lens[i]:cu_q_lens[i + 1]]``, whose last token sits at ``kv_lens[i] - 1``.
         sm_scale: factor on the scores; ``1 / sqrt(head_dim)`` if None.
         sliding_window: a token at position p sees positions ``p - sliding_window + 1`` to p; all up to p if None.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
         alibi_slopes: adds ``slope * (kv_position - q_position)`` to each head's scores, after the cap.
-        sinks: one logit for each head that takes its share of the softmax and gives no value.
-        kv_scales: the scales of a quantised pool (``write_kv_quantized``), read only; None for any other.
-        into: what an earlier call over the same rows returned, and nobody reads any more: its memory may take the
-            result, and its padding need not be cleared once more.
+        sinks: one logit for each head, which takes its share of the softmax and gives no value.
+        kv_scales: the scales of a quantised pool (``write_kv_quantized``), read only; None for any other pool.
+        into: the result of an earlier call over the same rows, which no later operation reads. Its memory may take
+            this call's result, and its padding is zeros already.
         implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``. Over several devices,
-            "hopper" and "pallas_tpu" want ``jax.shard_map``.
-        interpret: run the kernels of the implementation named in Pallas's interpreter, on any device: to try them.
+            "hopper" and "pallas_tpu" need ``jax.shard_map``.
+        interpret: run the kernels of the implementation named in Pallas's interpreter, on any device.
 
     Returns:
         One output for each query, in q's type; sums are float32 throughout.
@@ -224,7 +224,9 @@ def _check_arrays(q: Array, pool: Array, layer: int, block_tables: Array, kv_len
     shape = shape_of(pool)
     num_heads, num_kv_heads = q.shape[1], shape.num_kv_heads
     if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
-        raise ValueError(f"q has {num_heads} heads and the pool {num_kv_heads} KV heads: expected a multiple of those")
+        raise ValueError(
+            f"q has {num_heads} heads and the pool {num_kv_heads} KV heads: expected a multiple of the KV heads"
+        )
     if q.shape[2] != shape.head_dim:
         raise ValueError(
             f"q has head_dim {q.shape[2]} and the pool {shape.head_dim}: expected the same; pad the smaller"

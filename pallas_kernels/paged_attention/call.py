@@ -94,7 +94,7 @@ class Call:
 
     @property
     def case(self) -> tuple[tuple[int, ...], jax.numpy.dtype, tuple[int, ...], jax.numpy.dtype]:
-        """What decides whether kernels take the call: shape and type of the queries and of the pool."""
+        """Shape and type of the queries and of the pool, which decide whether kernels take the call."""
         return self.q.shape, self.q.dtype, self.kv.pool.shape, self.kv.pool.dtype
 
 

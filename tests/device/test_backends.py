@@ -1,12 +1,18 @@
 """Backends: every feature of a layer reaches the kernels, and several devices give the tokens of one."""
 
+import re
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Rows
@@ -16,10 +22,12 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.device.runner import ModelRunner
 from jpaged.device.target import BACKENDS, TARGETS, target_of
 from jpaged.engine.loop import Engine
-from jpaged.models import LlamaConfig, LlamaForCausalLM, Rope
+from jpaged.models import LlamaConfig, LlamaForCausalLM, Rope, random_model
 from jpaged.models.spec import LayerSpec, check_head_arrays
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh, replicated
+from pallas_kernels.chips import here
+from tests.support import two_gpus
 from tests.support.oracles import greedy_without_cache, teacher_forced_logits
 
 TINY = LlamaConfig(
@@ -185,3 +193,50 @@ def test_whole_mesh_is_one_target():
     assert TARGETS["cpu"].resolve_dtype("auto", "bfloat16") == jnp.float32
     assert TARGETS["gpu"].resolve_dtype("auto", "bfloat16") == jnp.bfloat16
     assert TARGETS["cpu"].resolve_dtype("float16", "bfloat16") == jnp.float16
+
+
+HOPPER = {"attention_implementation": "hopper", "interpret": True}
+
+
+@pytest.fixture
+def hopper_interpreted(monkeypatch):
+    """Pallas's interpreter with one multiprocessor a device, on several devices.
+
+    A device that ends first would assert that no other device has barriers left.
+    """
+    monkeypatch.setattr(here, "num_sms", lambda: 1)
+    monkeypatch.setattr(gpu_callbacks, "call_assert_no_barriers_allocated", lambda token: token)
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@pytest.mark.usefixtures("hopper_interpreted")
+def test_two_devices_with_interpreted_hopper_kernels_give_the_tokens_of_one():
+    config, tokens = replace(TINY, num_layers=1), []
+    for size in (1, 2):
+        model = random_model(config, jnp.bfloat16, make_mesh(size), seed=3)
+        runner = make_runner(model, config, tensor_parallel_size=size, **HOPPER)
+        assert {shard.data.shape[3] for shard in runner.cache.pool.addressable_shards} == {2 // size}
+        tokens.append(greedy(runner, PROMPTS[:1], 2))
+    assert tokens[0] == tokens[1]
+
+
+def partitioned(directory: Path, num_tokens: int) -> str:
+    """A step for two Hopper GPUs, as XLA partitions and optimises it."""
+    command = [sys.executable, "-m", "tests.support.two_gpus", str(directory), str(num_tokens)]
+    subprocess.run(command, capture_output=True, check=False, cwd=Path(__file__).parents[2])
+    [dump] = directory.glob("*.cpu_after_optimizations.txt")
+    return dump.read_text()
+
+
+@pytest.mark.parametrize("num_tokens", [16, 512], ids=["decode", "prefill"])
+def test_a_step_for_two_hopper_gpus_has_two_all_reduces_a_layer_and_no_copy_of_the_pool(tmp_path, num_tokens):
+    hlo, num_layers = partitioned(tmp_path, num_tokens), two_gpus.MODEL.num_layers
+    collectives = Counter(re.findall(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)\(", hlo))
+    assert collectives == {"all-reduce": 2 * num_layers + 1}, "one for the embedding, whose rows are split"
+    # A prefill also writes, attends to prompts and norms by kernels of ours.
+    assert hlo.count('custom_call_target="mosaic_gpu_v2"') >= (2 if num_tokens == 16 else 5) * num_layers
+    # No layer copies the pool. The compiler of CPUs moves it out of a kernel once a program, whatever the devices.
+    pool = rf"bf16\[{two_gpus.NUM_BLOCKS},{num_layers},2,{two_gpus.MODEL.num_kv_heads // 2},16,64\]"
+    assert re.search(pool, hlo), "each device has its own heads"
+    assert len(re.findall(rf"= {pool}\S* copy\(", hlo)) <= (0 if num_tokens == 16 else 1)

@@ -17,7 +17,7 @@ from jpaged.device.sampling.beams import (
     split_candidates,
     unpack_beam_inputs,
 )
-from jpaged.device.sampling.sampler import top_k
+from jpaged.device.sampling.filters import top_k
 
 jitted_top_k = jax.jit(top_k, static_argnums=1)
 jitted_candidates = jax.jit(beam_candidates, static_argnames="num_candidates")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jpaged.contract.plan import BeamSelect, BlockCopy, Chunk, Sample, StepPlan
+from jpaged.contract.plan import BeamSelect, BlockCopy
 from jpaged.device.kv import sizing
 from jpaged.device.kv.host_pool import MOVE_SIZES
 from jpaged.device.kv.sizing import num_blocks_that_fit
@@ -22,6 +22,7 @@ from jpaged.device.step.programs import Programs
 from jpaged.device.target import TARGETS
 from jpaged.engine.loop import Engine
 from jpaged.request import CompletionOutput, SamplingParams
+from tests.support.plans import Chunk, Sample, make_plan
 from tests.support.tiny import TINY, make_runner
 
 
@@ -53,7 +54,7 @@ def test_warm_up_compiles_every_bucket_and_serving_plain_requests_nothing_more()
     runner.warm_up(use_tqdm=False)
     num_rows = {bucket.num_rows for bucket in runner.buckets}
     expected = 2 * len(runner.buckets) + len(num_rows)  # steps, what loads their inputs, samplers
-    expected += 1 + 1 + 2 * len(MOVE_SIZES)  # what reads results, copies, and moves both ways
+    expected += 1 + 1 + 1 + 2 * len(MOVE_SIZES)  # what enters rows and reads results, copies, and moves both ways
     assert len(runner.programs) == expected
     engine = Engine(runner, runner.config)
     for i in range(9):
@@ -63,8 +64,8 @@ def test_warm_up_compiles_every_bucket_and_serving_plain_requests_nothing_more()
         )
     while engine.has_unfinished:
         engine.step()
-    runner.execute(StepPlan(to_host=(BlockCopy(1, 0),)))
-    runner.execute(StepPlan(from_host=(BlockCopy(0, 1),)))
+    runner.execute(make_plan(to_host=(BlockCopy(1, 0),)))
+    runner.execute(make_plan(from_host=(BlockCopy(0, 1),)))
     assert len(runner.programs) == expected
 
 
@@ -88,10 +89,10 @@ def test_programs_are_lowered_in_one_order_by_one_thread(monkeypatch):
 def test_copies_run_before_the_chunks_write():
     runner = make_runner()
     chunk = Chunk(0, [1, 2, 3, 4, 5], 0, 5, [7])
-    runner.execute(StepPlan(chunks=(chunk,)))
+    runner.execute(make_plan(chunks=(chunk,)))
     before = np.asarray(runner.cache.pool[7])
     rewrite = Chunk(0, [9], 4, 5, [7])
-    runner.execute(StepPlan(copies=(BlockCopy(7, 9), BlockCopy(7, 11)), chunks=(rewrite,)))
+    runner.execute(make_plan(copies=(BlockCopy(7, 9), BlockCopy(7, 11)), chunks=(rewrite,)))
     for copy in (9, 11):
         np.testing.assert_array_equal(np.asarray(runner.cache.pool[copy]), before)
     assert not np.array_equal(np.asarray(runner.cache.pool[7]), before)
@@ -102,7 +103,7 @@ def test_a_fork_draws_several_tokens_from_one_chunk():
     params = SamplingParams(temperature=3.0)
     samples = tuple(Sample(i, 1, 2, seed, params, (), (), ()) for i, seed in enumerate((1, 2, 1)))
     chunks = (Chunk(8, [3], 0, 1, [1]), Chunk(9, [1, 2], 0, 2, [2]))
-    result = runner.execute(StepPlan(chunks=chunks, samples=samples))
+    result = runner.execute(make_plan(chunks=chunks, samples=samples))
     assert result.token_ids.shape == (3,)
     assert result.token_ids[0] == result.token_ids[2]
     assert result.scores.logprobs[0] == result.scores.logprobs[2]
@@ -114,16 +115,16 @@ def test_beams_read_the_logits_of_their_own_chunks_beside_samples():
     chunks = tuple(Chunk(i, ids, 0, len(ids), [1 + i]) for i, ids in enumerate(prompts))
     sample = Sample(0, 3, 1, 0, SamplingParams(temperature=0), (), (), ())
     pair, single = BeamSelect([2, 0], [-1.0, -2.0], 4, (3,)), BeamSelect([1], [0.0], 2)
-    together = make_runner(max_num_seqs=8).execute(StepPlan(chunks=chunks, samples=(sample,), beams=(pair, single)))
+    together = make_runner(max_num_seqs=8).execute(make_plan(chunks=chunks, samples=(sample,), beams=(pair, single)))
     runner = make_runner(max_num_seqs=8)
-    alone = [runner.execute(StepPlan(chunks=chunks, beams=(beam,))).beams[0] for beam in (pair, single)]
+    alone = [runner.execute(make_plan(chunks=chunks, beams=(beam,))).beams[0] for beam in (pair, single)]
     for mixed, by_itself, beam in zip(together.beams, alone, (pair, single), strict=True):
         assert len(mixed.scores) == beam.num_candidates
         assert mixed.beams.tolist() == by_itself.beams.tolist()
         assert mixed.token_ids.tolist() == by_itself.token_ids.tolist()
         np.testing.assert_allclose(mixed.scores, by_itself.scores, rtol=1e-5)
     assert 3 not in together.beams[0].token_ids
-    sampled = runner.execute(StepPlan(chunks=chunks, samples=(sample,)))
+    sampled = runner.execute(make_plan(chunks=chunks, samples=(sample,)))
     assert together.token_ids.tolist() == sampled.token_ids.tolist()
     assert together.scores.logprobs == pytest.approx(sampled.scores.logprobs, rel=1e-5)
 
@@ -132,9 +133,9 @@ def test_the_best_beam_candidate_after_a_prompt_is_the_greedy_token():
     chunk = Chunk(0, [1, 2, 3], 0, 3, [1])
     runner = make_runner()
     greedy = runner.execute(
-        StepPlan(chunks=(chunk,), samples=(Sample(0, 0, 3, 0, SamplingParams(temperature=0), (), (), ()),))
+        make_plan(chunks=(chunk,), samples=(Sample(0, 0, 3, 0, SamplingParams(temperature=0), (), (), ()),))
     )
-    [found] = runner.execute(StepPlan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 8),))).beams
+    [found] = runner.execute(make_plan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 8),))).beams
     assert found.token_ids[0] == greedy.token_ids[0]
     assert found.scores[0] == pytest.approx(greedy.scores.logprobs[0], rel=1e-5)
     assert found.beams.tolist() == [0] * 8
@@ -143,9 +144,9 @@ def test_the_best_beam_candidate_after_a_prompt_is_the_greedy_token():
 def test_a_step_of_beams_alone_runs_no_sampler():
     runner = make_runner()
     chunk = Chunk(0, [1, 2, 3], 0, 3, [1])
-    result = runner.execute(StepPlan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 2),)))
+    result = runner.execute(make_plan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 2),)))
     assert result.token_ids.tolist() == []
-    assert {key[0] for key in runner.programs._compiled} == {"load", "forward", "beam"}
+    assert {key[0] for key in runner.programs._compiled} == {"enter", "load", "forward", "beam"}
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), unique_by=lambda pair: pair[1], max_size=9))
@@ -185,7 +186,7 @@ def test_any_mixture_of_searches_shares_a_program():
             BeamSelect(range(start, start + width), [0.0] * width, 2 * width)
             for start, width in zip(starts, widths, strict=False)
         )
-        runner.execute(StepPlan(chunks=chunks, beams=beams))
+        runner.execute(make_plan(chunks=chunks, beams=beams))
     assert [key for key in runner.programs._compiled if key[0] == "beam"] == [("beam", 8, 8, 0)], (
         "rows, candidates, bans"
     )
@@ -220,16 +221,16 @@ def test_a_burst_draws_what_single_steps_draw(changed):
 
     def prefilled() -> ModelRunner:
         runner = make_runner(max_num_batched_tokens=32, max_burst=3)
-        runner.execute(StepPlan(chunks=chunks_of([ids[:-1] for ids in fed], [0] * 4)))
+        runner.execute(make_plan(chunks=chunks_of([ids[:-1] for ids in fed], [0] * 4)))
         return runner
 
     single, tokens, expected = prefilled(), [ids[-1] for ids in fed], []
     for step in range(3):
         chunks = chunks_of([[token] for token in tokens], [start + step for start in starts])
-        result = single.execute(StepPlan(chunks=chunks, samples=samples_of([c.stop for c in chunks], [1] * 4)))
+        result = single.execute(make_plan(chunks=chunks, samples=samples_of([c.stop for c in chunks], [1] * 4)))
         tokens = result.token_ids.tolist()
         expected.append((tokens, result.scores))
-    plan = StepPlan(
+    plan = make_plan(
         chunks=chunks_of([ids[-1:] for ids in fed], starts),
         samples=samples_of([start + 1 for start in starts], num_draws),
         num_steps=3,
@@ -251,13 +252,15 @@ def test_a_step_feeds_what_the_step_before_drew_whichever_programs_ran():
 
     ahead, known = make_runner(), make_runner()
     for kinds in product(({}, {"logprobs": 2}), repeat=3):
-        drawn = [ahead.enqueue(StepPlan(chunks=(chunk,), samples=(sample(3, **kinds[0]),)))]
+        drawn = [ahead.enqueue(make_plan(chunks=(chunk,), samples=(sample(3, **kinds[0]),)))]
         [token] = known.execute(drawn[0].plan).token_ids.tolist()
         tokens = [token]
         for position, kind in enumerate(kinds[1:], 3):
-            follower = StepPlan(chunks=(Chunk(0, [~0], position, 3, [1]),), samples=(sample(position + 1, **kind),))
+            follower = make_plan(chunks=(Chunk(0, [~0], position, 3, [1]),), samples=(sample(position + 1, **kind),))
             drawn.append(ahead.enqueue(follower))
-            spelled_out = dataclasses.replace(follower, chunks=(Chunk(0, [token], position, 3, [1]),))
+            spelled_out = make_plan(
+                chunks=(Chunk(0, [token], position, 3, [1]),), samples=(sample(position + 1, **kind),)
+            )
             [token] = known.execute(spelled_out).token_ids.tolist()
             tokens.append(token)
         assert [ahead.fetch(step).token_ids.tolist() for step in drawn] == [[token] for token in tokens]
@@ -389,7 +392,7 @@ def test_room_for_a_step_is_guessed_and_programs_compiled_again_only_if_it_was_t
     assert len(compiled) == num_compilations
     assert runner.num_blocks == compiled[-1] == runner.cache.pool.shape[0]
     assert runner.num_blocks * runner.bytes_per_block + runner.programs.workspace_bytes() <= memory
-    assert runner.execute(StepPlan(chunks=(Chunk(0, [1], 0, 1, [1]),))).token_ids.tolist() == []
+    assert runner.execute(make_plan(chunks=(Chunk(0, [1], 0, 1, [1]),))).token_ids.tolist() == []
 
 
 def test_a_guess_refuses_nobody(monkeypatch):
@@ -432,7 +435,7 @@ def test_a_forward_pass_alone_draws_nothing(max_burst):
     chunks = (Chunk(0, [5], 0, 1, [1]),)
     for logprobs, draws in ((None, True), (1, False)):  # with log-probabilities, a sampler of its own draws
         params = SamplingParams(temperature=0, logprobs=logprobs)
-        runner.execute(StepPlan(chunks=chunks, samples=(Sample(0, 0, 1, 0, params, (), (), ()),)))
+        runner.execute(make_plan(chunks=chunks, samples=(Sample(0, 0, 1, 0, params, (), (), ()),)))
         assert np.asarray(runner._state.drawn)[:, 0].any() == draws
 
 

@@ -10,24 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 
-from jpaged.contract.plan import Sample
-from jpaged.device.sampling import draws, sampler
-from jpaged.device.sampling.draws import CHUNK_LEN, summarise
+from jpaged.contract.rows import PADDING_ROW
+from jpaged.device.sampling import noise
+from jpaged.device.sampling.chunks import CHUNK_LEN, summarise
+from jpaged.device.sampling.columns import SampleInputs, SampleSizes, pack_draws, unpack_draws
+from jpaged.device.sampling.draw import SampledTokens, sample
 from jpaged.device.sampling.filters import Filters, find_threshold
-from jpaged.device.sampling.sampler import (
-    SampledTokens,
-    SampleInputs,
-    SamplePacker,
-    SampleSizes,
-    make_sample_inputs,
-    unpack_samples,
-)
+from jpaged.device.sampling.scores import score
 from jpaged.request import SamplingParams
+from tests.support.plans import Chunk, Sample, make_plan, make_sample_inputs
 
 ROWS, VOCAB = 32, 48  # of most cases: few shapes, few compilations
 
-jitted_sample = jax.jit(sampler.sample, static_argnames="num_top")
-jitted_score = jax.jit(sampler.score, static_argnames="num_top")
+jitted_sample = jax.jit(sample, static_argnames="num_top")
+jitted_score = jax.jit(score, static_argnames="num_top")
 
 
 @jax.jit
@@ -131,8 +127,8 @@ def test_draws_equal_those_of_a_sorting_oracle(case):
         for _ in range(ROWS)
     ]
     drawn = token_ids(logits, samples)
-    for row, sample in enumerate(samples):
-        assert drawn[row] in draw_oracle(logits[row], sample), (row, sample.params)
+    for row, request in enumerate(samples):
+        assert drawn[row] in draw_oracle(logits[row], request), (row, request.params)
 
 
 @pytest.mark.parametrize(
@@ -208,11 +204,11 @@ def test_noise_is_threefry_as_published(seed_and_position):
         ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
     ):
         words = [jnp.uint32(word) for word in (*key, *counter)]
-        assert tuple(map(int, draws.threefry_2x32((words[0], words[1]), (words[2], words[3])))) == result
+        assert tuple(map(int, noise.threefry_2x32((words[0], words[1]), (words[2], words[3])))) == result
     seed, position = seed_and_position
     ids = np.arange(1000)
-    noise = draws.gumbel(jnp.uint32([seed]), jnp.int32([position]), 1, jnp.asarray(ids, jnp.uint32)[None])
-    np.testing.assert_allclose(noise[0], gumbel_oracle(seed, position, 1, ids), rtol=1e-5, atol=1e-6)
+    found = noise.gumbel(jnp.uint32([seed]), jnp.int32([position]), 1, jnp.asarray(ids, jnp.uint32)[None])
+    np.testing.assert_allclose(found[0], gumbel_oracle(seed, position, 1, ids), rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_depends_on_seed_position_and_logits_alone():
@@ -455,10 +451,14 @@ def test_unpacking_on_the_device_gives_each_field_bit_for_bit():
         request_sample(params, seed=2**32 - 1 - row, position=row, banned=[7], prompt=[1, 2], output=[5])
         for row, params in enumerate(all_params)
     ]
-    packed, sizes = SamplePacker().pack(samples, 4)
+    chunks = [Chunk(row, [0], row - 1, 0, [1]) for row in range(3)]
+    plan = make_plan(chunks, [request._replace(chunk=row) for row, request in enumerate(samples)])
+    packed, sizes = pack_draws(plan, 4, padding_row=3)
     assert sizes == SampleSizes(4, num_biases=64, num_seen=64)
     assert packed.shape == (sizes.packed_size,)
-    inputs = jax.jit(unpack_samples, static_argnums=1)(packed, sizes)
+    columns = np.concatenate([plan.changes.columns, PADDING_ROW[:, None]], axis=1)
+    rows, inputs = jax.jit(unpack_draws, static_argnums=1)(packed, sizes, columns)
+    assert rows.tolist() == [0, 1, 2, 3]
     expected = {
         "temperature": np.float32([all_params[0].temperature, 1, 1e30, 0]),
         "top_p": np.float32([all_params[0].top_p, 1, 1, 1]),
@@ -480,26 +480,6 @@ def test_unpacking_on_the_device_gives_each_field_bit_for_bit():
         field = np.asarray(getattr(inputs, name))
         assert field.dtype == expected[name].dtype, name
         np.testing.assert_array_equal(field, expected[name], err_msg=name)
-
-
-@settings(exact, max_examples=40)
-@given(st.integers(0, 2**32 - 1))
-def test_samples_packed_one_after_the_other_do_not_depend_on_those_before(case):
-    """Sequences come, go and swap rows, and an id comes back with other parameters."""
-    rng = np.random.default_rng(case)
-    packer = SamplePacker()
-    known = [random_params(rng) for _ in range(3)] + [SamplingParams(logit_bias={1: 2.0}, presence_penalty=1)]
-    owners = {seq_id: known[rng.integers(4)] for seq_id in range(6)}
-    for position in range(4):
-        owners[int(rng.integers(6))] = known[rng.integers(4)]
-        samples = [
-            request_sample(owners[i], seed=i, position=position, output=[i])._replace(seq_id=i)
-            for i in map(int, rng.permutation(6)[: rng.integers(7)])
-        ]
-        packed, sizes = packer.pack(samples, 8)
-        alone, alone_sizes = SamplePacker().pack(samples, 8)
-        assert sizes == alone_sizes
-        np.testing.assert_array_equal(packed, alone)
 
 
 @pytest.mark.parametrize(("num_tokens", "padded_len"), [(1, 64), (64, 64), (65, 256), (1000, 1024), (1025, 4096)])

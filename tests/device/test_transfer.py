@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jpaged.config import EngineConfig
-from jpaged.contract.plan import BlockCopy, Chunk, Costs, Sample, StepPlan
+from jpaged.contract.costs import Costs
+from jpaged.contract.plan import BlockCopy
 from jpaged.device.kv import host_pool as transfer
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES
 from jpaged.device.kv.pool import KVCache
@@ -17,6 +18,7 @@ from jpaged.device.target import TARGETS
 from jpaged.request import SamplingParams
 from jpaged.sharding import pool_sharding
 from tests.support import tiny
+from tests.support.plans import Chunk, Sample, make_plan
 
 
 @cache
@@ -53,8 +55,8 @@ def test_blocks_come_back_bit_for_bit(dtype, tensor_parallel_size):
     runner = make_runner(dtype, tensor_parallel_size=tensor_parallel_size)
     before = content(runner)
     out, back = [5, 200, 9, 1, 77, 30], [11, 12, 13, 14, 15, 16]
-    runner.execute(StepPlan(to_host=moves(out, [3, 120, 0, 7, 8, 9])))
-    runner.execute(StepPlan(from_host=moves([3, 120, 0, 7, 8, 9], back)))
+    runner.execute(make_plan(to_host=moves(out, [3, 120, 0, 7, 8, 9])))
+    runner.execute(make_plan(from_host=moves([3, 120, 0, 7, 8, 9], back)))
     expected = before.copy()
     expected[back] = before[out]
     assert_same_bits(content(runner)[1:], expected[1:])
@@ -68,8 +70,8 @@ def test_any_number_of_blocks_moves_in_one_plan(num_blocks):
     before = content(runner)
     out, back = np.arange(1, num_blocks + 1), np.arange(num_blocks + 1, 2 * num_blocks + 1)
     slots = np.arange(num_blocks)[::-1]
-    runner.execute(StepPlan(to_host=moves(out, slots)))
-    runner.execute(StepPlan(from_host=moves(slots, back)))
+    runner.execute(make_plan(to_host=moves(out, slots)))
+    runner.execute(make_plan(from_host=moves(slots, back)))
     assert_same_bits(content(runner)[back], before[out])
     assert_same_bits(content(runner)[out], before[out])
 
@@ -78,10 +80,10 @@ def test_what_leaves_is_read_before_the_step_writes():
     """Before its copies and its chunks, and before what arrives in the same block."""
     runner = make_runner()
     before = content(runner)
-    runner.execute(StepPlan(to_host=moves([20], [0])))
+    runner.execute(make_plan(to_host=moves([20], [0])))
     chunk = Chunk(0, [1, 2, 3, 4, 5], 0, 5, [7])
     runner.execute(
-        StepPlan(
+        make_plan(
             to_host=moves([7, 9, 30], [1, 2, 3]), copies=moves([7], [9]), chunks=(chunk,), from_host=moves([0], [30])
         )
     )
@@ -89,15 +91,15 @@ def test_what_leaves_is_read_before_the_step_writes():
     assert not np.array_equal(changed[7], before[7])
     assert_same_bits(changed[9], before[7])
     assert_same_bits(changed[30], before[20])
-    runner.execute(StepPlan(from_host=moves([1, 2, 3], [41, 42, 43])))
+    runner.execute(make_plan(from_host=moves([1, 2, 3], [41, 42, 43])))
     assert_same_bits(content(runner)[41:44], before[[7, 9, 30]])
 
 
 def test_what_arrives_sees_what_the_same_plan_sent():
     runner = make_runner()
     before = content(runner)
-    runner.execute(StepPlan(to_host=moves([3], [6])))
-    runner.execute(StepPlan(to_host=moves([4], [6]), from_host=moves([6], [50])))
+    runner.execute(make_plan(to_host=moves([3], [6])))
+    runner.execute(make_plan(to_host=moves([4], [6]), from_host=moves([6], [50])))
     assert_same_bits(content(runner)[50], before[4])
 
 
@@ -107,7 +109,7 @@ def test_a_step_computes_the_same_while_blocks_move_around_it():
     for moving in ({}, {"to_host": moves([20, 21], [0, 1]), "from_host": moves([5], [22])}):
         runner = make_runner()
         chunk = Chunk(0, [1, 2, 3], 0, 3, [7])
-        plan = StepPlan(chunks=(chunk,), samples=(Sample(0, 0, 3, 0, params, (), (), ()),), **moving)
+        plan = make_plan(chunks=(chunk,), samples=(Sample(0, 0, 3, 0, params, (), (), ()),), **moving)
         results.append((runner.execute(plan), content(runner)[7]))
     (still, still_block), (moved, moved_block) = results
     assert still.token_ids.tolist() == moved.token_ids.tolist()
@@ -116,7 +118,7 @@ def test_a_step_computes_the_same_while_blocks_move_around_it():
 
 
 def test_a_plan_without_chunks_has_an_empty_result():
-    result = make_runner().execute(StepPlan(to_host=moves([1], [0])))
+    result = make_runner().execute(make_plan(to_host=moves([1], [0])))
     assert result.token_ids.tolist() == []
     assert result.scores.logprobs.tolist() == []
     assert result.beams == result.prompt_scores == ()
@@ -138,8 +140,8 @@ def test_bytes_are_counted_each_way_over_all_devices_without_padding():
     runner = make_runner(tensor_parallel_size=2)
     block_bytes = 2 * 2 * 2 * 8 * 16 * 4
     assert runner.bytes_per_block == block_bytes
-    runner.execute(StepPlan(to_host=moves([1, 2, 3], [0, 1, 2])))
-    runner.execute(StepPlan(to_host=moves([4], [3]), from_host=moves([0, 1], [8, 9])))
+    runner.execute(make_plan(to_host=moves([1, 2, 3], [0, 1, 2])))
+    runner.execute(make_plan(to_host=moves([4], [3]), from_host=moves([0, 1], [8, 9])))
     assert runner.host_pool.bytes_to_host == 4 * block_bytes
     assert runner.host_pool.bytes_from_host == 2 * block_bytes
 
@@ -188,22 +190,22 @@ def slow_link(monkeypatch):
 
 def test_a_step_waits_for_no_copy_but_when_too_many_would_be_staged_and_before_arrivals(slow_link):
     runner, sent = slow_link
-    runner.execute(StepPlan(to_host=moves([1, 2], [0, 1])))
+    runner.execute(make_plan(to_host=moves([1, 2], [0, 1])))
     assert runner.host_pool.stalled_s == 0
-    runner.execute(StepPlan(chunks=(Chunk(0, [1], 0, 1, [3]),)))
-    runner.execute(StepPlan(to_host=moves([3], [2])))
+    runner.execute(make_plan(chunks=(Chunk(0, [1], 0, 1, [3]),)))
+    runner.execute(make_plan(to_host=moves([3], [2])))
     assert not any(block.is_over for blocks in sent for block in blocks)
-    runner.execute(StepPlan(to_host=moves(range(4, 3 + MAX_STAGED_BLOCKS), range(3, 2 + MAX_STAGED_BLOCKS))))
+    runner.execute(make_plan(to_host=moves(range(4, 3 + MAX_STAGED_BLOCKS), range(3, 2 + MAX_STAGED_BLOCKS))))
     assert all(block.is_over for block in sent[0]), "the oldest make room"
     assert not any(block.is_over for blocks in sent[1:] for block in blocks)
     assert runner.host_pool.stalled_s == 3.0
-    runner.execute(StepPlan(from_host=moves([100], [3])))
+    runner.execute(make_plan(from_host=moves([100], [3])))
     assert all(block.is_over for blocks in sent for block in blocks)
 
 
 def test_staged_blocks_are_bounded_within_a_plan(slow_link):
     runner, sent = slow_link
-    runner.execute(StepPlan(to_host=moves(range(1, 129), range(128))))
+    runner.execute(make_plan(to_host=moves(range(1, 129), range(128))))
     waited = sum(block.is_over for batch in sent for block in batch)
     assert waited == 128 - MAX_STAGED_BLOCKS
     assert runner.host_pool.stalled_s == pytest.approx(2 * 3.0)
@@ -211,8 +213,8 @@ def test_staged_blocks_are_bounded_within_a_plan(slow_link):
 
 def test_a_copy_seen_to_end_moves_its_cost_and_no_other(slow_link):
     runner, _ = slow_link
-    runner.execute(StepPlan(to_host=moves([1], [0])))  # expected to take 1 + 1 s, takes 3
-    runner.execute(StepPlan(to_host=moves(range(1, 1 + MAX_STAGED_BLOCKS), range(MAX_STAGED_BLOCKS))))
+    runner.execute(make_plan(to_host=moves([1], [0])))  # expected to take 1 + 1 s, takes 3
+    runner.execute(make_plan(to_host=moves(range(1, 1 + MAX_STAGED_BLOCKS), range(MAX_STAGED_BLOCKS))))
     costs = runner.costs
     assert 1.0 < costs.to_host_block_s < 1.5
     assert (costs.transfer_s, costs.from_host_block_s, costs.prefill_token_s) == (1.0, 1.0, 1.0)
@@ -221,7 +223,7 @@ def test_a_copy_seen_to_end_moves_its_cost_and_no_other(slow_link):
 def test_a_copy_whose_end_nobody_saw_only_lowers_its_cost(slow_link):
     runner, sent = slow_link
     for seconds, expected in ((10.0, 1.0), (0.5, 0.25)):  # expected to take 2 s
-        runner.execute(StepPlan(to_host=moves([1], [0])))
+        runner.execute(make_plan(to_host=moves([1], [0])))
         sent[-1][0].end_after(seconds)
         runner.host_pool.poll()
         assert runner.costs.to_host_block_s == pytest.approx(expected)
@@ -230,13 +232,13 @@ def test_a_copy_whose_end_nobody_saw_only_lowers_its_cost(slow_link):
 def test_measured_costs_are_positive_and_leave_the_pools_as_they_were():
     runner = make_runner()
     assert runner.costs is None
-    runner.execute(StepPlan(to_host=moves([1], [0])))
+    runner.execute(make_plan(to_host=moves([1], [0])))
     before = content(runner)
     runner.measure_costs()
     costs = runner.costs
     assert min(costs.transfer_s, costs.to_host_block_s, costs.from_host_block_s, costs.prefill_token_s) > 0
     assert_same_bits(content(runner)[1:], before[1:])
-    runner.execute(StepPlan(from_host=moves([0], [9])))
+    runner.execute(make_plan(from_host=moves([0], [9])))
     assert_same_bits(content(runner)[9], before[1])
 
 
@@ -246,7 +248,7 @@ def test_large_steps_keep_the_cost_of_a_prefill_current_and_small_ones_do_not():
 
     def prefill(num_tokens):
         chunk = Chunk(0, [1] * num_tokens, 0, num_tokens, [1, 2])
-        runner.execute(StepPlan(chunks=(chunk,), samples=(Sample(0, 0, num_tokens, 0, params, (), (), ()),)))
+        runner.execute(make_plan(chunks=(chunk,), samples=(Sample(0, 0, num_tokens, 0, params, (), (), ()),)))
         return runner.costs.prefill_token_s
 
     runner.measure_costs()
@@ -261,10 +263,10 @@ def test_large_steps_keep_the_cost_of_a_prefill_current_and_small_ones_do_not():
 
 def test_a_forgotten_pool_takes_what_was_under_way_with_it():
     runner = make_runner()
-    runner.execute(StepPlan(to_host=moves([1, 2], [0, 1])))
+    runner.execute(make_plan(to_host=moves([1, 2], [0, 1])))
     runner.host_pool.start(runner.cache, (), moves([0], [9]))
     runner.forget_pool()
-    runner.execute(StepPlan(from_host=moves([0], [5])))
+    runner.execute(make_plan(from_host=moves([0], [5])))
     assert not content(runner)[[9]].any(), "the arrival that was never finished"
 
 
@@ -336,8 +338,8 @@ def test_blocks_move_by_dma_as_they_do_without(num_devices):
     kernel = {"attention_implementation": "pallas_tpu", "interpret": True}
     runner = make_runner(tensor_parallel_size=num_devices, num_blocks=33, num_host_blocks=8, **kernel)
     before = content(runner)
-    runner.execute(StepPlan(to_host=moves([1, 2, 3], [5, 6, 7]), copies=moves([4, 5, 9], [9, 10, 11])))
-    runner.execute(StepPlan(from_host=moves([5, 7], [20, 21])))
+    runner.execute(make_plan(to_host=moves([1, 2, 3], [5, 6, 7]), copies=moves([4, 5, 9], [9, 10, 11])))
+    runner.execute(make_plan(from_host=moves([5, 7], [20, 21])))
     expected = before.copy()
     expected[[9, 10, 11, 20, 21]] = before[[4, 5, 9, 1, 3]]
     assert_same_bits(content(runner), expected)

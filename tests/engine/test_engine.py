@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from jpaged.config import EngineConfig
-from jpaged.contract.plan import Sample
-from jpaged.device.sampling.sampler import make_sample_inputs, sample
+from jpaged.device.sampling.draw import sample
 from jpaged.engine.loop import Engine
 from jpaged.llm import LLM
 from jpaged.models import load_config, load_model
@@ -30,6 +29,7 @@ from tests.support.oracles import (
     load_reference,
     teacher_forced_logits,
 )
+from tests.support.plans import Sample, make_sample_inputs
 from tests.support.tiny import ENGINE_MODEL, ENGINE_SIZES, engine_model, engine_runner, tiny_engine
 
 MODEL_LEN = ENGINE_MODEL.max_position_embeddings

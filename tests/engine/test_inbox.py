@@ -91,7 +91,7 @@ class Callers:
     def generate(self, name: str, max_tokens: int) -> list[str]:
         requests = [self.request(name, max_tokens)]
         with self.inbox.expecting(lambda engine: requests, is_streamed=False) as mailbox:
-            self.inbox.run_until(lambda: mailbox.is_complete)
+            self.inbox.run_until(mailbox.is_complete)
             return [output.request_id for output in mailbox.outputs()]
 
     def start(self, name: str, max_tokens: int) -> Future:

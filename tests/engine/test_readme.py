@@ -112,6 +112,13 @@ def test_training_example_has_gradients_and_equals_the_cache(nnx_example):
     np.testing.assert_allclose(out, attention(x, found["dense_attend"]), atol=1e-4)
 
 
+def test_own_model_example_generates():
+    found = {}
+    [code] = [code for code in examples((DOCS / "models.md").read_text()) if "from_model" in code]
+    exec(code, found)
+    assert len(found["output"].outputs[0].token_ids) == 8
+
+
 def test_example_of_several_devices_shards_the_pool_by_heads():
     found = {}
     exec(example("AxisType.Auto"), found)

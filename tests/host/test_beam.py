@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jpaged.config import EngineConfig
-from jpaged.contract.plan import BeamCandidates
+from jpaged.contract.result import BeamCandidates
 from jpaged.engine.loop import Engine
 from jpaged.host.search.beam import BeamSearch
 from jpaged.llm import LLM

@@ -207,6 +207,36 @@ def test_shared_blocks_outlive_their_first_holder():
     assert manager.num_free_blocks == 9
 
 
+# Blocks that the plan under construction computes
+
+
+def test_blocks_of_the_same_plan_are_shared_whole_and_known_not_to_be_ready():
+    manager = cached_manager()
+    run(manager, "before", [1, 2, 3, 4])
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    manager.reserve("a", 9, match=manager.match_prefix(tokens))
+    manager.publish("a", tokens, 9, is_filling=True)
+    match = manager.match_prefix(tokens)
+    assert blocks_of(match) == manager.block_table("a")[:2]
+    assert manager.tiers.num_hits_ready(match) == 1
+    manager.reserve("b", 9, match=match)
+    assert manager.block_table("b")[:2] == manager.block_table("a")[:2]
+    manager.take_transfers()
+    assert manager.tiers.num_hits_ready(match) == 2, "the next plan may read them"
+    manager.check_invariants()
+
+
+def test_a_block_of_the_same_plan_is_not_copied():
+    manager = cached_manager()
+    manager.reserve("a", 8)
+    manager.publish("a", [1, 2, 3, 4, 5, 6, 7, 8], 8, is_filling=True)
+    assert blocks_of(manager.match_prefix([1, 2, 3, 4, 5, 6])) == manager.block_table("a")[:1]
+    manager.take_transfers()
+    match = manager.match_prefix([1, 2, 3, 4, 5, 6])
+    assert blocks_of(match) == manager.block_table("a")
+    assert len(manager.reserve("b", 7, match=match)) == 1
+
+
 # Tickets
 
 

@@ -1,16 +1,18 @@
 """The scheduler's decisions, with a made-up device: a token is its sequence's seed plus its position."""
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from jpaged.contract.plan import StepPlan, StepResult, TokenScores
+from jpaged.contract.result import StepResult, TokenScores
 from jpaged.host.blocks import hashed_tokens
 from jpaged.host.blocks.hashed_tokens import hash_blocks
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import FinishReason, Request, SamplingParams, derive_seed
+from tests.support.plans import SpelledPlan, spell
 
 
 def make_scheduler(
@@ -39,7 +41,7 @@ def drawn(seed: int, index: int, start: int, stop: int) -> list[int]:
     return [token(derive_seed(seed, index), position) for position in range(start, stop)]
 
 
-def result_of(plan: StepPlan, token_ids=None) -> StepResult:
+def result_of(plan: SpelledPlan, token_ids=None) -> StepResult:
     """Token = seed + position unless given."""
     num_samples = len(plan.samples)
     if token_ids is None:
@@ -60,14 +62,14 @@ def scores(rows: int) -> TokenScores:
     )
 
 
-def step(scheduler: Scheduler) -> StepPlan:
-    plan = scheduler.schedule()
-    scheduler.update(plan, result_of(plan))
+def step(scheduler: Scheduler) -> SpelledPlan:
+    plan = spell(scheduler.schedule(), scheduler)
+    scheduler.update(plan.plan, result_of(plan))
     scheduler.blocks.check_invariants()
     return plan
 
 
-def run(scheduler: Scheduler, most: int = 1000) -> list[StepPlan]:
+def run(scheduler: Scheduler, most: int = 1000) -> list[SpelledPlan]:
     plans = []
     while scheduler.has_unfinished:
         plans.append(step(scheduler))
@@ -77,7 +79,7 @@ def run(scheduler: Scheduler, most: int = 1000) -> list[StepPlan]:
     return plans
 
 
-def step_until_preemption(scheduler: Scheduler) -> StepPlan:
+def step_until_preemption(scheduler: Scheduler) -> SpelledPlan:
     for _ in range(100):
         plan = step(scheduler)
         if scheduler.stats().num_preemptions:
@@ -235,13 +237,13 @@ def test_a_waiting_request_is_admitted_as_soon_as_its_prefix_is_cached():
 def test_blocks_are_read_only_after_the_step_that_writes_them():
     scheduler = make_scheduler(caching=True, budget=64)
     groups = [scheduler.add(request(name, 9, max_tokens=1)) for name in "ab"]
-    plan = scheduler.schedule()
+    plan = spell(scheduler.schedule(), scheduler)
     assert [(c.seq_id, c.start) for c in plan.chunks] == [(0, 0)], "the second shares its blocks, and computes later"
-    ahead = scheduler.schedule_ahead()
+    ahead = spell(scheduler.schedule_ahead(), scheduler)
     assert [(c.seq_id, c.start) for c in ahead.chunks] == [(1, 8)]
     assert ahead.chunks[0].block_table[:2] == plan.chunks[0].block_table[:2]
     for each in (plan, ahead):
-        scheduler.update(each, result_of(each))
+        scheduler.update(each.plan, result_of(each))
     assert not scheduler.has_unfinished
     assert [group.num_cached_tokens for group in groups] == [0, 8]
 
@@ -249,13 +251,13 @@ def test_blocks_are_read_only_after_the_step_that_writes_them():
 def test_a_prompt_shares_the_blocks_of_a_step_in_flight():
     scheduler = make_scheduler(caching=True, budget=64)
     scheduler.add(request("a", 22, max_tokens=3))
-    plan = scheduler.schedule()
+    plan = spell(scheduler.schedule(), scheduler)
     late = scheduler.add(request("b", 22, max_tokens=3))
-    ahead = scheduler.schedule_ahead()
+    ahead = spell(scheduler.schedule_ahead(), scheduler)
     assert [(c.seq_id, c.start, len(c.token_ids)) for c in ahead.chunks] == [(0, 22, 1), (1, 20, 2)]
     assert late.num_cached_tokens == 20
     for each in (plan, ahead):
-        scheduler.update(each, result_of(each))
+        scheduler.update(each.plan, result_of(each))
     run(scheduler)
 
 
@@ -285,14 +287,14 @@ def test_equal_prompts_of_one_step_neither_starve_nor_block_others():
 def test_an_equal_prompt_is_right_when_the_first_is_aborted_while_its_step_is_in_flight():
     scheduler = make_scheduler(num_blocks=30, caching=True, budget=64)
     scheduler.add(request("a", 22, max_tokens=3))
-    plan = scheduler.schedule()
+    plan = spell(scheduler.schedule(), scheduler)
     late = scheduler.add(request("b", 22, max_tokens=3))
     scheduler.abort("a")
-    ahead = scheduler.schedule_ahead()
+    ahead = spell(scheduler.schedule_ahead(), scheduler)
     assert [(c.seq_id, c.start) for c in ahead.chunks] == [(1, 21)], "the step runs, and its last block is copied"
     assert [copy.src for copy in ahead.copies] == [plan.chunks[0].block_table[5]]
     for each in (plan, ahead):
-        scheduler.update(each, result_of(each))
+        scheduler.update(each.plan, result_of(each))
     run(scheduler)
     assert late.sequences[0].output_token_ids == [22, 23, 24]
 
@@ -463,4 +465,21 @@ def test_the_blocks_of_a_waiting_prompt_are_hashed_once_and_matched_only_when_it
         assert sum(call.args[0].salt == b"" and len(call.args[0]) == 400 for call in matched.call_args_list) == 1
     blocks.free("other")
     assert 4 in {chunk.seq_id for chunk in step(scheduler).chunks}, "it starts as soon as it can"
+    run(scheduler)
+
+
+def test_a_checked_request_is_not_checked_again_unless_pins_have_changed():
+    scheduler = make_scheduler(num_blocks=12, caching=True)  # 11 blocks of 4
+    waiting = request("a", 8, max_tokens=29)  # 9 blocks
+    terms = scheduler.check(waiting)
+    with mock.patch.object(scheduler._admission, "check", side_effect=AssertionError("checked twice")):
+        assert scheduler.add(replace(waiting, terms=terms)).max_tokens == 29
+        with pytest.raises(ValueError, match="already in use"):
+            scheduler.add(replace(waiting, terms=terms))
+    run(scheduler)
+    scheduler.pin(request("pin", 12, first=100, max_tokens=1))
+    with pytest.raises(ValueError, match="can never fit"):
+        scheduler.add(replace(waiting, terms=terms))
+    scheduler.unpin("pin")
+    scheduler.add(replace(waiting, terms=terms))
     run(scheduler)

@@ -7,7 +7,10 @@ from unittest import mock
 
 import pytest
 
-from jpaged.contract.plan import Costs, StepPlan, StepResult
+from jpaged.contract.costs import Costs
+from jpaged.contract.plan import StepPlan
+from jpaged.contract.result import StepResult
+from jpaged.contract.rows import ON_DEVICE
 from jpaged.host.blocks import tier as block_tier
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.policies.order import schedule_order
@@ -23,6 +26,7 @@ from tests.support.fake_device import (
     expected_tokens,
     stops_of,
 )
+from tests.support.plans import SpelledPlan, spell
 
 SWAP_IS_CHEAPER = Costs(transfer_s=0, to_host_block_s=0, from_host_block_s=0, prefill_token_s=1)
 RECOMPUTE_IS_CHEAPER = Costs(transfer_s=1, to_host_block_s=1, from_host_block_s=1, prefill_token_s=0)
@@ -56,9 +60,9 @@ def make_device(
     return FakeDevice(scheduler)
 
 
-def step(device: FakeDevice) -> StepPlan:
-    plan = device.scheduler.schedule()
-    device.scheduler.update(plan, device.execute(plan))
+def step(device: FakeDevice) -> SpelledPlan:
+    plan = spell(device.scheduler.schedule(), device.scheduler)
+    device.scheduler.update(plan.plan, device.execute(plan.plan))
     device.scheduler.blocks.check_invariants()
     device.audit()
     return plan
@@ -194,7 +198,7 @@ class Episode:
         self.pins: set[str] = set()
         self.num_steps = 0
         self.was_idle = False
-        self.under_way: list[tuple[StepPlan, StepResult]] = []
+        self.under_way: list[tuple[SpelledPlan, StepResult]] = []
         self.ahead_rate = draw.choice([0.0, 0.5, 1.0])
 
     def run(self) -> int:
@@ -351,17 +355,18 @@ class Episode:
             assert not match.is_on_host
         self.num_steps += 1
 
-    def _plan(self, schedule: Callable[[], StepPlan | None]) -> StepPlan | None:
+    def _plan(self, schedule: Callable[[], StepPlan | None]) -> SpelledPlan | None:
         """Plan a step and run it; its results wait."""
         running = list(self.scheduler.line.running)
-        plan = schedule()
+        made = schedule()
+        plan = None if made is None else spell(made, self.scheduler)
         self._check_order(running)
         self._check_refusal()
         if plan is not None:
             self._count(plan, running)
             is_cut = plan.num_tokens < self.scheduler.max_num_batched_tokens and plan.num_tokens in (8, 16, 32)
             self.seen["prompts cut to a size"] += is_cut and any(chunk.stop < chunk.prompt_len for chunk in plan.chunks)
-            if plan.decodes is not None:
+            if self.under_way and plan.chunks and self._is_decoding_on(plan):
                 fed = {chunk.seq_id for chunk in plan.chunks}
                 for group in self.scheduler.line.running:
                     assert all(seq.seq_id in fed or group.is_ending(seq) for seq in group.unfinished), "nobody waits"
@@ -369,8 +374,13 @@ class Episode:
                 self.seen["decoded on"] += 1
                 self.seen["decoded on without those that ended"] += len(plan.samples) < len(before.samples)
                 self.seen["decoded on after prompts"] += before.num_tokens > len(before.chunks)
-            self.under_way.append((plan, self.device.execute(plan)))
+            self.under_way.append((plan, self.device.execute(plan.plan)))
         return plan
+
+    def _is_decoding_on(self, plan: SpelledPlan) -> bool:
+        """Whether all that runs decodes, each row with the token that the plan before brings."""
+        is_plain = all(list(chunk.token_ids) == [ON_DEVICE] for chunk in plan.chunks)
+        return is_plain and len(plan.samples) == len(plan.chunks) and self.scheduler.rows.is_all_steady
 
     def _update(self) -> None:
         """Take in the results of the oldest step under way."""
@@ -380,7 +390,7 @@ class Episode:
         gaining += [plan.chunks[select.chunks[0]].seq_id for select in plan.beams]
         self.seen["ended while a token of theirs was under way"] += not sequences.keys() >= set(gaining)
         gaining = [sequences[seq_id][0] for seq_id in gaining if seq_id in sequences]
-        touched = self.scheduler.update(plan, result)
+        touched = self.scheduler.update(plan.plan, result)
         assert touched == list(dict.fromkeys(gaining))
         self._stop_some(touched)
 
@@ -404,7 +414,7 @@ class Episode:
             self.seen["refused without another match"] += 1
             assert admission.start(first).num_short > 0
 
-    def _count(self, plan: StepPlan, running_before: list[SequenceGroup]) -> None:
+    def _count(self, plan: SpelledPlan, running_before: list[SequenceGroup]) -> None:
         scheduler, seen = self.scheduler, self.seen
         preempted = [group for group in running_before if group in scheduler.line.waiting]
         admitted = [group for group in scheduler.line.running if group not in running_before]
@@ -510,7 +520,7 @@ def add_beams(device: FakeDevice, name: str, prompt: int, width: int, **params) 
     return add(device, name, prompt, use_beam_search=True, n=width, temperature=0, **params)
 
 
-def step_until(device: FakeDevice, is_done: Callable[[], bool]) -> StepPlan:
+def step_until(device: FakeDevice, is_done: Callable[[], bool]) -> SpelledPlan:
     for _ in range(200):
         plan = step(device)
         if is_done():
@@ -518,7 +528,7 @@ def step_until(device: FakeDevice, is_done: Callable[[], bool]) -> StepPlan:
     raise AssertionError("it never happened")
 
 
-def finish_all(device: FakeDevice, *groups: SequenceGroup) -> list[StepPlan]:
+def finish_all(device: FakeDevice, *groups: SequenceGroup) -> list[SpelledPlan]:
     """Run to the end; the groups must be all that was asked for, and no block may be left behind."""
     plans = []
     while device.scheduler.has_unfinished:

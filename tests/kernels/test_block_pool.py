@@ -17,9 +17,12 @@ from pallas_kernels import (
     kv_scales_shape,
     paged_attention,
     scatter_blocks,
+    write_and_attend,
     write_kv,
     write_kv_quantized,
 )
+from pallas_kernels.block_pool import QUANTIZED_WRITES, WRITES
+from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 QUANTIZED_DTYPES = (jnp.float8_e4m3fn, jnp.int8)
@@ -274,6 +277,25 @@ def test_writes_refuse_a_pool_of_the_wrong_kind():
         ValueError, match=r"kv_scales is float32 of shape \(6, 2, 2\): expected float32 of shape \(6, 2, 2, 2\)"
     ):
         write_kv_quantized(quantized.pool, quantized.scales[..., 0], 0, k, v, slots)
+
+
+@pytest.mark.parametrize("layer", [-1, 2, 7])
+def test_layer_that_the_pool_does_not_have_is_refused_by_every_implementation(layer):
+    pool, quantized = jnp.zeros(block_pool_shape(4, 2, 2, 8, 16)), jnp.zeros(block_pool_shape(4, 2, 2, 8, 16), jnp.int8)
+    scales, k, slots = jnp.zeros(kv_scales_shape(4, 2, 2)), jnp.ones((1, 2, 16)), jnp.asarray([9], jnp.int32)
+    rows = jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32), jnp.asarray([0, 1], jnp.int32)
+
+    def refuses(function, *args, **options):
+        with pytest.raises(ValueError, match=f"layer={layer}: expected 0 to 1, .* one of the pool's 2 layers"):
+            function(*args, **options)
+
+    for name in (None, *WRITES):
+        refuses(write_kv, pool, layer, k, k, slots, implementation=name)
+    for name in (None, *QUANTIZED_WRITES):
+        refuses(write_kv_quantized, quantized, scales, layer, k, k, slots, implementation=name)
+    for name in (None, *IMPLEMENTATIONS):
+        refuses(paged_attention, k, pool, layer, *rows, implementation=name)
+    refuses(write_and_attend, k, k, k, pool, layer, *rows)
 
 
 BIG = block_pool_shape(num_blocks=4096, num_layers=3, num_kv_heads=2, block_size=16, head_dim=64)

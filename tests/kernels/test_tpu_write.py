@@ -12,6 +12,7 @@ from pallas_kernels import (
     gather_blocks,
     kv_scales_shape,
     scatter_blocks,
+    write_and_attend,
     write_kv,
     write_kv_quantized,
 )
@@ -23,7 +24,9 @@ from pallas_kernels.block_pool.tpu import (
     write_kv_tpu,
 )
 from pallas_kernels.chips.tpu import chip_of
-from pallas_kernels.paged_attention.tpu import write_and_attend_tpu
+from pallas_kernels.paged_attention import pool_rows
+from pallas_kernels.paged_attention.call import KvLayer
+from pallas_kernels.paged_attention.tpu import attend_tpu, write_and_attend_tpu
 from pallas_kernels.paged_attention.tpu.launch import Sizes
 from tests.support.attention import LAYER, Options, Shape, dense_attention, make_batch
 from tests.support.tpu_interpret import EAGER, WATCHED, assert_near, no_tpu_races  # noqa: F401
@@ -146,3 +149,63 @@ def test_fused_write_attends_and_leaves_the_pool_as_write_kv_does(shape, q_lens,
     )
     assert_same_bits(pool, after)
     assert_near(np.asarray(out).astype(np.float64), dense_attention(batch, options), shape.dtype)
+
+
+@pytest.mark.parametrize("head_dim", [128, 64])
+@pytest.mark.parametrize("quantized", [jnp.int8, jnp.float8_e4m3fn])
+def test_quantised_write_and_attend_is_the_write_and_then_attention(quantized, head_dim):
+    shape = replace(DECODE, num_tokens=30, head_dim=head_dim)
+    batch = make_batch(shape, [1, 20, 1], [70, 33, 16])
+    num_kv_heads, pool_dim = pool_rows(shape.num_kv_heads, head_dim, "pallas_tpu")
+    pool = jnp.zeros(block_pool_shape(shape.num_blocks, 2, num_kv_heads, shape.block_size, pool_dim), quantized)
+    scales = jnp.zeros(kv_scales_shape(shape.num_blocks, 2, num_kv_heads))
+    tokens, slots, new_slots = [], [], []
+    new = np.zeros((2, shape.num_tokens, shape.num_kv_heads, head_dim), np.float32)
+    for row, q_len in enumerate(batch.q_lens[:3]):
+        position = np.arange(batch.kv_lens[row])
+        of_row = batch.tables[row][position // shape.block_size] * shape.block_size + position % shape.block_size
+        both = np.stack([batch.keys[row], batch.values[row]])
+        slots += of_row[:-q_len].tolist()
+        tokens.append(both[:, :-q_len])
+        new_slots += of_row[-q_len:].tolist()
+        new[:, batch.q_starts[row] : batch.q_starts[row + 1]] = both[:, -q_len:]
+
+    def lanes(x):
+        return jnp.asarray(x).reshape(-1, num_kv_heads, pool_dim)
+
+    k, v = np.concatenate(tokens, axis=1)
+    pool, scales = write_kv_quantized(pool, scales, LAYER, lanes(k), lanes(v), ids(*slots))
+    num_new = len(new_slots)
+    right, right_scales = write_kv_quantized(
+        pool, scales, LAYER, lanes(new[0, :num_new]), lanes(new[1, :num_new]), ids(*new_slots)
+    )
+    got = write_and_attend(
+        jnp.asarray(batch.q), *jnp.asarray(new), pool, LAYER, *batch.rows(), kv_scales=scales, interpret=True
+    )
+    assert_same_bits(got.pool, right)
+    assert_same_bits(got.kv_scales, right_scales)
+    attended = attend_tpu(
+        replace(batch.call(), kv=KvLayer(right, LAYER, right_scales)),
+        num_kv_heads=shape.num_kv_heads,
+        interpret=WATCHED,
+    )
+    np.testing.assert_array_equal(np.asarray(got.out), np.asarray(attended))
+    atol = 0.05 if quantized == jnp.int8 else 0.2
+    np.testing.assert_allclose(np.asarray(got.out)[:num_new], dense_attention(batch)[:num_new], atol=atol, rtol=0)
+
+
+def test_blocks_are_moved_by_name():
+    pool = jnp.asarray(random_pool(jnp.float32, 16))
+    by_dma = {"implementation": "pallas_tpu", "interpret": True}
+    assert_same_bits(copy_blocks(pool, ids(1), ids(5), **by_dma), copy_blocks(pool, ids(1), ids(5)))
+    data = gather_blocks(pool, ids(3, 1), **by_dma)
+    np.testing.assert_array_equal(np.asarray(data), np.asarray(pool)[[3, 1]])
+    assert_same_bits(scatter_blocks(pool, ids(4, 2), data, **by_dma), scatter_blocks(pool, ids(4, 2), data))
+    k = jnp.ones((2, 2, 128))
+    written = write_kv(pool, LAYER, k, k, ids(17, 18), **by_dma)
+    assert_same_bits(written, write_kv(pool, LAYER, k, k, ids(17, 18)))
+    scales = jnp.ones(kv_scales_shape(NUM_BLOCKS, 2, 2))
+    np.testing.assert_array_equal(np.asarray(copy_blocks(scales, ids(1), ids(5), **by_dma)), np.asarray(scales))
+    for options in ({"interpret": True}, {"implementation": "triton"}, {"implementation": "hopper"}):
+        with pytest.raises(ValueError, match="expected"):
+            copy_blocks(pool, ids(1), ids(5), **options)

@@ -6,26 +6,19 @@ are subtly wrong later on. Tokens are drawn from these numbers: any schedule mus
 """
 
 from collections.abc import Collection
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int, Int64
 
-from jpaged.contract.plan import (
-    BeamCandidates,
-    BeamSelect,
-    BlockCopy,
-    Chunk,
-    Sample,
-    StepPlan,
-    StepResult,
-    TokenScores,
-)
+from jpaged.contract.plan import BeamSelect, BlockCopy, StepPlan
+from jpaged.contract.result import BeamCandidates, StepResult, TokenScores
+from jpaged.contract.rows import ON_DEVICE
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.request import Request, SamplingParams, derive_seed
 from tests.support.oracles import beam_search_without_cache
+from tests.support.plans import Chunk, Rows, bans_of
 
 VOCAB_SIZE = 16
 EOS = 3
@@ -144,66 +137,75 @@ class FakeDevice:
         self.block_size = blocks.block_size
         self.pool = np.full((blocks.num_blocks, self.block_size), LOST)
         self.host_pool = np.full((blocks.num_host_blocks, self.block_size), LOST)
-        self._latest: list[int] = []  # the tokens that the last step drew
+        self.rows = Rows()  # told of nothing but plans' changes
+        self._latest: dict[int, int] = {}  # the token last drawn for each row
         self._drawn: dict[int, list[int]] = {}  # the tokens of each sequence (by id), with what was drawn last
 
     def execute(self, plan: StepPlan) -> StepResult:
-        plan = self._resolved(plan)
-        if plan.num_steps > 1:
-            return self._burst(plan)
-        self._check_chunks(plan)
-        self._check_moves(plan)
+        self.rows.enter(plan)
+        chunks = self._resolved(self.rows.chunks(plan, self.block_size))
+        self._check_rows(plan)
+        self._check_chunks(plan, chunks)
+        self._check_moves(plan, chunks)
         to_host, from_host, copies = (_columns(moves) for moves in (plan.to_host, plan.from_host, plan.copies))
         self.host_pool[to_host[1]] = self.pool[to_host[0]]
         landing = self.host_pool[from_host[0]]
         self.pool[copies[1]] = self.pool[copies[0]]
         self.pool[from_host[1]] = LOST
-        numbers = self._compute(plan)
-        result = self._results(plan, numbers)
+        if plan.num_steps > 1:
+            result = self._burst(plan, chunks)
+        else:
+            result = self._step(plan, chunks, list(range(len(plan.draws))))
         self.pool[from_host[1]] = landing
-        self._latest = result.token_ids.tolist()
-        for sample, token_id in zip(plan.samples, self._latest, strict=True):
-            _, seq = self.scheduler.roster.sequences[sample.seq_id]
-            known = self._tokens_fed(seq, plan.chunks[sample.chunk])[: sample.position]
-            self._drawn[sample.seq_id] = [*known, token_id]
         return result
 
-    def _burst(self, plan: StepPlan) -> StepResult:
-        """Run the steps of a burst, each a plan of its own that feeds what the one before drew."""
-        assert [sample.chunk for sample in plan.samples] == list(range(len(plan.chunks)))
+    def _step(self, plan: StepPlan, chunks: list[Chunk], draws: list[int]) -> StepResult:
+        """Run one step, and draw as some draws of the plan say."""
+        numbers = self._compute(chunks)
+        drawn = [self._draw(plan, draw, chunks, numbers) for draw in draws]
+        read = plan.draws.chunks.tolist()
+        for draw, token_id in zip(draws, drawn, strict=True):
+            chunk, row, seq_id = chunks[read[draw]], int(plan.draws.rows[draw]), int(plan.draws.seq_ids[draw])
+            _, seq = self.scheduler.roster.sequences[seq_id]
+            self._latest[row] = token_id
+            self._drawn[seq_id] = [*self._tokens_fed(seq, chunk)[: chunk.stop], token_id]
+        scored = [list(zip(numbers[piece.chunk], piece.target_ids, strict=False)) for piece in plan.prompt_scores]
+        return StepResult(
+            token_ids=np.array(drawn, np.int32),
+            scores=_scores([(numbers[read[draw]][-1], token) for draw, token in zip(draws, drawn, strict=True)]),
+            prompt_scores=tuple(map(_scores, scored)),
+            beams=tuple(_candidates(select, [numbers[chunk][-1] for chunk in select.chunks]) for select in plan.beams),
+        )
+
+    def _burst(self, plan: StepPlan, chunks: list[Chunk]) -> StepResult:
+        """Run the steps of a burst, each of which feeds what the one before drew."""
+        assert plan.draws.chunks.tolist() == list(range(len(chunks)))
+        assert (plan.chunks.lens == 1).all()
         assert not plan.beams
         assert not plan.prompt_scores
         assert not plan.from_host
-        assert max(sample.num_tokens for sample in plan.samples) == plan.num_steps
-        latest, results = [0] * len(plan.samples), []
+        assert plan.draws.num_tokens.max() == plan.num_steps
+        latest, results = [0] * len(chunks), []
         for step in range(plan.num_steps):
-            rows = [row for row, sample in enumerate(plan.samples) if step < sample.num_tokens]
-            chunks, samples = [], []
-            for i, row in enumerate(rows):
-                chunk, sample = plan.chunks[row], plan.samples[row]
-                token_ids = [latest[row]] if step else chunk.token_ids
-                chunks.append(chunk._replace(start=chunk.start + step, token_ids=token_ids))
-                samples.append(sample._replace(chunk=i, position=sample.position + step, num_tokens=1))
-            before = StepPlan() if step else plan
-            one = StepPlan(chunks=tuple(chunks), samples=tuple(samples), to_host=before.to_host, copies=before.copies)
-            result = self.execute(one)
-            for row, token_id in zip(rows, result.token_ids.tolist(), strict=True):
-                latest[row] = token_id
+            draws = [draw for draw, num_tokens in enumerate(plan.draws.num_tokens.tolist()) if step < num_tokens]
+            fed: list[Chunk] = [chunk._replace(token_ids=[], block_table=[], start=0) for chunk in chunks]
+            for draw in draws:
+                chunk = chunks[draw]
+                token_ids = [latest[draw]] if step else chunk.token_ids
+                fed[draw] = chunk._replace(start=chunk.start + step, token_ids=token_ids)
+            result = self._step(plan, fed, draws)
             logprobs = np.zeros(len(latest), np.float32)
-            logprobs[rows] = result.scores.logprobs
-            results.append((np.array(latest, np.int32), replace(_scores([(0, 0)] * len(latest)), logprobs=logprobs)))
-        self._latest = latest
+            for draw, token_id, logprob in zip(draws, result.token_ids, result.scores.logprobs, strict=True):
+                latest[draw], logprobs[draw] = int(token_id), logprob
+            results.append((np.array(latest, np.int32), TokenScores.plain(logprobs)))
         return StepResult(*results[0], later=tuple(results[1:]))
 
-    def _resolved(self, plan: StepPlan) -> StepPlan:
-        """The plan with the tokens that the last step drew in the place of their rows."""
-        chunks = []
-        for chunk in plan.chunks:
-            if any(token_id < 0 for token_id in chunk.token_ids):
-                (token_id,) = chunk.token_ids
-                chunk = chunk._replace(token_ids=[self._latest[~token_id]])
-            chunks.append(chunk)
-        return replace(plan, chunks=tuple(chunks))
+    def _resolved(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks with the tokens that were drawn for their rows."""
+        return [
+            chunk._replace(token_ids=[self._latest[chunk.row]]) if list(chunk.token_ids) == [ON_DEVICE] else chunk
+            for chunk in chunks
+        ]
 
     def lose(self) -> None:
         """Forget the content of both pools, as a device does whose step failed."""
@@ -247,25 +249,41 @@ class FakeDevice:
                 f"{request.request_id}: of {num_tokens} tokens in blocks {block_table} those at {wrong} are not there"
             )
 
-    def _check_chunks(self, plan: StepPlan) -> None:
+    def _check_rows(self, plan: StepPlan) -> None:
+        """Assert that the table says of every row what its sequence does."""
+        chunks, draws, rows = plan.chunks, plan.draws, self.rows
+        assert len(set(chunks.rows.tolist())) == len(chunks.rows), "one chunk a row"
+        assert len(set(draws.rows.tolist())) == len(draws.rows), "one draw a row"
+        owned, owners = np.concatenate([chunks.rows, draws.rows]), np.concatenate([chunks.seq_ids, draws.seq_ids])
+        for row, seq_id in zip(owned.tolist(), owners.tolist(), strict=True):
+            assert 0 <= row < self.scheduler.max_num_seqs
+            group, seq = self.scheduler.roster.sequences[seq_id]
+            assert seq.row == row
+            assert rows.prompt_len(row) == group.prompt_len
+            assert rows.seed(row) == seq.seed
+            assert rows.temperature(row) == np.float32(group.request.params.temperature)
+
+    def _check_chunks(self, plan: StepPlan, chunks: list[Chunk]) -> None:
         """Assert that the plan keeps the limits of a step, and that each chunk is what its sequence has to feed."""
         scheduler = self.scheduler
         assert plan.num_tokens <= scheduler.max_num_batched_tokens
         assert len(plan.chunks) <= scheduler.max_num_seqs
         assert plan.num_logit_rows <= scheduler.max_num_seqs
-        assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks), "one chunk a sequence"
-        for chunk in plan.chunks:
+        assert len({chunk.seq_id for chunk in chunks}) == len(chunks), "one chunk a sequence"
+        for chunk in chunks:
             group, seq = scheduler.roster.sequences[chunk.seq_id]
             assert chunk.start < chunk.stop <= scheduler.max_model_len
             assert list(chunk.token_ids) == self._tokens_fed(seq, chunk)[chunk.start : chunk.stop]
             assert chunk.prompt_len == group.prompt_len
             assert len(chunk.block_table) * self.block_size >= chunk.stop
+            table = scheduler.blocks.block_table(chunk.seq_id)
+            assert list(chunk.block_table) == table[: len(chunk.block_table)], "the device knows other blocks"
 
     def _tokens_fed(self, seq: Sequence, chunk: Chunk) -> list[int]:
         """A sequence's tokens, with those drawn since that the scheduler was not told of."""
         return seq.token_ids if chunk.stop <= len(seq.token_ids) else self._drawn[seq.seq_id]
 
-    def _check_moves(self, plan: StepPlan) -> None:
+    def _check_moves(self, plan: StepPlan, chunks: list[Chunk]) -> None:
         """Assert that blocks are read and written only where, and as often as, ``StepPlan`` allows."""
         for moves in (plan.to_host, plan.from_host, plan.copies):
             assert len({move.dst for move in moves}) == len(moves), "two writes to one block"
@@ -274,53 +292,43 @@ class FakeDevice:
         assert not stored & loaded, "a host block is read and written"
         landing = {move.dst for move in plan.from_host}
         used = {block for copy in plan.copies for block in (copy.src, copy.dst)}
-        for chunk in plan.chunks:
-            num_covered = -(-(chunk.start + len(chunk.token_ids)) // self.block_size)
-            used.update(chunk.block_table[:num_covered])
+        for chunk in chunks:
+            used.update(chunk.block_table)
         assert used | landing | {move.src for move in plan.to_host} <= set(range(1, len(self.pool))), "0 is padding"
         assert not used & landing, "a block is used before it has landed"
 
-    def _compute(self, plan: StepPlan) -> list[list[int]]:
+    def _compute(self, chunks: list[Chunk]) -> list[list[int]]:
         """Write the numbers of all chunks, once their contexts are what they must be. Returns those of each chunk."""
-        slots = [self._slots(chunk) for chunk in plan.chunks]
+        slots = [self._slots(chunk) for chunk in chunks]
         is_written = np.zeros(self.pool.size, bool)
-        for chunk, own in zip(plan.chunks, slots, strict=True):
+        for chunk, own in zip(chunks, slots, strict=True):
             assert not is_written[own[chunk.start :]].any(), "two tokens are written to one slot"
             is_written[own[chunk.start :]] = True
         flat, numbers = self.pool.reshape(-1), []
-        for chunk, own in zip(plan.chunks, slots, strict=True):
+        for chunk, own in zip(chunks, slots, strict=True):
             assert not is_written[own[: chunk.start]].any(), "a slot is read and written in one step"
             group, seq = self.scheduler.roster.sequences[chunk.seq_id]
             token_ids = self._tokens_fed(seq, chunk)
             self._check_content(self.pool, list(chunk.block_table), group, token_ids, chunk.start)
             prefix = int(flat[own[chunk.start - 1]]) if chunk.start else _before(group.request.prefix_salt)
             numbers.append([prefix := extend(prefix, token_id) for token_id in chunk.token_ids])
-        for chunk, own, written in zip(plan.chunks, slots, numbers, strict=True):
+        for chunk, own, written in zip(chunks, slots, numbers, strict=True):
             flat[own[chunk.start :]] = written
         return numbers
 
     def _slots(self, chunk: Chunk) -> Int64[np.ndarray, "tokens"]:
         logical, offsets = np.divmod(np.arange(chunk.start + len(chunk.token_ids)), self.block_size)
-        return np.asarray(chunk.block_table)[logical] * self.block_size + offsets
+        return np.asarray(chunk.block_table, int)[logical] * self.block_size + offsets
 
-    def _results(self, plan: StepPlan, numbers: list[list[int]]) -> StepResult:
-        rows = [(numbers[sample.chunk][-1], self._draw(sample, plan, numbers)) for sample in plan.samples]
-        scored = [list(zip(numbers[piece.chunk], piece.target_ids, strict=False)) for piece in plan.prompt_scores]
-        return StepResult(
-            token_ids=np.array([token_id for _, token_id in rows], np.int32),
-            scores=_scores(rows),
-            prompt_scores=tuple(map(_scores, scored)),
-            beams=tuple(_candidates(select, [numbers[chunk][-1] for chunk in select.chunks]) for select in plan.beams),
-        )
-
-    def _draw(self, sample: Sample, plan: StepPlan, numbers: list[list[int]]) -> int:
-        group, seq = self.scheduler.roster.sequences[sample.seq_id]
-        chunk, prefix = plan.chunks[sample.chunk], numbers[sample.chunk][-1]
+    def _draw(self, plan: StepPlan, draw_index: int, chunks: list[Chunk], numbers: list[list[int]]) -> int:
+        group, seq = self.scheduler.roster.sequences[int(plan.draws.seq_ids[draw_index])]
+        index = int(plan.draws.chunks[draw_index])
+        chunk, prefix, row = chunks[index], numbers[index][-1], int(plan.draws.rows[draw_index])
         token_ids = self._tokens_fed(seq, chunk)
-        assert sample.position == len(token_ids) == chunk.stop
-        assert sample.seed == seq.seed
+        assert len(token_ids) == chunk.stop
         assert prefix == hash_prefixes(token_ids, group.request.prefix_salt)[-1], "drawn from another's logits"
-        return draw(prefix, sample.position, sample.seed, sample.params.temperature, sample.banned_token_ids)
+        bans = bans_of(plan, draw_index)
+        return draw(prefix, chunk.stop, self.rows.seed(row), self.rows.temperature(row), bans)
 
 
 def _columns(moves: tuple[BlockCopy, ...]) -> tuple[Int[np.ndarray, "moves"], Int[np.ndarray, "moves"]]:

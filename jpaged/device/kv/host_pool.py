@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jpaged.config import EngineConfig
-from jpaged.contract.plan import BlockCopy, Costs
+from jpaged.contract.costs import Costs
+from jpaged.contract.plan import BlockCopy
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import Target
 from jpaged.sharding import block_spec

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jpaged.contract.plan import BeamCandidates, BeamSelect
-from jpaged.device.sampling.sampler import padded, top_k
+from jpaged.contract.plan import BeamSelect
+from jpaged.contract.result import BeamCandidates
+from jpaged.device.sampling.columns import padded
+from jpaged.device.sampling.filters import top_k
 from jpaged.request import MAX_BEAM_CANDIDATES, MAX_BEAM_WIDTH
 
 CANDIDATE_SIZES = (8, 32, 128, MAX_BEAM_CANDIDATES)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jpaged.device.sampling.draws import Chunks, finite_or_zero, members_of
+from jpaged.device.sampling.chunks import Chunks, finite_or_zero, members_of
 
 _MAX_LISTED = 128
 _NUM_PIVOTS = 7  # about as much arithmetic as hides behind reading the logits

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between runs."""
+"""The directory of compiled programs, which are kept between runs."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,17 @@ import jax
 
 
 def default_compile_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/jpaged/xla``, or under ``~/.cache``."""
+    """Return ``$XDG_CACHE_HOME/jpaged/xla``, or the same under ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jpaged" / "xla"
 
 
 def enable_compile_cache() -> Path | None:
-    """Turn on JAX's persistent compilation cache in a directory only this user can enter.
+    """Turn on JAX's persistent compilation cache in a directory that only this user can enter.
 
-    A directory already configured (``jax_compilation_cache_dir``) is left as it is.
+    A configured directory (``jax_compilation_cache_dir``) stays as it is.
 
     Returns:
-        The directory in use; None if it cannot be created (then nothing is kept).
+        The directory in use; None if it cannot be created: nothing is kept then.
     """
     configured = jax.config.jax_compilation_cache_dir
     if configured:
@@ -25,7 +25,7 @@ def enable_compile_cache() -> Path | None:
     path = default_compile_cache_dir()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.stat().st_uid != os.getuid():  # programs are loaded from here: nobody else may have written them
+        if path.stat().st_uid != os.getuid():  # programs are loaded from here: no other user may write them
             return None
         path.chmod(0o700)
     except OSError:

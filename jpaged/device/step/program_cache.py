@@ -1,8 +1,8 @@
 """Compiled programs kept between runs, found without tracing them again.
 
-JAX's own cache finds a program by its lowered text, which takes a second or two for each to make. This one goes by what
-that text is made of: this project's code, the versions and settings of what compiles it, and the shape of the model. It
-keeps nothing of models that hold somebody else's code, and loads nothing that somebody else may have written.
+JAX's own cache finds a program by its lowered text, and lowering takes a second or two per program. This cache finds a
+program by the ingredients of that text: the code of this project, the model's shape, and the compiler's versions and
+settings. It keeps no program of a model with foreign code, and loads no file that another user may have written.
 """
 
 import hashlib
@@ -30,24 +30,24 @@ SOURCE_PACKAGES = ("jpaged", "pallas_kernels")
 SOURCE_SUFFIXES = (".py", ".json")
 
 KNOWN_PACKAGES = (*SOURCE_PACKAGES, "flax", "jax", "jaxlib", "numpy", "ml_dtypes", "builtins")
-"""Of what a model is made of: the cache knows their code, by its content or its version."""
+"""Packages whose code the cache identifies, by its content or its version."""
 
 VERSIONED_PREFIXES = ("flax", "jax", "ml-dtypes", "ml_dtypes", "numpy", "nvidia-", "libtpu")
-"""Of the distributions whose versions programs depend on."""
+"""Prefixes of the distributions whose versions programs depend on."""
 
 VARIABLE_PARTS = ("XLA", "LIBTPU", "MOSAIC", "NVIDIA")
-"""Of the names of environment variables that programs may depend on."""
+"""Parts of the names of environment variables that programs may depend on."""
 
 MOST_KEPT = 8
-"""Models, settings and versions whose programs are kept: those of the least recently started one go first."""
+"""Number of kept caches, one for each model, settings and versions; the least recently used is deleted first."""
 
 
 class ProgramCache:
     """The programs of one model under one set of settings, in a directory of their own.
 
     Args:
-        directory: where they are; made when the first is saved. Its neighbours are caches too.
-        devices: that they run on.
+        directory: directory of the programs, created by the first save. Its neighbours are caches too.
+        devices: devices of the programs.
     """
 
     def __init__(self, directory: Path, devices: Sequence[Any]) -> None:
@@ -55,18 +55,18 @@ class ProgramCache:
         self._devices = devices
 
     def load_all(self, keys: Sequence[tuple], threads: Executor) -> dict[tuple, jax.stages.Compiled]:
-        """The programs of those keys that have one. This cache is then the one used last."""
+        """Load the programs of all keys that have one. This cache becomes the most recently used."""
         if not self._is_ones_own():
             return {}
         try:
             os.utime(self._directory)
-        except OSError as error:  # it serves nevertheless: of a read-only disk, say
+        except OSError as error:  # a cache on a read-only disk still serves
             log.warning("%s cannot be marked as used: %s", self._directory, error)
         programs = zip(keys, threads.map(self.load, keys), strict=True)
         return {key: program for key, program in programs if program is not None}
 
     def load(self, key: tuple) -> jax.stages.Compiled | None:
-        """The program of a key, ready to run; None if there is none that this process can use."""
+        """Load the program of a key, ready to run; None without a program that this process can use."""
         path = self._path(key)
         if not (self._is_ones_own() and _is_ones_own(path)):
             return None
@@ -75,12 +75,12 @@ class ProgramCache:
             return serialize_executable.deserialize_and_load(
                 *parts, backend=self._devices[0].client, execution_devices=self._devices
             )
-        except Exception as error:  # of many kinds: it was written by another version, or not to its end
+        except Exception as error:  # of many kinds: another version wrote the file, or a process ended before its end
             log.warning("%s cannot be loaded and is compiled again: %s", path, error)
             return None
 
     def save(self, key: tuple, program: jax.stages.Compiled) -> None:
-        """Keep a program. One that cannot be kept costs a warning, and is compiled again next time."""
+        """Keep a program. A failure costs a warning, and the next run compiles the program again."""
         unfinished = None
         try:
             data = pickle.dumps(serialize_executable.serialize(program))
@@ -89,13 +89,13 @@ class ProgramCache:
             with open(file, "wb") as opened:
                 opened.write(data)
             os.replace(unfinished, self._path(key))
-        except Exception as error:  # of many kinds: a full disk, or a program that no backend can write down
+        except Exception as error:  # of many kinds: a full disk, or a program that no backend can serialise
             if unfinished is not None:
                 Path(unfinished).unlink(missing_ok=True)
             log.warning("a compiled program was not kept: %s", error)
 
     def _make_room(self) -> None:
-        """Make the directory, and drop those of its neighbours that have not been used for long."""
+        """Create the directory, and delete its least recently used neighbours."""
         if self._directory.is_dir():
             return
         programs = self._directory.parent
@@ -115,10 +115,10 @@ class ProgramCache:
 def compile_program(
     lowered: jax.stages.Lowered, compiler_options: dict[str, Any] | None
 ) -> tuple[jax.stages.Compiled, bool]:
-    """A program, and whether it can be saved.
+    """Compile a program, and say whether it can be saved.
 
-    What JAX found in its own cache cannot: XLA writes down a program that it has loaded without all of its code, which
-    is noticed when it runs (so on CPUs, with jaxlib 0.12.0).
+    A program from JAX's own cache cannot be saved: XLA serialises a loaded program without all of its code, and the
+    copy fails when it runs (on CPUs, with jaxlib 0.12.0).
     """
     _this_thread.is_hit = False
     program = lowered.compile(compiler_options=compiler_options)
@@ -126,7 +126,7 @@ def compile_program(
 
 
 def model_identity(model: nnx.Module) -> str | None:
-    """What a model computes, whatever its weights; None if that is partly for its user's own code to say."""
+    """Identify the computation of a model, without its weights; None if the model holds a user's own code."""
     for _, module in nnx.iter_modules(model):
         if not _is_known(type(module)) or not all(map(_is_known, vars(module).values())):
             return None
@@ -134,16 +134,16 @@ def model_identity(model: nnx.Module) -> str | None:
 
 
 def program_cache_for(identity: str | None, devices: Sequence[Any], *ingredients: object) -> ProgramCache | None:
-    """The cache of a model's programs, in "programs" beside those that JAX keeps.
+    """Open the cache of a model's programs, in "programs" beside JAX's own cache.
 
     Args:
-        identity: of the model (``model_identity``).
-        devices: that they run on.
-        ingredients: all else that its programs depend on, and that has a ``repr`` which says it all.
+        identity: the model's identity (``model_identity``).
+        devices: devices of the programs.
+        ingredients: all other values that the programs depend on, each with a complete ``repr``.
 
     Returns:
-        None for a model that is not known, where JAX keeps nothing either, where others could write too, and for
-        several processes, which would have to agree on what to compile.
+        The cache. None for an unknown model, without a cache of JAX, in a directory that other users can write to, and
+        for several processes, which would have to agree on the programs to compile.
     """
     root = jax.config.jax_compilation_cache_dir
     if identity is None or not root or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
@@ -155,7 +155,7 @@ def program_cache_for(identity: str | None, devices: Sequence[Any], *ingredients
 
 
 def _is_known(value: object) -> bool:
-    """Whether a part of a model is data, or code of ``KNOWN_PACKAGES`` that its name stands for."""
+    """Whether a part of a model is data, or code of ``KNOWN_PACKAGES``, which its name identifies."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_known, value))
     if isinstance(value, dict):
@@ -165,7 +165,7 @@ def _is_known(value: object) -> bool:
 
 
 def _is_ones_own(path: Path) -> bool:
-    """Whether this user alone can write there."""
+    """Whether this user alone can write to the directory."""
     try:
         stat = path.stat()
     except OSError:
@@ -176,12 +176,12 @@ def _is_ones_own(path: Path) -> bool:
 def _last_used(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except OSError:  # another process has dropped it
+    except OSError:  # another process has deleted it
         return 0.0
 
 
 def _surroundings(devices: Sequence[Any]) -> tuple[object, ...]:
-    """What programs depend on besides this project, the model and the engine's settings."""
+    """Return the versions and settings of the compiler that programs depend on."""
     settings = sorted((name, repr(value)) for name, value in jax.config.values.items() if "cache" not in name)
     variables = sorted(item for item in os.environ.items() if any(part in item[0] for part in VARIABLE_PARTS))
     installed = {(each.name, each.version) for each in distributions() if each.name}
@@ -191,7 +191,7 @@ def _surroundings(devices: Sequence[Any]) -> tuple[object, ...]:
 
 
 def source_digest(roots: Sequence[Path]) -> str | None:
-    """Of the code under some directories; None if one of them shows none, as in an archive."""
+    """Hash the code under some directories; None if one of them has no files, as in an archive."""
     digest = hashlib.sha256()
     for root in roots:
         paths = sorted(path for path in root.rglob("*") if path.suffix in SOURCE_SUFFIXES)
@@ -212,5 +212,5 @@ def _notice_hit(event: str, **_: Any) -> None:
 
 jax.monitoring.register_event_listener(_notice_hit)
 
-# Now, since it is this code that runs, whatever becomes of the files meanwhile.
+# At import, since the loaded code runs even if the files change later.
 SOURCE_DIGEST = source_digest([Path(__import__(package).__path__[0]) for package in SOURCE_PACKAGES])

@@ -18,12 +18,12 @@ from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES, block_shar
 from jpaged.device.kv.layout import pool_layout
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
-from jpaged.device.sampling.sampler import SampleSizes
-from jpaged.device.step.inputs import Bucket, all_buckets, packed_size
-from jpaged.device.step.packed import SCORE_ROWS
+from jpaged.device.sampling.columns import SampleSizes
+from jpaged.device.step.inputs import all_buckets
+from jpaged.device.step.pack import CHANGED_BLOCKS, SCORE_ROWS, change_layout, changed_rows, loaded_size, size_of
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
-from jpaged.device.step.state import StepState, num_decode_inputs
 from jpaged.device.step.steps import Steps
+from jpaged.device.step.table import StepState
 from jpaged.device.target import target_of
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
@@ -85,7 +85,7 @@ class Programs:
         """Another pool, or context: nothing is compiled then."""
         self.num_blocks = num_blocks
         self.max_model_len = max_model_len
-        self.steps = self._steps(self.max_blocks, self.max_burst)
+        self.steps = self._steps(self.max_burst)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self.num_loaded = 0
 
@@ -167,8 +167,8 @@ class Programs:
         """Of all programs that plain requests need."""
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
         keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
-        keys += [("load", self._num_inputs(bucket)) for bucket in self.buckets]
-        keys += [("read",), *(("copy", size) for size in self.copy_sizes)]
+        keys += [("load", bucket) for bucket in self.buckets]
+        keys += [("enter",), ("read",), *(("copy", size) for size in self.copy_sizes)]
         if with_host_pool:
             keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
         return list(dict.fromkeys(keys))
@@ -182,10 +182,6 @@ class Programs:
         choices = self.model_config, self.backend, self.config.kv_cache_dtype, self.target
         devices = list(self.mesh.devices.flat)
         return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
-
-    def _num_inputs(self, bucket: Bucket) -> int:
-        """Numbers that are loaded for a bucket's program."""
-        return num_decode_inputs(bucket, self.max_blocks) if bucket.is_decode else packed_size(bucket, self.max_blocks)
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -210,9 +206,12 @@ class Programs:
         weights, cache, state = self.weights, self.abstract_cache(), self._abstract_state()
         match kind:
             case "load":
-                (num_inputs,) = sizes
-                inputs = self._abstract((num_inputs,), jnp.int32)
-                return jax.jit(StepState.load, donate_argnums=0).lower(state, inputs)
+                (bucket,) = sizes
+                inputs = self._abstract((loaded_size(bucket),), jnp.int32)
+                return jax.jit(StepState.load, static_argnums=1, donate_argnums=0).lower(state, bucket, inputs)
+            case "enter":
+                size = size_of(change_layout(changed_rows(len(state.latest)), CHANGED_BLOCKS))
+                return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
                 method = self.steps.decode if bucket.is_decode else self.steps.forward
@@ -221,9 +220,9 @@ class Programs:
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":
                 sample_sizes, num_top = sizes
-                packed = self._abstract((sample_sizes.packed_size,), jnp.int32)
+                packed = self._abstract((sample_sizes.packed_size,), jnp.int32), self._abstract((), jnp.int32)
                 method = self._jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
-                return method.lower(weights, state.latest, state.sample_hidden, packed, self._abstract((), jnp.int32))
+                return method.lower(weights, state.latest, state.columns, state.sample_hidden, *packed)
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)

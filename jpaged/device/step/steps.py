@@ -1,7 +1,6 @@
 """What a step computes: the functions that are traced and compiled, pure but for what they are built with."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,18 +15,11 @@ from jpaged.device.backends import Backend, Rows
 from jpaged.device.kv.attend import PagedAttend
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
-from jpaged.device.sampling.sampler import (
-    SampledTokens,
-    SampleInputs,
-    SampleSizes,
-    Scores,
-    rows_from,
-    sample,
-    score,
-    unpack_samples,
-)
-from jpaged.device.step.inputs import Bucket, pack_next, unpack
-from jpaged.device.step.state import StepState
+from jpaged.device.sampling.columns import SampleInputs, SampleSizes, rows_from, unpack_draws
+from jpaged.device.sampling.draw import SampledTokens, sample
+from jpaged.device.sampling.scores import Scores, score
+from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.table import StepState, with_latest
 from jpaged.sharding import TENSOR_AXIS, replicated
 
 SAMPLING_SCOPE = "sampling"
@@ -44,7 +36,6 @@ class Steps:
         mesh: the devices.
         backend: attends.
         block_size: tokens of a block.
-        max_blocks: width of a block table.
         max_burst: steps that a decode may have.
     """
 
@@ -53,7 +44,6 @@ class Steps:
     mesh: jax.sharding.Mesh
     backend: Backend
     block_size: int
-    max_blocks: int
     max_burst: int
 
     def _merge(self, weights: list[Array]) -> Any:
@@ -62,16 +52,12 @@ class Steps:
     def forward(
         self, bucket: Bucket, weights: list[Array], cache: KVCache, state: StepState
     ) -> tuple[KVCache, StepState, Float[Array, "tokens hidden_size"]]:
-        """A forward pass over the inputs loaded, and the hidden states of all its tokens.
-
-        Tokens below 0 were drawn by the step before; see ``Chunk.token_ids``.
-        """
-        inputs = unpack(state.step_inputs(bucket, self.max_blocks), bucket, self.max_blocks)
-        token_ids = jnp.where(inputs.token_ids < 0, state.latest[~inputs.token_ids], inputs.token_ids)
+        """A forward pass over the inputs loaded, and the hidden states of all its tokens."""
+        inputs = state.step_inputs(bucket, self.block_size)
         model = self._merge(weights)
         rows = Rows(inputs.slots, inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
         attend = PagedAttend(cache, rows, self.backend)
-        hidden = model(token_ids, inputs.positions, inputs.prompt_lens, attend)
+        hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 
     def decode(
@@ -81,48 +67,40 @@ class Steps:
 
         For 0 steps, one forward pass alone.
         """
-        packed_samples, num_steps = state.decode_inputs(bucket, self.max_blocks)
-        sizes = SampleSizes(bucket.num_rows)
+        num_steps = state.num_steps(bucket)
 
-        def step(number: Int[Array, ""], before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
+        def step(before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
             cache, state, hidden = self.forward(bucket, weights, *before)
 
             def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-                tokens = self._sample(sizes, None, weights, state.sample_hidden, packed_samples, number)
+                tokens = self._sample(weights, state.sample_hidden, state.sample_inputs(bucket), None)
                 return tokens.token_ids, tokens.scores.logprobs
 
             def nothing() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
-                return jnp.zeros(sizes.num_rows, jnp.int32), jnp.zeros(sizes.num_rows, jnp.float32)
+                return jnp.zeros(bucket.num_rows, jnp.int32), jnp.zeros(bucket.num_rows, jnp.float32)
 
             drawn = jax.lax.cond(num_steps > 0, draw, nothing)
-            packed = state.step_inputs(bucket, self.max_blocks)
-            after = pack_next(packed, bucket, self.max_blocks, self.block_size)
-            return cache, self._replicate(state.with_hidden(hidden).with_drawn(number, *drawn).load(after))
+            return cache, self._replicate(state.with_hidden(hidden).with_drawn(bucket, *drawn))
 
         if self.max_burst == 1:
-            return step(jnp.int32(0), (cache, state))
-        return jax.lax.fori_loop(0, jnp.maximum(num_steps, 1), step, (cache, state))
+            return step((cache, state))
+        return jax.lax.fori_loop(0, jnp.maximum(num_steps, 1), lambda _, before: step(before), (cache, state))
 
     def _replicate[T](self, arrays: T) -> T:
         return jax.lax.with_sharding_constraint(arrays, replicated(self.mesh))
 
     def _sample(
         self,
-        sizes: SampleSizes,
-        num_top: int | None,
         weights: list[Array],
         hidden: Float[Array, "max_num_seqs hidden_size"],
-        packed: Int[Array, " size"],
-        num_before: Int[Array, ""],
+        inputs: SampleInputs,
+        num_top: int | None,
     ) -> SampledTokens:
-        """The drawn tokens. ``num_before``: steps of the burst before this one."""
-        model = self._merge(weights)
-        inputs = unpack_samples(packed, sizes)
-        inputs = dataclasses.replace(inputs, positions=inputs.positions + num_before)
+        num_rows, has_extras = len(inputs.temperature), len(inputs.bias_rows) + len(inputs.seen_rows) > 0
         with jax.named_scope(SAMPLING_SCOPE):
-            logits = self._whole_rows(model.logits(hidden[: sizes.num_rows]))
+            logits = self._whole_rows(self._merge(weights).logits(hidden[:num_rows]))
             draw = partial(sample, num_top=num_top)
-            if self.mesh.size > 1 and sizes == SampleSizes(sizes.num_rows) and sizes.num_rows % self.mesh.size == 0:
+            if self.mesh.size > 1 and not has_extras and num_rows % self.mesh.size == 0:
                 draw = jax.shard_map(
                     partial(_sample_own_rows, num_top=num_top),
                     in_specs=(P(TENSOR_AXIS), P()),
@@ -136,15 +114,28 @@ class Steps:
         sizes: SampleSizes,
         num_top: int | None,
         weights: list[Array],
-        latest: Int[Array, " max_num_seqs"],
+        latest: Int[Array, " table_rows"],
+        columns: Int[Array, "columns table_rows"],
         hidden: Float[Array, "max_num_seqs hidden_size"],
         packed: Int[Array, " size"],
         num_before: Int[Array, ""],
-    ) -> tuple[SampledTokens, Int[Array, " max_num_seqs"]]:
-        """The drawn tokens, and ``latest`` with them."""
-        sampled = self._sample(sizes, num_top, weights, hidden, packed, num_before)
-        latest = jax.lax.dynamic_update_slice(latest, sampled.token_ids, (0,))
-        return sampled, self._replicate(latest)
+    ) -> tuple[SampledTokens, Int[Array, " table_rows"]]:
+        """The drawn tokens, and ``latest`` with them.
+
+        Args:
+            sizes: sizes of the packed draws.
+            num_top: alternatives to score; see ``sample``.
+            weights: weights of the model.
+            latest: as in ``StepState``.
+            columns: as in ``StepState``.
+            hidden: ``StepState.sample_hidden``.
+            packed: the draws; see ``pack_draws``.
+            num_before: steps of the burst before this one.
+        """
+        rows, inputs = unpack_draws(packed, sizes, columns)
+        inputs = replace(inputs, positions=inputs.positions + num_before)
+        sampled = self._sample(weights, hidden, inputs, num_top)
+        return sampled, self._replicate(with_latest(latest, jnp.asarray(rows), sampled.token_ids))
 
     def _whole_rows(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
         """Each row on one device, whose part of the vocabulary is then no concern of what reads it.
@@ -188,6 +179,6 @@ class Steps:
 def _sample_own_rows(
     logits: Float[Array, "own_rows vocab"], inputs: SampleInputs, *, num_top: int | None
 ) -> SampledTokens:
-    """Each device decides what its own rows need: all would otherwise ask each other at every turn."""
+    """Each device decides what its own rows need: all would otherwise ask each other in every iteration."""
     first = jax.lax.axis_index(TENSOR_AXIS) * len(logits)
     return sample(logits, rows_from(inputs, first, len(logits)), num_top=num_top)

@@ -41,28 +41,12 @@ class Append:
 
     def append(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
         """As the ticket and its commit, at less cost in the common case."""
-        holdings, ref_counts = self._holdings.on_device, self._tiers.device.ref_counts
-        fitting: list[_Growth] = []
-        others: list[tuple[Hashable, int]] = []
-        for seq_id, num_tokens in appends:
-            holding = holdings.get(seq_id)
-            if (  # 15 of 16 decodes with blocks of 16: kept free of other work
-                holding is not None
-                and 0 < num_tokens <= holding.num_empty
-                and ref_counts[holding.blocks[-1]] == 1
-                and not holding.is_borrowing
-            ):
-                fitting.append((holding, num_tokens))
-            else:
-                others.append((seq_id, num_tokens))
-        growing = [self._growth(*append) for append in others]
+        growing = [self._growth(*append) for append in appends]
         most = sum(2 + num_tokens // self._tiers.block_size for _, num_tokens in growing)
-        is_sure_to_fit = most <= self._tiers.device.num_free and not self._tiers.has_loads
-        copies = self._grow(growing) if is_sure_to_fit else self.ticket(others).commit()
-        self._tiers.num_changes += bool(fitting) or any(num_tokens for _, num_tokens in growing)
-        for holding, num_tokens in fitting:
-            holding.num_empty -= num_tokens
-        return copies
+        if most > self._tiers.device.num_free or self._tiers.has_loads:
+            return self.ticket(appends).commit()
+        self._tiers.num_changes += any(num_tokens for _, num_tokens in growing)
+        return self._grow(growing)
 
     def _growth(self, seq_id: Hashable, num_tokens: int) -> _Growth:
         holding = self._holdings.held_by(seq_id)
@@ -76,6 +60,10 @@ class Append:
 
 def _grow(tiers: TwoTiers, holding: Holding, num_tokens: int) -> list[BlockCopy]:
     """Give a sequence the blocks for its tokens, which must be there. Returns the copies to run."""
+    if holding.num_empty == 0 and 0 < num_tokens <= tiers.block_size:  # most appends: kept free of other work
+        holding.blocks.append(tiers.take())
+        holding.num_empty = tiers.block_size - num_tokens
+        return []
     total = len(holding.blocks) * tiers.block_size - holding.num_empty + num_tokens
     copies = _copy_last_block(tiers, holding) if num_tokens > 0 and _must_copy_last_block(tiers, holding) else []
     while len(holding.blocks) * tiers.block_size < total:

@@ -11,7 +11,7 @@ type BatchRow = tuple[Hashable, int, int]
 
 
 class BlockBatch(NamedTuple):
-    """What ``KVCache.write`` and ``KVCache.attend`` take, in their order; every array is padded.
+    """The arrays that ``KVCache.write`` and ``KVCache.attend`` take, in their order, all padded.
 
     Args:
         slots: slot of each new token, one row after the other; 0, in the padding block, for padding tokens.

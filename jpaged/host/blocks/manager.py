@@ -36,7 +36,8 @@ NO_MATCH = PrefixMatch()
 class BlockManager:
     """Hands out physical blocks 1 to ``num_blocks - 1`` to sequences. One writer: the scheduler.
 
-    Every call that raises has changed nothing. Sequences are named by any hashable ``seq_id``.
+    Every call that raises has changed nothing. Sequences are named by any hashable ``seq_id``. Calls raise ValueError
+    for an unknown name, and for a swapped sequence whose device blocks they need.
 
     Args:
         num_blocks: blocks in the pool, block 0 (padding, never handed out) included.
@@ -79,23 +80,9 @@ class BlockManager:
         return self._device.num_holders
 
     @property
-    def num_blocks_freed(self) -> int:
-        """Device blocks that lost their last holder, since the start."""
-        return self._device.num_freed
-
-    @property
-    def num_blocks_cached(self) -> int:
-        """Blocks that entered the device's prefix cache, since the start."""
-        return self._device.cache.num_inserted
-
-    @property
-    def num_copies_queued(self) -> int:
-        """Copies of the plan under construction."""
-        return self._tiers.num_copies_queued
-
-    def is_cached(self, digest: bytes) -> bool:
-        """Whether some block, of either tier, is cached under a digest that ``HashedTokens`` made."""
-        return self._device.cache.has(digest) or self._tiers.host.cache.has(digest)
+    def tiers(self) -> TwoTiers:
+        """The two tiers of blocks. Read only."""
+        return self._tiers
 
     # Starting a sequence ------------------------------------------------------------------------------------------
 
@@ -107,10 +94,9 @@ class BlockManager:
         salt: bytes = b"",
         least_inside: int = 1,
     ) -> PrefixMatch:
-        """Find the longest cached prefix of ``token_ids``, of either tier; change nothing.
+        """Find the longest cached prefix of ``token_ids``, of either tier, which may end inside a block.
 
-        Its last block may be cached with other tokens after those that match. A model computes logits from at least
-        one token: match all but the last.
+        A model computes logits from at least one token: match all but the last.
 
         Args:
             token_ids: tokens of the sequence. ``HashedTokens`` bring their own salt, and are hashed once for all calls.
@@ -156,9 +142,9 @@ class BlockManager:
         return self.to_reserve(seq_id, num_tokens, match=match, is_query=is_query).commit()
 
     def fork(self, parent_id: Hashable, child_id: Hashable) -> None:
-        """Start ``child_id`` with everything ``parent_id`` holds, sharing every block, the partial last one too.
+        """Start ``child_id`` with all blocks of ``parent_id``, the partial last one too (4.4).
 
-        The paper's fork for parallel sampling and beam search (4.4). No data moves until one of them appends.
+        No data moves until one of them appends.
 
         Raises:
             ValueError: an unknown or swapped parent, or a child name in use.
@@ -200,24 +186,12 @@ class BlockManager:
         """
         return self._append.append(appends)
 
-    def num_hits_ready(self, match: PrefixMatch) -> int:
-        """Count the leading hits of a match that the plan under construction does not compute itself."""
-        return self._tiers.num_hits_ready(match)
-
     def num_blocks_freed_by(self, seq_ids: Iterable[Hashable], *, match: PrefixMatch = NO_MATCH) -> int:
-        """Count the blocks that only these sequences hold, without those that ``match`` would share.
-
-        Raises:
-            ValueError: an unknown or swapped sequence.
-        """
+        """Count the blocks that only these sequences hold, without those that ``match`` would share."""
         return self._device.num_freed_by(map(self.block_table, seq_ids), but=match.device_blocks)
 
     def free(self, seq_id: Hashable) -> None:
-        """End a sequence, swapped or not. Blocks that no other sequence holds become free.
-
-        Raises:
-            ValueError: an unknown ``seq_id``.
-        """
+        """End a sequence, swapped or not. Blocks that no other sequence holds become free."""
         if seq_id in self._holdings.on_host:
             self._tiers.host.release(self._holdings.on_host.pop(seq_id).blocks)
         else:
@@ -248,7 +222,7 @@ class BlockManager:
             include_partial: the sequence is about to be freed. Enter the last, partial block too, so that a later
                 prompt may match inside it. Also enter blocks whose entries other blocks held, and have lost since.
             is_filling: the plan under construction computes these tokens. Until ``take_transfers``, another sequence
-                can share the blocks, but not read them in the same step: ``num_hits_ready`` tells.
+                can share the blocks, but not read them in the same step: ``TwoTiers.num_hits_ready`` tells.
 
         Raises:
             ValueError: an unknown or swapped ``seq_id``, ``num_computed`` beyond the tokens, or a salt that changed.
@@ -256,12 +230,10 @@ class BlockManager:
         salt = token_ids.salt if isinstance(token_ids, HashedTokens) else salt
         check_publish(self._holdings, seq_id, token_ids, num_computed, salt)
         if self.enable_prefix_caching:
-            self._tiers.num_changes += 1
             holding = self._holdings.held_by(seq_id)
             start = holding.num_published
             publish(self._tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
-            if is_filling:
-                self._tiers.fill(holding.blocks[start : holding.num_published])
+            self._tiers.fill(holding.blocks[start : holding.num_published] if is_filling else ())
 
     # Two tiers ----------------------------------------------------------------------------------------------------
 
@@ -301,12 +273,10 @@ class BlockManager:
 
     def take_transfers(self) -> Transfers:
         """The moves between the tiers of the plan now complete. Its step must end with ``finish_transfers``."""
-        self._tiers.num_changes += 1
         return self._tiers.take_transfers()
 
     def finish_transfers(self) -> None:
         """The step has run: loaded blocks can be matched and used, host blocks they came from be overwritten."""
-        self._tiers.num_changes += 1
         self._tiers.finish_transfers()
 
     def forget_all(self) -> None:
@@ -316,23 +286,16 @@ class BlockManager:
             ValueError: a sequence still holds blocks.
         """
         self._holdings.require_none()
-        self._tiers.num_changes += 1
         self._tiers.forget()
 
     # Reading ------------------------------------------------------------------------------------------------------
 
     def block_table(self, seq_id: Hashable) -> list[int]:
-        """The sequence's physical blocks in logical order: a live view that follows later calls. Read only.
-
-        Raises ValueError for an unknown or swapped ``seq_id``.
-        """
+        """The sequence's physical blocks in logical order: a live view that follows later calls. Read only."""
         return self._holdings.held_by(seq_id).blocks
 
     def num_tokens(self, seq_id: Hashable) -> int:
-        """Tokens the sequence holds or has room for, in either tier: those reserved plus those appended.
-
-        Raises ValueError for an unknown ``seq_id``.
-        """
+        """Tokens the sequence holds or has room for, in either tier: those reserved plus those appended."""
         return self._holdings.num_tokens_of(seq_id)
 
     def slots(self, seq_id: Hashable, start: int, stop: int) -> Int32[np.ndarray, " tokens"]:

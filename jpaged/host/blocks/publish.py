@@ -44,6 +44,7 @@ def publish(
     """
     cache, block_size, start = tiers.device.cache, tiers.block_size, holding.num_published
     prefix = holding.prefix or Prefix.empty(salt)
+    tiers.num_changes += 1
     if include_partial:
         _publish_again(cache, holding, prefix)
     stop = num_computed if include_partial else num_computed // block_size * block_size

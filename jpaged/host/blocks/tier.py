@@ -1,4 +1,4 @@
-"""Tiers of blocks, below the sequences: who holds a block, which is reused next, what it caches, what has to move."""
+"""Tiers of blocks, below the sequences: holders, the order of reuse, cached content, and queued moves."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence, Set
@@ -13,8 +13,8 @@ from jpaged.host.policies.eviction import MAX_SPILLS_PER_STEP, enters_at_front, 
 class BlockTier:
     """The bookkeeping of one pool of physical blocks.
 
-    A block is held (its reference count says by how many) or free. A free block keeps its content, and its entry in
-    ``cache``, until it is taken.
+    A block is held, by as many sequences as its reference count says, or free. A free block keeps its content, and its
+    entry in ``cache``, until it is taken.
 
     Args:
         blocks: the physical blocks that can be handed out.
@@ -31,7 +31,7 @@ class BlockTier:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, cached ones included: they are reused when nothing else is left."""
+        """Blocks without a holder, cached ones included: they are reused when nothing else is left."""
         return len(self._free)
 
     def is_free(self, block: int) -> bool:
@@ -63,7 +63,7 @@ class BlockTier:
         self.num_holders += len(blocks)
 
     def release(self, blocks: Sequence[int]) -> list[int]:
-        """Remove one holder from each block of a sequence. Returns those that are free now."""
+        """Remove one holder from each block of a sequence. Returns the blocks that are free now."""
         freed = []
         self.num_holders -= len(blocks)
         for block in order_release(blocks):
@@ -87,12 +87,12 @@ class BlockTier:
             self._free.move_to_end(block)
 
     def forget(self) -> None:
-        """The pool's content is lost: nothing is cached any more. Only while nobody holds a block."""
+        """Forget all cached content, which is lost. Only while no block is held."""
         assert self.num_free == len(self.blocks)
         self.cache = PrefixCache(self.cache.block_size)
 
     def check_invariants(self, holders: Counter[int]) -> None:
-        """Assert what this class promises, where ``holders`` counts the holders of each held block."""
+        """Assert the promises of this class, where ``holders`` counts the holders of each held block."""
         assert self.ref_counts == [holders[block] for block in range(self.blocks.stop)]
         assert self.num_holders == holders.total()
         assert len(self._free) + len(holders) == len(self.blocks)
@@ -103,7 +103,7 @@ class BlockTier:
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
-    """What one plan moves between the tiers: see ``StepPlan.to_host`` and ``StepPlan.from_host``."""
+    """The moves of one plan between the tiers: see ``StepPlan.to_host`` and ``StepPlan.from_host``."""
 
     to_host: tuple[BlockCopy, ...]
     from_host: tuple[BlockCopy, ...]
@@ -111,7 +111,7 @@ class Transfers:
 
 @dataclass(slots=True)
 class _Load:
-    """A copy of host block ``src`` to the device, whose block then holds ``prefix`` unless nobody is to know."""
+    """A copy of host block ``src`` to the device. The device block caches ``prefix`` then, if there is one."""
 
     src: int
     prefix: Prefix | None
@@ -119,23 +119,22 @@ class _Load:
 
 @dataclass(slots=True)
 class _Moves:
-    """What one plan moves. Every load is a holder of its host block until it has run."""
+    """The moves of one plan. Every load is a holder of its host block until it has run."""
 
     to_host: dict[int, int] = field(default_factory=dict)  # host block -> the device block written to it
-    loads: dict[int, _Load] = field(default_factory=dict)  # device block -> what is loaded into it
+    loads: dict[int, _Load] = field(default_factory=dict)  # device block -> the load that fills it
     copies: dict[int, int] = field(default_factory=dict)  # device block -> the device block copied to it
     filled: set[int] = field(default_factory=set)  # cached device blocks whose content the plan computes
     num_spills: int = 0
 
 
 class TwoTiers:
-    """The device's tier and the host's, and what moves between and inside them. One writer: the BlockManager.
+    """The device's tier and the host's, and the moves between and inside them. One writer: the BlockManager.
 
-    Moves are queued while a plan is made and follow the order that ``StepPlan`` states: all that is stored on the host
-    is read first, then copies are read, then blocks are written, while loads arrive at any time in between. Therefore a
-    block can be retaken as soon as it is stored or copied, but a load neither reads a host block that the same plan
-    writes, nor goes to a device block that the same plan copies from. Blocks that the plan computes come last: the same
-    plan neither copies nor stores them.
+    Moves are queued while a plan is made, and follow the order that ``StepPlan`` states. First the plan stores blocks
+    on the host, then it copies, then it computes; loads arrive at any time. Therefore a block can be retaken as soon as
+    it is stored or copied. A load neither reads a host block that the same plan writes, nor writes a device block that
+    the same plan copies from. A plan neither copies nor stores the content that it computes.
 
     Args:
         num_blocks: blocks of the device's pool; block 0 is never handed out.
@@ -159,9 +158,9 @@ class TwoTiers:
     def num_needed(
         self, num_taken: int, *, num_loads: int = 0, shared: Set[int] = frozenset(), copied: Set[int] = frozenset()
     ) -> int:
-        """Free device blocks needed to take some, load others, and hold ``shared`` too, where ``copied`` are copied.
+        """Count the free device blocks needed to take some, load others, and hold ``shared`` too.
 
-        Loads cannot go to a block that is copied from, though it is free; all else can.
+        Loads cannot write a block that is copied from, even a free one: those of this plan, and ``copied``.
         """
         num_unheld = sum(map(self.device.is_free, shared))
         if num_loads == 0:
@@ -170,7 +169,7 @@ class TwoTiers:
         return max(num_taken, num_avoided) + num_loads + num_unheld
 
     def take(self, avoid: Collection[int] = ()) -> int:
-        """Take the device block that is reused next, whatever it held; if it was cached, the host may save it."""
+        """Take the device block that is reused next. If it was cached, the host may save its content."""
         block, evicted = self.device.take(avoid)
         if evicted is not None and self.host.blocks:
             self._spill(block, evicted)
@@ -190,11 +189,11 @@ class TwoTiers:
         return dst, [BlockCopy(src, dst)]
 
     def load(self, src: int, prefix: Prefix | None, *, copied: Set[int] = frozenset()) -> int:
-        """Take a device block for what is in host block ``src``; one holder of ``src`` becomes the load.
+        """Take a device block for the content of host block ``src``; one holder of ``src`` becomes the load.
 
         Args:
             src: the host block; not one that this plan stores to.
-            prefix: what the device block is to cache once it has arrived, if anything.
+            prefix: prefix that the device block caches once the load has arrived, if any.
             copied: device blocks about to be copied from.
         """
         dst = self.take(avoid={*self._queued.copies.values(), *copied})
@@ -202,7 +201,7 @@ class TwoTiers:
         return dst
 
     def load_again(self, block: int) -> int:
-        """Take a device block for what this plan loads into ``block``: nothing can be copied from there yet."""
+        """Load the host block that this plan loads into ``block`` once more, since ``block`` cannot be copied yet."""
         src = self._queued.loads[block].src
         self.host.hold(src)
         return self.load(src, None)
@@ -219,7 +218,7 @@ class TwoTiers:
             if load is not None:
                 self.host.release([load.src])
             elif block in self._in_flight.loads:
-                self._in_flight.loads[block].prefix = None  # arrives, but by then the block may be somebody else's
+                self._in_flight.loads[block].prefix = None  # by its arrival, another sequence may hold the block
 
     @property
     def has_loads(self) -> bool:
@@ -236,8 +235,12 @@ class TwoTiers:
         return len(self._queued.copies)
 
     def fill(self, blocks: Iterable[int]) -> None:
-        """The plan under construction computes the content of these cached blocks."""
+        """Note that the plan under construction computes the content of these cached blocks."""
         self._queued.filled.update(blocks)
+
+    def is_cached(self, digest: bytes) -> bool:
+        """Whether a block of either tier is cached under a digest that ``HashedTokens`` made."""
+        return self.device.cache.has(digest) or self.host.cache.has(digest)
 
     def num_hits_ready(self, match: PrefixMatch) -> int:
         """Count the leading hits that the plan under construction does not compute itself."""
@@ -248,7 +251,7 @@ class TwoTiers:
     # Taking host blocks -------------------------------------------------------------------------------------------
 
     def store(self, block: int, prefix: Prefix | None) -> int:
-        """Take a host block for what is in the device block ``block``: the end of ``prefix``, if that is known."""
+        """Take a host block for the content of device block ``block``: the end of ``prefix``, if that is known."""
         dst, _ = self.host.take()
         if prefix is not None:
             self.host.cache.insert(prefix, dst)
@@ -261,7 +264,7 @@ class TwoTiers:
         return host_block in self._queued.to_host
 
     def _spill(self, block: int, prefix: Prefix) -> None:
-        """Save a cached device block about to be reused: its copy on the host is cached, and free."""
+        """Save the content of a cached device block about to be reused, in a host block that is cached and free."""
         known = self.host.cache.find_cover(prefix)
         if known is not None:
             self.host.touch(known)
@@ -294,7 +297,7 @@ class TwoTiers:
         return PrefixMatch(tuple(hits))
 
     def find_stale(self, match: PrefixMatch) -> PrefixHit | None:
-        """The first hit that does not, or no longer, continue the cached prefix that the hits before it make up."""
+        """The first hit that does not, or no longer, continue the cached prefix of the hits before it."""
         before: Prefix | None = None
         for hit in match.hits:
             prefix = self.tier_of(hit).cache.prefix_of(hit.block)
@@ -344,8 +347,9 @@ class TwoTiers:
     # A plan -------------------------------------------------------------------------------------------------------
 
     def take_transfers(self) -> Transfers:
-        """What the plan now complete moves between the tiers. ``finish_transfers`` must follow."""
+        """Take the moves of the plan now complete. ``finish_transfers`` must follow."""
         assert not self._in_flight.loads, "the plan before has not ended: call finish_transfers first"
+        self.num_changes += 1
         self._in_flight, self._queued = self._queued, _Moves()
         return Transfers(
             to_host=tuple(BlockCopy(src, dst) for dst, src in self._in_flight.to_host.items()),
@@ -353,7 +357,8 @@ class TwoTiers:
         )
 
     def finish_transfers(self) -> None:
-        """The plan has run: what was loaded can be matched, and where it came from be reused."""
+        """Note that the plan has run: loaded blocks can be matched, and their host blocks reused."""
+        self.num_changes += 1
         for block, load in self._in_flight.loads.items():
             if load.prefix is not None:
                 self.device.cache.insert(load.prefix, block)
@@ -361,14 +366,15 @@ class TwoTiers:
         self._in_flight = _Moves()
 
     def forget(self) -> None:
-        """The content of both pools is lost. Only while no sequence holds a block."""
+        """Forget the content of both pools, which is lost. Only while no sequence holds a block."""
+        self.num_changes += 1
         self.host.release([load.src for load in self._in_flight.loads.values()])
         self._queued, self._in_flight = _Moves(), _Moves()
         self.device.forget()
         self.host.forget()
 
     def check_invariants(self, on_device: Counter[int], on_host: Counter[int]) -> None:
-        """Assert what this class promises, where the counters count the sequences that hold each block."""
+        """Assert the promises of this class, where the counters count the sequences that hold each block."""
         loads = [*self._queued.loads.values(), *self._in_flight.loads.values()]
         self.device.check_invariants(on_device)
         self.host.check_invariants(on_host + Counter(load.src for load in loads))

@@ -1,6 +1,6 @@
 """The way in which the KV of a preempted group comes back: a transfer, or computation."""
 
-from jpaged.contract.plan import Costs
+from jpaged.contract.costs import Costs
 
 
 def is_swap_cheaper(costs: Costs, *, num_blocks_out: int, num_blocks_in: int, num_tokens: int) -> bool:

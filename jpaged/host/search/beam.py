@@ -1,13 +1,13 @@
 """Beam search: which continuations live on, which are finished, and when the search is over.
 
-Only the arithmetic of scores. That beams share blocks and copy them on write is the block manager's; which of them run,
-the scheduler's. The semantics are those of Hugging Face ``generate(num_beams=...)``, so that results can be compared.
+This module owns the arithmetic of scores. The block manager shares and copies the blocks of beams; the scheduler
+decides which beams run. The semantics are those of Hugging Face ``generate(num_beams=...)``: results can be compared.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jpaged.contract.plan import BeamCandidates
+from jpaged.contract.result import BeamCandidates
 from jpaged.request import FinishReason, SamplingParams
 
 
@@ -16,9 +16,9 @@ class Hypothesis:
     """A finished sequence of a search.
 
     Args:
-        token_ids: generated tokens, the one that ended it included.
-        cumulative_logprob: sum of their log-probabilities.
-        score: that / length ** length_penalty.
+        token_ids: generated tokens, the last one included.
+        cumulative_logprob: sum of the tokens' log-probabilities.
+        score: cumulative_logprob / length ** length_penalty.
         finish_reason: STOP or LENGTH.
     """
 
@@ -30,7 +30,7 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A beam of the next step: beam ``parent`` of this one and one more token."""
+    """A beam of the next step: beam ``parent`` of this step and one more token."""
 
     parent: int
     token_id: int
@@ -38,7 +38,7 @@ class Continuation:
 
 
 class BeamSearch:
-    """One search under way. Written by the scheduler, which keeps its live sequences in the order of ``scores``.
+    """One search in progress. Written by the scheduler, which keeps its live sequences in the order of ``scores``.
 
     Args:
         params: width, length penalty and early stopping.
@@ -51,7 +51,7 @@ class BeamSearch:
         self.max_tokens = max_tokens
         self.length_penalty = params.length_penalty
         self.stop_token_ids = stop_token_ids
-        # Greedy decoding, which a width of 1 is, ends with its first end-of-sequence.
+        # A width of 1 is greedy decoding, which ends with its first end-of-sequence.
         self.early_stopping = True if self.width == 1 else params.early_stopping
         self.scores = [0.0]
         """Cumulative log-probability of each live sequence, best first; one sequence until the prompt is computed."""
@@ -60,15 +60,15 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """Continuations to look at in a step: ``width`` of them go on even if every stop token is among them."""
+        """Continuations to look at in a step: ``width`` of them go on even if they include every stop token."""
         return max(2, 1 + len(self.stop_token_ids)) * self.width
 
     def score(self, cumulative_logprob: float, length: int) -> float:
-        """What finished sequences are compared by (Wu et al., arXiv:1609.08144, with a plain power of the length)."""
+        """The score that ranks finished sequences (Wu et al., arXiv:1609.08144, with a plain power of the length)."""
         return cumulative_logprob / length**self.length_penalty
 
     def advance(self, outputs: Sequence[Sequence[int]], candidates: BeamCandidates) -> list[Continuation]:
-        """Take in the candidates of one step.
+        """Apply the candidates of one step.
 
         Args:
             outputs: tokens generated so far by each live sequence, all of one length.

@@ -3,7 +3,6 @@
 import json
 import logging
 import reprlib
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,27 +47,36 @@ def check_token_ids(token_ids: tuple[Any, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(ABC):
+class ModelConfig:
     """The shape of a model. Hashable: it is static under jit.
 
+    For a model of one's own this class is enough, or a subclass whose ``layer_specs`` say how its layers attend. The
+    configuration of a family that is read from checkpoints also defines ``from_hf`` and ``to_hf``.
+
     Args:
-        architecture: Hugging Face's class name of the model, as in config.json's ``architectures``.
-        intermediate_size: width of the feed-forward layer.
+        vocab_size: token ids that the model knows, 0 to ``vocab_size - 1``.
+        hidden_size: features of a token between layers.
+        num_layers: layers that attend.
+        num_heads: query heads of a layer.
+        num_kv_heads: heads of K and of V of a layer; a divisor of ``num_heads``.
+        head_dim: features of a head.
         max_position_embeddings: value in config.json; ``max_model_len`` is the usable context.
+        architecture: name of the model; in checkpoints, config.json's ``architectures``.
+        intermediate_size: width of the feed-forward layer; a model that is not read from a checkpoint needs none.
         dtype: dtype of the saved checkpoint, one of ``DTYPES``.
         eos_token_ids: tokens that end a completion; may be empty.
         tie_word_embeddings: whether the output projection is the input embedding.
     """
 
-    architecture: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
+    architecture: str = "CausalLM"
+    intermediate_size: int = 1
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -114,13 +122,13 @@ class ModelConfig(ABC):
         return b""
 
     @classmethod
-    @abstractmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "ModelConfig":
         """Build the configuration from a transformers config and the fields that every family shares."""
+        raise NotImplementedError(f"{cls.__name__} is not read from checkpoints: construct it")
 
-    @abstractmethod
     def to_hf(self) -> dict[str, Any]:
         """Return the content of a config.json that transformers and ``load_config`` read."""
+        raise NotImplementedError(f"{type(self).__name__} is no family of checkpoints: save the module with orbax")
 
     def common_hf(self, model_type: str) -> dict[str, Any]:
         """Return the part of ``to_hf`` that all families share."""

@@ -44,8 +44,8 @@ TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 def consume(inputs: Inputs, scratch: Scratch, out: Ref, part_outputs: Ref, part_sums: Ref, shape: DecodeShape) -> None:
     """Attend the worker's tiles."""
     if shape.is_quantized and shape.sizes.workers_per_sm > 1:
-        # No warpgroup gives registers away for these, and no thread gets more than it starts with: this only tells
-        # ptxas where to stop. Left alone it takes more than the share, and one worker would be all that fits.
+        # No warpgroup gives registers away, and no thread gets more than it starts with: this only limits ptxas. With
+        # no limit ptxas takes more than the share, and a multiprocessor would have registers for one worker.
         plgpu.set_max_registers(shape.registers, action="increase")
     first, last = my_segments(inputs)
 
@@ -67,7 +67,7 @@ def consume(inputs: Inputs, scratch: Scratch, out: Ref, part_outputs: Ref, part_
         @pl.when(at.part >= 0)
         def _part() -> None:
             part_outputs.at[at.part][...] = output / each_row(total, output)
-            # Repeated, since only whole cache lines are stored.
+            # Repeated, since stores write whole cache lines.
             part_sums.at[at.part][...] = each_row(top + jnp.log2(total), output[:64])
 
         return tiles_done + at.num_tiles
@@ -87,8 +87,8 @@ def _attend_tiles(
 
     def attend_tile(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         output, top, total = carry
-        turn = 2 * (tiles_done + index)
-        k_slot, v_slot = lax.rem(turn, slots), lax.rem(turn + 1, slots)
+        use = 2 * (tiles_done + index)
+        k_slot, v_slot = lax.rem(use, slots), lax.rem(use + 1, slots)
         start = at.start + index * tile
 
         plgpu.barrier_wait(scratch.full.at[k_slot])
@@ -113,7 +113,7 @@ def _attend_tiles(
         return (
             output * each_row(shrink, output) + weighted,
             new_top,
-            # Summed over the tile's tokens only in the end: that takes the warps' agreement.
+            # The sum over the tile's tokens comes last, since the warps must synchronise for it.
             total * each_row(shrink, total) + unscaled,
         )
 
@@ -137,9 +137,9 @@ def _multiply_keys(keys: Ref, queries: Ref, shape: DecodeShape) -> Array:
 
 
 def _key_terms(keys: Ref, queries: Ref, shape: DecodeShape) -> Iterator[tuple[Array | Ref, Ref]]:
-    """Slabs of keys, each with the queries' that it is multiplied by.
+    """Slabs of keys, each with the slab of queries that multiplies it.
 
-    One at a time, when it is asked for: a slab is widened while the products of those before it are under way.
+    The generator makes one slab at a time: it widens a slab while the products of earlier slabs are in flight.
     """
     if not shape.is_quantized:
         for slab in range(shape.num_slabs):
@@ -152,9 +152,9 @@ def _key_terms(keys: Ref, queries: Ref, shape: DecodeShape) -> Iterator[tuple[Ar
 
 
 def _multiply_values(values: Ref, weights: Ref, shape: DecodeShape) -> Array:
-    """What a tile's values, weighted, add to the output, with the rows of a quantised pool's ``widened_values``.
+    """A tile's weighted sum of values, over a quantised pool with the rows of ``widened_values``.
 
-    The weights may be on their way to shared memory.
+    The stores of the weights to shared memory may be in flight.
     """
     a = widened_values(values, shape) if shape.is_quantized else values.T
     plgpu.commit_smem()
@@ -162,9 +162,9 @@ def _multiply_values(values: Ref, weights: Ref, shape: DecodeShape) -> Array:
 
 
 def _product(terms: Iterator[tuple[Array | Ref, Ref]], dims: tuple[int, int], shape: DecodeShape) -> Array:
-    """The sum of the products of a and b, each started before the next term is made.
+    """The sum of the products of a and b; each product starts before the next term is made.
 
-    The interpreter does plain arithmetic where a is in registers.
+    For ``a`` in registers, the interpreter does plain arithmetic.
     """
     if shape.is_quantized and shape.is_interpreted:
         products = jnp.zeros(dims, jnp.float32)
@@ -183,9 +183,9 @@ def _product(terms: Iterator[tuple[Array | Ref, Ref]], dims: tuple[int, int], sh
 def _scores(
     products: Array, start: Array, at: Segment, slopes: Array | None, scales: Scales | None, shape: DecodeShape
 ) -> Array:
-    """Scores in powers of two, minus infinity where the query must not look.
+    """Scores in powers of two, minus infinity for invisible positions.
 
-    Those of a quantised pool make weights that are multiplied by V's scales already.
+    Scores over a quantised pool include log2 of V's scales, so that their weights include V's scales.
     """
     values, factor = powers_of_two(products, shape.scoring)
     scores = values * factor
@@ -200,7 +200,7 @@ def _scores(
 
 
 def _clear_unseen(values: Ref, start: Array, at: Segment) -> None:
-    """Slots that nobody may see can hold anything, and 0 * NaN is NaN."""
+    """Zero invisible slots, which can hold anything: 0 * NaN is NaN."""
     width = math.gcd(values.shape[1], 64)
     for first_row in range(0, values.shape[0], 64):
         position = plgpu.broadcasted_iota(jnp.int32, (64, width), 0, layout=MATRIX) + (start + first_row)
@@ -209,7 +209,7 @@ def _clear_unseen(values: Ref, start: Array, at: Segment) -> None:
             square = values.at[pl.ds(first_row, 64), pl.ds(first_column, width)]
             loaded = plgpu.load(square, layout=MATRIX)
             square[...] = jnp.where(is_seen, loaded, jnp.zeros_like(loaded))
-    plgpu.commit_smem()  # other threads may hold what this one clears
+    plgpu.commit_smem()  # other threads may read what this thread clears
 
 
 def each_row(row: Array, like: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What the warpgroups of the decode kernel share: its shape, inputs, shared memory and barriers."""
+"""Shape, inputs, shared memory and barriers of the decode kernel, common to its warpgroups."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ MOST_COLUMNS = {
 
 @dataclass(frozen=True)
 class DecodeSizes:
-    """What the tuner chooses.
+    """Sizes that the tuner chooses.
 
     Args:
         tile_tokens: tokens that one product covers: 64 or 128.
@@ -47,7 +47,7 @@ class DecodeSizes:
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """Everything static about a launch."""
+    """The static properties of a launch."""
 
     num_layers: int
     num_kv_heads: int
@@ -70,22 +70,22 @@ class DecodeShape:
 
     @property
     def is_in_pairs(self) -> bool:
-        """Whether tiles are read as pairs of bytes, which is how tensor cores' operands are made of them."""
+        """Whether the consumer reads tiles as pairs of bytes, to make operands of the tensor cores from them."""
         return self.is_quantized and not self.is_interpreted
 
     @property
     def compute_dtype(self) -> jnp.dtype:
-        """What the tensor cores multiply. Quantised numbers are exact in float16, and cheaply made such."""
+        """Type that the tensor cores multiply. Quantised numbers are exact in float16, and cheap to widen."""
         return jnp.dtype(jnp.float16) if self.is_quantized else self.dtype
 
     @property
     def columns(self) -> int:
-        """Query heads, filled up to what the tensor cores multiply."""
+        """Query heads, rounded up to a size that the tensor cores multiply."""
         return round_up(self.group, 8)
 
     @property
     def rows(self) -> int:
-        """``head_dim``, filled up likewise."""
+        """``head_dim``, rounded up to a size that the tensor cores multiply."""
         return round_up(self.head_dim, 64)
 
     @property
@@ -96,13 +96,13 @@ class DecodeShape:
     def piece(self) -> int:
         """Tokens that one TMA copies: a block, or the part of a large block that a tile covers.
 
-        Rows narrower than the tile are contiguous in it eight by eight only.
+        In a tile with rows wider than ``head_dim``, only eight rows at a time are contiguous.
         """
         return 8 if self.head_dim < self.rows else min(self.block_size, self.tile)
 
     @property
     def swizzle(self) -> int:
-        """Of tiles and queries, in bytes."""
+        """Swizzle of tiles and queries, in bytes."""
         return swizzle_of(self.head_dim, self.pool_dtype.itemsize)[0]
 
     @property
@@ -120,19 +120,19 @@ class DecodeShape:
 
     @property
     def registers(self) -> int:
-        """Of a thread, where all of a multiprocessor's workers divide its registers among them, eight at a time."""
+        """Registers of a thread, in eights, where all workers of a multiprocessor share its registers equally."""
         return REGISTERS_OF_SM // (THREADS * self.sizes.workers_per_sm) // 8 * 8
 
     @property
     def scaled_alike(self) -> int:
-        """Tokens for which the ring holds scales once: those of a piece that a warp multiplies together."""
+        """Tokens for which the ring holds scales once: the tokens of a piece that a warp multiplies together."""
         return min(self.piece, 16)
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers. The ring has tiles of K and V in turn: ``full`` when landed, ``free`` when read.
+    """Shared memory and barriers. The ring alternates tiles of K and V: ``full`` when landed, ``free`` when read.
 
-    The scales of both are in the slot of K's tile: if the number of slots is even, every other slot's are not used.
+    The slot of K's tile has the scales of both. With an even number of slots, every other slot's scales are unused.
     """
 
     tiles: Any  # [slots, tile, rows]
@@ -147,7 +147,7 @@ class Scratch(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the kernel reads, in device memory."""
+    """The operands of the kernel, in device memory."""
 
     q: Ref
     q_scales: Ref | None  # [tokens, num_kv_heads, columns], for a quantised pool
@@ -165,15 +165,15 @@ class Inputs(NamedTuple):
 def columns_that_fit(head_dim: int, pool_dtype: jnp.dtype, workers_per_sm: int) -> int:
     """Query heads of a KV head with which the consumer stays in its share of the registers.
 
-    Compiled by ptxas of CUDA 13.0 for tiles of 64 tokens, with window, cap, slopes and sinks, so many spill nothing, or
-    up to 24 bytes of an 8-bit pool. Eight more would spill 24 to 350 bytes in every tile, or, of a 16-bit pool that
-    two workers share, leave registers for one. More than two workers are taken like two.
+    As ptxas of CUDA 13.0 compiles tiles of 64 tokens, with window, cap, slopes and sinks, so many heads spill no
+    registers, or up to 24 bytes over an 8-bit pool. Eight more heads would spill 24 to 350 bytes in every tile. Over a
+    16-bit pool that two workers share, they would leave registers for one worker. More than two workers count as two.
     """
     return MOST_COLUMNS[is_quantized(pool_dtype), min(workers_per_sm, 2)][round_up(head_dim, 64) // 64 - 1]
 
 
 def decode_smem_bytes(sizes: DecodeSizes, group: int, head_dim: int, pool_dtype: jnp.dtype) -> int:
-    """Shared memory that a worker takes."""
+    """Shared memory of a worker."""
     columns, rows = round_up(group, 8), round_up(head_dim, 64)
     # The scales of eight tokens each take eight bytes.
     slot = sizes.tile_tokens * (rows * pool_dtype.itemsize + is_quantized(pool_dtype))
@@ -187,7 +187,7 @@ def scratch_types(shape: DecodeShape) -> Scratch:
     if shape.is_interpreted:
         q_smem = plgpu.SMEM(queries, shape.compute_dtype)
     else:
-        # A copy may fill part of what a product reads: two views of the same bytes, both swizzled.
+        # A copy may fill a part of a product's operand: two views of the same bytes, both swizzled.
         q_smem = plgpu.RefUnion(
             plgpu.SMEM(queries, shape.compute_dtype, transforms=(swizzling(shape.swizzle),)),
             tiled_smem(queries, shape.compute_dtype, shape.swizzle),
@@ -210,18 +210,18 @@ def _tiles(shape: DecodeShape) -> Any:
     stored = tiled_smem(dims, shape.pool_dtype, shape.swizzle)
     if not shape.is_in_pairs:
         return stored
-    # What loads matrices into registers knows elements of 16 bits: here, pairs.
+    # Loads of matrices into registers take elements of 16 bits: here, pairs of bytes.
     return plgpu.RefUnion(stored, tiled_smem((*dims[:2], shape.rows // 2), jnp.dtype(jnp.uint16), shape.swizzle))
 
 
 def _weights(shape: DecodeShape) -> Any:
-    # Operands of a product that are both in shared memory need one swizzle.
+    # Two operands of a product in shared memory need the same swizzle.
     swizzle = 128 if shape.is_quantized else shape.swizzle
     return tiled_smem((shape.columns, shape.tile), shape.compute_dtype, swizzle)
 
 
 def out_smem_of(shape: DecodeShape) -> Any:
-    """[columns, rows]: as it is written, and, in matrices of [8, slab], as it is copied."""
+    """Memory of outputs [columns, rows]: a view for stores, and a view in matrices of [8, slab] for copies."""
     if shape.is_interpreted:
         return plgpu.SMEM((shape.columns, shape.rows), shape.dtype)
     swizzle, slab = swizzle_of(shape.head_dim, shape.dtype.itemsize)
@@ -241,7 +241,7 @@ def copied(scratch: Scratch, shape: DecodeShape) -> Ref:
 
 
 def multiplied(scratch: Scratch, shape: DecodeShape) -> Ref:
-    """The ring's tiles as the consumer reads them: of a quantised pool in pairs, [slots, tile, rows / 2]."""
+    """The ring's tiles as the consumer reads them; over a quantised pool in pairs, [slots, tile, rows / 2]."""
     return scratch.tiles[1] if shape.is_in_pairs else scratch.tiles
 
 
@@ -256,5 +256,5 @@ def segment_at(inputs: Inputs, segment: Array) -> Segment:
 
 def drain(barriers: Ref, start: Array, stop: Array, slots: int) -> None:
     @pl.loop(start, stop)
-    def _wait(turn: Array) -> None:
-        plgpu.barrier_wait(barriers.at[lax.rem(turn, jnp.int32(slots))])
+    def _wait(use: Array) -> None:
+        plgpu.barrier_wait(barriers.at[lax.rem(use, jnp.int32(slots))])

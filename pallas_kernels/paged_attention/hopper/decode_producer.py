@@ -41,14 +41,14 @@ def _copy_share(inputs: Inputs, scratch: Scratch, warp: Array, shape: DecodeShap
 
         def copy_tile(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             tiles_done, blocks, scales, next_blocks = carry
-            # What is loaded here is looked at a turn later: a warp waits for what it uses, not for what it carries.
+            # Loads are for the next iteration: a warp waits for a load only when it uses the value.
             next_scales = _load_scales_of(inputs, next_blocks, at, layer, shape)
             blocks_after = _load_blocks(inputs, at, index + 2, pieces, shape)
             for which in range(2):
-                turn = 2 * tiles_done + which
-                slot = lax.rem(turn, jnp.int32(slots))
+                use = 2 * tiles_done + which
+                slot = lax.rem(use, jnp.int32(slots))
 
-                @pl.when(turn >= slots)
+                @pl.when(use >= slots)
                 def _wait(slot: Array = slot) -> None:
                     plgpu.barrier_wait(scratch.free.at[slot])
 
@@ -67,9 +67,9 @@ def _copy_share(inputs: Inputs, scratch: Scratch, warp: Array, shape: DecodeShap
         num_tiles = jnp.where(warp < shape.pieces_per_tile, at.num_tiles, 0)
         return lax.fori_loop(0, num_tiles, copy_tile, (tiles_done, blocks, scales, next_blocks))[0]
 
-    num_turns = 2 * lax.fori_loop(first, last, segment, jnp.int32(0))
-    # A thread block may not end before all that was signalled to it.
-    drain(scratch.free, jnp.maximum(num_turns - slots, 0), num_turns, slots)
+    num_uses = 2 * lax.fori_loop(first, last, segment, jnp.int32(0))
+    # A thread block may not end before all signals to it have arrived.
+    drain(scratch.free, jnp.maximum(num_uses - slots, 0), num_uses, slots)
 
     @pl.when(warp == QUERY_WARP)
     def _drain_queries() -> None:
@@ -79,7 +79,7 @@ def _copy_share(inputs: Inputs, scratch: Scratch, warp: Array, shape: DecodeShap
 def _copy_queries(inputs: Inputs, scratch: Scratch, at: Segment, nth: Array, shape: DecodeShape) -> None:
     slot = lax.rem(nth, jnp.int32(2))
     pl.when(nth >= 2)(lambda: plgpu.barrier_wait(scratch.q_free.at[slot]))
-    # What is left of the columns is never written, and what comes of it never stored.
+    # The other columns are never written, and their outputs never stored.
     filled = scratch.q if shape.is_interpreted else scratch.q[0]
     heads = pl.ds(at.kv_head * shape.group, shape.group)
     for slab in range(shape.num_slabs):
@@ -91,7 +91,7 @@ def _copy_queries(inputs: Inputs, scratch: Scratch, at: Segment, nth: Array, sha
 
 
 def _token(at: Segment, tile: Array, piece: Array, shape: DecodeShape) -> Array:
-    """Where a piece begins in its sequence. Past the context's end, its last piece stands in."""
+    """The first position of a piece. Past the context's end, the last piece of the context stands in."""
     return jnp.minimum(at.start + tile * shape.tile + piece * shape.piece, at.kv_end - 1)
 
 
@@ -108,7 +108,7 @@ def _piece_of_block(at: Segment, tile: Array, piece: Array, shape: DecodeShape) 
 
 
 def _head(block: Array, which: int, at: Segment, layer: Array, shape: DecodeShape) -> Array:
-    """Where the K (0) or V (1) of the segment's head is among all heads of all blocks."""
+    """The index of the K (0) or V (1) of the segment's head among all heads of all blocks."""
     return matrix_of(block, layer, which, at.kv_head, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads)
 
 
@@ -124,7 +124,7 @@ def _load_scales_of(
 
 
 def _store_scales(scales: tuple[Array, ...], destination: Ref, piece: Array, shape: DecodeShape) -> None:
-    """Leave a piece's scales for the consumer. The copy that follows is what tells it."""
+    """Store a piece's scales for the consumer, which the copy that follows signals."""
     per_piece = shape.piece // shape.scaled_alike
     for nth in range(per_piece):
         for which, scale in enumerate(scales):

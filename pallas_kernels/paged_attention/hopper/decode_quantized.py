@@ -1,16 +1,17 @@
-"""How the decode kernel's consumer makes 8-bit tiles float16: in registers, on their way to the tensor cores.
+"""Widening of 8-bit tiles to float16 in the decode kernel's consumer: in registers, before the tensor cores.
 
-A warp loads matrices of 8 x 8 elements of 16 bits: here, of pairs of bytes. Each thread gets two pairs of each, as it
-would two numbers of float16 for the A operand of a product, and makes two such operands' numbers of them.
+A warp loads matrices of 8 x 8 elements of 16 bits, which here are pairs of bytes. Each thread gets two pairs of each
+matrix, where it would get two float16 numbers of the A operand of a product. It makes numbers of two operands of them.
 
 K [tokens, head_dim]: a thread has four dims of a token. Dims 0 and 1 of each four make one operand, dims 2 and 3 the
-other; the queries have their dims in that order too. V^T [head_dim, tokens]: a thread has two dims of each of two
-tokens. The even dims make the operand's rows 0-7 of each 16 and the odd dims rows 8-15, and so they come out.
+other, and the queries have their dims in the same order. V^T [head_dim, tokens]: a thread has two dims of each of two
+tokens. The even dims make rows 0-7 of each 16 rows of the operand, the odd dims rows 8-15, and outputs have that order.
 
-V's scales go into the weights: exp2(score + log2(scale) - top), at most 1 since ``top`` includes them. The weights are
-float16, whose precision ends at 2^-14: a token whose score is the largest keeps it as long as its scale is no less than
-2^-14 of the row's largest, and one of less weight by so much less. What comes of tokens below is off by up to 2^-25 of
-the largest scale for each stored unit, which is little beside the output unless a dim of the others' is nearly zero.
+V's scales go into the weights: exp2(score + log2(scale) - top), which is at most 1 since ``top`` includes the scales.
+The weights are float16, whose full precision ends at 2^-14. So the token with the largest score keeps full precision
+as long as its scale is no less than 2^-14 of the row's largest scale; a token of less weight, accordingly less. Tokens
+below that limit err by up to 2^-25 of the largest scale for each stored unit. The error is small beside the output,
+unless all other tokens are nearly zero in some dim.
 """
 
 from typing import NamedTuple
@@ -31,38 +32,38 @@ from pallas_kernels.paged_attention.hopper.decode_memory import DecodeShape
 from pallas_kernels.paged_attention.hopper.tile import COLUMN, MATRIX
 
 PAIRS = plgpu.Layout.TILED(Tiling(((32, 8), (8, 8), (2,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-"""Of V^T in pairs of dims: as ``wgmma``'s accumulator, with 8 rows for each warp."""
+"""Layout of V^T in pairs of dims: as ``wgmma``'s accumulator, with 8 rows for each warp."""
 
 IN_ORDER = plgpu.Layout.TILED(
     Tiling(((64, 8), (16, 8), (2, 2), (2, 1))), warp_dims=(-8,), lane_dims=(-6, -5), vector_dim=-2
 )
-"""Of an output whose dims are in order: a thread has two adjacent ones of each of two heads."""
+"""Layout of an output with its dims in order: a thread has two adjacent dims of each of two heads."""
 
 IN_PLACE, EVEN_FIRST = 0x3210, 0x3120
-"""Orders of a register's bytes: each one's number, in four bits, from the lowest."""
+"""Orders of a register's bytes: the number of each byte, in four bits, from the lowest byte."""
 
 ROWS_APART = 8
-"""From a row that a thread holds to its next."""
+"""Distance between two rows that a thread holds."""
 
 LEAST_V_SCALE = 2.0**-100
-"""What smaller scales of V count as, so that weights over scales, summed over any context, stay in float32's range.
+"""The least scale of V: smaller scales count as this one, so that sums of weight / scale stay in float32's range.
 
-A block of nothing but zeros has the smallest scale there is, yet its tokens take their share of the softmax, unless
-the row's largest scale is above 2^26, where such weights end. Other values of scales below this one, all of them less
-than 2^-91, come out too large.
+A block of zeros has the smallest scale there is, yet its tokens take their share of the softmax. The share vanishes
+only where the row's largest scale is above 2^26. Values other than zeros with scales below this one, all less than
+2^-91, come out too large.
 """
 
 
 class Scales(NamedTuple):
-    """Of each token of a tile."""
+    """Scales of each token of a tile."""
 
     k: Array
-    v_log: Array  # log2 of V's
+    v_log: Array  # log2 of V's scales
     v_inverse: Array
 
 
 def with_stored_order(q: Float[Array, "tokens num_heads head_dim"]) -> Float[Array, "tokens num_heads head_dim"]:
-    """Queries with their dims as ``widened_keys`` has them."""
+    """Queries with their dims in the order of ``widened_keys``."""
     return jnp.concatenate(_halves(q), axis=2)
 
 
@@ -75,7 +76,7 @@ def _halves(x: Array) -> tuple[Array, Array]:
 
 
 def widened_keys(keys: Ref, slab: int, shape: DecodeShape) -> tuple[Array, Array]:
-    """Keys in float16 for two slabs of queries: ``slab``, and the same of the second half."""
+    """Keys in float16 for two slabs of queries: ``slab`` of the first half of slabs, and of the second half."""
     if shape.is_interpreted:
         stored = keys[:, pl.ds(2 * slab * shape.slab, 2 * shape.slab)]
         return _halves(stored.astype(jnp.float16))
@@ -108,7 +109,7 @@ def widened_values(values: Ref, shape: DecodeShape) -> Array:
 
 
 def _widen(registers: np.ndarray, order: int, shape: DecodeShape) -> tuple[np.ndarray, np.ndarray]:
-    """Registers of four bytes as two of float16 each, with the bytes in some order."""
+    """Registers of four bytes, each widened to two registers of float16, with the bytes in the order given."""
     ptx = (_int8_to_float16 if shape.pool_dtype == jnp.int8 else _float8_to_float16)(order)
     i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F16Type.get())
     halves = np.empty(registers.shape, object), np.empty(registers.shape, object)
@@ -129,7 +130,7 @@ def _float8_to_float16(order: int) -> str:
 
 
 def _int8_to_float16(order: int) -> str:
-    """0x6400 is 1024 in float16, and its last bit 1. Flipping the sign bit makes x of -128..127 x + 128."""
+    """PTX with 0x6400, which is 1024 in float16 with a last bit of 1; a flipped sign bit turns x into x + 128."""
     low, high = (0x4040 | order >> shift & 0xF | (order >> shift + 4 & 0xF) << 8 for shift in (0, 8))
     return f"""{{
         .reg .b32 bytes, offset;
@@ -140,7 +141,7 @@ def _int8_to_float16(order: int) -> str:
 
 
 def load_scales(scales: Ref, shape: DecodeShape) -> Scales:
-    """A tile's, from one pair for every ``scaled_alike`` tokens."""
+    """The scales of a tile, from one pair for every ``scaled_alike`` tokens."""
     if shape.is_interpreted:
         k, v = jnp.repeat(scales[...], shape.scaled_alike, axis=0).T
     else:
@@ -152,7 +153,7 @@ def load_scales(scales: Ref, shape: DecodeShape) -> Scales:
 
 
 def _load_columns(scales: ir.Value, shape: DecodeShape) -> list[mgpu.FragmentedArray]:
-    """The columns of pairs [tile / scaled_alike, 2], each number repeated: a load for all rows of a thread's alike."""
+    """The columns of pairs [tile / scaled_alike, 2], each number repeated; a thread loads once for equal rows."""
     i32, number = ir.IntegerType.get_signless(32), ir.VectorType.get((1,), ir.F32Type.get())
     pair_type = ir.VectorType.get((2,), ir.F32Type.get())
     per_group = shape.scaled_alike // ROWS_APART
@@ -175,7 +176,7 @@ def _load_columns(scales: ir.Value, shape: DecodeShape) -> list[mgpu.FragmentedA
 
 
 def _first_row() -> ir.Value:
-    """The first row of ``MATRIX`` that this thread holds: of a warp's 16, four lanes share each of the first 8."""
+    """The first row of ``MATRIX`` that this thread holds: four lanes share each of the first 8 of a warp's 16 rows."""
     i32 = ir.IntegerType.get_signless(32)
     thread = mgpu.utils.thread_idx()
     warp = arith.remui(arith.divui(thread, mgpu.utils.c(32, i32)), mgpu.utils.c(4, i32))

@@ -1,7 +1,7 @@
-"""The arithmetic of the prefill kernel: what one of its two consumers does with the items that its thread block takes.
+"""The arithmetic of the prefill kernel: one of the two consumers of a thread block.
 
-The products of a tile's queries and keys, and of the last tile's weights and values, run on the tensor cores while the
-softmax is computed: of this consumer, within it, and of the other one, by taking turns.
+The tensor cores multiply a tile's queries and keys, and the last tile's weights and values, while other units compute a
+softmax: the softmax of the same consumer, or that of the other consumer, since the two alternate.
 """
 
 from functools import partial
@@ -44,7 +44,7 @@ from pallas_kernels.paged_attention.hopper.tile import (
 
 
 class _Running(NamedTuple):
-    """What a consumer carries from one tile to the next."""
+    """A consumer's state between two tiles."""
 
     count: Array  # tiles taken so far, of all items
     softmax: Softmax
@@ -133,7 +133,7 @@ class Consumer:
         *,
         is_masked: bool,
     ) -> _Running:
-        """Score a tile while the tensor cores sum the values of the one before."""
+        """Score a tile while the tensor cores sum the values of the tile before."""
         case, scratch = self._case, self._scratch
         slot = lax.rem(running.count, case.sizes.stages)
         last_slot = lax.rem(running.count - 1, case.sizes.stages)
@@ -148,8 +148,8 @@ class Consumer:
             plgpu.barrier_arrive(scratch.k_free.at[slot])
             scores, factor = self._finish_scores(scores, span.tile(step), first_pos, slopes, is_masked=is_masked)
             weights, softmax, shrink = fold_scores(scores, factor, running.softmax)
-            # The arithmetic above hides the products, if no compiler moves it past the wait for those. Neither does:
-            # LLVM keeps it before this barrier, and ptxas before the loop that waits for the values.
+            # The arithmetic above hides the products, unless a compiler moves it past the wait for them. None does:
+            # LLVM keeps the arithmetic before this barrier, and ptxas before the loop that waits for the values.
             weights, softmax, shrink = lax.optimization_barrier((weights, softmax, shrink))
             plgpu.barrier_wait(scratch.v_full.at[slot])
             total = read_accumulator(sums, in_flight=0)
@@ -160,7 +160,7 @@ class Consumer:
         return with_accumulator(take, (TILE_ROWS, case.kv_tile), self._stand_in(scratch.score_sums))
 
     def _take_turn(self) -> None:
-        """Wait until the other consumer has started its products: then its softmax comes during mine."""
+        """Wait until the other consumer has started its products, so that its softmax overlaps with these products."""
         if self._case.sizes.ping_pong:
             plgpu.barrier_wait(self._scratch.turn.at[self._index])
 
@@ -179,7 +179,7 @@ class Consumer:
     def _finish_scores(
         self, scores: Array, tile: Array, first_pos: Array, slopes: Array | None, *, is_masked: bool
     ) -> tuple[Array, float]:
-        """Scores in powers of two, up to a factor; minus infinity where a query does not see a key."""
+        """Scores in powers of two, up to a factor; minus infinity for invisible keys."""
         case = self._case
         scores, factor = powers_of_two(scores, case.scoring)
         if slopes is None and not is_masked:
@@ -197,7 +197,7 @@ class Consumer:
         return scores, factor
 
     def _clear_unseen(self, item: Item, tile: Array, slot: Array) -> None:
-        """Zero what a tile of values holds beyond the row's context: weights of zero would not do, 0 * NaN is NaN."""
+        """Zero a tile's values beyond the row's context: weights of zero are not enough, since 0 * NaN is NaN."""
         case, scratch = self._case, self._scratch
         start = tile * case.kv_tile
         first, end = first_seen(case, item.run.row_pos), item.run.kv_len
@@ -219,7 +219,7 @@ class Consumer:
             plgpu.barrier_wait(scratch.cleared)
 
     def _write(self, item: Item, softmax: Softmax, total: Array) -> None:
-        """Write the outputs of those tokens that the item has."""
+        """Write the outputs of the item's tokens."""
         case = self._case
         sinks = _load_unit(self._inputs.sinks, item)
         scale = 1.0

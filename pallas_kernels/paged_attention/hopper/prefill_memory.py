@@ -1,4 +1,4 @@
-"""What the warpgroups of the prefill kernel share: its inputs, shared memory, barriers, and the items they take."""
+"""Inputs, shared memory and barriers of the prefill kernel, and the items that its warpgroups read."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,33 +12,33 @@ from pallas_kernels.paged_attention.hopper.prefill_plan import CONSUMERS, Case, 
 from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, smem_tile, swizzle_of, swizzling
 
 ITEM_SLOTS = 2
-"""Items that are known at one time: the next is chosen while this one is under way."""
+"""Items known at one time: the producer chooses the next item while the consumers attend this one."""
 
 ITEM_READERS = 3 + CONSUMERS
-"""Who reads an item: three of the producer's warps, and the consumers."""
+"""Readers of an item: three of the producer's warps, and the consumers."""
 
 
 class Inputs(NamedTuple):
-    """What the kernel reads, in device memory."""
+    """The operands of the kernel, in device memory."""
 
     q: Ref
     pool: Ref  # [blocks * layers * 2 * num_kv_heads, block_size, head_dim]
     layer: Ref  # [1]
     block_tables: Ref
     plan: Plan
-    num_dealt: Ref  # [1], the items taken so far
+    num_dealt: Ref  # [1]: items taken so far
     slopes: Ref | None  # [units, tile_rows]
     sinks: Ref | None
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers. What is ``full`` is there to be read, what is ``free`` to be written to."""
+    """Shared memory and barriers: ``full`` memory can be read, ``free`` memory can be written."""
 
     q: Ref  # in slabs, one matrix for each consumer
     out: Ref
     k: Ref  # [stages, kv_tile, head_dim]
     v: Ref
-    score_sums: Ref | None  # what stands in for accumulators in the interpreter
+    score_sums: Ref | None  # stand-ins for accumulators in the interpreter
     out_sums: Ref | None
     items: Ref
     item_full: Ref
@@ -49,7 +49,7 @@ class Scratch(NamedTuple):
     k_free: Ref
     v_full: Ref
     v_free: Ref
-    turn: Ref  # one for each consumer: the tensor cores are its own
+    turn: Ref  # one for each consumer, which then has the tensor cores
     cleared: Ref  # both consumers have cleared their part of a tile of values
 
 
@@ -81,10 +81,10 @@ def scratch_of(case: Case) -> Scratch:
 
 
 def _slabs(case: Case, num_slabs: int) -> Any:
-    """A matrix of tile rows for each consumer. Copies know tokens and heads, products know rows: two views of it."""
+    """A matrix of tile rows for each consumer, in two views: copies address tokens and heads, products address rows."""
     swizzle, columns = swizzle_of(case.head_dim, case.dtype.itemsize)
     copied = (CONSUMERS, num_slabs, case.tile_tokens, case.tile_heads, columns)
-    if case.is_interpreted:  # there, views would be apart, and nothing is swizzled
+    if case.is_interpreted:  # the interpreter keeps views apart, and swizzles nothing
         return plgpu.SMEM(copied, case.dtype)
     return plgpu.RefUnion(
         plgpu.SMEM(copied, case.dtype, transforms=(swizzling(swizzle),)),
@@ -103,19 +103,19 @@ def multiplied(case: Case, slabs: Ref) -> Ref:
 
 
 def for_each_item[T](scratch: Scratch, body: Callable[[Item, T], T], carry: T) -> T:
-    """``carry = body(item, carry)`` for all items that this block gets."""
+    """Compute ``carry = body(item, carry)`` for all items that this thread block takes."""
 
-    def read(turn: Array) -> Item:
-        slot = lax.rem(turn, ITEM_SLOTS)
+    def read(nth: Array) -> Item:
+        slot = lax.rem(nth, ITEM_SLOTS)
         plgpu.barrier_wait(scratch.item_full.at[slot])
         unit, *run = (scratch.items[slot, column] for column in range(1 + len(Run._fields)))
         plgpu.barrier_arrive(scratch.item_free.at[slot])
         return Item(unit, Run(*run))
 
     def step(state: tuple[Array, Item, T]) -> tuple[Array, Item, T]:
-        turn, item, carry = state
+        nth, item, carry = state
         carry = body(item, carry)
-        return turn + 1, read(turn + 1), carry
+        return nth + 1, read(nth + 1), carry
 
     start = (jnp.int32(0), read(jnp.int32(0)), carry)
     return lax.while_loop(lambda state: state[1].run.num_tokens > 0, step, start)[2]

@@ -1,7 +1,7 @@
-"""How the prefill kernel's work is divided: its static sizes, and the runs of tokens worked out on the device.
+"""The division of the prefill kernel's work: static sizes, and runs of tokens worked out on the device.
 
-A run is up to ``item_tokens`` consecutive tokens of one row. An item of work is a run and a unit, which is
-``tile_heads`` query heads of one KV head. Thread blocks take the items in turn, the longest first.
+A run is up to ``item_tokens`` consecutive tokens of one row. A unit is ``tile_heads`` query heads of one KV head. An
+item of work is a run and a unit. Thread blocks take items one by one, the longest first.
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, swizzle_of
 
 CONSUMERS = 2
-"""Warpgroups that attend; each has its own half of an item's tokens."""
+"""Warpgroups that attend, each its own half of an item's tokens."""
 
 TILE_BYTES = SMEM_BYTES - 2 * 1024
 """Shared memory for tiles; barriers and alignment take the rest."""
 
 CACHED_KV_BYTES = 32 * 2**20
-"""K and V that items under way at one time may cover: what stays in a cache of 50 MB beside everything else."""
+"""K and V that items in flight at one time may cover, so that they stay in a cache of 50 MB beside other data."""
 
 
 @dataclass(frozen=True)
 class PrefillSizes:
-    """What the tuner chooses.
+    """Sizes that the tuner chooses.
 
     Args:
         kv_tile: tokens of K or of V that one product covers, a multiple of 64; None chooses by ``head_dim``.
         stages: tiles of K, and as many of V, in shared memory.
-        ping_pong: the consumers take turns with the tensor cores.
+        ping_pong: whether the consumers use the tensor cores alternately.
     """
 
     kv_tile: int | None = None
@@ -45,7 +45,12 @@ DEFAULT_SIZES = PrefillSizes()
 
 @dataclass(frozen=True)
 class Case:
-    """Everything static about a launch."""
+    """The static properties of a launch.
+
+    Raises:
+        ValueError: sizes that no pool fits.
+        NotImplementedError: a case that ``attend_prefill`` does not take.
+    """
 
     scoring: Scoring
     sizes: PrefillSizes
@@ -67,7 +72,7 @@ class Case:
             )
         if self.dtype.itemsize != 2:
             raise NotImplementedError(f"{self.dtype}: the prefill kernel takes bfloat16 and float16")
-        # The last token of an odd number begins at an even one, and copies begin at multiples of 128 bytes.
+        # Copies begin at multiples of 128 bytes, and the last token of an odd number of tokens at an even token.
         if 2 * self.tile_heads * self.slab * self.dtype.itemsize % 128:
             raise NotImplementedError(f"head_dim={self.head_dim} with a group of {self.group}: expected an even group")
         if self.out_slabs < 1:
@@ -103,12 +108,12 @@ class Case:
 
     @property
     def piece(self) -> int:
-        """Tokens of one copy of K or of V: a block, or what a tile takes of one."""
+        """Tokens of one copy of K or of V: a block, or the part of a block in a tile."""
         return min(self.block_size, self.kv_tile)
 
     @property
     def slab(self) -> int:
-        """Columns of a slab: Q and the output are in slabs of one swizzle's width, [tile_tokens, tile_heads, slab]."""
+        """Columns of a slab: Q and outputs lie in slabs of one swizzle's width, [tile_tokens, tile_heads, slab]."""
         return swizzle_of(self.head_dim, self.dtype.itemsize)[1]
 
     @property
@@ -132,25 +137,24 @@ class Run(NamedTuple):
     first_token: Array  # index into q
     num_tokens: Array
     first_pos: Array  # the first token's position in its sequence
-    row_pos: Array  # that of the row's first token
+    row_pos: Array  # the position of the row's first token
     kv_len: Array
 
 
 class Plan(NamedTuple):
-    """Items come in sections, of as many units as have all their K and V in the second-level cache.
+    """The items, in sections of as many units as have all their K and V in the second-level cache.
 
-    In a section, all its units of the first run come before those of the second, and so on. ``dealing`` is [how many
-    runs there are, units of a section].
+    Within a section, all units of the first run come before the units of the second run, and so on.
     """
 
     runs: Int[Array, "runs 6"]  # the longest context first
-    dealing: Int[Array, " 2"]
+    dealing: Int[Array, " 2"]  # number of runs, and units of a section
 
 
 def plan_prefill(
     case: Case, num_tokens: int, kv_lens: Int[Array, " num_seqs"], cu_q_lens: Int[Array, " num_seqs_plus_1"]
 ) -> Plan:
-    """The runs of all rows with more than one query. A row that has fewer positions than queries is left out."""
+    """The runs of all rows with more than one query, except rows with fewer positions than queries."""
     num_seqs = len(kv_lens)
     q_lens = jnp.diff(cu_q_lens)
     q_lens = jnp.where(kv_lens >= q_lens, q_lens, 0)
@@ -175,7 +179,7 @@ def plan_prefill(
 
 
 def _section(case: Case, num_cached: Float[Array, ""]) -> Int[Array, ""]:
-    """The largest divisor of the units whose K and V of so many tokens stay in the cache; 1 if none do."""
+    """The largest divisor of the units whose K and V of so many tokens stay in the cache; 1 if there is none."""
     section = jnp.int32(1)
     for units in range(2, case.num_units + 1):
         if case.num_units % units == 0:
@@ -186,7 +190,7 @@ def _section(case: Case, num_cached: Float[Array, ""]) -> Int[Array, ""]:
 
 
 class Item(NamedTuple):
-    """What the kernel knows of an item. A run without tokens ends the work."""
+    """An item of work. A run without tokens ends the work."""
 
     unit: Array
     run: Run
@@ -206,7 +210,7 @@ def first_seen(case: Case, pos: Array) -> Array:
 
 
 class Span(NamedTuple):
-    """The tiles of K and V that an item sees, taken from the last to the first."""
+    """The tiles of K and V that an item sees; consumers take them from the last to the first."""
 
     first: Array
     end: Array
@@ -220,13 +224,13 @@ class Span(NamedTuple):
 
 
 def span_of(case: Case, item: Item) -> Span:
-    """The tiles that some query of the item sees a part of."""
+    """The tiles with positions that some query of the item sees."""
     end = lax.div(item.run.first_pos + item.run.num_tokens + (case.kv_tile - 1), case.kv_tile)
     return Span(lax.div(first_seen(case, item.run.first_pos), case.kv_tile), end)
 
 
 def masked_steps(case: Case, span: Span, first_pos: Array) -> tuple[Array, Array]:
-    """How many steps meet keys ahead of some query, 1 at least, and the first step that meets keys behind its window.
+    """The number of steps with keys ahead of some query, 1 at least, and the first step with keys behind its window.
 
     Args:
         first_pos: the position of the first of a consumer's queries.

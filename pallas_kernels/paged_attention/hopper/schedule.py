@@ -1,11 +1,11 @@
-"""How the decode kernel's work is divided: plain integer arithmetic on the device.
+"""The division of the decode kernel's work, in plain integer arithmetic on the device.
 
-It depends on lengths only, so the compiler keeps one copy for all layers of a step.
+The division depends on lengths only, so the compiler keeps one copy for all layers of a step.
 
-The unit of work is a tile: ``tile_tokens`` tokens of the context of one row and KV head (an *item*). All tiles stand in
-one line, item after item, and every worker takes an equal stretch of it (Stream-K, arXiv:2301.03598). So the chip is
-full whatever the lengths are, for one long sequence as for many short ones. A worker's stretch falls into *segments*,
-one for each item that it touches. An item that several workers share is *merged* from their parts afterwards.
+An *item* is the context of one row and KV head; a tile is ``tile_tokens`` tokens of an item. All tiles form one line,
+item after item, and every worker takes an equal stretch of the line (Stream-K, arXiv:2301.03598). So all workers are
+busy for one long sequence as for many short ones. A worker's stretch falls into *segments*, one for each item that it
+touches. Where several workers share an item, a *merge* of their parts follows.
 """
 
 from typing import Any, NamedTuple
@@ -16,18 +16,18 @@ from jaxtyping import Bool, Int
 
 
 class Queries(NamedTuple):
-    """What the decode kernel attends: single queries, each with the part of a row's context that it sees."""
+    """Single queries for the decode kernel, each with the part of its row's context that it sees."""
 
     token: Int[Array, " queries"]  # index into q
     row: Int[Array, " queries"]
-    kv_begin: Int[Array, " queries"]  # it sees positions kv_begin to kv_end - 1
+    kv_begin: Int[Array, " queries"]  # first of the visible positions kv_begin to kv_end - 1
     kv_end: Int[Array, " queries"]  # 0: no query here
 
 
 def queries_of_rows(
     kv_lens: Int[Array, " num_seqs"], cu_q_lens: Int[Array, " num_seqs_plus_1"], sliding_window: int | None
 ) -> Queries:
-    """The queries of all rows that have one; the others are left to the prefill kernel."""
+    """The queries of all rows with a single query; the prefill kernel attends the other rows."""
     row = jnp.arange(kv_lens.size, dtype=jnp.int32)
     kv_end = jnp.where(jnp.diff(cu_q_lens) == 1, kv_lens, 0)
     return Queries(cu_q_lens[:-1], row, _window_begin(kv_end, sliding_window), kv_end)
@@ -51,25 +51,25 @@ def _window_begin(kv_end: Int[Array, " queries"], sliding_window: int | None) ->
 
 
 class Segment(NamedTuple):
-    """A row of ``Schedule.segments``; by default, the columns' numbers."""
+    """A row of ``Schedule.segments``; the defaults are the columns' numbers."""
 
     token: Any = 0  # index into q
     row: Any = 1
     kv_head: Any = 2
     start: Any = 3  # position of the first tile's first token
     num_tiles: Any = 4
-    kv_begin: Any = 5  # positions that the item's query sees: kv_begin to kv_end - 1
+    kv_begin: Any = 5  # first of the query's visible positions kv_begin to kv_end - 1
     kv_end: Any = 6
-    part: Any = 7  # where the partial result goes; WHOLE if the segment is all of the item
+    part: Any = 7  # index of the partial result; WHOLE if the segment is the whole item
 
 
 class Merge(NamedTuple):
-    """A row of ``Schedule.merges``; likewise."""
+    """A row of ``Schedule.merges``; the defaults are the columns' numbers."""
 
     token: Any = 0
     kv_head: Any = 1
     first_part: Any = 2
-    num_others: Any = 3  # parts after the first: those of the workers that begin inside the item; 0: nothing to merge
+    num_others: Any = 3  # parts after the first, of workers that begin inside the item; 0: nothing to merge
 
 
 WHOLE = -1
@@ -78,7 +78,7 @@ WHOLE = -1
 class Schedule(NamedTuple):
     """Worker w takes ``segments[first_segment[w]:last_segment[w]]``; its parts are 2w (at its start) and 2w + 1.
 
-    ``merges[w]`` is the item that the start of worker w cuts, unless an earlier worker's start cuts it too.
+    ``merges[w]`` is the item that the start of worker w cuts, unless an earlier worker's start also cuts the item.
     """
 
     segments: Int[Array, "segments 8"]
@@ -90,7 +90,7 @@ class Schedule(NamedTuple):
 def schedule_decode(
     queries: Queries, *, num_kv_heads: int, block_size: int, tile_tokens: int, num_workers: int
 ) -> Schedule:
-    """Divide the context of all queries among the workers. Tiles begin where a copy can, so that none is unseen."""
+    """Divide the context of all queries among the workers. Tiles begin where copies can, and some query sees each."""
     last_query = queries.token.size - 1
     copied = min(block_size, tile_tokens)
     start = queries.kv_begin // copied * copied
@@ -157,7 +157,7 @@ def _merges(
 
 
 def _even_ends(total: Int[Array, ""], num_workers: int) -> Int[Array, " workers"]:
-    """Where each worker's stretch ends; stretches differ by one tile at most."""
+    """The end of each worker's stretch; stretches differ by one tile at most."""
     each, rest = total // num_workers, total % num_workers
     worker = jnp.arange(1, num_workers + 1, dtype=jnp.int32)
     return worker * each + jnp.minimum(worker, rest)
@@ -168,7 +168,7 @@ def _count(holds: Bool[Array, "n m"]) -> Int[Array, " m"]:
 
 
 def _num_at_most(ascending: Int[Array, " n"], x: Int[Array, " m"]) -> Int[Array, " m"]:
-    """How many of ``ascending`` are at most x. (Bisection launches a kernel for each halving.)"""
+    """The number of elements of ``ascending`` at most x. (Bisection launches a kernel for each halving.)"""
     return _count(ascending[:, None] <= x[None, :])
 
 

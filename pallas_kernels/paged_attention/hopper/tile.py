@@ -1,7 +1,7 @@
-"""What the Hopper kernels share: how scores become weights, and matrix products that the interpreter runs too.
+"""Arithmetic that the Hopper kernels share: weights from scores, and matrix products that also run interpreted.
 
-A tile has 64 query rows, as one warpgroup multiplies them. Arrays of it live in registers in the layout of ``wgmma``'s
-accumulator; arrays with one entry for each row, in that layout reduced over its columns.
+A tile has 64 query rows, the number that one warpgroup multiplies. A tile's matrices live in registers in the layout of
+``wgmma``'s accumulator; arrays with one entry for each row, in that layout reduced over its columns.
 """
 
 import math
@@ -24,14 +24,14 @@ TILE_ROWS = 64
 """Query rows of a tile: the M of a ``wgmma``."""
 
 LEAST = -1e30
-"""Where the largest score starts: finite, so that one less minus infinity, of a slot not seen, is not NaN."""
+"""The running maximum before any score: finite, since minus infinity less itself is NaN, where no slot is visible."""
 
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = plgpu.Layout.WGMMA.reduce(1)
 
 
 class Softmax(NamedTuple):
-    """A softmax under way: each row's largest score, in powers of two, and its sum of weights."""
+    """A running softmax: each row's largest score, in powers of two, and its sum of weights."""
 
     top: Array
     total: Array
@@ -60,11 +60,11 @@ def position_in_tile(num_columns: int, axis: int) -> Array:
 def powers_of_two(scores: Array, scoring: Scoring) -> tuple[Array, float]:
     """Products of queries and keys as (x, factor): their weights are ``exp2(x * factor - top)``.
 
-    The factor is left over for the multiply-add that the exponent needs anyway.
+    The factor stays apart for the multiply-add that the exponent needs anyway.
     """
     if scoring.soft_cap is None:
         return scores, scoring.sm_scale * LOG2E
-    # tanh(x) = 1 - 2 / (exp(2x) + 1) to float32's precision: the hardware's own has 11 bits, coarse for a large cap.
+    # tanh(x) = 1 - 2 / (exp(2x) + 1) in float32's precision. The hardware's tanh has 11 bits, coarse for a large cap.
     doubled = jnp.exp2(scores * (2 * LOG2E * scoring.sm_scale / scoring.soft_cap))
     return 1 - 2 / (doubled + 1), scoring.soft_cap * LOG2E
 
@@ -73,7 +73,7 @@ def fold_scores(scores: Array, factor: float, softmax: Softmax) -> tuple[Array, 
     """Take a tile of scores (minus infinity where masked) into a softmax.
 
     Returns:
-        The tile's weights, the softmax with them, and the factor by which what was summed before must shrink.
+        The tile's weights, the new softmax, and the factor by which earlier sums must shrink.
     """
     num_columns = scores.shape[1]
     top = jnp.maximum(softmax.top, scores.max(axis=1) * factor)
@@ -83,7 +83,7 @@ def fold_scores(scores: Array, factor: float, softmax: Softmax) -> tuple[Array, 
 
 
 def add_sinks(softmax: Softmax, sinks: Array) -> tuple[Softmax, Array]:
-    """A softmax with one more logit (in powers of two) for each row, without a value; and by what sums must shrink."""
+    """A softmax with one more logit (in powers of two, with no value) for each row, and the factor for earlier sums."""
     top = jnp.maximum(softmax.top, sinks)
     shrink = jnp.exp2(softmax.top - top)
     return Softmax(top, softmax.total * shrink + jnp.exp2(sinks - top)), shrink
@@ -120,7 +120,7 @@ def swizzling(swizzle: int) -> Any:
 
 @dataclass(frozen=True)
 class StandIn:
-    """Shared memory that the interpreter uses for an accumulator: its own kind cannot be written to."""
+    """Shared memory in place of an accumulator, which the interpreter cannot write to."""
 
     ref: Ref
 
@@ -129,7 +129,7 @@ type Accumulator = Ref | StandIn
 
 
 def with_accumulator[T](body: Callable[[Accumulator], T], shape: tuple[int, int], stand_in: StandIn | None) -> T:
-    """``body(accumulator)``, of zeros; it is in registers unless something stands in for those."""
+    """``body(accumulator)`` with an accumulator of zeros, in registers unless there is a stand-in."""
     if stand_in is None:
         return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     write_accumulator(stand_in, jnp.zeros(shape, jnp.float32))
@@ -139,7 +139,7 @@ def with_accumulator[T](body: Callable[[Accumulator], T], shape: tuple[int, int]
 def accumulate(accumulator: Accumulator, a: Array | Ref, b: Ref, *, transpose_b: bool = False) -> None:
     """Start ``accumulator += a @ b`` on the tensor cores, with ``a`` in registers or shared memory.
 
-    The interpreter does it at once, and in plain arithmetic: it knows no products of registers.
+    The interpreter, which has no products of registers, computes it at once in plain arithmetic.
     """
     if not isinstance(accumulator, StandIn):
         plgpu.wgmma(accumulator, a, b.transpose((1, 0)) if transpose_b else b)
@@ -149,15 +149,15 @@ def accumulate(accumulator: Accumulator, a: Array | Ref, b: Ref, *, transpose_b:
 
 
 def interpreted_product(a: Array, b: Array) -> Array:
-    """What the tensor cores would make of two matrices, just read from shared memory, in plain arithmetic."""
-    plgpu.commit_smem()  # tensor cores read as copies write; these reads did not, and a copy may come next
+    """The tensor cores' product of two matrices, just read from shared memory, in plain arithmetic."""
+    plgpu.commit_smem()  # plain reads, unlike the tensor cores', are not ordered before the next copy
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def read_accumulator(accumulator: Accumulator, *, in_flight: int) -> Array:
-    """The sums, once all but the last ``in_flight`` products started are done.
+    """The sums, once all products are done but the last ``in_flight``.
 
-    To the compiler the registers hold their sums from the product's start: a barrier keeps their uses after the wait.
+    For the compiler the registers hold their sums from the product's start. A barrier keeps uses after the wait.
     """
     if not isinstance(accumulator, StandIn):
         return lax.optimization_barrier(plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight))
@@ -165,6 +165,6 @@ def read_accumulator(accumulator: Accumulator, *, in_flight: int) -> Array:
 
 
 def write_accumulator(accumulator: Accumulator, sums: Array) -> None:
-    """Replace the sums, of which no product is under way."""
+    """Replace the sums while no product is in flight."""
     ref = accumulator.ref if isinstance(accumulator, StandIn) else accumulator
     ref[...] = sums

@@ -1,4 +1,4 @@
-"""Sizes of tiles and rings: measured ones per device from tuned.json, and what fits where nothing was measured."""
+"""Sizes of tiles and rings: measured per device in tuned.json, or else sizes that fit."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,10 +17,10 @@ TUNED = Path(__file__).parent / "tuned.json"
 """Device kind -> shape class -> sizes."""
 
 MOST_SLOTS = 16
-"""Worth trying, of 8-bit tiles: half as many of 16-bit ones are as many bytes."""
+"""Slots worth trying for 8-bit tiles; half as many 16-bit tiles take as many bytes."""
 
 MOST_WORKERS = {1: 3, 2: 4}
-"""Worth trying, by the bytes of a number: four leave 64 registers, in which 8-bit tiles cannot be widened."""
+"""Bytes of a number -> workers worth trying. Four leave 64 registers, too few to widen 8-bit tiles."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Sizes:
 
 
 def shape_class(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> str:
-    """What sizes are chosen by: known when a program is compiled, unlike lengths."""
+    """The key of a case in tuned.json, of properties known at compile time."""
     return f"group {group}, head_dim {head_dim}, block {block_size}, {jnp.dtype(pool_dtype).name}"
 
 
 def sizes_for(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dtype) -> Sizes:
-    """The tuned sizes of a shape class on the default device, else ones that fit."""
+    """The tuned sizes of a shape class on the default device, or else sizes that fit."""
     key = shape_class(group=group, head_dim=head_dim, block_size=block_size, pool_dtype=pool_dtype)
     tuned = load().get(here.device_kind(), {}).get(key, {})
     decode = DecodeSizes(**tuned["decode"]) if "decode" in tuned else _fitting_decode(group, head_dim, pool_dtype)
@@ -46,7 +46,7 @@ def sizes_for(*, group: int, head_dim: int, block_size: int, pool_dtype: jnp.dty
 
 
 def decode_candidates(group: int, head_dim: int, pool_dtype: jnp.dtype) -> list[DecodeSizes]:
-    """Decode sizes worth timing: those that fit registers and shared memory, with as many slots as fit there."""
+    """Decode sizes worth timing: they fit registers and shared memory, with as many slots as fit."""
     candidates = []
     for tile_tokens in (64, 128):
         for workers in range(1, MOST_WORKERS[pool_dtype.itemsize] + 1):

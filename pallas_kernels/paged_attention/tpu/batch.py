@@ -67,7 +67,7 @@ def attend_batch(
     chip: Chip,
     interpret: pltpu.InterpretParams | None,
 ) -> tuple[Float[Array, "tokens num_heads head_dim"], BlockPool | None]:
-    """The outputs of a batch, and the pool with K and V of its decodes, if they came as ``new``."""
+    """The outputs of a batch, and the pool with the K and V of its decodes, if ``new`` gives them."""
     num_tokens, group = call.num_tokens, call.num_heads // layout.num_kv_heads
     block_tables, kv_lens, cu_q_lens = call.batch
     pool, layer, kv_scales = call.kv

@@ -1,8 +1,8 @@
-"""The ragged paged attention kernel: one stream of chunks of K and V, and the softmax of each tile over its own.
+"""The ragged paged attention kernel: one stream of chunks of K and V, and the softmax of each tile over its chunks.
 
-Every core takes each ``num_cores``-th tile. The chunks of all its tiles stand in one line, and while one is attended
-the next ones are on their way, those of the next tile too; before them, pieces of block tables. So only the first chunk
-of a launch is waited for, and only blocks that some query of a tile sees are read.
+Every core takes each ``num_cores``-th tile. The chunks of all tiles of a core form one line, across tiles. While the
+core attends a chunk, the copies of the next chunks are in flight, and before them the copies of their pieces of block
+tables. So a core waits for the first chunk of a launch only, and reads only blocks that some query of a tile sees.
 """
 
 import math
@@ -37,11 +37,11 @@ from pallas_kernels.paged_attention.tpu.stream import (
 LOG2E = math.log2(math.e)
 
 LEAST = -1e30
-"""Where the largest score starts: finite, so that one less minus infinity, of a slot not seen, is not NaN."""
+"""The running maximum before any score: finite, since minus infinity less itself is NaN, where no slot is visible."""
 
 
 class State(NamedTuple):
-    """The softmax of a tile under way; logits are in powers of two."""
+    """The running softmax of a tile; logits are in powers of two."""
 
     top: Ref  # [num_kv_heads, tile_rows, LANES] f32, all lanes alike
     total: Ref  # likewise
@@ -49,14 +49,14 @@ class State(NamedTuple):
 
 
 class PerHead(NamedTuple):
-    """What each query head has of its own, laid out as the rows of a row tile, all lanes alike."""
+    """Numbers of each query head, laid out as the rows of a row tile, all lanes alike."""
 
     slopes: Ref | None  # [num_kv_heads, rows, LANES] f32, times log2(e)
     sinks: Ref | None  # likewise
 
 
 class Inputs(NamedTuple):
-    """What XLA hands the kernel."""
+    """The operands of the kernel, as XLA makes them."""
 
     layer_and_count: Int[Array, " 2"]  # the layer, and how many tiles there are
     tiles: Int[Array, " tiles_times_fields"]
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The chunk that is attended now."""
+    """The chunk that the core attends."""
 
     cursor: Cursor
     tile: Tile
@@ -92,7 +92,7 @@ class Attention:
         """Attend every tile."""
         stream, buffers = self.stream, self.launch.sizes.buffers
 
-        def turn(carry: tuple[Array, Cursor, Cursor, Cursor]) -> tuple[Array, Cursor, Cursor, Cursor]:
+        def advance(carry: tuple[Array, Cursor, Cursor, Cursor]) -> tuple[Array, Cursor, Cursor, Cursor]:
             count, now, blocks_ahead, table_ahead = carry
             has_tables = count > -buffers
             stream.start_table(table_ahead, count + buffers)
@@ -113,8 +113,8 @@ class Attention:
 
         stream.begin()
         first = stream.first()
-        # The turns below 0 only start copies.
-        lax.while_loop(lambda carry: stream.is_live(carry[1]), turn, (jnp.int32(-buffers), first, first, first))
+        # Iterations below 0 only start copies.
+        lax.while_loop(lambda carry: stream.is_live(carry[1]), advance, (jnp.int32(-buffers), first, first, first))
         stream.drain()
 
     def _attend_chunk(self, now: Cursor, count: Array) -> None:
@@ -129,7 +129,7 @@ class Attention:
             self._for_heads(row_tiles, lambda head: self._attend_head(chunk, row_tiles, head))
             pl.when(now.chunk == tile.last_chunk)(lambda: self._end(now, row_tiles))
 
-        # One row tile, as a decode is, must not cost what a whole tile of rows does.
+        # A single row tile, as of a decode, must not cost as much as a whole tile of rows.
         most = launch.sizes.tile_row_tiles
         pl.when(tile.row_tiles == 1)(lambda: attend(1))
         if most > 1:
@@ -183,7 +183,7 @@ class Attention:
         state.weighted[rows] = state.weighted[rows] * shrink[:, :1] + weighted
 
     def _score(self, products: Array, chunk: Chunk, row_tiles: int, head: Array) -> tuple[Array, Array]:
-        """Logits in powers of two, minus infinity where a query does not see a key; and where it does."""
+        """Logits in powers of two, minus infinity for invisible keys, and the mask of visible keys."""
         launch, scoring = self.launch, self.launch.scoring
         kv_pos = chunk.start + lax.broadcasted_iota(jnp.int32, products.shape, 1)
         row = lax.broadcasted_iota(jnp.int32, products.shape, 0)
@@ -216,13 +216,13 @@ class Attention:
 
 
 def _of_rows(per_head: Ref, head: Array, row_tiles: int) -> Array:
-    """A number of each query head for every row of a tile. [rows, LANES]"""
+    """Numbers of one KV head's query heads for every row of a tile. [rows, LANES]"""
     of_row_tile = per_head[head]
     return of_row_tile if row_tiles == 1 else jnp.concatenate([of_row_tile] * row_tiles, axis=0)
 
 
 def rows_of_heads(x: Float[Array, " num_heads"], launch: Launch) -> Float[Array, "num_kv_heads rows lanes"]:
-    """A logit, or its slope, of each query head, in powers of two, for all rows of a row tile."""
+    """A logit or slope of each query head, in powers of two, for all rows of a row tile."""
     rows = launch.rows
     x = (x.astype(jnp.float32) * LOG2E).reshape(launch.num_kv_heads, 1, -1)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, rows.token_rows - x.shape[2])))
@@ -236,7 +236,7 @@ def attend_packed(
     """Launch the kernel.
 
     Returns:
-        The outputs, packed like the queries; and the pool with the new K and V, if any came.
+        The outputs, packed like the queries, and the pool with the new K and V, if there are new ones.
     """
     fields = [name for name, x in inputs._asdict().items() if x is not None]
 

@@ -1,11 +1,11 @@
-"""How heads narrower than a vector register's 128 lanes share the rows of a pool, so that no memory is padding.
+"""Pools whose rows hold several heads narrower than a vector register's 128 lanes, so that no memory is padding.
 
 XLA keeps an array with fewer than 128 columns in a layout of its own, and would copy the whole pool for a kernel. So a
-pool for TPUs has rows of a multiple of 128: KV heads of 64 lie in pairs, those of 32 in fours, side by side as they
-follow one another in K and V (which are therefore reshaped only); others, such as 80 or 96, are padded with zeros.
+pool for TPUs has rows of a multiple of 128. KV heads of 64 lie in pairs and KV heads of 32 in fours, side by side in
+their order in K and V, which only need a reshape. Other heads, such as 80 or 96, are padded with zeros.
 
-The kernel then sees one wide KV head where there are several. A query has zeros in the lanes of the heads that are not
-its own, and of the values summed by its weights, only its own lanes count.
+The kernel sees one wide KV head for several KV heads of the model. A query has zeros in the lanes of other KV heads,
+and only the lanes of its own KV head count in its output.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from pallas_kernels.chips.tpu import LANES
 
 
 class LaneLayout(NamedTuple):
-    """A pool's KV heads and their head_dim, as the kernel sees them, and how many of the model's heads each holds."""
+    """A pool's KV heads and their head_dim, as the kernel sees them, and the model's KV heads in each."""
 
     num_kv_heads: int
     head_dim: int
@@ -34,14 +34,14 @@ def lane_layout(num_kv_heads: int, head_dim: int) -> LaneLayout:
     """
     per_row = LANES // head_dim if LANES % head_dim == 0 else 1
     if num_kv_heads % per_row:
-        per_row = 1  # an odd head would have no neighbour
+        per_row = 1  # the last head would have no neighbour
     return LaneLayout(num_kv_heads // per_row, round_up(per_row * head_dim, LANES), per_row)
 
 
 def to_lanes(
     x: Float[Array, "tokens num_kv_heads head_dim"], layout: LaneLayout
 ) -> Float[Array, "tokens pool_heads pool_head_dim"]:
-    """K or V of a step's tokens as the pool of this layout takes them."""
+    """K or V of a step's tokens as a pool of this layout takes them."""
     x = x.reshape(x.shape[0], layout.num_kv_heads, -1)
     return jnp.pad(x, ((0, 0), (0, 0), (0, layout.head_dim - x.shape[2])))
 
@@ -49,7 +49,7 @@ def to_lanes(
 def spread_queries(
     q: Float[Array, "tokens num_heads head_dim"], layout: LaneLayout
 ) -> Float[Array, "tokens pool_heads pool_group pool_head_dim"]:
-    """Queries beside zeros in the lanes of other heads; ``pool_group`` query heads read one row of the pool."""
+    """Queries with zeros in the lanes of other KV heads; ``pool_group`` query heads read one row of the pool."""
     num_tokens, _, head_dim = q.shape
     q = q.reshape(num_tokens, layout.num_kv_heads, layout.heads_per_row, -1, head_dim)
     if layout.heads_per_row > 1:

@@ -1,7 +1,7 @@
-"""How a batch becomes the kernel's work, in plain integer arithmetic on the device.
+"""The work list of the kernel for a batch, in plain integer arithmetic on the device.
 
-A *row tile* is as many query tokens of one sequence as fill the sublanes of a register once the query heads of a KV
-head stand one below the other; a *tile*, up to ``tile_row_tiles`` row tiles of one sequence. Both depend on lengths
+The query heads of a KV head stand one below the other. A *row tile* is as many query tokens of one sequence as then
+fill the sublanes of a register; a *tile* is up to ``tile_row_tiles`` row tiles of one sequence. Both depend on lengths
 only, so the compiler keeps one copy for all layers of a step.
 """
 
@@ -18,9 +18,9 @@ from pallas_kernels.chips.tpu import SUBLANES, sublanes_of
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """How the queries of one KV head lie in a row tile; static.
+    """The layout of one KV head's queries in a row tile; static.
 
-    Token t's head g stands in row ``t * token_rows + g``, g up to ``group - 1``; the other rows are padding.
+    Head g of token t stands in row ``t * token_rows + g``, with g up to ``group - 1``; other rows are padding.
     """
 
     tokens: int
@@ -33,8 +33,8 @@ class Rows:
 
 
 def rows_for(num_tokens: int, num_seqs: int, group: int, dtype: jnp.dtype) -> Rows:
-    """Row tiles of one token each where there are no more tokens than sequences (a decode step), else full ones."""
-    if num_tokens <= num_seqs:  # half a register of 16-bit rows does for few heads: each row is read, and written
+    """Row tiles of one token each for no more tokens than sequences (a decode step), else full row tiles."""
+    if num_tokens <= num_seqs:  # few heads take half a register of 16-bit rows, since every row costs copies
         return Rows(1, round_up(group, SUBLANES if group <= SUBLANES else sublanes_of(dtype)))
     sublanes = sublanes_of(dtype)
     if group > sublanes:
@@ -44,9 +44,9 @@ def rows_for(num_tokens: int, num_seqs: int, group: int, dtype: jnp.dtype) -> Ro
 
 
 class RowTiles(NamedTuple):
-    """Where each sequence's row tiles begin, sequence i's being ``start[i]`` to ``start[i + 1] - 1``; and its queries.
+    """The row tiles of all sequences: sequence i has row tiles ``start[i]`` to ``start[i + 1] - 1``.
 
-    ``count`` is static: the most there can be.
+    ``count`` is static: the largest possible number of row tiles.
     """
 
     start: Int[Array, " num_seqs_plus_1"]
@@ -58,13 +58,13 @@ NO_TOKEN = -1
 
 
 class Tiles(NamedTuple):
-    """The tiles, those with queries first: ``num_live`` of them."""
+    """The tiles. The first ``num_live`` tiles have queries."""
 
     row: Int[Array, " tiles"]
     row_tile: Int[Array, " tiles"]  # the first of the tile's row tiles
     q_pos: Int[Array, " tiles"]  # the first query's position in its sequence
     num_q: Int[Array, " tiles"]  # tokens
-    new_token: Int[Array, " tiles"]  # the token of a sequence that has this one only; NO_TOKEN for others
+    new_token: Int[Array, " tiles"]  # the token of a sequence with one query; NO_TOKEN for other sequences
     num_live: Int[Array, ""]
 
 
@@ -78,7 +78,7 @@ def make_row_tiles(cu_q_lens: Int[Array, " num_seqs_plus_1"], num_tokens: int, r
 
 
 def most_tiles(num_tokens: int, num_seqs: int, tile_tokens: int) -> int:
-    """The most tiles that a batch can have."""
+    """The largest number of tiles that a batch can have."""
     return min(num_tokens, num_tokens // tile_tokens + num_seqs)
 
 
@@ -105,7 +105,7 @@ def make_tiles(
 def pack_queries(
     q: Float[Array, "tokens num_kv_heads group head_dim"], row_tiles: RowTiles, rows: Rows
 ) -> Float[Array, "row_tiles num_kv_heads rows head_dim"]:
-    """Queries as the kernel reads them; what stands in padding rows is nobody's."""
+    """Queries as the kernel reads them; padding rows may hold anything, since their outputs are dropped."""
     _, num_kv_heads, group, head_dim = q.shape
     if rows.tokens == 1:
         return jnp.pad(q, ((0, 0), (0, 0), (0, rows.token_rows - group), (0, 0)))
@@ -139,7 +139,7 @@ def unpack_outputs(
 
 
 def starts(lens: Int[Array, " n"]) -> Int[Array, " n_plus_1"]:
-    """Where each of some lengths begins when they stand in one line, and where the last ends."""
+    """The start of each of some lengths laid end to end, and the end of the last."""
     return jnp.pad(jnp.cumsum(lens, dtype=jnp.int32), (1, 0))
 
 

@@ -1,4 +1,4 @@
-"""Sizes of tiles, chunks and rings: those of tuned.json, else ones that a chip's memories and rates suggest."""
+"""Sizes of tiles, chunks and rings: from tuned.json, or else suggested by a chip's memories and rates."""
 
 from dataclasses import replace
 
@@ -7,21 +7,21 @@ from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch, Sizes
 from pallas_kernels.paged_attention.tpu.tuning import LEAST_BUFFERS, tuned_sizes
 
 COPY_S = 2e-6
-"""What a copy takes from start to end, about: what is on its way must cover this much of the bandwidth."""
+"""Latency of a copy, about: the copies in flight must cover the bandwidth for this long."""
 
 LEAST_CHUNK_TOKENS = LANES
-"""A score for every lane."""
+"""One score for every lane."""
 
 MOST_CHUNK_TOKENS = 512
 
 MOST_TILE_ROWS = 512
-"""Operations for each byte of K and V read, in 16 bits; no chip needs more than 560 to be busy as long as it reads."""
+"""Operations for each byte of K and V read, in 16 bits. No chip needs more than 560 to be busy while it reads."""
 
 BUFFERS = 3
-"""Chunks in VMEM: one attended, one landing, one to cover what the copies' starts and a short chunk cost."""
+"""Chunks in VMEM: one attended, one landing, one to cover the start of copies and short chunks."""
 
 VMEM_SHARE = 0.9
-"""Of VMEM; the rest is left to the compiler."""
+"""Share of VMEM for a launch; the compiler takes the rest."""
 
 
 def vmem_limit(chip: Chip) -> int:
@@ -30,15 +30,15 @@ def vmem_limit(chip: Chip) -> int:
 
 
 def sizes_for(chip: Chip, launch: Launch, *, longest_q: int) -> Sizes:
-    """The tuned sizes of a launch's shape class, else the largest worth having that fit the chip's VMEM.
+    """The tuned sizes of a launch's shape class, or else the largest useful sizes that fit the chip's VMEM.
 
     Args:
-        launch: all else about the launch; its own sizes do not count.
-        longest_q: the most query tokens that a sequence may have.
+        launch: the launch; its own sizes do not count.
+        longest_q: largest number of query tokens that a sequence may have.
 
     Raises:
-        NotImplementedError: not even the least sizes fit.
-        ValueError: the tuned ones do not.
+        NotImplementedError: not even the smallest sizes fit.
+        ValueError: the tuned sizes do not fit.
     """
     tuned = tuned_sizes(chip.generation, launch, longest_q=longest_q)
     if tuned is not None:

@@ -1,4 +1,4 @@
-"""What the kernel moves between HBM and a core, and when: its copies, and nothing else, start and end here."""
+"""The copies between HBM and a core: this module alone starts them and waits for them."""
 
 from typing import Any, NamedTuple
 
@@ -24,12 +24,12 @@ type Copy = Any
 class Cursor(NamedTuple):
     """A place in a core's line of chunks."""
 
-    nth: Array  # of the core's tiles
-    chunk: Array  # of the sequence: its blocks chunk * chunk_blocks and on
+    nth: Array  # tile of the core
+    chunk: Array  # chunk of the sequence, whose first block is chunk * chunk_blocks
 
 
 class Tile(NamedTuple):
-    """One tile, and what of its sequence its queries see."""
+    """One tile, and the part of its sequence that its queries see."""
 
     row: Array
     row_tile: Array
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the kernel is given, in HBM but for the first two."""
+    """The operands of the kernel, in HBM except for the first two."""
 
     layer_and_count: Ref  # [2] i32 in SMEM: the layer, and the number of tiles
     tiles: Ref  # [TILE_FIELDS * tiles] i32 in SMEM: row, row_tile, q_pos, num_q and new_token of each
@@ -56,15 +56,15 @@ class Operands(NamedTuple):
 
 
 class ScaleBuffers(NamedTuple):
-    """Those of a quantised pool's scales."""
+    """Buffers of a quantised pool's scales."""
 
     landed: Ref  # [buffers, chunk_blocks, 1, scale_lanes] f32
-    rows: Ref  # [chunk_blocks, scale_lanes] f32: of the chunk attended
+    rows: Ref  # [chunk_blocks, scale_lanes] f32: scales of the chunk attended
     spread: Ref  # [scale_lanes, chunk_tokens] f32
 
 
 class WriteBuffers(NamedTuple):
-    """Those of the K and V that decodes write."""
+    """Buffers of the K and V that decodes write."""
 
     new: Ref  # [buffers, 2, num_kv_heads, 1, head_dim]
     rows: Ref  # [WRITE_SLOTS, 2, num_kv_heads, written_rows, head_dim]: rows of a block, the new one among them
@@ -74,14 +74,14 @@ class WriteBuffers(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Scratch memory, and the semaphores of the copies into it and out of it."""
+    """Scratch memory, and the semaphores of its copies."""
 
     table: Ref  # [buffers + 1, 1, TABLE_PIECE] i32 in SMEM
     kv: Ref  # [buffers, chunk_blocks, 2, num_kv_heads, block_size, head_dim]
     q: Ref  # [buffers, tile_row_tiles, num_kv_heads, rows, head_dim]
     out: Ref  # [OUTPUT_SLOTS, tile_row_tiles, num_kv_heads, rows, head_dim]
     table_landed: Ref
-    kv_landed: Ref  # a chunk's scales land there too
+    kv_landed: Ref  # for a chunk and its scales
     q_landed: Ref
     out_left: Ref
     scales: ScaleBuffers | None
@@ -93,7 +93,7 @@ def _rem(x: Array, n: int) -> Array:
 
 
 class Stream:
-    """The copies of one core, in the order in which its chunks stand in line."""
+    """The copies of one core, in the order of its line of chunks."""
 
     def __init__(self, launch: Launch, operands: Operands, buffers: Buffers) -> None:
         self._launch, self._operands, self._buffers = launch, operands, buffers
@@ -107,7 +107,7 @@ class Stream:
         return Cursor(nth, self._tile(nth).first_chunk)
 
     def after(self, cursor: Cursor, moves: Array | bool) -> Cursor:
-        """The next chunk in line, if it moves; past the last one, whatever."""
+        """The next chunk in line, if the cursor moves; past the last chunk its fields mean nothing."""
         is_last = cursor.chunk >= self.tile(cursor).last_chunk
         of_next = self._begin_of(cursor.nth + 1)
         moved = Cursor(jnp.where(is_last, of_next.nth, cursor.nth), jnp.where(is_last, of_next.chunk, cursor.chunk + 1))
@@ -142,7 +142,7 @@ class Stream:
         )
 
     def _blocks(self, cursor: Cursor) -> tuple[Array, Array]:
-        """Which of the chunk's blocks are read: from the first, up to the second."""
+        """The range of the chunk's blocks that the kernel reads: from the first, up to the second."""
         launch, tile = self._launch, self.tile(cursor)
         block_size, first = jnp.int32(launch.block_size), cursor.chunk * launch.sizes.chunk_blocks
         begin = jnp.maximum(lax.div(tile.seen_from, block_size) - first, 0)
@@ -150,7 +150,7 @@ class Stream:
         return begin, end
 
     def _table_slot(self, count: Array) -> Array:
-        # One more than chunks: a chunk's entries are there until it has been attended.
+        # One slot more than chunks: a chunk's entries stay until the chunk has been attended.
         return _rem(count, self._launch.sizes.buffers + 1)
 
     def _table_copy(self, cursor: Cursor, count: Array) -> Copy:
@@ -163,16 +163,16 @@ class Stream:
         )
 
     def start_table(self, cursor: Cursor, count: Array) -> None:
-        """Start to fetch the piece of a block table that has the chunk's entries; ``count`` is its place in line."""
+        """Start to fetch the piece of a block table with a chunk's entries; ``count`` is the chunk's place in line."""
         pl.when(self.is_live(cursor))(lambda: self._table_copy(cursor, count).start())
 
     def _entry(self, cursor: Cursor, count: Array, index: Array | int) -> Array:
-        """Where in the pool one of the chunk's blocks is."""
+        """The physical block of one of the chunk's blocks."""
         first = _rem(cursor.chunk * self._launch.sizes.chunk_blocks, TABLE_PIECE)
         return self._buffers.table[self._table_slot(count), 0, first + index]
 
     def _start_block(self, slot: Array, block: Array, index: Array | int) -> None:
-        """Start to bring a block, from wherever in the pool, to its place in a chunk's slot."""
+        """Start to copy a physical block to its place in a chunk's slot."""
         operands, buffers, landed = self._operands, self._buffers, self._buffers.kv_landed.at[slot]
         pltpu.make_async_copy(operands.pool.at[block, self._layer], buffers.kv.at[slot, index], landed).start()
         if operands.scales is not None:
@@ -196,7 +196,7 @@ class Stream:
         pl.when(~is_whole)(lambda: lax.fori_loop(begin, end, start, None))
 
     def _wait_for_blocks(self, cursor: Cursor, slot: Array) -> None:
-        """Wait for as many bytes as the chunk's blocks have."""
+        """Wait for all bytes of the chunk's blocks."""
         begin, end = self._blocks(cursor)
         buffers, landed = self._buffers, self._buffers.kv_landed.at[slot]
         for buffer in (buffers.kv, *([] if buffers.scales is None else [buffers.scales.landed])):
@@ -215,7 +215,7 @@ class Stream:
         return cursor.chunk == self.tile(cursor).first_chunk
 
     def start_chunk(self, cursor: Cursor, count: Array) -> None:
-        """Start to fetch a chunk, and with a tile's first one its queries."""
+        """Start to fetch a chunk, and with the first chunk of a tile the tile's queries."""
 
         @pl.when(self.is_live(cursor))
         def _start() -> None:
@@ -245,7 +245,7 @@ class Stream:
         return pltpu.make_async_copy(self._writes.rows.at[slot], target, self._writes.left.at[slot])
 
     def write_new(self, cursor: Cursor, count: Array) -> None:
-        """Put the token's K and V of a decode into its chunk, once that is here, and into the pool."""
+        """Put K and V of a decode's token into the token's chunk, which has landed, and into the pool."""
         if self._launch.is_fused:
             pl.when(self._has_new_token(cursor))(lambda: self._write_new(cursor, count))
 
@@ -267,13 +267,13 @@ class Stream:
             is_new = first_row + lax.broadcasted_iota(jnp.int32, old.shape, 1) == offset
             merged = jnp.where(is_new, writes.new[slot, which], old)
             kv[slot, index, which, :, rows] = merged
-            # A copy of its own: the chunk's is cleared where nobody sees it, and its slot is needed sooner.
+            # A separate copy: invisible values of the chunk are cleared, and the next chunk needs its slot sooner.
             writes.rows[write_slot, which] = merged
         self._write_copy(write_slot, block, rows).start()
         writes.count[0] = num_written + 1
 
     def begin(self) -> None:
-        """Nothing has been written."""
+        """Reset the count of writes."""
         if self._launch.is_fused:
             self._writes.count[0] = jnp.int32(0)
 
@@ -287,7 +287,7 @@ class Stream:
         )
 
     def wait_chunk(self, cursor: Cursor, count: Array) -> None:
-        """Wait for a chunk, and for its tile's queries."""
+        """Wait for a chunk, and with the first chunk of a tile for the tile's queries."""
         pl.when(self._is_first(cursor))(lambda: self._query_copy(cursor).wait())
         self._wait_for_blocks(cursor, _rem(count, self._launch.sizes.buffers))
 
@@ -303,7 +303,7 @@ class Stream:
         return keys.astype(self._launch.q_dtype).reshape(-1, self._launch.head_dim)
 
     def values(self, slot: Array, head: Array, seen_from: Array, seen_to: Array) -> Array:
-        """One KV head's values of a chunk, as stored; what no query sees is finite. [chunk_tokens, head_dim]"""
+        """One KV head's values of a chunk, as stored; invisible values are finite. [chunk_tokens, head_dim]"""
         launch = self._launch
         values = self._buffers.kv[slot, :, 1, head]  # [chunk_blocks, block_size, head_dim]
         values = values.astype(launch.q_dtype).reshape(-1, launch.head_dim)
@@ -313,7 +313,7 @@ class Stream:
         return jnp.where((position >= seen_from) & (position < seen_to), values, jnp.zeros_like(values))
 
     def clear_unseen_values(self, cursor: Cursor, slot: Array, tile: Tile) -> None:
-        """Zero the chunk's values that no query of the tile sees: they may be NaN, and a weight of zero times that."""
+        """Zero the chunk's values that no query of the tile sees: they may be NaN, and 0 * NaN is NaN."""
         launch = self._launch
         if not launch.clears_values:
             return
@@ -342,7 +342,7 @@ class Stream:
         begin, end = self._blocks(cursor)
         block = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
         rows = jnp.where((block >= begin) & (block < end), rows, 0)
-        # A product with ones at each block's tokens: of one term each, so exact in float32.
+        # A product with ones at each block's tokens. Its sums have one term each, so they are exact in float32.
         shape = (launch.sizes.chunk_blocks, launch.chunk_tokens)
         block_of_token = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), jnp.int32(launch.block_size))
         is_of_block = (lax.broadcasted_iota(jnp.int32, shape, 0) == block_of_token).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What a launch moves between HBM and its cores, counted from the kernel's own work list; and the least possible."""
+"""Traffic of a launch between HBM and its cores, counted from the kernel's own work list, and the least possible."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from pallas_kernels.paged_attention.tpu.schedule import NO_TOKEN, make_row_tiles
 
 
 class Traffic(NamedTuple):
-    """Bytes of a launch's copies, by what they carry; and the operations of its matrix products."""
+    """Bytes of a launch's copies, by content, and the operations of its matrix products."""
 
     kv: int
     queries: int
@@ -19,7 +19,7 @@ class Traffic(NamedTuple):
     tables: int
     scales: int
     new: int  # K and V of this step's tokens, read
-    written: int  # and as written into the pool
+    written: int  # rows of the pool rewritten for them
     flops: int
 
     @property
@@ -31,8 +31,8 @@ def count_traffic(launch: Launch, q_lens: Sequence[int], kv_lens: Sequence[int],
     """The traffic of a batch.
 
     Args:
-        q_lens, kv_lens: of its rows, as the kernel's ``cu_q_lens`` and ``kv_lens`` would say.
-        num_tokens: of ``q``, padding included.
+        q_lens, kv_lens: queries and tokens of each row, as the kernel's ``cu_q_lens`` and ``kv_lens`` state them.
+        num_tokens: tokens of ``q``, padding included.
     """
     cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
     row_tiles = make_row_tiles(jnp.asarray(cu_q_lens), num_tokens, launch.rows)
@@ -65,7 +65,7 @@ def count_traffic(launch: Launch, q_lens: Sequence[int], kv_lens: Sequence[int],
 
 
 def least_bytes(launch: Launch, group: int, q_lens: Sequence[int], kv_lens: Sequence[int]) -> int:
-    """Bytes that any kernel moves: each K and V that some query sees once, queries, outputs, and what is written.
+    """Bytes that any kernel moves: each visible K and V once, queries, outputs, and the K and V written.
 
     Args:
         group: query heads of each KV head.
@@ -79,7 +79,7 @@ def least_bytes(launch: Launch, group: int, q_lens: Sequence[int], kv_lens: Sequ
 
 
 def least_flops(launch: Launch, group: int, q_lens: Sequence[int], kv_lens: Sequence[int]) -> int:
-    """Operations that any kernel's matrix products take: two products for each query and each key that it sees.
+    """Operations that any kernel's matrix products take: two products for each query and each key that a query sees.
 
     Args:
         group: query heads of each KV head.

@@ -1,4 +1,4 @@
-"""Sizes measured per device, in tuned.json. It has no entry yet: no TPU has run the kernel."""
+"""Sizes measured per device, in tuned.json. The file has no entry yet: no TPU has run the kernel."""
 
 import json
 from dataclasses import asdict, replace
@@ -13,11 +13,11 @@ TUNED = Path(__file__).parent / "tuned.json"
 """Generation -> shape class -> sizes."""
 
 LEAST_BUFFERS = 2
-"""One chunk is attended while the next one lands."""
+"""Chunks in VMEM at least: the kernel attends one while the next lands."""
 
 
 def shape_class(launch: Launch, *, longest_q: int) -> str:
-    """What sizes are chosen by: known when a program is compiled, unlike lengths. Heads and rows are the kernel's."""
+    """The key of a launch in tuned.json, of properties known at compile time. Heads and rows are the kernel's."""
     return (
         f"{'decode' if longest_q == 1 else 'ragged'}, {launch.num_kv_heads} KV heads, "
         f"{launch.rows.token_rows} rows a token, head_dim {launch.head_dim}, block {launch.block_size}, "
@@ -26,10 +26,10 @@ def shape_class(launch: Launch, *, longest_q: int) -> str:
 
 
 def tuned_sizes(generation: str, launch: Launch, *, longest_q: int) -> Sizes | None:
-    """The sizes measured for a launch's shape class, with no larger tiles than its queries fill; None if none were.
+    """The sizes measured for a launch's shape class, with tiles that its queries fill; None if none were measured.
 
     Raises:
-        ValueError: they do not fit the VMEM that the launch may take.
+        ValueError: sizes that do not fit the VMEM that the launch may take.
     """
     key = shape_class(launch, longest_q=longest_q)
     sizes = load().get(generation, {}).get(key)
@@ -50,7 +50,7 @@ def load() -> dict[str, dict[str, Sizes]]:
     """The content of tuned.json.
 
     Raises:
-        ValueError: it names a generation that there is not, or an entry's sizes are none that the kernel has.
+        ValueError: an unknown generation, or an entry with sizes that the kernel does not take.
     """
     content = json.loads(TUNED.read_text())
     unknown = content.keys() - CORES_OF_DEVICE.keys()

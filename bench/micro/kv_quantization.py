@@ -1,0 +1,206 @@
+"""What 8-bit K and V cost: the divergence of next-token distributions from those over an unquantised pool.
+
+    python -m bench kv-quantization
+    python -m bench kv-quantization --files 8
+
+Runs the model in the package over held-out files of Python's library. Each file's first tokens are a prompt, written
+in one piece; the tokens after it are written one by one, as decodes are. Prints the mean Kullback-Leibler divergence in
+nats, and how many more tokens a pool of the same bytes holds. Writes ``bench/results/kv_quantization.json``.
+"""
+
+import argparse
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from bench.report import Table, save, start_report
+
+if TYPE_CHECKING:
+    from jpaged.device.kv.pool import KVCache
+
+POOLS = ("fp8", "int8")
+"""Settings of ``kv_cache_dtype``."""
+
+BLOCK_SIZE = 16
+SERVED_LAYERS, SERVED_KV_HEADS, SERVED_HEAD_DIM = 32, 8, 128
+"""Layers of Llama-3-8B, for the capacity of a pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Divergence of the distributions over one kind of pool.
+
+    Args:
+        mean: over all tokens, in nats.
+        prompts, decodes: over the tokens of either kind.
+        largest: of one token.
+        same_best: share of tokens after which the likeliest next token is the same.
+        capacity: tokens that a pool holds, over tokens that a bfloat16 pool of the same bytes holds.
+    """
+
+    mean: float
+    prompts: float
+    decodes: float
+    largest: float
+    same_best: float
+    capacity: float
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    parser.add_argument("--files", type=int, default=64, metavar="N", help="held-out files (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=192, metavar="N", help="tokens of prompt (default: %(default)s)")
+    parser.add_argument("--decodes", type=int, default=32, metavar="N", help="decodes a file (default: %(default)s)")
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    parser.add_argument("--stdlib", type=Path, default=stdlib, metavar="DIR", help="the library's files")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and save."""
+    sequences = held_out_tokens(args.stdlib, args.files, args.prompt + args.decodes)
+    divergences = measure(sequences, args.prompt)
+    table = Table("pool", "mean KL", "prompts", "decodes", "largest", "same best", "capacity")
+    rows: dict[str, list[Any]] = {name: list(asdict(found).values()) for name, found in divergences.items()}
+    settings = {"files": len(sequences), "prompt_tokens": args.prompt, "decodes": args.decodes}
+    report = start_report(args, **settings, pools={name: asdict(found) for name, found in divergences.items()})
+    print(f"{table.text(rows)}\nwritten to {save('kv_quantization', report, args.out)}")
+    return 0
+
+
+def held_out_tokens(stdlib: Path, num_files: int, num_tokens: int) -> Int32[np.ndarray, "files tokens"]:
+    """The first tokens of held-out files that have so many, in the order of their paths."""
+    from tokenizers import Tokenizer
+
+    from jpaged.demo.corpus import Corpus, read_source_files
+    from jpaged.llm import DEMO_MODEL
+
+    corpus = Corpus(read_source_files(stdlib), Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")))
+    files = [file for file in corpus.files if file.is_held_out]
+    long_enough = (ids[:num_tokens] for ids in corpus.encode(files) if len(ids) >= num_tokens)
+    sequences = [ids for ids, _ in zip(long_enough, range(num_files), strict=False)]
+    if len(sequences) < num_files:
+        raise ValueError(f"--files {num_files}: only {len(sequences)} held-out files have {num_tokens} tokens")
+    return np.array(sequences, np.int32)
+
+
+def measure(sequences: Int32[np.ndarray, "files tokens"], num_prompt: int) -> dict[str, Divergence]:
+    """The divergence over a pool of each 8-bit type.
+
+    Args:
+        sequences: token ids of each file.
+        num_prompt: tokens that are written in one piece.
+    """
+    plain = Forced("auto").logprobs(sequences, num_prompt)
+    quantized = {name: Forced(name).logprobs(sequences, num_prompt) for name in POOLS}
+    nats: dict[str, list[np.ndarray]] = {name: [] for name in POOLS}
+    is_same: dict[str, list[np.ndarray]] = {name: [] for name in POOLS}
+    for expected in plain:
+        for name, steps in quantized.items():
+            got = next(steps)
+            nats[name].append(_divergence(expected, got))
+            is_same[name].append(expected.argmax(axis=-1) == got.argmax(axis=-1))
+    return {name: _summarise(name, nats[name], is_same[name]) for name in POOLS}
+
+
+def _summarise(name: str, nats: list[np.ndarray], is_same: list[np.ndarray]) -> Divergence:
+    """Summarise the numbers of each step, the first of which is all prompts."""
+    import jax.numpy as jnp
+
+    from jpaged.device.kv.layout import PoolLayout, kv_dtype
+
+    sizes = (SERVED_LAYERS, SERVED_KV_HEADS, SERVED_HEAD_DIM, BLOCK_SIZE)
+    whole, small = (PoolLayout(*sizes, kv_dtype(setting, jnp.bfloat16)) for setting in ("auto", name))
+    every = np.concatenate(nats, axis=1)
+    return Divergence(
+        mean=float(every.mean()),
+        prompts=float(nats[0].mean()),
+        decodes=float(np.concatenate(nats[1:], axis=1).mean()),
+        largest=float(every.max()),
+        same_best=float(np.concatenate(is_same, axis=1).mean()),
+        capacity=whole.block_bytes / small.block_bytes,
+    )
+
+
+def _divergence(
+    expected: Float[np.ndarray, "files tokens vocab"], got: Float[np.ndarray, "files tokens vocab"]
+) -> Float[np.ndarray, "files tokens"]:
+    return (np.exp(expected) * (expected - got)).sum(axis=-1)
+
+
+class Forced:
+    """The model in the package, fed with given tokens, over a pool of some type.
+
+    Args:
+        kv_cache_dtype: the setting of that name.
+    """
+
+    def __init__(self, kv_cache_dtype: str):
+        from flax import nnx
+
+        from jpaged.device.target import BACKENDS
+        from jpaged.llm import DEMO_MODEL
+        from jpaged.models import load_config, load_model
+        from jpaged.sharding import make_mesh
+
+        self._config = load_config(DEMO_MODEL)
+        model = load_model(DEMO_MODEL, self._config, "float32", make_mesh(), use_tqdm=False)
+        self._graphdef, self._weights = nnx.split(model)
+        self._backend = BACKENDS["xla"]("")
+        self._kv_cache_dtype = kv_cache_dtype
+        self._step = self._make_step()
+
+    def logprobs(
+        self, sequences: Int32[np.ndarray, "files tokens"], num_prompt: int
+    ) -> Iterator[Float[np.ndarray, "files some_tokens vocab"]]:
+        """Log-probabilities after the tokens of the prompts, then after each later token.
+
+        Args:
+            sequences: token ids of each file.
+            num_prompt: tokens that are written in one piece.
+        """
+        from jpaged.config import EngineConfig
+        from jpaged.device.kv.layout import pool_layout
+
+        num_files, num_tokens = sequences.shape
+        num_blocks = -(-num_tokens // BLOCK_SIZE)
+        settings = EngineConfig(block_size=BLOCK_SIZE, kv_cache_dtype=self._kv_cache_dtype)
+        cache = pool_layout(self._config, settings, "float32", self._backend).allocate(1 + num_files * num_blocks)
+        tables = 1 + np.arange(num_files * num_blocks, dtype=np.int32).reshape(num_files, num_blocks)
+        for start, stop in [(0, num_prompt), *((n, n + 1) for n in range(num_prompt, num_tokens))]:
+            cache, found = self._step(self._weights, cache, sequences[:, start:stop], tables, np.int32(start))
+            yield np.asarray(found)
+
+    def _make_step(self) -> Callable[..., tuple["KVCache", Array]]:
+        import jax
+        import jax.numpy as jnp
+        from flax import nnx
+
+        from jpaged.device.backends import Rows
+        from jpaged.device.kv.attend import PagedAttend
+        from jpaged.device.kv.pool import KVCache
+
+        def step(
+            weights: Any,
+            cache: KVCache,
+            token_ids: Int32[Array, "files tokens"],
+            tables: Int32[Array, "files blocks"],
+            start: Array,
+        ) -> tuple[KVCache, Float[Array, "files tokens vocab"]]:
+            num_files, num_tokens = token_ids.shape
+            positions = start + jnp.arange(num_tokens, dtype=jnp.int32)
+            slots = tables[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            lens = jnp.full(num_files, start + num_tokens)
+            starts = num_tokens * jnp.arange(num_files + 1, dtype=jnp.int32)
+            attend = PagedAttend(cache, Rows(slots.reshape(-1), tables, lens, starts), self._backend)
+            model: Any = nnx.merge(self._graphdef, weights)
+            flat = jnp.tile(positions, num_files)
+            hidden = model(token_ids.reshape(-1), flat, jnp.zeros_like(flat), attend)
+            logprobs = jax.nn.log_softmax(model.logits(hidden))
+            return attend.cache, logprobs.reshape(num_files, num_tokens, -1)
+
+        return jax.jit(step, donate_argnums=1)

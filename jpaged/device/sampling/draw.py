@@ -1,0 +1,92 @@
+"""Logits to tokens: biases, penalties, temperature, filters, and seeded draws."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jpaged.device.sampling.chunks import (
+    Chunks,
+    finite_or_zero,
+    first_of_greatest,
+    log_masses,
+    log_normaliser,
+    summarise,
+)
+from jpaged.device.sampling.columns import SampleInputs
+from jpaged.device.sampling.filters import Filters, find_threshold
+from jpaged.device.sampling.masks import biased
+from jpaged.device.sampling.noise import draw
+from jpaged.device.sampling.penalties import penalised
+from jpaged.device.sampling.scores import Scores, own_log_normaliser, score_with
+
+MIN_TEMPERATURE = 1e-5
+"""Below this a row is greedy: the division would leave nothing for the noise to decide."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampledTokens:
+    """One drawn token a row, with its scores."""
+
+    token_ids: Int[Array, "rows"]
+    scores: Scores
+
+
+def sample(logits: Float[Array, "rows vocab"], inputs: SampleInputs, *, num_top: int | None) -> SampledTokens:
+    """Draws one token a row and scores it; to be called under jit.
+
+    In this order: biases and bans; penalties (repetition over prompt and output, CTRL, arXiv:1909.05858, section 4.1;
+    presence and frequency over the output); temperature; top-k; top-p on what top-k left (Holtzman et al.,
+    arXiv:1904.09751); min-p (arXiv:2407.01082), which therefore sees probabilities after temperature; then the draw.
+    A filter is a logit that tokens have to reach: those of equal logits share their fate, and the most probable one is
+    kept. A greedy row takes the greatest penalised logit, the lowest id among equals. A token depends on its row's
+    logits, seed and position alone.
+
+    Args:
+        logits: float32; -inf marks tokens that cannot be drawn. If a row has no other, token 0 is returned.
+        inputs: as many rows as the logits.
+        num_top: most probable tokens to score besides the drawn one (static; fewer if the vocabulary is smaller). None
+            if nobody asked for log-probabilities: then the drawn token's own comes without its rank, at no pass over
+            the logits more than the draw takes.
+    """
+    assert logits.dtype == jnp.float32, logits.dtype
+    adjusted = penalised(biased(logits, inputs), inputs)
+    is_random = inputs.temperature >= MIN_TEMPERATURE
+    filters = Filters(
+        top_k=jnp.where(is_random, inputs.top_k, 0),
+        top_p=jnp.where(is_random, inputs.top_p, 1.0),
+        min_p=jnp.where(is_random, inputs.min_p, 0.0),
+        temperature=jnp.where(is_random, inputs.temperature, 1.0),
+    )
+    # The barriers keep XLA from tearing a pass into several, by what reads its results.
+    chunks = Chunks(*lax.optimization_barrier(summarise(adjusted, 1 / filters.temperature)))
+    greatest = jnp.max(chunks.maxima, axis=1)
+    drawn = _draw(adjusted, chunks, finite_or_zero(greatest), filters, inputs)
+    token_ids = jnp.where(is_random, drawn, first_of_greatest(chunks, greatest, logits.shape[1]))
+    normaliser = log_normaliser(chunks.maxima, chunks.masses) if adjusted is logits else own_log_normaliser(logits)
+    return SampledTokens(token_ids, score_with(logits, normaliser, token_ids, num_top))
+
+
+def _draw(
+    logits: Float[Array, "rows vocab"],
+    chunks: Chunks,
+    greatest: Float[Array, "rows"],
+    filters: Filters,
+    inputs: SampleInputs,
+) -> Int[Array, "rows"]:
+    """A token of each row, as if it were random."""
+    coldness = 1 / filters.temperature
+    unfiltered = jnp.full_like(greatest, -jnp.inf), log_masses(chunks, greatest, coldness)
+
+    def filtered() -> tuple[Array, Array]:
+        threshold = jnp.where(filters.is_any, find_threshold(logits, chunks, filters), -jnp.inf)
+        left = summarise(jnp.where(logits >= threshold[:, None], logits, -jnp.inf), coldness)
+        # Rows without filters keep their own: the same sums, compiled differently, may be rounded differently.
+        masses = jnp.where(filters.is_any[:, None], log_masses(left, greatest, coldness), unfiltered[1])
+        return threshold, masses
+
+    threshold, masses = lax.cond(jnp.any(filters.is_any), filtered, lambda: unfiltered)
+    return draw(logits, threshold, masses, coldness, jnp.asarray(inputs.seeds), jnp.asarray(inputs.positions))

@@ -1,0 +1,276 @@
+"""A step as devices take it: a plan, packed into a few arrays. Processes need nothing else of each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from jaxtyping import Int32
+
+from jpaged.contract.plan import BeamSelect, BlockCopy, PromptScore, StepPlan
+from jpaged.contract.rows import COLUMNS, RowChanges
+from jpaged.device.sampling.beams import make_beam_inputs, num_candidates_of, pack_beam_inputs
+from jpaged.device.sampling.columns import SampleSizes, pack_draws
+from jpaged.device.step.inputs import Bucket, bucket_for
+from jpaged.request import MAX_LOGPROBS
+
+SCORE_ROWS = 64
+"""Prompt tokens scored per call, so that prompt_logprobs never holds [prompt, vocab] logits."""
+
+CHANGED_ROWS = 64
+"""New rows that one call enters into the table, if there can be so many."""
+
+CHANGED_BLOCKS = 1024
+"""Cells of block tables that one call enters into the table."""
+
+
+def step_layout(bucket: Bucket) -> dict[str, tuple[int, ...]]:
+    """The packed inputs of a step, field by field."""
+    tokens, rows = bucket.num_tokens, bucket.num_rows
+    return {
+        "token_ids": (tokens,),
+        "chunks": (tokens,),  # index of each token's chunk
+        "rows": (rows,),
+        "starts": (rows,),
+        "cu_q_lens": (rows + 1,),
+        "sample_tokens": (rows,),
+        "sample_rows": (rows,),
+        "num_draws": (rows,),  # 0 outside of bursts
+        "num_steps": (1,),  # 0 if the program is to draw nothing
+    }
+
+
+def change_layout(num_rows: int, num_blocks: int) -> dict[str, tuple[int, ...]]:
+    """Packed changes of the table, field by field."""
+    return {
+        "rows": (num_rows,),
+        "columns": (len(COLUMNS), num_rows),
+        "cells": (num_blocks,),  # block_row * max_blocks + block_index
+        "blocks": (num_blocks,),
+    }
+
+
+def size_of(layout: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(prod, layout.values()))
+
+
+def split(packed, layout: dict[str, tuple[int, ...]]) -> dict:
+    """Views of ``packed`` (numpy or jax) by field name."""
+    fields, start = {}, 0
+    for name, shape in layout.items():
+        stop = start + prod(shape)
+        fields[name] = packed[start:stop].reshape(shape)
+        start = stop
+    return fields
+
+
+def loaded_size(bucket: Bucket) -> int:
+    """Length of ``PackedStep.inputs``: the inputs of a step, then as many changed cells as the bucket has rows."""
+    return size_of(step_layout(bucket)) + 2 * bucket.num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSamples:
+    """The input of a program that samples: see ``pack_draws``."""
+
+    inputs: Int32[np.ndarray, " size"]
+    sizes: SampleSizes
+    num_top: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBeams:
+    """The input of a program that finds the continuations of beams: see ``pack_beam_inputs``."""
+
+    inputs: Int32[np.ndarray, " size"]
+    num_candidates: int
+    num_biases: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedScores:
+    """The input of scoring a piece of a prompt: rows of the hidden states and tokens, ``SCORE_ROWS`` at a time."""
+
+    rows: Int32[np.ndarray, "parts score_rows"]
+    targets: Int32[np.ndarray, "parts score_rows"]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStep:
+    """One ``StepPlan``.
+
+    Args:
+        to_host: as in the plan.
+        from_host: as in the plan.
+        copies: as in the plan.
+        bucket: the program of the forward pass; None if there is nothing to compute.
+        changes: changes of the table that ``inputs`` have no place for, each the input of one call.
+        inputs: inputs that the program loads; see ``loaded_size``.
+        num_steps: steps of a burst.
+        draws: whether that program draws too: a decode's, with nothing but what all rows ask for.
+        samples: draws by a program of its own; None if nothing is drawn, or a decode's own program draws.
+        beams: searches; None without.
+        scores: pieces of prompts to score.
+    """
+
+    to_host: tuple[BlockCopy, ...]
+    from_host: tuple[BlockCopy, ...]
+    copies: tuple[BlockCopy, ...]
+    bucket: Bucket | None = None
+    changes: tuple[Int32[np.ndarray, " change_size"], ...] = ()
+    inputs: Int32[np.ndarray, " size"] | None = None
+    num_steps: int = 1
+    draws: bool = False
+    samples: PackedSamples | None = None
+    beams: PackedBeams | None = None
+    scores: tuple[PackedScores, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """Packs plans, each by itself.
+
+    Args:
+        buckets: sizes of steps, smallest first.
+        num_rows: rows of the table, the padding row, which is the last, included.
+        max_blocks: width of a block table.
+        vocab_size: the model's vocabulary.
+    """
+
+    buckets: Sequence[Bucket]
+    num_rows: int
+    max_blocks: int
+    vocab_size: int
+
+    def pack(self, plan: StepPlan) -> PackedStep:
+        """All of a plan."""
+        moves = plan.to_host, plan.from_host, plan.copies
+        if not plan.chunks:
+            assert len(plan.changes.rows) == len(plan.changes.blocks) == 0
+            return PackedStep(*moves)
+        bucket, num_top = bucket_for(plan, self.buckets), self._num_top(plan.draws.num_logprobs)
+        draws = bucket.is_decode and num_top is None and len(plan.draws) > 0 and plan.draws.extras.is_empty
+        samples = None
+        if plan.draws and not draws:
+            samples = PackedSamples(*pack_draws(plan, self._num_sample_rows(plan, bucket), self.padding_row), num_top)
+        changes, is_left = self._pack_changes(plan.changes, most_blocks=bucket.num_rows)
+        return PackedStep(
+            *moves,
+            bucket,
+            changes,
+            self.pack_inputs(plan, bucket, draws=draws, with_changes=is_left),
+            plan.num_steps,
+            draws,
+            samples,
+            _pack_beams(plan.beams, len(plan.draws), bucket) if plan.beams else None,
+            tuple(self._pack_scores(plan, piece) for piece in plan.prompt_scores),
+        )
+
+    @property
+    def padding_row(self) -> int:
+        return self.num_rows - 1
+
+    def _num_top(self, num_logprobs: int | None) -> int | None:
+        """Alternatives that a program scores: none, or all that anyone may ask for."""
+        return None if num_logprobs is None else MAX_LOGPROBS if num_logprobs else 0
+
+    def pack_inputs(
+        self, plan: StepPlan, bucket: Bucket, *, draws: bool, with_changes: bool = True
+    ) -> Int32[np.ndarray, " size"]:
+        """The inputs that a bucket's program loads: one transfer a step.
+
+        Args:
+            draws: whether the program draws.
+            with_changes: whether the changed cells of block tables are among them.
+        """
+        chunks, num_chunks, num_tokens = plan.chunks, len(plan.chunks), plan.num_tokens
+        layout = step_layout(bucket)
+        size = size_of(layout)
+        packed = np.zeros(size + 2 * bucket.num_rows, np.int32)
+        fields = split(packed, layout)
+        ends = np.cumsum(chunks.lens, dtype=np.int32)
+        fields["token_ids"][:num_tokens] = chunks.token_ids
+        fields["rows"][:num_chunks] = chunks.rows
+        fields["rows"][num_chunks:] = self.padding_row
+        fields["starts"][:num_chunks] = chunks.starts
+        index = np.arange(num_chunks, dtype=np.int32)
+        fields["chunks"][:num_tokens] = index if num_tokens == num_chunks else np.repeat(index, chunks.lens)
+        fields["cu_q_lens"][1 : num_chunks + 1] = ends
+        fields["cu_q_lens"][num_chunks + 1 :] = num_tokens
+        num_draws, read = len(plan.draws), plan.draws.chunks
+        if plan.beams:
+            read = np.concatenate([read, *(np.array(beam.chunks, np.int32) for beam in plan.beams)])
+        fields["sample_tokens"][: len(read)] = ends[read] - 1
+        fields["sample_rows"][:num_draws] = plan.draws.rows
+        fields["sample_rows"][num_draws:] = self.padding_row
+        if plan.num_steps > 1:
+            fields["num_draws"][:num_draws] = plan.draws.num_tokens
+        fields["num_steps"][:] = plan.num_steps if draws else 0
+        cells, blocks = packed[size:].reshape(2, bucket.num_rows)
+        cells[:] = self._num_cells
+        if with_changes:
+            num_blocks = len(plan.changes.blocks)
+            cells[:num_blocks] = self._cells_of(plan.changes)
+            blocks[:num_blocks] = plan.changes.blocks
+        return packed
+
+    @property
+    def _num_cells(self) -> int:
+        """Cells of all block tables: the place of padding, which is dropped."""
+        return self.num_rows * self.max_blocks
+
+    def _cells_of(self, changes: RowChanges) -> Int32[np.ndarray, " cells"]:
+        return changes.block_rows * np.int32(self.max_blocks) + changes.block_indices
+
+    def _pack_changes(
+        self, changes: RowChanges, most_blocks: int
+    ) -> tuple[tuple[Int32[np.ndarray, " change_size"], ...], bool]:
+        """Changes too many for the inputs of a step, and whether the blocks are left for these."""
+        num_new, num_blocks = len(changes.rows), len(changes.blocks)
+        is_left = num_blocks <= most_blocks
+        if num_new == 0 and is_left:
+            return (), True
+        rows_each = changed_rows(self.num_rows)
+        cells = self._cells_of(changes)
+        packed, row, block = [], 0, 0
+        end = 0 if is_left else num_blocks
+        while row < num_new or block < end:
+            layout = change_layout(rows_each, CHANGED_BLOCKS)
+            packed.append(np.zeros(size_of(layout), np.int32))
+            fields = split(packed[-1], layout)
+            fields["rows"][:] = self.num_rows  # padding, which is dropped
+            fields["cells"][:] = self._num_cells
+            rows, blocks = slice(row, row + rows_each), slice(block, min(block + CHANGED_BLOCKS, end))
+            own_rows, own_cells = changes.rows[rows], cells[blocks]
+            fields["rows"][: len(own_rows)] = own_rows
+            fields["columns"][:, : len(own_rows)] = changes.columns[:, rows]
+            fields["cells"][: len(own_cells)] = own_cells
+            fields["blocks"][: len(own_cells)] = changes.blocks[blocks]
+            row, block = row + rows_each, block + CHANGED_BLOCKS
+        return tuple(packed), is_left
+
+    def _num_sample_rows(self, plan: StepPlan, bucket: Bucket) -> int:
+        """Rows of logits: as few as compiled for, where a chunk of a prompt brings one or none."""
+        if bucket.is_decode:
+            return bucket.num_rows
+        return min(bucket.num_rows for bucket in self.buckets if bucket.num_rows >= len(plan.draws))
+
+    def _pack_scores(self, plan: StepPlan, piece: PromptScore) -> PackedScores:
+        first = int(plan.chunks.lens[: piece.chunk].sum())
+        num_targets = len(piece.target_ids)
+        shape = -(-num_targets // SCORE_ROWS), SCORE_ROWS
+        rows, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        rows.reshape(-1)[:num_targets] = first + np.arange(num_targets)
+        targets.reshape(-1)[:num_targets] = piece.target_ids
+        return PackedScores(rows, targets, min(MAX_LOGPROBS, self.vocab_size) if piece.num_logprobs else 0)
+
+
+def changed_rows(num_rows: int) -> int:
+    """New rows that one call enters into a table of so many."""
+    return min(CHANGED_ROWS, num_rows)
+
+
+def _pack_beams(beams: tuple[BeamSelect, ...], first_row: int, bucket: Bucket) -> PackedBeams:
+    inputs = make_beam_inputs(beams, first_row=first_row, num_rows=bucket.num_rows)
+    return PackedBeams(pack_beam_inputs(inputs), num_candidates_of(beams), len(inputs.bias_rows))

@@ -1,0 +1,332 @@
+"""The rows: every sequence that runs has one, and what all of them do in most iterations is arithmetic on columns."""
+
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import chain
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32, Int64
+
+from jpaged.contract.result import TokenScores
+from jpaged.contract.rows import COLUMNS, NO_CHANGES, RowChanges, pack_row
+from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+
+MOST_STOPS = 4
+"""Stop tokens that the table holds for each row; a sequence with more is asked itself."""
+
+_TAIL_LEN = 256
+_NO_TOKEN = -1  # never drawn
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decodes:
+    """The steady rows that have a token to draw, and what stays the same of them from plan to plan.
+
+    Args:
+        rows: the rows.
+        seq_ids: the sequence of each.
+        biased: indices of the rows that have logit biases.
+        num_logprobs: most alternatives that a row asks for; None if no log-probabilities were asked for.
+        can_burst: whether the host need not see each token before the next is drawn.
+    """
+
+    rows: Int32[np.ndarray, " decodes"]
+    seq_ids: Int64[np.ndarray, " decodes"]
+    biased: list[int]
+    num_logprobs: int | None
+    can_burst: bool
+
+
+class RowTable:
+    """One row for each sequence of a running group, from when the group starts until the sequence ends or is preempted.
+
+    A row is *steady* while its sequence does nothing but decode: its last token is on the device, and nothing is
+    forked, banned or penalised. The columns then own the sequence's state, and ``Sequence`` reads it from here.
+
+    Args:
+        num_rows: sequences that run at once at most.
+        blocks: the bookkeeping of the pools, which knows the block tables.
+
+    Attributes:
+        seq_ids: sequence of each row; -1 for a free row.
+        positions: tokens of each steady sequence, pending tokens counted: position of the next token.
+        known: those tokens that the host knows.
+        limits: tokens at which each sequence ends.
+        capacity: tokens that the blocks of each sequence hold without another block or a copy.
+        is_steady: whether each row is.
+        is_due: whether steps have filled blocks of each steady row that are not published yet.
+    """
+
+    def __init__(self, num_rows: int, blocks: BlockManager) -> None:
+        self._blocks = blocks
+        self._free = list(range(num_rows))
+        heapify(self._free)
+        self._groups: list[SequenceGroup | None] = [None] * num_rows
+        self._seqs: list[Sequence | None] = [None] * num_rows
+        self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views
+        self._entered: list[int] = []  # rows with a new owner since the last plan
+        self._changed: dict[int, int] = {}  # first logical block that changed since the last plan, by row
+        self._cells: dict[int, bytes] = {}  # what the device is told of a new owner
+        self._num_steady = 0
+        self._decodes: Decodes | None = None  # as long as they are the same
+        self._num_sure = 0  # tokens that all of them can draw
+        self.seq_ids: Int64[np.ndarray, " rows"] = np.full(num_rows, -1, np.int64)
+        self.positions: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.known: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.limits: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.capacity: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.is_steady: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
+        self.is_due: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
+        self._can_burst: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
+        self._has_bias: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
+        self._is_asked: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)  # tokens go through the sequence itself
+        self._num_logprobs: Int32[np.ndarray, " rows"] = np.full(num_rows, -1, np.int32)
+        self._stops: Int32[np.ndarray, "rows stops"] = np.full((num_rows, MOST_STOPS), _NO_TOKEN, np.int32)
+        # Tokens that sequences have not read: those at positions from flushed to known.
+        self._flushed: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self._tail: Int32[np.ndarray, "rows tail"] = np.zeros((num_rows, _TAIL_LEN), np.int32)
+        self._tail_logprobs: Float32[np.ndarray, "rows tail"] = np.zeros((num_rows, _TAIL_LEN), np.float32)
+
+    # Owners -------------------------------------------------------------------------------------------------------
+
+    def enter(self, group: SequenceGroup, seq: Sequence) -> None:
+        """Give a sequence a row."""
+        row = heappop(self._free)
+        params = group.request.params
+        self._groups[row], self._seqs[row] = group, seq
+        self.seq_ids[row] = seq.seq_id
+        self.limits[row] = seq.prompt_len + group.max_tokens
+        self.capacity[row] = 0
+        self._can_burst[row] = not params.stop_strings
+        self._has_bias[row] = bool(params.logit_bias)
+        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._is_asked[row] = params.logprobs is not None or len(group.stop_token_ids) > MOST_STOPS
+        self._stops[row] = _NO_TOKEN
+        if len(group.stop_token_ids) <= MOST_STOPS:
+            self._stops[row, : len(group.stop_token_ids)] = list(group.stop_token_ids)
+        self._cells[row] = pack_row(params, seq.seed, seq.prompt_len)
+        self._entered.append(row)
+        seq.take_row(self, row)
+
+    def leave(self, seq: Sequence) -> None:
+        """Free the row of a sequence, if it has one; the sequence then owns its state."""
+        if (row := seq.row) is None:
+            return
+        self._settle(row)
+        seq.leave_row()
+        self._groups[row] = self._seqs[row] = None
+        self.seq_ids[row] = -1
+        if self._cells.pop(row, None) is not None:
+            self._entered.remove(row)
+        self._changed.pop(row, None)
+        heappush(self._free, row)
+
+    def join(self, seq: Sequence) -> None:
+        """Let the columns own the state of a sequence, whose last token was drawn for its row, if it is steady now."""
+        row = seq.row
+        assert row is not None
+        group = self._groups[row]
+        assert group is not None
+        is_running = seq.state is SequenceState.RUNNING
+        if not is_running or not group.is_steady(seq) or seq.num_computed != seq.num_tokens - 1:
+            return
+        self.positions[row] = seq.num_tokens
+        self.known[row] = self._flushed[row] = len(seq.token_ids)
+        self.is_steady[row] = seq.is_steady = True
+        self._num_steady += 1
+        self._decodes = None
+
+    def _settle(self, row: int) -> None:
+        """Give a steady sequence its state back."""
+        seq = self._seqs[row]
+        assert seq is not None
+        if seq.is_steady:
+            self.flush(row)
+            self.is_due[row] = False
+            position, known = int(self.positions[row]), int(self.known[row])
+            self.is_steady[row] = seq.is_steady = False
+            self._num_steady -= 1
+            self._decodes = None
+            seq.num_computed, seq.num_pending = position - 1, position - known
+
+    def member(self, row: int) -> tuple[SequenceGroup, Sequence]:
+        """The group and the sequence of a row that has an owner."""
+        group, seq = self._groups[row], self._seqs[row]
+        assert group is not None
+        assert seq is not None
+        return group, seq
+
+    def groups_of(self, rows: Int32[np.ndarray, " some"]) -> list[SequenceGroup]:
+        """The group of each of these rows."""
+        groups = self._groups
+        return [groups[row] for row in rows.tolist()]  # pyright: ignore[reportReturnType]
+
+    def owned(self, rows: Int32[np.ndarray, " some"], seq_ids: Int64[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
+        """Whether each row still belongs to the sequence that had it when a plan was made."""
+        return self.seq_ids[rows] == seq_ids
+
+    def restless_groups(self) -> list[SequenceGroup]:
+        """The groups with a sequence whose row is not steady, each once."""
+        if self.is_all_steady:
+            return []
+        rows = np.flatnonzero((self.seq_ids >= 0) & ~self.is_steady)
+        return list(dict.fromkeys(self.groups_of(rows.astype(np.int32))))
+
+    @property
+    def is_all_steady(self) -> bool:
+        """Whether every sequence that runs is steady."""
+        return len(self._free) + self._num_steady == len(self.seq_ids)
+
+    # Blocks -------------------------------------------------------------------------------------------------------
+
+    def hold(self, seq: Sequence) -> None:
+        """Note that a sequence holds blocks it did not hold before: all of them are told to the device."""
+        if (row := seq.row) is not None:
+            self.capacity[row] = self._blocks.num_tokens(seq.seq_id)
+            self._tables[row] = self._blocks.block_table(seq.seq_id)
+            self._changed[row] = 0
+
+    def missing(
+        self, rows: Int32[np.ndarray, " some"], ends: Int32[np.ndarray, " some"]
+    ) -> tuple[Int32[np.ndarray, " short"], Int32[np.ndarray, " short"]]:
+        """The rows that need more blocks to hold so many tokens, and the tokens up to the end of the last block."""
+        block_size = self._blocks.block_size
+        is_short = ends > self.capacity[rows]
+        short = rows[is_short]
+        return short, -(-ends[is_short] // block_size) * block_size - self.capacity[short]
+
+    def grow(self, rows: Int32[np.ndarray, " some"], num_tokens: Int32[np.ndarray, " some"]) -> None:
+        """Note that the block tables of some rows have grown, or have another last block."""
+        changed = self._changed
+        for row, first in zip(rows.tolist(), (self.capacity[rows] // self._blocks.block_size).tolist(), strict=True):
+            changed[row] = min(first, changed.get(row, first))
+        self.capacity[rows] += num_tokens
+
+    @property
+    def num_unwritten(self) -> int:
+        """Slots that the block manager counts as held, and that steady rows have still to fill."""
+        ends, capacity = self.positions[self.is_steady] - 1, self.capacity[self.is_steady]
+        return int(np.maximum(capacity - ends, 0).sum())
+
+    def take_changes(self) -> RowChanges:
+        """The cells that changed since the last call, for the plan that is sent next."""
+        if not self._entered and not self._changed:
+            return NO_CHANGES
+        rows = list(self._changed)
+        tables = [self._tables[row][first:] for row, first in self._changed.items()]
+        lens = np.array([len(table) for table in tables], np.int64)
+        ends, starts = np.cumsum(lens), np.array(list(self._changed.values()), np.int64)
+        cells = b"".join([self._cells.pop(row) for row in self._entered])
+        changes = RowChanges(
+            rows=np.array(self._entered, np.int32),
+            columns=np.frombuffer(cells, np.int32).reshape(len(self._entered), len(COLUMNS)).T,
+            block_rows=np.repeat(np.array(rows, np.int32), lens),
+            block_indices=(np.arange(ends[-1] if rows else 0) + np.repeat(starts - ends + lens, lens)).astype(np.int32),
+            blocks=np.array(list(chain.from_iterable(tables)), np.int32),
+        )
+        self._entered.clear()
+        self._changed.clear()
+        return changes
+
+    # Decoding -----------------------------------------------------------------------------------------------------
+
+    def decodes(self) -> Decodes:
+        """The rows that decode next."""
+        if self._decodes is None or self._num_sure <= 0:
+            rows = np.flatnonzero(self.is_steady & (self.positions < self.limits)).astype(np.int32)
+            self._num_sure = int((self.limits[rows] - self.positions[rows]).min(initial=_TAIL_LEN))
+            self._decodes = Decodes(
+                rows,
+                seq_ids=self.seq_ids[rows],
+                biased=np.flatnonzero(self._has_bias[rows]).tolist(),
+                num_logprobs=self.num_logprobs(rows),
+                can_burst=bool(self._can_burst[rows].all()),
+            )
+        return self._decodes
+
+    def num_draws(self, decodes: Decodes, max_burst: int) -> Int32[np.ndarray, " decodes"]:
+        """Tokens that each row draws next: ``max_burst`` if all can, but none after its last."""
+        most = max_burst if decodes.can_burst else 1
+        if most <= self._num_sure:
+            return np.full(len(decodes.rows), most, np.int32)
+        return np.minimum(self.limits[decodes.rows] - self.positions[decodes.rows], np.int32(most))
+
+    def draw(self, decodes: Decodes, num_draws: Int32[np.ndarray, " decodes"]) -> Int32[np.ndarray, " decodes"]:
+        """Count the tokens of a plan as pending. Returns the position of the first of each row."""
+        positions = self.positions[decodes.rows]
+        self.positions[decodes.rows] = positions + num_draws
+        self._num_sure -= int(num_draws.max(initial=0))
+        return positions
+
+    def num_logprobs(self, rows: Int32[np.ndarray, " some"]) -> int | None:
+        """The most alternatives that a row asks for; None if no log-probabilities were asked for."""
+        most = int(self._num_logprobs[rows].max(initial=-1))
+        return None if most < 0 else most
+
+    def take(
+        self,
+        rows: Int32[np.ndarray, " some"],
+        num_draws: Int32[np.ndarray, " some"],
+        token_ids: Int32[np.ndarray, "steps some"],
+        logprobs: Float32[np.ndarray, "steps some"],
+    ) -> Bool[np.ndarray, " some"]:
+        """Append drawn tokens to steady rows that none of the tokens can end.
+
+        Returns:
+            The rows that took nothing: their tokens are for the sequences.
+        """
+        num_steps = len(token_ids)
+        is_left = self._is_asked[rows] | (self.known[rows] + num_draws >= self.limits[rows])
+        is_left |= (token_ids[:, :, None] == self._stops[rows][None]).any(axis=(0, 2))
+        if is_left.any():
+            taking = ~is_left
+            rows, num_draws = rows[taking], num_draws[taking]
+            token_ids, logprobs = token_ids[:, taking], logprobs[:, taking]
+        offsets = self.known[rows] - self._flushed[rows]
+        for index in np.flatnonzero(offsets + num_steps > _TAIL_LEN).tolist():
+            self.flush(int(rows[index]))
+            offsets[index] = 0
+        for step in range(num_steps):  # a row that draws fewer tokens ends with them, and has taken none
+            self._tail[rows, offsets + step] = token_ids[step]
+            self._tail_logprobs[rows, offsets + step] = logprobs[step]
+        self.known[rows] += num_draws
+        return is_left
+
+    def append(self, seq: Sequence, token_ids: list[int], scores: list[TokenScores], draw: int) -> bool:
+        """Append drawn tokens to a steady sequence, each with its scores, unless one of the tokens can end it.
+
+        Returns:
+            Whether the tokens were appended.
+        """
+        if not seq.is_steady:
+            return False
+        assert seq.row is not None
+        row, num_tokens = seq.row, len(token_ids)
+        group, _ = self.member(row)
+        if self.known[row] + num_tokens >= self.limits[row] or not group.stop_token_ids.isdisjoint(token_ids):
+            return False
+        self.flush(row)
+        for token_id, step_scores in zip(token_ids, scores, strict=False):
+            seq.append([token_id], step_scores, range(draw, draw + 1))
+        self.known[row] += num_tokens
+        self._flushed[row] += num_tokens
+        return True
+
+    def hand_over(self, seq: Sequence, num_drawn: int) -> None:
+        """Give a sequence its state back, for it to append tokens that were pending."""
+        assert seq.row is not None
+        self._settle(seq.row)
+        seq.num_pending -= num_drawn
+
+    def flush(self, row: int) -> None:
+        """Append to a steady sequence what was drawn for it."""
+        start, stop = int(self._flushed[row]), int(self.known[row])
+        if start == stop:
+            return
+        seq = self._seqs[row]
+        assert seq is not None
+        num_tokens = stop - start
+        self._flushed[row] = stop
+        scores = TokenScores.plain(self._tail_logprobs[row, :num_tokens].copy())
+        seq.append(self._tail[row, :num_tokens].tolist(), scores, range(num_tokens))
