@@ -252,7 +252,7 @@ class ModelRunner:
         """Anew what went with a program that did not bring it back."""
         if self.cache.pool.is_deleted():
             self.cache = self.programs.new_cache()
-        if any(map(jax.Array.is_deleted, jax.tree.leaves(self._state))):
+        if any(array.is_deleted() for array in jax.tree.leaves(self._state)):
             self._state = self.programs.new_state()
 
     def fetch(self, step: StepUnderWay) -> StepResult:
