@@ -144,6 +144,13 @@ class Outcome:
 
     # Tokens -------------------------------------------------------------------------------------------------------
 
+    def take_prompt_scores(self, plan: StepPlan, result: StepResult) -> None:
+        """Give each group the scores of its prompt tokens."""
+        for score, piece in zip(plan.prompt_scores, result.prompt_scores, strict=True):
+            member = self._roster.sequences.get(int(plan.chunks.seq_ids[score.chunk]))
+            if member is not None:
+                member[0].prompt_scores.append(piece)
+
     def take_tokens(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Append the drawn tokens, and end the sequences that are complete.
 
@@ -200,7 +207,21 @@ class Outcome:
 
     # Beams --------------------------------------------------------------------------------------------------------
 
-    def advance_beams(self, group: SequenceGroup, live: list[Sequence], candidates: BeamCandidates) -> None:
+    def take_beams(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
+        """Move searches on. Returns their groups, without those that have ended."""
+        sequences, chunk_seq_ids = self._roster.sequences, plan.chunks.seq_ids
+        touched: list[SequenceGroup] = []
+        for select, candidates in zip(plan.beams, result.beams, strict=True):
+            members = [sequences.get(int(chunk_seq_ids[chunk])) for chunk in select.chunks]
+            live = [member[1] for member in members if member is not None]
+            if members[0] is None:
+                continue
+            assert len(live) == len(members), "beams end together"
+            self._advance_beams(members[0][0], live, candidates)
+            touched.append(members[0][0])
+        return touched
+
+    def _advance_beams(self, group: SequenceGroup, live: list[Sequence], candidates: BeamCandidates) -> None:
         """Fork, continue and free beams (PagedAttention, section 4.4): no block moves until two children write."""
         assert group.beam is not None
         self.num_output_tokens += len(live)

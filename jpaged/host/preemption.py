@@ -1,7 +1,5 @@
 """Preemption: takes blocks from the groups served last, when those before them are short of blocks or rows."""
 
-from typing import NamedTuple
-
 import numpy as np
 from jaxtyping import Int32
 
@@ -9,26 +7,14 @@ from jpaged.contract.costs import Costs
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
+from jpaged.host.feed import Feed
 from jpaged.host.line import Line
 from jpaged.host.outcome import Outcome
 from jpaged.host.policies.order import schedule_order
 from jpaged.host.policies.restore import is_swap_cheaper
 from jpaged.host.policies.victim import choose_victim
 from jpaged.host.rows import RowTable
-from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState, num_shared_tokens
-
-
-class Feed(NamedTuple):
-    """A running sequence, and the number of its tokens that should be in the pool after the next iteration."""
-
-    group: SequenceGroup
-    seq: Sequence
-    target: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens still to compute."""
-        return self.target - self.seq.num_computed
+from jpaged.host.sequence import SequenceGroup, SequenceState, num_shared_tokens
 
 
 class Preemption:

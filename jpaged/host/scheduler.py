@@ -1,7 +1,7 @@
 """Decides, for each iteration, which sequences run and with which blocks: admit, chunk, preempt, resume, finish."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Int32
@@ -12,36 +12,19 @@ from jpaged.contract.result import StepResult
 from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager, BlockStats
 from jpaged.host.entry import Entry
+from jpaged.host.feed import Feed, compute_all
 from jpaged.host.line import Line
 from jpaged.host.outcome import Outcome
 from jpaged.host.pins import Pins
 from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.policies.budget import find_token_budget
-from jpaged.host.preemption import Feed, Preemption
+from jpaged.host.preemption import Preemption
 from jpaged.host.roster import Roster
 from jpaged.host.rows import Decodes, RowTable
 from jpaged.host.search.beam import BeamSearch
 from jpaged.host.sequence import Sequence, SequenceGroup
+from jpaged.host.stats import SchedulerStats, StepSums
 from jpaged.request import FinishReason, Request, Terms
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerStats:
-    """Counters since the start, and the queues now (in sequence groups).
-
-    ``num_logical_blocks`` and ``num_physical_blocks`` are sums over all steps: blocks in the tables of running
-    sequences, and distinct blocks among them. Sharing saves one minus their ratio (section 6.3).
-    """
-
-    num_waiting: int
-    num_running: int
-    num_pins: int
-    num_preemptions: int
-    num_swaps_out: int
-    num_swaps_in: int
-    num_steps: int
-    num_logical_blocks: int
-    num_physical_blocks: int
 
 
 class Scheduler:
@@ -111,9 +94,7 @@ class Scheduler:
         self._entry = Entry(blocks, self.line, self._admission, self._outcome, self.rows)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can
-        self._num_steps = 0
-        self._num_logical_blocks = 0
-        self._num_physical_blocks = 0
+        self._sums = StepSums(blocks, self.pins)
 
     # Requests -----------------------------------------------------------------------------------------------------
 
@@ -216,9 +197,9 @@ class Scheduler:
             num_preemptions=self._preemption.num_preemptions,
             num_swaps_out=self._preemption.num_swaps_out,
             num_swaps_in=self._entry.num_swaps_in,
-            num_steps=self._num_steps,
-            num_logical_blocks=self._num_logical_blocks,
-            num_physical_blocks=self._num_physical_blocks,
+            num_steps=self._sums.num_steps,
+            num_logical_blocks=self._sums.num_logical_blocks,
+            num_physical_blocks=self._sums.num_physical_blocks,
         )
 
     def block_stats(self) -> BlockStats:
@@ -307,36 +288,17 @@ class Scheduler:
             )
         plan = PlanBuilder(self.rows, budget, copies)
         plan.decode(decodes, num_draws)
-        self._compute_all(plan, feeds)
+        compute_all(plan, feeds, self._outcome)
         if may_admit:
             self._entry.admit(plan)
         transfers = self.blocks.take_transfers()
         return plan.build(transfers.to_host, transfers.from_host)
 
-    def _compute_all(self, plan: PlanBuilder, feeds: list[Feed]) -> None:
-        """Decodes first, then chunks of prompts while the budget lasts."""
-        chunks: list[Feed] = []
-        for feed in feeds:
-            num_tokens = feed.num_tokens
-            if num_tokens == 1:
-                plan.add(feed.group, feed.seq, 1)
-            elif num_tokens > 1:
-                chunks.append(feed)
-        for feed in chunks:
-            if plan.budget > 0:
-                start = feed.seq.num_computed
-                plan.add(feed.group, feed.seq, feed.num_tokens)
-                self._outcome.publish_planned(feed.seq, start)
-
     def _send_off(self, plan: StepPlan) -> None:
-        """Mark the plan as in flight, and add its blocks to the sums; blocks that only pins hold do not count."""
+        """Mark the plan as in flight."""
         self._num_in_flight += 1
         self._can_be_followed = plan.can_be_followed
-        self._num_steps += plan.num_steps
-        pins = self.pins.held_seq_ids
-        num_pinned = sum(len(self.blocks.block_table(seq_id)) for seq_id in pins)
-        self._num_logical_blocks += self.blocks.num_logical_blocks - num_pinned
-        self._num_physical_blocks += self.blocks.num_used_blocks - self.blocks.num_blocks_freed_by(pins)
+        self._sums.count(plan.num_steps)
 
     # Results ------------------------------------------------------------------------------------------------------
 
@@ -356,19 +318,10 @@ class Scheduler:
             The groups that gained tokens, each once, in plan order.
         """
         self.drop()
-        outcome, sequences, chunk_seq_ids = self._outcome, self.roster.sequences, plan.chunks.seq_ids
+        outcome = self._outcome
         outcome.settle_chunks(plan)
-        for score, piece in zip(plan.prompt_scores, result.prompt_scores, strict=True):
-            if (member := sequences.get(int(chunk_seq_ids[score.chunk]))) is not None:
-                member[0].prompt_scores.append(piece)
+        outcome.take_prompt_scores(plan, result)
         touched = dict.fromkeys(outcome.take_tokens(plan, result))
         outcome.note_decoded(plan)
-        for select, candidates in zip(plan.beams, result.beams, strict=True):
-            members = [sequences.get(int(chunk_seq_ids[chunk])) for chunk in select.chunks]
-            live = [member[1] for member in members if member is not None]
-            if members[0] is None:
-                continue
-            assert len(live) == len(members), "beams end together"
-            outcome.advance_beams(members[0][0], live, candidates)
-            touched[members[0][0]] = None
+        touched |= dict.fromkeys(outcome.take_beams(plan, result))
         return list(touched)

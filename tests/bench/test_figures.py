@@ -91,6 +91,14 @@ def test_the_settings_and_figures_of_a_peer_are_shown_together():
     assert all(setting in text for setting in SERVING["vLLM 0.24.0"]["settings"].split(", "))
 
 
+def test_8_bit_pools_are_those_of_the_result_file():
+    table, pools = _table("pool"), _result("kv_quantization")["pools"]
+    for name, found in pools.items():
+        assert found["mean"] < 0.01
+        nats = [f"{found[kind]:.4f}" for kind in ("mean", "prompts", "decodes")]
+        assert table[name] == [*nats, f"{found['same_best']:.1%}", f"{found['capacity']:.2f} times"]
+
+
 def test_kernels_are_those_of_the_result_file():
     result, rows = _result("kernels_nvidia-h200"), _rows()
     peers = KERNELS["figures"]

@@ -233,7 +233,8 @@ def test_stopwatch_times_calls_and_leaves_no_trace():
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     """Over a tiny model."""
-    config = EngineConfig(num_blocks=64, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)
+    # The sizes of the command below: its programs are compiled once.
+    config = EngineConfig(num_blocks=60, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=192)
     model = random_model(TINY, jnp.dtype("float32"), make_mesh(1), 0)
     runner = LLM.from_model(model, TINY, config, warm_up=True).engine.runner
     figures = Figures({"figures": {}, "steps": {}}, {}, lambda: None)
@@ -290,7 +291,7 @@ def test_decode_steps_are_profiled_and_forgotten(bench, tmp_path):
     assert llm.stats().num_used_blocks == 0
     assert list(tmp_path.rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match="the pool is too small"):
-        profile_decode(bench.llm(num_blocks=9), prompts_of(4, 60), 2, 2, tmp_path)
+        profile_decode(bench.llm(num_blocks=13), prompts_of(4, 60), 2, 2, tmp_path)
 
 
 def test_loading_runs_every_program_of_plain_steps(bench, monkeypatch):

@@ -1,0 +1,49 @@
+"""The statistics of the scheduler."""
+
+from dataclasses import dataclass
+
+from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.pins import Pins
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """Counters since the start, and the queues now (in sequence groups).
+
+    ``num_logical_blocks`` and ``num_physical_blocks`` are sums over all steps: blocks in the tables of running
+    sequences, and distinct blocks among them. Sharing saves one minus their ratio (section 6.3).
+    """
+
+    num_waiting: int
+    num_running: int
+    num_pins: int
+    num_preemptions: int
+    num_swaps_out: int
+    num_swaps_in: int
+    num_steps: int
+    num_logical_blocks: int
+    num_physical_blocks: int
+
+
+class StepSums:
+    """Sums over all steps of the blocks that running sequences hold; blocks that only pins hold do not count.
+
+    Args:
+        blocks: the bookkeeping of the pools.
+        pins: the pinned prefixes.
+    """
+
+    def __init__(self, blocks: BlockManager, pins: Pins) -> None:
+        self.num_steps = 0
+        self.num_logical_blocks = 0
+        self.num_physical_blocks = 0
+        self._blocks = blocks
+        self._pins = pins
+
+    def count(self, num_steps: int) -> None:
+        """Add the blocks held now, for a plan of so many steps."""
+        blocks, pins = self._blocks, self._pins.held_seq_ids
+        num_pinned = sum(len(blocks.block_table(seq_id)) for seq_id in pins)
+        self.num_steps += num_steps
+        self.num_logical_blocks += blocks.num_logical_blocks - num_pinned
+        self.num_physical_blocks += blocks.num_used_blocks - blocks.num_blocks_freed_by(pins)
