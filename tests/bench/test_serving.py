@@ -233,11 +233,12 @@ def test_stopwatch_times_calls_and_leaves_no_trace():
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     """Over a tiny model."""
-    config = EngineConfig(num_blocks=64, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)
+    # The sizes of the command below: its programs are compiled once.
+    config = EngineConfig(num_blocks=60, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=192)
     model = random_model(TINY, jnp.dtype("float32"), make_mesh(1), 0)
     runner = LLM.from_model(model, TINY, config, warm_up=True).engine.runner
     figures = Figures({"figures": {}, "steps": {}}, {}, lambda: None)
-    return Bench(runner, config, SIZES, figures, make_floor(), limit_s=60.0)
+    return Bench(runner, config, SIZES, figures, make_floor(), limit_s=3600.0)
 
 
 def prompts_of(count: int, length: int) -> list[list[int]]:
@@ -290,7 +291,7 @@ def test_decode_steps_are_profiled_and_forgotten(bench, tmp_path):
     assert llm.stats().num_used_blocks == 0
     assert list(tmp_path.rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match="the pool is too small"):
-        profile_decode(bench.llm(num_blocks=9), prompts_of(4, 60), 2, 2, tmp_path)
+        profile_decode(bench.llm(num_blocks=13), prompts_of(4, 60), 2, 2, tmp_path)
 
 
 def test_loading_runs_every_program_of_plain_steps(bench, monkeypatch):
@@ -361,7 +362,7 @@ def test_command_goes_on_after_failures_and_time_limits(run_serving, tiny_path, 
     monkeypatch.setattr("bench.serving.scenarios.profile_prefill", break_down)
     monkeypatch.setattr("bench.serving.runs.Bench.load_programs", lambda bench: None)
     options = ("--workloads", "prefill32", "sharedprefix341_500", "--limit-s")
-    status, lines, report = run_serving(tiny_path, *options, "60")
+    status, lines, report = run_serving(tiny_path, *options, "3600")
     assert status == 1
     assert report["failed"] == {"prefill32": "RuntimeError: no profiler here"}
     assert list(report["figures"]) == ["startup_s", "prefill2_s", "sharedprefix21_6_requests_per_s"]
