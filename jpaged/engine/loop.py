@@ -7,7 +7,7 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import StepPlan
-from jpaged.device.runner import ModelRunner, StepUnderWay
+from jpaged.device.runner import ModelRunner, StepInFlight
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
@@ -66,7 +66,7 @@ class Engine:
         self.outputs = Outputs(tokenizer, self.scheduler)
         self._num_requests = 0  # made by ``make_requests``
         self._random = np.random.default_rng(config.seed)
-        self._in_flight: list[StepUnderWay] = []  # oldest first
+        self._in_flight: list[StepInFlight] = []  # oldest first
 
     # Requests -----------------------------------------------------------------------------------------------------
 
