@@ -64,3 +64,10 @@ class InterruptsWait:
     def _raise(self) -> None:
         self.num_pending = 0
         signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C take effect at once in a block that waits for another process, even inside ``InterruptsWait``."""
+    with InterruptsWait() as interrupts, interrupts.let_through():
+        yield

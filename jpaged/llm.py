@@ -20,7 +20,6 @@ from jpaged.engine.loop import Engine
 from jpaged.engine.progress import run_with_bar
 from jpaged.engine.prompts import Prompt, as_sampling_params
 from jpaged.engine.stats import EngineStats
-from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
 from jpaged.models.contract import check_model, place
 from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
@@ -112,8 +111,7 @@ class LLM:
                 "model_config) serves a module in memory"
             )
         path = DEMO_MODEL if model is None else Path(model)
-        with InterruptsWait():
-            self._serve(load_checkpoint(path, config, warm_up=warm_up, use_tqdm=use_tqdm))
+        self._serve(load_checkpoint(path, config, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
     def from_model(
@@ -147,9 +145,8 @@ class LLM:
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
         check_model(model, model_config, config.dtype, mesh)
-        with InterruptsWait():
-            load = partial(place, model, mesh)
-            self._serve(start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
+        load = partial(place, model, mesh)
+        self._serve(start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
         return self
 
     @classmethod

@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from jpaged.config import EngineConfig
 from jpaged.device.runner import ModelRunner, Results
 from jpaged.device.step.pack import PackedStep
-from jpaged.interrupts import InterruptsWait
+from jpaged.interrupts import InterruptsWait, interruptible
 from jpaged.models import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -100,11 +100,13 @@ class Channel:
         client, name = distributed.global_state.client, f"jpaged/channel/{next(Channel._numbers)}"
         assert client is not None
         if self.is_leader:
-            self._connections = _accept(client, name, jax.process_count() - 1)
+            with interruptible():
+                self._connections = _accept(client, name, jax.process_count() - 1)
             self._thread = ThreadPoolExecutor(max_workers=1)  # a step does not wait until its message is sent
             self._sending: Future[None] | None = None
         else:
-            self._connections = [_connect(client, name)]
+            with interruptible():
+                self._connections = [_connect(client, name)]
 
     def send(self, message: Any) -> None:
         """Send a message from the leading process.
@@ -137,7 +139,9 @@ class Channel:
             ProcessLostError: the leading process has ended.
         """
         try:
-            return pickle.loads(self._connections[0].recv_bytes())
+            with interruptible():
+                data = self._connections[0].recv_bytes()
+            return pickle.loads(data)
         except (EOFError, OSError) as error:
             raise ProcessLostError(_LOST) from error
 
@@ -151,7 +155,8 @@ class Channel:
             if not self.is_leader:
                 self._connections[0].send(message)
                 return self.receive()
-            gathered = [message, *(connection.recv() for connection in self._connections)]
+            with interruptible():
+                gathered = [message, *(connection.recv() for connection in self._connections)]
         except (EOFError, OSError) as error:
             raise ProcessLostError(_LOST) from error
         self.send(gathered)

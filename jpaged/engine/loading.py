@@ -15,6 +15,7 @@ from jpaged.device.step.program_cache import SOURCE_DIGEST
 from jpaged.device.target import target_of
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.loop import Engine
+from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig, import_transformers, load_config, load_model
 from jpaged.sharding import make_mesh
 
@@ -37,14 +38,17 @@ def load_checkpoint(path: Path, config: EngineConfig, *, warm_up: bool | None, u
     Raises:
         ValueError: a setting out of range, a directory that is no checkpoint, or an architecture that is unknown.
     """
-    model_config = load_config(path)
-    check_settings(model_config, config)
-    tokenizer = load_tokenizer(path)
-    mesh = make_mesh(config.tensor_parallel_size)
-    use_tqdm = use_tqdm and jax.process_index() == 0
-    dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
-    load = partial(load_model, path, model_config, dtype, mesh, use_tqdm=use_tqdm)
-    return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+    with InterruptsWait() as interrupts:
+        model_config = load_config(path)
+        check_settings(model_config, config)
+        interrupts.check()
+        tokenizer = load_tokenizer(path)
+        interrupts.check()
+        mesh = make_mesh(config.tensor_parallel_size)
+        use_tqdm = use_tqdm and jax.process_index() == 0
+        dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
+        load = partial(load_model, path, model_config, dtype, mesh, use_tqdm=use_tqdm)
+        return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
 
 
 def start_engine(
@@ -75,18 +79,19 @@ def start_engine(
     if warm_up is None:
         warm_up = target_of(mesh).warms_up
     channel = open_channel(mesh)
-    if channel is None:
-        runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
-        return Engine(runner, config, tokenizer)
-    options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
-    try:
-        agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
-        if channel.is_leader:
-            return Engine(LeadingRunner(load(), model_config, config, mesh, **options), config, tokenizer)
-        return partial(follow, ModelRunner(load(), model_config, config, mesh, **options), channel)
-    except BaseException:
-        channel.close()  # or the other processes would wait
-        raise
+    with InterruptsWait():
+        if channel is None:
+            runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
+            return Engine(runner, config, tokenizer)
+        options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
+        try:
+            agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
+            if channel.is_leader:
+                return Engine(LeadingRunner(load(), model_config, config, mesh, **options), config, tokenizer)
+            return partial(follow, ModelRunner(load(), model_config, config, mesh, **options), channel)
+        except BaseException:
+            channel.close()  # or the other processes would wait
+            raise
 
 
 def load_tokenizer(path: Path) -> Any:

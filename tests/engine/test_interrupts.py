@@ -8,7 +8,7 @@ import pytest
 
 from jpaged import LLM, SamplingParams
 from jpaged.device.step.programs import Programs
-from jpaged.interrupts import InterruptsWait
+from jpaged.interrupts import InterruptsWait, interruptible
 from jpaged.models.checkpoint import weights
 
 SETTINGS = {"num_blocks": 16, "max_num_seqs": 1, "max_num_batched_tokens": 8, "max_model_len": 64, "use_tqdm": False}
@@ -89,6 +89,19 @@ def test_an_interrupt_is_let_through_where_nothing_depends_on_the_block():
 
     def blocks() -> None:
         with InterruptsWait(), InterruptsWait() as interrupts, interrupts.let_through():
+            signal.raise_signal(signal.SIGINT)
+            done.append("never")
+
+    with pytest.raises(KeyboardInterrupt):
+        blocks()
+    assert not done
+
+
+def test_a_wait_for_another_process_is_interruptible_inside_a_block():
+    done = []
+
+    def blocks() -> None:
+        with InterruptsWait(), interruptible():
             signal.raise_signal(signal.SIGINT)
             done.append("never")
 
