@@ -108,10 +108,12 @@ class Programs:
         if has_host_pool(self.config, self.target):
             keys += ("gather", MOVE_SIZES[-1]), ("scatter", MOVE_SIZES[-1])
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
-        for key in keys:
-            analysis = self.get(key).memory_analysis()
-            assert analysis is not None
-            total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        with InterruptsWait() as interrupts:
+            for key in keys:
+                interrupts.check()
+                analysis = self.get(key).memory_analysis()
+                assert analysis is not None
+                total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return total
 
     def new_cache(self) -> KVCache:
