@@ -1,4 +1,4 @@
-"""Test-wide strictness: no silent promotion of dtypes or ranks; eight fake devices; quick compilation; no traces."""
+"""Test-wide strictness: no silent promotion of dtypes or ranks; eight fake devices; programs compiled once a worker."""
 
 import atexit
 import os
@@ -7,12 +7,12 @@ import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
-if (
-    "PYTEST_XDIST_WORKER" not in os.environ
-):  # workers inherit it: they share compiled programs, and the user's stay apart
+# Programs of one run are kept apart from the user's. Workers share the folder but no file: JAX's writes are not atomic.
+if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jpaged-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+import hypothesis
 import jax
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
@@ -21,13 +21,22 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+own_cache = os.path.join(os.environ["XDG_CACHE_HOME"], os.environ.get("PYTEST_XDIST_WORKER", "alone"))
+jax.config.update("jax_compilation_cache_dir", own_cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+# No example fails for being slow, and every run takes the same examples; --hypothesis-profile=explore draws new ones.
+patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("explore", patient)
+hypothesis.settings.register_profile("repeat", patient, derandomize=True)
+hypothesis.settings.load_profile("repeat")
 
 
 @pytest.fixture
 def no_races(capsys):
-    """No launch of an interpreted kernel raced: jax 0.12 raises, 0.11 prints, and keeps only the last launch's verdict.
+    """Fails a test in which a launch of an interpreted kernel raced: JAX 0.12 raises, JAX 0.11 prints.
 
-    An exception in a kernel leaves the interpreter's state behind, and would fail every later test.
+    An exception in a kernel leaves the interpreter's state behind; the reset keeps later tests from failing.
     """
     yield
     reset_gpu_interpret_mode_state()
@@ -36,7 +45,7 @@ def no_races(capsys):
 
 @pytest.fixture
 def nothing_kept_by_jax():
-    """What JAX finds in its own cache, ours does not keep; and earlier tests may have turned that on."""
+    """JAX's own cache off: programs loaded from that cache cannot be saved again, nor loaded for absent devices."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()

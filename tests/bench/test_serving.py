@@ -238,7 +238,7 @@ def bench() -> Bench:
     model = random_model(TINY, jnp.dtype("float32"), make_mesh(1), 0)
     runner = LLM.from_model(model, TINY, config, warm_up=True).engine.runner
     figures = Figures({"figures": {}, "steps": {}}, {}, lambda: None)
-    return Bench(runner, config, SIZES, figures, make_floor(), limit_s=60.0)
+    return Bench(runner, config, SIZES, figures, make_floor(), limit_s=3600.0)
 
 
 def prompts_of(count: int, length: int) -> list[list[int]]:
@@ -362,7 +362,7 @@ def test_command_goes_on_after_failures_and_time_limits(run_serving, tiny_path, 
     monkeypatch.setattr("bench.serving.scenarios.profile_prefill", break_down)
     monkeypatch.setattr("bench.serving.runs.Bench.load_programs", lambda bench: None)
     options = ("--workloads", "prefill32", "sharedprefix341_500", "--limit-s")
-    status, lines, report = run_serving(tiny_path, *options, "60")
+    status, lines, report = run_serving(tiny_path, *options, "3600")
     assert status == 1
     assert report["failed"] == {"prefill32": "RuntimeError: no profiler here"}
     assert list(report["figures"]) == ["startup_s", "prefill2_s", "sharedprefix21_6_requests_per_s"]

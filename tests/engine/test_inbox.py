@@ -15,7 +15,7 @@ from jpaged.engine.inbox import Inbox
 from jpaged.engine.outputs import StepOutput
 from jpaged.request import CompletionDelta, Request, RequestOutput
 
-TIMEOUT_S = 60
+TIMEOUT_S = 900
 """Only a failing test waits for so long."""
 
 

@@ -15,9 +15,11 @@ from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeSizes
 from pallas_kernels.paged_attention.hopper.decode_quantized import LEAST_V_SCALE
+from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
-from pallas_kernels.paged_attention.hopper.tuning import sizes_for
+from pallas_kernels.paged_attention.hopper.tuning import Sizes, sizes_for
 from tests.support.attention import LAYER, NO_OPTIONS, Batch, Options, Shape, abstract_call, dense_attention, make_batch
+from tests.support.attention_cases import AttentionCases, Rows
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
@@ -84,6 +86,23 @@ def test_batch_of_padding_alone_writes_nothing():
 def test_tiles_of_a_large_block_that_lie_behind_the_window_are_no_ones_part():
     shape = Shape(1, 1, 2, num_heads=4, num_kv_heads=2, head_dim=64, block_size=128, dtype=jnp.bfloat16)
     check(make_batch(shape, [1], [240]), Options(sliding_window=140), num_sms=4)
+
+
+class TestHopper(AttentionCases):
+    """Both kernels together."""
+
+    # A decode, a piece of a prompt, a decode at a block's end, no queries, a first token; padding.
+    MIXED = Rows(replace(RAGGED, num_tokens=26), [1, 20, 1, 0, 1], [70, 50, 48, 0, 1])
+    DECODE = Rows(replace(RAGGED, num_tokens=6), [1, 1, 1, 1], [1, 16, 17, 150])
+    SHARED, NUM_SHARED = Rows(replace(RAGGED, num_tokens=6), [1, 1], [100, 90]), 5
+
+    def attend(self, batch, options=NO_OPTIONS):
+        sizes = Sizes(SMALL, PrefillSizes(kv_tile=64))
+        out = attend_hopper(batch.call(options), sizes=sizes, num_sms=2, interpret=WATCHED)
+        return np.asarray(out).astype(np.float64)
+
+    def assert_near(self, out, right, dtype):
+        assert_near(out, right, dtype)
 
 
 @pytest.mark.parametrize(("quantized", "is_reused"), [(None, True), (jnp.int8, False)])

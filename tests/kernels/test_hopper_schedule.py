@@ -46,7 +46,7 @@ DIVISIONS = [
 ]
 
 type Row = tuple[int, int]
-"""Its number of queries, and of tokens before those."""
+"""Number of queries of a row, and of tokens before them."""
 
 type ItemId = tuple[int, int]
 """Token and KV head."""

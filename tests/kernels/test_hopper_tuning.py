@@ -1,4 +1,4 @@
-"""Sizes of the Hopper kernels: those of tuned.json fit, as do those that stand in, and what is saved is chosen."""
+"""Sizes of the Hopper kernels: tuned sizes and default sizes fit, and saved sizes are chosen."""
 
 import json
 import tomllib

@@ -38,7 +38,7 @@ def bits(array) -> np.ndarray:
 
 
 def nan_pool(num_kv_heads: int, block_size: int, head_dim: int, dtype) -> np.ndarray:
-    """Of NaNs that all differ, so that one that moved is seen."""
+    """A pool of NaNs that all differ, so that a moved NaN shows."""
     shape = block_pool_shape(NUM_BLOCKS, NUM_LAYERS, num_kv_heads, block_size, head_dim)
     exponents = bits(np.full((), np.inf, dtype))
     return (exponents | (1 + np.arange(np.prod(shape)) % 63).astype(exponents.dtype)).reshape(shape).view(dtype)

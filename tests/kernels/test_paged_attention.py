@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, replace
 from itertools import product
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ from tests.support.attention import (
     jitted_attention,
     make_batch,
 )
+from tests.support.attention_cases import OPTIONS, AttentionCases, Rows
 
 ANYWHERE = [name for name in IMPLEMENTATIONS if name not in INTERPRETERS]
 """The implementations that need no device of their own; test_hopper_*.py and test_tpu_*.py interpret the others."""
@@ -52,32 +54,28 @@ def assert_right(batch: Batch, implementation: str, options: Options = NO_OPTION
 
 MIXED = Shape(num_tokens=150, num_seqs=6, max_blocks=40)
 DECODE = Shape(num_tokens=6, num_seqs=6, max_blocks=40)
-SLOPES, SINKS = np.array([0.5, 0.25, 0.125, 0.0625]), np.array([-1.0, 0.0, 2.0, 5.0])
-OPTIONS = {
-    "plain": Options(),
-    "window": Options(sliding_window=20),
-    "soft_cap": Options(soft_cap=1.5),
-    "alibi": Options(alibi_slopes=SLOPES),
-    "sinks": Options(sinks=SINKS),
-    "all": Options(0.7, 33, 2.0, SLOPES, SINKS),
-}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("implementation", ANYWHERE)
-def test_mixed_batch_equals_dense_attention(implementation, options):
+class PortableCases(AttentionCases):
+    SHARED = Rows(MIXED, [1, 1, 9], [20, 23, 25])
     # A decode, a prompt, a decode at a block's end, the tail of a prompt, a first token; a padding row and 13 tokens.
-    batch = make_batch(MIXED, [1, 70, 1, 64, 1], [130, 70, 256, 300, 1])
-    assert_right(batch, implementation, options)
-    assert not batch.attend(implementation, options)[137:].any()
+    MIXED = Rows(MIXED, [1, 70, 1, 64, 1], [130, 70, 256, 300, 1])
+    DECODE = Rows(DECODE, [1, 1, 1, 1, 1], [1, 8, 9, 320, 17])
+    implementation: ClassVar[str]
+
+    def attend(self, batch, options=NO_OPTIONS):
+        return batch.attend(self.implementation, options)
+
+    def assert_near(self, out, right, dtype):
+        np.testing.assert_allclose(out, right, atol=TOLERANCE[dtype], rtol=0)
 
 
-@pytest.mark.parametrize(
-    "options", [Options(), Options(sliding_window=1), OPTIONS["all"]], ids=["plain", "window_1", "all"]
-)
-@pytest.mark.parametrize("implementation", ANYWHERE)
-def test_decode_batch_equals_dense_attention(implementation, options):
-    assert_right(make_batch(DECODE, [1, 1, 1, 1, 1], [1, 8, 9, 320, 17]), implementation, options)
+class TestXla(PortableCases):
+    implementation = "xla"
+
+
+class TestReference(PortableCases):
+    implementation = "reference"
 
 
 MULTI_HEAD = Shape(20, 3, 4, num_heads=3, num_kv_heads=3, head_dim=16, block_size=8)
@@ -116,13 +114,6 @@ def test_every_head_layout_block_size_and_type(implementation, shape):
 def test_quantised_pool_is_attended_as_its_values(implementation, quantized, dtype, options):
     shape = replace(MIXED, dtype=dtype, quantized=quantized)
     assert_right(make_batch(shape, [1, 70, 1, 64, 1], [130, 70, 256, 300, 1]), implementation, options)
-
-
-@pytest.mark.parametrize("quantized", [jnp.float8_e4m3fn, jnp.int8])
-@pytest.mark.parametrize("implementation", ANYWHERE)
-def test_decode_over_a_quantised_pool(implementation, quantized):
-    shape = replace(DECODE, quantized=quantized)
-    assert_right(make_batch(shape, [1, 1, 1, 1, 1], [1, 8, 9, 320, 17]), implementation)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 3e3])
@@ -169,29 +160,9 @@ def test_more_tiles_of_queries_than_one_turn_holds(implementation):
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)
-def test_prefill_in_a_batch_of_no_more_tokens_than_rows(implementation):
-    assert_right(make_batch(DECODE, [1, 4, 1], [9, 12, 40]), implementation)
-
-
-@pytest.mark.parametrize("shape", [MIXED, DECODE], ids=["mixed", "decode"])
-@pytest.mark.parametrize("implementation", ANYWHERE)
-def test_batch_of_padding_alone_gives_zeros(implementation, shape):
-    assert not make_batch(shape, [], []).attend(implementation, Options(sinks=SINKS)).any()
-
-
-@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_no_tokens_and_no_rows(implementation):
     assert make_batch(Shape(0, 2, 2), [0, 0], [0, 0]).attend(implementation).shape == (0, 4, 16)
     assert not make_batch(Shape(3, 0, 2), [], []).attend(implementation).any()
-
-
-@pytest.mark.parametrize("implementation", ANYWHERE)
-def test_rows_may_share_blocks(implementation):
-    batch = make_batch(MIXED, [1, 1, 9], [20, 23, 25])
-    for row in (1, 2):
-        batch.tables[row, :2] = batch.tables[0, :2]
-        batch.keys[row][:16], batch.values[row][:16] = batch.keys[0][:16], batch.values[0][:16]
-    assert_right(batch, implementation)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -266,7 +237,7 @@ def test_hopper_kernels_say_what_they_need_and_what_takes_the_case_instead():
 
 @dataclass(frozen=True)
 class Case:
-    """What decides whether the Hopper kernels take a batch, and by default a case that they do."""
+    """Properties that decide whether the Hopper kernels take a batch; the defaults make a case that they take."""
 
     num_heads: int = 8
     num_kv_heads: int = 2

@@ -13,32 +13,27 @@ from pallas_kernels.chips.tpu import chip_of
 from pallas_kernels.paged_attention import best_implementation, paged_attention, why_cannot_run, why_not_here
 from pallas_kernels.paged_attention.tpu import attend_tpu, why_not_tpu
 from pallas_kernels.paged_attention.tpu.launch import Sizes
-from tests.support.attention import LAYER, Options, Shape, dense_attention, make_batch
+from tests.support.attention import LAYER, NO_OPTIONS, Options, Shape, dense_attention, make_batch
+from tests.support.attention_cases import SINKS, AttentionCases, Rows
 from tests.support.tpu_interpret import EAGER, SMALL, WATCHED, assert_near, attend, check, no_tpu_races  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_tpu_races")
 
 DECODE = Shape(5, 5, 12, num_heads=4, num_kv_heads=2, head_dim=128, block_size=16)
 MIXED = replace(DECODE, num_tokens=60)
-SLOPES, SINKS = np.array([0.5, 0.25, 0.125, 0.0625]), np.array([-1.0, 0.0, 2.0, 5.0])
-OPTIONS = {
-    "plain": Options(),
-    "window": Options(sliding_window=20),
-    "cap": Options(soft_cap=1.5),
-    "alibi_and_sinks": Options(alibi_slopes=SLOPES, sinks=SINKS),
-    "all": Options(0.7, 33, 2.0, SLOPES, SINKS),
-}
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_mixed_batch_beside_padding(options):
+class TestTpu(AttentionCases):
+    SHARED, NUM_SHARED = Rows(DECODE, [1, 1], [100, 90]), 5
     # A decode, a piece of a prompt that ends with a tile, a decode at a block's end, no queries, a first token.
-    check(make_batch(MIXED, [1, 37, 1, 0, 1], [130, 70, 160, 0, 1]), options)
+    MIXED = Rows(MIXED, [1, 37, 1, 0, 1], [130, 70, 160, 0, 1])
+    DECODE = Rows(replace(DECODE, dtype=jnp.bfloat16), [1, 1, 1, 1], [1, 16, 17, 190])
 
+    def attend(self, batch, options=NO_OPTIONS):
+        return attend(batch, options)
 
-@pytest.mark.parametrize("options", [Options(), Options(sliding_window=1)], ids=["plain", "window_1"])
-def test_decode_batch_in_bfloat16(options):
-    check(make_batch(replace(DECODE, dtype=jnp.bfloat16), [1, 1, 1, 1], [1, 16, 17, 190]), options)
+    def assert_near(self, out, right, dtype):
+        assert_near(out, right, dtype)
 
 
 @pytest.mark.parametrize(
@@ -87,21 +82,6 @@ def test_copies_that_happen_at_once_overwrite_nothing_in_use(buffers):
 def test_block_table_longer_than_one_piece():
     shape = replace(DECODE, num_seqs=2, num_tokens=2, max_blocks=140, block_size=8, num_heads=2, num_kv_heads=1)
     check(make_batch(shape, [1, 1], [1115, 1020]), sizes=Sizes(1, 32, 3))
-
-
-def test_prompt_in_a_batch_of_no_more_tokens_than_rows():
-    check(make_batch(DECODE, [1, 3, 1], [9, 12, 40]))
-
-
-def test_batch_of_padding_alone_gives_zeros():
-    assert not attend(make_batch(MIXED, [], [])).any()
-
-
-def test_blocks_that_rows_share():
-    batch = make_batch(DECODE, [1, 1], [100, 90])
-    batch.tables[1, :5] = batch.tables[0, :5]
-    batch.keys[1][:80], batch.values[1][:80] = batch.keys[0][:80], batch.values[0][:80]
-    check(batch)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -46,7 +46,7 @@ def ids(*blocks: int) -> jnp.ndarray:
 
 
 def assert_same_bits(got, right) -> None:
-    """Equal but for block 0, which nobody reads."""
+    """Equal except for block 0, which no sequence reads."""
     got, right = (np.asarray(x)[1:] for x in (got, right))
     np.testing.assert_array_equal(got.view(np.uint8), right.view(np.uint8))
 
@@ -76,7 +76,7 @@ def test_quantised_pool_and_scales_become_those_of_write_kv_quantized(dtype):
     scales = jnp.zeros(kv_scales_shape(NUM_BLOCKS, 2, 2))
     right, right_scales = pool, scales
     rng = np.random.default_rng(2)
-    # A prompt's piece, more of it and larger, a decode beside padding, a block that starts anew.
+    # A prompt's piece, more of it and larger, a decode beside padding, a block that starts again.
     for slots, size in ([*range(32, 75)], 1), ([*range(75, 90), 0, 0], 5), ([90, 0, 112], 0.1), ([32, 33], 2):
         k, v = (jnp.asarray(size * rng.standard_normal((len(slots), 2, 128), np.float32)) for _ in range(2))
         right, right_scales = write_kv_quantized(right, right_scales, LAYER, k, v, ids(*slots))

@@ -17,7 +17,7 @@ TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2e-2, jnp.float16: 3e-3}
 
 @dataclass(frozen=True)
 class Shape:
-    """What a batch is padded to, and the model's side of it: one compilation each."""
+    """The padded sizes of a batch, and the sizes of a model; each shape takes one compilation."""
 
     num_tokens: int
     num_seqs: int
@@ -48,7 +48,7 @@ class Options:
         return scalars | {name: None if x is None else jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
 
     def scoring(self, head_dim: int) -> Scoring:
-        """What of the options is static, with the scale that ``paged_attention`` fills in."""
+        """The static options, with the scale that ``paged_attention`` fills in."""
         scale = head_dim**-0.5 if self.sm_scale is None else self.sm_scale
         return Scoring(scale, self.sliding_window, self.soft_cap)
 

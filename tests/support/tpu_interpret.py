@@ -1,4 +1,4 @@
-"""What the tests of TPU kernels share: the interpreter, watched for races and counted, and batches to attend there."""
+"""The interpreter for tests of TPU kernels, watched for races and counted, and batches attended there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ def attend(
     generation: str = "v5e",
     interpret: pltpu.InterpretParams = WATCHED,
 ) -> np.ndarray:
-    """What the kernel makes of a batch, over a pool of NaN but for what some query sees."""
+    """The kernel's outputs of a batch, over a pool of NaN in all slots that no query sees."""
     shape = batch.shape
     layout = lane_layout(shape.num_kv_heads, shape.head_dim)
     pool, _ = batch.pool(options.sliding_window)
