@@ -25,7 +25,7 @@ class Kernel:
     Args:
         name: "xla", or the name of a chip's kernels ("hopper", "pallas_tpu").
         run: the operation; it raises NotImplementedError for a case, or a device, that the kernel does not take.
-        why_not: what of a case the kernel does not take, whatever the device; None if it takes the case.
+        why_not: the part of a case that the kernel does not take, on any device; None if it takes the case.
     """
 
     name: str
