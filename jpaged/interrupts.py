@@ -12,6 +12,9 @@ class InterruptsWait:
     Bookkeeping that is half done cannot be told from bookkeeping that is done. Besides, Python drops an exception that
     is raised inside a callback or a finalizer, and JAX runs many of both while it traces and compiles.
     Only the main thread is ever interrupted: in other threads the block has no effect.
+
+    Attributes:
+        num_pending: interrupts that wait.
     """
 
     def __init__(self) -> None:
@@ -20,7 +23,7 @@ class InterruptsWait:
         outer = getattr(self._before, "__self__", None)
         self._outer = outer if isinstance(outer, InterruptsWait) else None
         self._is_needed = self._before is not None and self._outer is None
-        self._num_pending = 0
+        self.num_pending = 0
 
     def __enter__(self) -> "InterruptsWait":
         if self._outer is not None:
@@ -32,7 +35,7 @@ class InterruptsWait:
     def __exit__(self, *error: object) -> None:
         if self._is_needed:
             signal.signal(signal.SIGINT, self._before)
-            if self._num_pending:
+            if self.num_pending:
                 self._raise()
 
     @contextmanager
@@ -43,26 +46,21 @@ class InterruptsWait:
             return
         try:
             signal.signal(signal.SIGINT, self._before)
-            if self._num_pending:
+            if self.num_pending:
                 self._raise()
             yield
         finally:
             signal.signal(signal.SIGINT, self._remember)
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether a Ctrl-C waits."""
-        return self._num_pending > 0
-
     def check(self) -> None:
         """Let a Ctrl-C that waits take effect now."""
-        if self._num_pending:
+        if self.num_pending:
             with self.let_through():
                 pass
 
     def _remember(self, number: int, frame: object) -> None:
-        self._num_pending += 1
+        self.num_pending += 1
 
     def _raise(self) -> None:
-        self._num_pending = 0
+        self.num_pending = 0
         signal.raise_signal(signal.SIGINT)

@@ -10,15 +10,15 @@ from uuid import uuid4
 
 import jax
 from flax import nnx
-from tqdm import tqdm
 
 from jpaged.config import EngineConfig
 from jpaged.device.processes import LeadingRunner
 from jpaged.engine.detokenizer import Tokenizer
-from jpaged.engine.inbox import Inbox, Mailbox
+from jpaged.engine.inbox import Inbox
 from jpaged.engine.loading import Follow, load_checkpoint, start_engine
 from jpaged.engine.loop import Engine
-from jpaged.engine.prompts import Prompt, pair_up
+from jpaged.engine.progress import run_with_bar
+from jpaged.engine.prompts import Prompt, as_sampling_params
 from jpaged.engine.stats import EngineStats
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
@@ -60,8 +60,7 @@ class LLM:
         use_tqdm: whether to show progress while loading and compiling.
 
     Raises:
-        ValueError: a setting out of range, a directory that is no checkpoint, an architecture jpaged does not have, or
-            a model that leaves no memory for a KV cache.
+        ValueError: a setting out of range, no checkpoint, an unknown architecture, or no memory for a KV cache.
     """
 
     def __init__(
@@ -128,27 +127,17 @@ class LLM:
         warm_up: bool | None = None,
         use_tqdm: bool = True,
     ) -> Self:
-        """Serve a model that is in memory: one's own, or one of ``jpaged.models``, such as ``random_model``.
+        """Serve a module that is in memory (``jpaged/docs/models.md`` has an example).
 
-        The LLM keeps a copy of the module, which shares its weights; the module itself is not changed.
-
-        >>> class Net(nnx.Module):  # doctest: +SKIP
-        ...     def __call__(self, token_ids, positions, prompt_lens, attend):  # -> hidden states [tokens, hidden_size]
-        ...         ...  # each layer: attend(config.layer_specs[layer], q, k, v)
-        ...     def logits(self, hidden): ...  # -> float32 [rows, vocab_size]
-        >>> config = ModelConfig(  # doctest: +SKIP
-        ...     vocab_size=32000, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=8, head_dim=64,
-        ...     max_position_embeddings=2048, eos_token_ids=(2,),
-        ... )
-        >>> llm = LLM.from_model(Net(config, rngs=nnx.Rngs(0)), config, tokenizer=tokenizer)  # doctest: +SKIP
+        The LLM keeps a copy of the module, which shares its weights.
 
         Args:
-            model: a ``flax.nnx.Module`` that keeps the contract of ``jpaged.models.CausalLM``.
-            model_config: its shape: a ``ModelConfig``, or a subclass.
+            model: a ``flax.nnx.Module`` that keeps the contract of ``jpaged.models.CausalLM``: a call that returns
+                hidden states, and ``logits``.
+            model_config: its shape: a ``ModelConfig`` made by hand, or of a subclass.
             config: the engine's settings; its dtype is "auto" or that of the weights.
             tokenizer: has ``encode`` and ``decode`` as a Hugging Face tokenizer; None serves token ids only.
-            mesh: the devices, with one axis "tensor"; None makes a mesh of ``config.tensor_parallel_size`` devices.
-                Weights that lie elsewhere are moved to it, replicated unless their metadata ``logical_axes`` says more.
+            mesh: the devices, with one axis "tensor", where weights are moved to; None makes one by ``config``.
             warm_up, use_tqdm: as for ``LLM``.
 
         Raises:
@@ -158,16 +147,16 @@ class LLM:
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
         check_model(model, model_config, config.dtype, mesh)
-        load = partial(place, model, mesh)
         with InterruptsWait():
+            load = partial(place, model, mesh)
             self._serve(start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
         return self
 
     @classmethod
     def from_engine(cls, engine: Engine) -> Self:
-        """An LLM over an engine: one with other settings, say, over a runner whose programs are compiled already.
+        """An LLM over an engine, such as one with other settings over a runner whose programs are compiled already.
 
-        Engines over one runner write to the same pools: once a newer one has run, none of the older may.
+        Engines over one runner write to the same pools: once a newer one has run, no older one may.
         """
         self = cls.__new__(cls)
         self._serve(engine)
@@ -176,16 +165,12 @@ class LLM:
     def _serve(self, engine: Engine | Follow) -> None:
         self._inbox = Inbox(engine) if isinstance(engine, Engine) else None
         self._follow = None if isinstance(engine, Engine) else engine
-        self._num_requests = 0
 
     # Several processes --------------------------------------------------------------------------------------------
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process decides: process 0 of several (``jax.distributed``) that share a model, or the only one.
-
-        All others call ``follow``, and nothing else.
-        """
+        """Whether this process decides: process 0 of several (``jax.distributed``). The others call ``follow``."""
         return self._inbox is not None
 
     def follow(self) -> None:
@@ -193,7 +178,7 @@ class LLM:
 
         Raises:
             RuntimeError: this process leads.
-            EOFError: the leading process was cut short.
+            OSError: the leading process was cut short.
         """
         if self._follow is None:
             raise RuntimeError("this process leads: only the others follow")
@@ -206,7 +191,7 @@ class LLM:
 
     @property
     def inbox(self) -> Inbox:
-        """The requests under way, and who waits for them.
+        """The unfinished requests, and the callers that wait for them.
 
         Raises:
             RuntimeError: in a process that follows.
@@ -217,11 +202,7 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """The engine that serves the requests. It is for one thread; the methods of an LLM are for several.
-
-        Raises:
-            RuntimeError: in a process that follows.
-        """
+        """The engine that serves the requests. It is for one thread; the methods of an LLM are for several."""
         return self.inbox.engine
 
     @property
@@ -231,7 +212,7 @@ class LLM:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of prompt and output one sequence may reach."""
+        """Most tokens of prompt and output of a sequence."""
         return self.engine.runner.max_model_len
 
     # Use ----------------------------------------------------------------------------------------------------------
@@ -251,7 +232,7 @@ class LLM:
                 a prompt shares cached KV only with prompts of the same salt.
             sampling_params: one for all prompts, or one each; None is ``SamplingParams()``.
             priority: one for all prompts, or one each: lower is served first and preempted last.
-            use_tqdm: show progress, with the rate of tokens.
+            use_tqdm: whether to show progress, with the rate of tokens.
 
         Returns:
             One result per prompt, in order.
@@ -259,9 +240,13 @@ class LLM:
         Raises:
             ValueError: any prompt or parameter is invalid. Raised before anything runs, whichever prompt it is.
         """
-        make_requests = partial(self._make_requests, prompts, sampling_params, priority)
-        with self.inbox.expecting(make_requests, is_streamed=False) as mailbox:
-            self._run(mailbox, use_tqdm=use_tqdm)
+        with self.inbox.expecting(
+            lambda engine: engine.make_requests(prompts, sampling_params, priority), is_streamed=False
+        ) as mailbox:
+            if use_tqdm:
+                run_with_bar(self.inbox, mailbox)
+            else:
+                self.inbox.run_until(mailbox.is_complete)
             return mailbox.outputs()
 
     def beam_search(
@@ -275,24 +260,16 @@ class LLM:
         """Search for the most probable completions of every prompt, all searches batched together.
 
         Args:
-            prompts: as of ``generate``.
+            prompts, priority, use_tqdm: as for ``generate``.
             params: one for all prompts, or one each.
-            priority: as of ``generate``.
-            use_tqdm: show progress, with the rate of tokens.
 
         Returns:
-            One result per prompt, in order: ``outputs`` are the ``beam_width`` best sequences, best first, each with
-            its ``score``.
+            One result per prompt, in order. Its ``outputs`` are the ``beam_width`` best sequences, best first.
 
         Raises:
             ValueError: as ``generate``.
         """
-        many = [params] if isinstance(params, BeamSearchParams) else params
-        if not isinstance(many, list | tuple) or not all(isinstance(one, BeamSearchParams) for one in many):
-            raise ValueError(f"params={params!r} is not valid: expected BeamSearchParams or a list of them")
-        each = [one.to_sampling_params() for one in many]
-        sampling = each[0] if isinstance(params, BeamSearchParams) else each
-        return self.generate(prompts, sampling, priority=priority, use_tqdm=use_tqdm)
+        return self.generate(prompts, as_sampling_params(params), priority=priority, use_tqdm=use_tqdm)
 
     def stream(
         self,
@@ -301,20 +278,20 @@ class LLM:
         *,
         priority: int | Sequence[int] = 0,
     ) -> Generator[CompletionDelta]:
-        """Complete prompts, yielding what each completion gains as soon as it is there (see ``max_burst``).
+        """Complete prompts, yielding the new text and tokens of each completion after every step (see ``max_burst``).
 
-        Beam searches, and ``best_of`` above ``n``, yield their results in the end, one delta each.
-        Closing the iterator aborts what is left. Several streams may be read in turns: they share every step.
+        Beam searches, and ``best_of`` above ``n``, yield their results in the end, one delta each. Closing the iterator
+        aborts the unfinished requests. Several streams may be read in turns: they share every step.
 
         Raises:
-            ValueError: as ``generate``, when called; when first read only if a prefix pinned since took the room.
+            ValueError: as for ``generate``, when called; when first read, if a prefix pinned since took the capacity.
         """
         with self.inbox.between_steps() as engine:
-            requests = self._make_requests(prompts, sampling_params, priority, engine)
+            requests = engine.make_requests(prompts, sampling_params, priority)
         return self._stream(requests)
 
     def abort(self, request_id: str) -> bool:
-        """End a request of a stream: it yields a last delta for each completion, its reason ABORT.
+        """End a request of a stream, which yields a last delta for each completion, with the reason ABORT.
 
         Returns:
             False if the request is unknown or has finished.
@@ -326,10 +303,10 @@ class LLM:
         """Compute a prefix now and keep its KV in the pool until ``unpin``: prompts that begin with it find it there.
 
         Args:
-            prefix: text, or ``{"prompt_token_ids": [...]}``; "cache_salt" as of ``generate``.
+            prefix: text, or ``{"prompt_token_ids": [...]}``; "cache_salt" as for ``generate``.
 
         Raises:
-            ValueError: not a valid prompt, or it leaves too little room for requests under way.
+            ValueError: not a valid prompt, or the pool is too small for it beside the unfinished requests.
         """
         pin_id = f"pin {uuid4()}"  # no other LLM's handle is taken for it
         try:
@@ -343,10 +320,10 @@ class LLM:
         return PinnedPrefix(pin_id, len(token_ids))
 
     def unpin(self, pinned: PinnedPrefix) -> None:
-        """Let a pinned prefix go: its blocks stay in the prefix cache like any others, until they are reused.
+        """Stop pinning a prefix: its blocks stay in the prefix cache like any others, until they are reused.
 
         Raises:
-            ValueError: it is not pinned, or not any more.
+            ValueError: the prefix is not pinned, or not any more.
         """
         if not isinstance(pinned, PinnedPrefix):
             raise ValueError(f"{pinned!r} is not valid: expected what pin_prefix returned")
@@ -357,37 +334,6 @@ class LLM:
         """The state of both pools, and counters since the start: see ``EngineStats``."""
         with self.inbox.between_steps() as engine:
             return engine.stats()
-
-    # Inside -------------------------------------------------------------------------------------------------------
-
-    def _make_requests(self, prompts: Any, sampling_params: Any, priority: Any, engine: Engine) -> list[Request]:
-        asked = pair_up(prompts, sampling_params, priority)
-        requests = []
-        for i, (prompt, params, rank) in enumerate(asked):
-            try:
-                requests.append(engine.make_request(str(self._num_requests + i), prompt, params, rank))
-            except ValueError as error:
-                where = f"prompt {i}: " if len(asked) > 1 else ""
-                raise ValueError(f"{where}{error}") from None
-        self._num_requests += len(requests)
-        return requests
-
-    def _run(self, mailbox: Mailbox, *, use_tqdm: bool) -> None:
-        """Wait until the mailbox is complete, behind a progress bar."""
-        if not use_tqdm:
-            self.inbox.run_until(mailbox.is_complete)
-            return
-        num_before = self.engine.num_output_tokens
-        with tqdm(total=len(mailbox.request_ids), desc="Generating", unit="request") as bar:
-
-            def update() -> None:
-                bar.update(len(mailbox.results) - bar.n)
-                num_tokens = self.engine.num_output_tokens - num_before
-                rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
-                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-
-            self.inbox.run_until(mailbox.is_complete, after_step=update)
-            update()
 
     def _stream(self, requests: list[Request]) -> Generator[CompletionDelta]:
         with self.inbox.expecting(lambda engine: requests, is_streamed=True) as mailbox:

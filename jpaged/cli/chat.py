@@ -65,14 +65,14 @@ class _RefusedMessageError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Conversation:
-    """What was said. ``token_ids`` are those of ``text``, the template's rendering, as they lie in the prefix cache."""
+    """The messages so far. ``token_ids`` spell ``text``, the template's rendering, as the prefix cache has it."""
 
     messages: list[dict[str, str]]
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
 
     def ask(self, tokenizer: Any, message: str) -> "_Conversation":
-        """With a message of the user's. What was said before keeps its tokens, even where other ones spell it too.
+        """The conversation with a message of the user. Earlier messages keep their tokens, even if others spell them.
 
         Raises:
             _RefusedMessageError: the template raises an error.
@@ -84,12 +84,12 @@ class _Conversation:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise _RefusedMessageError(f"the model's chat template refuses this: {one_line(error)}") from error
-        known = len(self.text) if text.startswith(self.text) else 0  # a template may leave out what it said before
+        known = len(self.text) if text.startswith(self.text) else 0  # a template may drop earlier messages
         rest = tokenizer.encode(text[known:], add_special_tokens=False)
         return _Conversation(messages, text, [*self.token_ids, *rest] if known else rest)
 
     def with_answer(self, tokenizer: Any, answer: Answer) -> "_Conversation":
-        """With the model's answer. Its tokens are kept if they say what it says: a stop string may have cut it."""
+        """The conversation with the model's answer. Its tokens are kept unless a stop string cut them."""
         messages = [*self.messages, {"role": "assistant", "content": answer.text}]
         token_ids = answer.token_ids[:-1] if answer.finish_reason is FinishReason.STOP else answer.token_ids
         if tokenizer.decode(token_ids) != answer.text:
@@ -98,7 +98,7 @@ class _Conversation:
 
 
 def _answer(llm: "LLM", talk: _Conversation, message: str, params: SamplingParams) -> "_Conversation":
-    """Answer a message and return the conversation with both; as it was, if it is refused or there is no room."""
+    """Answer a message and return the conversation with both; as it was, if the message is refused or too long."""
     try:
         asked = talk.ask(llm.tokenizer, message)
     except _RefusedMessageError as error:

@@ -62,7 +62,7 @@ def _print_ranked(llm: "LLM", prompt: str, params: SamplingParams) -> None:
 
 
 def _rank(output: CompletionOutput) -> str:
-    """What a completion was ranked by."""
+    """The number that ranks a completion."""
     if output.score is None:
         return f"log-probability {output.cumulative_logprob:.5g}"
     return f"score {output.score:.5g}"

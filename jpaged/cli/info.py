@@ -49,10 +49,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class PoolInfo:
-    """The KV cache of an LLM with the settings asked about.
+    """The KV cache of an LLM with these settings.
 
-    ``num_tokens`` is what all blocks but the one for padding hold. On an accelerator all sizes are upper bounds: a
-    step's workspace, which only a compiler knows, comes off them.
+    ``num_tokens`` is the capacity of all blocks but block 0, which is padding. On an accelerator all sizes are upper
+    bounds: the workspace of a step, which only the compiler knows, is not subtracted.
     """
 
     block_size: int
@@ -64,7 +64,7 @@ class PoolInfo:
 
 @dataclass(frozen=True, slots=True)
 class HostPoolInfo:
-    """Where KV goes that makes way on the device; sized by the memory that is free now unless the settings say."""
+    """The host pool, sized by the memory that is free now unless the settings say otherwise."""
 
     num_blocks: int
     pool_bytes: int
@@ -118,7 +118,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
 
     Args:
         path: a checkpoint directory; None is the model in the package.
-        config: the settings of the LLM in question.
+        config: the settings of the LLM.
 
     Raises:
         ValueError: no checkpoint, an unknown architecture, or settings that the machine or the model cannot meet.
@@ -166,7 +166,7 @@ def _plan_pool(
     weight_bytes: int,
     mesh: Mesh,
 ) -> PoolInfo:
-    """The pool that ``ModelRunner`` would allocate, but for the workspace."""
+    """The pool that ``ModelRunner`` would allocate, without regard to the workspace."""
     bytes_per_block = pool_layout(model, config, dtype, backend).block_bytes
     max_blocks = -(-check_settings(model, config) // config.block_size)
     num_blocks = config.num_blocks or num_blocks_that_fit(

@@ -247,7 +247,7 @@ def generate_params(args: argparse.Namespace) -> SamplingParams:
     """Parameters of ``jpaged generate``.
 
     Raises:
-        ValueError: options of beam search without a search, or with a search what does not go with it.
+        ValueError: an option of beam search without a search, or an option that does not go with a search.
     """
     if args.beam_width is not None:
         return _beam_params(args)
@@ -257,7 +257,7 @@ def generate_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def _beam_params(args: argparse.Namespace) -> SamplingParams:
-    """A beam search. The defaults of drawing are not part of it; what was given and cannot be is refused."""
+    """Parameters of a beam search: the defaults of drawing do not apply, and options that do not go with it raise."""
     if args.best_of is not None:
         raise ValueError("--best-of does not go with --beam-width: the width says how many are searched for")
     search = BeamSearchParams(

@@ -1,4 +1,4 @@
-"""What commands write: text as it comes to stdout, notes and progress to stderr."""
+"""Output of the commands: text to stdout as it comes, notes and progress to stderr."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ def one_line(error: Exception) -> str:
 
 
 def end_line(text: str) -> None:
-    """End the line ``text`` was written on, if it did not end it itself."""
+    """End the line of ``text``, unless ``text`` ended it."""
     if not text.endswith("\n"):
         sys.stdout.write("\n")
     sys.stdout.flush()
@@ -29,7 +29,7 @@ def end_line(text: str) -> None:
 
 @dataclass(slots=True)
 class Answer:
-    """One completion as it was streamed."""
+    """One streamed completion."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ def show(head: str, deltas: Generator[CompletionDelta], answer: Answer) -> None:
 
 @contextmanager
 def waiting(text: str) -> Generator[None]:
-    """Shows ``text`` on the last line of a terminal while something takes its time."""
+    """Show ``text`` on the last line of a terminal during the block."""
     if not sys.stderr.isatty():
         yield
         return

@@ -1,1 +1,1 @@
-"""What crosses between the halves. Imports numpy alone."""
+"""The values that cross between the halves. Imports numpy alone."""

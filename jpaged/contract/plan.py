@@ -1,4 +1,4 @@
-"""The plan of one step, complete: what crosses from the host half to the device half."""
+"""The plan of one step: the host half makes it, the device half executes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +88,9 @@ class StepPlan:
         changes: cells of the row table, entered before the forward pass. The table then covers all that chunks and
             further steps of a burst feed.
         chunks: all in one ragged batch. May be empty when blocks move.
-        draws, beams, prompt_scores: what to make of the logits.
+        draws: tokens to draw.
+        prompt_scores: prompt tokens to score.
+        beams: searches to continue.
         num_steps: more than one is a burst: steps in a row without the host. All chunks are decodes then, draw i
             reads chunk i, and nothing else is made of the logits.
     """
@@ -125,4 +127,4 @@ class StepPlan:
     @property
     def num_logit_rows(self) -> int:
         """Rows of logits that the step reads: one for each draw, then one for each live beam, in plan order."""
-        return len(self.draws) + sum(len(beam.chunks) for beam in self.beams)
+        return len(self.draws) + sum([len(beam.chunks) for beam in self.beams])

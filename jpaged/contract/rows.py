@@ -44,7 +44,7 @@ def pack_row(params: SamplingParams, seed: int, prompt_len: int) -> bytes:
         params.frequency_penalty,
     )
     top_k = min(max(params.top_k, 0), _MAX_INT32)
-    return _CELLS.pack(*(min(max(x, -MAX_FLOAT), MAX_FLOAT) for x in floats), top_k, seed, prompt_len)
+    return _CELLS.pack(*[min(max(x, -MAX_FLOAT), MAX_FLOAT) for x in floats], top_k, seed, prompt_len)
 
 
 PADDING_ROW = np.frombuffer(_CELLS.pack(0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0), np.int32)

@@ -1,7 +1,7 @@
-"""Several processes run one model, each with devices of its own: the first decides, the others do as it says.
+"""Several processes run one model, each with devices of its own: the first leads, the others follow.
 
-JAX brings them together (``jax.distributed``), and its collectives carry what steps compute. What a step is, the
-leading process says in one message, which is all that they send each other on the host (vLLM, section 4.6).
+JAX brings the processes together (``jax.distributed``), and its collectives carry the results of a step. The leading
+process describes each step in one message, the only traffic between the hosts (PagedAttention, section 4.6).
 """
 
 import atexit
@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax._src import distributed  # who the leader is and what a follower needs to find it, JAX says nowhere else
+from jax._src import distributed  # the only place where JAX keeps the address of the leading process
 from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 10
 
 CONNECT_TIMEOUT_S = 600
-"""For the slowest process to get as far as the others."""
+"""Seconds that the processes wait for the slowest of them."""
 
 
 class ProcessLostError(OSError):
-    """One of the processes has ended, and with it the work of all."""
+    """A process has ended, and the others cannot go on without it."""
 
 
 class Command(Enum):
-    """What the leading process says besides steps."""
+    """Messages of the leading process besides steps."""
 
     FORGET_POOL = auto()
     MEASURE_COSTS = auto()
@@ -56,16 +56,16 @@ class Command(Enum):
 def join_processes(
     coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Bring the processes together, before anything else is asked of JAX.
+    """Bring the processes together, before JAX is used for anything else.
 
     Args:
-        coordinator_address: host and port of process 0. With the others None on Cloud TPU, Slurm and wherever else JAX
-            finds them out by itself.
-        num_processes: of them all.
-        process_id: of this one, from 0.
+        coordinator_address: host and port of process 0. All three are None on Cloud TPU, on Slurm and wherever else
+            JAX finds them by itself.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
 
     Raises:
-        ValueError: some are given and others are not, or they cannot be found out.
+        ValueError: one is given and another is not, or JAX cannot find them.
     """
     given = coordinator_address, num_processes, process_id
     if any(value is None for value in given) and any(value is not None for value in given):
@@ -83,10 +83,10 @@ def join_processes(
 
 
 class Channel:
-    """Messages from the leading process, which is process 0, to all others: each gets all of them, in order.
+    """Messages from the leading process, process 0, to all others: each gets all of them, in order.
 
-    All processes make theirs at the same time. Messages are pickled, and those who do not know a key that
-    ``jax.distributed`` has told the processes are not listened to.
+    All processes make their channels at the same time. Messages are pickled. ``jax.distributed`` gives the processes a
+    key, and a connection without this key is refused.
 
     Attributes:
         is_leader: whether this process leads.
@@ -101,13 +101,13 @@ class Channel:
         assert client is not None
         if self.is_leader:
             self._connections = _accept(client, name, jax.process_count() - 1)
-            self._thread = ThreadPoolExecutor(max_workers=1)  # a step does not wait until its message is on its way
+            self._thread = ThreadPoolExecutor(max_workers=1)  # a step does not wait until its message is sent
             self._sending: Future[None] | None = None
         else:
             self._connections = [_connect(client, name)]
 
     def send(self, message: Any) -> None:
-        """From the leading process.
+        """Send a message from the leading process.
 
         Raises:
             ProcessLostError: an earlier message could not be sent.
@@ -120,7 +120,7 @@ class Channel:
         self._sending = self._thread.submit(self._send, pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
     def _send(self, data: bytes) -> None:
-        """To those that are left too, if one is lost."""
+        """Send to every process that is left, even if one is lost."""
         lost = []
         for connection in self._connections:
             try:
@@ -142,10 +142,10 @@ class Channel:
             raise ProcessLostError(_LOST) from error
 
     def gather(self, message: Any) -> list[Any]:
-        """The messages of all processes, the leading one's first; all of them ask at the same time.
+        """The messages of all processes, in order. All processes call this at the same time.
 
         Raises:
-            ProcessLostError: one of them has ended.
+            ProcessLostError: a process has ended.
         """
         try:
             if not self.is_leader:
@@ -158,19 +158,19 @@ class Channel:
         return gathered
 
     def least(self, number: int) -> int:
-        """The least of the numbers that the processes ask for, all at the same time."""
+        """The least of the numbers of all processes. All processes call this at the same time."""
         return min(self.gather(number))
 
     def end(self) -> None:
-        """From the leading process: there is no more to do."""
+        """Tell the others, from the leading process, that there is no more to do."""
         if not self._is_closed:
             self._thread.shutdown()
-            with suppress(ProcessLostError):  # who is lost need not be told
-                self._send(pickle.dumps(Command.END))  # by this thread: no other starts while the interpreter ends
+            with suppress(ProcessLostError):  # a lost process needs no message
+                self._send(pickle.dumps(Command.END))  # in this thread: none starts while the interpreter ends
             self.close()
 
     def close(self) -> None:
-        """Listen no more; whoever waits for a message of this process learns that there will be none."""
+        """Close the connections: a process that waits for a message of this one gets an error."""
         if self.is_leader:
             self._thread.shutdown()
         for connection in self._connections:
@@ -182,7 +182,7 @@ _LOST = "another process has ended, and its own output says why: start all of th
 
 
 def _accept(client: Any, name: str, num_followers: int) -> list[Connection]:
-    """A connection to each of the others."""
+    """A connection to each of the other processes."""
     key, connections, stop = secrets.token_bytes(32), [], time.monotonic() + CONNECT_TIMEOUT_S
     with socket.create_server(("", 0), backlog=num_followers) as server:
         client.key_value_set(name, json.dumps({"port": server.getsockname()[1], "key": key.hex()}))
@@ -192,16 +192,16 @@ def _accept(client: Any, name: str, num_followers: int) -> list[Connection]:
                 accepted, _ = server.accept()
             except TimeoutError as error:
                 raise ProcessLostError(
-                    f"{len(connections)} of {num_followers} other processes came within {CONNECT_TIMEOUT_S} s: start "
-                    "the same command on every host, and let them connect to each other"
+                    f"{len(connections)} of {num_followers} other processes connected within {CONNECT_TIMEOUT_S} s: "
+                    "start the same command on every host, and let the hosts connect to each other"
                 ) from error
-            with suppress(AuthenticationError, EOFError, OSError):  # somebody who is none of ours
+            with suppress(AuthenticationError, EOFError, OSError):  # a stranger connected
                 connections.append(_shake_hands(accepted, key))
     return connections
 
 
 def _shake_hands(accepted: socket.socket, key: bytes) -> Connection:
-    """The connection, once both sides have shown that they know the key; who says nothing is not waited for."""
+    """The connection, once both sides have shown that they know the key. A silent stranger times out."""
     accepted.settimeout(None)
     accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     accepted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", HANDSHAKE_TIMEOUT_S, 0))
@@ -219,20 +219,20 @@ def _shake_hands(accepted: socket.socket, key: bytes) -> Connection:
 
 
 def _connect(client: Any, name: str) -> Connection:
-    """A connection to the leading process, which has told JAX's where to find it."""
+    """A connection to the leading process, whose port JAX's key-value store has."""
     found = json.loads(client.blocking_key_value_get(name, CONNECT_TIMEOUT_S * 1000))
     address = distributed.global_state.coordinator_address
     assert address is not None
     host = address.rpartition(":")[0]
     connection = Client((host, found["port"]), family="AF_INET", authkey=bytes.fromhex(found["key"]))
-    # A large message is sent in two parts, the second of which would wait for the first to be acknowledged.
+    # A large message is sent in two parts, and the second would wait until the first is acknowledged.
     with socket.socket(fileno=os.dup(connection.fileno())) as opened:
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
 
 class LeadingRunner(ModelRunner):
-    """The runner of the leading process: whatever it does, the others do too."""
+    """The runner of the leading process. It tells the others to do whatever it does."""
 
     def __init__(
         self,
@@ -247,12 +247,12 @@ class LeadingRunner(ModelRunner):
     ):
         self._channel = channel
         self.close = weakref.finalize(self, channel.end)
-        """Tell the others that there is no more to do; when this is collected at the latest."""
-        atexit.register(self.close)  # before JAX waits for the others, which would wait for this one
+        """Tell the others that there is no more to do, at the latest when this object is collected."""
+        atexit.register(self.close)  # JAX then waits for the others, which must not wait for this process
         super().__init__(model, model_config, config, mesh, channel=channel, warm_up=warm_up, use_tqdm=use_tqdm)
 
     def start(self, step: PackedStep) -> Results:
-        with InterruptsWait():  # the others do all of it
+        with InterruptsWait():  # the others do the whole step
             self._channel.send(step)
             return super().start(step)
 
@@ -267,19 +267,19 @@ class LeadingRunner(ModelRunner):
 
 
 def follow(runner: ModelRunner, channel: Channel) -> None:
-    """Do what the leading process says until it has no more to say.
+    """Do what the leading process says until it has no more to do.
 
-    A step that fails here will have failed there too, which is then the next message. If not, this process ends at
-    once: JAX would have it wait for the others, and they for what it no longer computes.
+    A step that fails here fails in the leading process too, whose next message is then ``FORGET_POOL``. If any other
+    message follows, this process ends at once: the others would wait for collectives that it no longer joins.
 
     Raises:
-        ProcessLostError: the leading process ended without saying so.
+        ProcessLostError: the leading process ended without a message.
     """
     failure: Exception | None = None
     with closing(channel):
         while (message := channel.receive()) is not Command.END:
             if failure is not None and message is not Command.FORGET_POOL:
-                log.error("this process could not do what the leading one did, and ends", exc_info=failure)
+                log.error("this process failed in a step that the leading one made, and ends", exc_info=failure)
                 os._exit(1)
             failure = None
             match message:
@@ -298,7 +298,7 @@ def agree(channel: Channel, **settings: object) -> None:
     """Check that all processes were started with the same settings.
 
     Raises:
-        ValueError: in all of them, if one was not; names what differs.
+        ValueError: in all processes, if the settings of two differ; names the setting.
     """
     own = {name: repr(value) for name, value in settings.items()}
     for process_id, theirs in enumerate(channel.gather(own)):
@@ -311,10 +311,10 @@ def agree(channel: Channel, **settings: object) -> None:
 
 
 def open_channel(mesh: Mesh) -> Channel | None:
-    """The channel between the processes that the devices of a mesh belong to; None for a single one.
+    """The channel between the processes that own the devices of a mesh; None for a single process.
 
     Raises:
-        ValueError: some processes have none of these devices.
+        ValueError: a process owns none of these devices.
     """
     num_processes = len({device.process_index for device in mesh.devices.flat})
     if num_processes == 1:

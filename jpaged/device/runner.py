@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import methodcaller
 from typing import NamedTuple, Protocol
 
 import jax
@@ -36,11 +37,13 @@ class Agreeing(Protocol):
 
 
 class Results(NamedTuple):
-    """What an enqueued step will bring; None where the plan asks for nothing of the kind.
+    """The results that an enqueued step will have; None or empty where the plan asks for none.
 
     Args:
-        drawn: by a decode's own program, as ``StepState.drawn``.
-        sampled: otherwise, by each step.
+        drawn: draws of a decode's own program, as ``StepState.drawn``.
+        sampled: draws of a program of its own, one for each step.
+        candidates: continuations of the searches.
+        prompt_scores: scores of each piece of a prompt, in parts.
     """
 
     drawn: Int[Array, "2 steps rows"] | None = None
@@ -49,15 +52,16 @@ class Results(NamedTuple):
     prompt_scores: tuple[list[Scores], ...] = ()
 
 
-class StepUnderWay(NamedTuple):
+class StepInFlight(NamedTuple):
     """A plan that was enqueued.
 
     Args:
-        number: counts steps.
-        started_s: when, by ``time.perf_counter``.
-        num_programs: compiled by then.
-        was_idle: whether nothing was under way then.
-        results: that it will bring.
+        plan: the plan.
+        number: number of the step, from 1.
+        started_s: time of the call, by ``time.perf_counter``.
+        num_programs: programs compiled before the call.
+        was_idle: whether no step was in flight before the call.
+        results: results that the step will have.
     """
 
     plan: StepPlan
@@ -172,7 +176,7 @@ class ModelRunner:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of weights, activations and KV."""
+        """Dtype of weights and activations."""
         return self.programs.dtype
 
     @property
@@ -182,12 +186,12 @@ class ModelRunner:
 
     @property
     def bytes_per_block(self) -> int:
-        """Over all devices."""
+        """Bytes of one block over all devices."""
         return self.programs.bytes_per_block
 
     @property
     def host_bytes_per_block(self) -> int:
-        """Over this process's devices: what a block takes in this host's memory."""
+        """Bytes of one block over this process's devices, and so in this host's memory."""
         return self.bytes_per_block * len(self.mesh.local_devices) // self.mesh.size
 
     @property
@@ -211,20 +215,20 @@ class ModelRunner:
         return self.programs.buckets
 
     def warm_up(self, *, use_tqdm: bool = True) -> None:
-        """Compile what plain requests need (``Programs.warm_up``)."""
+        """Compile the programs that plain requests need (``Programs.warm_up``)."""
         self.programs.warm_up(with_host_pool=self.num_host_blocks > 0, use_tqdm=use_tqdm)
 
     # A step -------------------------------------------------------------------------------------------------------
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step and wait for its results: ``fetch`` what was just enqueued."""
+        """Run one step and wait for its results."""
         return self.fetch(self.enqueue(plan))
 
-    def enqueue(self, plan: StepPlan) -> StepUnderWay:
-        """Start one step: what goes to the host, copies, the forward pass, sampling, what comes from the host.
+    def enqueue(self, plan: StepPlan) -> StepInFlight:
+        """Start one step: moves to the host, copies, the forward pass, sampling, moves from the host.
 
-        Waits for no step, but for copies between the pools when too many are under way, and for programs that are
-        needed for the first time. Steps run in the order in which they were enqueued.
+        The call waits for no step. It waits for copies between the pools when too many are in flight, and compiles
+        programs that are needed for the first time. Steps run in the order of these calls.
         """
         started_s, num_programs = time.perf_counter(), len(self.programs)
         was_idle = self._newest_waited_for == self._num_enqueued
@@ -233,10 +237,10 @@ class ModelRunner:
         results = self.start(self._packer.pack(plan))
         for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()
-        return StepUnderWay(plan, number, started_s, num_programs, was_idle, results)
+        return StepInFlight(plan, number, started_s, num_programs, was_idle, results)
 
     def start(self, step: PackedStep) -> Results:
-        """``enqueue`` of what is packed already."""
+        """Start a packed step."""
         self._replace_lost()
         if step.to_host or step.from_host:
             assert self.host_pool is not None
@@ -249,14 +253,14 @@ class ModelRunner:
         return results
 
     def _replace_lost(self) -> None:
-        """Anew what went with a program that did not bring it back."""
+        """Allocate the arrays again that were donated to a program which failed."""
         if self.cache.pool.is_deleted():
             self.cache = self.programs.new_cache()
-        if any(array.is_deleted() for array in jax.tree.leaves(self._state)):
+        if any(map(methodcaller("is_deleted"), jax.tree.leaves(self._state))):
             self._state = self.programs.new_state()
 
-    def fetch(self, step: StepUnderWay) -> StepResult:
-        """Wait for the results of a step. What it moves between the pools may still be under way."""
+    def fetch(self, step: StepInFlight) -> StepResult:
+        """Wait for the results of a step. Its moves between the pools may still be in flight."""
         plan = step.plan
         drawn, sampled, candidates, prompt_scores = jax.device_get(step.results)
         num_draws = len(plan.draws)
@@ -286,7 +290,7 @@ class ModelRunner:
         )
 
     def _compute(self, step: PackedStep) -> Results:
-        """Enqueue the forward passes and all that is made of their logits."""
+        """Enqueue the forward passes, and the programs that read their logits."""
         assert step.bucket is not None
         assert step.inputs is not None
         for changes in step.changes:
@@ -308,10 +312,10 @@ class ModelRunner:
     def _run_and_sample(
         self, bucket: Bucket, samples: PackedSamples, num_steps: int
     ) -> tuple[Float[Array, "tokens hidden_size"], tuple[SampledTokens, ...]]:
-        """Enqueue the forward passes of a plan, and after each a program that samples as this plan asks for.
+        """Enqueue the forward passes of a plan, and a program that samples after each of them.
 
         Returns:
-            The hidden states of the last one, and what was drawn by each.
+            The hidden states of the last pass, and the draws after each pass.
         """
         draw = self.programs.get(("sample", samples.sizes, samples.num_top))
         hidden, sampled = self._state.hidden, []
@@ -331,14 +335,14 @@ class ModelRunner:
         return [program(self._weights, hidden, rows, targets) for rows, targets in parts]
 
     def _run(self, bucket: Bucket) -> Float[Array, "tokens hidden_size"]:
-        """Enqueue the program of a bucket over what is loaded; the hidden states of its tokens, for the time being."""
+        """Enqueue the program of a bucket over the loaded inputs. Returns hidden states, valid until the next pass."""
         self.cache, self._state, *hidden = self.programs.get(("forward", bucket))(
             self._weights, self.cache, self._state
         )
         return hidden[0] if hidden else self._state.hidden
 
     def forget_pool(self) -> None:
-        """A step failed, and with it whatever the pool holds or will hold: the next step starts with an empty one."""
+        """Drop the content of the pool and the table, lost with a failed step: the next step starts with empty ones."""
         if not self.cache.pool.is_deleted():
             self.cache.pool.delete()
         if self.host_pool is not None:
@@ -347,7 +351,7 @@ class ModelRunner:
 
     @property
     def costs(self) -> Costs | None:
-        """What bringing KV back costs here, kept current; None until ``measure_costs``."""
+        """Costs of bringing KV back, kept current; None until ``measure_costs``."""
         return self.host_pool.costs if self.host_pool is not None else None
 
     def measure_costs(self) -> None:
@@ -378,9 +382,10 @@ class ModelRunner:
 
 
 def copy_waves(copies: Sequence[BlockCopy]) -> Iterator[list[BlockCopy]]:
-    """Copies in turns, such that no block is a source and a destination in one, and each is read before it is written.
+    """Split copies into waves: no block is a source and a destination in one, and each is read before it is written.
 
-    A block may be both: one that was copied, then freed, is given to the next who copies. Mostly there is one turn.
+    A block may be both: one that was copied and then freed may be the destination of the next copy. Mostly there is
+    one wave.
     """
     left = list(copies)
     while left:

@@ -109,18 +109,20 @@ class Inbox:
         self, is_ready: Callable[[], bool], after_step: Callable[[], None] | None, interrupts: InterruptsWait
     ) -> None:
         while not is_ready():
-            if interrupts.is_pending:
+            if interrupts.num_pending:
                 interrupts.check()
             with self._door:
                 self._engine_lock.acquire()
             try:
-                self._drop_closed()
+                if self._closed:
+                    self._drop_closed()
                 self._deliver(self.engine.step())
                 if not self.engine.has_unfinished:
                     self._end_dropped()
             finally:
                 self._engine_lock.release()
-                self._tidy_up()
+                if self._closed or self._waiters:
+                    self._tidy_up()
             if after_step is not None:
                 after_step()
 

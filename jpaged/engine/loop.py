@@ -1,15 +1,16 @@
 """The engine's loop: adds and aborts requests, and keeps a step in flight."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import StepPlan
-from jpaged.device.runner import ModelRunner, StepUnderWay
+from jpaged.device.runner import ModelRunner, StepInFlight
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
-from jpaged.engine.prompts import Prompt, PromptReader
+from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
@@ -63,8 +64,9 @@ class Engine:
         )
         self.prompts = PromptReader(tokenizer, runner.model_config)
         self.outputs = Outputs(tokenizer, self.scheduler)
+        self._num_requests = 0  # made by ``make_requests``
         self._random = np.random.default_rng(config.seed)
-        self._in_flight: list[StepUnderWay] = []  # oldest first
+        self._in_flight: list[StepInFlight] = []  # oldest first
 
     # Requests -----------------------------------------------------------------------------------------------------
 
@@ -84,6 +86,23 @@ class Engine:
         """
         request = self.prompts.read(request_id, prompt, params, priority)
         return dataclasses.replace(request, terms=self.scheduler.check(request))
+
+    def make_requests(self, prompts: Any, sampling_params: Any, priority: Any) -> list[Request]:
+        """Make the requests of one call, numbered on; see ``LLM.generate`` for the arguments.
+
+        Raises:
+            ValueError: any prompt or parameter is invalid, with the number of the prompt.
+        """
+        asked = pair_up(prompts, sampling_params, priority)
+        requests = []
+        for i, (prompt, params, rank) in enumerate(asked):
+            try:
+                requests.append(self.make_request(str(self._num_requests + i), prompt, params, rank))
+            except ValueError as error:
+                where = f"prompt {i}: " if len(asked) > 1 else ""
+                raise ValueError(f"{where}{error}") from None
+        self._num_requests += len(requests)
+        return requests
 
     def add(self, request: Request, *, is_streamed: bool = True) -> None:
         """Queue a request made by ``make_request``; draws its seed if it has none.
@@ -185,7 +204,8 @@ class Engine:
                 self.outputs.note(touched)
             if self.outputs.unread:
                 self.outputs.read()
-            self._drop_wasted()
+            if self._in_flight:
+                self._drop_wasted()
         return self.outputs.take()
 
     def take(self) -> StepOutput:
@@ -216,7 +236,7 @@ class Engine:
 
     def _drop_wasted(self) -> None:
         """Drop steps in flight whose sequences have all ended."""
-        if self._in_flight and not self.scheduler.has_unfinished:
+        if not self.scheduler.has_unfinished:
             for _ in self._in_flight:
                 self.scheduler.drop()
             self._in_flight.clear()

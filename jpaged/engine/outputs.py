@@ -216,7 +216,7 @@ class Outputs:
                 self._logprobs(token_id, of_step, row, num_logprobs)
                 for token_id, (of_step, row) in zip(token_ids, scores, strict=True)
             ]
-        cumulative_logprob, score = float(sum(of_step.logprobs[row] for of_step, row in scores)), None
+        cumulative_logprob, score = float(sum([of_step.logprobs[row] for of_step, row in scores])), None
         if group.beam is not None:
             cumulative_logprob = seq.cumulative_logprob or 0.0
             score = group.beam.score(cumulative_logprob, max(len(token_ids), 1)) if seq.score is None else seq.score

@@ -8,7 +8,7 @@ import numpy as np
 
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.models import ModelConfig
-from jpaged.request import Request, SamplingParams
+from jpaged.request import BeamSearchParams, Request, SamplingParams
 
 
 class TextPrompt(TypedDict):
@@ -130,6 +130,19 @@ def pair_up(prompts: Any, sampling_params: Any, priority: Any) -> list[tuple[Any
     if len(priorities) != len(prompts):
         raise ValueError(f"{len(priorities)} priorities for {len(prompts)} prompts: give one for all, or one each")
     return list(zip(prompts, sampling_params, priorities, strict=True))
+
+
+def as_sampling_params(params: Any) -> SamplingParams | list[SamplingParams]:
+    """The parameters of beam searches as those of ``LLM.generate``, one or a list.
+
+    Raises:
+        ValueError: anything else than BeamSearchParams or a list of them.
+    """
+    many = [params] if isinstance(params, BeamSearchParams) else params
+    if not isinstance(many, list | tuple) or not all(isinstance(one, BeamSearchParams) for one in many):
+        raise ValueError(f"params={params!r} is not valid: expected BeamSearchParams or a list of them")
+    each = [one.to_sampling_params() for one in many]
+    return each[0] if isinstance(params, BeamSearchParams) else each
 
 
 def _check_keys(prompt: Any) -> None:

@@ -1,4 +1,4 @@
-"""The rows: every sequence that runs has one, and what all of them do in most iterations is arithmetic on columns."""
+"""The rows of running sequences: most iterations are arithmetic on columns."""
 
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
@@ -28,7 +28,7 @@ class Decodes:
         seq_ids: the sequence of each.
         biased: indices of the rows that have logit biases.
         num_logprobs: most alternatives that a row asks for; None if no log-probabilities were asked for.
-        can_burst: whether the host need not see each token before the next is drawn.
+        can_burst: whether several tokens may be drawn before the host sees the first.
     """
 
     rows: Int32[np.ndarray, " decodes"]
@@ -51,10 +51,10 @@ class RowTable:
     Attributes:
         seq_ids: sequence of each row; -1 for a free row.
         positions: tokens of each steady sequence, pending tokens counted: position of the next token.
-        known: those tokens that the host knows.
+        known: tokens of these that the host knows.
         limits: tokens at which each sequence ends.
         capacity: tokens that the blocks of each sequence hold without another block or a copy.
-        is_steady: whether each row is.
+        is_steady: whether each row is steady.
         is_due: whether steps have filled blocks of each steady row that are not published yet.
     """
 
@@ -67,7 +67,7 @@ class RowTable:
         self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views
         self._entered: list[int] = []  # rows with a new owner since the last plan
         self._changed: dict[int, int] = {}  # first logical block that changed since the last plan, by row
-        self._cells: dict[int, bytes] = {}  # what the device is told of a new owner
+        self._cells: dict[int, bytes] = {}  # columns of rows with a new owner
         self._num_steady = 0
         self._decodes: Decodes | None = None  # as long as they are the same
         self._num_sure = 0  # tokens that all of them can draw
@@ -83,7 +83,7 @@ class RowTable:
         self._is_asked: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)  # tokens go through the sequence itself
         self._num_logprobs: Int32[np.ndarray, " rows"] = np.full(num_rows, -1, np.int32)
         self._stops: Int32[np.ndarray, "rows stops"] = np.full((num_rows, MOST_STOPS), _NO_TOKEN, np.int32)
-        # Tokens that sequences have not read: those at positions from flushed to known.
+        # Tokens that sequences have not read, at positions from flushed to known.
         self._flushed: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self._tail: Int32[np.ndarray, "rows tail"] = np.zeros((num_rows, _TAIL_LEN), np.int32)
         self._tail_logprobs: Float32[np.ndarray, "rows tail"] = np.zeros((num_rows, _TAIL_LEN), np.float32)

@@ -233,7 +233,7 @@ def test_an_interrupted_batch_leaves_nothing_and_the_engine_goes_on(monkeypatch)
 
 
 @pytest.mark.parametrize("stop", [None, "n"])
-def test_interruptions_while_text_is_made_change_nobody_elses(monkeypatch, stop):
+def test_interruptions_while_text_is_made_leave_other_streams_unchanged(monkeypatch, stop):
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, stop=stop)
     expected = generate("def f(x):", params)[0].outputs[0]
     decode = type(llm().tokenizer).decode
@@ -257,7 +257,7 @@ def test_interruptions_while_text_is_made_change_nobody_elses(monkeypatch, stop)
         assert "".join(delta.text for delta in deltas) == expected.text
 
 
-def test_a_request_whose_text_cannot_be_made_takes_nobody_along(monkeypatch):
+def test_a_request_whose_text_cannot_be_made_fails_alone(monkeypatch):
     decode = type(llm().tokenizer).decode
 
     def broken(self, token_ids, **kwargs):

@@ -23,14 +23,14 @@ _Column = Array | np.ndarray  # numpy on the host, where make_beam_inputs builds
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BeamInputs:
-    """What ``beam_candidates`` reads besides the logits.
+    """The input of ``beam_candidates`` besides the logits.
 
     Args:
-        group_rows: the row of logits of each beam, a group's beams in order; padding holds the number of rows.
+        group_rows: row of logits of each beam, a group's beams in order; padding holds the number of rows.
         scores: cumulative log-probability of each beam; 0 for padding.
-        bias_rows: the row of each bias; padding holds the number of rows.
-        bias_ids: its token.
-        bias_values: what is added to that token's log-probability; -inf bans it.
+        bias_rows: row of each bias; padding holds the number of rows.
+        bias_ids: token of each bias.
+        bias_values: number added to that token's log-probability; -inf bans the token.
     """
 
     group_rows: Int[_Column, "groups width"]
@@ -43,9 +43,12 @@ class BeamInputs:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Candidates:
-    """Continuations of each group, best first: which beam, by which token, and the cumulative log-probability.
+    """Continuations of each group, best first. A group with fewer has score -inf, beam 0 and token 0 in the others.
 
-    Where the group has no more to offer, the score is -inf, beam and token 0.
+    Args:
+        beams: the beam that each continues.
+        token_ids: the token that each adds.
+        scores: cumulative log-probabilities.
     """
 
     beams: Int[Array, "groups candidates"]
@@ -87,7 +90,7 @@ def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: i
 
 
 def empty_beam_inputs(num_rows: int, num_candidates: int, num_biases: int) -> BeamInputs:
-    """Inputs of the given sizes: what a program is compiled for."""
+    """Inputs of the sizes that a program is compiled for."""
     shape = num_rows, _most_beams(num_candidates)
     return BeamInputs(
         np.zeros(shape, np.int32),
@@ -113,7 +116,7 @@ def unpack_beam_inputs(packed: Int[Array, " size"], like: BeamInputs) -> BeamInp
 
 
 def num_candidates_of(beams: Sequence[BeamSelect]) -> int:
-    """How many candidates to find for every search: what the widest asks for, up to one of a few sizes."""
+    """Candidates to find for every search: as many as the widest asks for, rounded up to one of a few sizes."""
     wanted = max(beam.num_candidates for beam in beams)
     return next(size for size in CANDIDATE_SIZES if size >= wanted)
 
@@ -133,7 +136,7 @@ def beam_candidates(logits: Float[Array, "rows vocab"], inputs: BeamInputs, *, n
     Args:
         logits: the model's own, float32.
         inputs: a row belongs to one beam at most.
-        num_candidates: of each group (static); more than it has are filled with -inf.
+        num_candidates: candidates of each group (static); -inf fills those that a group does not have.
     """
     assert logits.dtype == jnp.float32, logits.dtype
     rows, vocab_size = logits.shape

@@ -36,21 +36,21 @@ class SampledTokens:
 
 
 def sample(logits: Float[Array, "rows vocab"], inputs: SampleInputs, *, num_top: int | None) -> SampledTokens:
-    """Draws one token a row and scores it; to be called under jit.
+    """Draw one token a row and score it; to be called under jit.
 
-    In this order: biases and bans; penalties (repetition over prompt and output, CTRL, arXiv:1909.05858, section 4.1;
+    The order is: biases and bans; penalties (repetition over prompt and output, CTRL, arXiv:1909.05858, section 4.1;
     presence and frequency over the output); temperature; top-k; top-p on what top-k left (Holtzman et al.,
     arXiv:1904.09751); min-p (arXiv:2407.01082), which therefore sees probabilities after temperature; then the draw.
-    A filter is a logit that tokens have to reach: those of equal logits share their fate, and the most probable one is
-    kept. A greedy row takes the greatest penalised logit, the lowest id among equals. A token depends on its row's
-    logits, seed and position alone.
+    A filter is a logit that tokens have to reach: tokens of equal logits are all kept or all dropped, and the most
+    probable token is kept. A greedy row takes the greatest penalised logit, the lowest id among equals. A token
+    depends on its row's logits, seed and position alone.
 
     Args:
         logits: float32; -inf marks tokens that cannot be drawn. If a row has no other, token 0 is returned.
         inputs: as many rows as the logits.
         num_top: most probable tokens to score besides the drawn one (static; fewer if the vocabulary is smaller). None
-            if nobody asked for log-probabilities: then the drawn token's own comes without its rank, at no pass over
-            the logits more than the draw takes.
+            if no log-probabilities were asked for: the drawn token's own then comes without its rank, and costs no
+            further pass over the logits.
     """
     assert logits.dtype == jnp.float32, logits.dtype
     adjusted = penalised(biased(logits, inputs), inputs)
@@ -77,7 +77,7 @@ def _draw(
     filters: Filters,
     inputs: SampleInputs,
 ) -> Int[Array, "rows"]:
-    """A token of each row, as if it were random."""
+    """Draw a token of each row."""
     coldness = 1 / filters.temperature
     unfiltered = jnp.full_like(greatest, -jnp.inf), log_masses(chunks, greatest, coldness)
 

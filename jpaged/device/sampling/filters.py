@@ -20,7 +20,7 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class Filters(NamedTuple):
-    """What each row asks for.
+    """The filters of each row.
 
     Args:
         top_k: 0 is off.
@@ -44,8 +44,8 @@ def find_threshold(logits: Float[Array, "rows vocab"], chunks: Chunks, filters: 
 
     Args:
         logits: float32.
-        chunks: their summaries, at the filters' temperatures.
-        filters: of each row.
+        chunks: summaries of the logits, at the filters' temperatures.
+        filters: filters of each row.
     """
     greatest = finite_or_zero(jnp.max(chunks.maxima, axis=1))
 
@@ -71,7 +71,7 @@ def _list_greatest(logits: Float[Array, "rows vocab"], chunks: Chunks) -> Float[
 def _top_k_threshold(
     logits: Float[Array, "rows vocab"], chunks: Chunks, listed: Float[Array, "rows listed"], top_k: Int[Array, "rows"]
 ) -> Float[Array, "rows"]:
-    """The ``top_k``-th greatest logit, ties counted; -inf where that is off."""
+    """The ``top_k``-th greatest logit, ties counted; -inf without top-k."""
     num_listed, num_chunks = listed.shape[1], chunks.maxima.shape[1]
     at = jnp.clip(top_k - 1, 0, num_listed - 1)
     kth = jnp.take_along_axis(listed, at[:, None], axis=1)[:, 0]
@@ -98,7 +98,7 @@ def _top_p_threshold(
 ) -> Float[Array, "rows"]:
     """The greatest logit such that the tokens that reach it have ``top_p`` of the mass of those that reach ``kth``.
 
-    ``kth`` where that is off. Masses are relative to the most probable token's.
+    It is ``kth`` without top-p. Masses are relative to the most probable token's.
     """
     coldness = 1 / filters.temperature
 

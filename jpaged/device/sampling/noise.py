@@ -24,12 +24,12 @@ def draw(
     seeds: UInt32[Array, "rows"],
     positions: Int[Array, "rows"],
 ) -> Int[Array, "rows"]:
-    """Draws a token of each row with probability proportional to exp(logit / temperature).
+    """Draw a token of each row with probability proportional to exp(logit / temperature).
 
     Args:
         logits: a row without a finite one gets token 0.
         threshold: tokens with a lower logit cannot be drawn.
-        chunk_log_masses: of the tokens that can be drawn.
+        chunk_log_masses: log of the mass of each chunk's tokens that can be drawn.
         coldness: 1 / temperature.
         seeds: with ``positions``, all that a row's noise depends on.
         positions: any.

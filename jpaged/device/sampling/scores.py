@@ -35,7 +35,7 @@ class Scores:
 
 
 def score(logits: Float[Array, "rows vocab"], targets: Int[Array, "rows"], *, num_top: int) -> Scores:
-    """Scores one token a row under the model; to be called under jit.
+    """Score one token a row under the model; to be called under jit.
 
     Args:
         logits: the model's own, float32.

@@ -78,7 +78,10 @@ def bucket_for(plan: StepPlan, buckets: Sequence[Bucket]) -> Bucket:
     num_tokens, num_rows = plan.num_tokens, max(len(plan.chunks), plan.num_logit_rows)
     is_decode = num_tokens == len(plan.chunks)
     fitting = [b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows]
-    return next((b for b in fitting if b.is_decode == is_decode), fitting[0])
+    for bucket in fitting:
+        if bucket.is_decode == is_decode:
+            return bucket
+    return fitting[0]
 
 
 @jax.tree_util.register_dataclass

@@ -38,7 +38,8 @@ def num_cores() -> int:
 class Programs:
     """The programs of one model, by a kind and its static sizes; each is compiled when first asked for.
 
-    Made of shapes alone: weights may be ``jax.ShapeDtypeStruct`` and devices those of a topology that is not there.
+    Programs are made of shapes alone: weights may be ``jax.ShapeDtypeStruct``, and devices may be those of an abstract
+    topology.
 
     Args:
         model: a flax.nnx model (``jpaged.models``) as it will run, its projections joined.
@@ -47,7 +48,7 @@ class Programs:
         mesh: the devices.
         backend: attends and moves blocks.
         max_model_len: the context wanted, in tokens.
-        num_blocks: of the pool; with ``max_model_len``, may be changed by ``resize``.
+        num_blocks: blocks of the pool; ``resize`` may change it.
 
     Attributes:
         weights: shapes, types and shardings of the parameters.
@@ -82,7 +83,7 @@ class Programs:
         self.resize(num_blocks, max_model_len)
 
     def resize(self, num_blocks: int, max_model_len: int) -> None:
-        """Another pool, or context: nothing is compiled then."""
+        """Take another size of the pool, and another context; all programs are to be compiled again."""
         self.num_blocks = num_blocks
         self.max_model_len = max_model_len
         self.steps = self._steps(self.max_burst)
@@ -107,10 +108,12 @@ class Programs:
         if has_host_pool(self.config, self.target):
             keys += ("gather", MOVE_SIZES[-1]), ("scatter", MOVE_SIZES[-1])
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
-        for key in keys:
-            analysis = self.get(key).memory_analysis()
-            assert analysis is not None
-            total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        with InterruptsWait() as interrupts:
+            for key in keys:
+                interrupts.check()
+                analysis = self.get(key).memory_analysis()
+                assert analysis is not None
+                total += analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         return total
 
     def new_cache(self) -> KVCache:
@@ -118,7 +121,7 @@ class Programs:
         return self._layout.allocate(num_blocks=self.num_blocks, sharding=pool_sharding(self.mesh))
 
     def new_state(self) -> StepState:
-        """What the first step finds."""
+        """The state before the first step."""
         return StepState.allocate(
             self.buckets,
             max_blocks=self.max_blocks,
@@ -164,7 +167,7 @@ class Programs:
         gc.freeze()
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
-        """Of all programs that plain requests need."""
+        """The keys of all programs that plain requests need."""
         keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
         keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
         keys += [("load", bucket) for bucket in self.buckets]
@@ -280,5 +283,5 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:
 
 
 def dtype_of(model: nnx.Module) -> jnp.dtype:
-    """Of a model's weights."""
+    """Dtype of a model's weights."""
     return jnp.dtype(next(x.dtype for x in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(x.dtype, jnp.floating)))

@@ -1,4 +1,4 @@
-"""What a step computes: the functions that are traced and compiled, pure but for what they are built with."""
+"""The functions of a step that are traced and compiled. They are pure, given the sizes they are built with."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,8 +31,9 @@ class Steps:
     """The functions of one model under one set of sizes. Their static arguments come first, then arrays.
 
     Args:
-        graphdef, weights_tree: with a flat list of weights, the model. A flat list: flattening an nnx state in every
-            call costs more than a small step.
+        graphdef: structure of the model.
+        weights_tree: tree of the weights, which programs take as a flat list: flattening an nnx state in every call
+            costs more than a small step.
         mesh: the devices.
         backend: attends.
         block_size: tokens of a block.
@@ -52,7 +53,7 @@ class Steps:
     def forward(
         self, bucket: Bucket, weights: list[Array], cache: KVCache, state: StepState
     ) -> tuple[KVCache, StepState, Float[Array, "tokens hidden_size"]]:
-        """A forward pass over the inputs loaded, and the hidden states of all its tokens."""
+        """Run a forward pass over the loaded inputs. Returns the hidden states of all tokens too."""
         inputs = state.step_inputs(bucket, self.block_size)
         model = self._merge(weights)
         rows = Rows(inputs.slots, inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
@@ -63,9 +64,9 @@ class Steps:
     def decode(
         self, bucket: Bucket, weights: list[Array], cache: KVCache, state: StepState
     ) -> tuple[KVCache, StepState]:
-        """A forward pass and plain sampling, as often as loaded, each fed with what the one before drew.
+        """Run forward passes and plain sampling, as many as loaded, each fed with the tokens drawn before.
 
-        For 0 steps, one forward pass alone.
+        With 0 steps loaded, run one forward pass alone.
         """
         num_steps = state.num_steps(bucket)
 
@@ -138,7 +139,7 @@ class Steps:
         return sampled, self._replicate(with_latest(latest, jnp.asarray(rows), sampled.token_ids))
 
     def _whole_rows(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
-        """Each row on one device, whose part of the vocabulary is then no concern of what reads it.
+        """Bring each whole row to one device.
 
         Each device first makes its part of every row: XLA would otherwise gather the weights, which are larger.
         """
@@ -179,6 +180,6 @@ class Steps:
 def _sample_own_rows(
     logits: Float[Array, "own_rows vocab"], inputs: SampleInputs, *, num_top: int | None
 ) -> SampledTokens:
-    """Each device decides what its own rows need: all would otherwise ask each other in every iteration."""
+    """Sample the rows of one device: devices would otherwise exchange what their rows need in every iteration."""
     first = jax.lax.axis_index(TENSOR_AXIS) * len(logits)
     return sample(logits, rows_from(inputs, first, len(logits)), num_top=num_top)

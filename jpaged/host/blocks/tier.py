@@ -352,8 +352,8 @@ class TwoTiers:
         self.num_changes += 1
         self._in_flight, self._queued = self._queued, _Moves()
         return Transfers(
-            to_host=tuple(BlockCopy(src, dst) for dst, src in self._in_flight.to_host.items()),
-            from_host=tuple(BlockCopy(load.src, dst) for dst, load in self._in_flight.loads.items()),
+            to_host=tuple([BlockCopy(src, dst) for dst, src in self._in_flight.to_host.items()]),
+            from_host=tuple([BlockCopy(load.src, dst) for dst, load in self._in_flight.loads.items()]),
         )
 
     def finish_transfers(self) -> None:
