@@ -410,9 +410,9 @@ class Episode:
     def _check_refusal(self) -> None:
         """Assert that a group which is not matched again could not start."""
         admission, first = self.scheduler._admission, self.scheduler.line.first
-        if first is not None and admission.is_known_short(first):
+        if first is not None and (num_known_short := admission.num_known_short(first)) > 0:
             self.seen["refused without another match"] += 1
-            assert admission.start(first).num_short > 0
+            assert admission.start(first).num_short >= num_known_short
 
     def _count(self, plan: SpelledPlan, running_before: list[SequenceGroup]) -> None:
         scheduler, seen = self.scheduler, self.seen
