@@ -25,7 +25,7 @@ class Preemption:
     Args:
         blocks: the bookkeeping of the pools.
         line: the groups that wait and run.
-        admission: what the first waiting group takes.
+        admission: blocks and rows that the first waiting group takes.
         outcome: frees and publishes the blocks of a sequence.
         rows: the rows of the running sequences.
         kind: "swap", "recompute", or "auto": the cheaper one. A full host pool always means recompute.

@@ -18,8 +18,8 @@ class Quantized(NamedTuple):
     Args:
         stored: numbers of the pool's type, to be written at the tokens' slots.
         kv_scales: scales of all blocks after the write.
-        old, new: scales of each token's block before and after. The write multiplies the block's numbers by
-            ``old / new`` where ``old`` is above 0; ``old`` is 0 where a token at offset 0 starts the block.
+        old, new: scales of each token's block before and after. Where ``old`` is above 0, the write multiplies the
+            block's numbers by ``old / new``. It is 0 where a token at offset 0 starts the block.
     """
 
     stored: Real[Array, "tokens 2 num_kv_heads head_dim"]

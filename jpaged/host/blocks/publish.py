@@ -40,7 +40,7 @@ def publish(
         holding: the sequence's blocks.
         token_ids: the sequence's tokens.
         num_computed: tokens of these whose KV is in the pool once all planned steps have run.
-        salt: of the prefix.
+        salt: salt of the prefix.
         include_partial: enter the last, partial block too, and blocks whose entries other blocks have lost.
     """
     cache, block_size, start = tiers.device.cache, tiers.block_size, holding.num_published
