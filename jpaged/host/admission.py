@@ -1,4 +1,4 @@
-"""Admission: whether a request can ever run here, and what starting a waiting group takes now."""
+"""Admission: whether a request can ever run here, and whether a waiting group can start now."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Refusals: why the first waiting group could not start, so that it is not matched again in every iteration."""
+"""Refusals: the reason why the first waiting group could not start, so that it is not matched in every iteration."""
 
 from dataclasses import dataclass
 
