@@ -25,7 +25,7 @@ class Kernel:
     Args:
         name: "xla", or the name of a chip's kernels ("hopper", "pallas_tpu").
         run: the operation; it raises NotImplementedError for a case, or a device, that the kernel does not take.
-        why_not: what of a case the kernel does not take, whatever the device; None if it takes the case.
+        why_not: the part of a case that the kernel does not take, on any device; None if it takes the case.
     """
 
     name: str
@@ -52,8 +52,8 @@ def best_implementation(case: str | None = None, num_devices: int | None = None)
 
     Args:
         case: why the device's own kernels cannot take the case at hand; None if they can.
-        num_devices: number of devices that the arrays are spread over. If None, all devices of this process, since a
-            traced array does not say; under ``jax.shard_map`` one, since every device has arrays of its own.
+        num_devices: number of devices that the arrays are spread over. None stands for all devices of this process,
+            since a traced array does not tell, or for one under ``jax.shard_map``.
     """
     name = here.own_kernels()
     reason = why_cannot_run(name)

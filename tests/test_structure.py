@@ -59,6 +59,13 @@ def nodes(*kinds: type) -> Iterator[tuple[Path, ast.AST, tuple[str, ...]]]:
         yield from walk(path, tree(path), ())
 
 
+def test_classes_are_short():
+    lengths = {
+        f"{where(path, node)} {node.name}": node.end_lineno - node.lineno + 1 for path, node, _ in nodes(ast.ClassDef)
+    }
+    assert not {name: length for name, length in lengths.items() if length > MAX_CLASS_LINES}
+
+
 def test_functions_have_few_parameters():
     """The public API excepted: its names are for users, who give them one by one."""
     found = {}

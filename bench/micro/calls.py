@@ -13,11 +13,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from bench.report import Table, current_commit, save, start_report
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "count_calls.py"
+COUNTS = "own_calls", "distinct_functions", "types_made", "deepest_stack"
+NUM_FILES = 12
+"""Files with the most calls, which the table lists."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,17 +33,19 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and save."""
     here = count_calls(ROOT)
     report = start_report(args, prompt="def add(a, b):", max_tokens=3, here=here)
-    rows, table = {name: [value] for name, value in here.items()}, Table("one prompt, three tokens", "here")
+    rows = {name: [here[name]] for name in COUNTS}
+    table = Table("one prompt, three tokens", "here", first=48)
     if args.against is not None:
         there = count_calls(args.against)
         report |= {"against_commit": current_commit(args.against), "against": there}
-        rows = {name: [value, there[name], value / there[name]] for name, value in here.items()}
-        table = Table("one prompt, three tokens", "here", "against", "ratio")
+        rows = {name: [here[name], there[name], here[name] / there[name]] for name in COUNTS}
+        table = Table("one prompt, three tokens", "here", "against", "ratio", first=48)
+    rows |= {f"  {name}": [num_calls] for name, num_calls in list(here["calls_by_file"].items())[:NUM_FILES]}
     print(f"{table.text(rows)}\nwritten to {save('calls', report, args.out)}")
     return 0
 
 
-def count_calls(checkout: Path) -> dict[str, int]:
+def count_calls(checkout: Path) -> dict[str, Any]:
     """The counts of a checkout, made in a process of its own."""
     environ = os.environ | {"PYTHONPATH": str(checkout.resolve()), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -15,13 +15,19 @@ from typing import Any
 import jpaged
 
 PACKAGES = "jpaged", "pallas_kernels"
-OWN_FILES = tuple(str(Path(jpaged.__file__).parents[1] / package) for package in PACKAGES)
+ROOT = Path(jpaged.__file__).parents[1]
+OWN_FILES = tuple(str(ROOT / package) for package in PACKAGES)
 NUM_REPEATS = 5
 
 
-def count(call: Callable[[], Any]) -> dict[str, int]:
-    """Count the own calls, the distinct functions, the types made and the deepest stack of a call."""
-    calls: Counter[CodeType] = Counter()
+def count(call: Callable[[], Any], calls: Counter[CodeType] | None = None) -> dict[str, int]:
+    """Count the own calls, the distinct functions, the types made and the deepest stack of a call.
+
+    Args:
+        call: the call.
+        calls: filled with the own calls by function, if given.
+    """
+    calls = Counter() if calls is None else calls
     types: set[type] = set()
     deepest = 0
 
@@ -78,7 +84,12 @@ def main() -> None:
     for _ in range(2):  # compiles; then finds the prompt in the prefix cache, as all later runs do
         generate()
     counts = [count(generate) for _ in range(NUM_REPEATS)]
-    print(json.dumps({name: median(each[name] for each in counts) for name in counts[0]}))
+    medians: dict[str, Any] = {name: median(each[name] for each in counts) for name in counts[0]}
+    count(generate, calls := Counter())
+    by_file: Counter[str] = Counter()
+    for code, num_calls in calls.items():
+        by_file[str(Path(code.co_filename).relative_to(ROOT))] += num_calls
+    print(json.dumps(medians | {"calls_by_file": dict(by_file.most_common())}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: what follows the program's name; None takes the process's own.
+        argv: arguments after the program's name; None takes the process's own.
 
     Returns:
         The exit status: 0; 2 for a mistake of the caller's; 130 after Ctrl-C; 141 when stdout is closed.

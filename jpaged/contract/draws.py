@@ -17,7 +17,7 @@ class Extras:
     Args:
         bias_draws: the draw that each bias belongs to, as an index.
         bias_ids: its token.
-        bias_values: what is added to that token's logit; -inf bans the token.
+        bias_values: number added to that token's logit; -inf bans the token.
         seen_draws: the penalised draw that each token of a history belongs to.
         seen_ids: that token.
         seen_is_output: whether the token was generated; otherwise it is part of the prompt.

@@ -1,4 +1,4 @@
-"""Admission: whether a request can ever run here, and what starting a waiting group takes now."""
+"""Admission: whether a request can ever run here, and whether a waiting group can start now."""
 
 import math
 from dataclasses import dataclass
@@ -140,7 +140,7 @@ class Admission:
 
     def find(self, group: SequenceGroup) -> Start | None:
         """Find the way to start the first waiting group; None if blocks are short."""
-        if self.is_known_short(group):
+        if self.num_known_short(group) > 0:
             return None
         start = self.start(group)
         if start.num_short > 0:
@@ -149,10 +149,11 @@ class Admission:
         self._refusal = None
         return start
 
-    def is_known_short(self, group: SequenceGroup) -> bool:
-        """Whether the group was refused, and nothing has happened since that lets it start."""
-        refusal = self._refusal
-        return refusal is not None and refusal.stands(group, self._blocks.tiers, is_running=self._is_running)
+    def num_known_short(self, group: SequenceGroup) -> int:
+        """Count the blocks that the first waiting group is known to lack at least, without another match."""
+        if self._refusal is None:
+            return 0
+        return self._refusal.num_short_now(group, self._blocks.tiers, is_running=self._is_running)
 
     def forget_refusal(self) -> None:
         """Match the first group again: the content of the pools is lost."""

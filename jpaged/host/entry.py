@@ -19,7 +19,7 @@ class Entry:
     Args:
         blocks: the bookkeeping of the pools.
         line: the groups that wait and run.
-        admission: what the first waiting group takes.
+        admission: blocks and rows that the first waiting group takes.
         outcome: publishes the blocks that a plan fills.
         rows: the rows of the running sequences.
     """

@@ -25,7 +25,7 @@ class Preemption:
     Args:
         blocks: the bookkeeping of the pools.
         line: the groups that wait and run.
-        admission: what the first waiting group takes.
+        admission: blocks and rows that the first waiting group takes.
         outcome: frees and publishes the blocks of a sequence.
         rows: the rows of the running sequences.
         kind: "swap", "recompute", or "auto": the cheaper one. A full host pool always means recompute.
@@ -67,8 +67,11 @@ class Preemption:
         rows_short = self._admission.rows_short(first)
         if rows_short > sum(group.num_rows for group in lower):
             return []
-        start = self._admission.start(first)
         seq_ids = [seq.seq_id for group in lower for seq in group.running]
+        num_held = sum(len(self._blocks.block_table(seq_id)) for seq_id in seq_ids)
+        if self._admission.num_known_short(first) > num_held:
+            return []
+        start = self._admission.start(first)
         num_blocks = self._blocks.num_blocks_freed_by(seq_ids, match=start.match)
         is_needed = rows_short > 0 or start.num_short > 0
         return lower if is_needed and start.num_short <= num_blocks else []

@@ -1,4 +1,4 @@
-"""Refusals: why the first waiting group could not start, so that it is not matched again in every iteration."""
+"""Refusals: the reason why the first waiting group could not start, so that it is not matched in every iteration."""
 
 from dataclasses import dataclass
 
@@ -33,11 +33,13 @@ class Refusal:
     num_cached: int
     lacking: bytes | None
 
-    def stands(self, group: SequenceGroup, tiers: TwoTiers, *, is_running: bool) -> bool:
-        """Whether the first waiting group is known to be still short of blocks."""
+    def num_short_now(self, group: SequenceGroup, tiers: TwoTiers, *, is_running: bool) -> int:
+        """Count the blocks that the first waiting group is known to lack still; 0 if it has to be matched again."""
         if group is not self.group or group.num_rows != self.num_rows or is_running != self.is_running:
-            return False
+            return 0
+        if self.lacking is not None and tiers.is_cached(self.lacking):
+            return 0
         num_gained = tiers.device.num_freed - self.num_freed
         if self.is_on_host:
             num_gained += tiers.device.cache.num_inserted - self.num_cached
-        return num_gained < self.num_short and (self.lacking is None or not tiers.is_cached(self.lacking))
+        return max(self.num_short - num_gained, 0)

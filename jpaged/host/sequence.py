@@ -193,7 +193,7 @@ class SequenceGroup:
     """The sequences of one request: admitted, preempted and resumed together (PagedAttention, section 4.5).
 
     Args:
-        request: what was asked.
+        request: the request that the group serves.
         arrival: counts requests; lower came first.
         sequences: one per completion. Of a beam search: its live sequences, best first; in the end, its results.
         max_tokens: output tokens a sequence may reach, ``params.max_tokens`` or what fits.
@@ -202,7 +202,7 @@ class SequenceGroup:
         is_pin: nothing is generated: the prompt is to stay in the pool.
         fork_at: while some sequences are UNFORKED, how many tokens the leader computes for all of them.
         num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
-        prompt_scores: of prompt tokens 1, 2, ...; in pieces, one per chunk.
+        prompt_scores: scores of prompt tokens 1, 2, ...; in pieces, one per chunk.
     """
 
     request: Request

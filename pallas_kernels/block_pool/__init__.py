@@ -1,8 +1,11 @@
 """Writes into the block pool and moves of its blocks: checks their arguments and picks the implementation.
 
-All functions are pure; in a jitted function that donates the pool they work in place and allocate nothing of the pool's
-size. Indices below zero or past the end are clipped when read and ignored when written.
+All functions are pure. In a jitted function that donates the pool they work in place, and allocate nothing of the
+pool's size. Indices below zero or past the end are clipped when read and ignored when written.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 from jax import Array
 from jaxtyping import Float, Int
@@ -61,8 +64,8 @@ __all__ = [
 ]
 
 
-def _kernels(**runs: object) -> dict[str, Kernel]:
-    return {name: Kernel(name, run) for name, run in runs.items()}  # pyright: ignore[reportArgumentType]
+def _kernels(**runs: Callable[..., Any]) -> dict[str, Kernel]:
+    return {name: Kernel(name, run) for name, run in runs.items()}
 
 
 WRITES = _kernels(xla=write_kv_xla, hopper=write_kv_hopper, pallas_tpu=write_kv_tpu)
@@ -135,11 +138,12 @@ def write_kv_quantized(
     """Store one layer's K and V of this step's tokens in a quantised pool.
 
     A token at offset 0 starts its block: the block's older numbers and scales are forgotten. Otherwise, a token too
-    large for its block's scale makes the scale grow, and the block's numbers are brought to the new scale. Scales are
-    powers of two, so they grow seldom, and growing costs e4m3 only the numbers that fall below its smallest. The error
-    of int8 stays within one step of the block's last scale however often the scale grows: half a step for the last
-    rounding, a quarter for the rounding before it, and so on. A value that is not finite makes its block's scale NaN
-    until a token starts the block again.
+    large for its block's scale makes the scale grow. The block's numbers are then brought to the new scale.
+
+    Scales are powers of two, so they grow seldom. Growing costs e4m3 only the numbers that fall below its smallest. The
+    error of int8 stays within one step of the block's last scale, however often the scale grows. The last rounding
+    costs half a step, the rounding before it a quarter, and so on. A value that is not finite makes its block's scale
+    NaN until a token starts the block again.
 
     Args:
         pool: the pool, of float8_e4m3fn or int8; donate it to the enclosing jit.
@@ -177,8 +181,8 @@ def copy_blocks(
     Args:
         pool: the pool, or its scales, which move the same way; donate it to the enclosing jit.
         src, dst: block ``dst[i]`` becomes a copy of block ``src[i]``. Destinations are distinct; pad with 0 -> 0.
-        implementation: "xla" or "pallas_tpu"; None is "xla". "pallas_tpu" moves blocks of a pool by DMA, leaves block
-            0 as it is, and takes no block as both a source and a destination.
+        implementation: "xla" or "pallas_tpu"; None is "xla". "pallas_tpu" moves blocks of a pool by DMA and leaves
+            block 0 as it is. Its sources and destinations are disjoint, except for block 0.
         interpret: as for ``write_kv``.
     """
     kernel, interpret = _mover(COPIES, pool, implementation, interpret)

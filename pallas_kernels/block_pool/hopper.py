@@ -149,8 +149,8 @@ def _write(
 ) -> BlockPool:
     is_written = (slots >= shape.block_size) & (slots < shape_of(pool).num_blocks * shape.block_size)
     slots = jnp.where(is_written, slots, NOWHERE).astype(jnp.int32)
-    # One array, so that one fusion computes K and V. A new array, since XLA passes a part of a larger array on by its
-    # address, which need not have the alignment that a kernel's operand has to have.
+    # One array, so that one fusion computes K and V. It is a new array: XLA passes a part of a larger array on by its
+    # address, which may lack the alignment of a kernel's operand.
     pieces = jnp.stack([k, v], axis=1).astype(pool.dtype).reshape(-1, *k.shape[1:])
     sides = jax.new_ref(as_sides(pool))
 

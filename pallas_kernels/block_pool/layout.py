@@ -1,8 +1,10 @@
 """The physical layout of the block pool: no other module knows the order of the pool's axes.
 
-A block holds ``block_size`` tokens of K and V of all layers in one contiguous piece, so that one transfer copies, swaps
-or sends a block. A pool of float8_e4m3fn or int8 is quantised: each head's K and V of a block and layer share a scale,
-which a second array holds, and a value is the stored number times its scale.
+A block holds K and V of ``block_size`` tokens of all layers in one contiguous piece. So one transfer copies, swaps or
+sends a block.
+
+A pool of float8_e4m3fn or int8 is quantised: a value is the stored number times a scale. Each block has a scale for
+the K and for the V of each layer and head, in a second array.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """The operations of the block pool in plain XLA: gathers and scatters on any device.
 
-XLA for CPUs has no gather or scatter of float8, and widens the whole pool for each; int8 stays as it is on all devices.
+XLA for CPUs has no gather or scatter of float8, and widens the whole pool for each. On all devices int8 stays int8.
 """
 
 import jax.numpy as jnp
@@ -61,10 +61,10 @@ def _rescale(
 ) -> BlockPool:
     """Multiply the stored numbers of one layer of the marked blocks, each marked once.
 
-    Each token of a decode step has a block of its own, but the tokens of a long prompt share few blocks that already
-    hold tokens. So the marked blocks are gathered to the front and rescaled in passes, each over blocks that hold as
-    many tokens as the call writes: most calls need no pass, or one. A single pass that covers all blocks runs without a
-    loop, since a GPU's host would have to wait for the loop's condition.
+    Each token of a decode step has a block of its own. The tokens of a long prompt, however, share few blocks that
+    already hold tokens. So the marked blocks are gathered to the front and rescaled in passes. Each pass takes blocks
+    that hold as many tokens as the call writes, so most calls need no pass, or one. A single pass over all blocks runs
+    without a loop, whose condition a GPU's host would have to wait for.
     """
     num_tokens, (num_blocks, _, _, block_size, _) = blocks.size, shape_of(pool)
 

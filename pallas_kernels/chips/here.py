@@ -1,4 +1,4 @@
-"""Where this process runs: the only module of this package that asks JAX for its platform and devices."""
+"""The platform and devices of this process: no other module of this package asks JAX for them."""
 
 from typing import Any
 

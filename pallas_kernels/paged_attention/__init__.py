@@ -115,8 +115,7 @@ def paged_attention(
         pool: the block pool, read only, of the same type as ``q`` or quantised.
         layer: which layer of the pool, a static number.
         block_tables: physical block of each logical block of each row. Entries past a row's length are never used.
-        kv_lens: tokens of each row's sequence in the pool, including the tokens of this call, so no fewer than the
-            row's queries; 0 for padding rows.
+        kv_lens: tokens of each row's sequence in the pool, including the tokens of this call; 0 for padding rows.
         cu_q_lens: row i owns ``q[cu_q_lens[i]:cu_q_lens[i + 1]]``, whose last token sits at ``kv_lens[i] - 1``.
         sm_scale: factor on the scores; ``1 / sqrt(head_dim)`` if None.
         sliding_window: a token at position p sees positions ``p - sliding_window + 1`` to p; all up to p if None.
@@ -179,10 +178,11 @@ def write_and_attend(
     is_decode: bool = False,
     interpret: bool = False,
 ) -> Attended:
-    """Write this step's K and V and attend over the pool, by the TPU kernels; both are one kernel in a decode step.
+    """Write this step's K and V and attend over the pool, by the TPU kernels.
 
-    Each token's slot follows from its position and its row's block table. Block 0 stays as it is. Over several devices
-    it needs ``jax.shard_map(..., check_vma=False)``, with KV heads sharded.
+    A decode step takes one kernel for both. Each token's slot follows from its position and its row's block table.
+    Block 0 stays as it is. Over several devices it needs ``jax.shard_map(..., check_vma=False)``, with KV heads
+    sharded.
 
     Args:
         q, block_tables, kv_lens, cu_q_lens, sm_scale, sliding_window, soft_cap, alibi_slopes, sinks: as for

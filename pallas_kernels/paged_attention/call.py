@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """How a query and a key make a score; each field, static, as for ``paged_attention``."""
+    """The scores of queries and keys; each field, static, as for ``paged_attention``."""
 
     sm_scale: float
     sliding_window: int | None = None
@@ -54,7 +54,7 @@ class Call:
         q: queries of all rows.
         kv: the layer that the queries attend.
         batch: the rows.
-        scoring: how a query and a key make a score.
+        scoring: the scores of queries and keys.
         heads: numbers of each query head.
         into: memory that may take the outputs, with zeros for padding; None if there is none.
     """

@@ -1,8 +1,8 @@
 """Portable paged attention in plain XLA: ragged prefill and decode in one call, in bounded memory.
 
 The batch becomes a list of equal work items: one tile of queries against one chunk of one sequence's context. Each
-iteration of a loop on the device takes a fixed number of items, and merges the items' partial softmaxes into the
-tiles' running softmaxes (as in FlashAttention, arXiv:2205.14135). So the work follows the sequences' lengths, however
+iteration of a loop on the device takes a fixed number of items. It merges their partial softmaxes into the running
+softmaxes of the tiles (as in FlashAttention, arXiv:2205.14135). So the work follows the sequences' lengths, however
 unequal they are, and padding costs nothing.
 """
 
@@ -270,8 +270,8 @@ def _read(
 def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
     """The running softmax of each tile, with the softmaxes of its items merged in.
 
-    Items are in the order of their tiles and skip no tile, so the tiles of one iteration lie in a window of as many
-    tiles as there are items.
+    Items are in the order of their tiles and skip no tile. So the tiles of one iteration lie in a window of as many
+    tiles as items.
     """
     num_tiles, num_items = running.top.shape[0], items.tile.size
     window = min(num_tiles, num_items)
@@ -301,9 +301,9 @@ def _merge(running: Softmax, partials: Softmax, items: Items) -> Softmax:
 def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
     """Blocks of a chunk, and items of an iteration.
 
-    K, V and scores of an iteration take 1/1024 of the pool, but no less than 2 MiB (the caches of a CPU) and no more
-    than 64 MiB (a GPU reads as much while it starts an iteration). An iteration covers at most four chunks for each
-    tile, since a small batch with short contexts would otherwise compute mostly padding.
+    K, V and scores of an iteration take 1/1024 of the pool, within limits. The least is 2 MiB, the caches of a CPU. The
+    most is 64 MiB, as a GPU reads while it starts an iteration. An iteration covers at most four chunks for each tile:
+    otherwise a small batch with short contexts would compute mostly padding.
     """
     num_tiles, num_kv_heads, tile_len, group, head_dim = tiles.q.shape
     block_size = shape_of(pool).block_size

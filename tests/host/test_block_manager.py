@@ -433,7 +433,7 @@ def test_a_freed_prefix_stays_cached_until_its_blocks_are_reused():
     cached = manager.match_prefix(list(range(8)))
     assert len(cached.hits) == 2
     assert manager.to_reserve("new", 9, match=cached).num_blocks == 3, (
-        "a cached block that nobody holds leaves the free set"
+        "a cached block without a holder leaves the free set"
     )
     manager.reserve("b", 9, match=cached)
     assert manager.num_free_blocks == 0
@@ -742,7 +742,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.cached_free: list[int] = []  # the first is reused first
         self.next_id = self.queried = self.hit = self.num_copies = 0
 
-    # What the model expects
+    # The model's expectations
 
     def refs(self) -> Counter:
         return Counter(block for seq in self.sequences.values() for block in seq.table)

@@ -769,7 +769,7 @@ class Simulation:
         self.manager.publish(seq_id, seq.tokens, seq.computed, salt=seq.salt, include_partial=include_partial)
 
     def update(self) -> None:
-        """What may happen between a step and the next plan: samples are appended, sequences fork and end."""
+        """Let samples be appended and sequences fork and end, as between a step and the next plan."""
         for seq_id in self.choose_group(list(self.sequences)) if self.sequences else []:
             kind = self.choose(["fork", "append", "free", "none"])
             if kind == "free":

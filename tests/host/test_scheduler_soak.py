@@ -74,9 +74,9 @@ def assert_is_what_was_asked_for(
     """Assert that a finished group's tokens and scores are those of a loop without scheduler and blocks.
 
     Args:
-        group: finished. What was aborted must have the first of the tokens expected.
+        group: a finished group. If it was aborted, it must have the first of the expected tokens.
         scheduler: whose it was.
-        cut_short: sequences (by id) that somebody else ended, as a stop string does: they too have the first tokens.
+        cut_short: ids of sequences ended from outside, as a stop string does: they too have the first tokens.
     """
     request, params, eos = group.request, group.request.params, scheduler.eos_token_ids
     if params.max_tokens is not None:
@@ -156,7 +156,7 @@ FEATURES = {
     "prompt_logprobs after a preemption",
     "chunked prompt",
 }
-"""What a soak must have met: one that never swaps proves nothing of swapping."""
+"""Features that a soak must have met: a soak that never swaps proves nothing of swapping."""
 
 
 class Episode:
@@ -198,7 +198,7 @@ class Episode:
         self.pins: set[str] = set()
         self.num_steps = 0
         self.was_idle = False
-        self.under_way: list[tuple[SpelledPlan, StepResult]] = []
+        self.in_flight: list[tuple[SpelledPlan, StepResult]] = []
         self.ahead_rate = draw.choice([0.0, 0.5, 1.0])
 
     def run(self) -> int:
@@ -210,12 +210,12 @@ class Episode:
         while self.scheduler.has_unfinished:
             self._step()
             assert self.num_steps < most, "it goes round in circles"
-        while self.under_way:  # of sequences that have ended
+        while self.in_flight:  # of sequences that have ended
             self._update()
         self._check_end()
         return self.num_steps
 
-    # What happens between steps ---------------------------------------------------------------------------------------
+    # Between steps ----------------------------------------------------------------------------------------------------
 
     def _disturb(self) -> None:
         draw = self.random
@@ -307,8 +307,8 @@ class Episode:
             self.pins.add(name)
 
     def _unpin(self) -> None:
-        under_way = self.pins & {group.request.request_id for group in self.scheduler.roster.groups}
-        name = self.random.choice(sorted(under_way or self.pins))
+        in_flight = self.pins & {group.request.request_id for group in self.scheduler.roster.groups}
+        name = self.random.choice(sorted(in_flight or self.pins))
         self.seen["unpinned" if self.scheduler.is_pinned(name) else "unpinned before it was computed"] += 1
         self.scheduler.unpin(name)
         self.pins.remove(name)
@@ -321,11 +321,11 @@ class Episode:
         self.seen[f"a step failed {when} it ran"] += 1
         self.seen["a step failed with a pin"] += any(map(self.scheduler.is_pinned, self.pins))
         self.seen["a step failed while a group was swapped out"] += any(group.is_swapped for group in self.groups)
-        self.seen["two steps failed at once"] += bool(self.under_way)
-        plan = self.scheduler.schedule_ahead() if self.under_way else self.scheduler.schedule()
+        self.seen["two steps failed at once"] += bool(self.in_flight)
+        plan = self.scheduler.schedule_ahead() if self.in_flight else self.scheduler.schedule()
         if when == "after" and plan is not None:
             self.device.execute(plan)
-        self.under_way.clear()
+        self.in_flight.clear()
         self.device.lose()
         self.scheduler.forget_pool()
         self.blocks.check_invariants()
@@ -335,7 +335,7 @@ class Episode:
     def _step(self) -> None:
         scheduler = self.scheduler
         has_work = scheduler.has_unfinished
-        if not self.under_way:
+        if not self.in_flight:
             plan = self._plan(scheduler.schedule)
             is_idle = not (plan.chunks or plan.to_host or plan.from_host)
             assert not (is_idle and self.was_idle and has_work), "it stands still"
@@ -366,15 +366,17 @@ class Episode:
             self._count(plan, running)
             is_cut = plan.num_tokens < self.scheduler.max_num_batched_tokens and plan.num_tokens in (8, 16, 32)
             self.seen["prompts cut to a size"] += is_cut and any(chunk.stop < chunk.prompt_len for chunk in plan.chunks)
-            if self.under_way and plan.chunks and self._is_decoding_on(plan):
+            if self.in_flight and plan.chunks and self._is_decoding_on(plan):
                 fed = {chunk.seq_id for chunk in plan.chunks}
                 for group in self.scheduler.line.running:
-                    assert all(seq.seq_id in fed or group.is_ending(seq) for seq in group.unfinished), "nobody waits"
-                before = self.under_way[-1][0]
+                    assert all(seq.seq_id in fed or group.is_ending(seq) for seq in group.unfinished), (
+                        "no sequence waits"
+                    )
+                before = self.in_flight[-1][0]
                 self.seen["decoded on"] += 1
                 self.seen["decoded on without those that ended"] += len(plan.samples) < len(before.samples)
                 self.seen["decoded on after prompts"] += before.num_tokens > len(before.chunks)
-            self.under_way.append((plan, self.device.execute(plan.plan)))
+            self.in_flight.append((plan, self.device.execute(plan.plan)))
         return plan
 
     def _is_decoding_on(self, plan: SpelledPlan) -> bool:
@@ -383,9 +385,9 @@ class Episode:
         return is_plain and len(plan.samples) == len(plan.chunks) and self.scheduler.rows.is_all_steady
 
     def _update(self) -> None:
-        """Take in the results of the oldest step under way."""
+        """Apply the results of the oldest step in flight."""
         sequences = self.scheduler.roster.sequences
-        plan, result = self.under_way.pop(0)
+        plan, result = self.in_flight.pop(0)
         gaining = [sample.seq_id for sample in plan.samples]
         gaining += [plan.chunks[select.chunks[0]].seq_id for select in plan.beams]
         self.seen["ended while a token of theirs was under way"] += not sequences.keys() >= set(gaining)
@@ -402,7 +404,7 @@ class Episode:
             for other in waiting:
                 is_admitted = group not in running_before
                 if is_admitted or group.request.priority == other.request.priority:
-                    assert schedule_order(group) < schedule_order(other), "nobody overtakes"
+                    assert schedule_order(group) < schedule_order(other), "no group overtakes"
 
     def _device_blocks(self, seq: Sequence) -> list[int]:
         return [] if self.blocks.is_swapped(seq.seq_id) else self.blocks.block_table(seq.seq_id)
@@ -410,9 +412,9 @@ class Episode:
     def _check_refusal(self) -> None:
         """Assert that a group which is not matched again could not start."""
         admission, first = self.scheduler._admission, self.scheduler.line.first
-        if first is not None and admission.is_known_short(first):
+        if first is not None and (num_known_short := admission.num_known_short(first)) > 0:
             self.seen["refused without another match"] += 1
-            assert admission.start(first).num_short > 0
+            assert admission.start(first).num_short >= num_known_short
 
     def _count(self, plan: SpelledPlan, running_before: list[SequenceGroup]) -> None:
         scheduler, seen = self.scheduler, self.seen
@@ -440,7 +442,7 @@ class Episode:
             is_loading = is_loading and leader.state is SequenceState.LOADING and leader.num_computed > 0
             num_loading = len(plan.from_host) * self.blocks.block_size
             seen["hits in both tiers at once"] += is_loading and num_loading < leader.num_computed
-            for chunk in self.under_way[-1][0].chunks if self.under_way and leader.state.holds_blocks else ():
+            for chunk in self.in_flight[-1][0].chunks if self.in_flight and leader.state.holds_blocks else ():
                 written = chunk.block_table[chunk.start // self.blocks.block_size :]
                 is_shared = not set(written).isdisjoint(self._device_blocks(leader))
                 seen["shared blocks of a step in flight"] += is_shared
@@ -540,7 +542,7 @@ def finish_all(device: FakeDevice, *groups: SequenceGroup) -> list[SpelledPlan]:
 
 
 def held(device: FakeDevice, group: SequenceGroup) -> list[list[int]]:
-    """What the device's pool holds of each of a group's sequences."""
+    """The content of the device's pool for each sequence of a group."""
     tables = [device.scheduler.blocks.block_table(seq.seq_id) for seq in group.sequences]
     slots = [device.pool[table].ravel().tolist() for table in tables]
     return [own[: seq.num_computed] for own, seq in zip(slots, group.sequences, strict=True)]
@@ -752,7 +754,7 @@ def test_what_a_pin_borrows_is_not_counted_on_once_a_step_has_failed():
     finish_all(device, group)
 
 
-def test_nobody_makes_way_for_a_request_that_shares_the_blocks_it_would_gain():
+def test_no_group_is_preempted_for_a_request_that_shares_the_blocks_it_would_gain():
     device = make_device(8, block_size=4, rows=8, budget=64, preemption="recompute")
     first = add(device, "first", 12, max_tokens=4, ignore_eos=True)
     low = add(device, "low", 9, max_tokens=3, priority=1, ignore_eos=True)
@@ -764,11 +766,11 @@ def test_nobody_makes_way_for_a_request_that_shares_the_blocks_it_would_gain():
     finish_all(device, first, low, sharing)
 
 
-def test_who_resumes_from_blocks_still_on_the_device_preempts_nobody_while_a_step_is_under_way():
+def test_a_group_that_resumes_from_blocks_on_the_device_preempts_none_while_a_step_is_in_flight():
     device = make_device(12, block_size=1, num_host_blocks=32, rows=8, budget=64, model_len=60)
     scheduler = device.scheduler
     groups = [add(device, name, 2, max_tokens=6, ignore_eos=True) for name in "abcd"]
-    under_way: list[tuple[StepPlan, StepResult]] = []
+    in_flight: list[tuple[StepPlan, StepResult]] = []
     num_found = 0
 
     def plan_one(schedule: Callable[[], StepPlan | None]) -> None:
@@ -777,13 +779,13 @@ def test_who_resumes_from_blocks_still_on_the_device_preempts_nobody_while_a_ste
         plan = schedule()
         if plan is not None:
             num_found += scheduler.stats().num_swaps_in > num_swaps_in and not plan.from_host
-            under_way.append((plan, device.execute(plan)))
+            in_flight.append((plan, device.execute(plan)))
 
     while scheduler.has_unfinished:
-        if not under_way:
+        if not in_flight:
             plan_one(scheduler.schedule)
         plan_one(scheduler.schedule_ahead)
-        scheduler.update(*under_way.pop(0))
+        scheduler.update(*in_flight.pop(0))
         device.audit()
     for group in groups:
         assert_is_what_was_asked_for(group, scheduler)

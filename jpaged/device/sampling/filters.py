@@ -214,7 +214,7 @@ def top_k(values: Float[Array, "rows vocab"], k: int) -> tuple[Float[Array, "row
     greatest maxima are searched: a value of any other chunk is preceded by one from each of them.
 
     Args:
-        values: of rows with NaN, some are returned.
+        values: the rows; a row with NaN returns some of its values.
         k: at most the vocabulary (static).
     """
     rows, size = values.shape

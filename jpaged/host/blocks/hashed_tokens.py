@@ -1,7 +1,6 @@
 """Hashed tokens: the tokens of a sequence, cut into blocks, and the hash of each block, made once."""
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
 from jpaged.host.blocks.prefix_cache import Prefix, hash_block, split_blocks
 
@@ -38,26 +37,31 @@ class HashedTokens:
 
     def full_blocks(self, num_tokens: int) -> Sequence[HashedBlock]:
         """The full blocks of the first ``num_tokens`` tokens, and perhaps more."""
-        num_full = num_tokens // self._block_size
-        if num_full > len(self._full):
-            start = len(self._full)
-            digest = self._full[-1][1] if start else Prefix.empty(self.salt).digest
-            new_tokens = self._token_ids[start * self._block_size : num_full * self._block_size]
-            self._full += hash_blocks(digest, new_tokens, self._block_size)
-        return self._full
+        full, block_size = self._full, self._block_size
+        start, num_full = len(full), num_tokens // block_size
+        if num_full > start:
+            new_tokens = self._token_ids[start * block_size : num_full * block_size]
+            full += hash_blocks(self._digest_of(start), new_tokens, block_size)
+        return full
 
-    def blocks(self, start: int, num_tokens: int) -> Iterator[HashedBlock]:
+    def blocks(self, start: int, num_tokens: int) -> list[HashedBlock]:
         """The blocks of the first ``num_tokens`` tokens, from block ``start`` on; the last may be partial."""
         num_full = num_tokens // self._block_size
-        full = self.full_blocks(num_tokens)
-        yield from islice(full, start, num_full)
-        if num_tokens > num_full * self._block_size and start <= num_full:
-            digest = full[num_full - 1][1] if num_full else Prefix.empty(self.salt).digest
-            yield from hash_blocks(digest, self._token_ids[num_full * self._block_size : num_tokens], self._block_size)
+        blocks = list(self.full_blocks(num_tokens)[start:num_full])
+        if start <= num_full and num_tokens % self._block_size:
+            rest = self._token_ids[num_full * self._block_size : num_tokens]
+            blocks += hash_blocks(self._digest_of(num_full), rest, self._block_size)
+        return blocks
+
+    def _digest_of(self, num_full: int) -> bytes:
+        """The digest of the prefix that ends with so many full blocks, which have been hashed."""
+        return self._full[num_full - 1][1] if num_full else Prefix.empty(self.salt).digest
 
 
-def hash_blocks(digest: bytes, token_ids: Sequence[int], block_size: int) -> Iterator[HashedBlock]:
-    """Hash the blocks of ``token_ids``, which continue a prefix with this digest."""
+def hash_blocks(digest: bytes, token_ids: Sequence[int], block_size: int) -> list[HashedBlock]:
+    """Hash the blocks of ``token_ids``, which continue a prefix with this digest; the last block may be partial."""
+    blocks = []
     for tokens in split_blocks(token_ids, block_size):
         digest = hash_block(digest, tokens)
-        yield tokens, digest
+        blocks.append((tokens, digest))
+    return blocks

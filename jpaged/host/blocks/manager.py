@@ -21,7 +21,7 @@ from jpaged.host.blocks.batch import BatchRow, BlockBatch, pad_batch, slots_of
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.blocks.holdings import Holdings
 from jpaged.host.blocks.prefix_cache import PrefixMatch
-from jpaged.host.blocks.publish import check_publish, publish
+from jpaged.host.blocks.publish import holding_to_publish, publish
 from jpaged.host.blocks.reserve import Reserve
 from jpaged.host.blocks.stats import BlockStats, count_blocks
 from jpaged.host.blocks.swap import Swap
@@ -228,12 +228,12 @@ class BlockManager:
             ValueError: an unknown or swapped ``seq_id``, ``num_computed`` beyond the tokens, or a salt that changed.
         """
         salt = token_ids.salt if isinstance(token_ids, HashedTokens) else salt
-        check_publish(self._holdings, seq_id, token_ids, num_computed, salt)
+        holding = holding_to_publish(self._holdings, seq_id, token_ids, num_computed, salt)
         if self.enable_prefix_caching:
-            holding = self._holdings.held_by(seq_id)
             start = holding.num_published
             publish(self._tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
-            self._tiers.fill(holding.blocks[start : holding.num_published] if is_filling else ())
+            if is_filling:
+                self._tiers.fill(holding.blocks[start : holding.num_published])
 
     # Two tiers ----------------------------------------------------------------------------------------------------
 

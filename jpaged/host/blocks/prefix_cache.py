@@ -1,8 +1,8 @@
 """The prefix cache: finds the physical block that already holds the KV of a given prefix of tokens.
 
 The KV of a block depends on its own tokens and on all tokens before them, so a block is named by its whole ``Prefix``
-(the paper's "shared prefix", section 4.4, found automatically). A prefix is pure content; where its KV lies is the
-cache's business. Each tier of blocks (``block_tier``) has a cache of its own.
+(the paper's "shared prefix", section 4.4, found automatically). A prefix is pure content; the cache knows the block
+that holds its KV. Each tier of blocks (``blocks.tier``) has a cache of its own.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ class Prefix:
     """The tokens of a chain of blocks, linked from the last block back to the salt. All but the last are full.
 
     Args:
-        parent: everything before the last block; None for the empty prefix.
+        parent: the prefix before the last block; None for the empty prefix.
         tokens: the last block's token ids, 8 bytes each; empty for the empty prefix.
         salt: separates users of one cache: prefixes of different salts are different.
-        digest: SHA-256 chained over the salt and every block's tokens. Finds, but never proves: see ``is_same``.
+        digest: SHA-256 chained over the salt and every block's tokens. It finds, but never proves: see ``is_same``.
     """
 
     parent: Self | None = field(repr=False)
@@ -95,7 +95,7 @@ def split_blocks(token_ids: Sequence[int], block_size: int) -> Iterator[bytes]:
 
 
 class PrefixCache:
-    """Prefix -> physical block, one to one. One writer: the BlockManager, which decides what enters and leaves.
+    """Prefix -> physical block, one to one. One writer: the BlockManager, which decides on entries.
 
     Args:
         block_size: tokens in a block.
@@ -138,7 +138,7 @@ class PrefixCache:
         return digest in self._blocks
 
     def find_longest(self, parent: Prefix, tokens: bytes) -> tuple[int | None, int]:
-        """The block after ``parent`` that starts with most of ``tokens``, and with how many; None with 0."""
+        """The block after ``parent`` that starts with most of ``tokens``, and their number; None, 0 if none does."""
         siblings = self._children.get(parent.digest, [])
         index = bisect_left(siblings, (tokens,))
         best: tuple[int | None, int] = None, 0
@@ -178,7 +178,7 @@ class PrefixCache:
         return prefix
 
     def evict(self, block: int) -> Prefix | None:
-        """Forget ``block``, which is about to be overwritten; returns what it held, None when it is not cached."""
+        """Forget ``block``, which is about to be overwritten. Returns the prefix that it held, None if not cached."""
         prefix = self._prefixes.pop(block, None)
         if prefix is not None:
             assert prefix.parent is not None
@@ -212,8 +212,8 @@ class PrefixHit:
 
     Args:
         block: the physical block in its tier.
-        num_tokens: how many of its first tokens are wanted: all of a block, except perhaps for the last hit.
-        is_on_host: it lies in the host tier.
+        num_tokens: tokens of the block that match, from its first on: all of them, except perhaps in the last hit.
+        is_on_host: whether the block is in the host tier.
     """
 
     block: int

@@ -8,10 +8,10 @@ from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache
 from jpaged.host.blocks.tier import TwoTiers
 
 
-def check_publish(
+def holding_to_publish(
     holdings: Holdings, seq_id: Hashable, token_ids: Sequence[int] | HashedTokens, num_computed: int, salt: bytes
-) -> None:
-    """Raise ValueError if the sequence is not on the device, has not so many tokens, or has another salt."""
+) -> Holding:
+    """The blocks of a sequence. Raises ValueError if it is not on the device, has fewer tokens, or another salt."""
     holding = holdings.held_by(seq_id)
     num_tokens = holdings.num_tokens(holding)
     if not 0 <= num_computed <= num_tokens or num_computed > len(token_ids):
@@ -21,6 +21,7 @@ def check_publish(
         )
     if holding.prefix is not None and holding.prefix.salt != salt:
         raise ValueError(f"salt={salt!r}: sequence {seq_id!r} shares or published blocks under {holding.prefix.salt!r}")
+    return holding
 
 
 def publish(
@@ -39,7 +40,7 @@ def publish(
         holding: the sequence's blocks.
         token_ids: the sequence's tokens.
         num_computed: tokens of these whose KV is in the pool once all planned steps have run.
-        salt: of the prefix.
+        salt: salt of the prefix.
         include_partial: enter the last, partial block too, and blocks whose entries other blocks have lost.
     """
     cache, block_size, start = tiers.device.cache, tiers.block_size, holding.num_published

@@ -89,9 +89,8 @@ def _attend(
     call: Call, *, sizes: Sizes, num_sms: int, interpret: plgpu.InterpretGPUParams | None
 ) -> Float[Array, "tokens num_heads head_dim"]:
     _, kv_lens, cu_q_lens = call.batch
-    # XLA passes a part of a larger array on by its address, which need not have the alignment that a kernel's operand
-    # has to have. This makes an array of its own, by an operation that XLA cannot drop: it does not know that there
-    # are no entries below 0.
+    # XLA passes a part of a larger array on by its address, which may lack the alignment of a kernel's operand. So this
+    # makes a new array, by an operation that XLA cannot drop: XLA does not know that no entry is below 0.
     batch = call.batch._replace(block_tables=jnp.maximum(call.batch.block_tables, 0))
     call = replace(call, batch=batch)
     window = call.scoring.sliding_window

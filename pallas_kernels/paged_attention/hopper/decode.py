@@ -1,15 +1,15 @@
 """Decode attention on Hopper at the speed of memory: rows of one query, over their blocks.
 
 One thread block is one worker (see schedule.py) of two warpgroups. The producer copies the blocks of a tile into a ring
-in shared memory, one TMA for each block of K and of V. The consumer multiplies them on the tensor cores with K, and
-then V transposed, as the large operand, and the heads of a group as the small one:
+in shared memory, with one TMA for each block's K and V. The consumer multiplies them on the tensor cores. K, and then
+V transposed, is the large operand; the heads of a group are the small operand:
 
     scores [tile_tokens, heads] = K [tile_tokens, head_dim] @ q^T [head_dim, heads]
     output [head_dim, heads]   += V^T [head_dim, tile_tokens] @ weights [tile_tokens, heads]
 
-So a group of up to 8 heads costs as much as the tensor cores' smallest product, and the arithmetic hides behind the
-copies: 64 tokens of K and V (32 KB) take 1.0 us of a multiprocessor's share of the bandwidth. In 8-bit pools they take
-half of that time; the consumer widens 8-bit tiles to float16 as it reads them (see decode_quantized.py).
+So a group of up to 8 heads costs as much as the tensor cores' smallest product. The arithmetic hides behind the copies:
+64 tokens of K and V (32 KB) take 1.0 us of a multiprocessor's share of the bandwidth. In 8-bit pools they take half of
+that time. The consumer widens 8-bit tiles to float16 as it reads them (see decode_quantized.py).
 """
 
 from typing import NamedTuple

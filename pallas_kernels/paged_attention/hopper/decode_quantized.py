@@ -1,17 +1,17 @@
 """Widening of 8-bit tiles to float16 in the decode kernel's consumer: in registers, before the tensor cores.
 
 A warp loads matrices of 8 x 8 elements of 16 bits, which here are pairs of bytes. Each thread gets two pairs of each
-matrix, where it would get two float16 numbers of the A operand of a product. It makes numbers of two operands of them.
+matrix, in place of two float16 numbers of a product's A operand. It makes numbers of two operands of them.
 
 K [tokens, head_dim]: a thread has four dims of a token. Dims 0 and 1 of each four make one operand, dims 2 and 3 the
-other, and the queries have their dims in the same order. V^T [head_dim, tokens]: a thread has two dims of each of two
-tokens. The even dims make rows 0-7 of each 16 rows of the operand, the odd dims rows 8-15, and outputs have that order.
+other. The queries have their dims in the same order. V^T [head_dim, tokens]: a thread has two dims of each of two
+tokens. The even dims make rows 0-7 of each 16 rows of the operand, the odd dims rows 8-15. Outputs have that order.
 
 V's scales go into the weights: exp2(score + log2(scale) - top), which is at most 1 since ``top`` includes the scales.
 The weights are float16, whose full precision ends at 2^-14. So the token with the largest score keeps full precision
-as long as its scale is no less than 2^-14 of the row's largest scale; a token of less weight, accordingly less. Tokens
-below that limit err by up to 2^-25 of the largest scale for each stored unit. The error is small beside the output,
-unless all other tokens are nearly zero in some dim.
+from 2^-14 of the row's largest scale. A token of less weight needs a larger scale. Tokens below that limit err by up to
+2^-25 of the largest scale for each stored unit. The error is small beside the output, unless all other tokens are
+nearly zero in some dim.
 """
 
 from typing import NamedTuple
@@ -130,7 +130,7 @@ def _float8_to_float16(order: int) -> str:
 
 
 def _int8_to_float16(order: int) -> str:
-    """PTX with 0x6400, which is 1024 in float16 with a last bit of 1; a flipped sign bit turns x into x + 128."""
+    """PTX that adds to 0x6400, 1024 in float16 with a last bit of 1. A flipped sign bit turns x into x + 128."""
     low, high = (0x4040 | order >> shift & 0xF | (order >> shift + 4 & 0xF) << 8 for shift in (0, 8))
     return f"""{{
         .reg .b32 bytes, offset;

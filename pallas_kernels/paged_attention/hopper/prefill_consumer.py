@@ -1,7 +1,7 @@
 """The arithmetic of the prefill kernel: one of the two consumers of a thread block.
 
-The tensor cores multiply a tile's queries and keys, and the last tile's weights and values, while other units compute a
-softmax: the softmax of the same consumer, or that of the other consumer, since the two alternate.
+The tensor cores multiply a tile's queries and keys, and the last tile's weights and values. Meanwhile other units
+compute a softmax: that of the same consumer, or that of the other consumer, since the two alternate.
 """
 
 from functools import partial

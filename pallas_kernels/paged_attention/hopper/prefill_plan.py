@@ -22,7 +22,7 @@ TILE_BYTES = SMEM_BYTES - 2 * 1024
 """Shared memory for tiles; barriers and alignment take the rest."""
 
 CACHED_KV_BYTES = 32 * 2**20
-"""K and V that items in flight at one time may cover, so that they stay in a cache of 50 MB beside other data."""
+"""K and V of items in flight at one time, at most, so that they stay in a cache of 50 MB beside other data."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def plan_prefill(
 
 
 def _section(case: Case, num_cached: Float[Array, ""]) -> Int[Array, ""]:
-    """The largest divisor of the units whose K and V of so many tokens stay in the cache; 1 if there is none."""
+    """The largest divisor of the units whose K and V stay in the cache, with so many tokens; 1 if there is none."""
     section = jnp.int32(1)
     for units in range(2, case.num_units + 1):
         if case.num_units % units == 0:

@@ -1,7 +1,7 @@
 """Arithmetic that the Hopper kernels share: weights from scores, and matrix products that also run interpreted.
 
 A tile has 64 query rows, the number that one warpgroup multiplies. A tile's matrices live in registers in the layout of
-``wgmma``'s accumulator; arrays with one entry for each row, in that layout reduced over its columns.
+``wgmma``'s accumulator. Arrays with one entry for each row have that layout reduced over its columns.
 """
 
 import math

@@ -109,10 +109,11 @@ def write_and_attend_tpu(
     chip: Chip | None = None,
     interpret: pltpu.InterpretParams | None = None,
 ) -> Attended:
-    """``write_kv`` of this step's tokens and ``attend_tpu`` in one: K and V of a decode join the block that it reads.
+    """``write_kv`` of this step's tokens and ``attend_tpu`` in one.
 
-    The tokens' slots follow from their positions and the block tables. A kernel of its own writes the tokens of rows
-    that have several, and all tokens of a quantised pool, beforehand.
+    The tokens' slots follow from their positions and the block tables. The kernel puts K and V of a decode into the
+    block that the decode reads. A separate kernel first writes rows of several tokens, and all rows of a quantised
+    pool.
 
     Args:
         call: the call; donate its pool, and the pool's scales, to the enclosing jit.

@@ -1,4 +1,4 @@
-"""A batch's way into the kernel and back: its launch, its work list, and the layouts that XLA makes for it."""
+"""The way of a batch into the kernel and back: launch, work list, and layouts that XLA makes."""
 
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ SMEM_SHARE = 0.9
 
 
 def slots_of_rows(call: Call, *, least_tokens: int) -> Int[Array, " tokens"]:
-    """The slots of the tokens of rows that have at least so many; slot 0, which padding has, for all other tokens."""
+    """The slots of tokens of rows with at least so many tokens; for all other tokens slot 0, as for padding."""
     block_tables, kv_lens, cu_q_lens = call.batch
     block_size = shape_of(call.kv.pool).block_size
     token = jnp.arange(call.num_tokens, dtype=jnp.int32)
@@ -46,7 +46,7 @@ def slots_of_rows(call: Call, *, least_tokens: int) -> Int[Array, " tokens"]:
 
 
 def layout_of_pool(head_dim: int, pool: BlockPool, num_kv_heads: int | None) -> LaneLayout:
-    """How a model's KV heads lie in a pool's rows: side by side if they fit, and if there are as many."""
+    """The layout of a model's KV heads in a pool's rows: side by side if they fit, and if there are as many."""
     _, _, pool_heads, _, pool_dim = shape_of(pool)
     per_row = pool_dim // head_dim if num_kv_heads is None else num_kv_heads // pool_heads
     if per_row == 0 or per_row * head_dim > pool_dim or (num_kv_heads or per_row * pool_heads) != per_row * pool_heads:

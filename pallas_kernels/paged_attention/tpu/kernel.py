@@ -1,8 +1,8 @@
 """The ragged paged attention kernel: one stream of chunks of K and V, and the softmax of each tile over its chunks.
 
 Every core takes each ``num_cores``-th tile. The chunks of all tiles of a core form one line, across tiles. While the
-core attends a chunk, the copies of the next chunks are in flight, and before them the copies of their pieces of block
-tables. So a core waits for the first chunk of a launch only, and reads only blocks that some query of a tile sees.
+core attends a chunk, the copies of the next chunks are in flight. The copies of pieces of block tables come before
+them. So a core waits for the first chunk of a launch only. It reads only blocks that some query of a tile sees.
 """
 
 import math

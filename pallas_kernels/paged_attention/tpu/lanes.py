@@ -1,11 +1,11 @@
 """Pools whose rows hold several heads narrower than a vector register's 128 lanes, so that no memory is padding.
 
-XLA keeps an array with fewer than 128 columns in a layout of its own, and would copy the whole pool for a kernel. So a
-pool for TPUs has rows of a multiple of 128. KV heads of 64 lie in pairs and KV heads of 32 in fours, side by side in
-their order in K and V, which only need a reshape. Other heads, such as 80 or 96, are padded with zeros.
+XLA keeps an array with fewer than 128 columns in a layout of its own. It would copy the whole pool for a kernel. So a
+pool for TPUs has rows of a multiple of 128. KV heads of 64 lie side by side in pairs, KV heads of 32 in fours, in
+their order. K and V then only need a reshape. Other heads, such as 80 or 96, are padded with zeros.
 
-The kernel sees one wide KV head for several KV heads of the model. A query has zeros in the lanes of other KV heads,
-and only the lanes of its own KV head count in its output.
+The kernel sees one wide KV head for several KV heads of the model. A query has zeros in the lanes of other KV heads.
+Only the lanes of its own KV head count in its output.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """The work list of the kernel for a batch, in plain integer arithmetic on the device.
 
 The query heads of a KV head stand one below the other. A *row tile* is as many query tokens of one sequence as then
-fill the sublanes of a register; a *tile* is up to ``tile_row_tiles`` row tiles of one sequence. Both depend on lengths
+fill the sublanes of a register. A *tile* is up to ``tile_row_tiles`` row tiles of one sequence. Both depend on lengths
 only, so the compiler keeps one copy for all layers of a step.
 """
 
