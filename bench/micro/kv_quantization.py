@@ -1,4 +1,4 @@
-"""What 8-bit K and V cost: the divergence of next-token distributions from those over an unquantised pool.
+"""The cost of 8-bit K and V: the divergence of next-token distributions from those over an unquantised pool.
 
     python -m bench kv-quantization
     python -m bench kv-quantization --files 8
@@ -36,10 +36,10 @@ class Divergence:
     """Divergence of the distributions over one kind of pool.
 
     Args:
-        mean: over all tokens, in nats.
-        prompts, decodes: over the tokens of either kind.
-        largest: of one token.
-        same_best: share of tokens after which the likeliest next token is the same.
+        mean: mean over all tokens, in nats.
+        prompts, decodes: mean over the tokens of either kind.
+        largest: greatest divergence at one token.
+        same_best: share of tokens after which the most probable next token is the same.
         capacity: tokens that a pool holds, over tokens that a bfloat16 pool of the same bytes holds.
     """
 

@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What one platform is given where the settings say nothing.
+    """The defaults of one platform, for settings that leave the choice open.
 
     Args:
         platform: JAX's name.

@@ -1,4 +1,4 @@
-"""What the engine asks of the kernels of a platform, and what all platforms have in common."""
+"""The protocol between the engine and the kernels of a platform, and its common part."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

@@ -69,7 +69,7 @@ class HostPool:
     Attributes:
         bytes_to_host, bytes_from_host: copied since the start, over all devices.
         stalled_s: seconds in which a step waited for copies.
-        costs: what copies and prefills cost here, kept current; None until ``measure``.
+        costs: measured costs of copies and prefills, kept current; None until ``measure``.
     """
 
     def __init__(self, num_blocks: int, block: jax.ShapeDtypeStruct, program: Callable[[tuple], jax.stages.Compiled]):
@@ -212,7 +212,7 @@ class HostPool:
             self.costs = dataclasses.replace(self.costs, prefill_token_s=token_s)
 
     def _learn(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
-        """A transfer is over. When nobody saw its end, it took this long at most."""
+        """A transfer is over. If its end was not observed, the elapsed time is an upper bound."""
         if self.costs is None:
             return
         block_s = getattr(self.costs, transfer.cost)
@@ -227,7 +227,7 @@ def _average(old: float, new: float) -> float:
 
 
 def _padded_ids(blocks: Sequence[int]) -> np.ndarray:
-    """Block ids up to the size of a program; block 0 is nobody's."""
+    """Block ids, padded to the size of a program with block 0, which belongs to no sequence."""
     ids = np.zeros(next(size for size in MOVE_SIZES if size >= len(blocks)), np.int32)
     ids[: len(blocks)] = blocks
     return ids
