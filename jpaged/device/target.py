@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The defaults of one platform, for settings that leave the choice open.
+    """Defaults of one platform, where the settings say nothing.
 
     Args:
         platform: JAX's name.
