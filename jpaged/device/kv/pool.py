@@ -8,9 +8,9 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, Float, Float32, Int, Real, UInt8
 
+from jpaged.sharding import check_axes
 from pallas_kernels import (
     block_pool_shape,
     copy_blocks,
@@ -68,13 +68,9 @@ class KVCache:
             sharding: spreads the pool over devices (``pool_sharding``), and its scales alike.
 
         Raises:
-            ValueError: the mesh of ``sharding`` has Explicit axes.
+            ValueError: a mesh whose axes are not Auto.
         """
-        if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
-            raise ValueError(
-                f"the mesh of sharding has axis types {sharding.mesh.axis_types}: expected AxisType.Auto, since "
-                "the compiler shards the steps; make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * num_axes"
-            )
+        check_axes(sharding)
         shape = block_pool_shape(num_blocks, num_layers, num_kv_heads, block_size, head_dim)
         pool = jnp.zeros(shape, dtype, device=sharding)
         if not is_quantized(dtype):
