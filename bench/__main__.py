@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in BENCHMARKS:
         print("usage: python -m bench NAME [options]; python -m bench NAME --help\n")
-        print("\n".join(f"  {name:12} {benchmark.line}" for name, benchmark in BENCHMARKS.items()))
+        print("\n".join(f"  {name:16} {benchmark.line}" for name, benchmark in BENCHMARKS.items()))
         return 0 if argv in ([], ["-h"], ["--help"]) else 2
     benchmark = BENCHMARKS[argv[0]]
     module = importlib.import_module(benchmark.module)

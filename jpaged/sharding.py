@@ -1,7 +1,7 @@
 """The mesh, and the logical axes that are split over it."""
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import KV_HEAD_AXIS
@@ -29,6 +29,21 @@ def make_mesh(tensor_parallel_size: int = 1) -> Mesh:
     return jax.make_mesh(
         (tensor_parallel_size,), (TENSOR_AXIS,), axis_types=(AxisType.Auto,), devices=devices[:tensor_parallel_size]
     )
+
+
+def check_axes(sharding: Sharding | None) -> None:
+    """Check that the compiler may split what lies along the axes of a sharding.
+
+    Raises:
+        ValueError: a mesh with axes that are not Auto.
+    """
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+        kinds = ", ".join(f"{name}={kind.name}" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise ValueError(
+            f"the mesh has axes of types {kinds}: expected Auto for each; make it with make_mesh, or with "
+            f"jax.make_mesh(..., axis_types=(AxisType.Auto,) * {len(mesh.axis_names)})"
+        )
 
 
 def check_divisible(mesh: Mesh, **sizes: int) -> None:

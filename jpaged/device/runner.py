@@ -27,6 +27,7 @@ from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, Pac
 from jpaged.device.step.programs import Programs, dtype_of, split_model
 from jpaged.device.target import BACKENDS, choose_backend
 from jpaged.models import ModelConfig, fuse_norms, fuse_projections
+from jpaged.sharding import check_axes, replicated
 from pallas_kernels.paged_attention import INTERPRETERS, why_cannot_run
 
 
@@ -136,6 +137,7 @@ class ModelRunner:
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
+        check_axes(replicated(mesh))
         max_model_len = check_settings(model_config, config)
         fuse_projections(model)
         backend = choose_backend(model_config, config, dtype_of(model), mesh)

@@ -47,6 +47,7 @@ class RowTable:
     Args:
         num_rows: sequences that run at once at most.
         blocks: the bookkeeping of the pools, which knows the block tables.
+        max_burst: tokens that a plan may draw for a row.
 
     Attributes:
         seq_ids: sequence of each row; -1 for a free row.
@@ -58,7 +59,7 @@ class RowTable:
         is_due: whether steps have filled blocks of each steady row that are not published yet.
     """
 
-    def __init__(self, num_rows: int, blocks: BlockManager) -> None:
+    def __init__(self, num_rows: int, blocks: BlockManager, max_burst: int = 1) -> None:
         self._blocks = blocks
         self._free = list(range(num_rows))
         heapify(self._free)
@@ -85,8 +86,8 @@ class RowTable:
         self._stops: Int32[np.ndarray, "rows stops"] = np.full((num_rows, MOST_STOPS), _NO_TOKEN, np.int32)
         # Tokens that sequences have not read, at positions from flushed to known.
         self._flushed: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
-        self._tail: Int32[np.ndarray, "rows tail"] = np.zeros((num_rows, _TAIL_LEN), np.int32)
-        self._tail_logprobs: Float32[np.ndarray, "rows tail"] = np.zeros((num_rows, _TAIL_LEN), np.float32)
+        self._tail: Int32[np.ndarray, "rows tail"] = np.zeros((num_rows, max(_TAIL_LEN, max_burst)), np.int32)
+        self._tail_logprobs: Float32[np.ndarray, "rows tail"] = np.zeros(self._tail.shape, np.float32)
 
     # Owners -------------------------------------------------------------------------------------------------------
 
@@ -117,6 +118,7 @@ class RowTable:
         seq.leave_row()
         self._groups[row] = self._seqs[row] = None
         self.seq_ids[row] = -1
+        self.is_due[row] = False
         if self._cells.pop(row, None) is not None:
             self._entered.remove(row)
         self._changed.pop(row, None)
@@ -143,7 +145,6 @@ class RowTable:
         assert seq is not None
         if seq.is_steady:
             self.flush(row)
-            self.is_due[row] = False
             position, known = int(self.positions[row]), int(self.known[row])
             self.is_steady[row] = seq.is_steady = False
             self._num_steady -= 1
@@ -284,7 +285,7 @@ class RowTable:
             rows, num_draws = rows[taking], num_draws[taking]
             token_ids, logprobs = token_ids[:, taking], logprobs[:, taking]
         offsets = self.known[rows] - self._flushed[rows]
-        for index in np.flatnonzero(offsets + num_steps > _TAIL_LEN).tolist():
+        for index in np.flatnonzero(offsets + num_steps > self._tail.shape[1]).tolist():
             self.flush(int(rows[index]))
             offsets[index] = 0
         for step in range(num_steps):  # a row that draws fewer tokens ends with them, and has taken none

@@ -79,7 +79,7 @@ class Scheduler:
         self.roster = Roster(blocks.block_size)
         self.line = Line()
         self.pins = Pins(blocks)
-        self.rows = RowTable(max_num_seqs, blocks)
+        self.rows = RowTable(max_num_seqs, blocks, max_burst)
         self._admission = Admission(
             blocks,
             self.roster,

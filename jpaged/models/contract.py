@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from jpaged.models.checkpoint.config import ModelConfig
 from jpaged.models.spec import Attend, LayerSpec, check_head_arrays
-from jpaged.sharding import check_divisible, param_sharding, replicated
+from jpaged.sharding import check_axes, check_divisible, param_sharding, replicated
 
 NUM_TOKENS = 3
 """Tokens of the abstract pass."""
@@ -55,6 +55,7 @@ def check_model(model: Any, config: ModelConfig, dtype: str, mesh: Mesh) -> None
     Raises:
         ValueError: not a module that can be served, or one that disagrees with ``config``, ``dtype`` or ``mesh``.
     """
+    check_axes(replicated(mesh))
     _check_kind(model, config)
     weights = [x for x in jax.tree.leaves(nnx.state(model)) if jnp.issubdtype(x.dtype, jnp.floating)]
     if not weights:

@@ -40,12 +40,18 @@ def quantize(
     shape = shape_of(pool)
     blocks, offsets = jnp.divmod(slots, shape.block_size)
     kv = jnp.stack([k, v], axis=1).astype(jnp.float32)
+    # XLA writes the scales in place only if every reader of the array before comes first. So each write depends on
+    # these readers: on the attention of the layer before, through K, then on the reads below. Otherwise XLA copies the
+    # scales of all blocks, twice a layer.
+    kv_scales, kv = lax.optimization_barrier((kv_scales, kv))
     started = jnp.where(offsets == 0, blocks, shape.num_blocks)
     kv_scales = kv_scales.at[started, layer].set(0, mode="drop", wrap_negative_indices=False)
     old = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
+    kv_scales, old = lax.optimization_barrier((kv_scales, old))
     least = _least_scales(kv, pool.dtype)
     kv_scales = kv_scales.at[blocks, layer].max(least, mode="drop", wrap_negative_indices=False)
     new = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
+    kv_scales, new = lax.optimization_barrier((kv_scales, new))
     return Quantized(to_stored(kv / new[..., None], pool.dtype), kv_scales, old, new)
 
 

@@ -21,7 +21,8 @@ from bench.serving import command
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
 from bench.serving.figures import Figures, Floor
 from bench.serving.profiling import profile_decode
-from bench.serving.runs import Bench, sampling
+from bench.serving.runs import Bench, TimeIsUp, sampling
+from bench.serving.scenarios import run_workload
 from bench.serving.sizes import QUICK
 from bench.serving.startup import StartUp, start_cold
 from bench.serving.stopwatch import HOST_PARTS, Stopwatch
@@ -306,6 +307,18 @@ def test_loading_runs_every_program_of_plain_steps(bench, monkeypatch):
     compiled = set(bench.runner.programs.all_keys())
     assert len(compiled) >= 8
     assert {key for key in compiled if key[0] != "copy"} <= programs_of(bench.load_programs)
+
+
+def test_breakdowns_can_be_left_out_and_no_workload_begins_after_the_end(bench, monkeypatch):
+    options = SimpleNamespace(decode_batches=[2], no_breakdown=True, profile=None)
+    report = {"figures": {}, "steps": {}}
+    monkeypatch.setattr(bench, "figures", Figures(report, {}, lambda: None))
+    run_workload("decode", bench, options)
+    run_workload("prefill32", bench, options)
+    assert (list(report["figures"]), report["steps"]) == (["decode_2_ms", "prefill2_s"], {})
+    monkeypatch.setattr(bench, "end", 0.0)
+    with pytest.raises(TimeIsUp):
+        run_workload("decode", bench, options)
 
 
 # The command

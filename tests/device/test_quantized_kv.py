@@ -17,8 +17,10 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.device.runner import ModelRunner
 from jpaged.device.target import BACKENDS
 from jpaged.engine.loop import Engine
+from jpaged.models.spec import LayerSpec
 from jpaged.request import CompletionOutput, SamplingParams, derive_seed
 from jpaged.sharding import make_mesh, pool_sharding
+from pallas_kernels.chips import here
 from tests.support import tiny
 
 SETTINGS = ["int8", "fp8"]
@@ -181,6 +183,35 @@ def test_beams_over_shared_blocks_score_as_if_each_had_blocks_of_its_own():
     for beam in beams:
         expected = forced_logprob(runner, prompt, beam.token_ids)
         assert beam.cumulative_logprob == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "setting"), [("pallas_tpu", "int8"), ("hopper", "fp8")])
+def test_the_kernels_of_chips_read_and_write_quantised_pools(monkeypatch, name, setting):
+    """A prompt, then a decode in its last block: outputs of an interpreted backend are those of XLA's."""
+    monkeypatch.setattr(here, "num_sms", lambda: 1)
+    dtype = jnp.bfloat16 if name == "hopper" else jnp.float32
+    spec = LayerSpec(layer=0, num_kv_heads=1, head_dim=128, sm_scale=0.1)
+    shape = PoolLayout(num_layers=1, num_kv_heads=1, head_dim=128, block_size=8, dtype=kv_dtype(setting, dtype))
+    draw = np.random.default_rng(2).standard_normal((12, 4, 128)).astype(np.float32) * np.arange(1, 13)[:, None, None]
+    tokens = jnp.asarray(draw, dtype)
+    outputs = []
+    for backend in (BACKENDS["xla"](""), BACKENDS[name]("", interpret=True)):
+
+        @jax.jit
+        def attend(cache, tokens, start, backend=backend):
+            positions = start + jnp.arange(len(tokens), dtype=jnp.int32)
+            starts = jnp.array([0, len(tokens)], jnp.int32)
+            rows = Rows(16 + positions, jnp.array([[2, 3]], jnp.int32), (start + len(tokens))[None], starts)
+            door = PagedAttend(cache, rows, backend)
+            out = door(spec, tokens[:, :2], tokens[:, 2:3], tokens[:, 3:])
+            return out, door.cache
+
+        prompt, cache = attend(shape.allocate(5), tokens[:11], jnp.int32(0))
+        decoded, cache = attend(cache, tokens[11:], jnp.int32(11))
+        outputs.append([np.asarray(out, np.float32) for out in (prompt, decoded)])
+    tolerance = 0.05 if dtype == jnp.bfloat16 else 1e-4
+    for out, expected in zip(outputs[1], outputs[0], strict=True):
+        np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -137,6 +137,18 @@ def test_rooms_of_the_architecture_page_exist():
             around[depth] = folder / name
 
 
+def test_pool_over_explicit_axes_is_refused():
+    code = example("AxisType.Auto").replace("AxisType.Auto", "AxisType.Explicit")
+    with pytest.raises(ValueError, match=r"Explicit.*expected Auto"):
+        exec(code, {})
+
+
+def test_divergence_of_8_bit_pools_is_that_of_the_result_file():
+    pools = json.loads((RESULTS / "kv_quantization.json").read_text())["pools"]
+    said = f"{pools['int8']['mean']:.4f} for int8 and {pools['fp8']['mean']:.4f} for fp8"
+    assert said in (DOCS / "serving.md").read_text()
+
+
 def test_readme_is_short():
     assert len(README.encode()) <= 8192
 

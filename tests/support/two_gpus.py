@@ -1,6 +1,6 @@
 """Lowers a model's step for two Hopper GPUs, and leaves in a directory how XLA partitions and optimises them.
 
-    python -m tests.support.two_gpus DIRECTORY NUM_TOKENS
+    python -m tests.support.two_gpus DIRECTORY NUM_TOKENS KV_CACHE_DTYPE
 
 The compiler is that of CPUs, for there is no other without a GPU. It partitions, fuses and places copies, writes that
 down, and then ends the process, since it cannot emit a kernel for GPUs.
@@ -39,7 +39,7 @@ MODEL = LlamaConfig(
 )
 
 
-def main(directory: str, num_tokens: int) -> None:
+def main(directory: str, num_tokens: int, kv_cache_dtype: str) -> None:
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     jax.config.update("jax_platforms", "cpu")
     here.why_no_hopper = lambda: None
@@ -48,7 +48,8 @@ def main(directory: str, num_tokens: int) -> None:
     backend = BACKENDS["hopper"]("", mesh.size)
     fuse_projections(model)
     fuse_norms(model, backend.add_norm)
-    config = EngineConfig(max_num_seqs=16, max_num_batched_tokens=512, tensor_parallel_size=2)
+    sizes = {"max_num_seqs": 16, "max_num_batched_tokens": 512, "tensor_parallel_size": 2}
+    config = EngineConfig(**sizes, kv_cache_dtype=kv_cache_dtype)
     programs = Programs(model, MODEL, config, mesh, backend, max_model_len=1024, num_blocks=NUM_BLOCKS)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step = jax.jit(partial(programs.steps.forward, Bucket(num_tokens, 16)), donate_argnums=(1, 2))
@@ -58,4 +59,4 @@ def main(directory: str, num_tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

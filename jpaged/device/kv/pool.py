@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Real, UInt8
 
+from jpaged.sharding import check_axes
 from pallas_kernels import (
     block_pool_shape,
     copy_blocks,
@@ -65,7 +66,11 @@ class KVCache:
 
         Args:
             sharding: spreads the pool over devices (``pool_sharding``), and its scales alike.
+
+        Raises:
+            ValueError: a mesh whose axes are not Auto.
         """
+        check_axes(sharding)
         shape = block_pool_shape(num_blocks, num_layers, num_kv_heads, block_size, head_dim)
         pool = jnp.zeros(shape, dtype, device=sharding)
         if not is_quantized(dtype):
@@ -165,7 +170,7 @@ def unpack_blocks(
 ) -> tuple[
     Real[Array, "n num_layers 2 num_kv_heads block_size head_dim"], Float32[Array, "n num_layers 2 num_kv_heads"]
 ]:
-    """What ``pack_blocks`` packed, of blocks of this pool."""
+    """Undo ``pack_blocks``: the stored values and the scales of blocks of this pool."""
     values, scales = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
     stored = lax.bitcast_convert_type(values, pool.dtype).reshape(len(packed), *pool.shape[1:])
     return stored, lax.bitcast_convert_type(scales, jnp.float32)
