@@ -1,11 +1,11 @@
-"""What 8-bit K and V cost: the divergence of next-token distributions from those over an unquantised pool.
+"""Divergence of next-token distributions over 8-bit K and V from the distributions over an unquantised pool.
 
     python -m bench kv-quantization
     python -m bench kv-quantization --files 8
 
 Runs the model in the package over held-out files of Python's library. Each file's first tokens are a prompt, written
-in one piece; the tokens after it are written one by one, as decodes are. Prints the mean Kullback-Leibler divergence in
-nats, and how many more tokens a pool of the same bytes holds. Writes ``bench/results/kv_quantization.json``.
+in one piece; the later tokens are written one by one, as decodes are. Prints the mean Kullback-Leibler divergence in
+nats, and the capacity of a pool of the same bytes. Writes ``bench/results/kv_quantization.json``.
 """
 
 import argparse
@@ -13,15 +13,26 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int32
+from tokenizers import Tokenizer
 
 from bench.report import Table, save, start_report
-
-if TYPE_CHECKING:
-    from jpaged.device.kv.pool import KVCache
+from jpaged.config import EngineConfig
+from jpaged.demo.corpus import Corpus, read_source_files
+from jpaged.device.backends import Rows
+from jpaged.device.kv.attend import PagedAttend
+from jpaged.device.kv.layout import PoolLayout, kv_dtype, pool_layout
+from jpaged.device.kv.pool import KVCache
+from jpaged.device.target import BACKENDS
+from jpaged.llm import DEMO_MODEL
+from jpaged.models import load_config, load_model
+from jpaged.sharding import make_mesh
 
 POOLS = ("fp8", "int8")
 """Settings of ``kv_cache_dtype``."""
@@ -38,7 +49,7 @@ class Divergence:
     Args:
         mean: over all tokens, in nats.
         prompts, decodes: over the tokens of either kind.
-        largest: of one token.
+        largest: greatest divergence at one token.
         same_best: share of tokens after which the likeliest next token is the same.
         capacity: tokens that a pool holds, over tokens that a bfloat16 pool of the same bytes holds.
     """
@@ -74,11 +85,6 @@ def run(args: argparse.Namespace) -> int:
 
 def held_out_tokens(stdlib: Path, num_files: int, num_tokens: int) -> Int32[np.ndarray, "files tokens"]:
     """The first tokens of held-out files that have so many, in the order of their paths."""
-    from tokenizers import Tokenizer
-
-    from jpaged.demo.corpus import Corpus, read_source_files
-    from jpaged.llm import DEMO_MODEL
-
     corpus = Corpus(read_source_files(stdlib), Tokenizer.from_file(str(DEMO_MODEL / "tokenizer.json")))
     files = [file for file in corpus.files if file.is_held_out]
     long_enough = (ids[:num_tokens] for ids in corpus.encode(files) if len(ids) >= num_tokens)
@@ -109,10 +115,6 @@ def measure(sequences: Int32[np.ndarray, "files tokens"], num_prompt: int) -> di
 
 def _summarise(name: str, nats: list[np.ndarray], is_same: list[np.ndarray]) -> Divergence:
     """Summarise the numbers of each step, the first of which is all prompts."""
-    import jax.numpy as jnp
-
-    from jpaged.device.kv.layout import PoolLayout, kv_dtype
-
     sizes = (SERVED_LAYERS, SERVED_KV_HEADS, SERVED_HEAD_DIM, BLOCK_SIZE)
     whole, small = (PoolLayout(*sizes, kv_dtype(setting, jnp.bfloat16)) for setting in ("auto", name))
     every = np.concatenate(nats, axis=1)
@@ -140,13 +142,6 @@ class Forced:
     """
 
     def __init__(self, kv_cache_dtype: str):
-        from flax import nnx
-
-        from jpaged.device.target import BACKENDS
-        from jpaged.llm import DEMO_MODEL
-        from jpaged.models import load_config, load_model
-        from jpaged.sharding import make_mesh
-
         self._config = load_config(DEMO_MODEL)
         model = load_model(DEMO_MODEL, self._config, "float32", make_mesh(), use_tqdm=False)
         self._graphdef, self._weights = nnx.split(model)
@@ -163,9 +158,6 @@ class Forced:
             sequences: token ids of each file.
             num_prompt: tokens that are written in one piece.
         """
-        from jpaged.config import EngineConfig
-        from jpaged.device.kv.layout import pool_layout
-
         num_files, num_tokens = sequences.shape
         num_blocks = -(-num_tokens // BLOCK_SIZE)
         settings = EngineConfig(block_size=BLOCK_SIZE, kv_cache_dtype=self._kv_cache_dtype)
@@ -175,15 +167,7 @@ class Forced:
             cache, found = self._step(self._weights, cache, sequences[:, start:stop], tables, np.int32(start))
             yield np.asarray(found)
 
-    def _make_step(self) -> Callable[..., tuple["KVCache", Array]]:
-        import jax
-        import jax.numpy as jnp
-        from flax import nnx
-
-        from jpaged.device.backends import Rows
-        from jpaged.device.kv.attend import PagedAttend
-        from jpaged.device.kv.pool import KVCache
-
+    def _make_step(self) -> Callable[..., tuple[KVCache, Array]]:
         def step(
             weights: Any,
             cache: KVCache,

@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What one platform is given where the settings say nothing.
+    """Defaults of one platform, where the settings say nothing.
 
     Args:
         platform: JAX's name.

@@ -1,4 +1,4 @@
-"""What the engine asks of the kernels of a platform, and what all platforms have in common."""
+"""The interface of the engine to the kernels of a platform, and the parts that all platforms share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ class HeadArrays(NamedTuple):
 class Backend(ABC):
     """Writes K and V, attends and moves blocks with the kernels of one platform. Hashable: it is static under jit.
 
-    Over several devices, each device runs the kernels over its own heads, under ``jax.shard_map``. What a subclass
-    does not override, XLA does, and splits over the devices itself.
+    Over several devices, each device runs the kernels over its own heads, under ``jax.shard_map``. XLA does what a
+    subclass does not override, and splits it over the devices itself.
 
     Args:
         reason: why this backend was chosen, for people.

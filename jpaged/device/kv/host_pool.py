@@ -26,19 +26,19 @@ from jpaged.sharding import block_spec
 Block = Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]
 
 MOVE_SIZES = (4, 32)
-"""Blocks a gathering or scattering program moves; fewer are padded with block 0."""
+"""Numbers of blocks that a program gathers or scatters; fewer blocks are padded with block 0."""
 
 MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
-"""Blocks between the pools at most, in device memory, each way: one batch copies while the next one is gathered."""
+"""Most blocks in flight in each direction, staged in device memory: one batch is copied while the next is gathered."""
 
-_MIN_S = 1e-9  # a cost of zero would never be corrected: it is a factor
-_WEIGHT = 0.2  # of a new observation in a cost's average
+_MIN_S = 1e-9  # an observation scales a cost, so a cost of zero would never change
+_WEIGHT = 0.2  # weight of an observation in the average
 _MAX_GROWTH = 4.0  # a process that was stopped for a while must not make a cost a thousandfold
 
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """Blocks of one step on their way in one direction. ``arrays`` are where they arrive."""
+    """Blocks of one step in flight in one direction. ``arrays`` are their destinations."""
 
     cost: Literal["to_host_block_s", "from_host_block_s"]
     num_blocks: int
@@ -54,22 +54,22 @@ class _Transfer:
 
 
 class HostPool:
-    """Blocks outside of device memory, each an array of its own, sharded like the device pool.
+    """Blocks in pinned host memory, each an array of its own, sharded like the device pool.
 
-    A step's copies go in two parts around its forward pass: ``start`` before, ``finish`` after. Neither waits for the
-    copies of this step, unless they are more than ``MAX_STAGED_BLOCKS``; ``start`` waits for those of earlier ones, to
-    stay below that, and around arrivals.
+    The copies of a step surround its forward pass: ``start`` before it, ``finish`` after it. Neither waits for the
+    copies of this step, unless they exceed ``MAX_STAGED_BLOCKS``. ``start`` waits for copies of earlier steps where
+    the limit or arrivals demand it.
 
     Args:
-        num_blocks: host blocks, allocated here. Later writes replace arrays, whose memory JAX's allocator recycles:
-            registering new pinned memory costs as much as copying 20 times the bytes.
+        num_blocks: host blocks, allocated here. Later writes replace arrays, and JAX's allocator recycles their memory.
+            Registering new pinned memory would cost as much as copying 20 times the bytes.
         block: shape, type and device sharding of one block.
         program: compiled ``KVCache.gather`` and ``KVCache.scatter`` by ("gather" or "scatter", size).
 
     Attributes:
         bytes_to_host, bytes_from_host: copied since the start, over all devices.
         stalled_s: seconds in which a step waited for copies.
-        costs: what copies and prefills cost here, kept current; None until ``measure``.
+        costs: measured costs of copies and prefills, kept current; None until ``measure``.
     """
 
     def __init__(self, num_blocks: int, block: jax.ShapeDtypeStruct, program: Callable[[tuple], jax.stages.Compiled]):
@@ -80,7 +80,7 @@ class HostPool:
         self._bytes_per_block = math.prod(block.shape) * block.dtype.itemsize
         zeros = jnp.zeros(block.shape, block.dtype, device=self._device_sharding)
         self._slots = jax.block_until_ready(jax.device_put([zeros] * num_blocks, self._host_sharding))
-        self._under_way: list[_Transfer] = []
+        self._in_flight: list[_Transfer] = []
         self._arriving: deque[tuple[tuple[BlockCopy, ...], list[Block]]] = deque()
         self.bytes_to_host = 0
         self.bytes_from_host = 0
@@ -90,10 +90,10 @@ class HostPool:
     # A step -------------------------------------------------------------------------------------------------------
 
     def start(self, cache: KVCache, to_host: Sequence[BlockCopy], from_host: Sequence[BlockCopy]) -> KVCache:
-        """Read what goes to the host, and send for what comes from there. To be called before anything is written.
+        """Read the blocks that leave, and request the blocks that return. Call it before the step writes.
 
         Returns:
-            The cache, which may hold the first of many arrivals already.
+            The cache, which may already hold the first of many arrivals.
         """
         self._wait_for_earlier(cache, len(to_host), is_for_arrivals=bool(from_host))
         self._store(cache, to_host)
@@ -103,20 +103,20 @@ class HostPool:
         return cache
 
     def finish(self, cache: KVCache) -> KVCache:
-        """Put what ``start`` sent for into the cache. To be called once the forward pass is enqueued."""
+        """Write the blocks that ``start`` requested into the cache. Call it once the forward pass is enqueued."""
         while self._arriving:
             cache = self._land(cache)
         return cache
 
     def poll(self) -> None:
-        """Let go of the copies that are over, without waiting for any."""
-        for transfer in [transfer for transfer in self._under_way if transfer.is_over()]:
-            self._under_way.remove(transfer)
+        """Release the copies that are over, without waiting."""
+        for transfer in [transfer for transfer in self._in_flight if transfer.is_over()]:
+            self._in_flight.remove(transfer)
             self._learn(transfer, is_end_seen=False)
 
     def forget(self) -> None:
-        """A step failed: whatever was under way is lost. What the slots hold is not to be read again."""
-        self._under_way.clear()
+        """Drop the copies in flight after a failed step. No slot may be read again before it is written."""
+        self._in_flight.clear()
         self._arriving.clear()
 
     def _store(self, cache: KVCache, to_host: Sequence[BlockCopy]) -> None:
@@ -128,7 +128,7 @@ class HostPool:
             for copy, block in zip(batch, stored, strict=True):
                 self._slots[copy.dst] = block
         if to_host:
-            self._under_way.append(transfer)
+            self._in_flight.append(transfer)
 
     def _request(self, cache: KVCache, from_host: Sequence[BlockCopy]) -> KVCache:
         transfer = _Transfer("from_host_block_s", len(from_host), time.perf_counter(), [])
@@ -142,33 +142,33 @@ class HostPool:
             transfer.arrays += blocks
             self._arriving.append((batch, blocks))
         if from_host:
-            self._under_way.append(transfer)
+            self._in_flight.append(transfer)
         return cache
 
     def _send(self, cache: KVCache, blocks: Sequence[int]) -> list[Block]:
-        """Device blocks on their way to the host; padding stays behind."""
+        """Send device blocks to the host, without their padding."""
         ids = _padded_ids(blocks)
         gathered = self._program(("gather", len(ids)))(cache, ids)
         return jax.device_put(gathered[: len(blocks)], self._host_sharding)
 
     def _land(self, cache: KVCache) -> KVCache:
-        """Write the batch that was first sent for."""
+        """Write the batch that was requested first."""
         batch, blocks = self._arriving.popleft()
         ids = _padded_ids([copy.dst for copy in batch])
         padding = [blocks[0]] * (len(ids) - len(blocks))
         return self._program(("scatter", len(ids)))(cache, ids, [*blocks, *padding])
 
     def _wait_for_earlier(self, cache: KVCache, num_blocks: int, *, is_for_arrivals: bool) -> None:
-        """Wait for copies of earlier steps, the oldest first, until so many blocks more may be staged.
+        """Wait for copies of earlier steps, the oldest first, until so many more blocks may be staged.
 
-        Arrivals are staged until they are written: before and after some, for all there is.
+        Arrivals stay staged until they are written. So a step with arrivals waits for all copies, and so does the next.
         """
-        is_for_all = is_for_arrivals or any(transfer.is_arrival for transfer in self._under_way)
-        num_staged = sum(len(transfer.arrays) for transfer in self._under_way)
-        if not self._under_way:
+        is_for_all = is_for_arrivals or any(transfer.is_arrival for transfer in self._in_flight)
+        num_staged = sum(len(transfer.arrays) for transfer in self._in_flight)
+        if not self._in_flight:
             return
-        while self._under_way and (is_for_all or num_staged + num_blocks > MAX_STAGED_BLOCKS):
-            transfer = self._under_way.pop(0)
+        while self._in_flight and (is_for_all or num_staged + num_blocks > MAX_STAGED_BLOCKS):
+            transfer = self._in_flight.pop(0)
             num_staged -= len(transfer.arrays)
             is_end_seen = not transfer.is_over()
             self._stall(transfer.arrays)
@@ -184,7 +184,7 @@ class HostPool:
     # Costs --------------------------------------------------------------------------------------------------------
 
     def measure(self, cache: KVCache, *, prefill_token_s: float) -> None:
-        """Fill in ``costs`` by copying block 0 to the host and back, a few times; changes neither pool."""
+        """Measure ``costs`` by copying block 0 to the host and back, a few times. Neither pool changes."""
         few, many = 1, MOVE_SIZES[-1]
         (few_out_s, few_in_s), (many_out_s, many_in_s) = (self._time_copies(cache, n) for n in (few, many))
         to_host_block_s = max((many_out_s - few_out_s) / (many - few), _MIN_S)
@@ -193,7 +193,7 @@ class HostPool:
         self.costs = Costs(max(fixed_s, _MIN_S), to_host_block_s, from_host_block_s, max(prefill_token_s, _MIN_S))
 
     def _time_copies(self, cache: KVCache, num_blocks: int) -> tuple[float, float]:
-        """Seconds that blocks take to the host and from it: the best of a few, the first of which allocates."""
+        """Seconds of a copy to the host, and from it: the best of a few, since the first one allocates."""
         out_s, in_s = [], []
         for _ in range(4):
             jax.block_until_ready(cache.pool)
@@ -206,13 +206,13 @@ class HostPool:
         return min(out_s), min(in_s)
 
     def learn_prefill(self, num_tokens: int, seconds: float) -> None:
-        """A large step took this long."""
+        """Learn from the time of a large step."""
         if self.costs is not None:
             token_s = _average(self.costs.prefill_token_s, seconds / num_tokens)
             self.costs = dataclasses.replace(self.costs, prefill_token_s=token_s)
 
     def _learn(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
-        """A transfer is over. When nobody saw its end, it took this long at most."""
+        """Learn from a transfer that is over. If its end was not observed, the time is an upper bound."""
         if self.costs is None:
             return
         block_s = getattr(self.costs, transfer.cost)
@@ -227,14 +227,14 @@ def _average(old: float, new: float) -> float:
 
 
 def _padded_ids(blocks: Sequence[int]) -> np.ndarray:
-    """Block ids up to the size of a program; block 0 is nobody's."""
+    """Pad block ids with block 0 up to the size of a program."""
     ids = np.zeros(next(size for size in MOVE_SIZES if size >= len(blocks)), np.int32)
     ids[: len(blocks)] = blocks
     return ids
 
 
 def block_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    """One block on the devices: as in the pool, without the axis that numbers blocks."""
+    """The sharding of one block on the devices: that of the pool, without the axis that numbers blocks."""
     return jax.sharding.NamedSharding(mesh, block_spec())
 
 
@@ -242,9 +242,9 @@ def block_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 
 def free_machine_bytes() -> int:
-    """Bytes of the machine's memory, or of what a container may use of it, that a pool may take.
+    """Bytes that a pool may take of the free memory, of the machine or of the container.
 
-    A tenth of what is free is left alone: loading and compiling take memory too.
+    A tenth of the free memory is left for loading and compiling.
     """
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
@@ -260,7 +260,7 @@ def free_machine_bytes() -> int:
 
 
 def has_host_pool(config: EngineConfig, target: Target) -> bool:
-    """Whether the settings ask for a host pool or, where they say nothing, have a use for one.
+    """Whether the settings ask for a host pool or, by default, have a use for one.
 
     Where the pool lies in the machine's memory already, only "swap" has.
     """
@@ -277,7 +277,7 @@ def num_host_blocks_for(config: EngineConfig, target: Target, bytes_per_block: i
         config: the engine's settings.
         target: target of the devices.
         bytes_per_block: bytes of one block, over this process's devices.
-        useful_blocks: more are taken only if asked for.
+        useful_blocks: most blocks that are taken by default.
 
     Raises:
         ValueError: a pool that does not fit the machine's memory, or memory that holds no block.

@@ -170,7 +170,7 @@ def unpack_blocks(
 ) -> tuple[
     Real[Array, "n num_layers 2 num_kv_heads block_size head_dim"], Float32[Array, "n num_layers 2 num_kv_heads"]
 ]:
-    """What ``pack_blocks`` packed, of blocks of this pool."""
+    """Undo ``pack_blocks``: the stored values and the scales of blocks of this pool."""
     values, scales = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
     stored = lax.bitcast_convert_type(values, pool.dtype).reshape(len(packed), *pool.shape[1:])
     return stored, lax.bitcast_convert_type(scales, jnp.float32)
