@@ -40,6 +40,38 @@ def where(path: Path, node: ast.AST) -> str:
     return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
 
 
+def docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Place and text of every docstring: of modules, classes and functions, and those after an assignment."""
+    for node in ast.walk(tree(path)):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else ():
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                text = statement.value.value
+                if isinstance(text, str):
+                    yield where(path, statement), text.strip()
+
+
+def test_no_docstring_begins_with_of_or_what():
+    found = [
+        place
+        for path in sources(*PACKAGES, "bench")
+        for place, text in docstrings(path)
+        if text.startswith(("Of ", "What "))
+    ]
+    assert not found
+
+
+def test_no_argument_is_described_by_of_or_what():
+    entry = re.compile(r"^ +\w[\w, ]*: (of|what|who|whom|whose)\b", re.M)
+    found = [
+        f"{place}: {match.group().strip()}"
+        for path in sources(*PACKAGES, "bench")
+        for place, text in docstrings(path)
+        for match in entry.finditer(text)
+    ]
+    assert not found
+
+
 def test_files_are_short():
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(*PACKAGES)}
     assert not {path: count for path, count in lines.items() if count > MAX_FILE_LINES}
@@ -138,6 +170,16 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not circles(import_graph())
 
 
+def test_no_test_imports_another():
+    graph = import_graph()
+    found = {
+        name: [target for target in targets if re.search(r"(^|\.)test_\w+$", target)]
+        for name, targets in graph.items()
+        if name.startswith("tests.")
+    }
+    assert not {name: targets for name, targets in found.items() if targets}
+
+
 @pytest.mark.parametrize(
     ("folder", "allowed"),
     [
@@ -178,6 +220,10 @@ def test_the_platform_is_asked_in_two_places():
 
 def test_the_layout_of_the_pool_is_known_to_one_module():
     assert not lines_with(r"\bpool(_ref)?\.shape\[-?\d+\]", lambda name: name == "pallas_kernels/block_pool/layout.py")
+
+
+def test_no_person_stands_for_a_block_or_a_request():
+    assert not lines_with(r"\b(nobody|somebody|anybody)\b", lambda name: False)
 
 
 def test_no_module_is_called_utils():

@@ -49,7 +49,7 @@ class Divergence:
     Args:
         mean: over all tokens, in nats.
         prompts, decodes: over the tokens of either kind.
-        largest: of one token.
+        largest: greatest divergence at one token.
         same_best: share of tokens after which the likeliest next token is the same.
         capacity: tokens that a pool holds, over tokens that a bfloat16 pool of the same bytes holds.
     """

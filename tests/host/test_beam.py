@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import lru_cache
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,15 @@ def _load_llm(case: str) -> LLM:
     return llm
 
 
-@pytest.mark.parametrize("preemption", ["swap", "recompute"])
-@pytest.mark.parametrize("case", HF_CASES)
+PREEMPTIONS = ("swap", "recompute")
+HF_RUNS = sorted(
+    {(case, PREEMPTIONS[i % 2]) for i, case in enumerate(HF_CASES)}
+    | set(product(("llama_gqa", "opt", "qwen2_window"), PREEMPTIONS))
+)
+"""Every checkpoint under one way to preempt; both ways with grouped heads, learned positions and a sliding window."""
+
+
+@pytest.mark.parametrize(("case", "preemption"), HF_RUNS)
 def test_searches_under_pressure_equal_hugging_face(case, preemption):
     """All searches of a case and some greedy requests in one batch, in a pool that holds few of them."""
     llm = _load_llm(case)

@@ -2,7 +2,6 @@
 
 import copy
 from collections import Counter
-from dataclasses import fields, is_dataclass
 from itertools import takewhile
 
 import numpy as np
@@ -13,19 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
-from jpaged.host.blocks.prefix_cache import Prefix, PrefixHit, PrefixMatch
-
-
-def snapshot(value):
-    """Everything the manager knows, in order, detached from it. Prefixes never change: they compare by identity."""
-    if isinstance(value, dict):
-        return [(key, snapshot(item)) for key, item in value.items()]
-    if isinstance(value, list):
-        return [item if type(item) is int else snapshot(item) for item in value]
-    if isinstance(value, Prefix) or not type(value).__module__.startswith("jpaged"):
-        return value
-    names = [field.name for field in fields(value)] if is_dataclass(value) else vars(value)
-    return type(value), [(name, snapshot(getattr(value, name))) for name in names]
+from jpaged.host.blocks.prefix_cache import PrefixHit, PrefixMatch
+from tests.support.blocks import blocks_of, snapshot
 
 
 def cached_manager(num_blocks: int = 10, block_size: int = 4) -> BlockManager:
@@ -38,10 +26,6 @@ def run(manager: BlockManager, seq_id, token_ids: list[int], *, salt: bytes = b"
     manager.reserve(seq_id, len(token_ids), match=match)
     manager.publish(seq_id, token_ids, len(token_ids), salt=salt, include_partial=include_partial)
     return len(match.hits)
-
-
-def blocks_of(match: PrefixMatch) -> list[int]:
-    return [hit.block for hit in match.hits]
 
 
 def full_hits(*blocks: int, block_size: int = 4) -> PrefixMatch:

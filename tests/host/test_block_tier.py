@@ -14,7 +14,7 @@ from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
 from jpaged.host.blocks.prefix_cache import Prefix, PrefixHit, PrefixMatch
 from jpaged.host.blocks.tier import BlockTier, Transfers
 from jpaged.host.policies.eviction import MAX_SPILLS_PER_STEP
-from tests.host.test_block_manager import blocks_of, snapshot
+from tests.support.blocks import blocks_of, snapshot
 
 NO_TRANSFERS = Transfers((), ())
 

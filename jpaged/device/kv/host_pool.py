@@ -69,7 +69,7 @@ class HostPool:
     Attributes:
         bytes_to_host, bytes_from_host: copied since the start, over all devices.
         stalled_s: seconds in which a step waited for copies.
-        costs: what copies and prefills cost here, kept current; None until ``measure``.
+        costs: measured costs of copies and prefills, kept current; None until ``measure``.
     """
 
     def __init__(self, num_blocks: int, block: jax.ShapeDtypeStruct, program: Callable[[tuple], jax.stages.Compiled]):

@@ -75,8 +75,8 @@ def bucket_for(plan: StepPlan, buckets: Sequence[Bucket]) -> Bucket:
         plan: has chunks.
         buckets: smallest first.
     """
-    num_tokens, num_rows = plan.num_tokens, max(len(plan.chunks), plan.num_logit_rows)
-    is_decode = num_tokens == len(plan.chunks)
+    num_tokens, num_chunks = plan.num_tokens, len(plan.chunks)
+    num_rows, is_decode = max(num_chunks, plan.num_logit_rows), num_tokens == num_chunks
     fitting = [b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows]
     for bucket in fitting:
         if bucket.is_decode == is_decode:

@@ -149,10 +149,11 @@ class Packer:
         if not plan.chunks:
             assert len(plan.changes.rows) == len(plan.changes.blocks) == 0
             return PackedStep(*moves)
+        num_draws = len(plan.draws)
         bucket, num_top = bucket_for(plan, self.buckets), self._num_top(plan.draws.num_logprobs)
-        draws = bucket.is_decode and num_top is None and len(plan.draws) > 0 and plan.draws.extras.is_empty
+        draws = bucket.is_decode and num_top is None and num_draws > 0 and plan.draws.extras.is_empty
         samples = None
-        if plan.draws and not draws:
+        if num_draws > 0 and not draws:
             samples = PackedSamples(*pack_draws(plan, self._num_sample_rows(plan, bucket), self.padding_row), num_top)
         changes, is_left = self._pack_changes(plan.changes, most_blocks=bucket.num_rows)
         return PackedStep(
@@ -163,7 +164,7 @@ class Packer:
             plan.num_steps,
             draws,
             samples,
-            _pack_beams(plan.beams, len(plan.draws), bucket) if plan.beams else None,
+            _pack_beams(plan.beams, num_draws, bucket) if plan.beams else None,
             tuple(self._pack_scores(plan, piece) for piece in plan.prompt_scores),
         )
 

@@ -229,7 +229,7 @@ class PrefixMatch:
 
     @property
     def num_tokens(self) -> int:
-        return sum(hit.num_tokens for hit in self.hits)
+        return sum([hit.num_tokens for hit in self.hits])
 
     def num_full_blocks(self, block_size: int) -> int:
         """Count the hits that cover whole blocks."""
