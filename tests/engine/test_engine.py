@@ -647,8 +647,7 @@ def test_a_step_interrupted_while_its_tokens_are_taken_in_loses_none(monkeypatch
     def interrupted():
         raise KeyboardInterrupt
 
-    reads = iter([engine.outputs.read, interrupted])  # what an earlier step left, and what this step brings
-    monkeypatch.setattr(engine.outputs, "read", lambda: next(reads)())
+    monkeypatch.setattr(engine.outputs, "read", interrupted)  # an earlier step left nothing to read
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     monkeypatch.undo()
