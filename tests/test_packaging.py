@@ -1,4 +1,4 @@
-"""What a wheel and a command bring to a user: every data file, types, and no noise."""
+"""Contents of a wheel, and output of a command: every data file, types, and no noise."""
 
 import os
 import subprocess

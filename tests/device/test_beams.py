@@ -63,7 +63,7 @@ def test_top_k_equals_a_full_sort_with_ties(shape, kinds, seed):
 
 
 def test_top_k_sorts_no_whole_row_of_a_large_vocabulary():
-    """What makes it fast: a sort costs 2.5 ms for 256 rows of 128,256 logits on an H200, 100 us for 4,096."""
+    """A sort costs 2.5 ms for 256 rows of 128,256 logits on an H200, and 100 us for 4,096."""
     logits = jax.ShapeDtypeStruct((4, 128_256), jnp.float32)
     jaxpr = jax.make_jaxpr(lambda x: top_k(x, 64))(logits)
     sizes = [equation.invars[0].aval.shape[-1] for equation in jaxpr.eqns if equation.primitive.name == "top_k"]
@@ -124,7 +124,7 @@ def test_packed_inputs_come_back_on_the_device_bit_for_bit():
 
 @st.composite
 def searches(draw, vocab_size: int) -> list[BeamSelect]:
-    """Of mixed widths, three or four rows at least: few shapes, few compilations."""
+    """Searches of mixed widths over three or four rows: few shapes, few compilations."""
     beams = []
     for width in draw(st.sampled_from([(4,), (3, 1), (1, 1, 3), (2, 4), (1, 1, 1, 4), (5, 2), (7,)])):
         scores = draw(st.lists(st.sampled_from([0.0, -1.0, -2.5, -1e6]), min_size=width, max_size=width))

@@ -1,4 +1,4 @@
-"""What a step costs: its memory, its number of programs; and that execution does what the plan says."""
+"""The cost of a step: its memory, its number of programs; and that execution does what the plan says."""
 
 import dataclasses
 import threading
@@ -287,7 +287,7 @@ def greedy_tokens(runner: ModelRunner, prompt: list[int], max_tokens: int) -> li
     return finished[0].outputs[0].token_ids
 
 
-def outputs_of(runner: ModelRunner, num_kinds: int = 4) -> list[CompletionOutput]:
+def outputs_of(runner: ModelRunner, num_kinds: int = 4, max_tokens: int = 6) -> list[CompletionOutput]:
     """Outputs of greedy, drawn, filtered and penalised requests together, more than fit in one step."""
     del runner.buckets[:-2]  # a program for prompts and one for decodes: compiling dominates here
     engine = Engine(runner, runner.config)
@@ -299,7 +299,9 @@ def outputs_of(runner: ModelRunner, num_kinds: int = 4) -> list[CompletionOutput
     ]
     for index, kind in enumerate(kinds[:num_kinds]):
         prompt = {"prompt_token_ids": [1 + n % 16 for n in range(3 + 9 * index)]}
-        engine.add(engine.make_request(str(index), prompt, SamplingParams(max_tokens=6, ignore_eos=True, **kind)))
+        engine.add(
+            engine.make_request(str(index), prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, **kind))
+        )
     finished = []
     while engine.has_unfinished:
         finished += engine.step().finished
@@ -326,8 +328,8 @@ def test_eight_devices_give_the_tokens_of_one_with_fewer_kv_heads_or_as_many(num
     together = make_runner(model_config=config, tensor_parallel_size=num_devices, max_burst=3, **kernel)
     shares = {shard.data.shape[3] for shard in together.cache.pool.addressable_shards}
     assert shares == {1}, "one KV head a device"
-    num_kinds = 1 if kernel else 3  # interpreted, eight devices take a second a step
-    results = [outputs_of(runner, num_kinds) for runner in (alone, together)]
+    work = (1, 4) if kernel else (3, 6)  # interpreted, eight devices take a second a step
+    results = [outputs_of(runner, *work) for runner in (alone, together)]
     assert [output.token_ids for output in results[0]] == [output.token_ids for output in results[1]]
 
 

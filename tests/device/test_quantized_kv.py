@@ -150,7 +150,7 @@ def test_tokens_do_not_depend_on_swaps_hits_siblings_or_the_batch():
 
 
 def forced_logprob(runner: ModelRunner, prompt: list[int], token_ids: list[int]) -> float:
-    """Of a completion whose tokens are written one by one to blocks of its own."""
+    """Log-probability of a completion whose tokens are written one by one to blocks of its own."""
     backend, model = BACKENDS["xla"](""), tiny.engine_model()
     cache = runner.programs.new_cache()
     num_blocks = -(-(len(prompt) + len(token_ids)) // BLOCK_SIZE)

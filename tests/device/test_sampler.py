@@ -155,7 +155,7 @@ def test_draws_follow_the_filtered_probabilities(params):
 
 
 CHUNK_OF, MEMBER_OF = (lambda token_id: token_id % 8), (lambda token_id: token_id // 32)
-"""Of 256 tokens in 8 chunks of 32: the chunk, and an eighth of the members of all chunks."""
+"""Groupings of 256 tokens in 8 chunks of 32: by chunk, and by eighths of the members of all chunks."""
 
 
 def assert_independent(firsts, seconds) -> None:
@@ -342,7 +342,7 @@ LONG_VOCAB = 128 * CHUNK_LEN + 901  # more chunks than are listed, so that the s
 
 
 def long_rows(rng: np.random.Generator) -> np.ndarray:
-    """Of kinds that a search finds hard: flat, peaked, rounded, constant, with masks of several sorts."""
+    """Logits that a search finds hard: flat, peaked, rounded, constant, with masks of several sorts."""
     logits = rng.normal(size=(8, LONG_VOCAB)).astype(np.float32) * rng.choice([0.05, 1, 5], (8, 1)).astype(np.float32)
     logits[1] = np.round(logits[1])
     logits[2] = 0.0

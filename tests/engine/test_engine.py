@@ -76,7 +76,7 @@ def tokens_of_a_loop_without_cache(
 
 
 def logprobs_after(sequences: list[list[int]], banned: tuple[int, ...] = ()) -> np.ndarray:
-    """What ``beam_search_without_cache`` asks of a model: one dense pass over a few sequences of one length."""
+    """Log-probabilities for ``beam_search_without_cache``: one dense pass over sequences of one length."""
     rows = [np.array(tokens) for tokens in sequences + sequences[:1] * (ROWS - len(sequences))]
     logits = teacher_forced_logits(engine_model(), rows, [1] * ROWS, MODEL_LEN)
     logprobs = np.array(jax.nn.log_softmax(logits[: len(sequences), len(sequences[0]) - 1]))

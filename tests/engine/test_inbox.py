@@ -65,7 +65,7 @@ class Scripted:
 
 
 def in_thread(name: str, work: Callable) -> Future:
-    """What ``work()`` returns or raises, in a thread of that name."""
+    """The future of ``work()``, which runs in a thread of that name."""
     future: Future = Future()
 
     def run() -> None:

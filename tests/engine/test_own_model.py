@@ -141,7 +141,7 @@ def test_a_model_that_breaks_the_contract_is_refused_before_anything_is_compiled
 
 
 class Short(nnx.Module):
-    """Of another signature."""
+    """A model with another signature."""
 
     def __init__(self):
         self.weight = nnx.Param(jnp.ones(3))

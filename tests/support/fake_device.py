@@ -23,7 +23,7 @@ from tests.support.plans import Chunk, Rows, bans_of
 VOCAB_SIZE = 16
 EOS = 3
 LOST = -1
-"""What a slot holds that was never written, or is being written."""
+"""Content of a slot that was never written, or is being written."""
 
 
 # The model ------------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def hash_prefixes(token_ids: list[int], salt: bytes) -> list[int]:
 
 
 def _before(salt: bytes) -> int:
-    """What the first token follows."""
+    """The prefix before the first token."""
     return int.from_bytes(salt, "big")
 
 

@@ -1,4 +1,4 @@
-"""What tests compare with: dense attention, cache-free decoding, and Hugging Face's results on tiny checkpoints."""
+"""Oracles: dense attention, cache-free decoding, and Hugging Face's results on tiny checkpoints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Continuation:
 
 
 def load_reference(case: str) -> dict[int, Continuation]:
-    """Prompt length -> what Hugging Face made of that prompt, for the checkpoint ``HF_REFERENCE / case``."""
+    """Hugging Face's continuation by prompt length, for the checkpoint ``HF_REFERENCE / case``."""
     with np.load(HF_REFERENCE / case / "reference.npz") as file:
         names = Continuation.__dataclass_fields__
         return {n: Continuation(**{name: file[f"{name}_{n}"] for name in names}) for n in HF_PROMPT_LENS}
@@ -100,7 +100,7 @@ def teacher_forced_logits(
 def greedy_without_cache(
     model: Any, prompt_ids: list[int], max_tokens: int, padded_len: int = 128
 ) -> tuple[list[int], Float[np.ndarray, "max_tokens vocab"]]:
-    """Greedy tokens, and the logits each was taken from, by a full forward pass per token.
+    """Greedy tokens and their logits, by a full forward pass per token.
 
     Every pass has the shape ``[1, padded_len]``: one compilation per model shape.
     """
@@ -114,7 +114,7 @@ def greedy_without_cache(
 
 @dataclass(frozen=True)
 class BeamReference:
-    """One beam search of Hugging Face: what it was asked for, and its hypotheses, best first.
+    """One beam search of Hugging Face: its settings, and its hypotheses, best first.
 
     A hypothesis's score is its cumulative log-probability over its length to the ``length_penalty``.
     """
@@ -133,7 +133,7 @@ _EARLY_STOPPING: tuple[bool | Literal["never"], ...] = (False, True, "never")  #
 
 
 def load_beam_references(case: str) -> list[BeamReference]:
-    """What Hugging Face's beam search finds with the checkpoint ``HF_REFERENCE / case``, as make_beams.py writes it."""
+    """Hypotheses that Hugging Face's beam search finds for a checkpoint, as make_beams.py writes them."""
     with np.load(HF_REFERENCE / case / "beams.npz") as file:
         settings, prompts, tokens, scores = (file[name] for name in ("settings", "prompts", "tokens", "scores"))
     ends = np.cumsum(settings["width"], dtype=int)
@@ -193,7 +193,7 @@ def beam_search_without_cache(
         if not beams:
             break
         if len(finished) == width:
-            # How long the best beam is taken to be in the end: "never" stops only once nothing better can come.
+            # Length that the best beam is taken to reach: "never" stops only once nothing better can come.
             reach = max_tokens if early_stopping == "never" and length_penalty > 0 else length
             can_improve = beams[0][1] / reach**length_penalty > finished[-1][1]
             if early_stopping is True or width == 1 or not can_improve:

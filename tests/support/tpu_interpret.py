@@ -16,10 +16,10 @@ from pallas_kernels.paged_attention.tpu.launch import Sizes
 from tests.support.attention import NO_OPTIONS, Batch, Options, dense_attention
 
 WATCHED = pltpu.InterpretParams(detect_races=True)
-"""Copies happen when they are waited for, so that what is not waited for never arrives."""
+"""Copies happen when they are waited for, so that a copy without a wait never arrives."""
 
 EAGER = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
-"""Copies happen when they are started, so that what starts too early overwrites what is still needed."""
+"""Copies happen when they are started, so that a copy started too early overwrites data still in use."""
 
 SMALL = Sizes(tile_row_tiles=2, chunk_blocks=4, buffers=3)
 

@@ -7,7 +7,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_pool.layout import shape_of
+from pallas_kernels.block_pool.layout import is_quantized, shape_of
 from pallas_kernels.block_pool.tpu import write_kv_quantized_tpu, write_kv_tpu
 from pallas_kernels.chips import here
 from pallas_kernels.chips.tpu import LANES, Chip, chip_of
@@ -126,6 +126,8 @@ def write_and_attend_tpu(
     """
     pool, _, kv_scales = call.kv
     num_kv_heads = k.shape[1]
+    if kv_scales is None and is_quantized(pool.dtype):
+        raise NotImplementedError(f"a pool of {pool.dtype} without scales: give those that write_kv_quantized keeps")
     if not interpret:
         dispatch.refuse(why_not_tpu(*call.case, num_kv_heads), "implementation='xla' takes it")
     if not call.has_work:
