@@ -52,6 +52,19 @@ def test_serving_is_that_of_the_result_files():
     assert f"({limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s)" in README
 
 
+def test_two_commits_are_those_of_the_result_files():
+    table = _table("llama3-8b: ab71ff5, 2039dcb")
+    names = "decode_1_ms", "decode_32_ms", "decode_256_ms", "prefill32_s", "sharegpt1000_tokens_per_s"
+    for name in names:
+        title, decimals = SERVED[name]
+        cells = []
+        for rows in (256, 1024):
+            files = (f"serving_llama3-8b_{rows}rows_{commit}_nvidia-h200" for commit in ("ab71ff5", "2039dcb"))
+            values = [_result(file)["figures"][name]["value"] for file in files]
+            cells.append(", ".join(f"{value:,.{decimals}f}" for value in values))
+        assert table[title] == cells, name
+
+
 def _served(figure: dict | None, decimals: int) -> str:
     if figure is None:
         return ""
