@@ -52,7 +52,7 @@ def best_implementation(case: str | None = None, num_devices: int | None = None)
 
     Args:
         case: why the device's own kernels cannot take the case at hand; None if they can.
-        num_devices: number of devices that the arrays are spread over. None stands for all devices of this process,
+        num_devices: number of devices that the arrays are spread over. None stands for all devices of all processes,
             since a traced array does not tell, or for one under ``jax.shard_map``.
     """
     name = here.own_kernels()
@@ -86,7 +86,13 @@ def check_named(kernels: Mapping[str, Kernel], name: str | None, *, interpret: b
 
 
 def run(kernel: Kernel, *args: Any, interpret: bool = False, **options: Any) -> Any:
-    """Run a kernel, in Pallas's interpreter if that is asked for."""
+    """Run a kernel, in Pallas's interpreter if that is asked for.
+
+    Raises:
+        NotImplementedError: this device cannot run the kernel, or the kernel does not take the case.
+    """
+    if not interpret:
+        refuse(why_cannot_run(kernel.name), "implementation='xla' takes it")
     interpreter = {"interpret": INTERPRETERS[kernel.name]()} if interpret else {}
     return kernel.run(*args, **options, **interpreter)
 

@@ -102,13 +102,19 @@ def make_parser() -> argparse.ArgumentParser:
         description="Text from a Hugging Face checkpoint, in JAX, over a paged KV cache.",
         epilog=_EPILOG,
         formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"jpaged {version('jpaged')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add_command(name: str, help_: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
         return commands.add_parser(
-            name, help=help_, description=description, epilog=epilog, formatter_class=_HelpFormatter
+            name,
+            help=help_,
+            description=description,
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
         )
 
     generate = add_command("generate", "complete a prompt", _GENERATE, _GENERATE_EXAMPLES)

@@ -113,8 +113,8 @@ def place(model: nnx.Module, mesh: Mesh) -> nnx.Module:
 def _check_kind(model: Any, config: Any) -> None:
     if any(base.__module__.startswith("flax.linen") for base in type(model).__mro__):
         raise ValueError(
-            f"{_name(model)} is a flax.linen module, which holds no weights: write it as a flax.nnx.Module, or wrap it "
-            "with flax.nnx.bridge.ToNNX"
+            f"{_name(model)} is a flax.linen module, which holds no weights: write it as a flax.nnx.Module, or as a "
+            "subclass of flax.nnx.bridge.ToNNX that has the method logits"
         )
     if not isinstance(model, nnx.Module):
         raise ValueError(f"{model!r:.100} is not valid: expected a flax.nnx.Module")

@@ -21,8 +21,9 @@ from pallas_kernels.block_pool.layout import (
     PoolShape,
     Scales,
     block_pool_shape,
+    blocks_shape,
     check_kv_scales,
-    check_layer,
+    check_static_layer,
     is_quantized,
     is_scales,
     kv_scales_shape,
@@ -113,7 +114,7 @@ def write_kv(
 
 
 def _check_written(pool: BlockPool, layer: int, k: Array, v: Array, slots: Array) -> None:
-    check_layer(pool, layer)
+    check_static_layer(pool, layer)
     shape = shape_of(pool)
     expected = (slots.size, shape.num_kv_heads, shape.head_dim)
     for name, array in (("k", k), ("v", v)):
@@ -182,10 +183,17 @@ def copy_blocks(
         pool: the pool, or its scales, which move the same way; donate it to the enclosing jit.
         src, dst: block ``dst[i]`` becomes a copy of block ``src[i]``. Destinations are distinct; pad with 0 -> 0.
         implementation: "xla" or "pallas_tpu"; None is "xla". "pallas_tpu" moves blocks of a pool by DMA and leaves
-            block 0 as it is. Its sources and destinations are disjoint, except for block 0.
+            block 0 as it is. Its sources and destinations are disjoint, except for block 0. Scales, which are small,
+            XLA moves under either name.
         interpret: as for ``write_kv``.
+
+    Raises:
+        ValueError: ids of another shape, or an unknown implementation.
+        NotImplementedError: the implementation named cannot run on this device.
     """
     kernel, interpret = _mover(COPIES, pool, implementation, interpret)
+    if src.ndim != 1 or src.shape != dst.shape:
+        raise ValueError(f"src has shape {src.shape} and dst {dst.shape}: expected one list of ids each, equally long")
     return dispatch.run(kernel, pool, src, dst, interpret=interpret)
 
 
@@ -213,8 +221,18 @@ def scatter_blocks(
         data: as ``gather_blocks`` returns it.
         implementation: as for ``copy_blocks``.
         interpret: as for ``write_kv``.
+
+    Raises:
+        ValueError: ``data`` of another shape or type, or an unknown implementation.
+        NotImplementedError: the implementation named cannot run on this device.
     """
     kernel, interpret = _mover(SCATTERS, pool, implementation, interpret)
+    expected = blocks_shape(pool, len(blocks))
+    if data.shape != expected or data.dtype != pool.dtype:
+        raise ValueError(
+            f"data is {data.dtype} of shape {data.shape}: expected {pool.dtype} of shape {expected}, as gather_blocks "
+            "returns it"
+        )
     return dispatch.run(kernel, pool, blocks, data, interpret=interpret)
 
 

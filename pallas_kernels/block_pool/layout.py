@@ -1,4 +1,4 @@
-"""The physical layout of the block pool: no other module knows the order of the pool's axes.
+"""The physical layout of the block pool: other rooms ask it for sizes, and only this room's writers index the axes.
 
 A block holds K and V of ``block_size`` tokens of all layers in one contiguous piece. So one transfer copies, swaps or
 sends a block.
@@ -106,16 +106,6 @@ def as_sides(pool: BlockPool) -> Real[Array, "sides num_kv_heads block_size head
 def is_quantized(dtype: DTypeLike) -> bool:
     """Whether a pool of this type needs scales."""
     return jnp.dtype(dtype) in LARGEST_STORED
-
-
-def check_layer(pool: BlockPool, layer: LayerIndex) -> None:
-    """Check the range of a layer, unless the layer is traced.
-
-    Raises:
-        ValueError: the pool has no such layer.
-    """
-    if not isinstance(layer, Array):
-        check_static_layer(pool, layer)
 
 
 def check_static_layer(pool: BlockPool, layer: LayerIndex) -> None:

@@ -68,5 +68,5 @@ def device_kind() -> str:
 
 
 def num_devices() -> int:
-    """Devices that a traced array may be spread over: one under ``jax.shard_map``, else all of this process."""
+    """Devices that a traced array may be spread over: one under ``jax.shard_map``, else all of all processes."""
     return 1 if jax.sharding.get_abstract_mesh().manual_axes else jax.device_count()

@@ -203,7 +203,7 @@ def write_and_attend(
     """
     _check_rows(q, block_tables, kv_lens, cu_q_lens)
     check_static_layer(pool, layer)
-    check_kv_scales(pool, kv_scales)
+    _check_types(q, pool, kv_scales)
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q has shape {q.shape}, k {k.shape} and v {v.shape}: expected the same tokens and head_dim, and heads of "

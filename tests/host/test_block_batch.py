@@ -53,3 +53,10 @@ def test_rows_that_do_not_fit_are_refused(blocks, shape, why):
 def test_positions_that_no_sequence_holds_are_refused(blocks, row, why):
     with pytest.raises(ValueError, match=why):
         blocks.batch([row], num_tokens=8, num_rows=1, max_blocks=2)
+
+
+def test_a_sequence_given_twice_is_refused():
+    blocks = BlockManager(num_blocks=8, block_size=4)
+    blocks.reserve("a", 6)
+    with pytest.raises(ValueError, match=r"rows name \['a'\] more than once"):
+        blocks.batch([("a", 0, 4), ("a", 2, 6)], num_tokens=16, num_rows=4, max_blocks=4)

@@ -1,5 +1,6 @@
 """The padded arrays of one step of a user's own model, so that few compiled programs serve all lengths."""
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -69,6 +70,18 @@ def pad_batch(
         batch.cu_q_lens[i + 1] = stop
     batch.cu_q_lens[len(tables) + 1 :] = stop
     return batch
+
+
+def check_distinct(rows: Sequence[BatchRow]) -> None:
+    """Check that a step has each sequence once: two rows would write to the same slots.
+
+    Raises:
+        ValueError: a sequence given twice.
+    """
+    counts = Counter(seq_id for seq_id, *_ in rows)
+    twice = [seq_id for seq_id, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"rows name {twice} more than once: give each sequence one row a step")
 
 
 def slots_of(blocks: Sequence[int], start: int, stop: int, block_size: int) -> Int32[np.ndarray, " tokens"]:

@@ -17,7 +17,7 @@ from jaxtyping import Int32
 
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.append import Append
-from jpaged.host.blocks.batch import BatchRow, BlockBatch, pad_batch, slots_of
+from jpaged.host.blocks.batch import BatchRow, BlockBatch, check_distinct, pad_batch, slots_of
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.blocks.holdings import Holdings
 from jpaged.host.blocks.prefix_cache import PrefixMatch
@@ -318,8 +318,9 @@ class BlockManager:
             max_blocks: entries of each block table.
 
         Raises:
-            ValueError: as ``slots``; or the rows do not fit the shape.
+            ValueError: as ``slots``; a sequence given twice; or rows that do not fit the shape.
         """
+        check_distinct(rows)
         slots = [self.slots(*row) for row in rows]
         tables = [self.block_table(seq_id)[: self._holdings.num_covering(stop)] for seq_id, _, stop in rows]
         kv_lens = [stop for *_, stop in rows]
