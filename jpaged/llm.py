@@ -184,7 +184,8 @@ class LLM:
     def close(self) -> None:
         """Let the processes that follow go on, and use this LLM no more. The end of this process does it too."""
         if self._inbox is not None and isinstance(self.engine.runner, LeadingRunner):
-            self.engine.runner.close()
+            with self._inbox.between_steps():
+                self.engine.runner.close()
 
     @property
     def inbox(self) -> Inbox:

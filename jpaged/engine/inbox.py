@@ -74,13 +74,16 @@ class Inbox:
         """The engine, while no thread steps it. Results that this block brought are delivered in the end."""
         try:
             with self._door, self._engine_lock:
-                self._drop_closed()
+                with InterruptsWait():
+                    self._drop_closed()
                 try:
                     yield self.engine
                 finally:
-                    self._deliver(self.engine.take())
+                    with InterruptsWait():
+                        self._deliver(self.engine.take())
         finally:
-            self._tidy_up()
+            with InterruptsWait():
+                self._tidy_up()
 
     def run_until(self, is_ready: Callable[[], bool], after_step: Callable[[], None] | None = None) -> None:
         """Return once ``is_ready()``; until then step the engine, or wait while another thread does.

@@ -30,7 +30,8 @@ class Engine:
         tokenizer: text <-> token ids; None serves token ids only.
 
     Raises:
-        ValueError: a block size other than the runner's, or swapping without a host pool.
+        ValueError: a block size other than the runner's, more rows or tokens than its steps have, or swapping without a
+            host pool.
     """
 
     def __init__(self, runner: ModelRunner, config: EngineConfig, tokenizer: Tokenizer | None = None):
@@ -38,6 +39,10 @@ class Engine:
             raise ValueError(
                 f"block_size={config.block_size} is not the runner's {runner.config.block_size}: give that"
             )
+        for name in ("max_num_seqs", "token_budget"):
+            asked, most = getattr(config, name), getattr(runner.config, name)
+            if asked > most:
+                raise ValueError(f"{name}={asked} is more than the runner's {most}: lower it or build another runner")
         num_host_blocks = _num_host_blocks(runner, config)
         if num_host_blocks and config.preemption == "auto" and runner.costs is None:
             runner.measure_costs()
@@ -51,6 +56,8 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             num_host_blocks=num_host_blocks,
         )
+        if runner.config.kv_cache_dtype != "auto":
+            self.blocks.least_hit_inside = 1.0  # the copy of an 8-bit block keeps a scale that other tokens have set
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,

@@ -247,8 +247,9 @@ def test_buckets_are_few_distinct_and_within_the_limits(max_seqs, extra):
     assert len(buckets) <= (max_seqs.bit_length() + 1) + 2 * (max_tokens.bit_length() + 1)
     for bucket in buckets:
         assert 1 <= bucket.num_rows <= min(bucket.num_tokens, max_seqs)
-        assert bucket.num_tokens <= max_tokens
-    assert buckets[-1] == Bucket(max_tokens, max_seqs)
+        assert bucket.num_tokens <= max(max_tokens, max_seqs + 1)
+    assert not buckets[-1].is_decode, "prompts never run in a bucket that kernels take for a decode"
+    assert buckets[-1] == Bucket(max(max_tokens, max_seqs + 1), max_seqs)
 
 
 def test_smallest_bucket_that_holds_a_plan_is_chosen():

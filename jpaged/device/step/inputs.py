@@ -65,7 +65,8 @@ def all_buckets(
         for tokens in sizes(max(32, 8 * least_rows), max_num_batched_tokens)
         if tokens < max_num_batched_tokens
     ]
-    return sorted({*decode, *mixed, Bucket(max_num_batched_tokens, max_num_seqs)})
+    # Prompts need a bucket with more tokens than rows: kernels take a bucket of as many for a decode.
+    return sorted({*decode, *mixed, Bucket(max(max_num_batched_tokens, max_num_seqs + 1), max_num_seqs)})
 
 
 def bucket_for(plan: StepPlan, buckets: Sequence[Bucket]) -> Bucket:

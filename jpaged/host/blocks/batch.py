@@ -28,9 +28,9 @@ class BlockBatch(NamedTuple):
 
 
 def pad_batch(
+    rows: Sequence[BatchRow],
     slots: Sequence[Int32[np.ndarray, " new_tokens"]],
     tables: Sequence[Sequence[int]],
-    kv_lens: Sequence[int],
     *,
     num_tokens: int,
     num_rows: int,
@@ -39,14 +39,15 @@ def pad_batch(
     """Pad the rows of a step to one shape.
 
     Args:
+        rows: the rows, each sequence once.
         slots: slots of each row's new tokens.
-        tables: physical blocks of each row that hold its ``kv_lens`` tokens.
-        kv_lens: tokens of each row, the new ones included.
+        tables: physical blocks of each row that hold its tokens.
         num_tokens, num_rows, max_blocks: the shape.
 
     Raises:
-        ValueError: the rows need more tokens, rows or blocks than the shape has.
+        ValueError: a sequence given twice, or rows that need more tokens, rows or blocks than the shape has.
     """
+    _check_distinct(rows)
     most_blocks = max(map(len, tables), default=0)
     for name, needed, given, instead in (
         ("num_tokens", sum(map(len, slots)), num_tokens, "compute fewer tokens in this step"),
@@ -61,7 +62,7 @@ def pad_batch(
         np.zeros(num_rows, np.int32),
         np.zeros(num_rows + 1, np.int32),
     )
-    batch.kv_lens[: len(kv_lens)] = kv_lens
+    batch.kv_lens[: len(rows)] = [stop for *_, stop in rows]
     stop = 0
     for i, (row, table) in enumerate(zip(slots, tables, strict=True)):
         start, stop = stop, stop + len(row)
@@ -72,21 +73,16 @@ def pad_batch(
     return batch
 
 
-def check_distinct(rows: Sequence[BatchRow]) -> None:
-    """Check that a step has each sequence once: two rows would write to the same slots.
-
-    Raises:
-        ValueError: a sequence given twice.
-    """
-    counts = Counter(seq_id for seq_id, *_ in rows)
-    twice = [seq_id for seq_id, count in counts.items() if count > 1]
-    if twice:
-        raise ValueError(f"rows name {twice} more than once: give each sequence one row a step")
-
-
 def slots_of(blocks: Sequence[int], start: int, stop: int, block_size: int) -> Int32[np.ndarray, " tokens"]:
     """The slots of token positions [start, stop) of a sequence with these physical blocks."""
     first = start // block_size
     covering = np.asarray(blocks[first : -(-stop // block_size)], dtype=np.int32)
     logical, offsets = np.divmod(np.arange(start, stop, dtype=np.int32), np.int32(block_size))
     return covering[logical - first] * np.int32(block_size) + offsets
+
+
+def _check_distinct(rows: Sequence[BatchRow]) -> None:
+    counts = Counter(seq_id for seq_id, *_ in rows)
+    twice = [seq_id for seq_id, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"rows name {twice} more than once: give each sequence one row a step")

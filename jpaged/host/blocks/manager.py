@@ -17,7 +17,7 @@ from jaxtyping import Int32
 
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.append import Append
-from jpaged.host.blocks.batch import BatchRow, BlockBatch, check_distinct, pad_batch, slots_of
+from jpaged.host.blocks.batch import BatchRow, BlockBatch, pad_batch, slots_of
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.blocks.holdings import Holdings
 from jpaged.host.blocks.prefix_cache import PrefixMatch
@@ -27,6 +27,7 @@ from jpaged.host.blocks.stats import BlockStats, count_blocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.ticket import OutOfBlocks, Ticket
 from jpaged.host.blocks.tier import Transfers, TwoTiers
+from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 
 __all__ = ["NO_MATCH", "BlockManager", "OutOfBlocks"]
 
@@ -57,6 +58,7 @@ class BlockManager:
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.least_hit_inside = LEAST_HIT_INSIDE  # of a block; the engine raises it to 1 for 8-bit pools
         self._tiers = TwoTiers(num_blocks, num_host_blocks, block_size)
         self._device = self._tiers.device
         self._holdings = Holdings(block_size)
@@ -320,11 +322,9 @@ class BlockManager:
         Raises:
             ValueError: as ``slots``; a sequence given twice; or rows that do not fit the shape.
         """
-        check_distinct(rows)
         slots = [self.slots(*row) for row in rows]
         tables = [self.block_table(seq_id)[: self._holdings.num_covering(stop)] for seq_id, _, stop in rows]
-        kv_lens = [stop for *_, stop in rows]
-        return pad_batch(slots, tables, kv_lens, num_tokens=num_tokens, num_rows=num_rows, max_blocks=max_blocks)
+        return pad_batch(rows, slots, tables, num_tokens=num_tokens, num_rows=num_rows, max_blocks=max_blocks)
 
     def stats(self) -> BlockStats:
         """Count the blocks held now. Takes time in proportion to all block tables: for reports, not for every step."""
