@@ -205,6 +205,24 @@ def test_changes_of_any_number_reach_the_table(num_rows, num_blocks):
     assert inputs.top_k.tolist() == list(range(num_rows))
 
 
+def test_row_with_a_new_owner_has_all_parameters_of_that_owner():
+    num_rows, names = (
+        4,
+        ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    )
+    device = Device([Bucket(num_rows, num_rows)], 2, 4)
+    chunks = [Chunk(row, [0], row, 7, [1, 2]) for row in range(num_rows)]
+    for owner in range(2):
+        values = np.random.default_rng(owner).uniform(0.1, 0.9, (num_rows, len(names)))
+        params = [SamplingParams(**dict(zip(names, row, strict=True))) for row in values.tolist()]
+        samples = [Sample(row, row, row + 1, owner, one) for row, one in enumerate(params)]
+        device.load(make_plan(chunks, samples), Bucket(num_rows, num_rows))
+        inputs = jitted_samples(Bucket(num_rows, num_rows))(device.state)
+        for i, name in enumerate(names):
+            np.testing.assert_array_equal(getattr(inputs, name), values[:, i].astype(np.float32), err_msg=name)
+        assert inputs.seeds.tolist() == [owner] * num_rows
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [(1, 1, [1]), (1, 8, [1, 2, 4, 8]), (1, 6, [1, 2, 4, 6]), (16, 40, [16, 32, 40]), (16, 3, [3])],
