@@ -22,6 +22,7 @@ from jpaged.device.step.programs import Programs
 from jpaged.device.target import TARGETS
 from jpaged.engine.loop import Engine
 from jpaged.request import CompletionOutput, SamplingParams
+from jpaged.sharding import make_mesh
 from tests.support.plans import Chunk, Sample, make_plan
 from tests.support.tiny import TINY, make_runner
 
