@@ -76,13 +76,6 @@ GATHERS = _kernels(xla=gather_blocks_xla, pallas_tpu=gather_blocks_tpu)
 SCATTERS = _kernels(xla=scatter_blocks_xla, pallas_tpu=scatter_blocks_tpu)
 
 
-def _run(kernel: Kernel, *args: Any, interpret: bool) -> Any:
-    """Run a kernel, unless this device cannot."""
-    if not interpret:
-        dispatch.refuse(dispatch.why_cannot_run(kernel.name), "implementation='xla' takes it")
-    return dispatch.run(kernel, *args, interpret=interpret)
-
-
 def write_kv(
     pool: BlockPool,
     layer: int,
@@ -117,7 +110,7 @@ def write_kv(
     dispatch.check_named(WRITES, implementation, interpret=interpret)
     check_kv_scales(pool, None)
     _check_written(pool, layer, k, v, slots)
-    return _run(WRITES[implementation or "xla"], pool, layer, k, v, slots, interpret=interpret)
+    return dispatch.run(WRITES[implementation or "xla"], pool, layer, k, v, slots, interpret=interpret)
 
 
 def _check_written(pool: BlockPool, layer: int, k: Array, v: Array, slots: Array) -> None:
@@ -173,7 +166,7 @@ def write_kv_quantized(
     check_kv_scales(pool, kv_scales)
     _check_written(pool, layer, k, v, slots)
     kernel = QUANTIZED_WRITES[implementation or "xla"]
-    return _run(kernel, pool, kv_scales, layer, k, v, slots, interpret=interpret)
+    return dispatch.run(kernel, pool, kv_scales, layer, k, v, slots, interpret=interpret)
 
 
 def copy_blocks(
@@ -196,12 +189,11 @@ def copy_blocks(
 
     Raises:
         ValueError: ids of another shape, or an unknown implementation.
-        NotImplementedError: the implementation named cannot run on this device.
     """
     kernel, interpret = _mover(COPIES, pool, implementation, interpret)
     if src.ndim != 1 or src.shape != dst.shape:
         raise ValueError(f"src has shape {src.shape} and dst {dst.shape}: expected one list of ids each, equally long")
-    return _run(kernel, pool, src, dst, interpret=interpret)
+    return dispatch.run(kernel, pool, src, dst, interpret=interpret)
 
 
 def gather_blocks(
@@ -209,7 +201,7 @@ def gather_blocks(
 ) -> Blocks | Scales:
     """Whole blocks, or their scales, in the order asked for; implementations as for ``copy_blocks``."""
     kernel, interpret = _mover(GATHERS, pool, implementation, interpret)
-    return _run(kernel, pool, blocks, interpret=interpret)
+    return dispatch.run(kernel, pool, blocks, interpret=interpret)
 
 
 def scatter_blocks(
@@ -231,7 +223,6 @@ def scatter_blocks(
 
     Raises:
         ValueError: ``data`` of another shape or type, or an unknown implementation.
-        NotImplementedError: the implementation named cannot run on this device.
     """
     kernel, interpret = _mover(SCATTERS, pool, implementation, interpret)
     expected = blocks_shape(pool, len(blocks))
@@ -240,7 +231,7 @@ def scatter_blocks(
             f"data is {data.dtype} of shape {data.shape}: expected {pool.dtype} of shape {expected}, as gather_blocks "
             "returns it"
         )
-    return _run(kernel, pool, blocks, data, interpret=interpret)
+    return dispatch.run(kernel, pool, blocks, data, interpret=interpret)
 
 
 def _mover(

@@ -21,7 +21,7 @@ from pallas_kernels import (
     write_kv,
     write_kv_quantized,
 )
-from pallas_kernels.block_pool import COPIES, GATHERS, QUANTIZED_WRITES, SCATTERS, WRITES
+from pallas_kernels.block_pool import QUANTIZED_WRITES, WRITES
 from pallas_kernels.paged_attention import IMPLEMENTATIONS
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -314,22 +314,6 @@ def test_moves_of_other_shapes_or_types_are_refused():
     for data in (pool[:1], pool[:2].astype(jnp.bfloat16)):
         with pytest.raises(ValueError, match="as gather_blocks returns it"):
             scatter_blocks(pool, two, data)
-
-
-@pytest.mark.parametrize("name", ["pallas_tpu", "hopper"])
-def test_kernels_named_on_a_device_that_cannot_run_them_are_refused(name):
-    pool, quantized = jnp.zeros(block_pool_shape(4, 2, 2, 8, 16)), jnp.zeros(block_pool_shape(4, 2, 2, 8, 16), jnp.int8)
-    scales, k, ids = jnp.zeros(kv_scales_shape(4, 2, 2)), jnp.ones((1, 2, 16)), jnp.asarray([1], jnp.int32)
-    calls = [
-        (WRITES, write_kv, (pool, 0, k, k, ids)),
-        (QUANTIZED_WRITES, write_kv_quantized, (quantized, scales, 0, k, k, ids)),
-    ]
-    calls += [(COPIES, copy_blocks, (pool, ids, ids)), (GATHERS, gather_blocks, (pool, ids))]
-    calls += [(SCATTERS, scatter_blocks, (pool, ids, pool[:1]))]
-    for kernels, function, args in calls:
-        if name in kernels:
-            with pytest.raises(NotImplementedError, match="need"):
-                function(*args, implementation=name)
 
 
 BIG = block_pool_shape(num_blocks=4096, num_layers=3, num_kv_heads=2, block_size=16, head_dim=64)
