@@ -313,9 +313,9 @@ def test_impossible_settings_are_refused(settings, match):
 
 @pytest.mark.parametrize(("max_burst", "num_devices"), [(1, 1), (3, 2), (1, 4)])
 def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_burst, num_devices):
-    """With heads of the model in the box, but fewer layers: the interpreter is slow."""
-    model_config = tiny_config(num_layers=2, head_dim=64)
-    model = enlarged(tiny_model(model_config))
+    """With heads of the model in the box, but one layer: the interpreter is slow."""
+    model_config = tiny_config(num_layers=1, head_dim=64)
+    model = enlarged(tiny_model(model_config, tensor_parallel_size=num_devices))
     sizes = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
     prompts = [{"prompt_token_ids": [i % 23 for i in range(1, 1 + n)]} for n in (5, 17, 1)]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 6, 4)]
