@@ -214,7 +214,7 @@ def _time_steps(args: argparse.Namespace, num_seqs: int, max_burst: int) -> dict
         profile.disable()
         if engine.num_output_tokens - num_before != num_seqs * max_burst:
             raise UsageError(
-                f"--num-plans {args.num_plans}: a sequence of {num_seqs} came to its end at {MAX_MODEL_LEN} tokens while "
+                f"--num-plans {args.num_plans}: a sequence of {num_seqs} ended at {MAX_MODEL_LEN} tokens while "
                 "it was timed: time fewer plans, or shorter prompts"
             )
         assert len(output.deltas) == num_seqs * args.stream
