@@ -55,8 +55,8 @@ class Engine:
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
             num_host_blocks=num_host_blocks,
-            is_quantized=runner.config.kv_cache_dtype != "auto",
         )
+        self.blocks.is_quantized = runner.config.kv_cache_dtype != "auto"
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,

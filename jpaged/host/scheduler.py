@@ -44,8 +44,7 @@ class Scheduler:
     Args:
         blocks: the bookkeeping of the pools; the scheduler is its one writer.
         max_num_seqs: sequences in one iteration at most.
-        max_num_batched_tokens: tokens in one iteration at most; at least ``max_num_seqs``, and over an 8-bit pool, one
-            block beside all other rows.
+        max_num_batched_tokens: tokens in one iteration at most; at least ``max_num_seqs``, and a block more if 8-bit.
         max_model_len: tokens of prompt and output that a sequence may reach.
         eos_token_ids: the model's end-of-sequence ids.
         max_burst: steps of one multi-step decode at most, which only runs while no group can be admitted.
@@ -67,8 +66,7 @@ class Scheduler:
         preemption: str = "auto",
         costs: Costs | None = None,
     ):
-        # The tokens of an 8-bit block share a scale. A block written in one step does not depend on the step's budget.
-        self._chunk_unit = blocks.block_size if blocks.is_quantized else 1
+        self._chunk_unit = blocks.block_size if blocks.is_quantized else 1  # a scale depends on all tokens of a block
         assert max_num_batched_tokens >= max_num_seqs + self._chunk_unit - 1
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs

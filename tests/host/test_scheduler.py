@@ -16,10 +16,21 @@ from tests.support.plans import SpelledPlan, spell
 
 
 def make_scheduler(
-    num_blocks=64, *, block_size=4, rows=8, budget=64, model_len=512, caching=False, eos=(), step_sizes=(), is_quantized=False
+    num_blocks=64,
+    *,
+    block_size=4,
+    rows=8,
+    budget=64,
+    model_len=512,
+    caching=False,
+    eos=(),
+    step_sizes=(),
+    is_quantized=False,
 ):
+    blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
+    blocks.is_quantized = is_quantized
     return Scheduler(
-        BlockManager(num_blocks, block_size, enable_prefix_caching=caching, is_quantized=is_quantized),
+        blocks,
         max_num_seqs=rows,
         max_num_batched_tokens=budget,
         max_model_len=model_len,

@@ -47,13 +47,8 @@ def make_device(
     step_sizes: tuple[tuple[int, int], ...] = (),
     is_quantized: bool = False,
 ) -> FakeDevice:
-    blocks = BlockManager(
-        num_blocks,
-        block_size,
-        enable_prefix_caching=caching,
-        num_host_blocks=num_host_blocks,
-        is_quantized=is_quantized,
-    )
+    blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching, num_host_blocks=num_host_blocks)
+    blocks.is_quantized = is_quantized
     scheduler = Scheduler(
         blocks,
         max_num_seqs=rows,

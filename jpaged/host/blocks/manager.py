@@ -44,28 +44,20 @@ class BlockManager:
         block_size: tokens in a block.
         enable_prefix_caching: remember published blocks by content and let later sequences share them.
         num_host_blocks: blocks of the host tier, from 0 on; none turns swapping and spilling off.
-        is_quantized: whether the tokens of a block share a scale, as in an 8-bit pool. The scheduler then shares and
-            computes whole blocks of a prompt.
 
     Raises:
         ValueError: a size too small, or more slots than int32 can number.
     """
 
     def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        *,
-        enable_prefix_caching: bool = False,
-        num_host_blocks: int = 0,
-        is_quantized: bool = False,
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = False, num_host_blocks: int = 0
     ) -> None:
         _check_sizes(num_blocks, block_size, num_host_blocks)
         self.num_blocks = num_blocks
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.is_quantized = is_quantized
+        self.is_quantized = False  # the engine sets it for 8-bit pools: the tokens of a block share a scale
         self._tiers = TwoTiers(num_blocks, num_host_blocks, block_size)
         self._device = self._tiers.device
         self._holdings = Holdings(block_size)
