@@ -212,7 +212,11 @@ def _time_steps(args: argparse.Namespace, num_seqs: int, max_burst: int) -> dict
         output = engine.step()
         step_s = time.thread_time() - started
         profile.disable()
-        assert engine.num_output_tokens - num_before == num_seqs * max_burst
+        if engine.num_output_tokens - num_before != num_seqs * max_burst:
+            raise UsageError(
+                f"--num-plans {args.num_plans}: a sequence of {num_seqs} ended at {MAX_MODEL_LEN} tokens while "
+                "it was timed: time fewer plans, or shorter prompts"
+            )
         assert len(output.deltas) == num_seqs * args.stream
         timed_apart = sum(elsewhere) + timed["schedule"][-1] + timed["update"][-1]
         timed["collect, and the rest"].append(step_s - timed_apart)

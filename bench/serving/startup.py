@@ -62,9 +62,9 @@ class StartUp:
         )
 
 
-def start(model_config: ModelConfig, config: EngineConfig, imports_s: float) -> tuple[LLM, StartUp]:
-    """Make an LLM with random weights and compile every program; returns its times too."""
-    watch, mesh = Stopwatch(), make_mesh(1)
+def start(model_config: ModelConfig, config: EngineConfig, imports_s: float, num_devices: int) -> tuple[LLM, StartUp]:
+    """Make an LLM with random weights over the devices and compile every program; returns its times too."""
+    watch, mesh = Stopwatch(), make_mesh(num_devices)
     began = time.perf_counter()
     with (
         _cache_events() as programs,
