@@ -314,12 +314,12 @@ class Terms:
     Args:
         max_tokens: output tokens that each sequence may reach.
         stop_token_ids: tokens that end a sequence.
-        num_pin_changes: changes of the pinned prefixes before the check; it holds until the next one.
+        pins: state of the pinned prefixes of the scheduler that checked. The limits hold there until the next change.
     """
 
     max_tokens: int
     stop_token_ids: frozenset[int]
-    num_pin_changes: int
+    pins: object
 
 
 @dataclass(frozen=True, slots=True)

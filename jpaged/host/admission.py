@@ -99,11 +99,11 @@ class Admission:
             max_tokens = capacity.most_tokens(prompt_len, params.num_sequences)
         else:
             max_tokens = min(params.max_tokens, self.max_model_len - prompt_len)
-        return Terms(max_tokens, stops, self._pins.num_changes)
+        return Terms(max_tokens, stops, self._pins.state)
 
     def settle(self, request: Request) -> Terms:
         """The terms of a request, checked now unless they were checked before and still hold. Raises as ``check``."""
-        if request.terms is None or request.terms.num_pin_changes != self._pins.num_changes:
+        if request.terms is None or request.terms.pins is not self._pins.state:
             return self.check(request)
         self._check_new(request)
         return request.terms

@@ -176,6 +176,13 @@ def test_a_size_leaves_a_prompt_over_a_quantized_pool_a_block():
     assert step(scheduler).num_tokens == 18
 
 
+def test_terms_of_another_scheduler_do_not_count():
+    asked = request("a", 20, max_tokens=2)
+    terms = make_scheduler().check(asked)
+    with pytest.raises(ValueError, match="max_model_len"):
+        make_scheduler(model_len=8).add(replace(asked, terms=terms))
+
+
 def test_requests_are_admitted_in_order_of_arrival():
     scheduler = make_scheduler(num_blocks=9, rows=8)
     scheduler.add(request("big", 20, max_tokens=2))
