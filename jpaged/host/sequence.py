@@ -14,7 +14,7 @@ from jpaged.request import FinishReason, Request
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence is, and where its KV."""
+    """The place of a sequence and of its KV."""
 
     WAITING = enum.auto()  # new, or preempted to be recomputed: in no pool
     UNFORKED = enum.auto()  # its group runs, but its leader still computes the tokens they share: in no pool of its own

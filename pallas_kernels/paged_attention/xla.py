@@ -255,7 +255,7 @@ def _read(
     Float[Array, "items num_kv_heads context head_dim"],
     Float[Array, "items num_kv_heads context"] | None,
 ]:
-    """K and V in the queries' type, and the scales by which the scores remain to be multiplied, if there are any.
+    """K and V in the queries' type, and the scales, if any, that remain to be multiplied into the scores.
 
     K as stored is exact in every float type, so its scales multiply the scores, which are float32. V is multiplied
     here, since a float16 weight times a small scale could vanish.

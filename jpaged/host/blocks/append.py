@@ -40,7 +40,7 @@ class Append:
         return Ticket(num_blocks - in_place, self._tiers, device, lambda: self._grow(growing))
 
     def append(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
-        """As the ticket and its commit, at less cost in the common case."""
+        """Append as the ticket and its commit do, at less cost in the common case."""
         growing = [self._growth(*append) for append in appends]
         most = sum(2 + num_tokens // self._tiers.block_size for _, num_tokens in growing)
         if most > self._tiers.device.num_free or self._tiers.has_loads:

@@ -41,7 +41,7 @@ class Prefix:
         return self.link(tokens, hash_block(self.digest, tokens))
 
     def link(self, tokens: bytes, digest: bytes) -> Self:
-        """As ``extend``, with the digest that ``hash_block`` made."""
+        """Extend as ``extend`` does, with the digest that ``hash_block`` made."""
         return type(self)(self, tokens, self.salt, digest)
 
     def cut(self, num_tokens: int) -> Self:
@@ -251,7 +251,7 @@ class PrefixMatch:
 
 
 def _num_common_tokens(a: bytes, b: bytes) -> int:
-    """How many tokens ``a`` and ``b`` share at their start."""
+    """The number of tokens that ``a`` and ``b`` share at their start."""
     num_bytes = min(len(a), len(b))
     difference = int.from_bytes(a[:num_bytes], "big") ^ int.from_bytes(b[:num_bytes], "big")
     num_from_first_different_byte = (difference.bit_length() + 7) // 8

@@ -18,7 +18,7 @@ from jpaged.contract.profile import MachineProfile
 from jpaged.host.offload.profile import bytes_per_s, projection_s, transfer_s
 
 Schedule = Literal["pipelined", "paper"]
-"""When a layer recomputes: once its first activations have arrived, or once all of them have."""
+"""The start of a layer's recomputation: after its first activations have arrived, or after all of them have."""
 
 MIN_DEVICE_FREE = 0.01
 """Least share of the device that a restore gets: a chunk takes time from other work before it waits for ever."""
