@@ -313,8 +313,8 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Apply the results of the step of ``plan``.
 
-        Publishes the blocks that it filled, forks groups whose shared tokens are done, appends the tokens, moves beams
-        on and ends the sequences that are complete.
+        Publishes the blocks that it filled, and forks groups whose shared tokens are done. Then appends the tokens,
+        moves beams on and ends the sequences that are complete.
 
         Returns:
             The groups that gained tokens, each once, in plan order.

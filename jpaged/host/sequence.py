@@ -265,8 +265,8 @@ class SequenceGroup:
         """The running sequences, and how many tokens of each to bring into the pool now.
 
         A leader stops at what its siblings share until they have forked, and a sequence whose last token is pending
-        needs no more. Beams feed their last token all in one step,
-        since it takes the logits of all to choose among them: those that come back sooner wait for the others.
+        needs no more. All beams feed their last token in one step, since the choice among them takes the logits of all.
+        Beams that come back sooner wait for the others.
         """
         if len(self.sequences) == 1 and self.beam is None:  # most are of this kind: kept free of other work
             seq = self.sequences[0]

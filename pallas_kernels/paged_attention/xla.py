@@ -302,8 +302,8 @@ def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
     """Blocks of a chunk, and items of an iteration.
 
     K, V and scores of an iteration take 1/1024 of the pool, within limits. The least is 2 MiB, the caches of a CPU. The
-    most is 64 MiB, as a GPU reads while it starts an iteration. An iteration covers at most four chunks for each tile:
-    otherwise a small batch with short contexts would compute mostly padding.
+    most is 64 MiB, as a GPU reads while it starts an iteration. An iteration covers at most four chunks for each tile.
+    Otherwise a small batch with short contexts would compute mostly padding.
     """
     num_tiles, num_kv_heads, tile_len, group, head_dim = tiles.q.shape
     block_size = shape_of(pool).block_size

@@ -26,8 +26,8 @@ class Append:
     def ticket(self, appends: Sequence[tuple[Hashable, int]]) -> Ticket[list[BlockCopy]]:
         """The ticket to make room for more tokens, by (seq_id, number of tokens).
 
-        The sequences take what each would take alone, less one for every shared block all of whose holders grow: the
-        last of them writes in place.
+        The sequences take what each would take alone, less one for every shared block all of whose holders grow. The
+        last of these holders writes in place.
         """
         growing = [self._growth(*append) for append in appends]
         num_blocks, writers = 0, Counter()

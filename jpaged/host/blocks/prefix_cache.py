@@ -1,8 +1,8 @@
 """The prefix cache: finds the physical block that already holds the KV of a given prefix of tokens.
 
-The KV of a block depends on its own tokens and on all tokens before them, so a block is named by its whole ``Prefix``
-(the paper's "shared prefix", section 4.4, found automatically). A prefix is pure content; the cache knows the block
-that holds its KV. Each tier of blocks (``blocks.tier``) has a cache of its own.
+The KV of a block depends on its own tokens and on all tokens before them. So a block is named by its whole ``Prefix``:
+the paper's "shared prefix" (section 4.4), found automatically. A prefix is pure content; the cache knows the block that
+holds its KV. Each tier of blocks (``blocks.tier``) has a cache of its own.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class Prefix:
     def is_same(self, other: "Prefix") -> bool:
         """Whether both hold the same tokens under the same salt, compared without trusting a digest.
 
-        Chains that one cache made share their links, so this ends after a step or two except after an eviction or a
+        Chains that one cache made share their links. So this ends after a step or two, except after an eviction or a
         change of tiers.
         """
         if self.salt != other.salt:
