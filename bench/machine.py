@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,17 @@ class MachineLimits:
     matmul_flops_per_s: float
     dtype: str
 
+    def of_devices(self, num_devices: int) -> "MachineLimits":
+        """The rates of several such devices together, which exchange nothing."""
+        return replace(
+            self,
+            read_bytes_per_s=num_devices * self.read_bytes_per_s,
+            matmul_flops_per_s=num_devices * self.matmul_flops_per_s,
+        )
+
     def __str__(self) -> str:
         reads, flops = self.read_bytes_per_s / 1e12, self.matmul_flops_per_s / 1e12
-        return f"limits of this device: {reads:.2f} TB/s read, {flops:.0f} TFLOP/s {self.dtype}"
+        return f"limits: {reads:.2f} TB/s read, {flops:.0f} TFLOP/s {self.dtype}"
 
 
 def measure_limits(dtype: jnp.dtype) -> MachineLimits:

@@ -116,6 +116,12 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "every running sequence needs one token a step; raise the first or lower the second"
             )
+        if self.token_budget < self._least_token_budget:
+            raise ValueError(
+                f"max_num_batched_tokens={self.token_budget} with kv_cache_dtype={self.kv_cache_dtype!r}: expected at "
+                f"least {self._least_token_budget}, a block of {self.block_size} prompt tokens beside "
+                f"{self.max_num_seqs - 1} decodes; raise it, or lower max_num_seqs or block_size"
+            )
         if self.num_host_blocks is not None and self.host_memory_bytes is not None:
             raise ValueError(
                 f"num_host_blocks={self.num_host_blocks} and host_memory_bytes={self.host_memory_bytes} both size the "
@@ -130,4 +136,9 @@ class EngineConfig:
     @property
     def token_budget(self) -> int:
         """``max_num_batched_tokens`` with its default filled in."""
-        return self.max_num_batched_tokens or max(DEFAULT_TOKEN_BUDGET, self.max_num_seqs)
+        return self.max_num_batched_tokens or max(DEFAULT_TOKEN_BUDGET, self._least_token_budget)
+
+    @property
+    def _least_token_budget(self) -> int:
+        """A token of each sequence. Prompts over an 8-bit pool are computed in whole blocks, and take one beside."""
+        return self.max_num_seqs + (self.block_size - 1 if self.kv_cache_dtype != "auto" else 0)

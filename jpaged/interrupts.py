@@ -10,8 +10,8 @@ class InterruptsWait:
     """Defers Ctrl-C to the end of the block; a block inside another one joins it.
 
     Bookkeeping that is half done cannot be told from bookkeeping that is done. Besides, Python drops an exception that
-    is raised inside a callback or a finalizer, and JAX runs many of both while it traces and compiles.
-    Only the main thread is ever interrupted: in other threads the block has no effect.
+    is raised inside a callback or a finalizer. JAX runs many of both while it traces and compiles. Only the main thread
+    is ever interrupted: in other threads the block has no effect.
 
     Attributes:
         num_pending: interrupts that wait.

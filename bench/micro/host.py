@@ -4,9 +4,9 @@
     python -m bench host --num-seqs 32 --profile
     python -m bench host --num-seqs 256 1024 --max-burst 1 4 --against PATH
 
-The real engine, scheduler and block manager run over a runner that packs each step as for a device and makes up its
-tokens. So only the host's own work is timed, in CPU time of its thread. One step is in flight, as in serving. A burst
-is a multi-step decode, as on an accelerator while no request can be admitted.
+The real engine, scheduler and block manager run over a made-up runner. It packs each step as for a device, and makes up
+its tokens. So only the host's own work is timed, in CPU time of its thread. One step is in flight, as in serving. A
+burst is a multi-step decode, as on an accelerator while no request can be admitted.
 
 With several cases, repeats or ``--against`` (a checkout of another commit), every measurement has a process of its own.
 The two commits alternate, and the table has medians over the repeats. Writes ``bench/results/host_NAME.json``, or
@@ -212,7 +212,11 @@ def _time_steps(args: argparse.Namespace, num_seqs: int, max_burst: int) -> dict
         output = engine.step()
         step_s = time.thread_time() - started
         profile.disable()
-        assert engine.num_output_tokens - num_before == num_seqs * max_burst
+        if engine.num_output_tokens - num_before != num_seqs * max_burst:
+            raise UsageError(
+                f"--num-plans {args.num_plans}: a sequence of {num_seqs} ended at {MAX_MODEL_LEN} tokens while "
+                "it was timed: time fewer plans, or shorter prompts"
+            )
         assert len(output.deltas) == num_seqs * args.stream
         timed_apart = sum(elsewhere) + timed["schedule"][-1] + timed["update"][-1]
         timed["collect, and the rest"].append(step_s - timed_apart)

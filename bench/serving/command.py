@@ -79,6 +79,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=int, default=2048, metavar="N", help="tokens (default: %(default)s)")
     add("--max-num-seqs", type=int, default=256, metavar="N", help="rows of a step (default: %(default)s)")
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: the engine's)")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share a model (default: 1)")
+    add("--kv-cache-dtype", default="auto", metavar="TYPE", help="auto, fp8 or int8 (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,12 +126,13 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
             max_num_batched_tokens=args.max_num_batched_tokens,
             max_model_len=min(args.max_model_len, model_config.max_model_len),
             enable_prefix_caching=True,
+            kv_cache_dtype=args.kv_cache_dtype,
             host_memory_bytes=int(args.host_memory_gib * 2**30),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
     limits = None if args.startup_only else machine.measure_limits(jnp.dtype(model_config.dtype))
-    llm, startup = start(model_config, config, imports_s)
+    llm, startup = start(model_config, config, imports_s, args.tensor_parallel_size)
     print(startup)
     runner = llm.engine.runner
     name = args.name or f"serving_{path.name}_{device_name()}" + "_quick" * args.quick
@@ -162,7 +165,7 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
             config,
             QUICK if args.quick else FULL,
             figures,
-            _floor(runner, config, limits),
+            _floor(runner, config, limits.of_devices(args.tensor_parallel_size)),
             args.limit_s,
             end=float("inf") if args.budget_s is None else args.began + args.budget_s,
         )

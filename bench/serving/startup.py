@@ -34,8 +34,8 @@ class StartUp:
     Args:
         total_s: from nothing on the device to an engine that takes requests.
         weights_s: until all weights are on the device.
-        sizing_s: the runner without its programs: joining projections, the device pool, and the part of the host pool's
-            allocation that outlasts compiling.
+        sizing_s: the runner without its programs. These are joining projections, the device pool, and the part of the
+            host pool's allocation that outlasts compiling.
         compiling_s: all programs.
         engine_s: the engine over them, which measures the cost of copies to the host.
         imports_s: before all that and not in ``total_s``: Python's modules, and the first touch of the device.
@@ -62,9 +62,9 @@ class StartUp:
         )
 
 
-def start(model_config: ModelConfig, config: EngineConfig, imports_s: float) -> tuple[LLM, StartUp]:
-    """Make an LLM with random weights and compile every program; returns its times too."""
-    watch, mesh = Stopwatch(), make_mesh(1)
+def start(model_config: ModelConfig, config: EngineConfig, imports_s: float, num_devices: int) -> tuple[LLM, StartUp]:
+    """Make an LLM with random weights over the devices and compile every program; returns its times too."""
+    watch, mesh = Stopwatch(), make_mesh(num_devices)
     began = time.perf_counter()
     with (
         _cache_events() as programs,

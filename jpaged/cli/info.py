@@ -203,7 +203,7 @@ def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo
 
 def _describe_host_pool(pool: HostPoolInfo) -> str:
     if pool.num_blocks == 0:
-        return "none; num_host_blocks or host_memory_bytes makes one"
+        return "none; --num-host-blocks or --host-memory-bytes makes one"
     return f"{pool.num_blocks:,} blocks are {_size(pool.pool_bytes)} of {pool.memory_kind.replace('_', ' ')} memory"
 
 
@@ -214,5 +214,5 @@ def _describe_preemption(preemption: str, pool: HostPoolInfo) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    """In the largest of MiB and GiB that leaves a digit before the point."""
+    """A size in the larger of MiB and GiB that leaves a digit before the point."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

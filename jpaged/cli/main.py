@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
-from jpaged.cli.options import make_parser
+from jpaged.cli.options import as_typed, make_parser
 from jpaged.cli.start import Followed, join
 from jpaged.cli.terminal import note, one_line
 
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, NotImplementedError) as error:
         if args.debug:
             raise
-        note(f"jpaged: error: {one_line(error)}{'' if _is_ours(error) else ' (--debug shows where)'}")
+        message = one_line(error)
+        note(f"jpaged: error: {as_typed(message) if _is_ours(error) else f'{message} (--debug shows where)'}")
         return 2
     return 0
 

@@ -5,8 +5,9 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from jpaged.config import EngineConfig
 from jpaged.request import MAX_LOGPROBS, BeamSearchParams, SamplingParams
@@ -95,9 +96,29 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the option that an unknown option resembles."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._explain(unknown))
+        return known, unknown
+
+    def error(self, message: str) -> NoReturn:
+        super().error(f"{message} ({self.prog} --help shows all)")
+
+    def _explain(self, unknown: list[str]) -> str:
+        options = [each.partition("=")[0] for each in unknown if each.startswith("-")]
+        if not options:
+            return f"{unknown[0]!r} is one argument too many: put quotes around a text of several words"
+        similar = get_close_matches(options[0].replace("_", "-"), self._option_string_actions, n=1)
+        return f"unknown option {options[0]}" + (f": did you mean {similar[0]}?" if similar else "")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; ``command`` of what it returns is the command's name."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="jpaged",
         description="Text from a Hugging Face checkpoint, in JAX, over a paged KV cache.",
         epilog=_EPILOG,
@@ -105,11 +126,12 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"jpaged {version('jpaged')}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{generate,chat,info}", required=True)
 
     def add_command(name: str, help_: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
         return commands.add_parser(
             name,
+            usage=f"jpaged {name} [OPTIONS]{' PROMPT' if name == 'generate' else ''}",
             help=help_,
             description=description,
             epilog=epilog,
@@ -164,7 +186,25 @@ def _add(group: Any, each: Setting, *flags: str, shown: str, **more: Any) -> Non
 
 
 def _as_option(name: str) -> str:
-    return "-n" if name == "n" else f"--{name.replace('_', '-')}"
+    return {"n": "-n", "use_beam_search": "--beam-width"}.get(name, f"--{name.replace('_', '-')}")
+
+
+_SETTINGS = (*ENGINE_OPTIONS, *SAMPLING_OPTIONS, *COMPLETION_OPTIONS, *BEAM_OPTIONS, "use_beam_search")
+_SETTING = re.compile(rf"(?<![\w/.-])({'|'.join(_SETTINGS)})\b(?:=('?)([^\s,:;)]+)\2)?")
+
+
+def as_typed(message: str) -> str:
+    """The message of an error with options, as users type them, instead of settings: "-n 0" for "n=0"."""
+
+    def option(found: re.Match[str]) -> str:
+        name, _, value = found.groups()
+        if value is None:  # a word such as "seed" is a setting only where it has a value
+            return _as_option(name) if "_" in name else name
+        if value in ("True", "False"):
+            return _as_option(name) if value == "True" else f"no {_as_option(name)}"
+        return f"{_as_option(name)} {value}"
+
+    return _SETTING.sub(option, message).replace("expected None or ", "expected ")
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:

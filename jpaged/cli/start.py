@@ -28,7 +28,8 @@ def load(args: argparse.Namespace, *, max_num_seqs: int) -> "LLM":
     llm = LLM(
         args.model,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_num_seqs),
+        # A block of a prompt fits beside the decodes, as 8-bit pools need.
+        max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_num_seqs + args.block_size),
         enable_prefix_caching=not args.no_prefix_caching,
         warm_up=False,
         use_tqdm=sys.stderr.isatty(),

@@ -118,7 +118,7 @@ class StepPlan:
     def can_be_followed(self) -> bool:
         """Whether the next step can be planned before this one's results are known.
 
-        Penalties count the tokens drawn here, a search chooses among its candidates, and blocks from the host can be
+        Penalties count the tokens drawn here, and a search chooses among its candidates. Blocks from the host can be
         used when the host says so. (To leave those sequences out of the next plan would split the batch in two that
         take turns.)
         """

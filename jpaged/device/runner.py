@@ -106,7 +106,7 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
 class ModelRunner:
     """The device half: ``enqueue`` starts what a StepPlan says, ``fetch`` waits for the StepResult.
 
-    Programs are compiled ahead of time per bucket, by ``warm_up`` or when first needed, and called with the cache
+    Programs are compiled ahead of time per bucket, by ``warm_up`` or when first needed. They are called with the cache
     and the ``StepState`` donated, so that a step writes in place.
 
     Args:
@@ -229,7 +229,7 @@ class ModelRunner:
     def enqueue(self, plan: StepPlan) -> StepInFlight:
         """Start one step: moves to the host, copies, the forward pass, sampling, moves from the host.
 
-        The call waits for no step. It waits for copies between the pools when too many are in flight, and compiles
+        The call waits for no step. It waits for copies between the pools when too many are in flight. It compiles
         programs that are needed for the first time. Steps run in the order of these calls.
         """
         started_s, num_programs = time.perf_counter(), len(self.programs)

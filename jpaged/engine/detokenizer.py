@@ -125,7 +125,7 @@ class Detokenizer:
         return not self._tokenizer.decode([token_id, token_id], skip_special_tokens=True)
 
     def _find_stop(self, text: str, start: int) -> int | None:
-        """Where the earliest stop string that ends after ``start`` begins."""
+        """The start of the earliest stop string that ends after ``start``."""
         found = [text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop_strings]
         return min((index for index in found if index >= 0), default=None)
 

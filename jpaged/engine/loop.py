@@ -56,8 +56,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             num_host_blocks=num_host_blocks,
         )
-        if runner.config.kv_cache_dtype != "auto":
-            self.blocks.least_hit_inside = 1.0  # the copy of an 8-bit block keeps a scale that other tokens have set
+        self.blocks.is_quantized = runner.config.kv_cache_dtype != "auto"
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,

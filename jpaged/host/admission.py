@@ -11,6 +11,7 @@ from jpaged.host.capacity import Capacity, num_blocks_covering, num_forked_block
 from jpaged.host.line import Line
 from jpaged.host.pins import Pins
 from jpaged.host.policies.budget import num_blocks_left_free
+from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 from jpaged.host.policies.sharing import is_worth_waiting
 from jpaged.host.refusal import Refusal
 from jpaged.host.roster import Roster
@@ -98,11 +99,11 @@ class Admission:
             max_tokens = capacity.most_tokens(prompt_len, params.num_sequences)
         else:
             max_tokens = min(params.max_tokens, self.max_model_len - prompt_len)
-        return Terms(max_tokens, stops, self._pins.num_changes)
+        return Terms(max_tokens, stops, self._pins.state)
 
     def settle(self, request: Request) -> Terms:
         """The terms of a request, checked now unless they were checked before and still hold. Raises as ``check``."""
-        if request.terms is None or request.terms.num_pin_changes != self._pins.num_changes:
+        if request.terms is None or request.terms.pins is not self._pins.state:
             return self.check(request)
         self._check_new(request)
         return request.terms
@@ -212,7 +213,8 @@ class Admission:
         """Match the tokens that the group's leader must compute; one token is always left to compute."""
         if group.needs_prompt_scores:
             return NO_MATCH
-        least_inside = math.ceil(self._blocks.least_hit_inside * self._blocks.block_size)
+        # The copy of an 8-bit block would keep a scale that other tokens have set.
+        least_inside = math.ceil((1 if self._blocks.is_quantized else LEAST_HIT_INSIDE) * self._blocks.block_size)
         match = self._blocks.match_prefix(leader.hashed, target - 1, least_inside=least_inside)
         ready = match.cut(self._blocks.tiers.num_hits_ready(match))
         num_shared, num_left = match.num_tokens - ready.num_tokens, target - ready.num_tokens

@@ -49,7 +49,7 @@ class Entry:
             num_rows += group.num_rows
             if self._line.is_preempted_now(group) or num_rows > self._admission.max_num_seqs:
                 return
-            if plan.budget == 0 and not group.is_swapped:
+            if not plan.has_budget and not group.is_swapped:
                 return
             if (start := self._admission.find(group)) is None:
                 return

@@ -27,6 +27,6 @@ def compute_all(plan: PlanBuilder, feeds: list[Feed], outcome: Outcome) -> None:
             plan.add(feed.group, feed.seq, 1)
     for feed in feeds:
         start, num_tokens = feed.seq.num_computed, feed.num_tokens
-        if num_tokens > 1 and plan.budget > 0:
+        if num_tokens > 1 and plan.has_budget:
             plan.add(feed.group, feed.seq, num_tokens)
             outcome.publish_planned(feed.seq, start)

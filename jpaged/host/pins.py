@@ -14,8 +14,8 @@ class Pins:
     """
 
     def __init__(self, blocks: BlockManager) -> None:
-        self.num_changes = 0
-        """Counts all changes: between two of them, the pins keep the same capacity from a request."""
+        self.state = object()
+        """A new object after every change: while it stays, the pins keep the same capacity from a request."""
         self._blocks = blocks
         self._queued: dict[str, SequenceGroup] = {}
         self._held: dict[str, SequenceGroup] = {}
@@ -42,22 +42,22 @@ class Pins:
 
     def queue(self, pin: SequenceGroup) -> None:
         """Add a pin whose prompt is still to be computed."""
-        self.num_changes += 1
+        self.state = object()
         self._queued[pin.request.request_id] = pin
 
     def hold(self, pin: SequenceGroup) -> None:
         """Mark a queued pin as held: its sequence holds the blocks of its prompt."""
-        self.num_changes += 1
+        self.state = object()
         self._held[pin.request.request_id] = self._queued.pop(pin.request.request_id)
 
     def discard(self, request_id: str) -> None:
         """Forget a pin that is still queued, if there is one."""
         if self._queued.pop(request_id, None) is not None:
-            self.num_changes += 1
+            self.state = object()
 
     def release(self, request_id: str) -> None:
         """Free the blocks of a held pin; they stay in the prefix cache."""
-        self.num_changes += 1
+        self.state = object()
         self._blocks.free(self._held.pop(request_id).sequences[0].seq_id)
 
     def requeue_all(self) -> list[SequenceGroup]:

@@ -19,10 +19,12 @@ class PlanBuilder:
         rows: the rows of the running sequences.
         budget: tokens that may still be added; goes down.
         copies: the copies decided so far; the scheduler adds more.
+        unit: a chunk that leaves some of its tokens to later steps ends at a multiple of this many tokens.
     """
 
-    def __init__(self, rows: RowTable, budget: int, copies: list[BlockCopy]):
+    def __init__(self, rows: RowTable, budget: int, copies: list[BlockCopy], unit: int = 1):
         self.budget = budget
+        self._unit = unit
         self.copies = copies
         self._rows = rows
         self._decodes: Decodes | None = None
@@ -39,6 +41,11 @@ class PlanBuilder:
     def num_chunks(self) -> int:
         """Chunks so far."""
         return len(self._num_draws) + len(self._chunks)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the budget allows a chunk of any prompt."""
+        return self.budget >= self._unit
 
     def decode(self, decodes: Decodes, num_draws: Int32[np.ndarray, " decodes"]) -> None:
         """Let steady rows feed their newest token and draw; called once, before anything is added.
@@ -59,7 +66,9 @@ class PlanBuilder:
     def add(self, group: SequenceGroup, seq: Sequence, num_tokens: int) -> None:
         """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits."""
         start, total = seq.num_computed, seq.num_tokens
-        stop = start + min(num_tokens, self.budget)
+        stop = start + num_tokens
+        if num_tokens > self.budget:
+            stop = (start + self.budget) // self._unit * self._unit
         index = self.num_chunks
         assert seq.row is not None
         self._chunks.append((seq.row, seq.seq_id, start, stop - start))

@@ -44,7 +44,7 @@ class Scheduler:
     Args:
         blocks: the bookkeeping of the pools; the scheduler is its one writer.
         max_num_seqs: sequences in one iteration at most.
-        max_num_batched_tokens: tokens in one iteration at most; at least ``max_num_seqs``.
+        max_num_batched_tokens: tokens in one iteration at most; at least ``max_num_seqs``, and a block more if 8-bit.
         max_model_len: tokens of prompt and output that a sequence may reach.
         eos_token_ids: the model's end-of-sequence ids.
         max_burst: steps of one multi-step decode at most, which only runs while no group can be admitted.
@@ -66,7 +66,8 @@ class Scheduler:
         preemption: str = "auto",
         costs: Costs | None = None,
     ):
-        assert max_num_batched_tokens >= max_num_seqs
+        self._chunk_unit = blocks.block_size if blocks.is_quantized else 1  # a scale depends on all tokens of a block
+        assert max_num_batched_tokens >= max_num_seqs + self._chunk_unit - 1
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -285,8 +286,9 @@ class Scheduler:
                 max_num_seqs=self.max_num_seqs,
                 max_num_tokens=self.max_num_batched_tokens,
                 step_sizes=self.step_sizes,
+                least_prompt=self._chunk_unit,
             )
-        plan = PlanBuilder(self.rows, budget, copies)
+        plan = PlanBuilder(self.rows, budget, copies, self._chunk_unit)
         plan.decode(decodes, num_draws)
         compute_all(plan, feeds, self._outcome)
         if may_admit:
@@ -311,8 +313,8 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Apply the results of the step of ``plan``.
 
-        Publishes the blocks that it filled, forks groups whose shared tokens are done, appends the tokens, moves beams
-        on and ends the sequences that are complete.
+        Publishes the blocks that it filled, and forks groups whose shared tokens are done. Then appends the tokens,
+        moves beams on and ends the sequences that are complete.
 
         Returns:
             The groups that gained tokens, each once, in plan order.

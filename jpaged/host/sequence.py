@@ -14,7 +14,7 @@ from jpaged.request import FinishReason, Request
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence is, and where its KV."""
+    """The place of a sequence and of its KV."""
 
     WAITING = enum.auto()  # new, or preempted to be recomputed: in no pool
     UNFORKED = enum.auto()  # its group runs, but its leader still computes the tokens they share: in no pool of its own
@@ -265,8 +265,8 @@ class SequenceGroup:
         """The running sequences, and how many tokens of each to bring into the pool now.
 
         A leader stops at what its siblings share until they have forked, and a sequence whose last token is pending
-        needs no more. Beams feed their last token all in one step,
-        since it takes the logits of all to choose among them: those that come back sooner wait for the others.
+        needs no more. All beams feed their last token in one step, since the choice among them takes the logits of all.
+        Beams that come back sooner wait for the others.
         """
         if len(self.sequences) == 1 and self.beam is None:  # most are of this kind: kept free of other work
             seq = self.sequences[0]

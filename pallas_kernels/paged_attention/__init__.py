@@ -61,7 +61,7 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 def why_not_here(
     q_shape: tuple[int, ...], q_dtype: jnp.dtype, pool_shape: tuple[int, ...], pool_dtype: jnp.dtype
 ) -> str | None:
-    """Why the kernels for this device cannot take a case; None if they can."""
+    """The reason why the kernels for this device cannot take a case; None if they can."""
     return IMPLEMENTATIONS[kernels_here()].why_not(q_shape, q_dtype, pool_shape, pool_dtype)
 
 
@@ -137,18 +137,17 @@ def paged_attention(
         NotImplementedError: the implementation named cannot do this case.
     """
     dispatch.check_named(IMPLEMENTATIONS, implementation, interpret=interpret)
-    _check_arrays(q, pool, layer, block_tables, kv_lens, cu_q_lens)
-    _check_types(q, pool, kv_scales)
-    if into is not None and (into.shape, into.dtype) != (q.shape, q.dtype):
-        raise ValueError(f"into is {into.dtype}{list(into.shape)}: expected what q is, {q.dtype}{list(q.shape)}")
-    call = Call(
-        q=q,
-        kv=KvLayer(pool, layer, kv_scales),
-        batch=Batch(block_tables, kv_lens, cu_q_lens),
-        scoring=_scoring(q, sm_scale, sliding_window, soft_cap),
-        heads=_heads(q, alibi_slopes, sinks),
+    call = _checked_call(
+        q,
+        KvLayer(pool, layer, kv_scales),
+        Batch(block_tables, kv_lens, cu_q_lens),
+        Heads(alibi_slopes, sinks),
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
         into=into,
     )
+    _check_heads_of_pool(call)
     return dispatch.run(IMPLEMENTATIONS[implementation or _best(call)], call, interpret=interpret)
 
 
@@ -201,37 +200,57 @@ def write_and_attend(
         ValueError: shapes, types or options that do not fit together.
         NotImplementedError: a case, or a device, that the kernels do not take.
     """
-    _check_rows(q, block_tables, kv_lens, cu_q_lens)
-    check_static_layer(pool, layer)
-    _check_types(q, pool, kv_scales)
+    call = _checked_call(
+        q,
+        KvLayer(pool, layer, kv_scales),
+        Batch(block_tables, kv_lens, cu_q_lens),
+        Heads(alibi_slopes, sinks),
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+    )
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q has shape {q.shape}, k {k.shape} and v {v.shape}: expected the same tokens and head_dim, and heads of "
             "q that are a multiple of the KV heads"
         )
-    call = Call(
-        q=q,
-        kv=KvLayer(pool, layer, kv_scales),
-        batch=Batch(block_tables, kv_lens, cu_q_lens),
-        scoring=_scoring(q, sm_scale, sliding_window, soft_cap),
-        heads=_heads(q, alibi_slopes, sinks),
-    )
     return dispatch.run(WRITES_AND_ATTENDS, call, k, v, is_decode=is_decode, interpret=interpret)
 
 
-def _check_arrays(q: Array, pool: Array, layer: int, block_tables: Array, kv_lens: Array, cu_q_lens: Array) -> None:
-    _check_rows(q, block_tables, kv_lens, cu_q_lens)
-    shape = shape_of(pool)
-    num_heads, num_kv_heads = q.shape[1], shape.num_kv_heads
+def _checked_call(
+    q: Array,
+    kv: KvLayer,
+    batch: Batch,
+    heads: Heads,
+    *,
+    sm_scale: float | None,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    into: Array | None = None,
+) -> Call:
+    """The call that these arguments make, all but the heads of its queries and its pool checked."""
+    _check_rows(q, *batch)
+    check_static_layer(kv.pool, kv.layer)
+    _check_types(q, kv.pool, kv.kv_scales)
+    if into is not None and (into.shape, into.dtype) != (q.shape, q.dtype):
+        raise ValueError(f"into is {into.dtype}{list(into.shape)}: expected what q is, {q.dtype}{list(q.shape)}")
+    for name, array in heads._asdict().items():
+        if array is not None and array.shape != (q.shape[1],):
+            raise ValueError(f"{name} has shape {array.shape}: expected ({q.shape[1]},), one for each query head")
+    scoring = _scoring(q, sm_scale, sliding_window, soft_cap)
+    return Call(q=q, kv=kv, batch=batch, scoring=scoring, heads=heads, into=into)
+
+
+def _check_heads_of_pool(call: Call) -> None:
+    num_heads, head_dim = call.num_heads, call.head_dim
+    shape = shape_of(call.kv.pool)
+    num_kv_heads = shape.num_kv_heads
     if num_kv_heads == 0 or num_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(
             f"q has {num_heads} heads and the pool {num_kv_heads} KV heads: expected a multiple of the KV heads"
         )
-    if q.shape[2] != shape.head_dim:
-        raise ValueError(
-            f"q has head_dim {q.shape[2]} and the pool {shape.head_dim}: expected the same; pad the smaller"
-        )
-    check_static_layer(pool, layer)
+    if head_dim != shape.head_dim:
+        raise ValueError(f"q has head_dim {head_dim} and the pool {shape.head_dim}: expected the same; pad the smaller")
 
 
 def _check_rows(q: Array, block_tables: Array, kv_lens: Array, cu_q_lens: Array) -> None:
@@ -274,11 +293,3 @@ def _scoring(q: Array, sm_scale: float | None, sliding_window: int | None, soft_
     if soft_cap is not None and not (math.isfinite(soft_cap) and soft_cap > 0):
         raise ValueError(f"soft_cap={soft_cap}: expected a finite number above 0; None turns it off")
     return Scoring(1 / math.sqrt(q.shape[2]) if sm_scale is None else float(sm_scale), sliding_window, soft_cap)
-
-
-def _heads(q: Array, alibi_slopes: Array | None, sinks: Array | None) -> Heads:
-    num_heads = q.shape[1]
-    for name, array in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if array is not None and array.shape != (num_heads,):
-            raise ValueError(f"{name} has shape {array.shape}: expected ({num_heads},), one for each query head")
-    return Heads(alibi_slopes, sinks)

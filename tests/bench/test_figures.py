@@ -53,14 +53,13 @@ def test_serving_is_that_of_the_result_files():
 
 
 def test_two_commits_are_those_of_the_result_files():
-    table = _table("llama3-8b: ab71ff5, 2039dcb")
-    names = "decode_1_ms", "decode_32_ms", "decode_256_ms", "prefill32_s", "sharegpt1000_tokens_per_s"
-    for name in names:
+    table = _table("llama3-8b: ab71ff5, 21e1d68")
+    medians = _result("serving_llama3-8b_rows_against_ab71ff5_nvidia-h200")["median"]
+    for name in medians["256 rows"]:
         title, decimals = SERVED[name]
         cells = []
         for rows in (256, 1024):
-            files = (f"serving_llama3-8b_{rows}rows_{commit}_nvidia-h200" for commit in ("ab71ff5", "2039dcb"))
-            values = [_result(file)["figures"][name]["value"] for file in files]
+            values = [medians[f"{rows} {commit}"][name] for commit in ("ab71ff5", "rows")]
             cells.append(", ".join(f"{value:,.{decimals}f}" for value in values))
         assert table[title] == cells, name
 

@@ -127,9 +127,8 @@ def test_every_feature_of_a_layer_reaches_the_kernels(features, name):
     model = special_model(**FEATURES[features])
     [spec, *_], num_tokens = model.config.layer_specs, len(PROMPTS[0])
     backend = BACKENDS[name]("", interpret=name != "xla")
-    cache = KVCache.allocate(
-        num_blocks=4, num_layers=2, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, block_size=8
-    )
+    num_kv_heads, head_dim = backend.pool_heads(spec.num_kv_heads, spec.head_dim)
+    cache = KVCache.allocate(num_blocks=4, num_layers=2, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=8)
     positions = jnp.arange(num_tokens, dtype=jnp.int32)
     rows = Rows(16 + positions, jnp.array([[2, 3]], jnp.int32), jnp.array([num_tokens]), jnp.array([0, num_tokens]))
 

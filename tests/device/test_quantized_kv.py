@@ -28,7 +28,6 @@ BLOCK_SIZE = 4
 
 
 def runner_over(kv_cache_dtype: str) -> ModelRunner:
-    """A runner whose chunks of prompts are never cut inside of a block."""
     config = replace(tiny.ENGINE_SIZES, kv_cache_dtype=kv_cache_dtype, max_num_batched_tokens=32)
     return ModelRunner(nnx.clone(tiny.engine_model()), tiny.ENGINE_MODEL, config, make_mesh(1), use_tqdm=False)
 
@@ -147,6 +146,18 @@ def test_tokens_do_not_depend_on_swaps_hits_siblings_or_the_batch():
     swapping = engine_with(runner, num_blocks=13, preemption="swap", enable_prefix_caching=False)
     assert_same([output[0] for output in outputs_of(swapping, long)], expected)
     assert swapping.stats().num_swaps_in > 0
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tokens_do_not_depend_on_how_prompts_are_cut(setting):
+    """A block's tokens share a scale: a prompt that is cut inside a block would leave other numbers in the block."""
+    runner = int8_runner() if setting == "int8" else runner_over(setting)
+    requests = [(prompt_of(length, step), drawn(seed=step)) for length, step in ((31, 7), (22, 5), (6, 3), (29, 11))]
+    expected = [outputs_of(engine_with(runner, max_num_batched_tokens=32), [request])[0] for request in requests]
+    for budget in (7, 11, 17):
+        engine = engine_with(runner, max_num_batched_tokens=budget, enable_prefix_caching=False)
+        for outputs, alone in zip(outputs_of(engine, requests), expected, strict=True):
+            assert_same(outputs, alone)
 
 
 def forced_logprob(runner: ModelRunner, prompt: list[int], token_ids: list[int]) -> float:

@@ -222,33 +222,36 @@ def test_rows_and_engine_options_reach_the_engine(run, monkeypatch, llms, checkp
     ("argv", "message"),
     [
         (("generate", ""), "prompt is empty"),
-        (("generate", "a", "--temperature", "nan"), "temperature=nan"),
-        (("generate", "a", "--top-p", "-1"), "top_p=-1.0"),
-        (("generate", "a", "-n", "0"), "n=0"),
-        (("generate", "a", "-n", "1000000"), "n=1000000"),
-        (("generate", "a", "--max-tokens", "0"), "max_tokens=0"),
-        (("generate", "a", "--max-tokens", "1000"), "max_tokens=1000 is more than max_model_len=96"),
-        (("generate", "a", "--min-tokens", "9", "--max-tokens", "3"), "min_tokens=9"),
+        (("generate", "a", "--temperature", "nan"), "--temperature nan is not valid"),
+        (("generate", "a", "--top-p", "-1"), "--top-p -1.0"),
+        (("generate", "a", "-n", "0"), "-n 0 is not valid"),
+        (("generate", "a", "-n", "1000000"), "-n 1000000"),
+        (("generate", "a", "--max-tokens", "0"), "--max-tokens 0 is not valid: expected an integer"),
+        (("generate", "a", "--max-tokens", "1000"), "--max-tokens 1000 is more than --max-model-len 96"),
+        (("generate", "a", "--min-tokens", "9", "--max-tokens", "3"), "--min-tokens 9"),
         (("generate", "a", "--stop", ""), "stop"),
-        (("generate", "a", "--seed", "-1"), "seed=-1"),
+        (("generate", "a", "--seed", "-1"), "--seed -1"),
         (("generate", "a", "--logprobs", "1"), "--json"),
-        (("generate", "a", "--json", "--logprobs", "21"), "logprobs=21"),
-        (("generate", "a", "-n", "2", "--best-of", "1"), "best_of=1 is less than n=2"),
-        (("generate", "a", "--beam-width", "0"), "beam_width=0"),
-        (("generate", "a", "--beam-width", "65"), "beam_width=65"),
+        (("generate", "a", "--json", "--logprobs", "21"), "--logprobs 21"),
+        (("generate", "a", "-n", "2", "--best-of", "1"), "--best-of 1 is less than -n 2"),
+        (("generate", "a", "--beam-width", "0"), "--beam-width 0"),
+        (("generate", "a", "--beam-width", "65"), "--beam-width 65"),
         (("generate", "a", "--beam-width", "2", "-n", "3"), "-n 3 is more than --beam-width 2"),
         (("generate", "a", "--beam-width", "2", "--best-of", "2"), "--best-of does not go with --beam-width"),
-        (("generate", "a", "--beam-width", "2", "--temperature", "0.8"), "temperature=0.8 does not go with"),
-        (("generate", "a", "--beam-width", "2", "--top-p", "0.9"), "top_p=0.9 does not go with"),
-        (("generate", "a", "--beam-width", "2", "--seed", "1"), "seed=1 does not go with"),
-        (("generate", "a", "--beam-width", "2", "--stop", "b"), "stop=['b'] does not go with"),
+        (
+            ("generate", "a", "--beam-width", "2", "--temperature", "0.8"),
+            "--temperature 0.8 does not go with --beam-width",
+        ),
+        (("generate", "a", "--beam-width", "2", "--top-p", "0.9"), "--top-p 0.9 does not go with"),
+        (("generate", "a", "--beam-width", "2", "--seed", "1"), "--seed 1 does not go with"),
+        (("generate", "a", "--beam-width", "2", "--stop", "b"), "--stop ['b'] does not go with"),
         (("generate", "a", "--length-penalty", "2"), "add --beam-width"),
         (("generate", "a", "--early-stopping", "true"), "add --beam-width"),
         (("generate", "x" * CONTEXT), "shorten the prompt"),
-        (("info", "--block-size", "0"), "block_size=0"),
-        (("info", "--tensor-parallel-size", "99"), "tensor_parallel_size=99"),
+        (("info", "--block-size", "0"), "--block-size 0"),
+        (("info", "--tensor-parallel-size", "99"), "--tensor-parallel-size 99"),
         (("info", "--num-host-blocks", "1", "--host-memory-bytes", "9999"), "give one of them"),
-        (("info", "--preemption", "swap", "--num-host-blocks", "0"), "preemption='swap' needs a host pool"),
+        (("info", "--preemption", "swap", "--num-host-blocks", "0"), "--preemption swap needs a host pool"),
         (("info", "--host-memory-bytes", str(1 << 60)), "does not fit"),
         (("chat",), "no chat template"),
     ],
@@ -303,6 +306,22 @@ def test_unknown_usage_is_argparse_own_error(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(argv)
     assert "usage: jpaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "--temprature", "3", "x"], "unknown option --temprature: did you mean --temperature?"),
+        (["generate", "x", "--max_tokens=4"], "unknown option --max_tokens: did you mean --max-tokens?"),
+        (["generate", "x", "--temp", "3"], "unknown option --temp"),
+        (["chat", "--zzz"], "unknown option --zzz (jpaged chat --help shows all)"),
+        (["generate", "def", "f"], "'f' is one argument too many"),
+    ],
+)
+def test_unknown_options_suggest_the_nearest(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert message in capsys.readouterr().err
 
 
 def test_every_setting_is_an_option_or_is_left_out_on_purpose():

@@ -72,6 +72,10 @@ def test_valid_value_is_kept(name, value):
     [
         ({"block_size": 1024, "num_blocks": 2**21}, "num_blocks=2097152 .* at most 2097151 blocks of 1024"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens=8 is less than max_num_seqs=9"),
+        (
+            {"kv_cache_dtype": "int8", "max_num_seqs": 9, "max_num_batched_tokens": 23},
+            "max_num_batched_tokens=23 with kv_cache_dtype='int8': expected at least 24",
+        ),
         ({"num_host_blocks": 1, "host_memory_bytes": 1}, "give one of them"),
         ({"preemption": "swap", "host_memory_bytes": 0}, "preemption='swap' needs a host pool"),
     ],

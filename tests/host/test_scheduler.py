@@ -16,10 +16,21 @@ from tests.support.plans import SpelledPlan, spell
 
 
 def make_scheduler(
-    num_blocks=64, *, block_size=4, rows=8, budget=64, model_len=512, caching=False, eos=(), step_sizes=()
+    num_blocks=64,
+    *,
+    block_size=4,
+    rows=8,
+    budget=64,
+    model_len=512,
+    caching=False,
+    eos=(),
+    step_sizes=(),
+    is_quantized=False,
 ):
+    blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
+    blocks.is_quantized = is_quantized
     return Scheduler(
-        BlockManager(num_blocks, block_size, enable_prefix_caching=caching),
+        blocks,
         max_num_seqs=rows,
         max_num_batched_tokens=budget,
         max_model_len=model_len,
@@ -142,6 +153,34 @@ def test_prompts_alone_are_computed_at_once():
     scheduler.add(request("a", 23, max_tokens=1))
     scheduler.add(request("b", 17, max_tokens=1))
     assert [plan.num_tokens for plan in run(scheduler)] == [40]
+
+
+def test_prompts_over_a_quantized_pool_are_cut_between_blocks():
+    scheduler = make_scheduler(rows=4, budget=11, is_quantized=True)
+    scheduler.add(request("a", 3, max_tokens=20))
+    step(scheduler)
+    scheduler.add(request("b", 30, max_tokens=2))
+    scheduler.add(request("c", 6, first=50, max_tokens=1))
+    plans = run(scheduler)
+    assert [len(c.token_ids) for plan in plans for c in plan.chunks if c.seq_id == 1] == [8, 8, 8, 6, 1]
+    assert [len(c.token_ids) for plan in plans for c in plan.chunks if c.seq_id == 2] == [4, 2]
+
+
+def test_a_size_leaves_a_prompt_over_a_quantized_pool_a_block():
+    """16 tokens beside 14 decodes would leave the prompt 2 in each step, which is no block."""
+    scheduler = make_scheduler(rows=16, budget=64, step_sizes=((16, 16), (64, 16)), is_quantized=True)
+    for index in range(14):
+        scheduler.add(request(str(index), 1, first=index, max_tokens=30))
+    step(scheduler)
+    scheduler.add(request("late", 4, first=100, max_tokens=1))
+    assert step(scheduler).num_tokens == 18
+
+
+def test_terms_of_another_scheduler_do_not_count():
+    asked = request("a", 20, max_tokens=2)
+    terms = make_scheduler().check(asked)
+    with pytest.raises(ValueError, match="max_model_len"):
+        make_scheduler(model_len=8).add(replace(asked, terms=terms))
 
 
 def test_requests_are_admitted_in_order_of_arrival():

@@ -45,8 +45,10 @@ def make_device(
     caching: bool = True,
     max_burst: int = 1,
     step_sizes: tuple[tuple[int, int], ...] = (),
+    is_quantized: bool = False,
 ) -> FakeDevice:
     blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching, num_host_blocks=num_host_blocks)
+    blocks.is_quantized = is_quantized
     scheduler = Scheduler(
         blocks,
         max_num_seqs=rows,
@@ -185,6 +187,7 @@ class Episode:
             caching=draw.random() < 0.85,
             max_burst=draw.choice([1, 2, 5]),
             step_sizes=draw.choice([(), ((8, 4), (16, rows), (32, rows), (budget, rows))]),
+            is_quantized=seed % 4 == 0 and budget >= rows + block_size - 1,
         )
         self.scheduler = self.device.scheduler
         self.blocks = self.scheduler.blocks

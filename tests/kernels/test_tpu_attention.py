@@ -118,6 +118,12 @@ def test_without_a_tpu_it_is_refused():
         attend_tpu(batch.call(Options(0.1)))
 
 
+def test_the_interpreter_refuses_the_cases_that_a_tpu_refuses():
+    batch = make_batch(replace(DECODE, head_dim=64), [1], [9])
+    with pytest.raises(NotImplementedError, match=r"rows of 64.* implementation='xla' takes it"):
+        attend_tpu(batch.call(Options(0.1)), interpret=WATCHED)
+
+
 def test_heads_that_do_not_fit_the_pools_rows_are_the_callers_mistake():
     batch = make_batch(replace(DECODE, head_dim=64), [1], [9])
     with pytest.raises(ValueError, match="lane_layout"):

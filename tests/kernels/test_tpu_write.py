@@ -92,6 +92,20 @@ def test_quantised_pool_is_refused():
         write_kv_tpu(pool, LAYER, k, k, ids(16), interpret=WATCHED)
 
 
+def test_without_a_tpu_every_operation_is_refused():
+    pool, scales = jnp.zeros(block_pool_shape(4, 2, 2, 16, 128)), jnp.zeros(kv_scales_shape(4, 2, 2))
+    k, blocks, named = jnp.zeros((1, 2, 128)), ids(1), {"implementation": "pallas_tpu"}
+    for run in (
+        lambda: write_kv(pool, LAYER, k, k, ids(16), **named),
+        lambda: write_kv_quantized(pool.astype(jnp.int8), scales, LAYER, k, k, ids(16), **named),
+        lambda: copy_blocks(pool, blocks, blocks, **named),
+        lambda: gather_blocks(pool, blocks, **named),
+        lambda: scatter_blocks(pool, blocks, pool[:1], **named),
+    ):
+        with pytest.raises(NotImplementedError, match=r"need a TPU.* implementation='xla' takes it"):
+            run()
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
 def test_blocks_are_moved_as_they_are(dtype):
     pool = jnp.asarray((100 * random_pool(jnp.float32, 16)).clip(-127, 127).astype(dtype))

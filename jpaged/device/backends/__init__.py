@@ -1,8 +1,8 @@
 """The interface of the engine to the kernels of a platform, and the parts that all platforms share."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int
 from jpaged.device.kv.pool import Block, KVCache
 from jpaged.models.layers.common import AddNorm
 from jpaged.models.spec import LayerSpec
+from jpaged.sharding import TENSOR_AXIS, pool_spec
 
 
 class Rows(NamedTuple):
-    """Where the tokens of a step lie in the pool; the fields are arguments of ``write_kv`` and ``paged_attention``."""
+    """Places of the tokens of a step in the pool; the fields are arguments of ``write_kv`` and ``paged_attention``."""
 
     slots: Int[Array, " tokens"]
     block_tables: Int[Array, "rows max_blocks"]
@@ -31,7 +32,7 @@ class HeadArrays(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Backend(ABC):
+class Backend:
     """Writes K and V, attends and moves blocks with the kernels of one platform. Hashable: it is static under jit.
 
     Over several devices, each device runs the kernels over its own heads, under ``jax.shard_map``. XLA does what a
@@ -59,7 +60,6 @@ class Backend(ABC):
         """A kernel that adds and norms; None if there is none."""
         return None
 
-    @abstractmethod
     def attend(
         self,
         cache: KVCache,
@@ -81,6 +81,44 @@ class Backend(ABC):
             head_arrays: as the spec announces them.
             into: the result for an earlier layer, which nothing reads any more. Its memory may take the next result.
         """
+        heads, pool, per_head = P(None, TENSOR_AXIS), pool_spec(), P(TENSOR_AXIS)
+        in_specs = (pool, heads, heads, heads, P(), per_head, heads)
+        run = self.on_each_device(partial(self._attend_own_heads, spec), in_specs, (heads, pool))
+        return run(cache, q, k, v, rows, head_arrays, into)
+
+    def _attend_own_heads(
+        self,
+        spec: LayerSpec,
+        cache: KVCache,
+        q: Float[Array, "tokens num_heads head_dim"],
+        k: Float[Array, "tokens num_kv_heads head_dim"],
+        v: Float[Array, "tokens num_kv_heads head_dim"],
+        rows: Rows,
+        head_arrays: HeadArrays,
+        into: Float[Array, "tokens num_heads head_dim"] | None,
+    ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
+        """``attend`` with the heads of one device."""
+        cache = cache.write(spec.layer, k, v, rows.slots, self._writer(cache, len(q)))
+        out = cache.attend(
+            spec.layer,
+            q,
+            rows.block_tables,
+            rows.kv_lens,
+            rows.cu_q_lens,
+            sm_scale=spec.sm_scale,
+            sliding_window=spec.sliding_window,
+            soft_cap=spec.soft_cap,
+            sinks=head_arrays.sinks,
+            alibi_slopes=head_arrays.alibi_slopes,
+            into=into,
+            implementation=self.name,
+            interpret=self.interpret,
+        )
+        return out, cache
+
+    def _writer(self, cache: KVCache, num_tokens: int) -> str | None:
+        """The implementation of ``write_kv`` for so many tokens; None is XLA's."""
+        return None
 
     def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
         """``KVCache.copy``. No block but block 0 may be both a source and a destination; block 0 may stay as it is."""

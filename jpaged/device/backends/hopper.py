@@ -5,11 +5,9 @@ from typing import ClassVar
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jpaged.device.backends import Backend, HeadArrays, Rows
+from jpaged.device.backends import Backend
 from jpaged.device.kv.pool import KVCache
 from jpaged.models.layers.common import AddNorm
-from jpaged.models.spec import LayerSpec
-from jpaged.sharding import TENSOR_AXIS, pool_spec
 from pallas_kernels.block_pool import why_not_write
 from pallas_kernels.norm import add_rms_norm
 
@@ -27,44 +25,7 @@ class HopperBackend(Backend):
     def add_norm(self) -> AddNorm | None:
         return None if self.interpret else self._add_norm
 
-    def attend(
-        self,
-        cache: KVCache,
-        spec: LayerSpec,
-        q: Float[Array, "tokens num_heads head_dim"],
-        k: Float[Array, "tokens num_kv_heads head_dim"],
-        v: Float[Array, "tokens num_kv_heads head_dim"],
-        rows: Rows,
-        head_arrays: HeadArrays,
-        into: Float[Array, "tokens num_heads head_dim"] | None,
-    ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
-        def run(
-            cache: KVCache, q: Array, k: Array, v: Array, rows: Rows, head_arrays: HeadArrays, into: Array | None
-        ) -> tuple[Array, KVCache]:
-            cache = cache.write(spec.layer, k, v, rows.slots, self._writer(cache, len(q)))
-            out = cache.attend(
-                spec.layer,
-                q,
-                rows.block_tables,
-                rows.kv_lens,
-                rows.cu_q_lens,
-                sm_scale=spec.sm_scale,
-                sliding_window=spec.sliding_window,
-                soft_cap=spec.soft_cap,
-                sinks=head_arrays.sinks,
-                alibi_slopes=head_arrays.alibi_slopes,
-                into=into,
-                implementation=self.name,
-                interpret=self.interpret,
-            )
-            return out, cache
-
-        heads, pool, per_head = P(None, TENSOR_AXIS), pool_spec(), P(TENSOR_AXIS)
-        in_specs = (pool, heads, heads, heads, P(), per_head, heads)
-        return self.on_each_device(run, in_specs, (heads, pool))(cache, q, k, v, rows, head_arrays, into)
-
     def _writer(self, cache: KVCache, num_tokens: int) -> str | None:
-        """The implementation of ``write_kv`` that is faster; None is XLA's."""
         if self.interpret or cache.kv_scales is not None or num_tokens < WRITE_KERNEL_FROM:
             return None
         return self.name if why_not_write(cache.pool, num_tokens) is None else None

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.pool import Block, KVCache
 from jpaged.models.spec import LayerSpec
-from jpaged.sharding import TENSOR_AXIS, block_spec, pool_spec
+from jpaged.sharding import block_spec, pool_spec
 from pallas_kernels import write_and_attend
 from pallas_kernels.paged_attention import pool_rows
 
@@ -23,10 +23,10 @@ class TpuBackend(Backend):
     def pool_heads(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         return pool_rows(num_kv_heads, head_dim, self.name, self.num_devices)
 
-    def attend(
+    def _attend_own_heads(
         self,
-        cache: KVCache,
         spec: LayerSpec,
+        cache: KVCache,
         q: Float[Array, "tokens num_heads head_dim"],
         k: Float[Array, "tokens num_kv_heads head_dim"],
         v: Float[Array, "tokens num_kv_heads head_dim"],
@@ -36,32 +36,25 @@ class TpuBackend(Backend):
     ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
         del into  # XLA chooses where results go
 
-        def run(
-            cache: KVCache, q: Array, k: Array, v: Array, rows: Rows, head_arrays: HeadArrays
-        ) -> tuple[Array, KVCache]:
-            out, pool, kv_scales = write_and_attend(
-                q,
-                k,
-                v,
-                cache.pool,
-                spec.layer,
-                rows.block_tables,
-                rows.kv_lens,
-                rows.cu_q_lens,
-                sm_scale=spec.sm_scale,
-                sliding_window=spec.sliding_window,
-                soft_cap=spec.soft_cap,
-                sinks=head_arrays.sinks,
-                alibi_slopes=head_arrays.alibi_slopes,
-                kv_scales=cache.kv_scales,
-                is_decode=len(q) == len(rows.kv_lens),
-                interpret=self.interpret,
-            )
-            return out, KVCache(pool, kv_scales)
-
-        heads, pool, per_head = P(None, TENSOR_AXIS), pool_spec(), P(TENSOR_AXIS)
-        in_specs = (pool, heads, heads, heads, P(), per_head)
-        return self.on_each_device(run, in_specs, (heads, pool))(cache, q, k, v, rows, head_arrays)
+        out, pool, kv_scales = write_and_attend(
+            q,
+            k,
+            v,
+            cache.pool,
+            spec.layer,
+            rows.block_tables,
+            rows.kv_lens,
+            rows.cu_q_lens,
+            sm_scale=spec.sm_scale,
+            sliding_window=spec.sliding_window,
+            soft_cap=spec.soft_cap,
+            sinks=head_arrays.sinks,
+            alibi_slopes=head_arrays.alibi_slopes,
+            kv_scales=cache.kv_scales,
+            is_decode=len(q) == len(rows.kv_lens),
+            interpret=self.interpret,
+        )
+        return out, KVCache(pool, kv_scales)
 
     def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
         return self._move(KVCache.copy, (pool_spec(), P(), P()), pool_spec())(cache, src, dst)

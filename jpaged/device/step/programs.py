@@ -136,8 +136,8 @@ class Programs:
 
         Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
         """
-        # Lowered one after the other, always in this order: JAX numbers Pallas kernels as it meets them, and these
-        # numbers are part of what its own cache finds programs by. Ours does not lower what it finds.
+        # Programs are lowered one after the other, always in this order. JAX numbers Pallas kernels as it meets them,
+        # and its own cache finds programs by these numbers too. Ours does not lower what it finds.
         keys = [key for key in self.all_keys(with_host_pool=with_host_pool) if key not in self._compiled]
         threads = ThreadPoolExecutor(max_workers=num_cores())
         kept = self._program_cache()
@@ -177,7 +177,7 @@ class Programs:
         return list(dict.fromkeys(keys))
 
     def _program_cache(self) -> ProgramCache | None:
-        """Where programs are kept between runs; None where they are not."""
+        """The cache that keeps programs between runs; None where they are not kept."""
         if not self.target.keeps_programs:
             return None
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]

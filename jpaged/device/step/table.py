@@ -76,13 +76,13 @@ class StepState:
     # Between steps: programs of their own, in which an update in place breaks no graph ---------------------------
 
     def enter(self, changes: Int[Array, " change_size"]) -> Self:
-        """With some changes of the table; see ``change_layout``."""
+        """The state with some changes of the table; see ``change_layout``."""
         fields = split(changes, change_layout(changed_rows(len(self.latest)), CHANGED_BLOCKS))
         columns = self.columns.at[:, fields["rows"]].set(fields["columns"], mode="drop")
         return self._replace(columns=columns, block_tables=self._tables_with(fields["cells"], fields["blocks"]))
 
     def load(self, bucket: Bucket, loaded: Int[Array, " loaded_size"]) -> Self:
-        """With the inputs of the next step, and the cells of block tables that came with them."""
+        """The state with the inputs of the next step, and the cells of block tables that came with them."""
         size = size_of(step_layout(bucket))
         cells, blocks = loaded[size:].reshape(2, bucket.num_rows)
         return self._replace(
@@ -140,15 +140,15 @@ class StepState:
         return self._fields(bucket)["num_steps"][0]
 
     def with_hidden(self, hidden: Float[Array, "rows hidden_size"]) -> Self:
-        """With the hidden states of a decode."""
+        """The state with the hidden states of a decode."""
         return self._replace(hidden=_first(self.hidden, hidden))
 
     def with_sample_hidden(self, hidden: Float[Array, "rows hidden_size"]) -> Self:
-        """With the hidden states that logits are made of."""
+        """The state with the hidden states that logits are made of."""
         return self._replace(sample_hidden=_first(self.sample_hidden, hidden))
 
     def with_drawn(self, bucket: Bucket, token_ids: Int[Array, " rows"], logprobs: Float[Array, " rows"]) -> Self:
-        """With what a decode's own program drew in a step, which is over."""
+        """The state with the tokens that a decode's own program drew in a step, which is over."""
         is_draw = self._goes_on(bucket) & (self.num_steps(bucket) > 0)
         rows = jnp.where(is_draw, self._fields(bucket)["sample_rows"], -1)
         bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)

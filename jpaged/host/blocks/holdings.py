@@ -80,7 +80,7 @@ class Holdings:
         return len(holding.blocks) * self.block_size - holding.num_empty
 
     def num_tokens_of(self, seq_id: Hashable) -> int:
-        """As ``num_tokens``, of a sequence in either tier. Raises ValueError if it is unknown."""
+        """Count the tokens of a sequence in either tier. Raises ValueError if it is unknown."""
         return self.num_tokens(self.on_device.get(seq_id) or self.on_host.get(seq_id) or self.held_by(seq_id))
 
     def num_covering(self, num_tokens: int) -> int:

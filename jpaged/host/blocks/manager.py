@@ -27,7 +27,6 @@ from jpaged.host.blocks.stats import BlockStats, count_blocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.ticket import OutOfBlocks, Ticket
 from jpaged.host.blocks.tier import Transfers, TwoTiers
-from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 
 __all__ = ["NO_MATCH", "BlockManager", "OutOfBlocks"]
 
@@ -58,7 +57,7 @@ class BlockManager:
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.least_hit_inside = LEAST_HIT_INSIDE  # of a block; the engine raises it to 1 for 8-bit pools
+        self.is_quantized = False  # the engine sets it for 8-bit pools: the tokens of a block share a scale
         self._tiers = TwoTiers(num_blocks, num_host_blocks, block_size)
         self._device = self._tiers.device
         self._holdings = Holdings(block_size)

@@ -1,8 +1,8 @@
 """The prefix cache: finds the physical block that already holds the KV of a given prefix of tokens.
 
-The KV of a block depends on its own tokens and on all tokens before them, so a block is named by its whole ``Prefix``
-(the paper's "shared prefix", section 4.4, found automatically). A prefix is pure content; the cache knows the block
-that holds its KV. Each tier of blocks (``blocks.tier``) has a cache of its own.
+The KV of a block depends on its own tokens and on all tokens before them. So a block is named by its whole ``Prefix``:
+the paper's "shared prefix" (section 4.4), found automatically. A prefix is pure content; the cache knows the block that
+holds its KV. Each tier of blocks (``blocks.tier``) has a cache of its own.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Prefix:
         return self.link(tokens, hash_block(self.digest, tokens))
 
     def link(self, tokens: bytes, digest: bytes) -> Self:
-        """As ``extend``, with the digest that ``hash_block`` made."""
+        """Extend as ``extend`` does, with the digest that ``hash_block`` made."""
         return type(self)(self, tokens, self.salt, digest)
 
     def cut(self, num_tokens: int) -> Self:
@@ -68,7 +68,7 @@ class Prefix:
     def is_same(self, other: "Prefix") -> bool:
         """Whether both hold the same tokens under the same salt, compared without trusting a digest.
 
-        Chains that one cache made share their links, so this ends after a step or two except after an eviction or a
+        Chains that one cache made share their links. So this ends after a step or two, except after an eviction or a
         change of tiers.
         """
         if self.salt != other.salt:
@@ -251,7 +251,7 @@ class PrefixMatch:
 
 
 def _num_common_tokens(a: bytes, b: bytes) -> int:
-    """How many tokens ``a`` and ``b`` share at their start."""
+    """The number of tokens that ``a`` and ``b`` share at their start."""
     num_bytes = min(len(a), len(b))
     difference = int.from_bytes(a[:num_bytes], "big") ^ int.from_bytes(b[:num_bytes], "big")
     num_from_first_different_byte = (difference.bit_length() + 7) // 8

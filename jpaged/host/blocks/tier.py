@@ -133,8 +133,8 @@ class TwoTiers:
 
     Moves are queued while a plan is made, and follow the order that ``StepPlan`` states. First the plan stores blocks
     on the host, then it copies, then it computes; loads arrive at any time. Therefore a block can be retaken as soon as
-    it is stored or copied. A load neither reads a host block that the same plan writes, nor writes a device block that
-    the same plan copies from. A plan neither copies nor stores the content that it computes.
+    it is stored or copied. A load reads no host block that the same plan writes. It writes no device block that the
+    same plan copies from. A plan neither copies nor stores the content that it computes.
 
     Args:
         num_blocks: blocks of the device's pool; block 0 is never handed out.

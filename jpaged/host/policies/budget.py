@@ -1,4 +1,4 @@
-"""How much an iteration takes: tokens to compute, and blocks that an admission leaves free."""
+"""The size of an iteration: tokens to compute, and blocks that an admission leaves free."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -19,6 +19,7 @@ def find_token_budget(
     max_num_seqs: int,
     max_num_tokens: int,
     step_sizes: Iterable[tuple[int, int]],
+    least_prompt: int = 1,
 ) -> int:
     """Find the most tokens that the next iteration should compute.
 
@@ -32,6 +33,7 @@ def find_token_budget(
         max_num_seqs: rows of an iteration at most.
         max_num_tokens: tokens of an iteration at most.
         step_sizes: tokens and rows of the compiled steps that take prompts.
+        least_prompt: tokens that a step leaves to prompts at least.
     """
     num_tokens, num_rows, num_decodes = sum(feed_lens), len(feed_lens), feed_lens.count(1)
     if num_decodes == 0:
@@ -44,7 +46,7 @@ def find_token_budget(
     full = (
         size
         for size, rows in step_sizes
-        if num_decodes < size <= min(num_tokens, max_num_tokens)
+        if num_decodes + least_prompt <= size <= min(num_tokens, max_num_tokens)
         and rows >= num_rows
         and size - num_decodes >= num_tokens - size
     )

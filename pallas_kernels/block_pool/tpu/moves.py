@@ -9,7 +9,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.block_pool.layout import BlockIds, BlockPool, Blocks, blocks_shape, num_blocks_of
+from pallas_kernels.chips import here
 from pallas_kernels.chips.memory import Ref
 
 COPIES_IN_FLIGHT = 16
@@ -22,6 +24,12 @@ def copy_blocks_tpu(
     """Copy whole blocks within the pool; arguments and result as for ``copy_blocks``.
 
     Sources and destinations are disjoint, except for block 0, which stays as it is.
+
+    Args:
+        interpret: settings of Pallas's interpreter for TPUs; None runs on a TPU.
+
+    Raises:
+        NotImplementedError: a device that is no TPU.
     """
     num_blocks = num_blocks_of(pool)
 
@@ -32,7 +40,7 @@ def copy_blocks_tpu(
 
 
 def gather_blocks_tpu(pool: BlockPool, blocks: BlockIds, *, interpret: pltpu.InterpretParams | None = None) -> Blocks:
-    """Whole blocks in the order asked for; arguments and result as for ``gather_blocks``."""
+    """Whole blocks in the order asked for; arguments as for ``gather_blocks``, errors as for ``copy_blocks_tpu``."""
     num_blocks = num_blocks_of(pool)
 
     def body(blocks: Ref, pool: Ref, out: Ref, semaphores: Ref) -> None:
@@ -47,7 +55,11 @@ def gather_blocks_tpu(pool: BlockPool, blocks: BlockIds, *, interpret: pltpu.Int
 def scatter_blocks_tpu(
     pool: BlockPool, blocks: BlockIds, data: Blocks, *, interpret: pltpu.InterpretParams | None = None
 ) -> BlockPool:
-    """Overwrite whole blocks; arguments and result as for ``scatter_blocks``. Block 0 stays as it is."""
+    """Overwrite whole blocks; arguments and result as for ``scatter_blocks``. Block 0 stays as it is.
+
+    Raises:
+        NotImplementedError: as ``copy_blocks_tpu``.
+    """
     num_blocks = num_blocks_of(pool)
 
     def copy(index: Array, blocks: Ref, data: Ref, pool: Ref) -> _Move:
@@ -119,6 +131,7 @@ def _call(
     name: str,
     interpret: pltpu.InterpretParams | None,
 ) -> Array:
+    dispatch.refuse(None if interpret else here.why_no_tpu(), "implementation='xla' takes it")
     if ids[0].size == 0:
         return arrays[-1] if aliases else jnp.zeros(shape, arrays[-1].dtype)
     return pl.pallas_call(

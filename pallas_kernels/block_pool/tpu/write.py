@@ -15,8 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Float32, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.block_pool.layout import BlockPool, KvScales, LayerIndex, is_quantized, shape_of
 from pallas_kernels.block_pool.quantization import quantize
+from pallas_kernels.chips import here
 from pallas_kernels.chips.memory import Ref, round_up
 from pallas_kernels.chips.tpu import LANES
 
@@ -55,10 +57,11 @@ def write_kv_tpu(
         interpret: settings of Pallas's interpreter for TPUs; None runs on a TPU.
 
     Raises:
-        NotImplementedError: a pool that the kernel does not write.
+        NotImplementedError: a pool, or a device, that the kernel does not take.
     """
     if is_quantized(pool.dtype) or pool.dtype == jnp.float16:
         raise NotImplementedError(f"a pool of {pool.dtype}: the kernel writes bfloat16 and float32")
+    dispatch.refuse(None if interpret else here.why_no_tpu(), "implementation='xla' takes it")
     if k.size == 0:
         return pool
     kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
@@ -82,7 +85,11 @@ def write_kv_quantized_tpu(
 
     Args:
         interpret: settings of Pallas's interpreter for TPUs; None runs on a TPU.
+
+    Raises:
+        NotImplementedError: a device that is no TPU.
     """
+    dispatch.refuse(None if interpret else here.why_no_tpu(), "implementation='xla' takes it")
     if k.size == 0:
         return pool, kv_scales
     stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)

@@ -1,6 +1,7 @@
 """Paged attention on TPUs by one ragged Pallas kernel: the cases it takes, and its launch."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -29,7 +30,7 @@ def why_not_tpu(
     pool_dtype: jnp.dtype,
     num_kv_heads: int | None = None,
 ) -> str | None:
-    """Why the kernel cannot take a case, whatever the chip; None if it can.
+    """The reason why the kernel cannot take a case, whatever the chip; None if it can.
 
     Args:
         num_kv_heads: KV heads of the model; if None, as many as ``lane_layout`` puts into the pool's rows.
@@ -71,23 +72,16 @@ def attend_tpu(
         num_kv_heads: the model's KV heads, where the pool's rows are wider than the queries; if None, as many as fit.
         sizes: sizes of tiles, chunks and rings; sizes that fit the chip if None.
         chip: the chip to choose sizes for; if None, the chip at hand, or a v5e in the interpreter.
-        interpret: settings of Pallas's interpreter for TPUs, where rows may be of any width; None runs on a TPU.
+        interpret: settings of Pallas's interpreter for TPUs; None runs on a TPU.
 
     Raises:
         NotImplementedError: a case, or a device, that the kernel does not take.
     """
-    if not interpret:
-        dispatch.refuse(why_not_tpu(*call.case, num_kv_heads), "implementation='xla' takes it")
+    layout = layout_of_pool(call.head_dim, call.kv.pool, num_kv_heads)
+    launch = _launch(call, num_kv_heads, sizes, chip, interpret)
     if not call.has_work:
         return jnp.zeros_like(call.q)
-    out, _ = attend_batch(
-        _with_traced_layer(call),
-        None,
-        layout=layout_of_pool(call.head_dim, call.kv.pool, num_kv_heads),
-        sizes=sizes,
-        chip=chip or _chip(interpret),
-        interpret=interpret,
-    )
+    out, _ = attend_batch(_with_traced_layer(call), None, layout=layout, **launch)
     return out
 
 
@@ -95,8 +89,18 @@ def _with_traced_layer(call: Call) -> Call:
     return replace(call, kv=call.kv._replace(layer=jnp.asarray(call.kv.layer, jnp.int32)), into=None)
 
 
-def _chip(interpret: pltpu.InterpretParams | None) -> Chip:
-    return chip_of(DEFAULT_GENERATION) if interpret else here.current_tpu()
+def _launch(
+    call: Call,
+    num_kv_heads: int | None,
+    sizes: Sizes | None,
+    chip: Chip | None,
+    interpret: pltpu.InterpretParams | None,
+) -> dict[str, Any]:
+    """The options of ``attend_batch`` for a call that the kernels take; the interpreter needs no TPU."""
+    reason = why_not_tpu(*call.case, num_kv_heads) or (None if interpret or chip else here.why_no_tpu())
+    dispatch.refuse(reason, "implementation='xla' takes it")
+    chip = chip or (chip_of(DEFAULT_GENERATION) if interpret else here.current_tpu())
+    return {"sizes": sizes, "chip": chip, "interpret": interpret}
 
 
 def write_and_attend_tpu(
@@ -128,14 +132,12 @@ def write_and_attend_tpu(
     num_kv_heads = k.shape[1]
     if kv_scales is None and is_quantized(pool.dtype):
         raise NotImplementedError(f"a pool of {pool.dtype} without scales: give those that write_kv_quantized keeps")
-    if not interpret:
-        dispatch.refuse(why_not_tpu(*call.case, num_kv_heads), "implementation='xla' takes it")
+    layout = layout_of_pool(call.head_dim, pool, num_kv_heads)
+    launch = _launch(call, num_kv_heads, sizes, chip, interpret)
     if not call.has_work:
         return Attended(jnp.zeros_like(call.q), pool, kv_scales)
-    layout = layout_of_pool(call.head_dim, pool, num_kv_heads)
     k, v = (to_lanes(x, layout) for x in (k, v))
     call = _with_traced_layer(call)
-    launch = {"sizes": sizes, "chip": chip or _chip(interpret), "interpret": interpret}
     if kv_scales is not None:
         slots = slots_of_rows(call, least_tokens=1)
         pool, kv_scales = write_kv_quantized_tpu(pool, kv_scales, call.kv.layer, k, v, slots, interpret=interpret)
