@@ -20,7 +20,9 @@ def make_mesh(tensor_parallel_size: int = 1) -> Mesh:
     """
     devices = jax.devices()
     if not 1 <= tensor_parallel_size <= len(devices):
-        raise ValueError(f"tensor_parallel_size={tensor_parallel_size} is not valid: there are {len(devices)} devices")
+        raise ValueError(
+            f"tensor_parallel_size={tensor_parallel_size} is not valid: expected 1 to {len(devices)}, as there are devices"
+        )
     if len({device.process_index for device in devices[:tensor_parallel_size]}) < jax.process_count():
         raise ValueError(
             f"tensor_parallel_size={tensor_parallel_size} leaves some of the {jax.process_count()} processes without a "

@@ -88,15 +88,20 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
             f"attention_implementation={config.attention_implementation!r} cannot be had: "
             f"expected None or one of {servable}"
         )
-    name, settings = config.attention_implementation, ("attention_implementation", "interpret")
-    asked = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in settings)
+    name = config.attention_implementation
     if config.interpret and name not in INTERPRETERS:
-        raise ValueError(f"{asked}: only {sorted(INTERPRETERS)} can be interpreted; name one, or leave interpret out")
+        raise ValueError(
+            f"interpret=True with {'no attention_implementation' if name is None else f'{name!r}'}: only "
+            f"{sorted(INTERPRETERS)} can be interpreted; name one as attention_implementation, or drop interpret=True"
+        )
     if config.interpret and jax.process_count() > 1:
-        raise ValueError(f"{asked}: the interpreter runs in one process, and there are {jax.process_count()}")
+        raise ValueError(f"interpret=True: the interpreter runs in one process, and there are {jax.process_count()}")
     reason = None if name is None or config.interpret else why_cannot_run(name)
     if reason is not None:
-        raise ValueError(f"{asked} cannot run here: {reason}; leave it out, or have it interpreted, which is slow")
+        raise ValueError(
+            f"attention_implementation={name!r} cannot run here: {reason}; leave it out, or add interpret=True, "
+            "which is slow"
+        )
     limit, wanted = model_config.max_model_len, config.max_model_len
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
