@@ -21,7 +21,8 @@ def make_mesh(tensor_parallel_size: int = 1) -> Mesh:
     devices = jax.devices()
     if not 1 <= tensor_parallel_size <= len(devices):
         raise ValueError(
-            f"tensor_parallel_size={tensor_parallel_size} is not valid: expected 1 to {len(devices)}, as there are devices"
+            f"tensor_parallel_size={tensor_parallel_size} is not valid: expected at least 1, and at most the number of "
+            f"devices, {len(devices)}"
         )
     if len({device.process_index for device in devices[:tensor_parallel_size]}) < jax.process_count():
         raise ValueError(
