@@ -5,8 +5,9 @@ from functools import cache
 
 import pytest
 
-from jpaged import LLM, BeamSearchParams, FinishReason, PinnedPrefix, SamplingParams
+from jpaged import LLM, BeamSearchParams, EngineConfig, FinishReason, PinnedPrefix, SamplingParams
 from jpaged.llm import DEMO_MODEL
+from tests.support.tiny import enlarged, tiny_config, tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -312,13 +313,16 @@ def test_impossible_settings_are_refused(settings, match):
 
 @pytest.mark.parametrize(("max_burst", "num_devices"), [(1, 1), (3, 2), (1, 4)])
 def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_burst, num_devices):
-    settings = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
-    settings |= {"max_burst": max_burst, "tensor_parallel_size": num_devices}
-    prompts = ["The quick brown fox", "Once upon a time there was a very small and very old", "A"]
-    params = [SamplingParams(temperature=0, max_tokens=n) for n in (2, 6, 4)]
+    """With heads of the model in the box, but one layer: the interpreter is slow."""
+    model_config = tiny_config(num_layers=1, head_dim=64)
+    model = enlarged(tiny_model(model_config, tensor_parallel_size=num_devices))
+    sizes = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
+    prompts = [{"prompt_token_ids": [i % 23 for i in range(1, 1 + n)]} for n in (5, 17, 1)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 6, 4)]
     tokens = []
     for kernel in ({"attention_implementation": "xla"}, {"attention_implementation": "pallas_tpu", "interpret": True}):
-        llm = LLM(**settings, **kernel, warm_up=False, use_tqdm=False)
+        config = EngineConfig(**sizes, **kernel, max_burst=max_burst, tensor_parallel_size=num_devices)
+        llm = LLM.from_model(model, model_config, config, warm_up=False, use_tqdm=False)
         is_tpu = llm.engine.runner.programs.backend.name == "pallas_tpu"
         rows_of_device = llm.engine.runner.cache.pool.addressable_shards[0].data.shape[3:]
         assert rows_of_device == ((1, 16, 128) if is_tpu else (max(2 // num_devices, 1), 16, 64))
