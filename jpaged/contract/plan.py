@@ -112,7 +112,7 @@ class StepPlan:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.chunks or self.copies or self.to_host or self.from_host)
+        return not (len(self.chunks.rows) or self.copies or self.to_host or self.from_host)
 
     @property
     def can_be_followed(self) -> bool:
@@ -127,4 +127,4 @@ class StepPlan:
     @property
     def num_logit_rows(self) -> int:
         """Rows of logits that the step reads: one for each draw, then one for each live beam, in plan order."""
-        return len(self.draws) + sum([len(beam.chunks) for beam in self.beams])
+        return len(self.draws.rows) + sum([len(beam.chunks) for beam in self.beams])

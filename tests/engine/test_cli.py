@@ -249,6 +249,8 @@ def test_rows_and_engine_options_reach_the_engine(run, monkeypatch, llms, checkp
         (("generate", "a", "--early-stopping", "true"), "add --beam-width"),
         (("generate", "x" * CONTEXT), "shorten the prompt"),
         (("info", "--block-size", "0"), "--block-size 0"),
+        (("info", "--interpret"), "--interpret with no --attention-implementation: only"),
+        (("info", "--process-id", "1"), "no --num-processes, --process-id 1: give all three"),
         (("info", "--tensor-parallel-size", "99"), "--tensor-parallel-size 99"),
         (("info", "--num-host-blocks", "1", "--host-memory-bytes", "9999"), "give one of them"),
         (("info", "--preemption", "swap", "--num-host-blocks", "0"), "--preemption swap needs a host pool"),

@@ -258,15 +258,30 @@ def test_interruptions_while_text_is_made_leave_other_streams_unchanged(monkeypa
         assert "".join(delta.text for delta in deltas) == expected.text
 
 
+def test_text_is_made_once_at_the_end_unless_a_caller_or_a_stop_string_waits_for_it(monkeypatch):
+    decode, num_calls = type(llm().tokenizer).decode, 0
+
+    def counted(self, *args, **kwargs):
+        nonlocal num_calls
+        num_calls += 1
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(llm().tokenizer), "decode", counted)
+    [whole] = generate("def f(x):")
+    assert num_calls <= 4
+    [watched] = generate("def f(x):", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop="never seen"))
+    assert num_calls > 12
+    assert watched.outputs[0].text == whole.outputs[0].text
+
+
 def test_a_request_whose_text_cannot_be_made_fails_alone(monkeypatch):
-    decode = type(llm().tokenizer).decode
+    decode, prompt = type(llm().tokenizer).decode, llm().tokenizer.encode("x = 1")
 
     def broken(self, token_ids, **kwargs):
-        if 88 in token_ids:  # the beginning of one prompt
+        if token_ids[: len(prompt)] == prompt:  # the text that continues one prompt
             raise LookupError("no such token")
         return decode(self, token_ids, **kwargs)
 
-    assert 88 in llm().tokenizer.encode("x = 1")
     stream = llm().stream("def f(y):", GREEDY)
     next(stream)
     with monkeypatch.context() as patched:

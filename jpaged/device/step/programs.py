@@ -20,7 +20,7 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
 from jpaged.device.step.inputs import all_buckets
-from jpaged.device.step.pack import CHANGED_BLOCKS, SCORE_ROWS, change_layout, changed_rows, loaded_size, size_of
+from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.step.steps import Steps
 from jpaged.device.step.table import StepState
@@ -79,6 +79,8 @@ class Programs:
         self.bytes_per_block = self._layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
+        self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
+        """Sizes of the copying programs: a step copies one block for each row at most."""
         self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size)
         self.resize(num_blocks, max_model_len)
 
@@ -213,7 +215,7 @@ class Programs:
                 inputs = self._abstract((loaded_size(bucket),), jnp.int32)
                 return jax.jit(StepState.load, static_argnums=1, donate_argnums=0).lower(state, bucket, inputs)
             case "enter":
-                size = size_of(change_layout(changed_rows(len(state.latest)), CHANGED_BLOCKS))
+                size = change_layout(len(state.latest)).size
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
@@ -268,11 +270,6 @@ class Programs:
         cache = jax.eval_shape(partial(self._layout.allocate, 1))
         [block] = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((1,), jnp.int32))
         return jax.ShapeDtypeStruct(block.shape, block.dtype, sharding=block_sharding(self.mesh))
-
-    @property
-    def copy_sizes(self) -> list[int]:
-        """Sizes of the copying programs: a step copies one block for each row at most."""
-        return sorted({min(8, self.config.max_num_seqs), self.config.max_num_seqs})
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:

@@ -42,10 +42,10 @@ class Append:
     def append(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
         """Append as the ticket and its commit do, at less cost in the common case."""
         growing = [self._growth(*append) for append in appends]
-        most = sum(2 + num_tokens // self._tiers.block_size for _, num_tokens in growing)
-        if most > self._tiers.device.num_free or self._tiers.has_loads:
+        most = sum([2 + num_tokens // self._tiers.block_size for _, num_tokens in growing])
+        if most > len(self._tiers.device.free) or self._tiers.has_loads:
             return self.ticket(appends).commit()
-        self._tiers.num_changes += any(num_tokens for _, num_tokens in growing)
+        self._tiers.num_changes += sum([num_tokens for _, num_tokens in growing]) > 0
         return self._grow(growing)
 
     def _growth(self, seq_id: Hashable, num_tokens: int) -> _Growth:
