@@ -14,6 +14,7 @@ from jpaged import LLM, FinishReason, SamplingParams
 from jpaged.engine.inbox import Inbox
 from jpaged.engine.outputs import StepOutput
 from jpaged.request import CompletionDelta, Request, RequestOutput
+from tests.support.tiny import with_few_sizes
 
 TIMEOUT_S = 900
 """Only a failing test waits for so long."""
@@ -230,7 +231,8 @@ PROMPTS = ["import os\n", "def f(x):", "class A:\n", "for i in range(", "x = 1",
 
 @cache
 def llm() -> LLM:
-    return LLM(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=64, warm_up=False, use_tqdm=False)
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "num_blocks": 64}
+    return with_few_sizes(LLM(**settings, warm_up=False, use_tqdm=False))
 
 
 def params(index: int) -> SamplingParams:

@@ -7,14 +7,15 @@ import pytest
 
 from jpaged import LLM, BeamSearchParams, EngineConfig, FinishReason, PinnedPrefix, SamplingParams
 from jpaged.llm import DEMO_MODEL
-from tests.support.tiny import enlarged, tiny_config, tiny_model
+from tests.support.tiny import enlarged, tiny_config, tiny_model, with_few_sizes
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
 @cache
 def llm() -> LLM:
-    return LLM(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=64, warm_up=False, use_tqdm=False)
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "num_blocks": 64}
+    return with_few_sizes(LLM(**settings, warm_up=False, use_tqdm=False))
 
 
 def generate(prompts, params=GREEDY):
@@ -104,7 +105,8 @@ def test_stop_strings_are_cut_off_and_never_streamed():
 
 def test_bursts_draw_nothing_behind_a_stop():
     """Neither behind a string that only the tokens' text shows, nor behind a token, nor where either is too early."""
-    bursting = LLM(max_num_seqs=4, max_num_batched_tokens=32, num_blocks=64, max_burst=4, warm_up=False, use_tqdm=False)
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "num_blocks": 64, "max_burst": 4}
+    bursting = with_few_sizes(LLM(**settings, warm_up=False, use_tqdm=False))
     plain = generate("def f(x):")[0].outputs[0]
     limits = [
         {"stop": [plain.text[5:8]]},

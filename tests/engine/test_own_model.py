@@ -11,6 +11,7 @@ from jpaged import LLM, EngineConfig, SamplingParams
 from jpaged.models import LayerSpec, ModelConfig
 from jpaged.sharding import make_mesh
 from tests.support.oracles import greedy_without_cache
+from tests.support.tiny import with_few_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Own(nnx.Module):
 
 
 def llm_of(model, config=CONFIG, settings=SETTINGS, **options) -> LLM:
-    return LLM.from_model(model, config, settings, use_tqdm=False, **options)
+    return with_few_sizes(LLM.from_model(model, config, settings, use_tqdm=False, **options))
 
 
 PROMPTS = [[1, 2, 3], [7] * 11, [5, 6, 7, 8, 9, 10, 11, 12, 13]]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jpaged import LLM
 from jpaged.config import EngineConfig
 from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
@@ -72,6 +73,13 @@ def make_runner(
 def _programs(*made_of: Any) -> dict:
     """The programs of all runners that are made of the same, filled by whichever runs first."""
     return {}
+
+
+def with_few_sizes(llm: LLM) -> LLM:
+    """Leave an LLM the largest step of prompts and that of decodes: a test would mostly compile the others."""
+    buckets = llm.engine.runner.buckets
+    buckets[:] = [[bucket for bucket in buckets if bucket.is_decode][-1], buckets[-1]]
+    return llm
 
 
 ENGINE_SIZES = EngineConfig(
