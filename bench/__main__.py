@@ -29,7 +29,6 @@ BENCHMARKS = {
     "serving": Benchmark("bench.serving.command", "throughput, step latency, start-up and waste of the whole engine"),
     "sharing": Benchmark("bench.serving.sharing", "blocks saved by sharing, beside the paper's figure 15"),
     "kernels": Benchmark("bench.kernels.command", "attention kernels: speed, correctness (--check), sizes (--tune)"),
-    "sampling": Benchmark("bench.micro.sampling", "the sampler, beside one read of the logits"),
     "kv-quantization": Benchmark("bench.micro.kv_quantization", "8-bit KV: divergence and capacity", True),
     "host": Benchmark("bench.micro.host", "host time of a plan, --against that of another commit", True),
     "calls": Benchmark("bench.micro.calls", "calls, functions and types of one request through LLM.generate", True),

@@ -14,9 +14,9 @@ SHAREGPT_SIGMA_IN, SHAREGPT_SIGMA_OUT = 1.0, 0.9
 ALPACA_SIGMA_IN, ALPACA_SIGMA_OUT = 0.6, 0.9
 TRANSLATION_MEAN_IN, TRANSLATION_MEAN_OUT, TRANSLATION_SIGMA = 35.0, 40.0, 0.5
 CHAT_MEAN_ROUNDS = 5
-"""Our choices where the paper states none: the spread of the log-normals (figure 11 shows ShareGPT broad, Alpaca
-short), the lengths of WMT16 sentences in tokens, and the rounds before a request in a conversation (figure 17 says only
-that most prompts fill their 1024 tokens)."""
+"""The paper does not state three of these, which are our choices. One is the spread of the log-normals: figure 11 shows
+ShareGPT broad and Alpaca short. Another is the length of WMT16 sentences in tokens. The third is the number of rounds
+before a request in a conversation: by figure 17, most prompts fill their 1024 tokens."""
 
 LOWEST_TOKEN_ID = 5  # lower ids are the special tokens of most vocabularies
 

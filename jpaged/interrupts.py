@@ -10,22 +10,21 @@ class InterruptsWait:
     """Defers Ctrl-C to the end of the block; a block inside another one joins it.
 
     Bookkeeping that is half done cannot be told from bookkeeping that is done. Besides, Python drops an exception that
-    is raised inside a callback or a finalizer, and JAX runs many of both while it traces and compiles.
-    Only the main thread is ever interrupted: in other threads the block has no effect.
+    is raised inside a callback or a finalizer. JAX runs many of both while it traces and compiles. Only the main thread
+    is ever interrupted: in other threads the block has no effect.
 
     Attributes:
         num_pending: interrupts that wait.
     """
 
-    def __init__(self) -> None:
+    num_pending = 0
+
+    def __enter__(self) -> "InterruptsWait":
         is_main = threading.current_thread() is threading.main_thread()
         self._before = signal.getsignal(signal.SIGINT) if is_main else None
         outer = getattr(self._before, "__self__", None)
         self._outer = outer if isinstance(outer, InterruptsWait) else None
         self._is_needed = self._before is not None and self._outer is None
-        self.num_pending = 0
-
-    def __enter__(self) -> "InterruptsWait":
         if self._outer is not None:
             return self._outer
         if self._is_needed:

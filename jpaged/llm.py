@@ -238,13 +238,14 @@ class LLM:
         Raises:
             ValueError: any prompt or parameter is invalid. Raised before anything runs, whichever prompt it is.
         """
-        with self.inbox.expecting(
+        inbox = self.inbox
+        with inbox.expecting(
             lambda engine: engine.make_requests(prompts, sampling_params, priority), is_streamed=False
         ) as mailbox:
             if use_tqdm:
-                run_with_bar(self.inbox, mailbox)
+                run_with_bar(inbox, mailbox)
             else:
-                self.inbox.run_until(mailbox.is_complete)
+                inbox.run_until(mailbox.is_complete)
             return mailbox.outputs()
 
     def beam_search(

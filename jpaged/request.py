@@ -30,11 +30,11 @@ MAX_N = 4096
 MAX_BEAM_WIDTH = 64
 
 MAX_BEAM_CANDIDATES = 512
-"""Most continuations that one search looks at in a step: width x (1 + stop tokens), and twice the width at least."""
+"""Most continuations that one search looks at in a step: width x (1 + stop tokens), at least twice the width."""
 
 
 class FinishReason(enum.StrEnum):
-    """Why a completion ended."""
+    """The reason for the end of a completion."""
 
     STOP = "stop"  # end-of-sequence, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the model's context is full
@@ -79,7 +79,7 @@ _EARLY_STOPPING_HELP = (
 @documented
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose the tokens of one request. Names and meanings follow vLLM and the OpenAI API.
+    """Parameters that choose the tokens of one request. Names and meanings follow vLLM and the OpenAI API.
 
     A prompt is computed once and forked: completion i draws with ``derive_seed(seed, i)``. ``max_tokens=None`` fills
     the context. Log-probabilities are the model's own, before penalties, temperature and filters.
@@ -264,7 +264,7 @@ class SamplingParams:
 @documented
 @dataclass(frozen=True, slots=True)
 class BeamSearchParams:
-    """How to search for the most probable completions of a prompt; the semantics are Hugging Face ``generate``'s.
+    """Parameters of a search for the most probable completions of a prompt, with Hugging Face ``generate``'s semantics.
 
     Every step keeps the ``beam_width`` most probable unfinished sequences. A sequence that meets end-of-sequence, or
     ``max_tokens``, while it is among them is finished. The finished sequences of greatest score are returned. A width

@@ -63,7 +63,7 @@ def is_int(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is an int or a float that a float can hold: 10**400 is neither finite nor NaN, and is not."""
+    """Whether ``value`` is an int or a float that a float can hold, which is not true of 10**400."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) <= sys.float_info.max

@@ -20,7 +20,10 @@ def make_mesh(tensor_parallel_size: int = 1) -> Mesh:
     """
     devices = jax.devices()
     if not 1 <= tensor_parallel_size <= len(devices):
-        raise ValueError(f"tensor_parallel_size={tensor_parallel_size} is not valid: there are {len(devices)} devices")
+        raise ValueError(
+            f"tensor_parallel_size={tensor_parallel_size} is not valid: expected at least 1, and at most the number of "
+            f"devices, {len(devices)}"
+        )
     if len({device.process_index for device in devices[:tensor_parallel_size]}) < jax.process_count():
         raise ValueError(
             f"tensor_parallel_size={tensor_parallel_size} leaves some of the {jax.process_count()} processes without a "

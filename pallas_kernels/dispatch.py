@@ -42,7 +42,7 @@ class Choice:
 
 
 def why_cannot_run(name: str) -> str | None:
-    """Why an implementation cannot run on this process's default device; None if it can."""
+    """The reason why an implementation cannot run on this process's default device; None if it can."""
     own = {"hopper": here.why_no_hopper, "pallas_tpu": here.why_no_tpu}
     return own[name]() if name in own else None
 

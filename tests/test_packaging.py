@@ -1,4 +1,4 @@
-"""Contents of a wheel, and output of a command: every data file, types, and no noise."""
+"""Files that a wheel is told to hold, and output of a command: every data file, types, and no noise."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ PACKAGE_DATA = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["set
 
 
 @pytest.mark.parametrize("package", ["jpaged", "pallas_kernels"])
-def test_wheel_holds_every_file_of_a_package(package):
+def test_package_data_names_every_file_that_is_no_module(package):
     folder = ROOT / package
     packed = {path for pattern in PACKAGE_DATA[package] for path in folder.glob(pattern)}
     present = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}

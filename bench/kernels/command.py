@@ -48,12 +48,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--tune", action="store_true", help="kernel sizes only")
     add("--shapes", metavar="WORDS", help="parts of the names of shapes, separated by commas (default: all)")
     add("--implementations", metavar="NAMES", help="ours and peers, separated by commas (default: all)")
-    add("--no-peers", action="store_true", help="ours alone")
     add("--no-copies", action="store_true", help="without the writes into a large pool")
     add("--pool-gb", type=float, metavar="X", help="size of that pool in 10^9 bytes (default: at most 60)")
     add("--quick", action="store_true", help="fewer repeats; with --check: without the shapes that are measured")
     add("--shrink", type=int, default=1, metavar="N", help="divide batches and lengths, for a slow device")
-    add("--profile", type=Path, metavar="DIR", help="trace a run of each of our programs into DIR")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> int:
     shapes = _shrunk(choose(args.shapes), args)
     # FlashInfer's process has to end before this one takes the device's memory.
-    peer = _run_flashinfer(args, shapes) if _is_wanted("flashinfer", args) and not args.no_peers else {}
+    peer = _run_flashinfer(args, shapes) if _is_wanted("flashinfer", args) else {}
     limits = machine.measure_limits(jnp.dtype(jnp.bfloat16))
     print(f"{limits}\n", flush=True)
     report = start_report(
@@ -84,7 +82,7 @@ def _measure(args: argparse.Namespace) -> int:
         comparisons={},
     )
     report["environment"] |= peer.pop("versions", {})
-    contenders = [c for c in all_contenders() if _is_wanted(c.name, args) and (c.is_ours or not args.no_peers)]
+    contenders = [c for c in all_contenders() if _is_wanted(c.name, args)]
     rows = Rows(report, limits, lambda: save(f"kernels_{device_name()}", report, args.out))
     if not args.no_copies:
         _measure_copies(args, rows)
@@ -148,9 +146,6 @@ def _time_one(contender: Contender, shape: AttentionShape, program: Any, args: a
     timed, out = timing.time_program(program, make_queries(shape), (rest,), _num_samples(args))
     if not bool(jnp.isfinite(out).all()):
         raise FloatingPointError("outputs are not finite")
-    if args.profile is not None and contender.is_ours:
-        with jax.profiler.trace(str(args.profile / f"{shape.name}-{contender.name}")):
-            program(out, rest).block_until_ready()
     return timed
 
 

@@ -36,7 +36,7 @@ type Program = Callable[[Array, Any], Array]
 class Ours:
     """An entry of ``IMPLEMENTATIONS``, through ``paged_attention``.
 
-    ``why_not`` is the reason of a refusal that is known without a call, ``programs`` are by configuration, and
+    ``why_not`` is the reason of a refusal that is known without a call. ``programs`` are by configuration.
     ``make_rest`` makes the programs' argument beside the queries.
     """
 

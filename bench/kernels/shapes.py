@@ -165,7 +165,7 @@ def value_deviations(positions: np.ndarray) -> np.ndarray:
 
     They are sqrt((position + 1) / 2). With queries of deviation s and normal keys, scores are of deviation s. The
     output at position p has variance e^(s^2) * sum over j <= p of (j + 1) / 2 / (p + 1)^2, about e^(s^2) / 4 for every
-    p. So s becomes e^(s^2 / 2) / 2, which settles at 0.6: after many layers softmaxes neither freeze on one key nor
+    p. So s becomes e^(s^2 / 2) / 2, which settles at 0.6. After many layers, softmaxes neither freeze on one key nor
     become uniform. The speed of a GPU's products depends on their values.
     """
     return np.where(positions == UNSEEN, np.nan, np.sqrt((positions + 1) / 2)).astype(np.float32)

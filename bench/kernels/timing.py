@@ -34,8 +34,8 @@ def time_program(
 ) -> tuple[Timing, Any]:
     """Time ``state = program(state, *args)``, a compiled program that may donate its state.
 
-    A sample is the time of a long chain of runs less that of a single run, over the difference of their numbers. So the
-    cost of waiting drops out, and dispatching hides behind the device's work.
+    A sample is the time of a long chain of runs less that of a single run, divided by the further runs. So the cost of
+    waiting drops out, and dispatching hides behind the device's work.
 
     Returns:
         The timing, and the last state.

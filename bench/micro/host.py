@@ -4,9 +4,9 @@
     python -m bench host --num-seqs 32 --profile
     python -m bench host --num-seqs 256 1024 --max-burst 1 4 --against PATH
 
-The real engine, scheduler and block manager run over a runner that packs each step as for a device and makes up its
-tokens. So only the host's own work is timed, in CPU time of its thread. One step is in flight, as in serving. A burst
-is a multi-step decode, as on an accelerator while no request can be admitted.
+The real engine, scheduler and block manager run over a made-up runner. It packs each step as for a device, and makes up
+its tokens. So only the host's own work is timed, in CPU time of its thread. One step is in flight, as in serving. A
+burst is a multi-step decode, as on an accelerator while no request can be admitted.
 
 With several cases, repeats or ``--against`` (a checkout of another commit), every measurement has a process of its own.
 The two commits alternate, and the table has medians over the repeats. Writes ``bench/results/host_NAME.json``, or

@@ -32,8 +32,8 @@ class Orca:
     """Iteration-level batching over contiguous reservations, first come, first served.
 
     A request is admitted when a run of slots is free for each of its sequences. Nothing is shared: every sample and
-    every beam has its own reservation. In the baseline's favour, a prompt is computed once for all of them, copies of
-    KV between beams cost nothing, and rows and tokens of a step have no limit.
+    every beam has its own reservation. Three assumptions favour the baseline. A prompt is computed once for all of
+    them, copies of KV between beams cost nothing, and rows and tokens of a step have no limit.
     """
 
     reservation: Reservation

@@ -17,13 +17,13 @@ NUM_TABLED = 1 << 14
 class CandidateModel:
     """Next-token distributions of a language model, as a beam search sees them.
 
-    A distribution is a Poisson-Dirichlet one, the heavy-tailed law of the shares of infinitely many rivals: often one
-    token has nearly everything, sometimes many compete. Which beams survive follows from cumulative log-probabilities.
+    A distribution is a Poisson-Dirichlet one, the heavy-tailed law of the shares of infinitely many rivals. Often one
+    token has nearly everything; sometimes many compete. Which beams survive follows from cumulative log-probabilities.
 
     Args:
         concentration: parameter of the law; the mean entropy is digamma(concentration + 1) + 0.577 nats (1.28 for 1.5).
-        alikeness: probability that all beams of a search face the same distribution in a step, as beams do that differ
-            in an old word alone. Otherwise each draws its own. Rivals live longer side by side if this is larger.
+        alikeness: probability that all beams of a search face the same distribution in a step. Beams that differ in an
+            old word alone do. Otherwise each draws its own. Rivals live longer side by side if this is larger.
         seed: seed of all draws.
     """
 

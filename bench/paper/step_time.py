@@ -19,7 +19,7 @@ class StepTime:
         bandwidth: bytes/s read from HBM: 85% of 1.555 TB/s.
         flops: FLOP/s of the matrix products: half of 312 TFLOP/s.
         overhead_s: seconds of the host and of launches in every step.
-        block_s: seconds that a block table adds for every block read: 23% of the time to read a block of 16 tokens.
+        block_s: seconds that a block table adds for every block read, 23% of the time to read 16 tokens.
             Figure 18a has 20 to 26%. Contiguous KV pays nothing.
         link_bandwidth: bytes/s between host and device, each way: 25 of PCIe 4.0's 32 GB/s.
         piece_s: seconds that each contiguous piece of a transfer adds.

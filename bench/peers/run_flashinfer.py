@@ -5,8 +5,8 @@
 Prints a line of JSON for each shape: microseconds of a layer, of the best configuration and of all. It needs torch and
 flashinfer; without them it prints the reason and succeeds.
 
-Every layer has K and V of its own, and its queries are the outputs of the layer before, as in our measurement. Plans
-are made before the clock starts; the layers then run as one CUDA graph, replayed between two events.
+As in our measurement, every layer has its own K and V, and its queries are the outputs of the layer before. Plans are
+made before the clock starts; the layers then run as one CUDA graph, replayed between two events.
 """
 
 import argparse

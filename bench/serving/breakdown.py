@@ -71,7 +71,7 @@ class KernelSum:
 
 @dataclass(frozen=True, slots=True)
 class StepBreakdown:
-    """Where the time of a step goes, in microseconds a step.
+    """The parts of the time of a step, in microseconds a step.
 
     Args:
         step_us: time of a step without a profiler, by the host's clock.

@@ -149,7 +149,7 @@ class Bench:
         )
 
     def run_to_the_end(self, llm: LLM, prompts: list[list[int]], params: Any) -> Run:
-        """As ``run``, for figures that need the complete run.
+        """Run as ``run`` does, for figures that need the complete run.
 
         Raises:
             TimeIsUp: the run was stopped.

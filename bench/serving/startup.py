@@ -34,8 +34,8 @@ class StartUp:
     Args:
         total_s: from nothing on the device to an engine that takes requests.
         weights_s: until all weights are on the device.
-        sizing_s: the runner without its programs: joining projections, the device pool, and the part of the host pool's
-            allocation that outlasts compiling.
+        sizing_s: the runner without its programs. These are joining projections, the device pool, and the part of the
+            host pool's allocation that outlasts compiling.
         compiling_s: all programs.
         engine_s: the engine over them, which measures the cost of copies to the host.
         imports_s: before all that and not in ``total_s``: Python's modules, and the first touch of the device.

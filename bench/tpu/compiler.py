@@ -49,7 +49,7 @@ type Shape = tuple[tuple[int, ...], Any]
 
 
 def why_no_compiler() -> str | None:
-    """Why nothing can be compiled for TPUs here; None if it can."""
+    """The reason why nothing can be compiled for TPUs here; None if it can."""
     if importlib.util.find_spec("libtpu") is None:
         return "no libtpu: pip install 'jpaged[tpu-aot]'"
     return None

@@ -36,7 +36,7 @@ HEAD_DIM = 128
 """Head size of all the models."""
 
 LEAST_POOL_BYTES = 2**30
-"""The compiler may move a small pool on chip, which it cannot with a real one: the pool gets layers up to this size."""
+"""The compiler may move a small pool on chip, but no real pool. So the pool gets layers up to this size."""
 
 POOL_DTYPES = ("bfloat16", "int8")
 BLOCK_SIZES = (16, 128)

@@ -214,5 +214,5 @@ def _describe_preemption(preemption: str, pool: HostPoolInfo) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    """In the largest of MiB and GiB that leaves a digit before the point."""
+    """A size in the larger of MiB and GiB that leaves a digit before the point."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"

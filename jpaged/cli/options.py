@@ -111,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
     def _explain(self, unknown: list[str]) -> str:
         options = [each.partition("=")[0] for each in unknown if each.startswith("-")]
         if not options:
-            return f"{unknown[0]!r} is one argument too many: put quotes around a text of several words"
+            return f"{unknown[0]!r} is one argument too many: a text of several words needs quotes"
         similar = get_close_matches(options[0].replace("_", "-"), self._option_string_actions, n=1)
         return f"unknown option {options[0]}" + (f": did you mean {similar[0]}?" if similar else "")
 
@@ -189,7 +189,8 @@ def _as_option(name: str) -> str:
     return {"n": "-n", "use_beam_search": "--beam-width"}.get(name, f"--{name.replace('_', '-')}")
 
 
-_SETTINGS = (*ENGINE_OPTIONS, *SAMPLING_OPTIONS, *COMPLETION_OPTIONS, *BEAM_OPTIONS, "use_beam_search")
+_PROCESSES = "coordinator_address", "num_processes", "process_id"
+_SETTINGS = (*ENGINE_OPTIONS, *SAMPLING_OPTIONS, *COMPLETION_OPTIONS, *BEAM_OPTIONS, *_PROCESSES, "use_beam_search")
 _SETTING = re.compile(rf"(?<![\w/.-])({'|'.join(_SETTINGS)})\b(?:=('?)([^\s,:;)]+)\2)?")
 
 
@@ -200,8 +201,10 @@ def as_typed(message: str) -> str:
         name, _, value = found.groups()
         if value is None:  # a word such as "seed" is a setting only where it has a value
             return _as_option(name) if "_" in name else name
-        if value in ("True", "False"):
-            return _as_option(name) if value == "True" else f"no {_as_option(name)}"
+        if value == "True":
+            return _as_option(name)
+        if value in ("False", "None"):
+            return f"no {_as_option(name)}"
         return f"{_as_option(name)} {value}"
 
     return _SETTING.sub(option, message).replace("expected None or ", "expected ")

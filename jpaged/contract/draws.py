@@ -81,7 +81,7 @@ class ExtrasBuilder:
 
 
 def _to_float32(values: list[float]) -> Float32[np.ndarray, " biases"]:
-    """As float32, finite values clipped to ``MAX_FLOAT``; infinite ones (bans) stay."""
+    """Values as float32, finite ones clipped to ``MAX_FLOAT``; infinite ones (bans) stay."""
     exact = np.array(values, np.float64)
     return np.where(np.isinf(exact), exact, np.clip(exact, -MAX_FLOAT, MAX_FLOAT)).astype(np.float32)
 

@@ -112,13 +112,13 @@ class StepPlan:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.chunks or self.copies or self.to_host or self.from_host)
+        return not (len(self.chunks.rows) or self.copies or self.to_host or self.from_host)
 
     @property
     def can_be_followed(self) -> bool:
         """Whether the next step can be planned before this one's results are known.
 
-        Penalties count the tokens drawn here, a search chooses among its candidates, and blocks from the host can be
+        Penalties count the tokens drawn here, and a search chooses among its candidates. Blocks from the host can be
         used when the host says so. (To leave those sequences out of the next plan would split the batch in two that
         take turns.)
         """
@@ -127,4 +127,4 @@ class StepPlan:
     @property
     def num_logit_rows(self) -> int:
         """Rows of logits that the step reads: one for each draw, then one for each live beam, in plan order."""
-        return len(self.draws) + sum([len(beam.chunks) for beam in self.beams])
+        return len(self.draws.rows) + sum([len(beam.chunks) for beam in self.beams])

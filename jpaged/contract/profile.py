@@ -1,4 +1,4 @@
-"""The profile of a machine: rates of its link and of its device, measured by the device half, read by the planner."""
+"""The profile of a machine: rates of its link and its device, which the device half measures and the planner reads."""
 
 import json
 from dataclasses import asdict, dataclass

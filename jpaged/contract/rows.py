@@ -9,7 +9,7 @@ from jaxtyping import Int32
 from jpaged.request import SamplingParams
 
 ON_DEVICE = -1
-"""In the place of a token id: the newest token that the device drew for the row."""
+"""The token id that stands for the newest token that the device drew for the row."""
 
 COLUMNS = {
     "temperature": np.float32,

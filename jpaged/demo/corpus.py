@@ -20,7 +20,7 @@ _SKIPPED_DIRECTORIES = frozenset({"__pycache__", "encodings", "pydoc_data", "sit
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 _TEST_DIRECTORIES = frozenset({"idle_test", "test", "tests"})
 
-# A line break, an indentation and a word are separate pieces: a prompt that ends after any of them is cut like the
+# A line break, an indentation and a word are separate pieces. So a prompt that ends after any of them is cut like the
 # training text. A single space belongs to the word after it; each digit is a piece.
 _PIECES = Regex(r" ?[\p{L}_]+| ?\p{N}| ?[^\s\p{L}\p{N}_]+|\n+| {2,}|\s")
 

@@ -2,8 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from operator import methodcaller
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -53,24 +52,34 @@ class Results(NamedTuple):
     prompt_scores: tuple[list[Scores], ...] = ()
 
 
+class Timing(NamedTuple):
+    """The circumstances of a step, from which the cost of a prefill is learnt.
+
+    Args:
+        number: number of the step, from 1.
+        started_s: time of the call, by ``time.perf_counter``.
+        num_programs: programs compiled before the call.
+        was_idle: whether no step was in flight before the call.
+    """
+
+    number: int
+    started_s: float
+    num_programs: int
+    was_idle: bool
+
+
 class StepInFlight(NamedTuple):
     """A plan that was enqueued.
 
     Args:
         plan: the plan.
-        number: number of the step, from 1.
-        started_s: time of the call, by ``time.perf_counter``.
-        num_programs: programs compiled before the call.
-        was_idle: whether no step was in flight before the call.
         results: results that the step will have.
+        timing: its circumstances; None without a host pool.
     """
 
     plan: StepPlan
-    number: int
-    started_s: float
-    num_programs: int
-    was_idle: bool
     results: Results
+    timing: Timing | None
 
 
 def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
@@ -88,15 +97,20 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
             f"attention_implementation={config.attention_implementation!r} cannot be had: "
             f"expected None or one of {servable}"
         )
-    name, settings = config.attention_implementation, ("attention_implementation", "interpret")
-    asked = ", ".join(f"{setting}={getattr(config, setting)!r}" for setting in settings)
+    name = config.attention_implementation
     if config.interpret and name not in INTERPRETERS:
-        raise ValueError(f"{asked}: only {sorted(INTERPRETERS)} can be interpreted; name one, or leave interpret out")
+        raise ValueError(
+            f"interpret=True with {'no attention_implementation' if name is None else f'{name!r}'}: only "
+            f"{sorted(INTERPRETERS)} can be interpreted; name one as attention_implementation, or drop interpret=True"
+        )
     if config.interpret and jax.process_count() > 1:
-        raise ValueError(f"{asked}: the interpreter runs in one process, and there are {jax.process_count()}")
+        raise ValueError(f"interpret=True: the interpreter runs in one process, and there are {jax.process_count()}")
     reason = None if name is None or config.interpret else why_cannot_run(name)
     if reason is not None:
-        raise ValueError(f"{asked} cannot run here: {reason}; leave it out, or have it interpreted, which is slow")
+        raise ValueError(
+            f"attention_implementation={name!r} cannot run here: {reason}; leave it out, or add interpret=True, "
+            "which is slow"
+        )
     limit, wanted = model_config.max_model_len, config.max_model_len
     if wanted is not None and wanted > limit:
         raise ValueError(f"max_model_len={wanted} is more than the model's own limit of {limit} tokens: lower it")
@@ -106,7 +120,7 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
 class ModelRunner:
     """The device half: ``enqueue`` starts what a StepPlan says, ``fetch`` waits for the StepResult.
 
-    Programs are compiled ahead of time per bucket, by ``warm_up`` or when first needed, and called with the cache
+    Programs are compiled ahead of time per bucket, by ``warm_up`` or when first needed. They are called with the cache
     and the ``StepState`` donated, so that a step writes in place.
 
     Args:
@@ -230,21 +244,17 @@ class ModelRunner:
     def enqueue(self, plan: StepPlan) -> StepInFlight:
         """Start one step: moves to the host, copies, the forward pass, sampling, moves from the host.
 
-        The call waits for no step. It waits for copies between the pools when too many are in flight, and compiles
+        The call waits for no step. It waits for copies between the pools when too many are in flight. It compiles
         programs that are needed for the first time. Steps run in the order of these calls.
         """
-        started_s, num_programs = time.perf_counter(), len(self.programs)
-        was_idle = self._newest_waited_for == self._num_enqueued
-        self._num_enqueued += 1
-        number = self._num_enqueued
+        timing = None if self.host_pool is None else self._start_timing()
         results = self.start(self._packer.pack(plan))
         for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()
-        return StepInFlight(plan, number, started_s, num_programs, was_idle, results)
+        return StepInFlight(plan, results, timing)
 
     def start(self, step: PackedStep) -> Results:
         """Start a packed step."""
-        self._replace_lost()
         if step.to_host or step.from_host:
             assert self.host_pool is not None
             self.cache = self.host_pool.start(self.cache, step.to_host, step.from_host)
@@ -255,29 +265,16 @@ class ModelRunner:
             self.cache = self.host_pool.finish(self.cache)
         return results
 
-    def _replace_lost(self) -> None:
-        """Allocate the arrays again that were donated to a program which failed."""
-        if self.cache.pool.is_deleted():
-            self.cache = self.programs.new_cache()
-        if any(map(methodcaller("is_deleted"), jax.tree.leaves(self._state))):
-            self._state = self.programs.new_state()
-
     def fetch(self, step: StepInFlight) -> StepResult:
         """Wait for the results of a step. Its moves between the pools may still be in flight."""
-        plan = step.plan
+        plan, num_draws = step.plan, len(step.plan.draws.rows)
         drawn, sampled, candidates, prompt_scores = jax.device_get(step.results)
-        num_draws = len(plan.draws)
-        if plan.num_logit_rows > 0:
-            self._newest_waited_for = step.number
-        if self.host_pool is not None:
-            self.host_pool.poll()
-            num_prompt_tokens = int(plan.chunks.lens[plan.chunks.lens > 1].sum())
-            is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
-            is_alone = step.was_idle and self._newest_waited_for == step.number
-            if is_large and is_alone and len(self.programs) == step.num_programs and not prompt_scores:
-                self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - step.started_s)
+        if step.timing is not None:
+            self._learn(plan, step.timing)
         if drawn is not None:
-            draws = _split_draws(drawn, num_draws)[: plan.num_steps]
+            token_ids, logprobs = drawn[:, : plan.num_steps, :num_draws]
+            scores = [TokenScores.plain(of_step) for of_step in logprobs.view(np.float32)]
+            draws = list(zip(token_ids, scores, strict=True))
         else:
             draws = [(tokens.token_ids[:num_draws], first_rows(tokens.scores, num_draws)) for tokens in sampled]
         token_ids, scores = draws[0] if draws else (np.zeros(0, np.int32), NO_SCORES)
@@ -285,12 +282,31 @@ class ModelRunner:
             token_ids=token_ids,
             scores=scores,
             prompt_scores=tuple(
-                _cut_scores(parts, len(piece.target_ids))
-                for parts, piece in zip(prompt_scores, plan.prompt_scores, strict=True)
+                [
+                    _cut_scores(parts, len(piece.target_ids))
+                    for parts, piece in zip(prompt_scores, plan.prompt_scores, strict=True)
+                ]
             ),
             beams=split_candidates(candidates, plan.beams) if candidates else (),
             later=tuple(draws[1:]),
         )
+
+    def _start_timing(self) -> Timing:
+        was_idle = self._newest_waited_for == self._num_enqueued
+        self._num_enqueued += 1
+        return Timing(self._num_enqueued, time.perf_counter(), len(self.programs), was_idle)
+
+    def _learn(self, plan: StepPlan, timing: Timing) -> None:
+        """Learn the costs of copies that have ended, and of a large prefill that ran alone and is over."""
+        assert self.host_pool is not None
+        if plan.num_logit_rows > 0:
+            self._newest_waited_for = timing.number
+        self.host_pool.poll()
+        num_prompt_tokens = int(plan.chunks.lens[plan.chunks.lens > 1].sum())
+        is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
+        is_alone = timing.was_idle and self._newest_waited_for == timing.number
+        if is_large and is_alone and len(self.programs) == timing.num_programs and not plan.prompt_scores:
+            self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - timing.started_s)
 
     def _compute(self, step: PackedStep) -> Results:
         """Enqueue the forward passes, and the programs that read their logits."""
@@ -309,7 +325,7 @@ class ModelRunner:
         if (beams := step.beams) is not None:
             key = ("beam", step.bucket.num_rows, beams.num_candidates, beams.num_biases)
             candidates = self.programs.get(key)(self._weights, self._state.sample_hidden, beams.inputs)
-        scores = tuple(self._score(piece, hidden) for piece in step.scores)
+        scores = tuple([self._score(piece, hidden) for piece in step.scores])
         return Results(drawn, sampled, candidates, scores)
 
     def _run_and_sample(
@@ -345,11 +361,16 @@ class ModelRunner:
         return hidden[0] if hidden else self._state.hidden
 
     def forget_pool(self) -> None:
-        """Drop the content of the pool and the table, lost with a failed step: the next step starts with empty ones."""
-        if not self.cache.pool.is_deleted():
-            self.cache.pool.delete()
+        """Start again with empty pools and an empty table: a failed step lost their content."""
         if self.host_pool is not None:
             self.host_pool.forget()
+        self._renew()
+
+    def _renew(self) -> None:
+        """Replace the pool and the table, whose arrays a failed program may have taken with it."""
+        if not self.cache.pool.is_deleted():
+            self.cache.pool.delete()
+        self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
 
     @property
@@ -366,7 +387,8 @@ class ModelRunner:
         token_ids = np.zeros(num_chunks * width, np.int32)
         plan = StepPlan(chunks=Chunks(rows, rows.astype(np.int64), np.zeros_like(lens), lens, token_ids))
         packed = self._packer.pack(plan)
-        self._replace_lost()
+        if any(array.is_deleted() for array in jax.tree.leaves((self.cache, self._state))):
+            self._renew()  # an earlier call was interrupted
         for _ in range(2):  # the first run loads the program
             started = time.perf_counter()
             self._compute(packed)
@@ -377,35 +399,26 @@ class ModelRunner:
     def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
         """All block copies of a step; padding copies block 0 onto itself."""
         for wave in copy_waves(copies):
-            size = next(n for n in self.programs.copy_sizes if n >= len(wave))
+            size = min([size for size in self.programs.copy_sizes if size >= len(wave)])
             src, dst = np.zeros(size, np.int32), np.zeros(size, np.int32)
             src[: len(wave)] = [copy.src for copy in wave]
             dst[: len(wave)] = [copy.dst for copy in wave]
             self.cache = self.programs.get(("copy", size))(self.cache, src, dst)
 
 
-def copy_waves(copies: Sequence[BlockCopy]) -> Iterator[list[BlockCopy]]:
+def copy_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
     """Split copies into waves: no block is a source and a destination in one, and each is read before it is written.
 
     A block may be both: one that was copied and then freed may be the destination of the next copy. Mostly there is
     one wave.
     """
-    left = list(copies)
+    left, waves = list(copies), []
     while left:
         still_read = {copy.src for copy in left}
-        wave = [copy for copy in left if copy.dst not in still_read]
-        assert wave, f"copies in a circle: {left}"
+        waves.append([copy for copy in left if copy.dst not in still_read])
+        assert waves[-1], f"copies in a circle: {left}"
         left = [copy for copy in left if copy.dst in still_read]
-        yield wave
-
-
-def _split_draws(
-    drawn: Int[np.ndarray, "2 steps rows"], num_rows: int
-) -> list[tuple[Int[np.ndarray, " rows"], TokenScores]]:
-    """The tokens and scores of each step, without padding rows."""
-    token_ids, logprobs = drawn[0, :, :num_rows], drawn[1, :, :num_rows].view(np.float32)
-    scores = [TokenScores.plain(of_step) for of_step in logprobs]
-    return list(zip(token_ids, scores, strict=True))
+    return waves
 
 
 def _cut_scores(parts: list[Scores], num_rows: int) -> TokenScores:

@@ -45,7 +45,7 @@ class Target:
     dtype: str | None = None
     max_burst: int = 4  # planning a step takes the host about as long as a small step runs
     least_rows: int = 16  # fewer rows read the same weights, and take as long
-    # Llama-3-8B on an H200 decodes 64 rows in 5.9 ms and 256 in 10.9, less than half of it attention: padding costs.
+    # Llama-3-8B on an H200 decodes 64 rows in 5.9 ms and 256 in 10.9, less than half of it attention. So padding costs.
     halfway_from: int | None = 64
     warms_up: bool = True
     keeps_programs: bool = True
@@ -79,8 +79,8 @@ _GPU_OPTIONS = (
 TARGETS = {
     target.platform: target
     for target in (
-        # The machine only emulates shorter types, its memory is not the pool's own, and it compiles about as fast as
-        # it traces.
+        # The machine only emulates shorter types, and its memory is not the pool's own. It compiles about as fast as it
+        # traces.
         Target(
             platform="cpu",
             has_own_memory=False,

@@ -70,7 +70,7 @@ class Detokenizer:
         return self._state.is_stopped
 
     def append(self, token_id: int, *, may_stop: bool = True) -> bool:
-        """Add a token. Text that still waits for the rest of a character is held back, though never for long.
+        """Add a token.
 
         Args:
             token_id: the token.
@@ -79,16 +79,20 @@ class Detokenizer:
         Returns:
             Whether a stop string ended the text.
         """
-        before = self._state._replace(num_tokens=self._state.num_tokens + 1)
-        after = self._decoded(before._replace(ids=(*before.ids, token_id)), is_last=False, may_stop=may_stop)
-        if after.text == before.text and self._is_textless(token_id):
+        self.extend([token_id], may_stop=may_stop)
+        return self._state.is_stopped
+
+    def extend(self, token_ids: Sequence[int], *, may_stop: bool = False) -> None:
+        """Add tokens. Text that still waits for the rest of a character is held back, though never for long."""
+        before = self._state._replace(num_tokens=self._state.num_tokens + len(token_ids))
+        after = self._decoded(before._replace(ids=(*before.ids, *token_ids)), is_last=False, may_stop=may_stop)
+        if after.text == before.text and self._is_textless(token_ids):
             after = before  # or every further token would decode an endless row of special tokens again
         self._state = after
-        return after.is_stopped
 
     def finish(self) -> None:
         """Turn what is held back into text: no more tokens come."""
-        if not self.is_stopped:
+        if not self._state.is_stopped:
             self._state = self._decoded(self._state, is_last=True, may_stop=False)
 
     def num_decided(self, *, is_last: bool) -> int:
@@ -120,12 +124,12 @@ class Detokenizer:
         ids = state.ids[state.num_read :]
         return _State(text[:end], state.num_tokens, ids, len(ids), is_open, end is not None)
 
-    def _is_textless(self, token_id: int) -> bool:
-        """Whether a token is special. It is decoded twice: some tokenizers drop the space of a text's first token."""
-        return not self._tokenizer.decode([token_id, token_id], skip_special_tokens=True)
+    def _is_textless(self, token_ids: Sequence[int]) -> bool:
+        """Whether tokens are special. Each is decoded twice: some tokenizers drop the space of a text's first token."""
+        return not self._tokenizer.decode([*token_ids, *token_ids], skip_special_tokens=True)
 
     def _find_stop(self, text: str, start: int) -> int | None:
-        """Where the earliest stop string that ends after ``start`` begins."""
+        """The start of the earliest stop string that ends after ``start``."""
         found = [text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop_strings]
         return min((index for index in found if index >= 0), default=None)
 

@@ -74,16 +74,18 @@ class Inbox:
         """The engine, while no thread steps it. Results that this block brought are delivered in the end."""
         try:
             with self._door, self._engine_lock:
-                with InterruptsWait():
-                    self._drop_closed()
+                if self._closed:
+                    with InterruptsWait():
+                        self._drop_closed()
                 try:
                     yield self.engine
                 finally:
                     with InterruptsWait():
                         self._deliver(self.engine.take())
         finally:
-            with InterruptsWait():
-                self._tidy_up()
+            if self._closed or self._waiters:
+                with InterruptsWait():
+                    self._tidy_up()
 
     def run_until(self, is_ready: Callable[[], bool], after_step: Callable[[], None] | None = None) -> None:
         """Return once ``is_ready()``; until then step the engine, or wait while another thread does.
@@ -106,7 +108,8 @@ class Inbox:
                     else:
                         self._wait(is_ready, interrupts)
             finally:
-                self._hand_over()
+                if self._waiters:
+                    self._hand_over()
 
     def _step_until(
         self, is_ready: Callable[[], bool], after_step: Callable[[], None] | None, interrupts: InterruptsWait
@@ -164,7 +167,7 @@ class Inbox:
         try:
             with self.between_steps() as engine:
                 requests = make_requests(engine)
-                mailbox.request_ids = tuple(request.request_id for request in requests)
+                mailbox.request_ids = tuple([request.request_id for request in requests])
                 self._mailboxes |= dict.fromkeys(mailbox.request_ids, mailbox)
                 for request in requests:
                     engine.add(request, is_streamed=is_streamed)

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from jpaged.config import EngineConfig
-from jpaged.contract.plan import StepPlan
 from jpaged.device.runner import ModelRunner, StepInFlight
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
@@ -14,7 +13,6 @@ from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.sequence import SequenceGroup
 from jpaged.interrupts import InterruptsWait
 from jpaged.request import Request, SamplingParams
 
@@ -120,7 +118,8 @@ class Engine:
         if request.seed is None:
             request = dataclasses.replace(request, seed=int(self._random.integers(2**32)))
         with InterruptsWait():
-            self._drop_wasted()  # steps in flight of requests that were aborted
+            if self._in_flight and not self.scheduler.has_unfinished:  # all requests were aborted
+                self._drop_in_flight()
             self.outputs.open(self.scheduler.add(request), is_streamed=is_streamed)
 
     def abort(self, request_id: str) -> bool:
@@ -129,7 +128,7 @@ class Engine:
         Returns:
             False if the request is unknown or has finished.
         """
-        if request_id not in self.outputs.request_ids:
+        if request_id not in self.outputs.answers:
             return False
         with InterruptsWait():
             group = self.scheduler.abort(request_id)
@@ -141,7 +140,7 @@ class Engine:
 
     def forget(self, request_id: str) -> None:
         """End a request, if there is one, and keep nothing of it."""
-        if request_id in self.outputs.request_ids:
+        if request_id in self.outputs.answers:
             with InterruptsWait():
                 self.scheduler.abort(request_id)
                 self.outputs.drop(request_id)
@@ -149,12 +148,12 @@ class Engine:
     @property
     def num_output_tokens(self) -> int:
         """Tokens that requests gained since the start; a search counts one for each live beam and step."""
-        return self.scheduler.num_output_tokens
+        return self.scheduler.outcome.num_output_tokens
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a request has no result yet."""
-        return bool(self.outputs.request_ids)
+        return bool(self.outputs.answers)
 
     # Pinned prefixes ----------------------------------------------------------------------------------------------
 
@@ -199,19 +198,30 @@ class Engine:
                 self.outputs.read()
             if self.scheduler.has_unfinished:
                 try:
-                    touched = self._run_step(interrupts)
+                    if not self._in_flight:
+                        plan = self.scheduler.schedule()
+                        with interrupts.let_through():
+                            self._in_flight.append(self.runner.enqueue(plan))
+                    ahead = self.scheduler.schedule_ahead()
+                    with interrupts.let_through():
+                        if ahead is not None:
+                            self._in_flight.append(self.runner.enqueue(ahead))
+                        result = self.runner.fetch(self._in_flight[0])
+                    step = self._in_flight.pop(0)
+                    touched = self.scheduler.update(step.plan, result)
                 except BaseException:
                     self._in_flight.clear()
                     self.outputs.note_all()
                     self.scheduler.forget_pool()
                     self.runner.forget_pool()
                     raise
-                self.scheduler.costs = self.runner.costs
+                if self.runner.host_pool is not None:
+                    self.scheduler.costs = self.runner.costs
                 self.outputs.note(touched)
             if self.outputs.unread:
                 self.outputs.read()
-            if self._in_flight:
-                self._drop_wasted()
+            if self._in_flight and not self.scheduler.has_unfinished:
+                self._drop_in_flight()
         return self.outputs.take()
 
     def take(self) -> StepOutput:
@@ -222,30 +232,11 @@ class Engine:
         """The state of both pools, and counters since the start."""
         return read_stats(self.scheduler.block_stats(), self.scheduler.stats(), self.runner.host_pool)
 
-    def _run_step(self, interrupts: InterruptsWait) -> list[SequenceGroup]:
-        """Keep one step in flight: plan and enqueue the next before waiting for the results of this one."""
-        if not self._in_flight:
-            self._enqueue(self.scheduler.schedule(), interrupts)
-        plan = self.scheduler.schedule_ahead()
-        if plan is not None:
-            self._enqueue(plan, interrupts)
-        step = self._in_flight[0]
-        with interrupts.let_through():
-            result = self.runner.fetch(step)
-        del self._in_flight[0]
-        return self.scheduler.update(step.plan, result)
-
-    def _enqueue(self, plan: StepPlan, interrupts: InterruptsWait) -> None:
-        with interrupts.let_through():
-            step = self.runner.enqueue(plan)
-        self._in_flight.append(step)
-
-    def _drop_wasted(self) -> None:
-        """Drop steps in flight whose sequences have all ended."""
-        if not self.scheduler.has_unfinished:
-            for _ in self._in_flight:
-                self.scheduler.drop()
-            self._in_flight.clear()
+    def _drop_in_flight(self) -> None:
+        """Drop the steps in flight, whose sequences have all ended."""
+        for _ in self._in_flight:
+            self.scheduler.drop()
+        self._in_flight.clear()
 
 
 def _num_host_blocks(runner: ModelRunner, config: EngineConfig) -> int:

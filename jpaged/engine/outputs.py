@@ -1,7 +1,7 @@
 """Tokens to results: detokenised text, deltas of streams, log-probabilities, ranked completions."""
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jpaged.contract.result import TokenScores
@@ -54,17 +54,16 @@ class _Answer:
     Args:
         group: the sequences.
         is_streamed: whether deltas are wanted.
+        is_ranked: whether the results are the best of more sequences: no delta can be told before all of them end.
+        is_watched: whether tokens become text before the request ends, for deltas or to find stop strings.
         progress: decoding state by sequence id.
     """
 
     group: SequenceGroup
     is_streamed: bool
+    is_ranked: bool
+    is_watched: bool
     progress: dict[int, _Progress] = field(default_factory=dict)
-
-    @property
-    def is_ranked(self) -> bool:
-        """Whether the results are the best of more sequences: no delta can be told before all of them end."""
-        return self.group.beam is not None or self.group.request.params.num_sequences > self.group.request.params.n
 
 
 class Outputs:
@@ -80,27 +79,26 @@ class Outputs:
     def __init__(self, tokenizer: Tokenizer | None, scheduler: Scheduler) -> None:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
-        self._answers: dict[str, _Answer] = {}  # by request id
+        self.answers: dict[str, _Answer] = {}
+        """The requests without a result, by id; written here alone."""
         self.unread: dict[str, _Answer] = {}  # the part of them that gained tokens
         self._output = StepOutput()  # not taken yet
 
     @property
-    def request_ids(self) -> Collection[str]:
-        """The requests without a result."""
-        return self._answers.keys()
-
-    @property
     def groups(self) -> list[SequenceGroup]:
         """The sequences of the requests without a result."""
-        return [answer.group for answer in self._answers.values()]
+        return [answer.group for answer in self.answers.values()]
 
     def open(self, group: SequenceGroup, *, is_streamed: bool) -> None:
         """Expect tokens of a request."""
-        self._answers[group.request.request_id] = _Answer(group, is_streamed)
+        params = group.request.params
+        is_ranked = group.beam is not None or params.num_sequences > params.n
+        is_watched = (is_streamed and not is_ranked) or (self._tokenizer is not None and bool(params.stop))
+        self.answers[group.request.request_id] = _Answer(group, is_streamed, is_ranked, is_watched)
 
     def drop(self, request_id: str) -> None:
         """Keep nothing of a request."""
-        self._answers.pop(request_id, None)
+        self.answers.pop(request_id, None)
         self.unread.pop(request_id, None)
 
     def take(self) -> StepOutput:
@@ -110,15 +108,14 @@ class Outputs:
 
     def note(self, groups: Iterable[SequenceGroup]) -> None:
         """Remember groups that gained tokens or ended, until they are read."""
-        answers, has_text = self._answers, self._tokenizer is not None
         for group in groups:
-            answer = answers.get(group.request.request_id)
-            if answer is not None and (has_text or answer.is_streamed or group.is_finished):
+            answer = self.answers.get(group.request.request_id)
+            if answer is not None and (answer.is_watched or group.is_finished):
                 self.unread[group.request.request_id] = answer
 
     def note_all(self) -> None:
         """Remember all groups: it is unknown which of them gained tokens."""
-        self.unread |= self._answers
+        self.unread |= self.answers
 
     def read(self) -> None:
         """Make text, deltas and results of the tokens that groups gained.
@@ -134,12 +131,11 @@ class Outputs:
                 self._output.failed[request_id] = error
 
     def _read(self, request_id: str, answer: _Answer) -> None:
-        group = answer.group
-        is_told = answer.is_streamed and not answer.is_ranked
-        if is_told or (self._tokenizer is not None and (group.beam is None or group.is_finished)):
-            for seq in group.sequences:  # live beams come and go
-                self._read_sequence(answer, seq, is_told=is_told)
-        if group.is_finished:
+        group, is_finished = answer.group, answer.group.is_finished
+        if answer.is_watched:
+            for seq in group.sequences:
+                self._read_sequence(answer, seq, is_told=answer.is_streamed and not answer.is_ranked)
+        if is_finished or (answer.is_watched and group.is_finished):  # a stop string may have ended it
             result = self._result(answer)
             if answer.is_streamed and answer.is_ranked:
                 self._output.deltas.extend(
@@ -151,17 +147,21 @@ class Outputs:
             del self.unread[request_id]
 
     def _read_sequence(self, answer: _Answer, seq: Sequence, *, is_told: bool) -> None:
-        progress = answer.progress.get(seq.seq_id) or self._begin(answer, seq)
+        progress = answer.progress.get(seq.seq_id)
+        if progress is None:
+            progress = answer.progress[seq.seq_id] = _Progress(self._detokenizer(answer.group), seq.prompt_len)
         if progress.is_ended:
             return
         detokenizer = progress.detokenizer
-        end = 0 if detokenizer is None else self._decode(answer.group, seq, detokenizer)
+        if detokenizer is not None:
+            self._decode(answer.group, seq, detokenizer)
         is_finished = seq.is_finished
         if is_told:
             new_ids = seq.token_ids[progress.num_tokens :]
             if new_ids or is_finished:
                 text = ""
                 if detokenizer is not None:
+                    end = detokenizer.num_decided(is_last=is_finished)
                     text = detokenizer.text[progress.num_characters : end]
                     progress.num_characters = max(progress.num_characters, end)
                 delta = CompletionDelta(answer.group.request.request_id, seq.index, text, new_ids, seq.finish_reason)
@@ -169,25 +169,28 @@ class Outputs:
                 progress.num_tokens += len(new_ids)
         progress.is_ended = is_finished
 
-    def _begin(self, answer: _Answer, seq: Sequence) -> _Progress:
-        detokenizer, request = None, answer.group.request
-        if self._tokenizer is not None:
-            detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids, request.params.stop_strings)
-        progress = answer.progress[seq.seq_id] = _Progress(detokenizer, seq.prompt_len)
-        return progress
+    def _detokenizer(self, group: SequenceGroup) -> Detokenizer | None:
+        """A detokenizer for one sequence of a group; None without a tokenizer."""
+        if self._tokenizer is None:
+            return None
+        return Detokenizer(self._tokenizer, group.request.prompt_token_ids, group.request.params.stop_strings)
 
-    def _decode(self, group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer) -> int:
-        """Turn new tokens into text; returns how many characters of it are decided."""
-        num_read, min_tokens = detokenizer.num_tokens, group.request.params.min_tokens
-        for number, token_id in enumerate(seq.token_ids[seq.prompt_len + num_read :], num_read + 1):
-            if seq.finish_reason is FinishReason.STOP and token_id in group.stop_token_ids:
-                break  # a stop token ends the text and is no part of it
-            if detokenizer.append(token_id, may_stop=number >= min_tokens):
-                self._scheduler.finish(group, seq, FinishReason.STOP)
-                break
-        if seq.is_finished:
+    def _decode(self, group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer) -> None:
+        """Turn new tokens into text."""
+        num_read, params = detokenizer.num_tokens, group.request.params
+        new_ids = seq.token_ids[seq.prompt_len + num_read :]
+        if seq.finish_reason is FinishReason.STOP and new_ids and new_ids[-1] in group.stop_token_ids:
+            del new_ids[-1]  # a stop token ends the text and is no part of it
+        if not params.stop:
+            if new_ids:
+                detokenizer.extend(new_ids)
+        else:
+            for number, token_id in enumerate(new_ids, num_read + 1):
+                if detokenizer.append(token_id, may_stop=number >= params.min_tokens):
+                    self._scheduler.finish(group, seq, FinishReason.STOP)
+                    break
+        if seq.finish_reason is not None:
             detokenizer.finish()
-        return detokenizer.num_decided(is_last=seq.is_finished)
 
     # Results ------------------------------------------------------------------------------------------------------
 
@@ -220,7 +223,10 @@ class Outputs:
         if group.beam is not None:
             cumulative_logprob = seq.cumulative_logprob or 0.0
             score = group.beam.score(cumulative_logprob, max(len(token_ids), 1)) if seq.score is None else seq.score
-        detokenizer = (answer.progress.get(seq.seq_id) or self._begin(answer, seq)).detokenizer
+        if answer.is_watched:
+            detokenizer = answer.progress[seq.seq_id].detokenizer
+        elif (detokenizer := self._detokenizer(group)) is not None:
+            self._decode(group, seq, detokenizer)
         return CompletionOutput(
             index=seq.index,
             text="" if detokenizer is None else detokenizer.text,

@@ -1,7 +1,7 @@
 """Admission: whether a request can ever run here, and whether a waiting group can start now."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.manager import NO_MATCH, BlockManager
@@ -25,12 +25,14 @@ class Start:
 
     Args:
         match: the cached start of its leader's tokens.
+        target: tokens that its leader computes.
         ticket: reserves the leader's blocks, or swaps the group in.
         num_short: blocks missing, 0 or less if the group can start.
         is_ready: whether the blocks of the match can be read in this step: none is loaded, or computed by this step.
     """
 
     match: PrefixMatch
+    target: int
     ticket: Ticket[list[BlockCopy]] | Ticket[None]
     num_short: int
     is_ready: bool
@@ -67,7 +69,9 @@ class Admission:
         self._eos_token_ids = eos_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
+        self._whole = Capacity(blocks.num_blocks - 1, 0, blocks.block_size, max_model_len)  # block 0 is padding
         self._refusal: Refusal | None = None  # the last one
+        self._found: tuple[SequenceGroup, Start] | None = None  # the last start without a refusal
 
     # Requests -----------------------------------------------------------------------------------------------------
 
@@ -79,24 +83,25 @@ class Admission:
         """
         self._check_new(request)
         params, prompt_len = request.params, len(request.prompt_token_ids)
-        if params.num_sequences > self.max_num_seqs:
+        num_sequences = params.num_sequences
+        if num_sequences > self.max_num_seqs:
             name = width_name(params)
             raise ValueError(
-                f"{name}={params.num_sequences} is more than max_num_seqs={self.max_num_seqs}: "
+                f"{name}={num_sequences} is more than max_num_seqs={self.max_num_seqs}: "
                 f"lower {name} or raise max_num_seqs"
             )
         capacity = self._capacity(request)
         capacity.check(request)
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos_token_ids)
-        num_candidates = (1 + len(stops)) * params.num_sequences
+        num_candidates = (1 + len(stops)) * num_sequences
         if params.use_beam_search and num_candidates > MAX_BEAM_CANDIDATES:
             raise ValueError(
-                f"a beam of {params.num_sequences} with {len(stops)} stop tokens looks at {num_candidates} "
+                f"a beam of {num_sequences} with {len(stops)} stop tokens looks at {num_candidates} "
                 f"continuations in a step: at most {MAX_BEAM_CANDIDATES} are taken; give a narrower beam or fewer "
                 "stop_token_ids"
             )
         if params.max_tokens is None:
-            max_tokens = capacity.most_tokens(prompt_len, params.num_sequences)
+            max_tokens = capacity.most_tokens(prompt_len, num_sequences)
         else:
             max_tokens = min(params.max_tokens, self.max_model_len - prompt_len)
         return Terms(max_tokens, stops, self._pins.state)
@@ -120,40 +125,43 @@ class Admission:
         self._capacity(request).check_pin(len(request.prompt_token_ids), others)
 
     def _check_new(self, request: Request) -> None:
-        if request.request_id in self._roster or request.request_id in self._pins:
+        if request.request_id in self._roster.requests or request.request_id in self._pins.held:
             raise ValueError(f"request_id {request.request_id!r} is already in use by an unfinished request")
         if not request.prompt_token_ids:
             raise ValueError("the prompt has no tokens: give at least one")
 
     def _capacity(self, request: Request | None) -> Capacity:
         """The pool without pinned blocks, except those that ``request`` would share."""
-        num_usable = self._blocks.num_blocks - 1  # block 0 is padding
         num_pinned = self._pins.num_blocks_kept_from(request)
-        return Capacity(num_usable - num_pinned, num_pinned, self._blocks.block_size, self.max_model_len)
+        if num_pinned == 0:
+            return self._whole
+        return replace(self._whole, num_blocks=self._whole.num_blocks - num_pinned, num_pinned=num_pinned)
 
     # Waiting groups -----------------------------------------------------------------------------------------------
 
     def can_admit_first(self) -> bool:
-        """Whether the first group of the line could be admitted now."""
-        group = self._line.first
-        return group is not None and self.rows_short(group) <= 0 and self.find(group) is not None
+        """Whether the first waiting group could be admitted now."""
+        group = self._line.waiting[0]
+        return self.rows_short(group) <= 0 and self.find(group) is not None
 
     def find(self, group: SequenceGroup) -> Start | None:
         """Find the way to start the first waiting group; None if blocks are short."""
+        if self._found is not None and self._found[0] is group and self._found[1].ticket.is_valid:
+            return self._found[1]
         if self.num_known_short(group) > 0:
             return None
         start = self.start(group)
         if start.num_short > 0:
             self._refusal = self._refuse(group, start)
             return None
-        self._refusal = None
+        self._refusal, self._found = None, (group, start)
         return start
 
     def num_known_short(self, group: SequenceGroup) -> int:
         """Count the blocks that the first waiting group is known to lack at least, without another match."""
         if self._refusal is None:
             return 0
-        return self._refusal.num_short_now(group, self._blocks.tiers, is_running=self._is_running)
+        return self._refusal.num_short_now(group, self._blocks.tiers, is_running=bool(self._line.running))
 
     def forget_refusal(self) -> None:
         """Match the first group again: the content of the pools is lost."""
@@ -165,22 +173,26 @@ class Admission:
 
     def start(self, group: SequenceGroup) -> Start:
         """Find the way to start the first waiting group, and the number of blocks that it lacks."""
-        num_left_free = num_blocks_left_free(self._blocks.num_blocks - 1, is_running=self._is_running)
-        to_spare = self._blocks.num_free_blocks - num_left_free
-        members = group.unfinished
+        tiers, is_running = self._blocks.tiers, bool(self._line.running)
+        num_left_free = num_blocks_left_free(self._blocks.num_blocks - 1, is_running=is_running)
+        to_spare = len(tiers.device.free) - num_left_free
         if group.is_swapped:
-            held = [seq.seq_id for seq in members if seq.state is SequenceState.SWAPPED]
+            held = [seq.seq_id for seq in group.sequences if seq.state is SequenceState.SWAPPED]
             ticket = self._blocks.to_swap_in(held)
-            to_grow = len(held) if self._is_running else 0  # one more for each, to write its next token
-            return Start(NO_MATCH, ticket, ticket.num_blocks + to_grow - to_spare, is_ready=False)
-        (leader, target), shared = self._leader_of(group), group.fork_len()
-        lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
-        block_size = self._blocks.block_size
-        to_grow = num_forked_blocks(shared, lens, block_size) - num_blocks_covering(target, block_size)
+            to_grow = len(held) if is_running else 0  # one more for each, to write its next token
+            return Start(NO_MATCH, 0, ticket, ticket.num_blocks + to_grow - to_spare, is_ready=False)
+        leader, target = self._leader_of(group)
+        to_grow = self._num_blocks_forked(group, target) if group.num_rows > 1 else 0
         match = self._match(group, leader, target)
         ticket = self._blocks.to_reserve(leader.seq_id, target, match=match)
-        is_ready = not match.is_on_host and self._blocks.tiers.num_hits_ready(match) == len(match.hits)
-        return Start(match, ticket, ticket.num_blocks + to_grow - to_spare, is_ready)
+        is_ready = tiers.num_hits_ready(match) == len(match.hits) and not match.is_on_host
+        return Start(match, target, ticket, ticket.num_blocks + to_grow - to_spare, is_ready)
+
+    def _num_blocks_forked(self, group: SequenceGroup, target: int) -> int:
+        """Count the blocks that the members of a group take once they have forked, beyond those of their leader."""
+        members, block_size = group.unfinished, self._blocks.block_size
+        lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
+        return num_forked_blocks(group.fork_len(), lens, block_size) - num_blocks_covering(target, block_size)
 
     def _refuse(self, group: SequenceGroup, start: Start) -> Refusal:
         blocks, num_short = self._blocks, start.num_short
@@ -197,7 +209,7 @@ class Admission:
             group=group,
             num_rows=group.num_rows,
             is_on_host=is_on_host,
-            is_running=self._is_running,
+            is_running=bool(self._line.running),
             num_short=num_short,
             num_freed=blocks.tiers.device.num_freed,
             num_cached=blocks.tiers.device.cache.num_inserted,
@@ -217,9 +229,7 @@ class Admission:
         least_inside = math.ceil((1 if self._blocks.is_quantized else LEAST_HIT_INSIDE) * self._blocks.block_size)
         match = self._blocks.match_prefix(leader.hashed, target - 1, least_inside=least_inside)
         ready = match.cut(self._blocks.tiers.num_hits_ready(match))
+        if ready is match:
+            return match
         num_shared, num_left = match.num_tokens - ready.num_tokens, target - ready.num_tokens
         return match if is_worth_waiting(num_shared, num_left) else ready
-
-    @property
-    def _is_running(self) -> bool:
-        return len(self._line.running) > 0

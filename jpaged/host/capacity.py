@@ -85,7 +85,7 @@ def num_blocks_covering(num_tokens: int, block_size: int) -> int:
 def num_forked_blocks(shared_len: int, lens: list[int], block_size: int) -> int:
     """Count the blocks of sequences that share their first tokens: full shared blocks count once."""
     shared = shared_len // block_size
-    return shared + sum(num_blocks_covering(num_tokens, block_size) - shared for num_tokens in lens)
+    return shared + sum([num_blocks_covering(num_tokens, block_size) - shared for num_tokens in lens])
 
 
 def width_name(params: SamplingParams) -> str:

@@ -42,18 +42,18 @@ class Entry:
 
     def admit(self, plan: PlanBuilder) -> None:
         """Start waiting groups in order while rows, blocks and, for tokens to compute, the budget allow."""
-        if self._line.first is None:
-            return
-        num_rows = self._line.num_rows
-        while (group := self._line.first) is not None:
+        line = self._line
+        num_rows = line.num_rows if line.waiting else 0
+        while line.waiting:
+            group = line.waiting[0]
             num_rows += group.num_rows
-            if self._line.is_preempted_now(group) or num_rows > self._admission.max_num_seqs:
+            if group in line.preempted or num_rows > self._admission.max_num_seqs:
                 return
             if not plan.has_budget and not group.is_swapped:
                 return
             if (start := self._admission.find(group)) is None:
                 return
-            self._line.admit_first()
+            line.admit_first()
             if group.is_swapped:
                 self._swap_in(group, start)
             else:
@@ -61,7 +61,7 @@ class Entry:
 
     def land(self) -> None:
         """Let sequences run whose blocks have arrived."""
-        self._blocks.finish_transfers()
+        self._blocks.tiers.finish_transfers()
         for seq in self._loading:
             if seq.state is SequenceState.LOADING:
                 seq.state = SequenceState.RUNNING
@@ -87,21 +87,19 @@ class Entry:
     def _start(self, plan: PlanBuilder, group: SequenceGroup, start: Start) -> None:
         """Give a group's leader its blocks and its first chunk; its siblings wait for the tokens that all share."""
         leader, *others = group.unfinished
-        group.fork_at = group.fork_len() if others else None
+        group.fork_at = start.target if others else None
         leader.state = SequenceState.RUNNING if start.is_ready else SequenceState.LOADING
         for seq in others:
             seq.state = SequenceState.UNFORKED
-        target = group.fork_at or len(leader.token_ids)
         plan.copies += start.ticket.commit() or []
         for seq in (leader, *others):
             self._rows.enter(group, seq)
         self._rows.hold(leader)
-        leader.num_computed = start.match.num_tokens
+        num_cached = leader.num_computed = start.match.num_tokens
         if group.num_cached_tokens is None:
-            group.num_cached_tokens = leader.num_computed
+            group.num_cached_tokens = num_cached
         if leader.state is SequenceState.LOADING:
             self._loading.append(leader)
         else:
-            num_tokens = target - leader.num_computed
-            plan.add(group, leader, num_tokens)
-            self._outcome.publish_planned(leader, start.match.num_tokens)
+            plan.add(group, leader, start.target - num_cached)
+            self._outcome.publish_planned(leader, num_cached)

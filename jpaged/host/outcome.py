@@ -42,7 +42,7 @@ class Outcome:
         If the sequence has already finished (its last token also completed a stop string), only the reason changes.
         """
         seq.finish_reason = reason
-        if seq.is_finished:
+        if seq.state is SequenceState.FINISHED:
             return
         self.release(seq)
         seq.state = SequenceState.FINISHED
@@ -86,8 +86,6 @@ class Outcome:
 
         Steady rows are left out: they publish once their tokens are known.
         """
-        if self._rows.is_all_steady:
-            return
         chunks = plan.chunks
         is_due = ~self._rows.is_steady[chunks.rows] & self._rows.owned(chunks.rows, chunks.seq_ids)
         block_size = self._blocks.block_size
@@ -104,10 +102,8 @@ class Outcome:
 
     def note_decoded(self, plan: StepPlan) -> None:
         """Note the steady rows that filled a block: ``publish_due`` publishes them before anything is looked up."""
-        if not self._blocks.enable_prefix_caching:
-            return
         chunks, block_size = plan.chunks, self._blocks.block_size
-        stops = chunks.stops if plan.num_steps == 1 else chunks.starts + plan.draws.num_tokens
+        stops = chunks.starts + (chunks.lens if plan.num_steps == 1 else plan.draws.num_tokens)
         is_filled = stops // block_size > chunks.starts // block_size
         if is_filled.any():
             rows, seq_ids = chunks.rows[is_filled], chunks.seq_ids[is_filled]
@@ -161,7 +157,7 @@ class Outcome:
         steps = [(result.token_ids, result.scores), *result.later]
         token_ids = np.stack([drawn for drawn, _ in steps])
         rows, num_draws, is_owned = draws.rows, draws.num_tokens, table.owned(draws.rows, draws.seq_ids)
-        is_steady = is_owned if table.is_all_steady else is_owned & table.is_steady[rows]
+        is_steady = is_owned if table.num_restless == 0 else is_owned & table.is_steady[rows]
         num_steady = np.count_nonzero(is_steady)
         touched = table.groups_of(rows if num_steady == len(rows) else rows[is_owned])
         is_left = is_owned  # rows whose tokens are for the sequences themselves
@@ -185,7 +181,7 @@ class Outcome:
         scores: list[TokenScores],
         is_left: Bool[np.ndarray, " draws"],
     ) -> None:
-        """Append the tokens of some draws one by one, as far as the sequences go."""
+        """Append the tokens of some draws one by one, up to the token that ends the sequence."""
         for draw in np.flatnonzero(is_left).tolist():
             row, num_draws = int(plan.draws.rows[draw]), int(plan.draws.num_tokens[draw])
             group, seq = self._rows.member(row)
@@ -193,17 +189,16 @@ class Outcome:
             if self._rows.append(seq, drawn, scores, draw):
                 continue
             self._rows.hand_over(seq, num_draws)
-            self._take_last(group, seq, list(zip(drawn, scores, strict=False)), draw)
-
-    def _take_last(self, group: SequenceGroup, seq: Sequence, drawn: list[tuple[int, TokenScores]], draw: int) -> None:
-        """Append drawn tokens up to the one that ends the sequence, if there is one."""
-        for num_left, (token_id, scores) in zip(reversed(range(len(drawn))), drawn, strict=True):
-            seq.append([token_id], scores, range(draw, draw + 1))
-            is_stop = token_id in group.stop_token_ids and seq.num_outputs > group.request.params.min_tokens
-            if is_stop or seq.num_outputs >= group.max_tokens:
-                self.num_output_tokens -= num_left
-                return self.finish(group, seq, FinishReason.STOP if is_stop else FinishReason.LENGTH)
-        self._rows.join(seq)
+            for number, (token_id, step_scores) in enumerate(zip(drawn, scores, strict=False), 1):
+                seq.append([token_id], step_scores, range(draw, draw + 1))
+                num_outputs = seq.num_outputs
+                is_stop = token_id in group.stop_token_ids and num_outputs > group.request.params.min_tokens
+                if is_stop or num_outputs >= group.max_tokens:
+                    self.num_output_tokens -= num_draws - number
+                    self.finish(group, seq, FinishReason.STOP if is_stop else FinishReason.LENGTH)
+                    break
+            else:
+                self._rows.join(seq)
 
     # Beams --------------------------------------------------------------------------------------------------------
 

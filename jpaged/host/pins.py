@@ -2,7 +2,7 @@
 
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.capacity import num_blocks_covering
-from jpaged.host.sequence import SequenceGroup, common_len
+from jpaged.host.sequence import SequenceGroup, SequenceState, common_len
 from jpaged.request import Request
 
 
@@ -18,27 +18,23 @@ class Pins:
         """A new object after every change: while it stays, the pins keep the same capacity from a request."""
         self._blocks = blocks
         self._queued: dict[str, SequenceGroup] = {}
-        self._held: dict[str, SequenceGroup] = {}
+        self.held: dict[str, SequenceGroup] = {}
+        """The pins whose blocks are in the pool, by request id; written here alone."""
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._queued or request_id in self._held
+        return request_id in self._queued or request_id in self.held
 
     def __len__(self) -> int:
-        return len(self._queued) + len(self._held)
+        return len(self._queued) + len(self.held)
 
     def is_held(self, request_id: str) -> bool:
         """Whether the blocks of a pin are in the pool."""
-        return request_id in self._held
-
-    @property
-    def held(self) -> dict[str, SequenceGroup]:
-        """The pins whose blocks are in the pool, by request id."""
-        return self._held
+        return request_id in self.held
 
     @property
     def held_seq_ids(self) -> list[int]:
         """The sequences that hold the blocks of pins."""
-        return [pin.sequences[0].seq_id for pin in self._held.values()]
+        return [pin.sequences[0].seq_id for pin in self.held.values()]
 
     def queue(self, pin: SequenceGroup) -> None:
         """Add a pin whose prompt is still to be computed."""
@@ -48,7 +44,7 @@ class Pins:
     def hold(self, pin: SequenceGroup) -> None:
         """Mark a queued pin as held: its sequence holds the blocks of its prompt."""
         self.state = object()
-        self._held[pin.request.request_id] = self._queued.pop(pin.request.request_id)
+        self.held[pin.request.request_id] = self._queued.pop(pin.request.request_id)
 
     def discard(self, request_id: str) -> None:
         """Forget a pin that is still queued, if there is one."""
@@ -58,13 +54,15 @@ class Pins:
     def release(self, request_id: str) -> None:
         """Free the blocks of a held pin; they stay in the prefix cache."""
         self.state = object()
-        self._blocks.free(self._held.pop(request_id).sequences[0].seq_id)
+        self._blocks.free(self.held.pop(request_id).sequences[0].seq_id)
 
     def requeue_all(self) -> list[SequenceGroup]:
         """Free the blocks of all held pins, whose content is lost. Returns the pins to compute again."""
-        lost = list(self._held.values())
+        lost = list(self.held.values())
         for pin in lost:
             self.release(pin.request.request_id)
+            for seq in pin.sequences:
+                seq.state, seq.num_computed = SequenceState.WAITING, 0
             self.queue(pin)
         return lost
 
@@ -73,11 +71,13 @@ class Pins:
 
         Without a request, count all blocks that pins take.
         """
+        if not self._queued and not self.held:
+            return 0
         block_size = self._blocks.block_size
         num_queued = sum(num_blocks_covering(pin.prompt_len, block_size) for pin in self._queued.values())
         num_kept = len(self._held_blocks()) + num_queued
         if request is not None and request.params.prompt_logprobs is None:
-            pins = [*self._queued.values(), *self._held.values()]
+            pins = [*self._queued.values(), *self.held.values()]
             num_kept -= max((self._num_common_blocks(pin.request, request) for pin in pins), default=0)
         return num_kept
 
@@ -87,7 +87,7 @@ class Pins:
         Pins always share full blocks. They share others only by chance: no longer after a failed step lost the pool.
         """
         held: set[tuple[int, int]] = set()
-        for pin in self._held.values():
+        for pin in self.held.values():
             seq_id = pin.sequences[0].seq_id
             table, num_full = self._blocks.block_table(seq_id), pin.prompt_len // self._blocks.block_size
             held |= {(block, -1) for block in table[:num_full]} | {(block, seq_id) for block in table[num_full:]}

@@ -3,12 +3,12 @@
 from collections import defaultdict
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
-from jpaged.contract.draws import Draws, ExtrasBuilder
+from jpaged.contract.draws import NO_EXTRAS, Draws, ExtrasBuilder
 from jpaged.contract.plan import NO_CHUNKS, BeamSelect, BlockCopy, Chunks, PromptScore, StepPlan
 from jpaged.contract.rows import ON_DEVICE
-from jpaged.host.rows import Decodes, RowTable
+from jpaged.host.rows import NO_DECODES, Decodes, RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 
 
@@ -27,20 +27,15 @@ class PlanBuilder:
         self._unit = unit
         self.copies = copies
         self._rows = rows
-        self._decodes: Decodes | None = None
+        self._decodes = NO_DECODES
         self._positions: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
         self._num_draws: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
-        self._extras = ExtrasBuilder()
+        self._extras: ExtrasBuilder | None = None  # most plans have none
         self._chunks: list[tuple[int, int, int, int]] = []  # row, sequence, start, length
         self._token_ids: list[int] = []
         self._draws: list[tuple[int, int, int]] = []  # row, sequence, chunk
         self._prompt_scores: list[PromptScore] = []
         self._beams: defaultdict[SequenceGroup, list[int]] = defaultdict(list)
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks so far."""
-        return len(self._num_draws) + len(self._chunks)
 
     @property
     def has_budget(self) -> bool:
@@ -61,7 +56,7 @@ class PlanBuilder:
         self.budget -= len(num_draws)
         for index in decodes.biased:
             group, _ = self._rows.member(int(decodes.rows[index]))
-            self._extras.add(index, group.request.params, (), (), ())
+            self._add_extras(index, group, (), [])
 
     def add(self, group: SequenceGroup, seq: Sequence, num_tokens: int) -> None:
         """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits."""
@@ -69,11 +64,11 @@ class PlanBuilder:
         stop = start + num_tokens
         if num_tokens > self.budget:
             stop = (start + self.budget) // self._unit * self._unit
-        index = self.num_chunks
+        index = len(self._num_draws) + len(self._chunks)
         assert seq.row is not None
         self._chunks.append((seq.row, seq.seq_id, start, stop - start))
         # A pending token is fed alone: all before it have been computed.
-        self._token_ids += seq.token_ids[start:stop] if start < len(seq.token_ids) else [ON_DEVICE]
+        self._token_ids += seq.token_ids[start:stop] or [ON_DEVICE]
         self.budget -= stop - start
         seq.num_computed = stop
         if start < seq.prompt_len - 1 and group.needs_prompt_scores:
@@ -95,16 +90,25 @@ class PlanBuilder:
         """Draw the next token of ``seq`` from the logits of a chunk."""
         params = group.request.params
         assert seq.row is not None
-        draw = len(self._num_draws) + len(self._draws)
-        output_token_ids = seq.output_token_ids if params.has_penalties else []
-        self._extras.add(draw, params, _banned(group, seq), group.request.prompt_token_ids, output_token_ids)
+        if params.logit_bias or params.min_tokens or params.has_penalties:
+            draw = len(self._num_draws) + len(self._draws)
+            output_token_ids = seq.output_token_ids if params.has_penalties else []
+            self._add_extras(draw, group, _banned(group, seq), output_token_ids)
         self._draws.append((seq.row, seq.seq_id, chunk))
         seq.num_pending += 1
+
+    def _add_extras(
+        self, draw: int, group: SequenceGroup, banned_token_ids: tuple[int, ...], output_token_ids: list[int]
+    ) -> None:
+        """Add the biases, bans and histories of one draw."""
+        self._extras = self._extras or ExtrasBuilder()
+        request = group.request
+        self._extras.add(draw, request.params, banned_token_ids, request.prompt_token_ids, output_token_ids)
 
     def build(self, to_host: tuple[BlockCopy, ...], from_host: tuple[BlockCopy, ...]) -> StepPlan:
         """The plan. One without chunks leaves changed rows to the next."""
         copies = tuple(self.copies)
-        if self.num_chunks == 0:
+        if len(self._num_draws) == 0 and not self._chunks:
             return StepPlan(copies=copies, to_host=to_host, from_host=from_host)
         return StepPlan(
             copies=copies,
@@ -114,43 +118,36 @@ class PlanBuilder:
             chunks=self._build_chunks(),
             draws=self._build_draws(),
             prompt_scores=tuple(self._prompt_scores),
-            beams=tuple(_select(group, chunks) for group, chunks in self._beams.items()),
+            beams=tuple([_select(group, chunks) for group, chunks in self._beams.items()]),
             num_steps=int(self._num_draws.max(initial=1)),
         )
 
     def _build_chunks(self) -> Chunks:
         num_decodes = len(self._num_draws)
         token_ids = np.full(num_decodes + len(self._token_ids), ON_DEVICE, np.int32)
-        rows, seq_ids = self._steady()
-        decodes = rows, seq_ids, self._positions - 1, np.ones(num_decodes, np.int32)
+        decodes = self._decodes.rows, self._decodes.seq_ids, self._positions - 1, np.ones(num_decodes, np.int32)
         if not self._chunks:
             return Chunks(*decodes, token_ids)
         token_ids[num_decodes:] = self._token_ids
         added = np.array(self._chunks, np.int64).T
-        rows, seq_ids, starts, lens = (
-            np.concatenate([decoding, column.astype(decoding.dtype)])
-            for decoding, column in zip(decodes, added, strict=True)
-        )
+        columns = zip(decodes, added, strict=True)
+        rows, seq_ids, starts, lens = [
+            np.concatenate([decoding, column.astype(decoding.dtype)]) for decoding, column in columns
+        ]
         return Chunks(rows, seq_ids, starts, lens, token_ids)
 
     def _build_draws(self) -> Draws:
-        rows, seq_ids = self._steady()
-        chunks, num_tokens = np.arange(len(rows), dtype=np.int32), self._num_draws
+        extras = NO_EXTRAS if self._extras is None else self._extras.build()
+        rows, seq_ids, num_tokens = self._decodes.rows, self._decodes.seq_ids, self._num_draws
+        chunks = np.arange(len(rows), dtype=np.int32)
         if not self._draws:
-            num_logprobs = None if self._decodes is None else self._decodes.num_logprobs
-            return Draws(rows, seq_ids, chunks, num_tokens, num_logprobs, self._extras.build())
+            return Draws(rows, seq_ids, chunks, num_tokens, self._decodes.num_logprobs, extras)
         added = np.array(self._draws, np.int64).T
-        rows, chunks = (
-            np.concatenate([old, new.astype(np.int32)]) for old, new in ((rows, added[0]), (chunks, added[2]))
-        )
+        rows = np.concatenate([rows, added[0].astype(np.int32)])
+        chunks = np.concatenate([chunks, added[2].astype(np.int32)])
         seq_ids = np.concatenate([seq_ids, added[1]])
         num_tokens = np.concatenate([num_tokens, np.ones(len(self._draws), np.int32)])
-        return Draws(rows, seq_ids, chunks, num_tokens, self._rows.num_logprobs(rows), self._extras.build())
-
-    def _steady(self) -> tuple[Int32[np.ndarray, " decodes"], Int64[np.ndarray, " decodes"]]:
-        if self._decodes is None:
-            return NO_CHUNKS.rows, NO_CHUNKS.seq_ids
-        return self._decodes.rows, self._decodes.seq_ids
+        return Draws(rows, seq_ids, chunks, num_tokens, self._rows.num_logprobs(rows), extras)
 
 
 def _select(group: SequenceGroup, chunks: list[int]) -> BeamSelect:

@@ -49,10 +49,7 @@ class Preemption:
         Args:
             costs: the costs measured on this machine; None until they are measured: "auto" swaps then.
         """
-        lower = self.groups_to_yield()
-        first = self._line.first
-        if not lower or first is None:
-            return
+        lower, first = self.groups_to_yield(), self._line.waiting[0]
         while lower:
             self._preempt(lower.pop(), costs)
             if self._admission.rows_short(first) <= 0 and self._admission.start(first).num_short <= 0:
@@ -60,9 +57,9 @@ class Preemption:
 
     def groups_to_yield(self) -> list[SequenceGroup]:
         """The running groups of lower priority than the first waiting group, if preempting them lets it start."""
-        first = self._line.first
-        lower = self._line.running_after(first.request.priority) if first is not None else []
-        if first is None or not lower:
+        first = self._line.waiting[0]
+        lower = self._line.running_after(first.request.priority)
+        if not lower:
             return []
         rows_short = self._admission.rows_short(first)
         if rows_short > sum(group.num_rows for group in lower):

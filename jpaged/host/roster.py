@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from jpaged.host.blocks.hashed_tokens import HashedTokens
-from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+from jpaged.host.sequence import Sequence, SequenceGroup
 from jpaged.request import Request, derive_seed
 
 
@@ -20,25 +20,15 @@ class Roster:
         self._block_size = block_size
         self.sequences: dict[int, tuple[SequenceGroup, Sequence]] = {}
         """Every unfinished sequence with its group, by sequence id; written here alone."""
-        self._groups: dict[str, SequenceGroup] = {}
+        self.requests: dict[str, SequenceGroup] = {}
+        """Every unfinished group, by request id; written here alone."""
         self._num_groups = 0
         self._num_sequences = 0
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._groups
-
-    def __len__(self) -> int:
-        """Count the unfinished groups."""
-        return len(self._groups)
 
     @property
     def groups(self) -> Collection[SequenceGroup]:
         """The unfinished groups."""
-        return self._groups.values()
-
-    def find(self, request_id: str) -> SequenceGroup | None:
-        """The group of an unfinished request."""
-        return self._groups.get(request_id)
+        return self.requests.values()
 
     def new_group(self, request: Request, max_tokens: int, stop_token_ids: frozenset[int]) -> SequenceGroup:
         """Make the group of a request, without sequences; ``enter`` registers it."""
@@ -79,9 +69,8 @@ class Roster:
     def enter(self, group: SequenceGroup) -> None:
         """Register a group and its sequences, which have nothing in a pool."""
         for seq in group.sequences:
-            seq.state, seq.num_computed = SequenceState.WAITING, 0
-            self.enter_sequence(group, seq)
-        self._groups[group.request.request_id] = group
+            self.sequences[seq.seq_id] = group, seq
+        self.requests[group.request.request_id] = group
 
     def enter_sequence(self, group: SequenceGroup, seq: Sequence) -> None:
         """Register one more sequence of a registered group."""
@@ -93,4 +82,4 @@ class Roster:
 
     def remove(self, group: SequenceGroup) -> None:
         """Forget a group whose sequences were all removed."""
-        del self._groups[group.request.request_id]
+        del self.requests[group.request.request_id]

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
 from jpaged.contract.result import TokenScores
-from jpaged.contract.rows import COLUMNS, NO_CHANGES, RowChanges, pack_row
+from jpaged.contract.rows import COLUMNS, NO_CHANGES, NO_INTS, RowChanges, pack_row
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 
@@ -36,6 +36,9 @@ class Decodes:
     biased: list[int]
     num_logprobs: int | None
     can_burst: bool
+
+
+NO_DECODES = Decodes(NO_INTS, np.zeros(0, np.int64), [], None, can_burst=True)
 
 
 class RowTable:
@@ -69,7 +72,8 @@ class RowTable:
         self._entered: list[int] = []  # rows with a new owner since the last plan
         self._changed: dict[int, int] = {}  # first logical block that changed since the last plan, by row
         self._cells: dict[int, bytes] = {}  # columns of rows with a new owner
-        self._num_steady = 0
+        self.num_restless = 0
+        """Rows that have an owner and are not steady; written here alone."""
         self._decodes: Decodes | None = None  # as long as they are the same
         self._num_sure = 0  # tokens that all of them can draw
         self.seq_ids: Int64[np.ndarray, " rows"] = np.full(num_rows, -1, np.int64)
@@ -99,7 +103,7 @@ class RowTable:
         self.seq_ids[row] = seq.seq_id
         self.limits[row] = seq.prompt_len + group.max_tokens
         self.capacity[row] = 0
-        self._can_burst[row] = not params.stop_strings
+        self._can_burst[row] = not params.stop
         self._has_bias[row] = bool(params.logit_bias)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._is_asked[row] = params.logprobs is not None or len(group.stop_token_ids) > MOST_STOPS
@@ -108,14 +112,16 @@ class RowTable:
             self._stops[row, : len(group.stop_token_ids)] = list(group.stop_token_ids)
         self._cells[row] = pack_row(params, seq.seed, seq.prompt_len)
         self._entered.append(row)
-        seq.take_row(self, row)
+        self.num_restless += 1
+        seq.rows, seq.row = self, row
 
     def leave(self, seq: Sequence) -> None:
         """Free the row of a sequence, if it has one; the sequence then owns its state."""
         if (row := seq.row) is None:
             return
         self._settle(row)
-        seq.leave_row()
+        self.num_restless -= 1
+        seq.rows = seq.row = None
         self._groups[row] = self._seqs[row] = None
         self.seq_ids[row] = -1
         self.is_due[row] = False
@@ -130,13 +136,13 @@ class RowTable:
         assert row is not None
         group = self._groups[row]
         assert group is not None
-        is_running = seq.state is SequenceState.RUNNING
-        if not is_running or not group.is_steady(seq) or seq.num_computed != seq.num_tokens - 1:
+        is_running, num_tokens = seq.state is SequenceState.RUNNING, seq.num_tokens
+        if not is_running or seq.num_computed != num_tokens - 1 or not group.is_steady(seq):
             return
-        self.positions[row] = seq.num_tokens
+        self.positions[row] = num_tokens
         self.known[row] = self._flushed[row] = len(seq.token_ids)
         self.is_steady[row] = seq.is_steady = True
-        self._num_steady += 1
+        self.num_restless -= 1
         self._decodes = None
 
     def _settle(self, row: int) -> None:
@@ -147,7 +153,7 @@ class RowTable:
             self.flush(row)
             position, known = int(self.positions[row]), int(self.known[row])
             self.is_steady[row] = seq.is_steady = False
-            self._num_steady -= 1
+            self.num_restless += 1
             self._decodes = None
             seq.num_computed, seq.num_pending = position - 1, position - known
 
@@ -169,23 +175,17 @@ class RowTable:
 
     def restless_groups(self) -> list[SequenceGroup]:
         """The groups with a sequence whose row is not steady, each once."""
-        if self.is_all_steady:
-            return []
         rows = np.flatnonzero((self.seq_ids >= 0) & ~self.is_steady)
         return list(dict.fromkeys(self.groups_of(rows.astype(np.int32))))
-
-    @property
-    def is_all_steady(self) -> bool:
-        """Whether every sequence that runs is steady."""
-        return len(self._free) + self._num_steady == len(self.seq_ids)
 
     # Blocks -------------------------------------------------------------------------------------------------------
 
     def hold(self, seq: Sequence) -> None:
         """Note that a sequence holds blocks it did not hold before: all of them are told to the device."""
         if (row := seq.row) is not None:
-            self.capacity[row] = self._blocks.num_tokens(seq.seq_id)
-            self._tables[row] = self._blocks.block_table(seq.seq_id)
+            holding = self._blocks.holdings.held_by(seq.seq_id)
+            self.capacity[row] = self._blocks.holdings.num_tokens(holding)
+            self._tables[row] = holding.blocks
             self._changed[row] = 0
 
     def missing(

@@ -90,9 +90,9 @@ class Scheduler:
             max_model_len=max_model_len,
             eos_token_ids=self.eos_token_ids,
         )
-        self._outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows)
-        self._preemption = Preemption(blocks, self.line, self._admission, self._outcome, self.rows, kind=preemption)
-        self._entry = Entry(blocks, self.line, self._admission, self._outcome, self.rows)
+        self.outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows)
+        self._preemption = Preemption(blocks, self.line, self._admission, self.outcome, self.rows, kind=preemption)
+        self._entry = Entry(blocks, self.line, self._admission, self.outcome, self.rows)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can
         self._sums = StepSums(blocks, self.pins)
@@ -151,7 +151,7 @@ class Scheduler:
 
         A beam search keeps its live sequences as they are, and loses those that had finished.
         """
-        group = self.roster.find(request_id)
+        group = self.roster.requests.get(request_id)
         if group is not None:
             self.pins.discard(request_id)
             for seq in group.unfinished:
@@ -163,7 +163,7 @@ class Scheduler:
 
         If the sequence has already finished (its last token also completed a stop string), only the reason changes.
         """
-        self._outcome.finish(group, seq, reason)
+        self.outcome.finish(group, seq, reason)
 
     def forget_pool(self) -> None:
         """Compute everything again: the content of the pools is lost because a step failed."""
@@ -175,19 +175,15 @@ class Scheduler:
                 seq.num_pending = 0
         self._entry.forget()
         for pin in self.pins.requeue_all():
-            self._enqueue(pin)
+            self.roster.enter(pin)
+            self.line.join(pin)
         self.blocks.forget_all()
         self._admission.forget_refusal()
 
     @property
     def has_unfinished(self) -> bool:
         """Whether some request is unfinished, or some pin not computed."""
-        return len(self.roster) > 0
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Tokens drawn since the start; a beam search counts one for each live beam and step."""
-        return self._outcome.num_output_tokens
+        return bool(self.roster.requests)
 
     def stats(self) -> SchedulerStats:
         """The counters now."""
@@ -205,7 +201,7 @@ class Scheduler:
 
     def block_stats(self) -> BlockStats:
         """Count what the pools hold; a steady row has its last block to itself, and fills it step by step."""
-        self._outcome.publish_due()
+        self.outcome.publish_due()
         stats = self.blocks.stats()
         num_slots, tokens_held = stats.num_used * self.blocks.block_size, stats.tokens_held - self.rows.num_unwritten
         return replace(stats, tokens_held=tokens_held, waste=1 - tokens_held / num_slots if num_slots else 0.0)
@@ -213,9 +209,6 @@ class Scheduler:
     def _enter(self, group: SequenceGroup, num_sequences: int) -> None:
         for index in range(num_sequences):
             self.roster.new_sequence(group, index, list(group.request.prompt_token_ids))
-        self._enqueue(group)
-
-    def _enqueue(self, group: SequenceGroup) -> None:
         self.roster.enter(group)
         self.line.join(group)
 
@@ -224,14 +217,16 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step. It has no chunks only if no request is unfinished, or if all come back in the next step."""
         assert self._num_in_flight == 0, "the results of the step before come first"
-        self.line.begin_plan()
-        self._publish_due()
-        self._preemption.yield_to_first(self.costs)
+        self.line.preempted.clear()
+        if self.line.waiting:
+            self.outcome.publish_due()
+            if self.line.running:
+                self._preemption.yield_to_first(self.costs)
         num_preemptions = self._preemption.num_preemptions
-        copies = self._preemption.make_room(self.costs)
-        decodes = self.rows.decodes()
+        copies = self._preemption.make_room(self.costs) if self.line.running else []
         may_admit = self._preemption.num_preemptions == num_preemptions
-        plan = self._plan(decodes, np.ones_like(decodes.rows), self._preemption.feeds(), copies, may_admit=may_admit)
+        decodes, feeds = self.rows.decodes(), self._preemption.feeds() if self.rows.num_restless else []
+        plan = self._plan(decodes, np.ones_like(decodes.rows), feeds, copies, may_admit=may_admit)
         self._send_off(plan)
         return plan
 
@@ -242,14 +237,18 @@ class Scheduler:
         which sequences end.
         """
         assert self._num_in_flight == 1
-        self._publish_due()
-        if not self._can_be_followed or self._preemption.groups_to_yield():
+        has_waiting = bool(self.line.waiting)
+        if has_waiting:
+            self.outcome.publish_due()  # a waiting group may match these blocks
+        if not self._can_be_followed or (has_waiting and self._preemption.groups_to_yield()):
             return None
         self._entry.land()  # the plan in flight loads nothing: groups that resumed found all their blocks on the device
-        self.line.begin_plan()
-        decodes, feeds = self.rows.decodes(), self._preemption.feeds()
-        may_admit = self._admission.can_admit_first()
-        may_burst = self.max_burst > 1 and not may_admit and self.rows.is_all_steady
+        decodes, feeds = self.rows.decodes(), self._preemption.feeds() if self.rows.num_restless else []
+        if len(decodes.rows) == 0 and not feeds and not has_waiting:
+            return None
+        self.line.preempted.clear()
+        may_admit = has_waiting and self._admission.can_admit_first()
+        may_burst = self.max_burst > 1 and not may_admit and not self.rows.num_restless
         for most in (self.max_burst, 1) if may_burst else (1,):
             num_draws = self.rows.num_draws(decodes, most)
             copies = self._preemption.append(decodes.rows, num_draws, feeds)
@@ -263,11 +262,6 @@ class Scheduler:
         self._send_off(plan)
         return plan
 
-    def _publish_due(self) -> None:
-        """Publish the blocks that decodes filled, if a group may match them now."""
-        if self.line.first is not None:
-            self._outcome.publish_due()
-
     def _plan(
         self,
         decodes: Decodes,
@@ -279,7 +273,7 @@ class Scheduler:
     ) -> StepPlan:
         """Plan one step: decodes, chunks of running prompts, and the groups that can be admitted."""
         budget = self.max_num_batched_tokens
-        if feeds or may_admit:
+        if feeds or (may_admit and len(num_draws) > 0):
             budget = find_token_budget(
                 [1] * len(num_draws) + [feed.num_tokens for feed in feeds],
                 ((group.num_rows, group.prompt_len) for group in (self.line.waiting if may_admit else ())),
@@ -290,10 +284,11 @@ class Scheduler:
             )
         plan = PlanBuilder(self.rows, budget, copies, self._chunk_unit)
         plan.decode(decodes, num_draws)
-        compute_all(plan, feeds, self._outcome)
+        if feeds:
+            compute_all(plan, feeds, self.outcome)
         if may_admit:
             self._entry.admit(plan)
-        transfers = self.blocks.take_transfers()
+        transfers = self.blocks.tiers.take_transfers()
         return plan.build(transfers.to_host, transfers.from_host)
 
     def _send_off(self, plan: StepPlan) -> None:
@@ -313,17 +308,20 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Apply the results of the step of ``plan``.
 
-        Publishes the blocks that it filled, forks groups whose shared tokens are done, appends the tokens, moves beams
-        on and ends the sequences that are complete.
+        Publishes the blocks that it filled, and forks groups whose shared tokens are done. Then appends the tokens,
+        moves beams on and ends the sequences that are complete.
 
         Returns:
             The groups that gained tokens, each once, in plan order.
         """
         self.drop()
-        outcome = self._outcome
-        outcome.settle_chunks(plan)
-        outcome.take_prompt_scores(plan, result)
-        touched = dict.fromkeys(outcome.take_tokens(plan, result))
-        outcome.note_decoded(plan)
-        touched |= dict.fromkeys(outcome.take_beams(plan, result))
+        if self.rows.num_restless:
+            self.outcome.settle_chunks(plan)
+        if plan.prompt_scores:
+            self.outcome.take_prompt_scores(plan, result)
+        touched = dict.fromkeys(self.outcome.take_tokens(plan, result))
+        if self.blocks.enable_prefix_caching:
+            self.outcome.note_decoded(plan)
+        if plan.beams:
+            touched |= dict.fromkeys(self.outcome.take_beams(plan, result))
         return list(touched)

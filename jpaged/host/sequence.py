@@ -14,7 +14,7 @@ from jpaged.request import FinishReason, Request
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence is, and where its KV."""
+    """The place of a sequence and of its KV."""
 
     WAITING = enum.auto()  # new, or preempted to be recomputed: in no pool
     UNFORKED = enum.auto()  # its group runs, but its leader still computes the tokens they share: in no pool of its own
@@ -48,7 +48,8 @@ class Sequence:
         index: number of the completion within its request.
         seed: its own 32-bit seed.
         prompt_len: how many of ``token_ids`` are the prompt.
-        row: its row id while it runs; None otherwise.
+        rows: the table that it has a row of; None while it does not run. Written by the row table.
+        row: its row id while it runs; None otherwise. Written by the row table.
         is_steady: whether columns own its state; written by the row table.
         state: where the sequence is.
         finish_reason: why it ended; None before.
@@ -60,7 +61,6 @@ class Sequence:
         "_hashed",
         "_num_computed",
         "_num_pending",
-        "_rows",
         "_scores",
         "_token_ids",
         "cumulative_logprob",
@@ -69,6 +69,7 @@ class Sequence:
         "is_steady",
         "prompt_len",
         "row",
+        "rows",
         "score",
         "seed",
         "seq_id",
@@ -80,26 +81,18 @@ class Sequence:
         self.index = index
         self.seed = seed
         self.prompt_len = prompt_len
+        self.rows: Columns | None = None
         self.row: int | None = None
         self.is_steady = False
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
         self.cumulative_logprob: float | None = None
         self.score: float | None = None
-        self._rows: Columns | None = None
         self._token_ids = token_ids
         self._hashed: HashedTokens | None = None
         self._num_computed = 0
         self._num_pending = 0
         self._scores: list[tuple[TokenScores, range]] = []  # of the output tokens, in order, with their rows in them
-
-    def take_row(self, rows: Columns, row: int) -> None:
-        """Have a row of the table from now on."""
-        self._rows, self.row = rows, row
-
-    def leave_row(self) -> None:
-        """Have no row any more."""
-        self._rows = self.row = None
 
     def append(self, token_ids: list[int], scores: TokenScores, rows: range) -> None:
         """Append tokens that were drawn, each with its row of ``scores``."""
@@ -110,9 +103,9 @@ class Sequence:
     def token_ids(self) -> list[int]:
         """Prompt and output, in order."""
         if self.is_steady:
-            assert self._rows is not None
+            assert self.rows is not None
             assert self.row is not None
-            self._rows.flush(self.row)
+            self.rows.flush(self.row)
         return self._token_ids
 
     @property
@@ -120,9 +113,9 @@ class Sequence:
         """``token_ids`` with the hashes of their blocks."""
         assert self._hashed is not None
         if self.is_steady:
-            assert self._rows is not None
+            assert self.rows is not None
             assert self.row is not None
-            self._rows.flush(self.row)
+            self.rows.flush(self.row)
         return self._hashed
 
     @hashed.setter
@@ -133,8 +126,8 @@ class Sequence:
     def num_computed(self) -> int:
         """Leading tokens whose K/V are in the pool, counting those of the steps planned."""
         if self.is_steady:
-            assert self._rows is not None
-            return int(self._rows.positions[self.row]) - 1
+            assert self.rows is not None
+            return int(self.rows.positions[self.row]) - 1
         return self._num_computed
 
     @num_computed.setter
@@ -146,8 +139,8 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that the steps planned will add to ``token_ids``."""
         if self.is_steady:
-            assert self._rows is not None
-            return int(self._rows.positions[self.row] - self._rows.known[self.row])
+            assert self.rows is not None
+            return int(self.rows.positions[self.row] - self.rows.known[self.row])
         return self._num_pending
 
     @num_pending.setter
@@ -163,8 +156,8 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output, with pending tokens."""
         if self.is_steady:
-            assert self._rows is not None
-            return int(self._rows.positions[self.row])
+            assert self.rows is not None
+            return int(self.rows.positions[self.row])
         return len(self._token_ids) + self._num_pending
 
     @property
@@ -222,7 +215,7 @@ class SequenceGroup:
 
     @property
     def unfinished(self) -> list[Sequence]:
-        return [seq for seq in self.sequences if not seq.is_finished]
+        return [seq for seq in self.sequences if seq.state is not SequenceState.FINISHED]
 
     @property
     def running(self) -> list[Sequence]:
@@ -237,7 +230,7 @@ class SequenceGroup:
 
     @property
     def is_swapped(self) -> bool:
-        return any(seq.state is SequenceState.SWAPPED for seq in self.sequences)
+        return SequenceState.SWAPPED in [seq.state for seq in self.sequences]
 
     @property
     def is_finished(self) -> bool:
@@ -265,8 +258,8 @@ class SequenceGroup:
         """The running sequences, and how many tokens of each to bring into the pool now.
 
         A leader stops at what its siblings share until they have forked, and a sequence whose last token is pending
-        needs no more. Beams feed their last token all in one step,
-        since it takes the logits of all to choose among them: those that come back sooner wait for the others.
+        needs no more. All beams feed their last token in one step, since the choice among them takes the logits of all.
+        Beams that come back sooner wait for the others.
         """
         if len(self.sequences) == 1 and self.beam is None:  # most are of this kind: kept free of other work
             seq = self.sequences[0]

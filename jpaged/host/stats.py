@@ -42,8 +42,11 @@ class StepSums:
 
     def count(self, num_steps: int) -> None:
         """Add the blocks held now, for a plan of so many steps."""
-        blocks, pins = self._blocks, self._pins.held_seq_ids
-        num_pinned = sum(len(blocks.block_table(seq_id)) for seq_id in pins)
+        device = self._blocks.tiers.device
         self.num_steps += num_steps
-        self.num_logical_blocks += blocks.num_logical_blocks - num_pinned
-        self.num_physical_blocks += blocks.num_used_blocks - blocks.num_blocks_freed_by(pins)
+        self.num_logical_blocks += device.num_holders
+        self.num_physical_blocks += len(device.blocks) - len(device.free)
+        if self._pins.held:
+            pins = self._pins.held_seq_ids
+            self.num_logical_blocks -= sum(len(self._blocks.block_table(seq_id)) for seq_id in pins)
+            self.num_physical_blocks -= self._blocks.num_blocks_freed_by(pins)

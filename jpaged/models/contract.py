@@ -33,7 +33,7 @@ class CausalLM(Protocol):
             positions: position of each token in its sequence, from 0.
             prompt_lens: length of the prompt of each token's sequence.
             attend: causal attention over each token's own sequence. Every layer calls it once, with its entry of
-                ``ModelConfig.layer_specs``, ``q`` of [tokens, num_heads, head_dim], and ``k`` and ``v`` of
+                ``ModelConfig.layer_specs``. ``q`` is [tokens, num_heads, head_dim], ``k`` and ``v`` are
                 [tokens, num_kv_heads, head_dim], all in the dtype of the weights.
         """
         ...

@@ -1,4 +1,4 @@
-"""How a layer attends: the one description that models, memory and kernels share, and the door between them."""
+"""The attention of a layer: one description that models, memory and kernels share, and the door between them."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +11,7 @@ class LayerSpec:
     """Attention of one layer, without its arrays. Hashable: it is static under jit, and known before any weight is.
 
     Whether a layer has sinks or ALiBi is part of the spec. Their numbers, one for each query head, are arguments of
-    ``Attend``: sinks are weights, and both are split over devices as the heads are.
+    ``Attend``. Sinks are weights, and both are split over devices as the heads are.
 
     Args:
         layer: index of the layer in its pool.

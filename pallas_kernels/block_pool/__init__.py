@@ -103,7 +103,7 @@ def write_kv(
         The pool, with the slots written.
 
     Raises:
-        ValueError: a quantised pool, a layer that the pool does not have, shapes that do not fit together, or an
+        ValueError: a quantised pool, or a layer that the pool does not have; shapes that do not fit together, or an
             unknown implementation.
         NotImplementedError: the implementation named cannot write this pool, or not on this device.
     """
@@ -159,7 +159,7 @@ def write_kv_quantized(
         The pool and its scales, with the slots written.
 
     Raises:
-        ValueError: a pool that is not quantised, scales of another pool, a layer that the pool does not have, shapes
+        ValueError: a pool that is not quantised, scales of another pool, or a layer that the pool does not have; shapes
             that do not fit together, or an unknown implementation.
     """
     dispatch.check_named(QUANTIZED_WRITES, implementation, interpret=interpret)

@@ -95,7 +95,7 @@ def write_shape(pool: BlockPool, num_tokens: int, num_sms: int = NUM_SMS) -> Wri
 
 
 def why_not_write(pool: BlockPool, num_tokens: int) -> str | None:
-    """Why the kernel cannot write so many tokens to a pool, whatever the device; None if it can."""
+    """The reason why the kernel cannot write so many tokens to a pool, whatever the device; None if it can."""
     shape = write_shape(pool, num_tokens)
     if shape.dtype not in DTYPES:
         return f"a pool of {shape.dtype.name}: the kernel writes float32, bfloat16 and float16"
@@ -149,7 +149,7 @@ def _write(
 ) -> BlockPool:
     is_written = (slots >= shape.block_size) & (slots < shape_of(pool).num_blocks * shape.block_size)
     slots = jnp.where(is_written, slots, NOWHERE).astype(jnp.int32)
-    # One array, so that one fusion computes K and V. It is a new array: XLA passes a part of a larger array on by its
+    # One array, so that one fusion computes K and V. It is a new array. XLA passes a part of a larger array on by its
     # address, which may lack the alignment of a kernel's operand.
     pieces = jnp.stack([k, v], axis=1).astype(pool.dtype).reshape(-1, *k.shape[1:])
     sides = jax.new_ref(as_sides(pool))

@@ -24,7 +24,7 @@ def own_kernels() -> str:
 
 
 def why_no_hopper() -> str | None:
-    """Why this process's default device cannot run the Hopper kernels; None if it can."""
+    """The reason why this process's default device cannot run the Hopper kernels; None if it can."""
     device = default_device()
     if device.platform != "gpu":
         return f"the Hopper kernels need an NVIDIA GPU, not {device.platform}"
@@ -35,7 +35,7 @@ def why_no_hopper() -> str | None:
 
 
 def why_no_tpu() -> str | None:
-    """Why the TPU kernels cannot run where the program being traced will run; None if they can."""
+    """The reason why the TPU kernels cannot run where the program being traced will run; None if they can."""
     try:
         current_tpu()
     except NotImplementedError as error:

@@ -27,7 +27,7 @@ MOST_FEATURES = 64 * WARPGROUP
 
 
 def why_not_add_norm(num_features: int, dtype: jnp.dtype) -> str | None:
-    """Why the kernel cannot take rows, whatever the device; None if it can."""
+    """The reason why the kernel cannot take rows, whatever the device; None if it can."""
     if dtype not in DTYPES:
         return f"{jnp.dtype(dtype).name}: the kernel takes bfloat16 and float16"
     if num_features % (VECTOR * WARPGROUP) or num_features > MOST_FEATURES:

@@ -61,7 +61,7 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 def why_not_here(
     q_shape: tuple[int, ...], q_dtype: jnp.dtype, pool_shape: tuple[int, ...], pool_dtype: jnp.dtype
 ) -> str | None:
-    """Why the kernels for this device cannot take a case; None if they can."""
+    """The reason why the kernels for this device cannot take a case; None if they can."""
     return IMPLEMENTATIONS[kernels_here()].why_not(q_shape, q_dtype, pool_shape, pool_dtype)
 
 

@@ -255,7 +255,7 @@ def _read(
     Float[Array, "items num_kv_heads context head_dim"],
     Float[Array, "items num_kv_heads context"] | None,
 ]:
-    """K and V in the queries' type, and the scales by which the scores remain to be multiplied, if there are any.
+    """K and V in the queries' type, and the scales, if any, that remain to be multiplied into the scores.
 
     K as stored is exact in every float type, so its scales multiply the scores, which are float32. V is multiplied
     here, since a float16 weight times a small scale could vanish.
@@ -302,8 +302,8 @@ def _sizes(tiles: Tiles, pool: BlockPool, max_blocks: int) -> tuple[int, int]:
     """Blocks of a chunk, and items of an iteration.
 
     K, V and scores of an iteration take 1/1024 of the pool, within limits. The least is 2 MiB, the caches of a CPU. The
-    most is 64 MiB, as a GPU reads while it starts an iteration. An iteration covers at most four chunks for each tile:
-    otherwise a small batch with short contexts would compute mostly padding.
+    most is 64 MiB, as a GPU reads while it starts an iteration. An iteration covers at most four chunks for each tile.
+    Otherwise a small batch with short contexts would compute mostly padding.
     """
     num_tiles, num_kv_heads, tile_len, group, head_dim = tiles.q.shape
     block_size = shape_of(pool).block_size

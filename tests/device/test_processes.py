@@ -6,6 +6,7 @@ import pytest
 
 from jpaged import LLM, SamplingParams
 from jpaged.device.processes import join_processes
+from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.two_processes import SETTINGS, greedy_tokens, outputs_of_every_kind, run_two, save_tiny_checkpoint
 
 JOIN = """
@@ -13,6 +14,7 @@ import gc, json, os, signal, sys, traceback
 from jpaged.device.processes import join_processes
 join_processes("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
 from unittest import mock
+from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.two_processes import SETTINGS, greedy_tokens, outputs_of_every_kind
 from jpaged import LLM
 from jpaged.device.runner import ModelRunner
@@ -112,14 +114,16 @@ def test_two_processes_give_the_tokens_of_one_and_stay_together_whatever_happens
     assert closed == "this LLM was closed: make another one, in all processes"
 
 
-def test_the_command_runs_on_two_processes_and_the_first_one_prints():
+def test_the_command_runs_on_two_processes_and_the_first_one_prints(checkpoint):
+    save_tokenizer(checkpoint)
     prompt, options = "def add(a, b):", ["--max-tokens", "5", "--temperature", "0"]
-    command = ["-m", "jpaged", "generate", prompt, *options, "--tensor-parallel-size", "4", "--num-processes", "2"]
+    options += ["--model", str(checkpoint), "--tensor-parallel-size", "4", "--num-processes", "2"]
+    command = ["-m", "jpaged", "generate", prompt, *options]
     leader, follower = run_two(
         lambda port, i: [*command, "--coordinator-address", f"localhost:{port}", "--process-id", i]
     )
     assert (leader.returncode, follower.returncode) == (0, 0), leader.stderr[-2000:] + follower.stderr[-2000:]
-    alone = LLM(num_blocks=11, max_num_seqs=1, max_num_batched_tokens=16, warm_up=False, use_tqdm=False)
+    alone = LLM(checkpoint, **SETTINGS)
     [result] = alone.generate(prompt, SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
     assert leader.stdout.splitlines()[-1] == (prompt + result.outputs[0].text).splitlines()[-1]
     assert "def add" not in follower.stdout

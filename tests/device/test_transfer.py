@@ -1,7 +1,5 @@
 """Blocks that leave for the host and come back: bit for bit, in the order the plan promises, and what it costs."""
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,17 +19,10 @@ from tests.support import tiny
 from tests.support.plans import Chunk, Sample, make_plan
 
 
-@cache
-def programs_of(dtype, mesh, config: EngineConfig) -> dict:
-    """Shared by the runners of one configuration."""
-    return {}
-
-
 def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, **settings) -> ModelRunner:
     """A runner whose device pool holds random numbers, different in every block."""
     sizes = {"num_blocks": 257, "num_host_blocks": 128} | settings
     runner = tiny.make_runner(dtype, tensor_parallel_size=tensor_parallel_size, **sizes)
-    runner.programs._compiled = programs_of(dtype, runner.mesh, runner.config)
     content = np.random.default_rng(0).standard_normal(runner.cache.pool.shape, np.float32).astype(dtype)
     runner.cache = KVCache(jax.device_put(content, pool_sharding(runner.mesh)))
     return runner

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 import jax
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import jpaged.llm
 from jpaged.cli import main as cli
@@ -20,6 +18,7 @@ from jpaged.models import random_model, save_checkpoint
 from jpaged.request import BeamSearchParams, SamplingParams
 from jpaged.rules import settings_of
 from jpaged.sharding import make_mesh
+from tests.support.byte_tokenizer import save_tokenizer
 from tests.support.tiny import tiny_config
 
 CONTEXT = 96
@@ -27,16 +26,6 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
-
-
-def save_tokenizer(path, chat_template):
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<end>": 0} | {letter: i + 1 for i, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=chat_template)
-    fast.save_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +249,8 @@ def test_rows_and_engine_options_reach_the_engine(run, monkeypatch, llms, checkp
         (("generate", "a", "--early-stopping", "true"), "add --beam-width"),
         (("generate", "x" * CONTEXT), "shorten the prompt"),
         (("info", "--block-size", "0"), "--block-size 0"),
+        (("info", "--interpret"), "--interpret with no --attention-implementation: only"),
+        (("info", "--process-id", "1"), "no --num-processes, --process-id 1: give all three"),
         (("info", "--tensor-parallel-size", "99"), "--tensor-parallel-size 99"),
         (("info", "--num-host-blocks", "1", "--host-memory-bytes", "9999"), "give one of them"),
         (("info", "--preemption", "swap", "--num-host-blocks", "0"), "--preemption swap needs a host pool"),

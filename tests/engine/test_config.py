@@ -7,6 +7,7 @@ import pytest
 
 from jpaged import LLM, EngineConfig
 from jpaged.rules import settings_of
+from tests.support.setting_cases import cases
 
 NOT_INTEGERS = [True, 1.5, "1", [1], math.nan]
 
@@ -49,10 +50,6 @@ VALID = {
     "num_host_blocks": [None, 0, 7],
     "host_memory_bytes": [None, 0, 2**63 - 1],
 }
-
-
-def cases(table):
-    return [pytest.param(name, value, id=f"{name}={value!r:.20}") for name, values in table.items() for value in values]
 
 
 def test_every_setting_has_invalid_and_valid_values():

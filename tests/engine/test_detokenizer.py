@@ -186,6 +186,17 @@ def test_pieces_join_to_the_text_of_all_tokens(prompt, token_ids):
     assert "".join(stream(Reader(TOKENIZER, prompt), token_ids)) == expected
 
 
+@given(prompt=prompts, token_ids=any_ids | st.text(max_size=12).map(TOKENIZER.encode))
+def test_tokens_added_at_once_give_the_text_of_tokens_added_one_by_one(prompt, token_ids):
+    at_once, one_by_one = Detokenizer(TOKENIZER, prompt), Detokenizer(TOKENIZER, prompt)
+    at_once.extend(token_ids)
+    for token_id in token_ids:
+        one_by_one.append(token_id)
+    at_once.finish()
+    one_by_one.finish()
+    assert at_once.text == one_by_one.text
+
+
 @given(text=st.text("a\x00é日🙂\u07ff\uffff\U0010ffff", max_size=12))
 def test_bytes_of_a_text_give_each_character_with_its_last_byte(text):
     detokenizer, seen = Reader(BYTE_FALLBACK, []), ""

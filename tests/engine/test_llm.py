@@ -5,8 +5,9 @@ from functools import cache
 
 import pytest
 
-from jpaged import LLM, BeamSearchParams, FinishReason, PinnedPrefix, SamplingParams
+from jpaged import LLM, BeamSearchParams, EngineConfig, FinishReason, PinnedPrefix, SamplingParams
 from jpaged.llm import DEMO_MODEL
+from tests.support.tiny import enlarged, tiny_config, tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -257,15 +258,30 @@ def test_interruptions_while_text_is_made_leave_other_streams_unchanged(monkeypa
         assert "".join(delta.text for delta in deltas) == expected.text
 
 
+def test_text_is_made_once_at_the_end_unless_a_caller_or_a_stop_string_waits_for_it(monkeypatch):
+    decode, num_calls = type(llm().tokenizer).decode, 0
+
+    def counted(self, *args, **kwargs):
+        nonlocal num_calls
+        num_calls += 1
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(llm().tokenizer), "decode", counted)
+    [whole] = generate("def f(x):")
+    assert num_calls <= 4
+    [watched] = generate("def f(x):", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop="never seen"))
+    assert num_calls > 12
+    assert watched.outputs[0].text == whole.outputs[0].text
+
+
 def test_a_request_whose_text_cannot_be_made_fails_alone(monkeypatch):
-    decode = type(llm().tokenizer).decode
+    decode, prompt = type(llm().tokenizer).decode, llm().tokenizer.encode("x = 1")
 
     def broken(self, token_ids, **kwargs):
-        if 88 in token_ids:  # the beginning of one prompt
+        if token_ids[: len(prompt)] == prompt:  # the text that continues one prompt
             raise LookupError("no such token")
         return decode(self, token_ids, **kwargs)
 
-    assert 88 in llm().tokenizer.encode("x = 1")
     stream = llm().stream("def f(y):", GREEDY)
     next(stream)
     with monkeypatch.context() as patched:
@@ -312,13 +328,16 @@ def test_impossible_settings_are_refused(settings, match):
 
 @pytest.mark.parametrize(("max_burst", "num_devices"), [(1, 1), (3, 2), (1, 4)])
 def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_burst, num_devices):
-    settings = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
-    settings |= {"max_burst": max_burst, "tensor_parallel_size": num_devices}
-    prompts = ["The quick brown fox", "Once upon a time there was a very small and very old", "A"]
-    params = [SamplingParams(temperature=0, max_tokens=n) for n in (2, 6, 4)]
+    """With heads of the model in the box, but one layer: the interpreter is slow."""
+    model_config = tiny_config(num_layers=1, head_dim=64)
+    model = enlarged(tiny_model(model_config, tensor_parallel_size=num_devices))
+    sizes = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
+    prompts = [{"prompt_token_ids": [i % 23 for i in range(1, 1 + n)]} for n in (5, 17, 1)]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 6, 4)]
     tokens = []
     for kernel in ({"attention_implementation": "xla"}, {"attention_implementation": "pallas_tpu", "interpret": True}):
-        llm = LLM(**settings, **kernel, warm_up=False, use_tqdm=False)
+        config = EngineConfig(**sizes, **kernel, max_burst=max_burst, tensor_parallel_size=num_devices)
+        llm = LLM.from_model(model, model_config, config, warm_up=False, use_tqdm=False)
         is_tpu = llm.engine.runner.programs.backend.name == "pallas_tpu"
         rows_of_device = llm.engine.runner.cache.pool.addressable_shards[0].data.shape[3:]
         assert rows_of_device == ((1, 16, 128) if is_tpu else (max(2 // num_devices, 1), 16, 64))

@@ -1,6 +1,5 @@
 """SamplingParams refuses every value it cannot honour, by name, and passes on every value it can."""
 
-import dataclasses
 import math
 
 import pytest
@@ -19,6 +18,7 @@ from jpaged.request import (
     SamplingParams,
 )
 from jpaged.rules import settings_of
+from tests.support.setting_cases import cases
 
 NOT_NUMBERS = [None, True, "1", [1.0], math.nan, math.inf, -math.inf, 10**400]
 NOT_INTEGERS = [True, 1.0, "1", [1], math.nan]
@@ -72,13 +72,8 @@ VALID = {
 }
 
 
-def cases(table):
-    return [pytest.param(name, value, id=f"{name}={value!r:.20}") for name, values in table.items() for value in values]
-
-
 def test_every_field_has_invalid_and_valid_values():
-    names = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert names == INVALID.keys() == VALID.keys()
+    assert set(settings_of(SamplingParams)) == INVALID.keys() == VALID.keys()
 
 
 @pytest.mark.parametrize(("name", "value"), cases(INVALID))

@@ -1003,7 +1003,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for seq_id in list(getattr(self, "sequences", ())):
             self.manager.free(seq_id)
             self.manager.check_invariants()
-            if not self.manager._holdings.on_device:
+            if not self.manager.holdings.on_device:
                 assert self.manager.num_free_blocks == self.manager.num_blocks - 1
 
 

@@ -60,7 +60,7 @@ def test_a_tier_reuses_uncached_blocks_first_then_cached_ones_least_recently_use
     tier.touch(4)
     assert [tier.take(avoid={5}), tier.take()] == [(3, prefixes[3]), (5, None)]
     assert [tier.take(), tier.take()] == [(6, prefixes[6]), (4, prefixes[4])]
-    assert tier.num_free == 0
+    assert len(tier.free) == 0
 
 
 def test_a_shared_block_is_freed_by_its_last_holder():
@@ -819,7 +819,7 @@ class Simulation:
 
     def cached(self) -> list[tuple[bytes, tuple[int, ...], bool, int]]:
         """(salt, all tokens up to the block's last, tier, block) of all that can be matched."""
-        tiers = self.manager._tiers
+        tiers = self.manager.tiers
         entries = [(False, block, prefix) for block, prefix in tiers.device.cache._prefixes.items()]
         entries += [(True, b, prefix) for b, prefix in tiers.host.cache._prefixes.items() if not tiers.is_storing(b)]
         return [
@@ -845,7 +845,7 @@ class Simulation:
             found = [tier for entry, tier in known if entry[: len(wanted)] == wanted and len(entry) <= end]
             if found:
                 longest, tiers = num_tokens, found
-        if self.manager._tiers._queued.to_host:  # a block that cannot be read yet may hide one that can
+        if self.manager.tiers._queued.to_host:  # a block that cannot be read yet may hide one that can
             assert match.num_tokens <= start + longest
         else:
             assert match.num_tokens == start + longest

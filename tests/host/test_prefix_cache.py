@@ -132,7 +132,7 @@ def test_colliding_digests_never_share(cache, monkeypatch):
 def test_a_colliding_parent_never_lends_its_children(cache, monkeypatch):
     """[1, 2] and [3, 4] collide: what follows the one must not be found after the other."""
     real = prefix_cache._sha256
-    twins = [next(split_blocks(ids, BLOCK_SIZE)) for ids in ([1, 2], [3, 4])]
+    twins = [split_blocks(ids, BLOCK_SIZE)[0] for ids in ([1, 2], [3, 4])]
     monkeypatch.setattr(prefix_cache, "_sha256", lambda data: b"twin" if data[32:] in twins else real(data))
     insert_all(cache, [1, 2], [1])
     insert_all(cache, [3, 4, 5, 6], [2, 3])

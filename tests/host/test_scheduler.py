@@ -485,6 +485,20 @@ def test_without_max_tokens_a_sequence_fills_the_context_or_the_pool():
     assert len(group.sequences[0].token_ids) == 9
 
 
+def test_a_group_that_starts_beside_a_step_in_flight_is_matched_once():
+    scheduler = make_scheduler(caching=True)
+    scheduler.add(request("running", 9, max_tokens=8))
+    step(scheduler)
+    first = spell(scheduler.schedule(), scheduler)
+    scheduler.add(request("waiting", 12, first=1000, max_tokens=2))
+    with mock.patch.object(scheduler.blocks, "match_prefix", wraps=scheduler.blocks.match_prefix) as matched:
+        ahead = scheduler.schedule_ahead()
+    assert ahead is not None
+    assert ahead.num_tokens == 1 + 12
+    assert matched.call_count == 1
+    scheduler.update(first.plan, result_of(first))
+
+
 def test_the_blocks_of_a_waiting_prompt_are_hashed_once_and_matched_only_when_it_could_start():
     scheduler = make_scheduler(num_blocks=200, caching=True, rows=8)
     blocks = scheduler.blocks

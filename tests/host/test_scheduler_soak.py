@@ -385,7 +385,7 @@ class Episode:
     def _is_decoding_on(self, plan: SpelledPlan) -> bool:
         """Whether all that runs decodes, each row with the token that the plan before brings."""
         is_plain = all(list(chunk.token_ids) == [ON_DEVICE] for chunk in plan.chunks)
-        return is_plain and len(plan.samples) == len(plan.chunks) and self.scheduler.rows.is_all_steady
+        return is_plain and len(plan.samples) == len(plan.chunks) and self.scheduler.rows.num_restless == 0
 
     def _update(self) -> None:
         """Apply the results of the oldest step in flight."""
@@ -414,10 +414,10 @@ class Episode:
 
     def _check_refusal(self) -> None:
         """Assert that a group which is not matched again could not start."""
-        admission, first = self.scheduler._admission, self.scheduler.line.first
-        if first is not None and (num_known_short := admission.num_known_short(first)) > 0:
+        admission, waiting = self.scheduler._admission, self.scheduler.line.waiting
+        if waiting and (num_known_short := admission.num_known_short(waiting[0])) > 0:
             self.seen["refused without another match"] += 1
-            assert admission.start(first).num_short >= num_known_short
+            assert admission.start(waiting[0]).num_short >= num_known_short
 
     def _count(self, plan: SpelledPlan, running_before: list[SequenceGroup]) -> None:
         scheduler, seen = self.scheduler, self.seen

@@ -219,13 +219,13 @@ class FakeDevice:
             if seq.state is SequenceState.RUNNING:
                 self._check_content(self.pool, blocks.block_table(seq.seq_id), group, seq.token_ids, seq.num_known)
             elif seq.state is SequenceState.SWAPPED:
-                table = blocks._holdings.on_host[seq.seq_id].blocks
+                table = blocks.holdings.on_host[seq.seq_id].blocks
                 self._check_content(self.host_pool, table, group, seq.token_ids, seq.num_computed)
         for pin in scheduler.pins.held.values():
             if scheduler.is_pinned(pin.request.request_id):
                 table = blocks.block_table(pin.sequences[0].seq_id)
                 self._check_content(self.pool, table, pin, pin.request.prompt_token_ids, pin.prompt_len)
-        for tier, pool in ((blocks._tiers.device, self.pool), (blocks._tiers.host, self.host_pool)):
+        for tier, pool in ((blocks.tiers.device, self.pool), (blocks.tiers.host, self.host_pool)):
             for block, prefix in tier.cache._prefixes.items():
                 tokens = np.frombuffer(b"".join(link.tokens for link in prefix.chain()), "<i8").tolist()
                 expected = hash_prefixes(tokens, prefix.salt)[-prefix.num_last_tokens :]

@@ -48,13 +48,30 @@ def make_runner(
     model_config: ModelConfig = TINY,
     tensor_parallel_size: int = 1,
     warm_up: bool = False,
+    has_own_programs: bool = False,
     **settings: Any,
 ) -> ModelRunner:
-    """A runner over the tiny model, with programs of its own; ``settings`` are those of ``EngineConfig``."""
+    """A runner over the tiny model; ``settings`` are those of ``EngineConfig``.
+
+    Equal runners share their programs, as far as no test counts what is compiled: ``has_own_programs`` or ``warm_up``.
+    """
     sizes = {"block_size": 8, "num_blocks": 64, "max_num_seqs": 4, "max_num_batched_tokens": 16}
     config = EngineConfig(**sizes | settings)
     model = nnx.clone(tiny_model(model_config, dtype, tensor_parallel_size))
-    return ModelRunner(model, model_config, config, make_mesh(tensor_parallel_size), warm_up=warm_up, use_tqdm=False)
+    mesh = make_mesh(tensor_parallel_size)
+    runner = ModelRunner(model, model_config, config, mesh, warm_up=warm_up, use_tqdm=False)
+    if not (warm_up or has_own_programs):
+        own = runner.programs
+        shared = _programs(model_config, dtype, mesh, config, own.target, own.num_blocks, own.max_model_len)
+        shared |= own._compiled
+        own._compiled = shared
+    return runner
+
+
+@cache
+def _programs(*made_of: Any) -> dict:
+    """The programs of all runners that are made of the same, filled by whichever runs first."""
+    return {}
 
 
 ENGINE_SIZES = EngineConfig(
@@ -69,7 +86,12 @@ ENGINE_MODEL = tiny_config(max_position_embeddings=64, eos_token_ids=(3,))
 @cache
 def engine_model() -> nnx.Module:
     """Weights large enough that logits differ by far more than rounding."""
-    graphdef, state = nnx.split(tiny_model(ENGINE_MODEL))
+    return enlarged(tiny_model(ENGINE_MODEL))
+
+
+def enlarged(model: nnx.Module) -> nnx.Module:
+    """A model with large weights, so that no rounding changes a greedy token."""
+    graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, state))
 
 

@@ -9,20 +9,22 @@ from pathlib import Path
 
 from jpaged import LLM, BeamSearchParams, SamplingParams
 from jpaged.models import save_checkpoint
-from tests.support.tiny import ENGINE_MODEL, engine_model
+from tests.support.byte_tokenizer import NUM_TOKENS
+from tests.support.tiny import enlarged, tiny_config, tiny_model
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900
 """A safety net, far above what a busy machine takes."""
 
-SETTINGS = {"num_blocks": 11, "block_size": 8, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64}
+SETTINGS = {"num_blocks": 11, "block_size": 8, "max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 64}
 SETTINGS |= {"max_burst": 2, "num_host_blocks": 16, "preemption": "swap", "warm_up": False, "use_tqdm": False}
 PROMPTS = [{"prompt_token_ids": list(range(n))} for n in (4, 5, 7)]
 
 
 def save_tiny_checkpoint(path: Path) -> None:
-    """The model of the tiny engines, without a tokenizer."""
-    save_checkpoint(engine_model(), ENGINE_MODEL, path)
+    """A model of one layer over bytes, without a tokenizer; each process compiles every program itself."""
+    config = tiny_config(vocab_size=NUM_TOKENS, num_layers=1, eos_token_ids=(0,))
+    save_checkpoint(enlarged(tiny_model(config)), config, path)
 
 
 def outputs_of_every_kind(llm: LLM) -> list[list[list[int]]]:

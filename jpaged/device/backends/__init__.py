@@ -16,7 +16,7 @@ from jpaged.sharding import TENSOR_AXIS, pool_spec
 
 
 class Rows(NamedTuple):
-    """Where the tokens of a step lie in the pool; the fields are arguments of ``write_kv`` and ``paged_attention``."""
+    """Places of the tokens of a step in the pool; the fields are arguments of ``write_kv`` and ``paged_attention``."""
 
     slots: Int[Array, " tokens"]
     block_tables: Int[Array, "rows max_blocks"]

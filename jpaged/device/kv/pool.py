@@ -41,7 +41,7 @@ class KVCache:
     Args:
         pool: all blocks; its layout belongs to ``pallas_kernels.block_pool``. Block 0 is for padding.
         kv_scales: scales of a pool of float8_e4m3fn or int8; None for a pool of another type. A block's scale grows
-            with its tokens. So a block written in one piece and a block written token by token may differ, within the
+            with its tokens. A block written in one piece and a block written token by token may differ, within the
             error of the type. Copies of a block keep its bits.
     """
 

@@ -1,4 +1,4 @@
-"""How many blocks fit: from the devices' memory, the weights, and what a step takes besides."""
+"""The number of blocks that fit: from the devices' memory, the weights, and the workspace of a step."""
 
 import os
 from collections.abc import Callable
@@ -145,8 +145,8 @@ class PoolSizer:
 def available_bytes(mesh: Mesh, target: Target, memory_fraction: float = 1.0) -> int:
     """Bytes that may still be allocated, over all devices of a mesh, if a fraction of each may be used.
 
-    The memory of a device without its own is the machine's, whatever else runs there. Devices of other processes do
-    not report here: each is taken to have as much left as the fullest device of this process.
+    The memory of a device without its own is the machine's, whatever else runs there. Devices of other processes do not
+    report here. Each is taken to have as much left as the fullest device of this process.
 
     Raises:
         ValueError: a device does not report its memory.
@@ -188,7 +188,7 @@ def num_blocks_that_fit(
     least_blocks: int,
     useful_blocks: int,
 ) -> int:
-    """How many blocks a pool may have; less than 2 if there is no memory for one.
+    """The number of blocks that a pool may have; less than 2 if there is no memory for one.
 
     Args:
         bytes_per_block: bytes of one block, over all devices.

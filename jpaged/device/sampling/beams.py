@@ -59,7 +59,7 @@ class Candidates:
 def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: int) -> BeamInputs:
     """Lay searches out as padded numpy arrays, group i for ``beams[i]``.
 
-    There are as many groups as rows, and in each as many beams as a search of ``num_candidates_of`` can have: a program
+    There are as many groups as rows. Each has as many beams as a search of ``num_candidates_of`` can have. So a program
     serves every mixture of searches that asks for no more candidates.
 
     Args:
@@ -107,7 +107,7 @@ def pack_beam_inputs(inputs: BeamInputs) -> Int[np.ndarray, " size"]:
 
 
 def unpack_beam_inputs(packed: Int[Array, " size"], like: BeamInputs) -> BeamInputs:
-    """On the device: the fields of a packed array, of the shapes and types of ``like``."""
+    """The fields of a packed array on the device, of the shapes and types of ``like``."""
     fields, tree = jax.tree.flatten(like)
     parts = jnp.split(packed, np.cumsum([field.size for field in fields])[:-1])
     return tree.unflatten(

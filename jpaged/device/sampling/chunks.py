@@ -13,8 +13,8 @@ CHUNK_LEN = 32
 class Chunks(NamedTuple):
     """Summaries of a row's chunks: token ``member * num_chunks + chunk`` belongs to ``chunk``.
 
-    Neighbouring tokens are in neighbouring chunks, so that the summaries are elementwise functions of ``CHUNK_LEN``
-    slices of the row: XLA makes one pass of all of them, and no batch changes the order of their sums.
+    Neighbouring tokens are in neighbouring chunks. The summaries are then elementwise functions of ``CHUNK_LEN`` slices
+    of the row. So XLA makes one pass of all of them, and no batch changes the order of their sums.
 
     Args:
         maxima: the greatest logit; -inf for a chunk without a possible token.

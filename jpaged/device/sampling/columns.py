@@ -192,7 +192,7 @@ def make_sample_inputs(
 
 
 def padded(values: np.ndarray, fill: int) -> np.ndarray:
-    """To 64, 256, 1024, ... entries: each length is a program of its own, and padding costs next to nothing."""
+    """Pad to 64, 256, 1024, ... entries: each length is a program of its own, and padding costs next to nothing."""
     if len(values) == 0:
         return values
     length = _MIN_FLAT_LEN

@@ -40,16 +40,16 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SampleInputs, *, num_top:
 
     The order is: biases and bans; penalties (repetition over prompt and output, CTRL, arXiv:1909.05858, section 4.1;
     presence and frequency over the output); temperature; top-k; top-p on what top-k left (Holtzman et al.,
-    arXiv:1904.09751); min-p (arXiv:2407.01082), which therefore sees probabilities after temperature; then the draw.
-    A filter is a logit that tokens have to reach: tokens of equal logits are all kept or all dropped, and the most
-    probable token is kept. A greedy row takes the greatest penalised logit, the lowest id among equals. A token
-    depends on its row's logits, seed and position alone.
+    arXiv:1904.09751); min-p (arXiv:2407.01082), which therefore sees probabilities after temperature; then the draw. A
+    filter is a logit that tokens have to reach. Tokens of equal logits are all kept or all dropped, and the most
+    probable token is kept. A greedy row takes the greatest penalised logit, the lowest id among equals. A token depends
+    on its row's logits, seed and position alone.
 
     Args:
         logits: float32; -inf marks tokens that cannot be drawn. If a row has no other, token 0 is returned.
         inputs: as many rows as the logits.
         num_top: most probable tokens to score besides the drawn one (static; fewer if the vocabulary is smaller). None
-            if no log-probabilities were asked for: the drawn token's own then comes without its rank, and costs no
+            if no log-probabilities were asked for. The drawn token's own then comes without its rank, and costs no
             further pass over the logits.
     """
     assert logits.dtype == jnp.float32, logits.dtype

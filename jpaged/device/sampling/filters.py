@@ -210,8 +210,8 @@ def _reduce_together(
 def top_k(values: Float[Array, "rows vocab"], k: int) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
     """The ``k`` greatest values of each row and where they are, the lower index first among equals.
 
-    ``lax.top_k`` sorts whole rows on an accelerator. Here the row is cut into chunks and only the ``k`` chunks of the
-    greatest maxima are searched: a value of any other chunk is preceded by one from each of them.
+    ``lax.top_k`` sorts whole rows on an accelerator. Here the row is cut into chunks, and only the ``k`` chunks of the
+    greatest maxima are searched. A value of any other chunk is preceded by one from each of these.
 
     Args:
         values: the rows; a row with NaN returns some of its values.

@@ -1,8 +1,8 @@
 """Seeded draws from rows of logits: noise for a few thousandths of the vocabulary.
 
 A row is cut into chunks. A draw takes a chunk by the chunks' masses, then a token of that chunk by the tokens' own
-masses, both times by the Gumbel-max trick: the product of the two probabilities is the token's, exactly. Only the
-chunks' summaries and one chunk a row ever meet noise.
+masses. Both use the Gumbel-max trick. The product of the two probabilities is exactly the token's. Only the chunks'
+summaries and one chunk a row ever meet noise.
 """
 
 import jax.numpy as jnp

@@ -76,7 +76,7 @@ def bucket_for(plan: StepPlan, buckets: Sequence[Bucket]) -> Bucket:
         plan: has chunks.
         buckets: smallest first.
     """
-    num_tokens, num_chunks = plan.num_tokens, len(plan.chunks)
+    num_tokens, num_chunks = len(plan.chunks.token_ids), len(plan.chunks.rows)
     num_rows, is_decode = max(num_chunks, plan.num_logit_rows), num_tokens == num_chunks
     fitting = [b for b in buckets if b.num_tokens >= num_tokens and b.num_rows >= num_rows]
     for bucket in fitting:

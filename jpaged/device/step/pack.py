@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -24,49 +25,56 @@ CHANGED_BLOCKS = 1024
 """Cells of block tables that one call enters into the table."""
 
 
-def step_layout(bucket: Bucket) -> dict[str, tuple[int, ...]]:
-    """The packed inputs of a step, field by field."""
+class Layout:
+    """Named fields that follow one another in one array.
+
+    Args:
+        shapes: shape of each field.
+
+    Attributes:
+        size: length of the array.
+    """
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        ends = list(accumulate(map(prod, shapes.values()), initial=0))
+        self.size = ends[-1]
+        self._fields = [(name, slice(*ends[i : i + 2]), shape) for i, (name, shape) in enumerate(shapes.items())]
+
+    def split(self, packed) -> dict:
+        """Views of ``packed`` (numpy or jax) by field name."""
+        return {name: packed[where].reshape(shape) for name, where, shape in self._fields}
+
+
+def step_layout(bucket: Bucket) -> Layout:
+    """The packed inputs of a step."""
     tokens, rows = bucket.num_tokens, bucket.num_rows
-    return {
-        "token_ids": (tokens,),
-        "chunks": (tokens,),  # index of each token's chunk
-        "rows": (rows,),
-        "starts": (rows,),
-        "cu_q_lens": (rows + 1,),
-        "sample_tokens": (rows,),
-        "sample_rows": (rows,),
-        "num_draws": (rows,),  # 0 outside of bursts
-        "num_steps": (1,),  # 0 if the program is to draw nothing
-    }
+    return Layout(
+        token_ids=(tokens,),
+        chunks=(tokens,),  # index of each token's chunk
+        rows=(rows,),
+        starts=(rows,),
+        cu_q_lens=(rows + 1,),
+        sample_tokens=(rows,),
+        sample_rows=(rows,),
+        num_draws=(rows,),  # 0 outside of bursts
+        num_steps=(1,),  # 0 if the program is to draw nothing
+    )
 
 
-def change_layout(num_rows: int, num_blocks: int) -> dict[str, tuple[int, ...]]:
-    """Packed changes of the table, field by field."""
-    return {
-        "rows": (num_rows,),
-        "columns": (len(COLUMNS), num_rows),
-        "cells": (num_blocks,),  # block_row * max_blocks + block_index
-        "blocks": (num_blocks,),
-    }
-
-
-def size_of(layout: dict[str, tuple[int, ...]]) -> int:
-    return sum(map(prod, layout.values()))
-
-
-def split(packed, layout: dict[str, tuple[int, ...]]) -> dict:
-    """Views of ``packed`` (numpy or jax) by field name."""
-    fields, start = {}, 0
-    for name, shape in layout.items():
-        stop = start + prod(shape)
-        fields[name] = packed[start:stop].reshape(shape)
-        start = stop
-    return fields
+def change_layout(num_table_rows: int) -> Layout:
+    """Packed changes of a table, as many as one call enters."""
+    num_rows = min(CHANGED_ROWS, num_table_rows)
+    return Layout(
+        rows=(num_rows,),
+        columns=(len(COLUMNS), num_rows),
+        cells=(CHANGED_BLOCKS,),  # block_row * max_blocks + block_index
+        blocks=(CHANGED_BLOCKS,),
+    )
 
 
 def loaded_size(bucket: Bucket) -> int:
     """Length of ``PackedStep.inputs``: the inputs of a step, then as many changed cells as the bucket has rows."""
-    return size_of(step_layout(bucket)) + 2 * bucket.num_rows
+    return step_layout(bucket).size + 2 * bucket.num_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,6 @@ class PackedStep:
     scores: tuple[PackedScores, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
 class Packer:
     """Packs plans, each by itself.
 
@@ -138,46 +145,46 @@ class Packer:
         vocab_size: the model's vocabulary.
     """
 
-    buckets: Sequence[Bucket]
-    num_rows: int
-    max_blocks: int
-    vocab_size: int
+    def __init__(self, buckets: Sequence[Bucket], num_rows: int, max_blocks: int, vocab_size: int) -> None:
+        self.buckets = buckets
+        self.padding_row = num_rows - 1
+        self._num_rows = num_rows
+        self._max_blocks = max_blocks
+        self._vocab_size = vocab_size
+        self._num_cells = num_rows * max_blocks  # of all block tables: the place of padding, which is dropped
+        self._layouts = {bucket: step_layout(bucket) for bucket in buckets}
+        self._change_layout = change_layout(num_rows)
 
     def pack(self, plan: StepPlan) -> PackedStep:
         """All of a plan."""
         moves = plan.to_host, plan.from_host, plan.copies
-        if not plan.chunks:
-            assert len(plan.changes.rows) == len(plan.changes.blocks) == 0
+        num_new, num_blocks = len(plan.changes.rows), len(plan.changes.blocks)
+        if len(plan.chunks.rows) == 0:
+            assert num_new == num_blocks == 0
             return PackedStep(*moves)
-        num_draws = len(plan.draws)
-        bucket, num_top = bucket_for(plan, self.buckets), self._num_top(plan.draws.num_logprobs)
+        num_draws, num_logprobs = len(plan.draws.rows), plan.draws.num_logprobs
+        bucket = bucket_for(plan, self.buckets)
+        # A program scores no alternatives, or all that a request may ask for.
+        num_top = None if num_logprobs is None else MAX_LOGPROBS if num_logprobs else 0
         draws = bucket.is_decode and num_top is None and num_draws > 0 and plan.draws.extras.is_empty
         samples = None
         if num_draws > 0 and not draws:
             samples = PackedSamples(*pack_draws(plan, self._num_sample_rows(plan, bucket), self.padding_row), num_top)
-        changes, is_left = self._pack_changes(plan.changes, most_blocks=bucket.num_rows)
+        is_fitting = num_blocks <= bucket.num_rows  # the inputs of the step have a place for the changed cells
         return PackedStep(
             *moves,
             bucket,
-            changes,
-            self.pack_inputs(plan, bucket, draws=draws, with_changes=is_left),
+            () if num_new == 0 and is_fitting else self._pack_changes(plan.changes, with_blocks=not is_fitting),
+            self._pack_inputs(plan, bucket, draws=draws, with_changes=is_fitting),
             plan.num_steps,
             draws,
             samples,
             _pack_beams(plan.beams, num_draws, bucket) if plan.beams else None,
-            tuple(self._pack_scores(plan, piece) for piece in plan.prompt_scores),
+            tuple([self._pack_scores(plan, piece) for piece in plan.prompt_scores]),
         )
 
-    @property
-    def padding_row(self) -> int:
-        return self.num_rows - 1
-
-    def _num_top(self, num_logprobs: int | None) -> int | None:
-        """Alternatives that a program scores: none, or all that anyone may ask for."""
-        return None if num_logprobs is None else MAX_LOGPROBS if num_logprobs else 0
-
-    def pack_inputs(
-        self, plan: StepPlan, bucket: Bucket, *, draws: bool, with_changes: bool = True
+    def _pack_inputs(
+        self, plan: StepPlan, bucket: Bucket, *, draws: bool, with_changes: bool
     ) -> Int32[np.ndarray, " size"]:
         """The inputs that a bucket's program loads: one transfer a step.
 
@@ -185,11 +192,10 @@ class Packer:
             draws: whether the program draws.
             with_changes: whether the changed cells of block tables are among them.
         """
-        chunks, num_chunks, num_tokens = plan.chunks, len(plan.chunks), plan.num_tokens
-        layout = step_layout(bucket)
-        size = size_of(layout)
-        packed = np.zeros(size + 2 * bucket.num_rows, np.int32)
-        fields = split(packed, layout)
+        chunks, num_chunks, num_tokens = plan.chunks, len(plan.chunks.rows), len(plan.chunks.token_ids)
+        layout = self._layouts[bucket]
+        packed = np.zeros(layout.size + 2 * bucket.num_rows, np.int32)
+        fields = layout.split(packed)
         ends = np.cumsum(chunks.lens, dtype=np.int32)
         fields["token_ids"][:num_tokens] = chunks.token_ids
         fields["rows"][:num_chunks] = chunks.rows
@@ -199,7 +205,7 @@ class Packer:
         fields["chunks"][:num_tokens] = index if num_tokens == num_chunks else np.repeat(index, chunks.lens)
         fields["cu_q_lens"][1 : num_chunks + 1] = ends
         fields["cu_q_lens"][num_chunks + 1 :] = num_tokens
-        num_draws, read = len(plan.draws), plan.draws.chunks
+        num_draws, read = len(plan.draws.rows), plan.draws.chunks
         if plan.beams:
             read = np.concatenate([read, *(np.array(beam.chunks, np.int32) for beam in plan.beams)])
         fields["sample_tokens"][: len(read)] = ends[read] - 1
@@ -208,39 +214,26 @@ class Packer:
         if plan.num_steps > 1:
             fields["num_draws"][:num_draws] = plan.draws.num_tokens
         fields["num_steps"][:] = plan.num_steps if draws else 0
-        cells, blocks = packed[size:].reshape(2, bucket.num_rows)
+        cells, blocks = packed[layout.size :].reshape(2, bucket.num_rows)
         cells[:] = self._num_cells
-        if with_changes:
-            num_blocks = len(plan.changes.blocks)
+        if with_changes and (num_blocks := len(plan.changes.blocks)):
             cells[:num_blocks] = self._cells_of(plan.changes)
             blocks[:num_blocks] = plan.changes.blocks
         return packed
 
-    @property
-    def _num_cells(self) -> int:
-        """Cells of all block tables: the place of padding, which is dropped."""
-        return self.num_rows * self.max_blocks
-
     def _cells_of(self, changes: RowChanges) -> Int32[np.ndarray, " cells"]:
-        return changes.block_rows * np.int32(self.max_blocks) + changes.block_indices
+        return changes.block_rows * np.int32(self._max_blocks) + changes.block_indices
 
-    def _pack_changes(
-        self, changes: RowChanges, most_blocks: int
-    ) -> tuple[tuple[Int32[np.ndarray, " change_size"], ...], bool]:
-        """Changes too many for the inputs of a step, and whether the blocks are left for these."""
-        num_new, num_blocks = len(changes.rows), len(changes.blocks)
-        is_left = num_blocks <= most_blocks
-        if num_new == 0 and is_left:
-            return (), True
-        rows_each = changed_rows(self.num_rows)
-        cells = self._cells_of(changes)
+    def _pack_changes(self, changes: RowChanges, *, with_blocks: bool) -> tuple[Int32[np.ndarray, " change_size"], ...]:
+        """Changes that the inputs of a step have no place for: new rows, and blocks if they are too many."""
         packed, row, block = [], 0, 0
-        end = 0 if is_left else num_blocks
+        num_new, end = len(changes.rows), len(changes.blocks) if with_blocks else 0
+        cells = self._cells_of(changes) if with_blocks else changes.blocks[:0]
         while row < num_new or block < end:
-            layout = change_layout(rows_each, CHANGED_BLOCKS)
-            packed.append(np.zeros(size_of(layout), np.int32))
-            fields = split(packed[-1], layout)
-            fields["rows"][:] = self.num_rows  # padding, which is dropped
+            packed.append(np.zeros(self._change_layout.size, np.int32))
+            fields = self._change_layout.split(packed[-1])
+            rows_each = len(fields["rows"])
+            fields["rows"][:] = self._num_rows  # padding, which is dropped
             fields["cells"][:] = self._num_cells
             rows, blocks = slice(row, row + rows_each), slice(block, min(block + CHANGED_BLOCKS, end))
             own_rows, own_cells = changes.rows[rows], cells[blocks]
@@ -249,13 +242,13 @@ class Packer:
             fields["cells"][: len(own_cells)] = own_cells
             fields["blocks"][: len(own_cells)] = changes.blocks[blocks]
             row, block = row + rows_each, block + CHANGED_BLOCKS
-        return tuple(packed), is_left
+        return tuple(packed)
 
     def _num_sample_rows(self, plan: StepPlan, bucket: Bucket) -> int:
         """Rows of logits: as few as compiled for, where a chunk of a prompt brings one or none."""
         if bucket.is_decode:
             return bucket.num_rows
-        return min(bucket.num_rows for bucket in self.buckets if bucket.num_rows >= len(plan.draws))
+        return min(bucket.num_rows for bucket in self.buckets if bucket.num_rows >= len(plan.draws.rows))
 
     def _pack_scores(self, plan: StepPlan, piece: PromptScore) -> PackedScores:
         first = int(plan.chunks.lens[: piece.chunk].sum())
@@ -264,12 +257,7 @@ class Packer:
         rows, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         rows.reshape(-1)[:num_targets] = first + np.arange(num_targets)
         targets.reshape(-1)[:num_targets] = piece.target_ids
-        return PackedScores(rows, targets, min(MAX_LOGPROBS, self.vocab_size) if piece.num_logprobs else 0)
-
-
-def changed_rows(num_rows: int) -> int:
-    """New rows that one call enters into a table of so many."""
-    return min(CHANGED_ROWS, num_rows)
+        return PackedScores(rows, targets, min(MAX_LOGPROBS, self._vocab_size) if piece.num_logprobs else 0)
 
 
 def _pack_beams(beams: tuple[BeamSelect, ...], first_row: int, bucket: Bucket) -> PackedBeams:

@@ -1,8 +1,9 @@
 """Compiled programs kept between runs, found without tracing them again.
 
 JAX's own cache finds a program by its lowered text, and lowering takes a second or two per program. This cache finds a
-program by the ingredients of that text: the code of this project, the model's shape, and the compiler's versions and
-settings. It keeps no program of a model with foreign code, and loads no file that another user may have written.
+program by the ingredients of that text. These are the code of this project, the model's shape, and the compiler's
+versions and settings. It keeps no program of a model with foreign code, and loads no file that another user may have
+written.
 """
 
 import hashlib
@@ -117,8 +118,8 @@ def compile_program(
 ) -> tuple[jax.stages.Compiled, bool]:
     """Compile a program, and say whether it can be saved.
 
-    A program from JAX's own cache cannot be saved: XLA serialises a loaded program without all of its code, and the
-    copy fails when it runs (on CPUs, with jaxlib 0.12.0).
+    A program from JAX's own cache cannot be saved: XLA serialises a loaded program without all of its code. The copy
+    fails when it runs, on CPUs with jaxlib 0.12.0.
     """
     _this_thread.is_hit = False
     program = lowered.compile(compiler_options=compiler_options)
@@ -142,8 +143,8 @@ def program_cache_for(identity: str | None, devices: Sequence[Any], *ingredients
         ingredients: all other values that the programs depend on, each with a complete ``repr``.
 
     Returns:
-        The cache. None for an unknown model, without a cache of JAX, in a directory that other users can write to, and
-        for several processes, which would have to agree on the programs to compile.
+        The cache. None for an unknown model, without a cache of JAX, and in a directory that other users can write to.
+        None for several processes too, which would have to agree on the programs to compile.
     """
     root = jax.config.jax_compilation_cache_dir
     if identity is None or not root or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:

@@ -21,7 +21,7 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
 from jpaged.device.step.inputs import all_buckets
-from jpaged.device.step.pack import CHANGED_BLOCKS, SCORE_ROWS, change_layout, changed_rows, loaded_size, size_of
+from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.step.steps import Steps
 from jpaged.device.step.table import StepState
@@ -81,6 +81,8 @@ class Programs:
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.num_host_slots = MOVE_SIZES[-1]
+        self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
+        """Sizes of the copying programs: a step copies one block for each row at most."""
         self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size)
         self.resize(num_blocks, max_model_len)
 
@@ -143,8 +145,8 @@ class Programs:
 
         Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
         """
-        # Lowered one after the other, always in this order: JAX numbers Pallas kernels as it meets them, and these
-        # numbers are part of what its own cache finds programs by. Ours does not lower what it finds.
+        # Programs are lowered one after the other, always in this order. JAX numbers Pallas kernels as it meets them,
+        # and its own cache finds programs by these numbers too. Ours does not lower what it finds.
         keys = [key for key in self.all_keys(with_host_pool=with_host_pool) if key not in self._compiled]
         threads = ThreadPoolExecutor(max_workers=num_cores())
         kept = self._program_cache()
@@ -184,7 +186,7 @@ class Programs:
         return list(dict.fromkeys(keys))
 
     def _program_cache(self) -> ProgramCache | None:
-        """Where programs are kept between runs; None where they are not."""
+        """The cache that keeps programs between runs; None where they are not kept."""
         if not self.target.keeps_programs:
             return None
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
@@ -227,7 +229,7 @@ class Programs:
                 inputs = self._abstract((loaded_size(bucket),), jnp.int32)
                 return jax.jit(StepState.load, static_argnums=1, donate_argnums=0).lower(state, bucket, inputs)
             case "enter":
-                size = size_of(change_layout(changed_rows(len(state.latest)), CHANGED_BLOCKS))
+                size = change_layout(len(state.latest)).size
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
@@ -298,11 +300,6 @@ class Programs:
         cache = jax.eval_shape(partial(self._layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
-
-    @property
-    def copy_sizes(self) -> list[int]:
-        """Sizes of the copying programs: a step copies one block for each row at most."""
-        return sorted({min(8, self.config.max_num_seqs), self.config.max_num_seqs})
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:

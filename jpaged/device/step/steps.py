@@ -32,7 +32,7 @@ class Steps:
 
     Args:
         graphdef: structure of the model.
-        weights_tree: tree of the weights, which programs take as a flat list: flattening an nnx state in every call
+        weights_tree: tree of the weights, which programs take as a flat list. Flattening an nnx state in every call
             costs more than a small step.
         mesh: the devices.
         backend: attends.

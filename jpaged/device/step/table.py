@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jpaged.contract.rows import PADDING_ROW, PROMPT_LEN
 from jpaged.device.sampling.columns import SampleInputs, inputs_of_rows
 from jpaged.device.step.inputs import Bucket, StepInputs
-from jpaged.device.step.pack import CHANGED_BLOCKS, change_layout, changed_rows, size_of, split, step_layout
+from jpaged.device.step.pack import change_layout, step_layout
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +60,7 @@ class StepState:
     ) -> Self:
         """A table of padding rows, for the programs of some buckets."""
         most_rows = max(bucket.num_rows for bucket in buckets)
-        inputs_size = max(size_of(step_layout(bucket)) for bucket in buckets)
+        inputs_size = max(step_layout(bucket).size for bucket in buckets)
         columns = np.tile(PADDING_ROW[:, None], (1, most_rows + 1))
         return cls(
             block_tables=jnp.zeros((most_rows + 1, max_blocks), jnp.int32, device=sharding),
@@ -76,14 +76,14 @@ class StepState:
     # Between steps: programs of their own, in which an update in place breaks no graph ---------------------------
 
     def enter(self, changes: Int[Array, " change_size"]) -> Self:
-        """With some changes of the table; see ``change_layout``."""
-        fields = split(changes, change_layout(changed_rows(len(self.latest)), CHANGED_BLOCKS))
+        """The state with some changes of the table; see ``change_layout``."""
+        fields = change_layout(len(self.latest)).split(changes)
         columns = self.columns.at[:, fields["rows"]].set(fields["columns"], mode="drop")
         return self._replace(columns=columns, block_tables=self._tables_with(fields["cells"], fields["blocks"]))
 
     def load(self, bucket: Bucket, loaded: Int[Array, " loaded_size"]) -> Self:
-        """With the inputs of the next step, and the cells of block tables that came with them."""
-        size = size_of(step_layout(bucket))
+        """The state with the inputs of the next step, and the cells of block tables that came with them."""
+        size = step_layout(bucket).size
         cells, blocks = loaded[size:].reshape(2, bucket.num_rows)
         return self._replace(
             inputs=_first(self.inputs, loaded[:size]),
@@ -140,15 +140,15 @@ class StepState:
         return self._fields(bucket)["num_steps"][0]
 
     def with_hidden(self, hidden: Float[Array, "rows hidden_size"]) -> Self:
-        """With the hidden states of a decode."""
+        """The state with the hidden states of a decode."""
         return self._replace(hidden=_first(self.hidden, hidden))
 
     def with_sample_hidden(self, hidden: Float[Array, "rows hidden_size"]) -> Self:
-        """With the hidden states that logits are made of."""
+        """The state with the hidden states that logits are made of."""
         return self._replace(sample_hidden=_first(self.sample_hidden, hidden))
 
     def with_drawn(self, bucket: Bucket, token_ids: Int[Array, " rows"], logprobs: Float[Array, " rows"]) -> Self:
-        """With what a decode's own program drew in a step, which is over."""
+        """The state with the tokens that a decode's own program drew in a step, which is over."""
         is_draw = self._goes_on(bucket) & (self.num_steps(bucket) > 0)
         rows = jnp.where(is_draw, self._fields(bucket)["sample_rows"], -1)
         bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
@@ -158,7 +158,7 @@ class StepState:
 
     def _fields(self, bucket: Bucket) -> dict[str, Int[Array, "..."]]:
         layout = step_layout(bucket)
-        return split(self.inputs[: size_of(layout)], layout)
+        return layout.split(self.inputs[: layout.size])
 
     def _goes_on(self, bucket: Bucket) -> Bool[Array, " rows"]:
         """Rows that draw in this step, if it is one of a burst; otherwise all."""

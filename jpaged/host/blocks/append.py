@@ -26,8 +26,8 @@ class Append:
     def ticket(self, appends: Sequence[tuple[Hashable, int]]) -> Ticket[list[BlockCopy]]:
         """The ticket to make room for more tokens, by (seq_id, number of tokens).
 
-        The sequences take what each would take alone, less one for every shared block all of whose holders grow: the
-        last of them writes in place.
+        The sequences take what each would take alone, less one for every shared block all of whose holders grow. The
+        last of these holders writes in place.
         """
         growing = [self._growth(*append) for append in appends]
         num_blocks, writers = 0, Counter()
@@ -40,12 +40,12 @@ class Append:
         return Ticket(num_blocks - in_place, self._tiers, device, lambda: self._grow(growing))
 
     def append(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
-        """As the ticket and its commit, at less cost in the common case."""
+        """Append as the ticket and its commit do, at less cost in the common case."""
         growing = [self._growth(*append) for append in appends]
-        most = sum(2 + num_tokens // self._tiers.block_size for _, num_tokens in growing)
-        if most > self._tiers.device.num_free or self._tiers.has_loads:
+        most = sum([2 + num_tokens // self._tiers.block_size for _, num_tokens in growing])
+        if most > len(self._tiers.device.free) or self._tiers.has_loads:
             return self.ticket(appends).commit()
-        self._tiers.num_changes += any(num_tokens for _, num_tokens in growing)
+        self._tiers.num_changes += sum([num_tokens for _, num_tokens in growing]) > 0
         return self._grow(growing)
 
     def _growth(self, seq_id: Hashable, num_tokens: int) -> _Growth:

@@ -15,12 +15,16 @@ class HashedTokens:
         token_ids: the tokens; the owner may append to the list, and changes nothing else.
         block_size: tokens in a block.
         salt: separates users of one cache.
+
+    Attributes:
+        root: the prefix of no tokens, from which the blocks follow.
     """
 
-    __slots__ = ("_block_size", "_full", "_token_ids", "salt")
+    __slots__ = ("_block_size", "_full", "_token_ids", "root", "salt")
 
     def __init__(self, token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> None:
         self.salt = salt
+        self.root = Prefix.empty(salt)
         self._token_ids = token_ids
         self._block_size = block_size
         self._full: list[HashedBlock] = []
@@ -55,7 +59,7 @@ class HashedTokens:
 
     def _digest_of(self, num_full: int) -> bytes:
         """The digest of the prefix that ends with so many full blocks, which have been hashed."""
-        return self._full[num_full - 1][1] if num_full else Prefix.empty(self.salt).digest
+        return self._full[num_full - 1][1] if num_full else self.root.digest
 
 
 def hash_blocks(digest: bytes, token_ids: Sequence[int], block_size: int) -> list[HashedBlock]:

@@ -79,10 +79,6 @@ class Holdings:
         """Count the tokens that the blocks of a sequence hold or have room for."""
         return len(holding.blocks) * self.block_size - holding.num_empty
 
-    def num_tokens_of(self, seq_id: Hashable) -> int:
-        """As ``num_tokens``, of a sequence in either tier. Raises ValueError if it is unknown."""
-        return self.num_tokens(self.on_device.get(seq_id) or self.on_host.get(seq_id) or self.held_by(seq_id))
-
     def num_covering(self, num_tokens: int) -> int:
         """Count the blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)

@@ -58,32 +58,28 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.is_quantized = False  # the engine sets it for 8-bit pools: the tokens of a block share a scale
-        self._tiers = TwoTiers(num_blocks, num_host_blocks, block_size)
-        self._device = self._tiers.device
-        self._holdings = Holdings(block_size)
-        self._swap = Swap(self._tiers, self._holdings)
-        self._reserve = Reserve(self._tiers, self._holdings, is_counting=enable_prefix_caching)
-        self._append = Append(self._tiers, self._holdings)
+        self.tiers = TwoTiers(num_blocks, num_host_blocks, block_size)
+        """The two tiers of blocks. Read only."""
+        self.holdings = Holdings(block_size)
+        """The blocks of every sequence. Read only."""
+        self._swap = Swap(self.tiers, self.holdings)
+        self._reserve = Reserve(self.tiers, self.holdings, is_counting=enable_prefix_caching)
+        self._append = Append(self.tiers, self.holdings)
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks that no sequence holds, cached ones included: they are reused when nothing else is left."""
-        return self._device.num_free
+        return len(self.tiers.device.free)
 
     @property
     def num_used_blocks(self) -> int:
         """Blocks held by at least one sequence."""
-        return self.num_blocks - 1 - self._device.num_free
+        return self.num_blocks - 1 - len(self.tiers.device.free)
 
     @property
     def num_logical_blocks(self) -> int:
         """Blocks in the tables of all sequences on the device: those that would be held if none were shared."""
-        return self._device.num_holders
-
-    @property
-    def tiers(self) -> TwoTiers:
-        """The two tiers of blocks. Read only."""
-        return self._tiers
+        return self.tiers.device.num_holders
 
     # Starting a sequence ------------------------------------------------------------------------------------------
 
@@ -111,7 +107,7 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return NO_MATCH
         tokens = token_ids if isinstance(token_ids, HashedTokens) else HashedTokens(token_ids, self.block_size, salt)
-        return self._tiers.match(tokens, len(tokens) if num_tokens is None else num_tokens, least_inside)
+        return self.tiers.match(tokens, len(tokens) if num_tokens is None else num_tokens, least_inside)
 
     def to_reserve(
         self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, is_query: bool = True
@@ -150,11 +146,11 @@ class BlockManager:
         Raises:
             ValueError: an unknown or swapped parent, or a child name in use.
         """
-        parent = self._holdings.held_by(parent_id)
-        self._holdings.require_new(child_id)
-        self._tiers.num_changes += 1
-        self._device.share(parent.blocks)
-        self._holdings.on_device[child_id] = parent.fork()
+        parent = self.holdings.held_by(parent_id)
+        self.holdings.require_new(child_id)
+        self.tiers.num_changes += 1
+        self.tiers.device.share(parent.blocks)
+        self.holdings.on_device[child_id] = parent.fork()
 
     # Running ------------------------------------------------------------------------------------------------------
 
@@ -189,16 +185,16 @@ class BlockManager:
 
     def num_blocks_freed_by(self, seq_ids: Iterable[Hashable], *, match: PrefixMatch = NO_MATCH) -> int:
         """Count the blocks that only these sequences hold, without those that ``match`` would share."""
-        return self._device.num_freed_by(map(self.block_table, seq_ids), but=match.device_blocks)
+        return self.tiers.device.num_freed_by(map(self.block_table, seq_ids), but=match.device_blocks)
 
     def free(self, seq_id: Hashable) -> None:
         """End a sequence, swapped or not. Blocks that no other sequence holds become free."""
-        if seq_id in self._holdings.on_host:
-            self._tiers.host.release(self._holdings.on_host.pop(seq_id).blocks)
+        if seq_id in self.holdings.on_host:
+            self.tiers.host.release(self.holdings.on_host.pop(seq_id).blocks)
         else:
-            self._tiers.release(self._holdings.held_by(seq_id).blocks)
-            del self._holdings.on_device[seq_id]
-        self._tiers.num_changes += 1
+            self.tiers.release(self.holdings.held_by(seq_id).blocks)
+            del self.holdings.on_device[seq_id]
+        self.tiers.num_changes += 1
 
     def publish(
         self,
@@ -229,12 +225,12 @@ class BlockManager:
             ValueError: an unknown or swapped ``seq_id``, ``num_computed`` beyond the tokens, or a salt that changed.
         """
         salt = token_ids.salt if isinstance(token_ids, HashedTokens) else salt
-        holding = holding_to_publish(self._holdings, seq_id, token_ids, num_computed, salt)
+        holding = holding_to_publish(self.holdings, seq_id, token_ids, num_computed, salt)
         if self.enable_prefix_caching:
             start = holding.num_published
-            publish(self._tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
+            publish(self.tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
             if is_filling:
-                self._tiers.fill(holding.blocks[start : holding.num_published])
+                self.tiers.fill(holding.blocks[start : holding.num_published])
 
     # Two tiers ----------------------------------------------------------------------------------------------------
 
@@ -270,15 +266,15 @@ class BlockManager:
 
     def is_swapped(self, seq_id: Hashable) -> bool:
         """Whether the sequence's blocks are in the host tier."""
-        return seq_id in self._holdings.on_host
+        return seq_id in self.holdings.on_host
 
     def take_transfers(self) -> Transfers:
         """The moves between the tiers of the plan now complete. Its step must end with ``finish_transfers``."""
-        return self._tiers.take_transfers()
+        return self.tiers.take_transfers()
 
     def finish_transfers(self) -> None:
         """The step has run: loaded blocks can be matched and used, host blocks they came from be overwritten."""
-        self._tiers.finish_transfers()
+        self.tiers.finish_transfers()
 
     def forget_all(self) -> None:
         """Forget all cached content and all queued moves: the content of both pools is lost.
@@ -286,18 +282,18 @@ class BlockManager:
         Raises:
             ValueError: a sequence still holds blocks.
         """
-        self._holdings.require_none()
-        self._tiers.forget()
+        self.holdings.require_none()
+        self.tiers.forget()
 
     # Reading ------------------------------------------------------------------------------------------------------
 
     def block_table(self, seq_id: Hashable) -> list[int]:
         """The sequence's physical blocks in logical order: a live view that follows later calls. Read only."""
-        return self._holdings.held_by(seq_id).blocks
+        return self.holdings.held_by(seq_id).blocks
 
     def num_tokens(self, seq_id: Hashable) -> int:
         """Tokens the sequence holds or has room for, in either tier: those reserved plus those appended."""
-        return self._holdings.num_tokens_of(seq_id)
+        return self.holdings.num_tokens(self.holdings.on_host.get(seq_id) or self.holdings.held_by(seq_id))
 
     def slots(self, seq_id: Hashable, start: int, stop: int) -> Int32[np.ndarray, " tokens"]:
         """The slots (physical_block * block_size + offset) of the sequence's token positions [start, stop).
@@ -305,7 +301,7 @@ class BlockManager:
         Raises:
             ValueError: an unknown or swapped ``seq_id``, or positions the sequence does not hold.
         """
-        self._holdings.require_positions(seq_id, start, stop)
+        self.holdings.require_positions(seq_id, start, stop)
         return slots_of(self.block_table(seq_id), start, stop, self.block_size)
 
     def batch(self, rows: Sequence[BatchRow], *, num_tokens: int, num_rows: int, max_blocks: int) -> BlockBatch:
@@ -322,16 +318,16 @@ class BlockManager:
             ValueError: as ``slots``; a sequence given twice; or rows that do not fit the shape.
         """
         slots = [self.slots(*row) for row in rows]
-        tables = [self.block_table(seq_id)[: self._holdings.num_covering(stop)] for seq_id, _, stop in rows]
+        tables = [self.block_table(seq_id)[: self.holdings.num_covering(stop)] for seq_id, _, stop in rows]
         return pad_batch(rows, slots, tables, num_tokens=num_tokens, num_rows=num_rows, max_blocks=max_blocks)
 
     def stats(self) -> BlockStats:
         """Count the blocks held now. Takes time in proportion to all block tables: for reports, not for every step."""
-        return count_blocks(self._tiers, self._holdings, self._reserve, self._swap)
+        return count_blocks(self.tiers, self.holdings, self._reserve, self._swap)
 
     def check_invariants(self) -> None:
         """Assert everything this class promises about its state, at the cost of a walk over all of it. For tests."""
-        self._holdings.check_invariants(self._tiers)
+        self.holdings.check_invariants(self.tiers)
 
 
 def _check_sizes(num_blocks: int, block_size: int, num_host_blocks: int) -> None:

@@ -1,15 +1,16 @@
 """The prefix cache: finds the physical block that already holds the KV of a given prefix of tokens.
 
-The KV of a block depends on its own tokens and on all tokens before them, so a block is named by its whole ``Prefix``
-(the paper's "shared prefix", section 4.4, found automatically). A prefix is pure content; the cache knows the block
-that holds its KV. Each tier of blocks (``blocks.tier``) has a cache of its own.
+The KV of a block depends on its own tokens and on all tokens before them. So a block is named by its whole ``Prefix``:
+the paper's "shared prefix" (section 4.4), found automatically. A prefix is pure content; the cache knows the block that
+holds its KV. Each tier of blocks (``blocks.tier``) has a cache of its own.
 """
 
 import hashlib
 import struct
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Self
 
 TOKEN_BYTES = 8
@@ -41,7 +42,7 @@ class Prefix:
         return self.link(tokens, hash_block(self.digest, tokens))
 
     def link(self, tokens: bytes, digest: bytes) -> Self:
-        """As ``extend``, with the digest that ``hash_block`` made."""
+        """Extend as ``extend`` does, with the digest that ``hash_block`` made."""
         return type(self)(self, tokens, self.salt, digest)
 
     def cut(self, num_tokens: int) -> Self:
@@ -68,7 +69,7 @@ class Prefix:
     def is_same(self, other: "Prefix") -> bool:
         """Whether both hold the same tokens under the same salt, compared without trusting a digest.
 
-        Chains that one cache made share their links, so this ends after a step or two except after an eviction or a
+        Chains that one cache made share their links. So this ends after a step or two, except after an eviction or a
         change of tiers.
         """
         if self.salt != other.salt:
@@ -86,12 +87,11 @@ def hash_block(digest: bytes, tokens: bytes) -> bytes:
     return _sha256(digest + tokens)
 
 
-def split_blocks(token_ids: Sequence[int], block_size: int) -> Iterator[bytes]:
+def split_blocks(token_ids: Sequence[int], block_size: int) -> list[bytes]:
     """The blocks of ``token_ids`` as fixed-width bytes (8 a token); the last one may be partial, never empty."""
     block_bytes = TOKEN_BYTES * block_size
     data = struct.pack(f"<{len(token_ids)}q", *token_ids)
-    for start in range(0, len(data), block_bytes):
-        yield data[start : start + block_bytes]
+    return [data[start : start + block_bytes] for start in range(0, len(data), block_bytes)]
 
 
 class PrefixCache:
@@ -143,8 +143,8 @@ class PrefixCache:
         index = bisect_left(siblings, (tokens,))
         best: tuple[int | None, int] = None, 0
         for known, block in siblings[max(index - 1, 0) : index + 1]:
-            num_common = _num_common_tokens(known, tokens)
-            if num_common > best[1] and self._is_child(block, parent):
+            num_common, known_parent = _num_common_tokens(known, tokens), self._prefixes[block].parent
+            if num_common > best[1] and known_parent is not None and known_parent.is_same(parent):
                 best = block, num_common
         return best
 
@@ -201,10 +201,6 @@ class PrefixCache:
             assert all(len(link.tokens) == TOKEN_BYTES * self.block_size for link in prefix.parent.chain())
             assert (prefix.tokens, block) in self._children[prefix.parent.digest]
 
-    def _is_child(self, block: int, parent: Prefix) -> bool:
-        known = self._prefixes[block].parent
-        return known is not None and known.is_same(parent)
-
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
@@ -221,13 +217,13 @@ class PrefixHit:
     is_on_host: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrefixMatch:
     """The cached start of a sequence, block by block; the tiers may alternate."""
 
     hits: tuple[PrefixHit, ...] = ()
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum([hit.num_tokens for hit in self.hits])
 
@@ -237,7 +233,7 @@ class PrefixMatch:
 
     def cut(self, num_hits: int) -> Self:
         """The first hits."""
-        return type(self)(self.hits[:num_hits])
+        return self if num_hits == len(self.hits) else type(self)(self.hits[:num_hits])
 
     @property
     def device_blocks(self) -> set[int]:
@@ -247,11 +243,11 @@ class PrefixMatch:
     @property
     def is_on_host(self) -> bool:
         """Whether any of it lies in the host tier, so that it takes a transfer before it can be read."""
-        return any(hit.is_on_host for hit in self.hits)
+        return True in [hit.is_on_host for hit in self.hits]
 
 
 def _num_common_tokens(a: bytes, b: bytes) -> int:
-    """How many tokens ``a`` and ``b`` share at their start."""
+    """The number of tokens that ``a`` and ``b`` share at their start."""
     num_bytes = min(len(a), len(b))
     difference = int.from_bytes(a[:num_bytes], "big") ^ int.from_bytes(b[:num_bytes], "big")
     num_from_first_different_byte = (difference.bit_length() + 7) // 8

@@ -44,10 +44,11 @@ def publish(
         include_partial: enter the last, partial block too, and blocks whose entries other blocks have lost.
     """
     cache, block_size, start = tiers.device.cache, tiers.block_size, holding.num_published
-    prefix = holding.prefix or Prefix.empty(salt)
+    root = token_ids.root if isinstance(token_ids, HashedTokens) else Prefix.empty(salt)
+    prefix = holding.prefix or root
     tiers.num_changes += 1
-    if include_partial:
-        _publish_again(cache, holding, prefix)
+    if include_partial and holding.prefix is not None:
+        _publish_again(cache, holding, holding.prefix)
     stop = num_computed if include_partial else num_computed // block_size * block_size
     if stop <= start * block_size:
         return

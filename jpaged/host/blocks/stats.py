@@ -54,7 +54,7 @@ def count_blocks(tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Sw
     """Count the blocks of the pools, in time proportional to all block tables."""
     device, host = tiers.device, tiers.host
     num_blocks, num_host_blocks = len(device.blocks), len(host.blocks)
-    num_used, num_empty = num_blocks - device.num_free, holdings.num_empty_slots()
+    num_used, num_empty = num_blocks - len(device.free), holdings.num_empty_slots()
     num_slots = num_used * tiers.block_size
     return BlockStats(
         num_blocks=num_blocks,
@@ -63,7 +63,7 @@ def count_blocks(tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Sw
         num_logical=device.num_holders,
         num_cached=len(device.cache),
         num_host_blocks=num_host_blocks,
-        num_host_used=num_host_blocks - host.num_free,
+        num_host_used=num_host_blocks - len(host.free),
         num_host_cached=len(host.cache),
         tokens_held=num_slots - num_empty,
         waste=num_empty / num_slots if num_slots else 0.0,

@@ -38,7 +38,7 @@ class Swap:
         moves = _moves_of(holdings.values(), host.cache)
         _require_settled(moves, self._tiers.is_loading)
         twins = [move.twin for move in moves.values() if move.twin is not None]
-        num_blocks = len(moves) - len(twins) + sum(map(host.is_free, set(twins)))
+        num_blocks = len(moves) - len(twins) + len(set(twins) & host.free.keys())
 
         def move_out() -> None:
             for twin in twins:

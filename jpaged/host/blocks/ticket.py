@@ -28,6 +28,11 @@ class Ticket[Result]:
         self._num_changes = tiers.num_changes
         self._act = act
 
+    @property
+    def is_valid(self) -> bool:
+        """Whether no block has changed since the ticket was made."""
+        return self._tiers.num_changes == self._num_changes
+
     def commit(self) -> Result:
         """Do it.
 
@@ -35,14 +40,9 @@ class Ticket[Result]:
             OutOfBlocks: fewer free blocks than ``num_blocks``; nothing has changed.
             ValueError: blocks have changed since the ticket was made; nothing has changed now.
         """
-        if self._tiers.num_changes != self._num_changes:
+        if not self.is_valid:
             raise ValueError("blocks have changed since this ticket was made: ask for a new one")
-        require_free(self._tier, self.num_blocks)
+        if self.num_blocks > (num_free := len(self._tier.free)):
+            raise OutOfBlocks(f"{self.num_blocks} blocks needed, {num_free} free of {len(self._tier.blocks)}")
         self._tiers.num_changes += 1
         return self._act()
-
-
-def require_free(tier: BlockTier, num_blocks: int) -> None:
-    """Raise OutOfBlocks if a tier has fewer free blocks."""
-    if num_blocks > tier.num_free:
-        raise OutOfBlocks(f"{num_blocks} blocks needed, {tier.num_free} free of {len(tier.blocks)}")

@@ -27,15 +27,8 @@ class BlockTier:
         self.num_holders = 0  # their sum
         self.num_freed = 0  # blocks that lost their last holder, since the start
         self.cache = PrefixCache(block_size)
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(blocks)  # front: reused first
-
-    @property
-    def num_free(self) -> int:
-        """Blocks without a holder, cached ones included: they are reused when nothing else is left."""
-        return len(self._free)
-
-    def is_free(self, block: int) -> bool:
-        return block in self._free
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(blocks)
+        """Blocks without a holder, cached ones included. The front is reused first. Written here alone."""
 
     def take(self, avoid: Collection[int] = ()) -> tuple[int, Prefix | None]:
         """Take, for one holder, the free block that is reused next and is not in ``avoid``; there must be one.
@@ -43,8 +36,8 @@ class BlockTier:
         Returns:
             The block, and the cached prefix it held until now, if any.
         """
-        block = next(block for block in self._free if block not in avoid) if avoid else next(iter(self._free))
-        del self._free[block]
+        block = next(block for block in self.free if block not in avoid) if avoid else next(iter(self.free))
+        del self.free[block]
         assert self.ref_counts[block] == 0, "a free block has no holder"
         self.ref_counts[block] = 1
         self.num_holders += 1
@@ -52,7 +45,7 @@ class BlockTier:
 
     def hold(self, block: int) -> None:
         """Add one holder to a block, which leaves the free queue if it was there."""
-        self._free.pop(block, None)
+        self.free.pop(block, None)
         self.ref_counts[block] += 1
         self.num_holders += 1
 
@@ -69,9 +62,9 @@ class BlockTier:
         for block in order_release(blocks):
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
-                self._free[block] = None
+                self.free[block] = None
                 if enters_at_front(block in self.cache):
-                    self._free.move_to_end(block, last=False)
+                    self.free.move_to_end(block, last=False)
                 freed.append(block)
         self.num_freed += len(freed)
         return freed
@@ -83,21 +76,21 @@ class BlockTier:
 
     def touch(self, block: int) -> None:
         """Count a cached block as just used: if it is free, it is reused last."""
-        if block in self._free:
-            self._free.move_to_end(block)
+        if block in self.free:
+            self.free.move_to_end(block)
 
     def forget(self) -> None:
         """Forget all cached content, which is lost. Only while no block is held."""
-        assert self.num_free == len(self.blocks)
+        assert len(self.free) == len(self.blocks)
         self.cache = PrefixCache(self.cache.block_size)
 
     def check_invariants(self, holders: Counter[int]) -> None:
         """Assert the promises of this class, where ``holders`` counts the holders of each held block."""
         assert self.ref_counts == [holders[block] for block in range(self.blocks.stop)]
         assert self.num_holders == holders.total()
-        assert len(self._free) + len(holders) == len(self.blocks)
-        assert self._free.keys() | holders.keys() == set(self.blocks), "no other block is handed out"
-        assert sorted(self._free, key=self.cache.__contains__) == list(self._free), "cached blocks are reused last"
+        assert len(self.free) + len(holders) == len(self.blocks)
+        assert self.free.keys() | holders.keys() == set(self.blocks), "no other block is handed out"
+        assert sorted(self.free, key=self.cache.__contains__) == list(self.free), "cached blocks are reused last"
         self.cache.check_invariants()
 
 
@@ -107,6 +100,9 @@ class Transfers:
 
     to_host: tuple[BlockCopy, ...]
     from_host: tuple[BlockCopy, ...]
+
+
+NO_TRANSFERS = Transfers((), ())
 
 
 @dataclass(slots=True)
@@ -133,8 +129,8 @@ class TwoTiers:
 
     Moves are queued while a plan is made, and follow the order that ``StepPlan`` states. First the plan stores blocks
     on the host, then it copies, then it computes; loads arrive at any time. Therefore a block can be retaken as soon as
-    it is stored or copied. A load neither reads a host block that the same plan writes, nor writes a device block that
-    the same plan copies from. A plan neither copies nor stores the content that it computes.
+    it is stored or copied. A load reads no host block that the same plan writes. It writes no device block that the
+    same plan copies from. A plan neither copies nor stores the content that it computes.
 
     Args:
         num_blocks: blocks of the device's pool; block 0 is never handed out.
@@ -151,7 +147,7 @@ class TwoTiers:
         self.num_copies = 0
         self.num_spilled = 0
         self._queued = _Moves()  # by the plan under construction
-        self._in_flight = _Moves()  # by the plan that runs
+        self._arriving: dict[int, _Load] = {}  # the loads of the plan that runs
 
     # Taking device blocks -----------------------------------------------------------------------------------------
 
@@ -162,10 +158,11 @@ class TwoTiers:
 
         Loads cannot write a block that is copied from, even a free one: those of this plan, and ``copied``.
         """
-        num_unheld = sum(map(self.device.is_free, shared))
+        free = self.device.free.keys()
+        num_unheld = len(shared & free)
         if num_loads == 0:
             return num_taken + num_unheld
-        num_avoided = sum(map(self.device.is_free, {*self._queued.copies.values(), *copied} - shared))
+        num_avoided = len(({*self._queued.copies.values(), *copied} - shared) & free)
         return max(num_taken, num_avoided) + num_loads + num_unheld
 
     def take(self, avoid: Collection[int] = ()) -> int:
@@ -209,7 +206,7 @@ class TwoTiers:
     def release(self, blocks: Sequence[int]) -> None:
         """Remove one holder from each device block of a sequence. Loads into those that are free now are dropped."""
         freed = self.device.release(blocks)
-        if self._queued.loads or self._in_flight.loads:
+        if self._queued.loads or self._arriving:
             self._drop_loads(freed)
 
     def _drop_loads(self, blocks: Sequence[int]) -> None:
@@ -217,8 +214,8 @@ class TwoTiers:
             load = self._queued.loads.pop(block, None)
             if load is not None:
                 self.host.release([load.src])
-            elif block in self._in_flight.loads:
-                self._in_flight.loads[block].prefix = None  # by its arrival, another sequence may hold the block
+            elif block in self._arriving:
+                self._arriving[block].prefix = None  # by its arrival, another sequence may hold the block
 
     @property
     def has_loads(self) -> bool:
@@ -268,7 +265,7 @@ class TwoTiers:
         known = self.host.cache.find_cover(prefix)
         if known is not None:
             self.host.touch(known)
-        elif self._queued.num_spills < MAX_SPILLS_PER_STEP and self.host.num_free > 0:
+        elif self._queued.num_spills < MAX_SPILLS_PER_STEP and self.host.free:
             self.host.release([self.store(block, prefix)])
             self._queued.num_spills += 1
             self.num_spilled += 1
@@ -286,7 +283,7 @@ class TwoTiers:
             least_inside: tokens of a hit that ends inside a block, at least.
         """
         hits: list[PrefixHit] = []
-        prefix = Prefix.empty(tokens.salt)
+        prefix = tokens.root
         for block_tokens, digest in tokens.blocks(0, num_tokens):
             hit = self._find(prefix, block_tokens, digest) or self._find_inside(prefix, block_tokens, least_inside)
             if hit is not None:
@@ -300,11 +297,11 @@ class TwoTiers:
         """The first hit that does not, or no longer, continue the cached prefix of the hits before it."""
         before: Prefix | None = None
         for hit in match.hits:
-            prefix = self.tier_of(hit).cache.prefix_of(hit.block)
+            prefix = (self.host if hit.is_on_host else self.device).cache.prefix_of(hit.block)
             if (
                 prefix is None
                 or prefix.parent is None
-                or not prefix.parent.is_same(before or Prefix.empty(prefix.salt))
+                or not (prefix.parent.parent is None if before is None else prefix.parent.is_same(before))
                 or not 0 < hit.num_tokens <= prefix.num_last_tokens
                 or (hit.num_tokens < self.block_size and hit is not match.hits[-1])
                 or (hit.is_on_host and self.is_storing(hit.block))
@@ -348,34 +345,41 @@ class TwoTiers:
 
     def take_transfers(self) -> Transfers:
         """Take the moves of the plan now complete. ``finish_transfers`` must follow."""
-        assert not self._in_flight.loads, "the plan before has not ended: call finish_transfers first"
+        assert not self._arriving, "the plan before has not ended: call finish_transfers first"
         self.num_changes += 1
-        self._in_flight, self._queued = self._queued, _Moves()
+        moves, self._queued = self._queued, _Moves()
+        if not moves.to_host and not moves.loads:
+            return NO_TRANSFERS
+        self._arriving = moves.loads
         return Transfers(
-            to_host=tuple([BlockCopy(src, dst) for dst, src in self._in_flight.to_host.items()]),
-            from_host=tuple([BlockCopy(load.src, dst) for dst, load in self._in_flight.loads.items()]),
+            to_host=tuple([BlockCopy(src, dst) for dst, src in moves.to_host.items()]),
+            from_host=tuple([BlockCopy(load.src, dst) for dst, load in moves.loads.items()]),
         )
 
     def finish_transfers(self) -> None:
         """Note that the plan has run: loaded blocks can be matched, and their host blocks reused."""
         self.num_changes += 1
-        for block, load in self._in_flight.loads.items():
-            if load.prefix is not None:
-                self.device.cache.insert(load.prefix, block)
-        self.host.release([load.src for load in self._in_flight.loads.values()])
-        self._in_flight = _Moves()
+        if self._arriving:
+            for block, load in self._arriving.items():
+                if load.prefix is not None:
+                    self.device.cache.insert(load.prefix, block)
+            self._drop_arriving()
+
+    def _drop_arriving(self) -> None:
+        self.host.release([load.src for load in self._arriving.values()])
+        self._arriving = {}
 
     def forget(self) -> None:
         """Forget the content of both pools, which is lost. Only while no sequence holds a block."""
         self.num_changes += 1
-        self.host.release([load.src for load in self._in_flight.loads.values()])
-        self._queued, self._in_flight = _Moves(), _Moves()
+        self._drop_arriving()
+        self._queued = _Moves()
         self.device.forget()
         self.host.forget()
 
     def check_invariants(self, on_device: Counter[int], on_host: Counter[int]) -> None:
         """Assert the promises of this class, where the counters count the sequences that hold each block."""
-        loads = [*self._queued.loads.values(), *self._in_flight.loads.values()]
+        loads = [*self._queued.loads.values(), *self._arriving.values()]
         self.device.check_invariants(on_device)
         self.host.check_invariants(on_host + Counter(load.src for load in loads))
         assert not any(self.is_storing(load.src) for load in self._queued.loads.values())

@@ -18,7 +18,7 @@ from jpaged.contract.profile import MachineProfile
 from jpaged.host.offload.profile import bytes_per_s, projection_s, transfer_s
 
 Schedule = Literal["pipelined", "paper"]
-"""When a layer recomputes: once its first activations have arrived, or once all of them have."""
+"""The start of a layer's recomputation: after its first activations have arrived, or after all of them have."""
 
 MIN_DEVICE_FREE = 0.01
 """Least share of the device that a restore gets: a chunk takes time from other work before it waits for ever."""
@@ -91,8 +91,8 @@ def split_restore(
 ) -> RestoreSplit:
     """Choose the tokens that a restore recomputes from their ids while the KV of the others arrives.
 
-    Attention is causal, so the first l tokens need nothing of the others. A swap is l = 0, a recomputation l = s.
-    With alpha seconds of prefill a token, gamma seconds of transfer a token and no other cost, both end at once for
+    Attention is causal, so the first l tokens need nothing of the others. A swap is l = 0, a recomputation l = s. Let a
+    token take alpha seconds of prefill or gamma seconds of transfer, at no other cost. Both then end at once for
     ``l / s = 1 / (1 + alpha / gamma)``.
 
     Args:

@@ -1,4 +1,4 @@
-"""How much an iteration takes: tokens to compute, and blocks that an admission leaves free."""
+"""The size of an iteration: tokens to compute, and blocks that an admission leaves free."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -104,7 +104,7 @@ class ModelConfig:
 
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
-        """How each layer attends, in order."""
+        """The attention of each layer, in order."""
         return tuple(
             LayerSpec(layer=layer, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, sm_scale=self.head_dim**-0.5)
             for layer in range(self.num_layers)

@@ -260,7 +260,7 @@ class Rope:
         Args:
             positions: each token's position in its sequence, from 0.
             prompt_lens: length of the prompt of each token's sequence. "dynamic" and "longrope" embed a token for a
-                length of max(prompt_len, position + 1), as a prefill and then decodes over a KV cache do.
+                length of max(prompt_len, position + 1). So does a prefill with decodes over a KV cache.
         """
         seq_lens = jnp.maximum(prompt_lens, positions + 1)
         magnitude = 1.0

@@ -21,7 +21,7 @@ from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidate
 def why_not(
     q_shape: tuple[int, ...], q_dtype: jnp.dtype, pool_shape: tuple[int, ...], pool_dtype: jnp.dtype
 ) -> str | None:
-    """Why the kernels cannot take a case, whatever the device; None if they can."""
+    """The reason why the kernels cannot take a case, whatever the device; None if they can."""
     _, num_heads, head_dim = q_shape
     _, _, num_kv_heads, block_size, _ = shape_of(pool_shape)
     if q_dtype not in (jnp.bfloat16, jnp.float16):
@@ -90,7 +90,7 @@ def _attend(
 ) -> Float[Array, "tokens num_heads head_dim"]:
     _, kv_lens, cu_q_lens = call.batch
     # XLA passes a part of a larger array on by its address, which may lack the alignment of a kernel's operand. So this
-    # makes a new array, by an operation that XLA cannot drop: XLA does not know that no entry is below 0.
+    # makes a new array, by an operation that XLA cannot drop. XLA does not know that no entry is below 0.
     batch = call.batch._replace(block_tables=jnp.maximum(call.batch.block_tables, 0))
     call = replace(call, batch=batch)
     window = call.scoring.sliding_window

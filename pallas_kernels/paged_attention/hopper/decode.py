@@ -7,7 +7,7 @@ V transposed, is the large operand; the heads of a group are the small operand:
     scores [tile_tokens, heads] = K [tile_tokens, head_dim] @ q^T [head_dim, heads]
     output [head_dim, heads]   += V^T [head_dim, tile_tokens] @ weights [tile_tokens, heads]
 
-So a group of up to 8 heads costs as much as the tensor cores' smallest product. The arithmetic hides behind the copies:
+So a group of up to 8 heads costs as much as the tensor cores' smallest product. The arithmetic hides behind the copies.
 64 tokens of K and V (32 KB) take 1.0 us of a multiprocessor's share of the bandwidth. In 8-bit pools they take half of
 that time. The consumer widens 8-bit tiles to float16 as it reads them (see decode_quantized.py).
 """

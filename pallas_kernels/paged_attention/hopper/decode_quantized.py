@@ -46,7 +46,7 @@ ROWS_APART = 8
 """Distance between two rows that a thread holds."""
 
 LEAST_V_SCALE = 2.0**-100
-"""The least scale of V: smaller scales count as this one, so that sums of weight / scale stay in float32's range.
+"""The least scale of V. Smaller scales count as this one, so that sums of weight / scale stay in float32's range.
 
 A block of zeros has the smallest scale there is, yet its tokens take their share of the softmax. The share vanishes
 only where the row's largest scale is above 2^26. Values other than zeros with scales below this one, all less than
@@ -176,7 +176,7 @@ def _load_columns(scales: ir.Value, shape: DecodeShape) -> list[mgpu.FragmentedA
 
 
 def _first_row() -> ir.Value:
-    """The first row of ``MATRIX`` that this thread holds: four lanes share each of the first 8 of a warp's 16 rows."""
+    """The first row of ``MATRIX`` that this thread holds. Four lanes share each of the first 8 of a warp's 16 rows."""
     i32 = ir.IntegerType.get_signless(32)
     thread = mgpu.utils.thread_idx()
     warp = arith.remui(arith.divui(thread, mgpu.utils.c(32, i32)), mgpu.utils.c(4, i32))

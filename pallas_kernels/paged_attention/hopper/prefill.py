@@ -2,7 +2,7 @@
 
 One thread block on each multiprocessor takes items of work (see prefill_plan.py) until none are left. Two warpgroups,
 the consumers, take half of an item's tokens each: 64 rows of (token, head). Both read the same tiles of K and V. A
-third warpgroup is the producer: its warps choose the next item, and copy its queries, keys and values to shared memory.
+third warpgroup is the producer. Its warps choose the next item, and copy its queries, keys and values to shared memory.
 """
 
 from functools import partial

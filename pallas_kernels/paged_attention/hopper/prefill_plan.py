@@ -22,7 +22,7 @@ TILE_BYTES = SMEM_BYTES - 2 * 1024
 """Shared memory for tiles; barriers and alignment take the rest."""
 
 CACHED_KV_BYTES = 32 * 2**20
-"""K and V of items in flight at one time, at most, so that they stay in a cache of 50 MB beside other data."""
+"""Most bytes of K and V of items in flight: they stay in a cache of 50 MB beside other data."""
 
 
 @dataclass(frozen=True)

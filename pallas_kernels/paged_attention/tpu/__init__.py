@@ -30,7 +30,7 @@ def why_not_tpu(
     pool_dtype: jnp.dtype,
     num_kv_heads: int | None = None,
 ) -> str | None:
-    """Why the kernel cannot take a case, whatever the chip; None if it can.
+    """The reason why the kernel cannot take a case, whatever the chip; None if it can.
 
     Args:
         num_kv_heads: KV heads of the model; if None, as many as ``lane_layout`` puts into the pool's rows.

@@ -46,7 +46,7 @@ def slots_of_rows(call: Call, *, least_tokens: int) -> Int[Array, " tokens"]:
 
 
 def layout_of_pool(head_dim: int, pool: BlockPool, num_kv_heads: int | None) -> LaneLayout:
-    """The layout of a model's KV heads in a pool's rows: side by side if they fit, and if there are as many."""
+    """The layout of a model's KV heads in a pool's rows: side by side where that many fit."""
     _, _, pool_heads, _, pool_dim = shape_of(pool)
     per_row = pool_dim // head_dim if num_kv_heads is None else num_kv_heads // pool_heads
     if per_row == 0 or per_row * head_dim > pool_dim or (num_kv_heads or per_row * pool_heads) != per_row * pool_heads:

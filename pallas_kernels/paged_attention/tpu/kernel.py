@@ -1,4 +1,4 @@
-"""The ragged paged attention kernel: one stream of chunks of K and V, and the softmax of each tile over its chunks.
+"""The ragged paged attention kernel: a stream of chunks of K and V, and a softmax of each tile over its chunks.
 
 Every core takes each ``num_cores``-th tile. The chunks of all tiles of a core form one line, across tiles. While the
 core attends a chunk, the copies of the next chunks are in flight. The copies of pieces of block tables come before
