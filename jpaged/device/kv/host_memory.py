@@ -1,4 +1,4 @@
-"""Where blocks lie in host memory, and the ways between there and the device pool: one interface, two ways.
+"""Slots for blocks in host memory, and the ways between them and the device pool: one interface, two ways.
 
 A GPU reads and writes host memory itself (``MappedMemory``). Elsewhere blocks are staged (``StagedMemory``).
 """

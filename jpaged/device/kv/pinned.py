@@ -81,7 +81,7 @@ class PinnedMemory:
 
 
 def why_no_pinned_memory() -> str | None:
-    """Why this process cannot pin memory for its GPUs; None if it can."""
+    """The reason why this process cannot pin memory for its GPUs; None if it can."""
     try:
         _cuda()
     except OSError as error:
