@@ -33,7 +33,9 @@ from jpaged.sharding import make_mesh
 from tests.support.tiny import tiny_config
 
 LIMITS = MachineLimits(read_bytes_per_s=1e9, matmul_flops_per_s=1e12, dtype="float32")
-TINY = tiny_config(vocab_size=64, head_dim=8, max_position_embeddings=256, dtype="float32", eos_token_ids=(3,))
+TINY = tiny_config(
+    num_layers=1, vocab_size=64, head_dim=8, max_position_embeddings=256, dtype="float32", eos_token_ids=(3,)
+)
 SIZES = replace(
     QUICK,
     num_sharegpt=12,
@@ -340,6 +342,7 @@ def run_serving(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.starts_first
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_command_measures_all_workloads(run_serving, tiny_path, tmp_path):
     status, lines, report = run_serving(tiny_path, "--decode-batches", "1", "4", "--profile", str(tmp_path / "traces"))

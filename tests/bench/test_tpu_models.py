@@ -32,7 +32,7 @@ def test_a_model_with_fewer_kv_heads_than_chips_is_split_and_its_pool_written_in
 
 @pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
 def test_a_model_whose_parameters_leave_no_room_is_said_not_to_fit():
-    found = fit("opt-175b", "v5e", 16)
+    found = fit("llama3-8b", "v5e", 1)
     assert found.steps == ()
     assert found.reason is not None
     assert "no room" in found.reason

@@ -219,6 +219,7 @@ def hopper_interpreted(monkeypatch):
     gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
+@pytest.mark.starts_first
 @pytest.mark.usefixtures("hopper_interpreted")
 def test_two_devices_with_interpreted_hopper_kernels_give_the_tokens_of_one():
     config, tokens = replace(TINY, num_layers=1), []

@@ -100,6 +100,7 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
+@pytest.mark.starts_first
 def test_two_processes_give_the_tokens_of_one_and_stay_together_whatever_happens(checkpoint):
     """Requests of every kind; failed and interrupted steps; LLMs that are dropped and closed."""
     leader, follower = run_two(lambda port, i: ["-c", EVERYTHING, port, i, str(checkpoint)])
@@ -114,6 +115,7 @@ def test_two_processes_give_the_tokens_of_one_and_stay_together_whatever_happens
     assert closed == "this LLM was closed: make another one, in all processes"
 
 
+@pytest.mark.starts_first
 def test_the_command_runs_on_two_processes_and_the_first_one_prints(checkpoint):
     save_tokenizer(checkpoint)
     prompt, options = "def add(a, b):", ["--max-tokens", "5", "--temperature", "0"]

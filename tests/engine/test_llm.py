@@ -326,6 +326,7 @@ def test_impossible_settings_are_refused(settings, match):
         LLM(**settings, warm_up=False, use_tqdm=False)
 
 
+@pytest.mark.starts_first
 @pytest.mark.parametrize(("max_burst", "num_devices"), [(1, 1), (3, 2), (1, 4)])
 def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_burst, num_devices):
     """With heads of the model in the box, but one layer: the interpreter is slow."""

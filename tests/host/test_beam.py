@@ -19,8 +19,10 @@ from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh
 from tests.support.oracles import (
     HF_CASES,
+    HF_GREEDY,
     HF_REFERENCE,
     BeamReference,
+    assert_equals_reference,
     beam_search_without_cache,
     load_beam_references,
     load_reference,
@@ -29,7 +31,6 @@ from tests.support.oracles import (
 
 WIDEST, LONGEST = 7, 96  # of the references
 NUM_ROWS = 32
-GREEDY_PROMPT_LENS, GREEDY_TOKENS = (2, 17, 31), 24
 
 
 def assert_scores_equal(scores: list[float | None], reference: BeamReference) -> None:
@@ -111,18 +112,18 @@ HF_RUNS = sorted(
 
 
 @pytest.mark.parametrize(("case", "preemption"), HF_RUNS)
-def test_searches_under_pressure_equal_hugging_face(case, preemption):
-    """All searches of a case and some greedy requests in one batch, in a pool that holds few of them."""
+def test_searches_and_log_probabilities_under_pressure_equal_hugging_face(case, preemption):
+    """All searches and greedy requests of a case in one batch, in a pool that holds few of them."""
     llm = _load_llm(case)
     num_host_blocks = 256 if preemption == "swap" else 0
     config = dataclasses.replace(llm.engine.config, preemption=preemption, num_host_blocks=num_host_blocks)
     llm = LLM.from_engine(Engine(llm.engine.runner, config))
 
     searches = load_beam_references(case)
-    greedy = [load_reference(case)[prompt_len] for prompt_len in GREEDY_PROMPT_LENS]
+    greedy = list(load_reference(case).values())
     model_eos = llm.engine.model_config.eos_token_ids
     params = [_params(search, model_eos) for search in searches]
-    params += [SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True)] * len(greedy)
+    params += [HF_GREEDY] * len(greedy)
     prompts = [search.prompt for search in searches] + [reference.prompt.tolist() for reference in greedy]
     order = np.random.default_rng(0).permutation(len(prompts))
     shuffled = llm.generate(
@@ -134,7 +135,7 @@ def test_searches_under_pressure_equal_hugging_face(case, preemption):
         assert [hypothesis.token_ids for hypothesis in output.outputs] == search.hypotheses
         assert_scores_equal([hypothesis.score for hypothesis in output.outputs], search)
     for reference, output in zip(greedy, outputs[len(searches) :], strict=True):
-        assert output.outputs[0].token_ids == reference.tokens[:GREEDY_TOKENS].tolist()
+        assert_equals_reference(output, reference)
     stats = llm.stats()
     assert stats.num_used_blocks == 0
     assert stats.num_preemptions > 0

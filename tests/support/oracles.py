@@ -13,10 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jpaged.models.spec import Attend, LayerSpec
+from jpaged.request import RequestOutput, SamplingParams
 
 HF_REFERENCE = Path(__file__).parents[1] / "hf_reference"
 HF_CASES = sorted(path.parent.name for path in HF_REFERENCE.glob("*/reference.npz"))
 """The reference checkpoints: directories of ``HF_REFERENCE``, written by its make.py."""
+
+HF_GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+"""Asks for what a ``Continuation`` has."""
 
 HF_PROMPT_LENS = (1, 2, 15, 16, 17, 31, 33, 70)
 
@@ -39,6 +43,16 @@ def load_reference(case: str) -> dict[int, Continuation]:
     with np.load(HF_REFERENCE / case / "reference.npz") as file:
         names = Continuation.__dataclass_fields__
         return {n: Continuation(**{name: file[f"{name}_{n}"] for name in names}) for n in HF_PROMPT_LENS}
+
+
+def assert_equals_reference(output: RequestOutput, reference: Continuation) -> None:
+    """Tokens, and log-probabilities of prompt and tokens, of a greedy request that asked for them, to 1e-4."""
+    completion = output.outputs[0]
+    assert completion.token_ids == reference.tokens.tolist()
+    chosen = [entry[t].logprob for t, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+    np.testing.assert_allclose(chosen, reference.logprobs, atol=1e-4, rtol=0)
+    scored = [e[t].logprob for t, e in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)]
+    np.testing.assert_allclose(scored, reference.prompt_logprobs, atol=1e-4, rtol=0)
 
 
 def dense_attend(num_seqs: int = 1) -> Attend:
