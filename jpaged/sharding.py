@@ -82,11 +82,6 @@ def pool_spec() -> P:
     return P(*[None] * KV_HEAD_AXIS, TENSOR_AXIS)
 
 
-def block_spec() -> P:
-    """Return the partition spec of one block outside of the pool: without the axis that numbers blocks."""
-    return P(*pool_spec()[1:])
-
-
 def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
     """Return the sharding of a parameter whose axes carry these names.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,7 +15,8 @@ from jpaged.config import EngineConfig
 from jpaged.contract.costs import Costs
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
 from jpaged.contract.result import StepResult, TokenScores
-from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
+from jpaged.device.kv.host_memory import memory_for
+from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
 from jpaged.device.kv.sizing import PoolSizer
 from jpaged.device.sampling.beams import Candidates, split_candidates
 from jpaged.device.sampling.draw import SampledTokens
@@ -170,13 +170,11 @@ class ModelRunner:
             useful_blocks=config.max_num_seqs * self.max_blocks,
         )
         self.num_host_blocks = least(num_host_blocks)
-        with ThreadPoolExecutor(max_workers=1) as thread:  # both take a while
-            host_pool = thread.submit(self._allocate_host_pool)
-            if warm_up:
-                self.warm_up(use_tqdm=use_tqdm)
-            if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up:
-                self.warm_up(use_tqdm=use_tqdm)
-            self.host_pool = host_pool.result()
+        self.host_pool = self._make_host_pool()
+        if warm_up:
+            self.warm_up(use_tqdm=use_tqdm)
+        if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up:
+            self.warm_up(use_tqdm=use_tqdm)
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
         self._packer = Packer(self.buckets, len(self._state.latest), self.max_blocks, model_config.vocab_size)
@@ -185,10 +183,13 @@ class ModelRunner:
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
-    def _allocate_host_pool(self) -> HostPool | None:
+    def _make_host_pool(self) -> HostPool | None:
         if not self.num_host_blocks:
             return None
-        return HostPool(self.num_host_blocks, self.programs.abstract_block(), self.programs.get)
+        programs = self.programs
+        programs.num_host_slots = num_slots_for(self.num_host_blocks)
+        slots = programs.abstract_blocks(programs.num_host_slots)
+        return HostPool(slots, memory_for(programs.target), programs.get)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -393,7 +394,7 @@ class ModelRunner:
             self._compute(packed)
             jax.block_until_ready(self.cache.pool)
             prefill_s = time.perf_counter() - started
-        self.host_pool.measure(self.cache, prefill_token_s=prefill_s / plan.num_tokens)
+        self.cache = self.host_pool.measure(self.cache, prefill_token_s=prefill_s / plan.num_tokens)
 
     def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
         """All block copies of a step; padding copies block 0 onto itself."""

@@ -36,6 +36,7 @@ class Target:
         keeps_programs: whether compiled programs are kept between runs.
         pool_bytes: bytes of the block pool at most; None leaves that to ``memory_fraction``.
         host_pool_bytes: bytes of the host pool at most.
+        addresses_host_memory: whether programs read and write pinned memory of the host at its own addresses.
         compiler_options: options of XLA, by name.
     """
 
@@ -50,6 +51,7 @@ class Target:
     keeps_programs: bool = True
     pool_bytes: int | None = None
     host_pool_bytes: int = 4 * GIB
+    addresses_host_memory: bool = False
     compiler_options: tuple[tuple[str, Any], ...] = ()
 
     def resolve_dtype(self, wanted: str, stored: str) -> jnp.dtype:
@@ -90,7 +92,7 @@ TARGETS = {
             keeps_programs=False,
             pool_bytes=GIB,
         ),
-        Target(platform="gpu", compiler_options=_GPU_OPTIONS),
+        Target(platform="gpu", compiler_options=_GPU_OPTIONS, addresses_host_memory=True),
         Target(platform="tpu"),
     )
 }

@@ -136,4 +136,6 @@ def gather_blocks_xla(pool: BlockPool | KvScales, blocks: BlockIds) -> Blocks | 
 
 def scatter_blocks_xla(pool: BlockPool | KvScales, blocks: BlockIds, data: Blocks | Scales) -> BlockPool | KvScales:
     """Overwrite whole blocks; arguments and result as for ``scatter_blocks``."""
-    return pool.at[blocks].set(data.astype(pool.dtype), mode="drop", wrap_negative_indices=False)
+    # Block 0 alone may occur twice, and holds nothing. A GPU's writes that might collide are atomic, and slow.
+    data = data.astype(pool.dtype)
+    return pool.at[blocks].set(data, mode="drop", wrap_negative_indices=False, unique_indices=True)

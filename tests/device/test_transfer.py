@@ -122,9 +122,9 @@ def test_moving_programs_allocate_nothing_of_the_pools_size(size):
     gather = runner.programs.get(("gather", size)).memory_analysis()
     scatter = runner.programs.get(("scatter", size)).memory_analysis()
     assert max(gather.temp_size_in_bytes, scatter.temp_size_in_bytes) <= 2 * staged_bytes < pool_bytes / 10
-    assert gather.output_size_in_bytes <= staged_bytes + 16 * size, "and a pointer a block"
+    assert gather.output_size_in_bytes <= staged_bytes + 16 * size
     assert scatter.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
-    assert scatter.output_size_in_bytes == scatter.alias_size_in_bytes
+    assert scatter.output_size_in_bytes <= scatter.alias_size_in_bytes + 64, "and what says that it is over"
 
 
 def test_bytes_are_counted_each_way_over_all_devices_without_padding():
@@ -138,7 +138,7 @@ def test_bytes_are_counted_each_way_over_all_devices_without_padding():
 
 
 class Unfinished:
-    """Stands for an array still under way, until somebody waits for it."""
+    """Stands for an array that is not ready until it is waited for."""
 
     def __init__(self, seconds: float, clock: list[float]):
         self.seconds, self.clock, self.is_over = seconds, clock, False
@@ -161,19 +161,18 @@ def slow_link(monkeypatch):
     runner = make_runner()
     pool, clock, sent = runner.host_pool, [0.0], []
     monkeypatch.setattr(transfer.time, "perf_counter", lambda: clock[0])
-    send = pool._send
+    store = pool._memory.store
 
-    def slow_send(cache, blocks):
-        send(cache, blocks)
-        sent.append([Unfinished(3.0 / len(blocks), clock) for _ in blocks])
+    def slow_store(cache, copies):
+        store(cache, copies)
+        sent.append(Unfinished(3.0, clock))
         return sent[-1]
 
-    def wait(arrays):
-        for array in arrays:
-            if isinstance(array, Unfinished):
-                array.wait()
+    def wait(array):
+        if isinstance(array, Unfinished):
+            array.wait()
 
-    monkeypatch.setattr(pool, "_send", slow_send)
+    monkeypatch.setattr(pool._memory, "store", slow_store)
     monkeypatch.setattr(transfer.jax, "block_until_ready", wait)
     pool.costs = Costs(1.0, 1.0, 1.0, 1.0)
     return runner, sent
@@ -185,20 +184,20 @@ def test_a_step_waits_for_no_copy_but_when_too_many_would_be_staged_and_before_a
     assert runner.host_pool.stalled_s == 0
     runner.execute(make_plan(chunks=(Chunk(0, [1], 0, 1, [3]),)))
     runner.execute(make_plan(to_host=moves([3], [2])))
-    assert not any(block.is_over for blocks in sent for block in blocks)
+    assert not any(array.is_over for array in sent)
     runner.execute(make_plan(to_host=moves(range(4, 3 + MAX_STAGED_BLOCKS), range(3, 2 + MAX_STAGED_BLOCKS))))
-    assert all(block.is_over for block in sent[0]), "the oldest make room"
-    assert not any(block.is_over for blocks in sent[1:] for block in blocks)
+    assert sent[0].is_over, "the oldest make room"
+    assert not any(array.is_over for array in sent[1:])
     assert runner.host_pool.stalled_s == 3.0
     runner.execute(make_plan(from_host=moves([100], [3])))
-    assert all(block.is_over for blocks in sent for block in blocks)
+    assert [array.is_over for array in sent] == [True, True, False, False], "one arrival needs no more room"
 
 
 def test_staged_blocks_are_bounded_within_a_plan(slow_link):
     runner, sent = slow_link
     runner.execute(make_plan(to_host=moves(range(1, 129), range(128))))
-    waited = sum(block.is_over for batch in sent for block in batch)
-    assert waited == 128 - MAX_STAGED_BLOCKS
+    assert len(sent) == 4
+    assert sum(array.is_over for array in sent) * MOVE_SIZES[-1] == 128 - MAX_STAGED_BLOCKS
     assert runner.host_pool.stalled_s == pytest.approx(2 * 3.0)
 
 
@@ -215,7 +214,7 @@ def test_a_copy_whose_end_nobody_saw_only_lowers_its_cost(slow_link):
     runner, sent = slow_link
     for seconds, expected in ((10.0, 1.0), (0.5, 0.25)):  # expected to take 2 s
         runner.execute(make_plan(to_host=moves([1], [0])))
-        sent[-1][0].end_after(seconds)
+        sent[-1].end_after(seconds)
         runner.host_pool.poll()
         assert runner.costs.to_host_block_s == pytest.approx(expected)
 

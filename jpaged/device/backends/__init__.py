@@ -1,6 +1,6 @@
 """The interface of the engine to the kernels of a platform, and the parts that all platforms share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jpaged.device.kv.pool import Block, KVCache
+from jpaged.device.kv.pool import Blocks, KVCache
 from jpaged.models.layers.common import AddNorm
 from jpaged.models.spec import LayerSpec
 from jpaged.sharding import TENSOR_AXIS, pool_spec
@@ -124,13 +124,27 @@ class Backend:
         """``KVCache.copy``. No block but block 0 may be both a source and a destination; block 0 may stay as it is."""
         return cache.copy(src, dst)
 
-    def gather(self, cache: KVCache, blocks: Int[Array, " n"]) -> list[Block]:
+    def gather(self, cache: KVCache, blocks: Int[Array, " n"]) -> Blocks:
         """``KVCache.gather``."""
         return cache.gather(blocks)
 
-    def scatter(self, cache: KVCache, blocks: Int[Array, " n"], data: Sequence[Block]) -> KVCache:
+    def scatter(self, cache: KVCache, blocks: Int[Array, " n"], data: Blocks) -> KVCache:
         """``KVCache.scatter``. Block 0 may stay as it is."""
         return cache.scatter(blocks, data)
+
+    def to_host(
+        self, slots: Blocks, cache: KVCache, blocks: Int[Array, " n"], where: Int[Array, " n"]
+    ) -> tuple[Blocks, Int[Array, ""]]:
+        """Copy blocks to slots of host memory that the devices address, in place; a slot past the last is dropped.
+
+        Returns:
+            The slots, and a number that is ready when the copies are over.
+        """
+        return slots.at[where].set(self.gather(cache, blocks), mode="drop", unique_indices=True), where.sum()
+
+    def from_host(self, cache: KVCache, blocks: Int[Array, " n"], slots: Blocks, where: Int[Array, " n"]) -> KVCache:
+        """Copy slots of such memory to blocks. Block 0 may stay as it is."""
+        return self.scatter(cache, blocks, slots.at[where].get(mode="clip"))
 
     def on_each_device(self, run: Callable[..., Any], in_specs: tuple[P, ...], out_specs: Any) -> Callable[..., Any]:
         """A function that every device of the mesh in use runs over its own parts of the arguments."""

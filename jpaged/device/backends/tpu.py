@@ -1,6 +1,6 @@
 """The backend of TPUs: our ragged Pallas kernels, and DMA between blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
-from jpaged.device.kv.pool import Block, KVCache
+from jpaged.device.kv.pool import Blocks, KVCache
 from jpaged.models.spec import LayerSpec
-from jpaged.sharding import block_spec, pool_spec
+from jpaged.sharding import pool_spec
 from pallas_kernels import write_and_attend
 from pallas_kernels.paged_attention import pool_rows
 
@@ -59,11 +59,11 @@ class TpuBackend(Backend):
     def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
         return self._move(KVCache.copy, (pool_spec(), P(), P()), pool_spec())(cache, src, dst)
 
-    def gather(self, cache: KVCache, blocks: Int[Array, " n"]) -> list[Block]:
-        return self._move(KVCache.gather, (pool_spec(), P()), block_spec())(cache, blocks)
+    def gather(self, cache: KVCache, blocks: Int[Array, " n"]) -> Blocks:
+        return self._move(KVCache.gather, (pool_spec(), P()), pool_spec())(cache, blocks)
 
-    def scatter(self, cache: KVCache, blocks: Int[Array, " n"], data: Sequence[Block]) -> KVCache:
-        return self._move(KVCache.scatter, (pool_spec(), P(), block_spec()), pool_spec())(cache, blocks, list(data))
+    def scatter(self, cache: KVCache, blocks: Int[Array, " n"], data: Blocks) -> KVCache:
+        return self._move(KVCache.scatter, (pool_spec(), P(), pool_spec()), pool_spec())(cache, blocks, data)
 
     def _move(self, move: Callable[..., Any], in_specs: tuple[P, ...], out_specs: P) -> Callable[..., Any]:
         run = partial(move, implementation=self.name, interpret=self.interpret)

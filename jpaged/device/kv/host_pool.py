@@ -1,4 +1,4 @@
-"""The host pool: blocks in pinned host memory, asynchronous copies between them and the device pool, their cost."""
+"""The host pool: blocks in host memory, asynchronous copies between them and the device pool, their cost."""
 
 import dataclasses
 import itertools
@@ -12,25 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
 from jpaged.config import EngineConfig
 from jpaged.contract.costs import Costs
 from jpaged.contract.plan import BlockCopy
+from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, HostMemory, Program
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import Target
-from jpaged.sharding import block_spec
-
-Block = Float[Array, "num_layers 2 num_kv_heads block_size head_dim"]
-
-MOVE_SIZES = (4, 32)
-"""Numbers of blocks that a program gathers or scatters; fewer blocks are padded with block 0."""
 
 MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
-"""Most blocks in flight in each direction, staged in device memory: one batch is copied while the next is gathered."""
+"""Most blocks staged in device memory at once: one batch is copied while another is gathered or written."""
 
+_NUM_SCRATCH = MOVE_SIZES[-1]  # the first slots, which ``measure`` overwrites
 _MIN_S = 1e-9  # an observation scales a cost, so a cost of zero would never change
 _WEIGHT = 0.2  # weight of an observation in the average
 _MAX_GROWTH = 4.0  # a process that was stopped for a while must not make a cost a thousandfold
@@ -38,33 +31,29 @@ _MAX_GROWTH = 4.0  # a process that was stopped for a while must not make a cost
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """Blocks of one step in flight in one direction. ``arrays`` are their destinations."""
+    """Blocks of one step in flight in one direction. ``arrays`` are ready when the copies are over."""
 
     cost: Literal["to_host_block_s", "from_host_block_s"]
     num_blocks: int
     started: float
-    arrays: list[Any]  # Blocks, whose stub lacks is_ready
-
-    @property
-    def is_arrival(self) -> bool:
-        return self.cost == "from_host_block_s"
+    arrays: list[Any]  # Array, whose stub lacks is_ready
 
     def is_over(self) -> bool:
         return all(array.is_ready() for array in self.arrays)
 
 
 class HostPool:
-    """Blocks in pinned host memory, each an array of its own, sharded like the device pool.
+    """Blocks in host memory, sharded like the device pool.
 
     The copies of a step surround its forward pass: ``start`` before it, ``finish`` after it. Neither waits for the
     copies of this step, unless they exceed ``MAX_STAGED_BLOCKS``. ``start`` waits for copies of earlier steps where
-    the limit or arrivals demand it.
+    the limit demands it.
 
     Args:
-        num_blocks: host blocks, allocated here. Later writes replace arrays, and JAX's allocator recycles their memory.
-            Registering new pinned memory would cost as much as copying 20 times the bytes.
-        block: shape, type and device sharding of one block.
-        program: compiled ``KVCache.gather`` and ``KVCache.scatter`` by ("gather" or "scatter", size).
+        slots: bits of the host's slots for blocks as one array: shape, dtype and device sharding. ``num_slots_for``
+            says how many.
+        memory: makes the host memory.
+        program: compiled programs that move blocks, by kind and size.
 
     Attributes:
         bytes_to_host, bytes_from_host: copied since the start, over all devices.
@@ -72,16 +61,17 @@ class HostPool:
         costs: measured costs of copies and prefills, kept current; None until ``measure``.
     """
 
-    def __init__(self, num_blocks: int, block: jax.ShapeDtypeStruct, program: Callable[[tuple], jax.stages.Compiled]):
-        assert block.sharding is not None
-        self._device_sharding = block.sharding
-        self._host_sharding = block.sharding.with_memory_kind("pinned_host")
-        self._program = program
-        self._bytes_per_block = math.prod(block.shape) * block.dtype.itemsize
-        zeros = jnp.zeros(block.shape, block.dtype, device=self._device_sharding)
-        self._slots = jax.block_until_ready(jax.device_put([zeros] * num_blocks, self._host_sharding))
+    def __init__(
+        self,
+        slots: jax.ShapeDtypeStruct,
+        memory: Callable[[jax.ShapeDtypeStruct, Program], HostMemory],
+        program: Program,
+    ) -> None:
+        self._memory = memory(slots, program)
+        self._bytes_per_block = math.prod(slots.shape[1:]) * slots.dtype.itemsize
         self._in_flight: list[_Transfer] = []
-        self._arriving: deque[tuple[tuple[BlockCopy, ...], list[Block]]] = deque()
+        self._arriving: deque[Arrival] = deque()
+        self._staged: deque[tuple[int, Any]] = deque()  # blocks, and an array that is ready when they are not staged
         self.bytes_to_host = 0
         self.bytes_from_host = 0
         self.stalled_s = 0.0
@@ -95,9 +85,8 @@ class HostPool:
         Returns:
             The cache, which may already hold the first of many arrivals.
         """
-        self._wait_for_earlier(cache, len(to_host), is_for_arrivals=bool(from_host))
-        self._store(cache, to_host)
-        cache = self._request(cache, from_host)
+        self._store(cache, [BlockCopy(copy.src, copy.dst + _NUM_SCRATCH) for copy in to_host])
+        cache = self._request(cache, [BlockCopy(copy.src + _NUM_SCRATCH, copy.dst) for copy in from_host])
         self.bytes_to_host += len(to_host) * self._bytes_per_block
         self.bytes_from_host += len(from_host) * self._bytes_per_block
         return cache
@@ -115,95 +104,101 @@ class HostPool:
             self._learn(transfer, is_end_seen=False)
 
     def forget(self) -> None:
-        """Drop the copies in flight after a failed step. No slot may be read again before it is written."""
+        """Drop the copies in flight after a failed step. No block may be read again before it is written."""
         self._in_flight.clear()
         self._arriving.clear()
+        self._staged.clear()
+        self._memory.forget()
 
     def _store(self, cache: KVCache, to_host: Sequence[BlockCopy]) -> None:
         transfer = _Transfer("to_host_block_s", len(to_host), time.perf_counter(), [])
         for batch in itertools.batched(to_host, MOVE_SIZES[-1]):
-            self._stall(transfer.arrays[: MOVE_SIZES[-1] - MAX_STAGED_BLOCKS])
-            stored = self._send(cache, [copy.src for copy in batch])
-            transfer.arrays += stored
-            for copy, block in zip(batch, stored, strict=True):
-                self._slots[copy.dst] = block
+            if self._memory.stages_stores:
+                self._make_room(len(batch))
+            is_over = self._memory.store(cache, batch)
+            transfer.arrays.append(is_over)
+            if self._memory.stages_stores:
+                self._staged.append((len(batch), is_over))
         if to_host:
             self._in_flight.append(transfer)
 
     def _request(self, cache: KVCache, from_host: Sequence[BlockCopy]) -> KVCache:
-        transfer = _Transfer("from_host_block_s", len(from_host), time.perf_counter(), [])
-        for batch in itertools.batched(from_host, MOVE_SIZES[-1]):
-            if len(transfer.arrays) + len(batch) > MAX_STAGED_BLOCKS:
-                oldest = transfer.arrays[: MOVE_SIZES[-1]]
-                del transfer.arrays[: MOVE_SIZES[-1]]
-                self._stall(oldest)
+        if not from_host:
+            return cache
+        transfer = _Transfer("from_host_block_s", 0, time.perf_counter(), [])
+        for batch, is_staged in self._memory.batches(from_host, MAX_STAGED_BLOCKS - self._num_staged()):
+            while is_staged and self._arriving and self._num_staged() + len(batch) > MAX_STAGED_BLOCKS:
                 cache = self._land(cache)
-            blocks = jax.device_put([self._slots[copy.src] for copy in batch], self._device_sharding)
-            transfer.arrays += blocks
-            self._arriving.append((batch, blocks))
-        if from_host:
+                self._make_room(len(batch))
+            if is_staged:
+                self._make_room(len(batch))
+            arrival = self._memory.request(batch, is_staged=is_staged)
+            self._arriving.append(arrival)
+            if arrival.staged is not None:
+                transfer.arrays.append(arrival.staged)
+                transfer.num_blocks += len(batch)
+        if transfer.arrays:
             self._in_flight.append(transfer)
         return cache
 
-    def _send(self, cache: KVCache, blocks: Sequence[int]) -> list[Block]:
-        """Send device blocks to the host, without their padding."""
-        ids = _padded_ids(blocks)
-        gathered = self._program(("gather", len(ids)))(cache, ids)
-        return jax.device_put(gathered[: len(blocks)], self._host_sharding)
-
     def _land(self, cache: KVCache) -> KVCache:
         """Write the batch that was requested first."""
-        batch, blocks = self._arriving.popleft()
-        ids = _padded_ids([copy.dst for copy in batch])
-        padding = [blocks[0]] * (len(ids) - len(blocks))
-        return self._program(("scatter", len(ids)))(cache, ids, [*blocks, *padding])
+        arrival = self._arriving.popleft()
+        cache, is_over = self._memory.land(cache, arrival)
+        if arrival.staged is not None:
+            self._staged.append((len(arrival.copies), is_over))
+        return cache
 
-    def _wait_for_earlier(self, cache: KVCache, num_blocks: int, *, is_for_arrivals: bool) -> None:
-        """Wait for copies of earlier steps, the oldest first, until so many more blocks may be staged.
+    def _num_staged(self) -> int:
+        while self._staged and self._staged[0][1].is_ready():
+            self._staged.popleft()
+        arriving = sum(len(arrival.copies) for arrival in self._arriving if arrival.staged is not None)
+        return arriving + sum(num_blocks for num_blocks, _ in self._staged)
 
-        Arrivals stay staged until they are written. So a step with arrivals waits for all copies, and so does the next.
-        """
-        is_for_all = is_for_arrivals or any(transfer.is_arrival for transfer in self._in_flight)
-        num_staged = sum(len(transfer.arrays) for transfer in self._in_flight)
-        if not self._in_flight:
-            return
-        while self._in_flight and (is_for_all or num_staged + num_blocks > MAX_STAGED_BLOCKS):
-            transfer = self._in_flight.pop(0)
-            num_staged -= len(transfer.arrays)
-            is_end_seen = not transfer.is_over()
-            self._stall(transfer.arrays)
-            self._learn(transfer, is_end_seen=is_end_seen)
-        if is_for_all:
-            self._stall([cache.pool])
+    def _make_room(self, num_blocks: int) -> None:
+        """Wait for copies, the oldest first, until so many more blocks may be staged."""
+        while self._staged and self._num_staged() + num_blocks > MAX_STAGED_BLOCKS:
+            _, is_over = self._staged.popleft()
+            started = time.perf_counter()
+            jax.block_until_ready(is_over)
+            self.stalled_s += time.perf_counter() - started
+            self._learn_ended()
 
-    def _stall(self, arrays: Sequence[Array]) -> None:
-        started = time.perf_counter()
-        jax.block_until_ready(arrays)
-        self.stalled_s += time.perf_counter() - started
+    def _learn_ended(self) -> None:
+        """Learn from transfers that ended while this thread waited."""
+        for transfer in [transfer for transfer in self._in_flight if transfer.is_over()]:
+            self._in_flight.remove(transfer)
+            self._learn(transfer, is_end_seen=True)
 
     # Costs --------------------------------------------------------------------------------------------------------
 
-    def measure(self, cache: KVCache, *, prefill_token_s: float) -> None:
-        """Measure ``costs`` by copying block 0 to the host and back, a few times. Neither pool changes."""
-        few, many = 1, MOVE_SIZES[-1]
-        (few_out_s, few_in_s), (many_out_s, many_in_s) = (self._time_copies(cache, n) for n in (few, many))
+    def measure(self, cache: KVCache, *, prefill_token_s: float) -> KVCache:
+        """Measure ``costs`` by copying block 0 to the host and back, a few times. Other blocks do not change."""
+        few, many = MOVE_SIZES
+        cache, few_out_s, few_in_s = self._time_copies(cache, few)
+        cache, many_out_s, many_in_s = self._time_copies(cache, many)
         to_host_block_s = max((many_out_s - few_out_s) / (many - few), _MIN_S)
         from_host_block_s = max((many_in_s - few_in_s) / (many - few), _MIN_S)
-        fixed_s = (few_out_s - to_host_block_s + few_in_s - from_host_block_s) / 2
+        fixed_s = (few_out_s - few * to_host_block_s + few_in_s - few * from_host_block_s) / 2
         self.costs = Costs(max(fixed_s, _MIN_S), to_host_block_s, from_host_block_s, max(prefill_token_s, _MIN_S))
+        return cache
 
-    def _time_copies(self, cache: KVCache, num_blocks: int) -> tuple[float, float]:
+    def _time_copies(self, cache: KVCache, num_blocks: int) -> tuple[KVCache, float, float]:
         """Seconds of a copy to the host, and from it: the best of a few, since the first one allocates."""
         out_s, in_s = [], []
         for _ in range(4):
             jax.block_until_ready(cache.pool)
             started = time.perf_counter()
-            on_host = jax.block_until_ready(self._send(cache, [0] * num_blocks))
+            jax.block_until_ready(self._memory.store(cache, [BlockCopy(0, slot) for slot in range(num_blocks)]))
             sent = time.perf_counter()
-            jax.block_until_ready(jax.device_put(on_host, self._device_sharding))
-            in_s.append(time.perf_counter() - sent)
             out_s.append(sent - started)
-        return min(out_s), min(in_s)
+            for batch, is_staged in self._memory.batches(
+                [BlockCopy(slot, 0) for slot in range(num_blocks)], num_blocks
+            ):
+                cache, is_over = self._memory.land(cache, self._memory.request(batch, is_staged=is_staged))
+                jax.block_until_ready(is_over)
+            in_s.append(time.perf_counter() - sent)
+        return cache, min(out_s), min(in_s)
 
     def learn_prefill(self, num_tokens: int, seconds: float) -> None:
         """Learn from the time of a large step."""
@@ -226,16 +221,9 @@ def _average(old: float, new: float) -> float:
     return old + _WEIGHT * (min(new, _MAX_GROWTH * old) - old)
 
 
-def _padded_ids(blocks: Sequence[int]) -> np.ndarray:
-    """Pad block ids with block 0 up to the size of a program."""
-    ids = np.zeros(next(size for size in MOVE_SIZES if size >= len(blocks)), np.int32)
-    ids[: len(blocks)] = blocks
-    return ids
-
-
-def block_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    """The sharding of one block on the devices: that of the pool, without the axis that numbers blocks."""
-    return jax.sharding.NamedSharding(mesh, block_spec())
+def num_slots_for(num_blocks: int) -> int:
+    """Slots of a host pool of so many blocks."""
+    return num_blocks + _NUM_SCRATCH
 
 
 # Sizes ------------------------------------------------------------------------------------------------------------

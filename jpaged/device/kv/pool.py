@@ -1,6 +1,5 @@
 """The KV cache on the device: the block pool as a value, and attention over it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -8,7 +7,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Real, UInt8
+from jaxtyping import Array, Float, Float32, Int, Real, UInt, UInt8
 
 from jpaged.sharding import check_axes
 from pallas_kernels import (
@@ -23,8 +22,10 @@ from pallas_kernels import (
     write_kv_quantized,
 )
 
-Block = Float[Array, "num_layers 2 num_kv_heads block_size head_dim"] | UInt8[Array, "num_layers 2 num_kv_heads bytes"]
-"""One block outside of a pool: an array of its own. A quantised block is bytes, its scales among them."""
+Blocks = (
+    UInt[Array, "n num_layers 2 num_kv_heads block_size head_dim"] | UInt8[Array, "n num_layers 2 num_kv_heads bytes"]
+)
+"""Blocks outside of a pool: their bits. A quantised block is bytes, its scales among them."""
 
 SCALE_BYTES = 4
 
@@ -126,30 +127,32 @@ class KVCache:
         run = partial(copy_blocks, implementation=implementation, interpret=interpret)
         return jax.tree.map(lambda array: run(array, src, dst), self)
 
-    def gather(
-        self, blocks: Int[Array, " n"], implementation: str | None = None, *, interpret: bool = False
-    ) -> list[Block]:
-        """Copies of some blocks, each an array of its own, as ``gather_blocks`` makes them."""
+    def gather(self, blocks: Int[Array, " n"], implementation: str | None = None, *, interpret: bool = False) -> Blocks:
+        """The bits of some blocks, as ``gather_blocks`` copies them."""
         gathered = gather_blocks(self.pool, blocks, implementation=implementation, interpret=interpret)
         if self.kv_scales is not None:
-            gathered = pack_blocks(gathered, gather_blocks(self.kv_scales, blocks))
-        return list(gathered)
+            return pack_blocks(gathered, gather_blocks(self.kv_scales, blocks))
+        return lax.bitcast_convert_type(gathered, bits_of(gathered.dtype))
 
     def scatter(
         self,
         blocks: Int[Array, " n"],
-        data: Sequence[Block],
+        data: Blocks,
         implementation: str | None = None,
         *,
         interpret: bool = False,
     ) -> Self:
         """Overwrite some blocks, as ``gather`` returns them. Block 0 may occur any number of times, others once."""
         run = partial(scatter_blocks, implementation=implementation, interpret=interpret)
-        stacked = jnp.stack(data)
         if self.kv_scales is None:
-            return type(self)(run(self.pool, blocks, stacked))
-        stored, scales = unpack_blocks(stacked, self.pool)
+            return type(self)(run(self.pool, blocks, lax.bitcast_convert_type(data, self.pool.dtype)))
+        stored, scales = unpack_blocks(data, self.pool)
         return type(self)(run(self.pool, blocks, stored), run(self.kv_scales, blocks, scales))
+
+
+def bits_of(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The unsigned integer type of the same size."""
+    return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
 
 
 def pack_blocks(

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
-from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES, block_sharding, has_host_pool
+from jpaged.device.kv.host_memory import MOVE_SIZES, has_mapped_memory
+from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
 from jpaged.device.kv.layout import pool_layout
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
@@ -79,6 +80,7 @@ class Programs:
         self.bytes_per_block = self._layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
+        self.num_host_slots = MOVE_SIZES[-1]
         self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
         """Sizes of the copying programs: a step copies one block for each row at most."""
         self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size)
@@ -91,6 +93,11 @@ class Programs:
         self.steps = self._steps(self.max_burst)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self.num_loaded = 0
+
+    @property
+    def move_kinds(self) -> tuple[str, ...]:
+        """Kinds of the programs that move blocks between the pools."""
+        return ("to_host", "from_host", "scatter") if has_mapped_memory(self.target) else ("gather", "scatter")
 
     @property
     def max_burst(self) -> int:
@@ -108,7 +115,7 @@ class Programs:
         keys.append(("copy", max(self.copy_sizes)))
         total = 0
         if has_host_pool(self.config, self.target):
-            keys += ("gather", MOVE_SIZES[-1]), ("scatter", MOVE_SIZES[-1])
+            keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
         with InterruptsWait() as interrupts:
             for key in keys:
@@ -175,7 +182,7 @@ class Programs:
         keys += [("load", bucket) for bucket in self.buckets]
         keys += [("enter",), ("read",), *(("copy", size) for size in self.copy_sizes)]
         if with_host_pool:
-            keys += [(kind, size) for kind in ("gather", "scatter") for size in MOVE_SIZES]
+            keys += [(kind, size) for kind in self.move_kinds for size in MOVE_SIZES]
         return list(dict.fromkeys(keys))
 
     def _program_cache(self) -> ProgramCache | None:
@@ -183,7 +190,14 @@ class Programs:
         if not self.target.keeps_programs:
             return None
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
-        sizes = self.num_blocks, self.config.block_size, self.max_model_len, self.max_burst, self.buckets
+        sizes = (
+            self.num_blocks,
+            self.num_host_slots,
+            self.config.block_size,
+            self.max_model_len,
+            self.max_burst,
+            self.buckets,
+        )
         choices = self.model_config, self.backend, self.config.kv_cache_dtype, self.target
         devices = list(self.mesh.devices.flat)
         return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
@@ -242,13 +256,29 @@ class Programs:
                 blocks = self._abstract((sizes[0],), jnp.int32)
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
-                blocks = self._abstract((sizes[0],), jnp.int32)
-                return jax.jit(self.backend.gather, out_shardings=block_sharding(self.mesh)).lower(cache, blocks)
+                blocks, sharding = self._abstract((sizes[0],), jnp.int32), pool_sharding(self.mesh)
+                return jax.jit(self.backend.gather, out_shardings=sharding).lower(cache, blocks)
             case "scatter":
-                blocks, data = self._abstract((sizes[0],), jnp.int32), [self.abstract_block()] * sizes[0]
-                return jax.jit(self.backend.scatter, donate_argnums=0).lower(cache, blocks, data)
+                blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
+                return jax.jit(self._landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
+            case "to_host":
+                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(self.num_host_slots)
+                return jax.jit(self.backend.to_host, donate_argnums=0).lower(slots, cache, blocks, blocks)
+            case "from_host":
+                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(self.num_host_slots)
+                from_host = self._landed(self.backend.from_host)
+                return jax.jit(from_host, donate_argnums=0).lower(cache, blocks, slots, blocks)
             case _:
                 raise AssertionError(kind)
+
+    @staticmethod
+    def _landed(write: Callable[..., KVCache]) -> Callable[..., tuple[KVCache, jax.Array]]:
+        """A function that writes blocks and returns the cache, and a number that is ready when they are written."""
+
+        def run(cache: KVCache, blocks: jax.Array, *args: jax.Array) -> tuple[KVCache, jax.Array]:
+            return write(cache, blocks, *args), blocks.sum()
+
+        return run
 
     def _jit(self, method: Callable, *static: object, donate: tuple[int, ...] = ()):
         return jax.jit(partial(method, *static), donate_argnums=donate)
@@ -265,11 +295,11 @@ class Programs:
     def _abstract_state(self) -> StepState:
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
 
-    def abstract_block(self) -> jax.ShapeDtypeStruct:
-        """The shape of one block outside of the pool."""
+    def abstract_blocks(self, num_blocks: int) -> jax.ShapeDtypeStruct:
+        """The shape of the bits of blocks outside of the pool."""
         cache = jax.eval_shape(partial(self._layout.allocate, 1))
-        [block] = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((1,), jnp.int32))
-        return jax.ShapeDtypeStruct(block.shape, block.dtype, sharding=block_sharding(self.mesh))
+        blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
+        return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:
