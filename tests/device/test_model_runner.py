@@ -320,7 +320,7 @@ def test_two_devices_in_bursts_give_the_tokens_of_one_in_steps():
     assert [output.cumulative_logprob for output in results[1]] == expected
 
 
-EIGHT_HEADS = dataclasses.replace(TINY, num_heads=8, num_kv_heads=2, intermediate_size=16, vocab_size=24)
+EIGHT_HEADS = dataclasses.replace(TINY, num_layers=1, num_heads=8, num_kv_heads=2, intermediate_size=16, vocab_size=24)
 
 
 @pytest.mark.parametrize(
