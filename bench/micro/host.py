@@ -170,7 +170,7 @@ class _Runner:
     timed: dict[str, list[float]]
     num_host_blocks = 0
     host_bytes_per_block = 1
-    costs = None
+    profile = None
     host_pool = None
 
     def __post_init__(self) -> None:

@@ -6,8 +6,8 @@ from bench.paper.beams import DEFAULT_CANDIDATES, CandidateModel, CandidateSourc
 from bench.paper.step_time import A100, MAX_MODEL_LEN, NUM_SLOTS
 from bench.paper.traces import Tally, Trace, Usage
 from bench.workloads import made_up_result
-from jpaged.contract.costs import Costs
 from jpaged.contract.plan import StepPlan
+from jpaged.contract.profile import Link, MachineProfile
 from jpaged.host.blocks.manager import BlockManager, BlockStats
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import Request, SamplingParams
@@ -26,7 +26,7 @@ class Paged:
     Args:
         block_size: tokens in a block. Block 0, padding, is within the pool's 12 GB.
         enable_prefix_caching: whether equal prompt prefixes are shared; off where the paper has none.
-        preemption: "recompute" or "swap", or "auto" by the costs of the modelled machine.
+        preemption: "recompute" or "swap", or "auto" by the profile of the modelled machine.
         num_host_slots: tokens that the host pool holds.
         pieces_per_block: contiguous pieces of a block in a transfer. Ours is one; the paper's system keeps keys and
             values of each layer apart.
@@ -55,7 +55,7 @@ class Paged:
             max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
             max_model_len=MAX_MODEL_LEN,
             preemption=self.preemption,
-            costs=self._costs(),
+            profile=self._profile(),
         )
         candidates = CandidateSource(self.candidates)
         clock, num_arrived, num_steps = 0.0, 0, 0
@@ -92,9 +92,11 @@ class Paged:
     def _transfer_s(self, num_blocks: int) -> float:
         return A100.transfer_s(num_blocks * self.block_size, num_blocks * self.pieces_per_block)
 
-    def _costs(self) -> Costs:
+    def _profile(self) -> MachineProfile:
+        """Rates of the modelled machine, in blocks for bytes."""
         block_s, prefill_s = self._transfer_s(1), A100.compute_s(MAX_NUM_BATCHED_TOKENS, 0)
-        return Costs(0.0, block_s, block_s, prefill_s / MAX_NUM_BATCHED_TOKENS)
+        link, token_s = Link(0.0, 1 / block_s, 1 / block_s), prefill_s / MAX_NUM_BATCHED_TOKENS
+        return MachineProfile(1, link, link, (), 0.0, token_s, 0.0, 0.0, 0.0)
 
 
 def _request(trace: Trace, index: int) -> Request:

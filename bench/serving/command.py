@@ -148,7 +148,7 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
         | {"num_blocks": runner.num_blocks, "num_host_blocks": runner.num_host_blocks},
         num_programs=len(runner.programs),
         limits=None if limits is None else dataclasses.asdict(limits),
-        costs=None if runner.costs is None else dataclasses.asdict(runner.costs),
+        profile=None if runner.profile is None else dataclasses.asdict(runner.profile),
         startup_s=(cold or startup).total_s,
         startup=dataclasses.asdict(cold or startup),
         startup_warm=None if cold is None else dataclasses.asdict(startup),

@@ -108,7 +108,7 @@ def _under_pressure(bench: Bench, options: Any) -> None:
             lower_is_better=False,
             floor=_floor_per_s(bench, run, run.num_output_tokens),
             peer_name=f"{title}_tokens_per_s",
-            costs=None if bench.runner.costs is None else asdict(bench.runner.costs),
+            profile=None if bench.runner.profile is None else asdict(bench.runner.profile),
             **asdict(run),
         )
         if run.is_complete and unconstrained["is_complete"]:  # parts of the work would differ in their lengths

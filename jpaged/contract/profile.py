@@ -2,6 +2,10 @@
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+Direction = Literal["to_host", "from_host"]
+"""A direction of the link; the name of its field in ``MachineProfile``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,7 @@ class MachineProfile:
     """Measured rates of one machine and one model.
 
     Args:
+        block_bytes: bytes of one block, on this host.
         to_host: the link from device to host.
         from_host: the link from host to device.
         projection_flops_per_s: FLOP/s of the K and V projections by tokens projected at once, fewest tokens first.
@@ -34,6 +39,7 @@ class MachineProfile:
         layer_token_s: seconds that each attended token of each sequence adds to one layer of a decode.
     """
 
+    block_bytes: int
     to_host: Link
     from_host: Link
     projection_flops_per_s: tuple[tuple[int, float], ...]
@@ -42,6 +48,43 @@ class MachineProfile:
     prefill_context_s: float
     layer_fixed_s: float
     layer_token_s: float
+
+
+class Transferred(NamedTuple):
+    """A transfer that is over.
+
+    Args:
+        direction: its direction.
+        num_bytes: bytes that it moved.
+        seconds: time from its start.
+        is_end_seen: whether its end was observed; otherwise ``seconds`` is an upper bound.
+    """
+
+    direction: Direction
+    num_bytes: int
+    seconds: float
+    is_end_seen: bool
+
+
+class Prefilled(NamedTuple):
+    """A step that computed chunks of prompts, and ran alone.
+
+    Args:
+        num_tokens: tokens of the chunks.
+        seconds: time of the step.
+        context_len: tokens before a chunk, on average.
+    """
+
+    num_tokens: int
+    seconds: float
+    context_len: int
+
+
+class Observations(NamedTuple):
+    """Times observed since the last call."""
+
+    transfers: list[Transferred]
+    prefills: list[Prefilled]
 
 
 def fit_link(few: tuple[int, float], many: tuple[int, float], *, shared_bytes_per_s: float) -> Link:
@@ -70,7 +113,9 @@ def fit_prefill(short: tuple[int, float], long: tuple[int, float], *, fixed_s: f
     """
     (short_len, short_s), (long_len, long_s) = short, long
     short_token_s, long_token_s = (short_s - fixed_s) / short_len, (long_s - fixed_s) / long_len
-    context_s = max(2 * (long_token_s - short_token_s) / (long_len - short_len), 0.0)
+    context_s = 0.0
+    if long_len > short_len:
+        context_s = max(2 * (long_token_s - short_token_s) / (long_len - short_len), 0.0)
     return max(short_token_s - short_len / 2 * context_s, 0.0), context_s
 
 

@@ -49,7 +49,7 @@ class Command(Enum):
     """Messages of the leading process besides steps."""
 
     FORGET_POOL = auto()
-    MEASURE_COSTS = auto()
+    MEASURE_PROFILE = auto()
     END = auto()
 
 
@@ -265,10 +265,10 @@ class LeadingRunner(ModelRunner):
         self._channel.send(Command.FORGET_POOL)
         super().forget_pool()
 
-    def measure_costs(self) -> None:
+    def measure_profile(self) -> None:
         with InterruptsWait():
-            self._channel.send(Command.MEASURE_COSTS)
-            super().measure_costs()
+            self._channel.send(Command.MEASURE_PROFILE)
+            super().measure_profile()
 
 
 def follow(runner: ModelRunner, channel: Channel) -> None:
@@ -295,8 +295,8 @@ def follow(runner: ModelRunner, channel: Channel) -> None:
                         failure = error
                 case Command.FORGET_POOL:
                     runner.forget_pool()
-                case Command.MEASURE_COSTS:
-                    runner.measure_costs()
+                case Command.MEASURE_PROFILE:
+                    runner.measure_profile()
 
 
 def agree(channel: Channel, **settings: object) -> None:

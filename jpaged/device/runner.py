@@ -12,12 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jpaged.config import EngineConfig
-from jpaged.contract.costs import Costs
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
+from jpaged.contract.profile import MachineProfile, Observations, Prefilled
 from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
 from jpaged.device.kv.sizing import PoolSizer
+from jpaged.device.profiler import measure_profile
 from jpaged.device.sampling.beams import Candidates, split_candidates
 from jpaged.device.sampling.draw import SampledTokens
 from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_scores
@@ -171,10 +172,14 @@ class ModelRunner:
         )
         self.num_host_blocks = least(num_host_blocks)
         self.host_pool = self._make_host_pool()
+        self.profile: MachineProfile | None = None
+        self._prefills: list[Prefilled] = []
         if warm_up:
             self.warm_up(use_tqdm=use_tqdm)
         if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up:
             self.warm_up(use_tqdm=use_tqdm)
+        if self.host_pool is not None:
+            self.host_pool.wait()  # it was made while the programs were
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
         self._packer = Packer(self.buckets, len(self._state.latest), self.max_blocks, model_config.vocab_size)
@@ -297,7 +302,7 @@ class ModelRunner:
         return Timing(self._num_enqueued, time.perf_counter(), len(self.programs), was_idle)
 
     def _learn(self, plan: StepPlan, timing: Timing) -> None:
-        """Learn the costs of copies that have ended, and of a large prefill that ran alone and is over."""
+        """Note the copies that have ended, and a large prefill that ran alone and is over."""
         assert self.host_pool is not None
         if plan.num_logit_rows > 0:
             self._newest_waited_for = timing.number
@@ -306,7 +311,9 @@ class ModelRunner:
         is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
         is_alone = timing.was_idle and self._newest_waited_for == timing.number
         if is_large and is_alone and len(self.programs) == timing.num_programs and not plan.prompt_scores:
-            self.host_pool.learn_prefill(plan.num_tokens, time.perf_counter() - timing.started_s)
+            num_before = int(plan.chunks.starts @ plan.chunks.lens) // plan.num_tokens
+            seconds = time.perf_counter() - timing.started_s
+            self._prefills.append(Prefilled(plan.num_tokens, seconds, num_before))
 
     def _compute(self, step: PackedStep) -> Results:
         """Enqueue the forward passes, and the programs that read their logits."""
@@ -373,28 +380,31 @@ class ModelRunner:
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
 
-    @property
-    def costs(self) -> Costs | None:
-        """Costs of bringing KV back, kept current; None until ``measure_costs``."""
-        return self.host_pool.costs if self.host_pool is not None else None
-
-    def measure_costs(self) -> None:
-        """Measure ``costs``, before the first step: copies both ways, and a prefill that writes to block 0 at most."""
+    def take_observations(self) -> Observations:
+        """The times observed since the last call."""
         assert self.host_pool is not None
-        bucket, width = self.buckets[-1], min(self.max_model_len, self.buckets[-1].num_tokens)
-        num_chunks = min(bucket.num_tokens // width, bucket.num_rows)
-        rows, lens = np.full(num_chunks, self._packer.padding_row, np.int32), np.full(num_chunks, width, np.int32)
-        token_ids = np.zeros(num_chunks * width, np.int32)
-        plan = StepPlan(chunks=Chunks(rows, rows.astype(np.int64), np.zeros_like(lens), lens, token_ids))
-        packed = self._packer.pack(plan)
+        prefills, self._prefills = self._prefills, []
+        return Observations(self.host_pool.take_transfers(), prefills)
+
+    def measure_profile(self) -> None:
+        """Measure ``profile``, before the first step."""
         if any(array.is_deleted() for array in jax.tree.leaves((self.cache, self._state))):
             self._renew()  # an earlier call was interrupted
-        for _ in range(2):  # the first run loads the program
+        self.profile = measure_profile(self)
+
+    def time_prefill(self, num_chunks: int, length: int) -> float:
+        """Seconds of a step that writes chunks of this length to block 0: of the second run, the first one loads."""
+        rows, lens = np.full(num_chunks, self._packer.padding_row, np.int32), np.full(num_chunks, length, np.int32)
+        token_ids = np.zeros(num_chunks * length, np.int32)
+        plan = StepPlan(chunks=Chunks(rows, rows.astype(np.int64), np.zeros_like(lens), lens, token_ids))
+        packed = self._packer.pack(plan)
+        seconds = 0.0
+        for _ in range(2):
             started = time.perf_counter()
             self._compute(packed)
             jax.block_until_ready(self.cache.pool)
-            prefill_s = time.perf_counter() - started
-        self.cache = self.host_pool.measure(self.cache, prefill_token_s=prefill_s / plan.num_tokens)
+            seconds = time.perf_counter() - started
+        return seconds
 
     def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
         """All block copies of a step; padding copies block 0 onto itself."""

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from jpaged.config import EngineConfig
+from jpaged.contract.profile import Observations
 from jpaged.device.runner import ModelRunner, StepInFlight
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
 from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
 from jpaged.request import Request, SamplingParams
@@ -41,9 +43,11 @@ class Engine:
             asked, most = getattr(config, name), getattr(runner.config, name)
             if asked > most:
                 raise ValueError(f"{name}={asked} is more than the runner's {most}: lower it or build another runner")
+        # Checks what an 8-bit pool demands.
+        config = dataclasses.replace(config, kv_cache_dtype=runner.config.kv_cache_dtype)
         num_host_blocks = _num_host_blocks(runner, config)
-        if num_host_blocks and config.preemption == "auto" and runner.costs is None:
-            runner.measure_costs()
+        if num_host_blocks and config.preemption == "auto" and runner.profile is None:
+            runner.measure_profile()
         self.runner = runner
         self.config = config
         self.tokenizer = tokenizer
@@ -64,7 +68,7 @@ class Engine:
             max_burst=min(config.max_burst or runner.max_burst, runner.max_burst),
             step_sizes=[(size.num_tokens, size.num_rows) for size in runner.buckets if not size.is_decode],
             preemption=config.preemption,
-            costs=runner.costs,
+            profile=runner.profile,
         )
         self.prompts = PromptReader(tokenizer, runner.model_config)
         self.outputs = Outputs(tokenizer, self.scheduler)
@@ -216,7 +220,7 @@ class Engine:
                     self.runner.forget_pool()
                     raise
                 if self.runner.host_pool is not None:
-                    self.scheduler.costs = self.runner.costs
+                    self._learn(self.runner.take_observations())
                 self.outputs.note(touched)
             if self.outputs.unread:
                 self.outputs.read()
@@ -231,6 +235,11 @@ class Engine:
     def stats(self) -> EngineStats:
         """The state of both pools, and counters since the start."""
         return read_stats(self.scheduler.block_stats(), self.scheduler.stats(), self.runner.host_pool)
+
+    def _learn(self, observations: Observations) -> None:
+        """Keep the scheduler's profile current."""
+        if self.scheduler.profile is not None and any(observations):
+            self.scheduler.profile = learn(self.scheduler.profile, observations)
 
     def _drop_in_flight(self) -> None:
         """Drop the steps in flight, whose sequences have all ended."""

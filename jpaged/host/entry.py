@@ -4,9 +4,11 @@ A group may share blocks that the same plan computes for another group. Like a g
 computes from the next iteration on.
 """
 
+from jpaged.contract.profile import MachineProfile
 from jpaged.host.admission import Admission, Start
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.line import Line
+from jpaged.host.offload.restore import can_split, recompute_first
 from jpaged.host.outcome import Outcome
 from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.rows import RowTable
@@ -29,6 +31,7 @@ class Entry:
     ) -> None:
         self._outcome = outcome
         self.num_swaps_in = 0
+        self.num_tokens_recomputed = 0  # by restores, instead of a transfer
         self._blocks = blocks
         self._line = line
         self._admission = admission
@@ -40,8 +43,13 @@ class Entry:
         """The sequences whose blocks are on their way into the pool."""
         return self._loading
 
-    def admit(self, plan: PlanBuilder) -> None:
-        """Start waiting groups in order while rows, blocks and, for tokens to compute, the budget allow."""
+    def admit(self, plan: PlanBuilder, profile: MachineProfile | None) -> None:
+        """Start waiting groups in order while rows, blocks and, for tokens to compute, the budget allow.
+
+        Args:
+            plan: the plan under construction.
+            profile: rates of the machine, by which a restore is divided; without it all is transferred.
+        """
         line = self._line
         num_rows = line.num_rows if line.waiting else 0
         while line.waiting:
@@ -58,6 +66,9 @@ class Entry:
                 self._swap_in(group, start)
             else:
                 self._start(plan, group, start)
+            first = group.sequences[0]
+            if first.state is SequenceState.LOADING and profile is not None and can_split(self._blocks, group):
+                self.num_tokens_recomputed += recompute_first(plan, self._blocks, profile, group, first)
 
     def land(self) -> None:
         """Let sequences run whose blocks have arrived."""

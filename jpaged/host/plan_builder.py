@@ -38,6 +38,11 @@ class PlanBuilder:
         self._beams: defaultdict[SequenceGroup, list[int]] = defaultdict(list)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the plan computes so far."""
+        return len(self._num_draws) + len(self._token_ids)
+
+    @property
     def has_budget(self) -> bool:
         """Whether the budget allows a chunk of any prompt."""
         return self.budget >= self._unit

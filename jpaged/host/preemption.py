@@ -3,15 +3,16 @@
 import numpy as np
 from jaxtyping import Int32
 
-from jpaged.contract.costs import Costs
 from jpaged.contract.plan import BlockCopy
+from jpaged.contract.profile import MachineProfile
 from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
 from jpaged.host.feed import Feed
 from jpaged.host.line import Line
+from jpaged.host.offload.restore import can_split, spans_of
+from jpaged.host.offload.split import BlockShape, Load, is_swap_cheaper
 from jpaged.host.outcome import Outcome
 from jpaged.host.policies.order import schedule_order
-from jpaged.host.policies.restore import is_swap_cheaper
 from jpaged.host.policies.victim import choose_victim
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import SequenceGroup, SequenceState, num_shared_tokens
@@ -43,15 +44,15 @@ class Preemption:
         self._outcome = outcome
         self._rows = rows
 
-    def yield_to_first(self, costs: Costs | None) -> None:
+    def yield_to_first(self, profile: MachineProfile | None) -> None:
         """Preempt groups of lower priority than the first waiting group, if and while that lets it start.
 
         Args:
-            costs: the costs measured on this machine; None until they are measured: "auto" swaps then.
+            profile: rates of this machine; None until they are measured: "auto" swaps then.
         """
         lower, first = self.groups_to_yield(), self._line.waiting[0]
         while lower:
-            self._preempt(lower.pop(), costs)
+            self._preempt(lower.pop(), profile)
             if self._admission.rows_short(first) <= 0 and self._admission.start(first).num_short <= 0:
                 return
 
@@ -78,11 +79,11 @@ class Preemption:
         groups = sorted(self._rows.restless_groups(), key=schedule_order)
         return [Feed(group, seq, target) for group in groups for seq, target in group.targets() if not seq.is_steady]
 
-    def make_room(self, costs: Costs | None) -> list[BlockCopy]:
+    def make_room(self, profile: MachineProfile | None) -> list[BlockCopy]:
         """Give every running sequence the blocks for all its tokens; preempt from the back while blocks are short.
 
         Args:
-            costs: as in ``yield_to_first``.
+            profile: as in ``yield_to_first``.
 
         Returns:
             The copies to make before.
@@ -96,7 +97,7 @@ class Preemption:
             group = self._line.running[index]
             while (group_copies := self._append_group(group)) is None:
                 victim = choose_victim(self._line.running)
-                self._preempt(victim, costs)
+                self._preempt(victim, profile)
                 if victim is group:
                     return copies
             copies += group_copies
@@ -146,15 +147,15 @@ class Preemption:
         if group.needs_prompt_scores:
             group.prompt_scores.clear()
 
-    def _preempt(self, group: SequenceGroup, costs: Costs | None) -> None:
-        if self._swap_out(group, costs):
+    def _preempt(self, group: SequenceGroup, profile: MachineProfile | None) -> None:
+        if self._swap_out(group, profile):
             self.num_swaps_out += 1
         else:
             self.drop_blocks(group)
         self._line.preempt(group)
         self.num_preemptions += 1
 
-    def _swap_out(self, group: SequenceGroup, costs: Costs | None) -> bool:
+    def _swap_out(self, group: SequenceGroup, profile: MachineProfile | None) -> bool:
         """Move a group to the host pool, if that is the way to preempt it and the host pool has the blocks."""
         members = group.running
         seq_ids = [seq.seq_id for seq in members]
@@ -163,15 +164,17 @@ class Preemption:
         for seq in members:
             self._outcome.publish(seq)  # blocks that the host caches already are not moved
         ticket = self._blocks.to_swap_out(seq_ids)
-        if self._kind == "auto" and costs is not None:
+        if self._kind == "auto" and profile is not None:
             # Blocks that others hold stay on the device, whichever way the group comes back.
             num_blocks = self._blocks.num_blocks_freed_by(seq_ids)
             num_computed = sum(seq.num_computed for seq in members) - (len(members) - 1) * num_shared_tokens(members)
             is_cheaper = is_swap_cheaper(
-                costs,
+                profile,
+                spans_of(min(num_computed, num_blocks * self._blocks.block_size), members[0].num_computed),
+                BlockShape(self._blocks.block_size, profile.block_bytes),
+                Load(is_step_due=True),
                 num_blocks_out=ticket.num_blocks,
-                num_blocks_in=num_blocks,
-                num_tokens=min(num_computed, num_blocks * self._blocks.block_size),
+                can_split=can_split(self._blocks, group),
             )
             if not is_cheaper:
                 return False

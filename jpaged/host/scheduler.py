@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Int32
 
-from jpaged.contract.costs import Costs
 from jpaged.contract.plan import BlockCopy, StepPlan
+from jpaged.contract.profile import MachineProfile
 from jpaged.contract.result import StepResult
 from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager, BlockStats
@@ -49,8 +49,8 @@ class Scheduler:
         eos_token_ids: the model's end-of-sequence ids.
         max_burst: steps of one multi-step decode at most, which only runs while no group can be admitted.
         step_sizes: tokens and rows of the compiled steps that take prompts; empty if steps are not padded.
-        preemption: "swap", "recompute", or "auto": the cheaper by ``costs``. A full host pool always means recompute.
-        costs: the costs measured on this machine; None until they are measured: "auto" swaps then.
+        preemption: "swap", "recompute", or "auto": the cheaper by ``profile``. A full host pool always means recompute.
+        profile: rates of this machine; None until they are measured: "auto" swaps then, and a restore transfers all.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Scheduler:
         max_burst: int = 1,
         step_sizes: Iterable[tuple[int, int]] = (),
         preemption: str = "auto",
-        costs: Costs | None = None,
+        profile: MachineProfile | None = None,
     ):
         self._chunk_unit = blocks.block_size if blocks.is_quantized else 1  # a scale depends on all tokens of a block
         assert max_num_batched_tokens >= max_num_seqs + self._chunk_unit - 1
@@ -76,7 +76,7 @@ class Scheduler:
         self.max_burst = max_burst
         self.step_sizes = tuple(step_sizes)
         self.preemption = preemption
-        self.costs = costs
+        self.profile = profile
         self.roster = Roster(blocks.block_size)
         self.line = Line()
         self.pins = Pins(blocks)
@@ -221,9 +221,9 @@ class Scheduler:
         if self.line.waiting:
             self.outcome.publish_due()
             if self.line.running:
-                self._preemption.yield_to_first(self.costs)
+                self._preemption.yield_to_first(self.profile)
         num_preemptions = self._preemption.num_preemptions
-        copies = self._preemption.make_room(self.costs) if self.line.running else []
+        copies = self._preemption.make_room(self.profile) if self.line.running else []
         may_admit = self._preemption.num_preemptions == num_preemptions
         decodes, feeds = self.rows.decodes(), self._preemption.feeds() if self.rows.num_restless else []
         plan = self._plan(decodes, np.ones_like(decodes.rows), feeds, copies, may_admit=may_admit)
@@ -287,7 +287,7 @@ class Scheduler:
         if feeds:
             compute_all(plan, feeds, self.outcome)
         if may_admit:
-            self._entry.admit(plan)
+            self._entry.admit(plan, self.profile)
         transfers = self.blocks.tiers.take_transfers()
         return plan.build(transfers.to_host, transfers.from_host)
 

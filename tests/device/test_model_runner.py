@@ -274,11 +274,11 @@ def test_a_step_feeds_what_the_step_before_drew_whichever_programs_ran():
 def test_prompts_have_a_step_where_the_budget_is_no_more_than_the_rows_and_what_was_lost_is_replaced():
     runner = make_runner(max_num_seqs=4, max_num_batched_tokens=4, num_host_blocks=2)
     assert runner.buckets[-2:] == [Bucket(4, 4), Bucket(5, 4)]
-    runner.measure_costs()
-    assert runner.costs is not None
+    runner.measure_profile()
+    assert runner.profile is not None
     for array in jax.tree.leaves((runner.cache, runner._state)):  # as an interruption leaves them
         array.delete()
-    runner.measure_costs()
+    runner.measure_profile()
     assert len(greedy_tokens(runner, list(range(1, 12)), 5)) == 5
 
 

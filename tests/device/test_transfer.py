@@ -1,4 +1,4 @@
-"""Blocks that leave for the host and come back: bit for bit, in the order the plan promises, and what it costs."""
+"""Blocks that leave for the host and come back: bit for bit, in the order the plan promises, and their times."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jpaged.config import EngineConfig
-from jpaged.contract.costs import Costs
 from jpaged.contract.plan import BlockCopy
 from jpaged.device.kv import host_pool as transfer
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES
@@ -174,7 +173,6 @@ def slow_link(monkeypatch):
 
     monkeypatch.setattr(pool._memory, "store", slow_store)
     monkeypatch.setattr(transfer.jax, "block_until_ready", wait)
-    pool.costs = Costs(1.0, 1.0, 1.0, 1.0)
     return runner, sent
 
 
@@ -201,54 +199,68 @@ def test_staged_blocks_are_bounded_within_a_plan(slow_link):
     assert runner.host_pool.stalled_s == pytest.approx(2 * 3.0)
 
 
-def test_a_copy_seen_to_end_moves_its_cost_and_no_other(slow_link):
+def test_a_copy_that_was_waited_for_is_observed_with_its_time(slow_link):
     runner, _ = slow_link
-    runner.execute(make_plan(to_host=moves([1], [0])))  # expected to take 1 + 1 s, takes 3
+    pool, num_bytes = runner.host_pool, runner.bytes_per_block
+    runner.execute(make_plan(to_host=moves([1], [0])))
     runner.execute(make_plan(to_host=moves(range(1, 1 + MAX_STAGED_BLOCKS), range(MAX_STAGED_BLOCKS))))
-    costs = runner.costs
-    assert 1.0 < costs.to_host_block_s < 1.5
-    assert (costs.transfer_s, costs.from_host_block_s, costs.prefill_token_s) == (1.0, 1.0, 1.0)
+    assert pool.take_transfers() == [Transferred("to_host", num_bytes, 3.0, is_end_seen=True)]
+    assert pool.take_transfers() == []
 
 
-def test_a_copy_whose_end_nobody_saw_only_lowers_its_cost(slow_link):
+def test_a_copy_that_was_found_over_is_observed_if_it_was_not_over_shortly_before(slow_link):
     runner, sent = slow_link
-    for seconds, expected in ((10.0, 1.0), (0.5, 0.25)):  # expected to take 2 s
+    pool, num_bytes = runner.host_pool, runner.bytes_per_block
+    for seconds, passed, is_end_seen in ((9.0, 1.0, True), (1.0, 9.0, False)):
         runner.execute(make_plan(to_host=moves([1], [0])))
-        sent[-1].end_after(seconds)
-        runner.host_pool.poll()
-        assert runner.costs.to_host_block_s == pytest.approx(expected)
+        sent[-1].clock[0] += seconds
+        pool.poll()
+        sent[-1].end_after(passed)
+        pool.poll()
+        assert pool.take_transfers() == [Transferred("to_host", num_bytes, 10.0, is_end_seen)]
 
 
-def test_measured_costs_are_positive_and_leave_the_pools_as_they_were():
+def test_transfers_are_forgotten_without_a_fetch():
+    """As by the processes that follow the leading one."""
     runner = make_runner()
-    assert runner.costs is None
+    for _ in range(50):
+        jax.block_until_ready(runner.host_pool.start(runner.cache, moves([1, 2], [0, 1]), ()))
+        jax.block_until_ready(runner.host_pool._staged)
+    assert len(runner.host_pool._in_flight) < 5
+
+
+def test_the_measured_profile_is_positive_and_leaves_the_pools_as_they_were():
+    runner = make_runner()
+    assert runner.profile is None
     runner.execute(make_plan(to_host=moves([1], [0])))
     before = content(runner)
-    runner.measure_costs()
-    costs = runner.costs
-    assert min(costs.transfer_s, costs.to_host_block_s, costs.from_host_block_s, costs.prefill_token_s) > 0
+    runner.measure_profile()
+    profile = runner.profile
+    assert profile.block_bytes == runner.bytes_per_block
+    for link in (profile.to_host, profile.from_host):
+        assert link.fixed_s >= 0
+        assert min(link.bytes_per_s, link.shared_bytes_per_s) > 0
+    assert profile.prefill_fixed_s > 0
+    assert min(profile.prefill_token_s, profile.prefill_context_s) >= 0
     assert_same_bits(content(runner)[1:], before[1:])
     runner.execute(make_plan(from_host=moves([0], [9])))
     assert_same_bits(content(runner)[9], before[1])
 
 
-def test_large_steps_keep_the_cost_of_a_prefill_current_and_small_ones_do_not():
+def test_large_steps_are_observed_and_small_ones_are_not():
     runner = make_runner()
     params = SamplingParams(temperature=0)
 
-    def prefill(num_tokens):
-        chunk = Chunk(0, [1] * num_tokens, 0, num_tokens, [1, 2])
-        runner.execute(make_plan(chunks=(chunk,), samples=(Sample(0, 0, num_tokens, 0, params, (), (), ()),)))
-        return runner.costs.prefill_token_s
+    def prefill(num_tokens, start=0):
+        chunk = Chunk(0, [1] * num_tokens, start, start + num_tokens, [1, 2, 3])
+        runner.execute(make_plan(chunks=(chunk,), samples=(Sample(0, 0, start + num_tokens, 0, params, (), (), ()),)))
+        return [(each.num_tokens, each.context_len) for each in runner.take_observations().prefills]
 
-    runner.measure_costs()
-    for num_tokens in (3, 16):  # compiles, which no cost is to include
+    for num_tokens in (3, 16):  # compiles, which no time is to include
         prefill(num_tokens)
-    runner.host_pool.costs = Costs(1.0, 1.0, 1.0, 1000.0)
-    assert prefill(3) == 1000.0
-    assert 0.79 * 1000 < prefill(8) < 0.81 * 1000, "a fifth of the way to what it took"
-    runner.host_pool.costs = Costs(1.0, 1.0, 1.0, 1e-12)
-    assert prefill(16) == pytest.approx(1.6e-12), "a single slow step counts as four times the average at most"
+    assert prefill(3) == []
+    assert prefill(8) == [(8, 0)]
+    assert prefill(8, start=8) == [(8, 8)]
 
 
 def test_a_forgotten_pool_takes_what_was_under_way_with_it():
@@ -273,7 +285,7 @@ def test_no_host_pool_on_a_cpu_unless_asked_for(settings):
     runner = make_runner(**{"num_host_blocks": None} | settings)
     assert runner.num_host_blocks == 0
     assert runner.host_pool is None
-    assert runner.costs is None
+    assert runner.profile is None
 
 
 def test_swap_on_a_cpu_has_a_host_pool_for_all_rows_at_full_length():

@@ -22,6 +22,7 @@ from jpaged.host.offload.profile import (
 )
 
 PROFILE = MachineProfile(
+    block_bytes=1,
     to_host=Link(6e-5, 52e9, 40e9),
     from_host=Link(7e-5, 53e9, 41e9),
     projection_flops_per_s=((256, 2e14), (4096, 6e14)),

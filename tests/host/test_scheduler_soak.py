@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 
-from jpaged.contract.costs import Costs
 from jpaged.contract.plan import StepPlan
+from jpaged.contract.profile import Link, MachineProfile
 from jpaged.contract.result import StepResult
 from jpaged.contract.rows import ON_DEVICE
 from jpaged.host.blocks import tier as block_tier
@@ -28,8 +28,16 @@ from tests.support.fake_device import (
 )
 from tests.support.plans import SpelledPlan, spell
 
-SWAP_IS_CHEAPER = Costs(transfer_s=0, to_host_block_s=0, from_host_block_s=0, prefill_token_s=1)
-RECOMPUTE_IS_CHEAPER = Costs(transfer_s=1, to_host_block_s=1, from_host_block_s=1, prefill_token_s=0)
+
+def make_profile(block_s: float, token_s: float, fixed_s: float = 0.0) -> MachineProfile:
+    """A machine that moves a block in ``block_s`` and computes a token in ``token_s``."""
+    link = Link(fixed_s, 1 / block_s, 1 / block_s)
+    return MachineProfile(1, link, link, (), 0.0, token_s, 0.0, 0.0, 0.0)
+
+
+SWAP_IS_CHEAPER = make_profile(block_s=1e-9, token_s=1)
+RECOMPUTE_IS_CHEAPER = make_profile(block_s=1, token_s=0, fixed_s=1)
+BOTH_ARE_FASTEST = make_profile(block_s=1, token_s=0.3)
 
 
 def make_device(
@@ -233,7 +241,7 @@ class Episode:
         if draw.random() < 0.02 and self.scheduler.has_unfinished:
             self._fail()
         if draw.random() < 0.1:
-            self.scheduler.costs = draw.choice([None, SWAP_IS_CHEAPER, RECOMPUTE_IS_CHEAPER])
+            self.scheduler.profile = draw.choice([None, SWAP_IS_CHEAPER, RECOMPUTE_IS_CHEAPER, BOTH_ARE_FASTEST])
 
     def _arrive(self) -> None:
         for _ in range(5):
@@ -426,7 +434,7 @@ class Episode:
         for group in preempted:
             way = "swapped out" if group.is_swapped else "dropped to recompute"
             seen[f"{'sampling' if group.beam is None else 'beams'}: {way}"] += not group.is_pin
-            must_swap = scheduler.preemption == "swap" or (scheduler.preemption == "auto" and scheduler.costs is None)
+            must_swap = scheduler.preemption == "swap" or (scheduler.preemption == "auto" and scheduler.profile is None)
             is_short = must_swap and self.blocks.num_host_blocks > 0 and not group.is_swapped
             seen["dropped because the host pool was full"] += is_short
             is_for_another = any(schedule_order(other) < schedule_order(group) for other in admitted)
@@ -585,10 +593,10 @@ def test_a_full_host_pool_falls_back_to_recompute():
     assert starts.count(0) == 2
 
 
-@pytest.mark.parametrize(("costs", "is_swap"), [(SWAP_IS_CHEAPER, True), (RECOMPUTE_IS_CHEAPER, False), (None, True)])
-def test_auto_preempts_by_what_costs_less_and_swaps_until_costs_are_known(costs, is_swap):
+@pytest.mark.parametrize(("profile", "is_swap"), [(SWAP_IS_CHEAPER, True), (RECOMPUTE_IS_CHEAPER, False), (None, True)])
+def test_auto_preempts_by_what_costs_less_and_swaps_until_rates_are_known(profile, is_swap):
     device = make_device(7, num_host_blocks=6, preemption="auto")
-    device.scheduler.costs = costs
+    device.scheduler.profile = profile
     finish_all(device, *[add(device, name, 8, max_tokens=9) for name in "ab"])
     stats = device.scheduler.stats()
     assert stats.num_preemptions == 1

@@ -29,6 +29,7 @@ from jpaged.host.offload.split import (
 
 SCHEDULES = ("pipelined", "paper")
 H200 = MachineProfile(
+    block_bytes=1,
     to_host=Link(0.0, 53e9, 53e9),
     from_host=Link(0.0, 53e9, 53e9),
     projection_flops_per_s=((1, 650e12),),

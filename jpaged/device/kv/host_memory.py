@@ -84,6 +84,14 @@ class HostMemory(Protocol):
         """Drop what is in flight. No slot is read again before it is written."""
         ...
 
+    def wait(self) -> None:
+        """Wait until the memory can be used, once, before anything else.
+
+        Raises:
+            RuntimeError: it cannot be had.
+        """
+        ...
+
 
 class StagedMemory:
     """Slots in ordinary host memory, one array for each device; JAX copies blocks through staging arrays.
@@ -131,6 +139,9 @@ class StagedMemory:
     def forget(self) -> None:
         self._leaving.clear()
 
+    def wait(self) -> None:
+        pass  # it is ready at once
+
     def _settle(self, least: int) -> None:
         """Write blocks that left into their slots: the first ``least`` batches, and those after them that are ready."""
         while self._leaving and (least > 0 or self._leaving[0][1].is_ready()):
@@ -168,22 +179,23 @@ class MappedMemory:
         self._memories = {device: allocate(num_bytes, self._slot_bytes, device) for device in devices}
         self._slots_per_piece = self._memories[devices[0]].piece_bytes // self._slot_bytes
         self._slots = self._map()
-        self._is_checked = False
+        self._checked: set[int] = set()  # sizes of programs that were seen to write in place
         self._storing: list[tuple[frozenset[int], Any]] = []
 
     def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Array:
-        if self._slots.is_deleted():  # donated to a program that failed
-            self._slots = self._map()
         src, dst = [copy.src for copy in copies], [copy.dst for copy in copies]
-        self._wait_for_pages(dst)
         program = self._program(("to_host", size_for(copies)))
         self._slots, is_over = program(self._slots, cache, _padded(src, 0), _padded(dst, self._shape[0]))
-        if not self._is_checked:
+        if size_for(src) not in self._checked:
             self._check_in_place()
+            self._checked.add(size_for(src))
+        self._storing = [(slots, array) for slots, array in self._storing if not array.is_ready()]
         self._storing.append((frozenset(dst), is_over))
         return is_over
 
     def batches(self, copies: Sequence[BlockCopy], room: int) -> Iterator[tuple[tuple[BlockCopy, ...], bool]]:
+        if jax.process_count() > 1:
+            room = 0  # what is ready here may not be ready elsewhere, and all processes are to run the same programs
         self._storing = [(slots, is_over) for slots, is_over in self._storing if not is_over.is_ready()]
         written = frozenset[int]().union(*(slots for slots, _ in self._storing))
         scattered = [copy for copy in copies if copy.src in written]
@@ -199,7 +211,6 @@ class MappedMemory:
             yield batch, False
 
     def request(self, copies: tuple[BlockCopy, ...], *, is_staged: bool) -> Arrival:
-        self._wait_for_pages([copy.src for copy in copies])
         if not is_staged:
             return Arrival(copies)
         shape, start = (len(copies), *self._local_shape[1:]), copies[0].src * self._slot_bytes
@@ -221,6 +232,11 @@ class MappedMemory:
 
     def forget(self) -> None:
         self._storing.clear()
+        self._slots = self._map()  # a program that failed may have taken the array with it
+
+    def wait(self) -> None:
+        for memory in self._memories.values():
+            memory.wait()
 
     def _map(self) -> Blocks:
         """All slots as one array of the devices."""
@@ -229,21 +245,16 @@ class MappedMemory:
         return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
 
     def _check_in_place(self) -> None:
-        """Check once that programs write to the memory itself: copies from it would read nothing otherwise.
+        """Check that the last program wrote to the memory itself: copies from it would read nothing otherwise.
 
         Raises:
-            RuntimeError: they write elsewhere.
+            RuntimeError: it wrote elsewhere.
         """
         parts = {shard.device: shard.data for shard in self._slots.addressable_shards}
         if not all(memory.holds(parts[device]) for device, memory in self._memories.items()):
             raise RuntimeError(
                 "this version of JAX does not write to donated host memory in place: use num_host_blocks=0"
             )
-        self._is_checked = True
-
-    def _wait_for_pages(self, slots: Sequence[int]) -> None:
-        for memory in self._memories.values():
-            memory.wait((max(slots) + 1) * self._slot_bytes)
 
 
 def memory_for(target: Target) -> Callable[[jax.ShapeDtypeStruct, Program], HostMemory]:

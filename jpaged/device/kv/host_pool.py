@@ -1,42 +1,40 @@
-"""The host pool: blocks in host memory, asynchronous copies between them and the device pool, their cost."""
+"""The host pool: blocks in host memory, asynchronous copies between them and the device pool, their rates."""
 
-import dataclasses
 import itertools
 import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from jpaged.config import EngineConfig
-from jpaged.contract.costs import Costs
 from jpaged.contract.plan import BlockCopy
-from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, HostMemory, Program
+from jpaged.contract.profile import Direction, Link, Transferred, fit_link
+from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, HostMemory, Program, size_for
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import Target
 
 MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
 """Most blocks staged in device memory at once: one batch is copied while another is gathered or written."""
 
+_MOST_UNSEEN = 0.2  # share of a transfer's time in which its end may lie, to count as observed
 _NUM_SCRATCH = MOVE_SIZES[-1]  # the first slots, which ``measure`` overwrites
-_MIN_S = 1e-9  # an observation scales a cost, so a cost of zero would never change
-_WEIGHT = 0.2  # weight of an observation in the average
-_MAX_GROWTH = 4.0  # a process that was stopped for a while must not make a cost a thousandfold
 
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
     """Blocks of one step in flight in one direction. ``arrays`` are ready when the copies are over."""
 
-    cost: Literal["to_host_block_s", "from_host_block_s"]
+    direction: Direction
     num_blocks: int
     started: float
     arrays: list[Any]  # Array, whose stub lacks is_ready
+    last_unready: float | None = None
 
     def is_over(self) -> bool:
         return all(array.is_ready() for array in self.arrays)
@@ -58,7 +56,6 @@ class HostPool:
     Attributes:
         bytes_to_host, bytes_from_host: copied since the start, over all devices.
         stalled_s: seconds in which a step waited for copies.
-        costs: measured costs of copies and prefills, kept current; None until ``measure``.
     """
 
     def __init__(
@@ -75,7 +72,7 @@ class HostPool:
         self.bytes_to_host = 0
         self.bytes_from_host = 0
         self.stalled_s = 0.0
-        self.costs: Costs | None = None
+        self._over: list[Transferred] = []
 
     # A step -------------------------------------------------------------------------------------------------------
 
@@ -85,6 +82,7 @@ class HostPool:
         Returns:
             The cache, which may already hold the first of many arrivals.
         """
+        self.poll()
         self._store(cache, [BlockCopy(copy.src, copy.dst + _NUM_SCRATCH) for copy in to_host])
         cache = self._request(cache, [BlockCopy(copy.src + _NUM_SCRATCH, copy.dst) for copy in from_host])
         self.bytes_to_host += len(to_host) * self._bytes_per_block
@@ -97,11 +95,22 @@ class HostPool:
             cache = self._land(cache)
         return cache
 
+    def wait(self) -> None:
+        """Wait until the host's memory can be used, once, before the first step.
+
+        Raises:
+            RuntimeError: it cannot be had.
+        """
+        self._memory.wait()
+
     def poll(self) -> None:
         """Release the copies that are over, without waiting."""
-        for transfer in [transfer for transfer in self._in_flight if transfer.is_over()]:
-            self._in_flight.remove(transfer)
-            self._learn(transfer, is_end_seen=False)
+        for transfer in self._in_flight[:]:
+            if transfer.is_over():
+                self._in_flight.remove(transfer)
+                self._note(transfer, is_end_seen=False)
+            else:
+                transfer.last_unready = time.perf_counter()
 
     def forget(self) -> None:
         """Drop the copies in flight after a failed step. No block may be read again before it is written."""
@@ -111,27 +120,27 @@ class HostPool:
         self._memory.forget()
 
     def _store(self, cache: KVCache, to_host: Sequence[BlockCopy]) -> None:
-        transfer = _Transfer("to_host_block_s", len(to_host), time.perf_counter(), [])
+        transfer = _Transfer("to_host", len(to_host), time.perf_counter(), [])
         for batch in itertools.batched(to_host, MOVE_SIZES[-1]):
             if self._memory.stages_stores:
-                self._make_room(len(batch))
+                self._make_room(size_for(batch))
             is_over = self._memory.store(cache, batch)
             transfer.arrays.append(is_over)
             if self._memory.stages_stores:
-                self._staged.append((len(batch), is_over))
+                self._staged.append((size_for(batch), is_over))
         if to_host:
             self._in_flight.append(transfer)
 
     def _request(self, cache: KVCache, from_host: Sequence[BlockCopy]) -> KVCache:
         if not from_host:
             return cache
-        transfer = _Transfer("from_host_block_s", 0, time.perf_counter(), [])
+        transfer = _Transfer("from_host", 0, time.perf_counter(), [])
         for batch, is_staged in self._memory.batches(from_host, MAX_STAGED_BLOCKS - self._num_staged()):
-            while is_staged and self._arriving and self._num_staged() + len(batch) > MAX_STAGED_BLOCKS:
-                cache = self._land(cache)
-                self._make_room(len(batch))
             if is_staged:
-                self._make_room(len(batch))
+                # By numbers alone: all processes run the same programs in the same order.
+                while self._num_arriving() + size_for(batch) > MAX_STAGED_BLOCKS:
+                    cache = self._land(cache)
+                self._make_room(size_for(batch))
             arrival = self._memory.request(batch, is_staged=is_staged)
             self._arriving.append(arrival)
             if arrival.staged is not None:
@@ -146,14 +155,16 @@ class HostPool:
         arrival = self._arriving.popleft()
         cache, is_over = self._memory.land(cache, arrival)
         if arrival.staged is not None:
-            self._staged.append((len(arrival.copies), is_over))
+            self._staged.append((size_for(arrival.copies), is_over))
         return cache
+
+    def _num_arriving(self) -> int:
+        return sum(size_for(arrival.copies) for arrival in self._arriving if arrival.staged is not None)
 
     def _num_staged(self) -> int:
         while self._staged and self._staged[0][1].is_ready():
             self._staged.popleft()
-        arriving = sum(len(arrival.copies) for arrival in self._arriving if arrival.staged is not None)
-        return arriving + sum(num_blocks for num_blocks, _ in self._staged)
+        return self._num_arriving() + sum(num_blocks for num_blocks, _ in self._staged)
 
     def _make_room(self, num_blocks: int) -> None:
         """Wait for copies, the oldest first, until so many more blocks may be staged."""
@@ -162,63 +173,70 @@ class HostPool:
             started = time.perf_counter()
             jax.block_until_ready(is_over)
             self.stalled_s += time.perf_counter() - started
-            self._learn_ended()
+            self._note_ended()
 
-    def _learn_ended(self) -> None:
-        """Learn from transfers that ended while this thread waited."""
+    def _note_ended(self) -> None:
+        """Note the transfers that ended while this thread waited."""
         for transfer in [transfer for transfer in self._in_flight if transfer.is_over()]:
             self._in_flight.remove(transfer)
-            self._learn(transfer, is_end_seen=True)
+            self._note(transfer, is_end_seen=True)
 
-    # Costs --------------------------------------------------------------------------------------------------------
+    # Rates --------------------------------------------------------------------------------------------------------
 
-    def measure(self, cache: KVCache, *, prefill_token_s: float) -> KVCache:
-        """Measure ``costs`` by copying block 0 to the host and back, a few times. Other blocks do not change."""
-        few, many = MOVE_SIZES
-        cache, few_out_s, few_in_s = self._time_copies(cache, few)
-        cache, many_out_s, many_in_s = self._time_copies(cache, many)
-        to_host_block_s = max((many_out_s - few_out_s) / (many - few), _MIN_S)
-        from_host_block_s = max((many_in_s - few_in_s) / (many - few), _MIN_S)
-        fixed_s = (few_out_s - few * to_host_block_s + few_in_s - few * from_host_block_s) / 2
-        self.costs = Costs(max(fixed_s, _MIN_S), to_host_block_s, from_host_block_s, max(prefill_token_s, _MIN_S))
-        return cache
+    def measure(self, cache: KVCache) -> tuple[KVCache, Link, Link]:
+        """Measure the link by copying block 0 to the host and back, a few times. Other blocks do not change.
 
-    def _time_copies(self, cache: KVCache, num_blocks: int) -> tuple[KVCache, float, float]:
-        """Seconds of a copy to the host, and from it: the best of a few, since the first one allocates."""
-        out_s, in_s = [], []
+        Returns:
+            The cache, the link to the host, and the link from it.
+        """
+        times = []
+        for num_blocks in MOVE_SIZES:
+            cache, *seconds = self._time_copies(cache, num_blocks)
+            times.append((num_blocks * self._bytes_per_block, *seconds))
+        (few, *few_s), (many, *many_s) = times
+        to_host, from_host, together = (
+            fit_link((few, short), (many, long), shared_bytes_per_s=0.0)
+            for short, long in zip(few_s, many_s, strict=True)
+        )
+        shared = together.bytes_per_s
+        return cache, replace(to_host, shared_bytes_per_s=shared), replace(from_host, shared_bytes_per_s=shared)
+
+    def _time_copies(self, cache: KVCache, num_blocks: int) -> tuple[KVCache, float, float, float]:
+        """Seconds of a copy to the host, of one from it, and of both at once: the best of a few."""
+        out = [BlockCopy(0, slot) for slot in range(num_blocks)]
+        back = [BlockCopy(slot, 0) for slot in range(num_blocks)]
+        out_s, in_s, both_s = [], [], []
         for _ in range(4):
             jax.block_until_ready(cache.pool)
             started = time.perf_counter()
-            jax.block_until_ready(self._memory.store(cache, [BlockCopy(0, slot) for slot in range(num_blocks)]))
-            sent = time.perf_counter()
-            out_s.append(sent - started)
-            for batch, is_staged in self._memory.batches(
-                [BlockCopy(slot, 0) for slot in range(num_blocks)], num_blocks
-            ):
-                cache, is_over = self._memory.land(cache, self._memory.request(batch, is_staged=is_staged))
-                jax.block_until_ready(is_over)
-            in_s.append(time.perf_counter() - sent)
-        return cache, min(out_s), min(in_s)
+            jax.block_until_ready(self._memory.store(cache, out))
+            out_s.append(time.perf_counter() - started)
+            cache = self._time_arrivals(cache, back, in_s)
+            self._memory.store(cache, out)
+            cache = self._time_arrivals(cache, back, both_s)
+        return cache, min(out_s), min(in_s), min(both_s)
 
-    def learn_prefill(self, num_tokens: int, seconds: float) -> None:
-        """Learn from the time of a large step."""
-        if self.costs is not None:
-            token_s = _average(self.costs.prefill_token_s, seconds / num_tokens)
-            self.costs = dataclasses.replace(self.costs, prefill_token_s=token_s)
+    def _time_arrivals(self, cache: KVCache, copies: list[BlockCopy], times: list[float]) -> KVCache:
+        """Append the seconds in which blocks arrive and are written."""
+        started = time.perf_counter()
+        for batch, is_staged in self._memory.batches(copies, len(copies)):
+            cache, is_over = self._memory.land(cache, self._memory.request(batch, is_staged=is_staged))
+            jax.block_until_ready(is_over)
+        times.append(time.perf_counter() - started)
+        return cache
 
-    def _learn(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
-        """Learn from a transfer that is over. If its end was not observed, the time is an upper bound."""
-        if self.costs is None:
-            return
-        block_s = getattr(self.costs, transfer.cost)
-        expected_s = self.costs.transfer_s + transfer.num_blocks * block_s
-        observed = block_s * (time.perf_counter() - transfer.started) / expected_s
-        block_s = _average(block_s, observed) if is_end_seen else min(block_s, observed)
-        self.costs = dataclasses.replace(self.costs, **{transfer.cost: max(block_s, _MIN_S)})
+    def take_transfers(self) -> list[Transferred]:
+        """The transfers that are over, since the last call."""
+        over, self._over = self._over, []
+        return over
 
-
-def _average(old: float, new: float) -> float:
-    return old + _WEIGHT * (min(new, _MAX_GROWTH * old) - old)
+    def _note(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
+        """Note a transfer that is over. If it ended long before, the time is an upper bound."""
+        now = time.perf_counter()
+        num_bytes, seconds = transfer.num_blocks * self._bytes_per_block, now - transfer.started
+        if not is_end_seen and transfer.last_unready is not None:
+            is_end_seen = now - transfer.last_unready < _MOST_UNSEEN * seconds
+        self._over.append(Transferred(transfer.direction, num_bytes, seconds, is_end_seen))
 
 
 def num_slots_for(num_blocks: int) -> int:

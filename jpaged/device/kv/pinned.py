@@ -1,17 +1,21 @@
 """Pinned host memory that a GPU addresses itself: one allocation, and JAX arrays over parts of it."""
 
 import ctypes
+import logging
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 28
 """Bytes that are pinned by one call. The driver serves no other call meanwhile: 256 MiB take 15 to 50 ms on an H200."""
@@ -27,8 +31,8 @@ _UNSIGNED = 1  # DLPack: kDLUInt
 class PinnedMemory:
     """Host memory that one GPU reads and writes, at the host's own addresses.
 
-    The memory is pinned in the background, from its start on. ``wait`` waits for a part of it. An array over the
-    memory is valid while this object lives, and shares its bytes with all others.
+    The memory is pinned in the background; ``wait`` for it before its first use. An array over the memory is valid
+    while this object lives, and shares its bytes with all others.
 
     Args:
         num_bytes: size.
@@ -39,28 +43,29 @@ class PinnedMemory:
     def __init__(self, num_bytes: int, unit: int, device: Any) -> None:
         self._ordinal: int = device.local_hardware_id
         pages = mmap.mmap(-1, num_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)  # pinned twice as fast
+        pages.madvise(mmap.MADV_DONTFORK)  # a child would copy pinned pages
+        with suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)  # pinned twice as fast
         anchor = ctypes.c_char.from_buffer(pages)
         self.address = -(-ctypes.addressof(anchor) // HUGE_PAGE) * HUGE_PAGE
         whole = int(np.lcm(unit, _PAGE))
         self.piece_bytes = max(PIECE_BYTES // whole, 1) * whole
         starts = range(0, num_bytes, self.piece_bytes)
         pieces = [(self.address + at, min(self.piece_bytes, num_bytes - at)) for at in starts]
-        self._pinned: list[Future[None]] = [Future() for _ in pieces]
-        stop, registered = threading.Event(), []
-        thread = threading.Thread(
-            target=_pin_all, args=(self._ordinal, pieces, self._pinned, registered, stop), name="pin", daemon=True
-        )
-        weakref.finalize(self, _free, self._ordinal, thread, stop, registered, [anchor], pages)
-        thread.start()
+        self._pinned: Future[None] = Future()
+        is_dropped = threading.Event()
+        args = self._ordinal, pieces, self._pinned, is_dropped, [anchor], pages
+        threading.Thread(target=_own, args=args, name="host memory", daemon=True).start()
+        # At exit the process returns its memory itself.
+        weakref.finalize(self, is_dropped.set).atexit = False
 
-    def wait(self, end: int) -> None:
-        """Wait until the bytes before ``end`` are pinned.
+    def wait(self) -> None:
+        """Wait until all of the memory is pinned.
 
         Raises:
-            RuntimeError: the driver refused to pin them.
+            RuntimeError: the driver refused to pin it.
         """
-        self._pinned[max(end - 1, 0) // self.piece_bytes].result()
+        self._pinned.result()
 
     def array(self, start: int, shape: Sequence[int], itemsize: int, *, on_device: bool) -> jax.Array:
         """An array of unsigned integers over a part of the memory.
@@ -110,31 +115,52 @@ def _enter_context(ordinal: int) -> None:
     _call("cuCtxSetCurrent", context)
 
 
-def _pin_all(
+def _own(
     ordinal: int,
     pieces: Sequence[tuple[int, int]],
-    pinned: Sequence[Future[None]],
-    registered: list[int],
-    stop: threading.Event,
+    pinned: Future[None],
+    is_dropped: threading.Event,
+    anchor: list[Any],
+    pages: mmap.mmap,
 ) -> None:
+    """Pin the memory, and return it once it is dropped and no copy uses it. The thread alone owns the pages."""
+    registered: list[int] = []
+    try:
+        _pin(ordinal, pieces, registered, is_dropped)
+        pinned.set_result(None)
+    except Exception as error:  # the thread that waits gets it
+        pinned.set_exception(error)
+    is_dropped.wait()
+    try:
+        if registered:
+            _call("cuCtxSynchronize")
+        for address in registered:
+            _call("cuMemHostUnregister", ctypes.c_void_p(address))
+    except RuntimeError:
+        log.exception("pinned host memory is not returned")
+        return
+    anchor.clear()  # it refers to the pages
+    pages.close()
+
+
+def _pin(ordinal: int, pieces: Sequence[tuple[int, int]], registered: list[int], is_dropped: threading.Event) -> None:
     """Pin the pieces in order. Several threads touch the pages first, which takes the driver's one thread longer."""
-    error: Exception | None = None
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
-        for (address, num_bytes), done in zip(pieces, pinned, strict=True):
+        for address, num_bytes in pieces:
+            if is_dropped.is_set():
+                return
+            _touch(address, num_bytes, threads)
             try:
-                if error is None and not stop.is_set():
-                    _touch(address, num_bytes, threads)
-                    if not registered:
-                        _enter_context(ordinal)
-                    _call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), _FLAGS)
-                    registered.append(address)
-            except Exception as raised:  # whoever waits for a piece gets it
-                error = RuntimeError(f"{num_bytes:,} bytes of host memory could not be pinned: {raised}")
-                error.__cause__ = raised
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
+                if not registered:
+                    _enter_context(ordinal)
+                _call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), _FLAGS)
+            except RuntimeError as error:
+                total = sum(num_bytes for _, num_bytes in pieces)
+                raise RuntimeError(
+                    f"the host pool's {total:,} bytes could not be pinned: {error}; lower num_host_blocks or "
+                    "host_memory_bytes"
+                ) from error
+            registered.append(address)
 
 
 def _touch(address: int, num_bytes: int, threads: Executor) -> None:
@@ -143,26 +169,6 @@ def _touch(address: int, num_bytes: int, threads: Executor) -> None:
     sizes = [min(_TOUCHED_BYTES, address + num_bytes - start) for start in starts]
     for _ in threads.map(ctypes.memset, starts, [0] * len(starts), sizes):
         pass
-
-
-def _free(
-    ordinal: int,
-    thread: threading.Thread,
-    stop: threading.Event,
-    registered: list[int],
-    anchor: list[Any],
-    pages: mmap.mmap,
-) -> None:
-    """Unpin and return the memory, once no copy uses it."""
-    stop.set()
-    thread.join()
-    if registered:
-        _enter_context(ordinal)
-        _call("cuCtxSynchronize")
-        for address in registered:
-            _call("cuMemHostUnregister", ctypes.c_void_p(address))
-    anchor.clear()  # it refers to the pages
-    pages.close()
 
 
 class _Tensor(ctypes.Structure):

@@ -107,10 +107,14 @@ NO_TRANSFERS = Transfers((), ())
 
 @dataclass(slots=True)
 class _Load:
-    """A copy of host block ``src`` to the device. The device block caches ``prefix`` then, if there is one."""
+    """A copy of host block ``src`` to the device. The device block caches ``prefix`` then, if there is one.
+
+    A chunk of the plan may compute the content instead (``compute_instead``).
+    """
 
     src: int
     prefix: Prefix | None
+    is_computed: bool = False
 
 
 @dataclass(slots=True)
@@ -225,6 +229,20 @@ class TwoTiers:
     def is_loading(self, block: int) -> bool:
         """Whether the plan under construction loads this device block."""
         return block in self._queued.loads
+
+    def is_awaited(self, block: int) -> bool:
+        """Whether the plan under construction loads this device block, or computes it for another sequence."""
+        return block in self._queued.loads or block in self._queued.filled
+
+    @property
+    def num_loads_queued(self) -> int:
+        """Loads of the plan under construction."""
+        return sum(not load.is_computed for load in self._queued.loads.values())
+
+    def compute_instead(self, blocks: Iterable[int]) -> None:
+        """Let the plan under construction compute the content of these blocks, which it was to load."""
+        for block in blocks:
+            self._queued.loads[block].is_computed = True
 
     @property
     def num_copies_queued(self) -> int:
@@ -353,7 +371,7 @@ class TwoTiers:
         self._arriving = moves.loads
         return Transfers(
             to_host=tuple([BlockCopy(src, dst) for dst, src in moves.to_host.items()]),
-            from_host=tuple([BlockCopy(load.src, dst) for dst, load in moves.loads.items()]),
+            from_host=tuple([BlockCopy(load.src, dst) for dst, load in moves.loads.items() if not load.is_computed]),
         )
 
     def finish_transfers(self) -> None:

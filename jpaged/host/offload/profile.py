@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
 
-from jpaged.contract.profile import Link, MachineProfile
+from jpaged.contract.profile import Direction, Link, MachineProfile, Observations
 
 WEIGHT = 0.2
 """Weight of an observation in the running average."""
@@ -82,9 +81,18 @@ def projection_s(profile: MachineProfile, num_tokens: float, flops_per_token: fl
 # Observations -----------------------------------------------------------------------------------------------------
 
 
+def learn(profile: MachineProfile, observations: Observations) -> MachineProfile:
+    """Learn from all transfers and steps observed."""
+    for direction, num_bytes, seconds, is_end_seen in observations.transfers:
+        profile = learn_transfer(profile, direction, num_bytes, seconds, is_end_seen=is_end_seen)
+    for num_tokens, seconds, context_len in observations.prefills:
+        profile = learn_prefill(profile, num_tokens, seconds, context_len=context_len)
+    return profile
+
+
 def learn_transfer(
     profile: MachineProfile,
-    direction: Literal["to_host", "from_host"],
+    direction: Direction,
     num_bytes: int,
     seconds: float,
     *,

@@ -56,12 +56,14 @@ class Load:
         is_step_due: whether steps run anyway: a chunk that joins one has no fixed cost.
         queued_bytes: bytes ahead on the link.
         is_link_shared: whether the other direction of the link is busy too.
+        busy_s: seconds of other work in the step that computes the tokens, and that the transfer hides behind.
     """
 
     device_free: float = 1.0
     is_step_due: bool = False
     queued_bytes: int = 0
     is_link_shared: bool = False
+    busy_s: float = 0.0
 
 
 IDLE = Load()
@@ -120,6 +122,7 @@ def is_swap_cheaper(
     chunk_sizes: Sequence[int] = (),
     *,
     num_blocks_out: int,
+    can_split: bool = True,
 ) -> bool:
     """Whether blocks on the host save more time at the restore than it takes to move them there.
 
@@ -130,10 +133,12 @@ def is_swap_cheaper(
         load: other work on the device and on the link.
         chunk_sizes: as in ``split_restore``.
         num_blocks_out: blocks of the spans that the host does not hold yet.
+        can_split: whether a restore may recompute some of the tokens; otherwise it transfers all.
     """
     seconds = restore_s(profile, spans, shape, load, chunk_sizes)
     out_s = transfer_s(profile.to_host, num_blocks_out * shape.block_bytes, is_shared=load.is_link_shared)
-    return out_s + float(seconds.min()) < float(seconds[-1])
+    restore = seconds.min() if can_split else seconds[0]
+    return out_s + float(restore) < float(seconds[-1])
 
 
 def restore_s(
@@ -159,7 +164,8 @@ def restore_s(
     num_blocks = np.arange(len(block_lens), -1, -1)
     rate = bytes_per_s(profile.from_host, is_shared=load.is_link_shared)
     link_s = profile.from_host.fixed_s + (load.queued_bytes + num_blocks * shape.block_bytes) / rate
-    return np.maximum(compute_s / max(load.device_free, MIN_DEVICE_FREE), np.where(num_blocks, link_s, 0.0))
+    compute_s = load.busy_s + compute_s / max(load.device_free, MIN_DEVICE_FREE)
+    return np.maximum(compute_s, np.where(num_blocks, link_s, 0.0))
 
 
 def _cut(spans: Sequence[Span], block_size: int) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
