@@ -234,7 +234,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The state of both pools, and counters since the start."""
-        return read_stats(self.scheduler.block_stats(), self.scheduler.stats(), self.runner.host_pool)
+        scheduler = self.scheduler
+        return read_stats(scheduler.block_stats(), scheduler.stats(), self.runner.host_pool, scheduler.profile)
 
     def _learn(self, observations: Observations) -> None:
         """Keep the scheduler's profile current."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+from jpaged.contract.profile import MachineProfile
 from jpaged.device.kv.host_pool import HostPool
 from jpaged.host.blocks.manager import BlockStats
 from jpaged.host.scheduler import SchedulerStats
@@ -17,6 +18,7 @@ class Sources(NamedTuple):
     blocks: BlockStats
     scheduler: SchedulerStats
     pool: HostPool | None
+    profile: MachineProfile | None
 
 
 def _gauge(help_: str, read: Callable[[Sources], Any]) -> Any:
@@ -67,6 +69,22 @@ class EngineStats:
     )
     num_swaps_out: int = _counter("preemptions that moved KV to the host pool", lambda of: of.scheduler.num_swaps_out)
     num_swaps_in: int = _counter("returns of such KV to the device", lambda of: of.scheduler.num_swaps_in)
+    num_restored_by_recompute: int = _counter(
+        "tokens that restores computed again while the KV of their other tokens arrived from the host",
+        lambda of: of.scheduler.num_tokens_recomputed,
+    )
+    link_to_host_bytes_per_s: float = _gauge(
+        "rate of copies to the host pool, measured at the start and kept current; 0 until it is measured",
+        lambda of: of.profile.to_host.bytes_per_s if of.profile is not None else 0.0,
+    )
+    link_from_host_bytes_per_s: float = _gauge(
+        "the same of copies from the host pool",
+        lambda of: of.profile.from_host.bytes_per_s if of.profile is not None else 0.0,
+    )
+    prefill_token_s: float = _gauge(
+        "seconds that each token adds to a large step of prompts, measured in the same way",
+        lambda of: of.profile.prefill_token_s if of.profile is not None else 0.0,
+    )
     bytes_to_host: int = _counter(
         "bytes moved to the host pool, for swaps and for the prefix cache",
         lambda of: getattr(of.pool, "bytes_to_host", 0),
@@ -115,7 +133,9 @@ STATISTICS: dict[str, Statistic] = {each.name: Statistic(**each.metadata) for ea
 """Every statistic by name."""
 
 
-def read_stats(blocks: BlockStats, scheduler: SchedulerStats, pool: HostPool | None) -> EngineStats:
+def read_stats(
+    blocks: BlockStats, scheduler: SchedulerStats, pool: HostPool | None, profile: MachineProfile | None
+) -> EngineStats:
     """The statistics now."""
-    sources = Sources(blocks, scheduler, pool)
+    sources = Sources(blocks, scheduler, pool, profile)
     return EngineStats(**{name: each.read(sources) for name, each in STATISTICS.items()})

@@ -194,6 +194,7 @@ class Scheduler:
             num_preemptions=self._preemption.num_preemptions,
             num_swaps_out=self._preemption.num_swaps_out,
             num_swaps_in=self._entry.num_swaps_in,
+            num_tokens_recomputed=self._entry.num_tokens_recomputed,
             num_steps=self._sums.num_steps,
             num_logical_blocks=self._sums.num_logical_blocks,
             num_physical_blocks=self._sums.num_physical_blocks,

@@ -20,6 +20,7 @@ class SchedulerStats:
     num_preemptions: int
     num_swaps_out: int
     num_swaps_in: int
+    num_tokens_recomputed: int
     num_steps: int
     num_logical_blocks: int
     num_physical_blocks: int

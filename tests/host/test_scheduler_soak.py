@@ -127,6 +127,7 @@ FEATURES = {
     "beams: dropped to recompute",
     "dropped because the host pool was full",
     "swapped in",
+    "restored by transfer and computation at once",
     "refused without another match",
     "shared blocks that the same plan computes",
     "shared blocks of a step in flight",
@@ -488,6 +489,7 @@ class Episode:
         assert scheduler.pins.held.keys() == self.pins
         stats = blocks.stats()
         seen["spills"] += stats.num_blocks_spilled
+        seen["restored by transfer and computation at once"] += scheduler.stats().num_tokens_recomputed
         seen["hits in the host tier"] += stats.host_hit_tokens
         seen["pinned"] += len(self.pins)
         pinned = {block for seq_id in scheduler.pins.held_seq_ids for block in blocks.block_table(seq_id)}
@@ -601,6 +603,48 @@ def test_auto_preempts_by_what_costs_less_and_swaps_until_rates_are_known(profil
     stats = device.scheduler.stats()
     assert stats.num_preemptions == 1
     assert stats.num_swaps_out == stats.num_swaps_in == is_swap
+
+
+@pytest.mark.parametrize(("token_s", "num_computed"), [(0.05, 20), (0.25, 12), (0.75, 4), (4.0, 0)])
+def test_a_restore_computes_its_first_blocks_while_the_others_arrive(token_s, num_computed):
+    """The step takes ``token_s`` for each token, and the link 1 s for each of 6 blocks of 4 tokens."""
+    device = make_device(13, num_host_blocks=12, preemption="swap", caching=False)
+    groups = [add(device, name, 19, max_tokens=9) for name in "ab"]
+    step_until(device, lambda: groups[1].is_swapped)
+    assert groups[1].sequences[0].num_computed == 24
+    step_until(device, lambda: groups[0].is_finished)
+    device.scheduler.profile = make_profile(block_s=1, token_s=token_s)
+    plan = step_until(device, lambda: not groups[1].is_swapped)
+    assert [(chunk.start, chunk.stop) for chunk in plan.chunks] == ([(0, num_computed)] if num_computed else [])
+    assert len(plan.from_host) == 6 - num_computed // 4
+    finish_all(device, *groups)
+    assert device.scheduler.stats().num_tokens_recomputed == num_computed
+
+
+def test_a_prompt_found_in_the_host_tier_is_restored_by_both_ways():
+    device = make_device(13, num_host_blocks=20, preemption="swap")
+    prompt = [7 * i % VOCAB_SIZE for i in range(24)]
+    finish_all(device, add(device, "first", prompt, max_tokens=2))
+    finish_all(device, add(device, "other", 44, max_tokens=2))  # evicts the first one to the host
+    device.scheduler.profile = make_profile(block_s=1, token_s=0.25)
+    again = add(device, "again", prompt, max_tokens=2)
+    plan = step_until(device, lambda: again.num_cached_tokens is not None)
+    [chunk] = plan.chunks
+    assert chunk.start == 0
+    assert chunk.stop // 4 + len(plan.from_host) == -(-again.num_cached_tokens // 4)
+    assert chunk.stop == device.scheduler.stats().num_tokens_recomputed
+    finish_all(device, again)
+
+
+def test_sequences_that_share_tokens_and_8_bit_blocks_come_back_whole():
+    for width, is_quantized in ((2, False), (1, True)):
+        device = make_device(15, num_host_blocks=20, preemption="swap", is_quantized=is_quantized, budget=64)
+        groups = [add(device, "a", 19, max_tokens=12), add(device, "b", 19, max_tokens=12, n=width)]
+        device.scheduler.profile = make_profile(block_s=1, token_s=0.05)
+        finish_all(device, *groups)
+        stats = device.scheduler.stats()
+        assert stats.num_swaps_in > 0
+        assert stats.num_tokens_recomputed == 0
 
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
