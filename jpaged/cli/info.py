@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jpaged.cli.options import engine_settings
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
+from jpaged.device.kv.host_memory import has_mapped_memory
 from jpaged.device.kv.host_pool import num_host_blocks_for
 from jpaged.device.kv.layout import pool_layout
 from jpaged.device.kv.sizing import num_blocks_that_fit
@@ -68,7 +69,7 @@ class HostPoolInfo:
 
     num_blocks: int
     pool_bytes: int
-    memory_kind: str = "pinned_host"
+    memory_kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,8 @@ def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo
         bytes_per_block,
         useful_blocks=config.max_num_seqs * -(-max_model_len // config.block_size),
     )
-    return HostPoolInfo(num_blocks, num_blocks * bytes_per_block)
+    kind = "pinned_host" if has_mapped_memory(target) else "unpinned_host"
+    return HostPoolInfo(num_blocks, num_blocks * bytes_per_block, kind)
 
 
 def _describe_host_pool(pool: HostPoolInfo) -> str:

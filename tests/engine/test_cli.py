@@ -549,7 +549,7 @@ def test_info_foretells_the_pools(checkpoints, capsys):
     assert info["host_pool"] == {
         "num_blocks": runner.num_host_blocks,
         "pool_bytes": runner.num_host_blocks * runner.bytes_per_block,
-        "memory_kind": "pinned_host",
+        "memory_kind": "unpinned_host",
     }
     assert num_bytes - runner.bytes_per_block < info["host_pool"]["pool_bytes"] <= num_bytes
 
@@ -561,7 +561,7 @@ def test_info_says_how_requests_make_way(run):
     assert last_lines()[1] == "auto: recompute, as there is no host pool"
     assert last_lines("--preemption", "recompute")[1] == "recompute"
     pool, preemption = last_lines("--num-host-blocks", "1024", "--preemption", "auto")
-    assert pool == "1,024 blocks are 1.00 MiB of pinned host memory", "1,024 x 16 tokens x 64 bytes"
+    assert pool == "1,024 blocks are 1.00 MiB of unpinned host memory", "1,024 x 16 tokens x 64 bytes"
     assert preemption.startswith("auto: swap or recompute")
 
 
