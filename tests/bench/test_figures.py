@@ -64,6 +64,27 @@ def test_two_commits_are_those_of_the_result_files():
         assert table[title] == cells, name
 
 
+def test_two_gpus_are_those_of_the_result_files():
+    table = _table("llama3-8b, 1,024 rows")
+    one = _result("serving_llama3-8b_rows_against_ab71ff5_nvidia-h200")["median"]["1024 rows"]
+    two = _result("serving_llama3-8b_2gpus_nvidia-h200")
+    assert two["environment"]["num_devices"] == 2
+    for name, value in one.items():
+        title, decimals = SERVED[name]
+        figure = two["figures"][name]
+        cells = [f"{value:,.{decimals}f}", f"{figure['value']:,.{decimals}f}", f"{figure['fraction_of_floor']:.0%}"]
+        assert table[title] == cells, name
+
+
+def test_rates_of_the_host_pool_are_those_of_the_result_file():
+    moves = _result("host_pool_nvidia-h200")["moves"]
+    rates = {(move["direction"], move["slots"], move["num_blocks"]): move["gb_per_s"] for move in moves}
+    kinds = ("to_host", "apart"), ("from_host", "apart"), ("from_host", "side by side")
+    table = _table("one H200, blocks")
+    for num_blocks in (4, 32, 256, 1024):
+        assert table[f"{num_blocks:,}"] == [str(rates[*kind, num_blocks]) for kind in kinds]
+
+
 def _served(figure: dict | None, decimals: int) -> str:
     if figure is None:
         return ""

@@ -381,6 +381,8 @@ def _candidates(profile: MachineProfile, stream: LayerStream, num_tokens: int) -
     kv_s, activation_s, weight_s = (
         size / rate for size in (stream.kv_bytes, stream.activation_bytes, stream.weight_bytes)
     )
+    if activation_s:
+        yield min(stream.layer_s / activation_s, num_tokens)  # the paper's schedule bends where A = G
     ends = [0, *(tokens for tokens, _ in profile.projection_flops_per_s if tokens < num_tokens), num_tokens]
     for few, many in pairwise(ends):
         yield from (few, many)
