@@ -1,4 +1,4 @@
-"""Test-wide strictness: no silent promotion of dtypes or ranks; eight fake devices; programs compiled once a run."""
+"""Test-wide strictness: no silent promotion of dtypes or ranks; eight fake devices; programs compiled once a worker."""
 
 import atexit
 import gc
@@ -8,7 +8,7 @@ import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
-# Programs of one run are kept apart from the user's.
+# Programs of one run are kept apart from the user's. Workers share the folder but no file: JAX's writes are not atomic.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jpaged-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -16,26 +16,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import hypothesis
 import jax
 import pytest
-from jax._src import lru_cache
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "of-all-workers"))
+own_cache = os.path.join(os.environ["XDG_CACHE_HOME"], os.environ.get("PYTEST_XDIST_WORKER", "alone"))
+jax.config.update("jax_compilation_cache_dir", own_cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def put_at_once(cache: lru_cache.LRUCache, key: str, value: bytes) -> None:
-    """Write a program in one piece, which JAX does not: another worker may be reading."""
-    file, unfinished = tempfile.mkstemp(dir=cache.path)
-    with open(file, "wb") as opened:
-        opened.write(value)
-    os.replace(unfinished, cache.path / f"{key}{lru_cache._CACHE_SUFFIX}")
-
-
-lru_cache.LRUCache.put = put_at_once
 
 # No example fails for being slow, and every run takes the same examples; --hypothesis-profile=explore draws new ones.
 patient = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
