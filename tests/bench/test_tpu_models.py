@@ -15,15 +15,15 @@ FITS = json.loads((RESULTS / "tpu_models.json").read_text())["fits"]
 
 @pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler()))
 def test_a_model_with_fewer_kv_heads_than_chips_is_split_and_its_pool_written_in_place():
-    found = fit("llama3-70b", "v5e", 16, num_layers=2)
+    found = fit("llama3-70b", "v5e", 16, num_layers=1)
     assert found.reason is None
     hidden, ffn, vocab, kv = 8192, 28672, 128256, 128  # each chip has one of 8 KV heads, whole
     per_layer = hidden * (2 * hidden // 16 + 2 * kv + 3 * ffn // 16) + 2 * hidden
-    assert found.parameter_bytes == 2 * (2 * per_layer + hidden + 2 * vocab // 16 * hidden)
+    assert found.parameter_bytes == 2 * (per_layer + hidden + 2 * vocab // 16 * hidden)
     assert found.total_bytes < found.hbm_bytes
     decode, prefill = found.steps
     for step in found.steps:
-        assert step.collectives == {"all-reduce": 5}, "two a layer, and one for the embedding"
+        assert step.collectives == {"all-reduce": 3}, "two a layer, and one for the embedding"
         assert step.aliased_bytes >= found.pool_bytes
         assert step.temporary_bytes < found.pool_bytes / 100
     assert decode.sampling_collectives == {"all-to-all": 1, "all-reduce": 2}

@@ -124,6 +124,8 @@ def test_joining_twice_changes_nothing():
 def test_joining_keeps_at_most_one_modules_weights_twice(monkeypatch):
     model = _scrambled(replace(EVERYTHING, num_layers=5))
     most, join = 0, fused._join_params
+    gc.collect()
+    gc.freeze()  # what earlier tests left takes seconds to look through, each time
 
     def watched(*args):
         nonlocal most
