@@ -93,7 +93,7 @@ class EngineConfig:
     num_host_blocks: int | None = setting(
         None,
         optional(integer(0, MAX_SLOTS)),
-        "blocks of the host pool, pinned memory for preempted requests and for prefixes evicted from the device; 0 is "
+        "blocks of the host pool, host memory for preempted requests and for prefixes evicted from the device; 0 is "
         "no pool",
         unset="what ``host_memory_bytes`` holds",
     )

@@ -224,10 +224,11 @@ def test_a_copy_that_was_found_over_is_observed_if_it_was_not_over_shortly_befor
 def test_transfers_are_forgotten_without_a_fetch():
     """As by the processes that follow the leading one."""
     runner = make_runner()
-    for _ in range(50):
+    for _ in range(100):
         jax.block_until_ready(runner.host_pool.start(runner.cache, moves([1, 2], [0, 1]), ()))
         jax.block_until_ready([array for _, array in runner.host_pool._staged])
     assert len(runner.host_pool._in_flight) == 1
+    assert len(runner.host_pool.take_transfers()) < 99, "the oldest times are dropped"
 
 
 def test_the_measured_profile_is_positive_and_leaves_the_pools_as_they_were():

@@ -123,7 +123,8 @@ class StagedMemory:
         for batch in itertools.batched(copies, MOVE_SIZES[-1]):
             yield batch, True
 
-    def request(self, copies: tuple[BlockCopy, ...], *, is_staged: bool = True) -> Arrival:
+    def request(self, copies: tuple[BlockCopy, ...], *, is_staged: bool) -> Arrival:
+        del is_staged  # all batches are
         slots = [copy.src for copy in copies]
         awaited = [number for number, (stored, _) in enumerate(self._leaving, 1) if not set(stored).isdisjoint(slots)]
         self._settle(max(awaited, default=0))

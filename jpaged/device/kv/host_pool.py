@@ -23,6 +23,7 @@ MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
 """Most blocks staged in device memory at once: one batch is copied while another is gathered or written."""
 
 _MOST_UNSEEN = 0.2  # share of a transfer's time in which its end may lie, to count as observed
+_MOST_KEPT = 64  # transfers noted: a process that follows another one never takes them
 _NUM_SCRATCH = MOVE_SIZES[-1]  # the first slots, which ``measure`` overwrites
 
 
@@ -72,7 +73,7 @@ class HostPool:
         self.bytes_to_host = 0
         self.bytes_from_host = 0
         self.stalled_s = 0.0
-        self._over: list[Transferred] = []
+        self._over: deque[Transferred] = deque(maxlen=_MOST_KEPT)
 
     # A step -------------------------------------------------------------------------------------------------------
 
@@ -103,12 +104,16 @@ class HostPool:
         """
         self._memory.wait()
 
-    def poll(self) -> None:
-        """Release the copies that are over, without waiting."""
+    def poll(self, *, has_waited: bool = False) -> None:
+        """Release the copies that are over, without waiting, and note their times.
+
+        Args:
+            has_waited: whether this thread waited for a copy until now, and so saw the end of those that are over.
+        """
         for transfer in self._in_flight[:]:
             if transfer.is_over():
                 self._in_flight.remove(transfer)
-                self._note(transfer, is_end_seen=False)
+                self._note(transfer, is_end_seen=has_waited)
             else:
                 transfer.last_unready = time.perf_counter()
 
@@ -173,13 +178,7 @@ class HostPool:
             started = time.perf_counter()
             jax.block_until_ready(is_over)
             self.stalled_s += time.perf_counter() - started
-            self._note_ended()
-
-    def _note_ended(self) -> None:
-        """Note the transfers that ended while this thread waited."""
-        for transfer in [transfer for transfer in self._in_flight if transfer.is_over()]:
-            self._in_flight.remove(transfer)
-            self._note(transfer, is_end_seen=True)
+            self.poll(has_waited=True)
 
     # Rates --------------------------------------------------------------------------------------------------------
 
@@ -227,7 +226,8 @@ class HostPool:
 
     def take_transfers(self) -> list[Transferred]:
         """The transfers that are over, since the last call."""
-        over, self._over = self._over, []
+        over = list(self._over)
+        self._over.clear()
         return over
 
     def _note(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
