@@ -7,6 +7,7 @@ from jpaged.rules import FLAG, Rule, check_all, documented, integer, number_abov
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 PREEMPTIONS = ("auto", "swap", "recompute")
+KV_PLACEMENTS = ("device", "auto", "host")
 DEFAULT_TOKEN_BUDGET = 2048
 MAX_SEQS = 1 << 16
 MAX_BATCHED_TOKENS = 1 << 20
@@ -101,7 +102,13 @@ class EngineConfig:
         None,
         optional(integer(0, MAX_HOST_BYTES)),
         "size of the host pool in bytes, on each host; give this or ``num_host_blocks``",
-        unset="at most 4 GiB; none on a CPU unless ``preemption`` is swap",
+        unset="at most 4 GiB; none on a CPU unless ``preemption`` or ``kv_placement`` needs one",
+    )
+    kv_placement: str = setting(
+        "device",
+        one_of(*KV_PLACEMENTS),
+        "memory of the KV that running requests attend to: device; host, which keeps full blocks in the host pool and "
+        "streams them layer by layer in every step; or auto, which does so for requests that do not fit the device",
     )
 
     def __post_init__(self) -> None:
@@ -131,6 +138,21 @@ class EngineConfig:
             raise ValueError(
                 "preemption='swap' needs a host pool, and it is turned off: give num_host_blocks or host_memory_bytes "
                 "more than 0, or another preemption"
+            )
+        if self.kv_placement != "device":
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        """Raise ValueError if blocks cannot be streamed from the host under these settings."""
+        if 0 in (self.num_host_blocks, self.host_memory_bytes):
+            raise ValueError(
+                f"kv_placement={self.kv_placement!r} needs a host pool, and it is turned off: give num_host_blocks or "
+                "host_memory_bytes more than 0, or kv_placement='device'"
+            )
+        if self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"kv_placement={self.kv_placement!r} with tensor_parallel_size={self.tensor_parallel_size}: KV is "
+                "streamed from the host to one device; use kv_placement='device', or one device"
             )
 
     @property

@@ -48,6 +48,21 @@ class Chunks:
 NO_CHUNKS = Chunks(NO_INTS, np.zeros(0, np.int64), NO_INTS, NO_INTS, NO_INTS)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Streamed:
+    """Blocks on the host that the rows of a step attend to. The device streams them layer by layer into its window.
+
+    A block table has ``host_cell(i)`` for the i-th streamed block of its row.
+
+    Args:
+        blocks: host blocks, those of one row side by side and in logical order.
+        starts: index in ``blocks`` of the first block of each chunk's row, aligned with ``StepPlan.chunks``.
+    """
+
+    blocks: Int32[np.ndarray, " streamed"]
+    starts: Int32[np.ndarray, " chunks"]
+
+
 @dataclass(frozen=True, slots=True)
 class BeamSelect:
     """Find the best continuations of one beam search: the top ``num_candidates`` of its beams x vocabulary.
@@ -93,6 +108,8 @@ class StepPlan:
         beams: searches to continue.
         num_steps: more than one is a burst: steps in a row without the host. All chunks are decodes then, draw i
             reads chunk i, and nothing else is made of the logits.
+        streamed: blocks on the host that the chunks attend to, as they are after ``to_host``; None if there are none.
+            Such a plan is no burst.
     """
 
     copies: tuple[BlockCopy, ...] = ()
@@ -104,6 +121,7 @@ class StepPlan:
     to_host: tuple[BlockCopy, ...] = ()
     from_host: tuple[BlockCopy, ...] = ()
     num_steps: int = 1
+    streamed: Streamed | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -11,6 +11,11 @@ from jpaged.request import SamplingParams
 ON_DEVICE = -1
 """The token id that stands for the newest token that the device drew for the row."""
 
+def host_cell(index: int) -> int:
+    """The cell of a block table for a logical block on the host: the block of this index in its row's streamed blocks."""
+    return -1 - index
+
+
 COLUMNS = {
     "temperature": np.float32,
     "top_p": np.float32,

@@ -29,6 +29,7 @@ INVALID = {
     "preemption": [None, "drop", []],
     "num_host_blocks": [*NOT_INTEGERS, -1, 2**31],
     "host_memory_bytes": [*NOT_INTEGERS, -1, 2**63],
+    "kv_placement": [None, "disk", True],
 }
 
 VALID = {
@@ -49,6 +50,7 @@ VALID = {
     "preemption": ["auto", "swap", "recompute"],
     "num_host_blocks": [None, 0, 7],
     "host_memory_bytes": [None, 0, 2**63 - 1],
+    "kv_placement": ["device", "auto", "host"],
 }
 
 
@@ -78,6 +80,8 @@ def test_valid_value_is_kept(name, value):
         ),
         ({"num_host_blocks": 1, "host_memory_bytes": 1}, "give one of them"),
         ({"preemption": "swap", "host_memory_bytes": 0}, "preemption='swap' needs a host pool"),
+        ({"kv_placement": "host", "num_host_blocks": 0}, "kv_placement='host' needs a host pool"),
+        ({"kv_placement": "auto", "tensor_parallel_size": 2}, "streamed from the host to one device"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings, match):

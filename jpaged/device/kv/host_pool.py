@@ -268,10 +268,12 @@ def free_machine_bytes() -> int:
 def has_host_pool(config: EngineConfig, target: Target) -> bool:
     """Whether the settings ask for a host pool or, by default, have a use for one.
 
-    Where the pool lies in the machine's memory already, only "swap" has.
+    Where the pool lies in the machine's memory already, only "swap" and the streaming of KV have.
     """
     if config.num_host_blocks is not None or config.host_memory_bytes is not None:
         return bool(config.num_host_blocks or config.host_memory_bytes)
+    if config.kv_placement != "device":
+        return True
     has_use = config.enable_prefix_caching or config.preemption != "recompute"
     return has_use if target.has_own_memory else config.preemption == "swap"
 
