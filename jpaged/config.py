@@ -139,20 +139,10 @@ class EngineConfig:
                 "preemption='swap' needs a host pool, and it is turned off: give num_host_blocks or host_memory_bytes "
                 "more than 0, or another preemption"
             )
-        if self.kv_placement != "device":
-            self._check_streaming()
-
-    def _check_streaming(self) -> None:
-        """Raise ValueError if blocks cannot be streamed from the host under these settings."""
-        if 0 in (self.num_host_blocks, self.host_memory_bytes):
+        if self.kv_placement != "device" and 0 in (self.num_host_blocks, self.host_memory_bytes):
             raise ValueError(
                 f"kv_placement={self.kv_placement!r} needs a host pool, and it is turned off: give num_host_blocks or "
                 "host_memory_bytes more than 0, or kv_placement='device'"
-            )
-        if self.tensor_parallel_size > 1:
-            raise ValueError(
-                f"kv_placement={self.kv_placement!r} with tensor_parallel_size={self.tensor_parallel_size}: KV is "
-                "streamed from the host to one device; use kv_placement='device', or one device"
             )
 
     @property

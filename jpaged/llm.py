@@ -107,13 +107,7 @@ class LLM:
             attention_implementation=attention_implementation,
             interpret=interpret,
         )
-        if model is not None and not isinstance(model, str | Path):
-            raise ValueError(
-                f"model is a {type(model).__name__}: expected a checkpoint directory; LLM.from_model(model, "
-                "model_config) serves a module in memory"
-            )
-        path = DEMO_MODEL if model is None else Path(model)
-        self._serve(load_checkpoint(path, config, warm_up=warm_up, use_tqdm=use_tqdm))
+        self._serve(load_checkpoint(_directory_of(model), config, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
     def from_model(
@@ -348,3 +342,13 @@ class LLM:
 
 
 LLM.__doc__ = describe(LLM.__doc__, EngineConfig)
+
+
+def _directory_of(model: object) -> Path:
+    """The checkpoint directory that an LLM is made of. Raises ValueError for anything that names no directory."""
+    if model is not None and not isinstance(model, str | Path):
+        raise ValueError(
+            f"model is a {type(model).__name__}: expected a checkpoint directory; LLM.from_model(model, model_config) "
+            "serves a module in memory"
+        )
+    return DEMO_MODEL if model is None else Path(model)

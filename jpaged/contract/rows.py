@@ -11,11 +11,6 @@ from jpaged.request import SamplingParams
 ON_DEVICE = -1
 """The token id that stands for the newest token that the device drew for the row."""
 
-def host_cell(index: int) -> int:
-    """The cell of a block table for a logical block on the host: the block of this index in its row's streamed blocks."""
-    return -1 - index
-
-
 COLUMNS = {
     "temperature": np.float32,
     "top_p": np.float32,
@@ -36,6 +31,11 @@ MAX_FLOAT = 1e30
 
 _MAX_INT32 = 2**31 - 1
 _CELLS = struct.Struct("=6fiIi")
+
+
+def host_cell(index: int) -> int:
+    """The cell of a block table for a logical block on the host: the streamed block of this index in its row."""
+    return -1 - index
 
 
 def pack_row(params: SamplingParams, seed: int, prompt_len: int) -> bytes:

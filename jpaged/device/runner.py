@@ -106,6 +106,11 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
         )
     if config.interpret and jax.process_count() > 1:
         raise ValueError(f"interpret=True: the interpreter runs in one process, and there are {jax.process_count()}")
+    if config.kv_placement != "device" and config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"kv_placement={config.kv_placement!r} with tensor_parallel_size={config.tensor_parallel_size}: blocks are "
+            "streamed from the host to one device; use kv_placement='device', or one device"
+        )
     reason = None if name is None or config.interpret else why_cannot_run(name)
     if reason is not None:
         raise ValueError(

@@ -81,7 +81,6 @@ def test_valid_value_is_kept(name, value):
         ({"num_host_blocks": 1, "host_memory_bytes": 1}, "give one of them"),
         ({"preemption": "swap", "host_memory_bytes": 0}, "preemption='swap' needs a host pool"),
         ({"kv_placement": "host", "num_host_blocks": 0}, "kv_placement='host' needs a host pool"),
-        ({"kv_placement": "auto", "tensor_parallel_size": 2}, "streamed from the host to one device"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings, match):
