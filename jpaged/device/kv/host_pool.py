@@ -38,6 +38,7 @@ class _Transfer:
     num_blocks: int
     started: float
     arrays: list[Any]  # Array, whose stub lacks is_ready
+    has_waited: bool = False  # for a step or for another copy
     last_unready: float | None = None
 
     def is_over(self) -> bool:
@@ -134,7 +135,10 @@ class HostPool:
         self._memory.forget()
 
     def _store(self, cache: KVCache, to_host: Sequence[BlockCopy]) -> None:
-        transfer = _Transfer("to_host", len(to_host), time.perf_counter(), [])
+        pool: Any = cache.pool
+        # A copy to the host reads what the steps before it write.
+        has_waited = bool(self._in_flight) or not pool.is_ready()
+        transfer = _Transfer("to_host", len(to_host), time.perf_counter(), [], has_waited)
         for batch in itertools.batched(to_host, MOVE_SIZES[-1]):
             if self._memory.stages_stores:
                 self._make_room(size_for(batch))
@@ -240,12 +244,13 @@ class HostPool:
         return over
 
     def _note(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
-        """Note a transfer that is over. If it ended long before, the time is an upper bound."""
+        """Note a transfer that is over. The time is an upper bound if it ended long before, or waited for others."""
         now = time.perf_counter()
         num_bytes, seconds = transfer.num_blocks * self._bytes_per_block, now - transfer.started
         if not is_end_seen and transfer.last_unready is not None:
             is_end_seen = now - transfer.last_unready < _MOST_UNSEEN * seconds
-        self._over.append(Transferred(transfer.direction, num_bytes, seconds, is_end_seen))
+        is_observed = is_end_seen and not transfer.has_waited
+        self._over.append(Transferred(transfer.direction, num_bytes, seconds, is_observed))
 
 
 def num_slots_for(num_blocks: int) -> int:
