@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Int32
 
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Direction, Link, Transferred, fit_link
 from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, HostMemory, Program, size_for
 from jpaged.device.kv.pool import KVCache
+from jpaged.device.kv.stream import HostStream
 from jpaged.device.target import Target
 
 MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
@@ -90,6 +93,12 @@ class HostPool:
         self.bytes_to_host += len(to_host) * self._bytes_per_block
         self.bytes_from_host += len(from_host) * self._bytes_per_block
         return cache
+
+    def stream(self, stream: HostStream, blocks: Int32[np.ndarray, " streamed"]) -> None:
+        """Name the blocks that the program enqueued next streams. Call it after ``start``."""
+        self._memory.settle()
+        stream.load(self._memory.source(), blocks + _NUM_SCRATCH)
+        self.bytes_from_host += len(blocks) * self._bytes_per_block
 
     def finish(self, cache: KVCache) -> KVCache:
         """Write the blocks that ``start`` requested into the cache. Call it once the forward pass is enqueued."""
