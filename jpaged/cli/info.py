@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jpaged.cli.options import engine_settings
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
-from jpaged.device.kv.host_memory import has_mapped_memory
+from jpaged.device.kv.host_memory import has_copy_engine
 from jpaged.device.kv.host_pool import num_host_blocks_for
 from jpaged.device.kv.layout import pool_layout
 from jpaged.device.kv.sizing import num_blocks_that_fit
@@ -201,7 +201,7 @@ def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo
         bytes_per_block,
         useful_blocks=config.max_num_seqs * -(-max_model_len // config.block_size),
     )
-    kind = "pinned_host" if has_mapped_memory(target) else "unpinned_host"
+    kind = "pinned_host" if has_copy_engine(target) else "unpinned_host"
     return HostPoolInfo(num_blocks, num_blocks * bytes_per_block, kind)
 
 

@@ -151,8 +151,7 @@ class ModelRunner:
         if not self.num_host_blocks:
             return None
         programs = self.programs
-        programs.num_host_slots = num_slots_for(self.num_host_blocks)
-        slots = programs.abstract_blocks(programs.num_host_slots)
+        slots = programs.abstract_blocks(num_slots_for(self.num_host_blocks))
         return HostPool(slots, memory_for(programs.target), programs.get)
 
     @property

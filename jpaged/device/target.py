@@ -36,7 +36,7 @@ class Target:
         keeps_programs: whether compiled programs are kept between runs.
         pool_bytes: bytes of the block pool at most; None leaves that to ``memory_fraction``.
         host_pool_bytes: bytes of the host pool at most.
-        addresses_host_memory: whether programs read and write pinned memory of the host at its own addresses.
+        addresses_host_memory: whether devices read and write pinned memory of the host at its own addresses.
         compiler_options: options of XLA, by name.
     """
 

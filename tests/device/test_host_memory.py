@@ -1,6 +1,7 @@
 """Slots in host memory: whatever is in flight, a slot is read as it was stored last, in either kind of memory."""
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,102 +12,95 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged.contract.plan import BlockCopy
+from jpaged.contract.profile import Transferred
 from jpaged.device.kv import host_memory
-from jpaged.device.kv.host_memory import MOVE_SIZES, MappedMemory, StagedMemory
-from jpaged.device.kv.host_pool import HostPool
+from jpaged.device.kv.copy_engine import PlainCopier, Strided, Timed
+from jpaged.device.kv.host_memory import PinnedSlots, StagedMemory
+from jpaged.device.kv.host_pool import HostPool, num_slots_for
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import TARGETS
+from jpaged.sharding import pool_sharding
 from tests.support import tiny
 
 NUM_BLOCKS, NUM_SLOTS = 80, 96
 SLOTS_PER_PIECE = 40
+DIRECTIONS = "to_host", "from_host"
 
 
-class Unfinished:
-    """Stands for the array of a store that may not be over yet."""
-
-    is_over = False
-
-    def is_ready(self) -> bool:
-        return self.is_over
-
-
-class SlowStores:
-    """The content of ``MappedMemory`` as the copy engine sees it: a store is not there until it is over.
-
-    Programs see it at once, since they run in order. So the content of the copy engine lags behind.
-    """
+class LateCopier:
+    """Stands for a copy engine: copies start when a test says so, or when a program waits for them."""
 
     def __init__(self) -> None:
-        self.content: np.ndarray | None = None
-        self.pending: list[tuple[Unfinished, jax.Array]] = []
+        self.waiting: list[tuple[int, list[Strided], Late]] = []
 
-    def program(self, compiled):
-        def of_key(key):
-            run = compiled(key)
-            if key[0] != "to_host":
-                return run
+    def start(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> None:
+        self.start_timed(stream, buffer, copies)
 
-            def store(*args):
-                slots, _ = run(*args)
-                self.pending.append((Unfinished(), slots))
-                return slots, self.pending[-1][0]
+    def start_timed(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> Timed:
+        self.waiting.append((buffer, list(copies), late := Late(self)))
+        return late
 
-            return store
+    def wait(self, stream: int | None, buffer: int) -> None:
+        numbers = [number for number, (other, _, _) in enumerate(self.waiting, 1) if other == buffer]
+        self.end(max(numbers, default=0))
 
-        return of_key
+    def end(self, num_starts: int) -> None:
+        """Run the oldest copies, in order."""
+        for _, copies, late in self.waiting[:num_starts]:
+            PlainCopier().start(None, 0, copies)
+            late.has_ended = True
+        del self.waiting[:num_starts]
 
-    def end(self, num_stores: int) -> None:
-        """Let the oldest stores end."""
-        for is_over, slots in self.pending[:num_stores]:
-            is_over.is_over = True
-            if not slots.is_deleted():  # a later store, which was given these slots, has not ended
-                self.content = np.array(slots)
-        del self.pending[:num_stores]
+
+@dataclass
+class Late:
+    """Copies of a ``LateCopier``."""
+
+    copier: LateCopier
+    has_ended: bool = False
+
+    def is_over(self) -> bool:
+        return self.has_ended
+
+    def wait(self) -> None:
+        self.copier.end(len(self.copier.waiting))
+
+    def seconds(self) -> float:
+        assert self.has_ended
+        return 2.0
 
 
 class MemoryOfTheCpu:
-    """Stands for ``PinnedMemory``. On a CPU, programs do not write to memory of others in place."""
+    """Stands for ``PinnedMemory``."""
 
-    def __init__(self, stores: SlowStores, num_bytes: int, unit: int, device: object) -> None:
+    def __init__(self, num_bytes: int, unit: int, device: object) -> None:
         self.piece_bytes = SLOTS_PER_PIECE * unit
-        self.stores = stores
-        self.is_in_place = True
+        self.content = np.zeros(num_bytes, np.uint8)
+        self.address = self.content.ctypes.data
 
     def wait(self) -> None:
         pass
 
-    def array(self, start: int, shape: tuple[int, ...], itemsize: int, *, on_device: bool) -> jax.Array:
-        if on_device:
-            self.stores.content = np.zeros(shape, f"uint{8 * itemsize}")
-            return jnp.asarray(self.stores.content)
-        end = start + int(np.prod(shape)) * itemsize
-        assert start // self.piece_bytes == (end - 1) // self.piece_bytes, "no copy spans two pieces"
-        assert self.stores.content is not None
-        part = self.stores.content.reshape(-1).view(np.uint8)[start:end]
-        return jnp.asarray(part.view(f"uint{8 * itemsize}").reshape(shape))
-
-    def holds(self, array: jax.Array) -> bool:
-        return self.is_in_place
-
 
 @pytest.fixture(scope="module")
 def runner():
-    runner = tiny.make_runner(jnp.bfloat16, num_blocks=NUM_BLOCKS, num_host_blocks=0)
-    runner.programs.num_host_slots = NUM_SLOTS
-    return runner
+    return tiny.make_runner(jnp.bfloat16, num_blocks=NUM_BLOCKS, num_host_blocks=0)
 
 
 def make_pool(kind: str, runner) -> Any:
-    slots, stores = runner.programs.abstract_blocks(NUM_SLOTS), SlowStores()
+    copiers: list[LateCopier] = []
+
+    def new_copier() -> LateCopier:
+        copiers.append(LateCopier())
+        return copiers[-1]
 
     def memory(slots, program) -> Any:
         if kind == "staged":
             return StagedMemory(slots, program)
-        return MappedMemory(slots, stores.program(program), partial(MemoryOfTheCpu, stores))  # pyright: ignore
+        return PinnedSlots(slots, program, MemoryOfTheCpu, new_copier)  # pyright: ignore
 
-    pool: Any = HostPool(slots, memory, runner.programs.get)
-    pool.stores = stores
+    pool: Any = HostPool(runner.programs.abstract_blocks(NUM_SLOTS), memory, runner.programs.get)
+    pool.copiers = copiers
     return pool
 
 
@@ -135,7 +129,7 @@ def moves(draw):
     return to_host, from_host
 
 
-@pytest.mark.parametrize("kind", ["staged", "mapped"])
+@pytest.mark.parametrize("kind", ["staged", "pinned"])
 @settings(max_examples=60)
 @given(plans=st.lists(st.tuples(moves(), st.integers(0, 4)), max_size=6))
 def test_blocks_come_back_as_they_left(runner, kind, plans):
@@ -148,41 +142,17 @@ def test_blocks_come_back_as_they_left(runner, kind, plans):
         cache = pool.finish(cache)
         for copy in from_host:
             expected[copy.dst] = stored[copy.src]
-        pool.stores.end(num_ended)
+        jax.block_until_ready(cache.pool)
+        for copier in pool.copiers:
+            copier.end(num_ended)
         pool.poll()
     np.testing.assert_array_equal(bits(cache)[1:], expected[1:])
 
 
-def test_runs_are_copied_and_scattered_slots_are_read_by_a_program(runner):
-    pool, cache = make_pool("mapped", runner), random_cache(runner, 1)
-    memory: Any = pool._memory
-    size = MOVE_SIZES[0]
-    memory.store(cache, [BlockCopy(block, block) for block in range(1, 30)])
-    pool.stores.end(1)
-    run = [BlockCopy(slot, slot) for slot in range(1, 1 + 2 * size)]
-    apart = [BlockCopy(slot, slot) for slot in (20, 22, 24)]
-    batches = list(memory.batches([*run, *apart], room=64))
-    assert [(len(copies), is_staged) for copies, is_staged in batches] == [(size, True), (size, True), (3, False)]
-    assert [is_staged for _, is_staged in memory.batches([*run, *apart], room=size)] == [True, False]
-
-
-def test_slots_that_are_being_written_are_read_by_a_program_after_it(runner):
-    pool, cache = make_pool("mapped", runner), random_cache(runner, 1)
-    memory: Any = pool._memory
-    memory.store(cache, [BlockCopy(block, block) for block in range(1, 20)])
-
-    back = [BlockCopy(slot, slot) for slot in range(1, 30)]
-    staged = [copy.src for copies, is_staged in memory.batches(back, room=64) if is_staged for copy in copies]
-    assert staged, "the others are copied"
-    assert min(staged) >= 20
-
-
-@pytest.mark.parametrize("kind", ["staged", "mapped"])
+@pytest.mark.parametrize("kind", ["staged", "pinned"])
 def test_forgotten_memory_is_written_again(runner, kind):
     pool, cache = make_pool(kind, runner), random_cache(runner, 1)
     pool.start(cache, [BlockCopy(1, 0)], ())
-    if kind == "mapped":
-        pool._memory._slots.delete()  # donated to a program that failed
     pool.forget()
     cache = pool.start(cache, [BlockCopy(2, 0)], ())
     expected = bits(cache)[2]
@@ -190,20 +160,85 @@ def test_forgotten_memory_is_written_again(runner, kind):
     np.testing.assert_array_equal(bits(cache)[9], expected)
 
 
-def test_stores_that_are_over_are_forgotten_without_a_load(runner):
-    pool, cache = make_pool("mapped", runner), random_cache(runner, 1)
-    for _ in range(20):
-        pool.start(cache, [BlockCopy(1, 0)], ())
-        pool.stores.end(1)
-    assert len(pool._memory._storing) <= 1
+def test_no_copy_is_in_flight_once_it_is_forgotten(runner):
+    """The pool that it would write to is deleted next."""
+    pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
+    pool.start(cache, (), [BlockCopy(0, 9)])
+    pool.forget()
+    [copier] = pool.copiers
+    assert not copier.waiting
+
+
+def test_a_plan_that_did_not_run_leaves_no_moves(runner):
+    pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
+    lost = random_cache(runner, 2)
+    lost.pool.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        pool.start(lost, [BlockCopy(1, 0)], ())
+    pool.forget()
+    cache = pool.start(cache, [BlockCopy(2, 5)], [BlockCopy(5, 9)])
+    expected = bits(cache)[2]
+    np.testing.assert_array_equal(bits(pool.finish(cache))[9], expected)
+
+
+def test_stores_are_over_before_the_next_program_and_loads_when_they_land(runner):
+    pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
+    jax.block_until_ready(pool._memory.store(cache, [BlockCopy(1, 0)]))
+    [copier] = pool.copiers
+    assert not copier.waiting
+    arrival = pool._memory.request(cache, [BlockCopy(0, 9)])
+    jax.block_until_ready(arrival.moving._token)
+    assert not arrival.moving.is_ready()
+    cache, is_over = pool._memory.land(cache, arrival)
+    jax.block_until_ready(is_over)
+    assert arrival.moving.is_ready()
+    np.testing.assert_array_equal(bits(cache)[9], bits(cache)[1])
+
+
+def test_the_copier_tells_the_time_of_a_transfer(runner):
+    pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
+    cache = pool.finish(pool.start(cache, [BlockCopy(1, 0)], [BlockCopy(0, 9)]))
+    jax.block_until_ready(cache.pool)
+    pool.poll()
+    of_block = bits(cache)[1].nbytes
+    assert pool.take_transfers() == [Transferred(way, of_block, 2.0, is_end_seen=True) for way in DIRECTIONS]
+
+
+def test_a_store_that_failed_is_told(runner):
+    """At once, or by the array that no other program takes."""
+    pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
+    [part] = pool._memory._parts.values()
+    part.copier = None
+    with pytest.raises(RuntimeError, match="start_timed"):
+        pool._memory.store(cache, [BlockCopy(1, 0)]).block_until_ready()
 
 
 def test_a_jax_that_does_not_write_in_place_is_refused(runner):
-    pool, cache = make_pool("mapped", runner), random_cache(runner, 1)
-    [memory] = pool._memory._memories.values()
-    memory.is_in_place = False
+    pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
+    jax.block_until_ready(pool.start(cache, (), [BlockCopy(0, 9)]).pool)
+    elsewhere = random_cache(runner, 2)
     with pytest.raises(RuntimeError, match="num_host_blocks=0"):
-        pool.start(cache, [BlockCopy(1, 0)], ())
+        jax.block_until_ready(pool.finish(elsewhere))
+
+
+def test_a_slot_is_a_block_and_its_scales_on_each_device():
+    """Layer l of a block lies l layers after the start of the slot: the stream reads it there."""
+    runner = tiny.make_runner(
+        jnp.bfloat16, num_blocks=16, num_host_blocks=0, kv_cache_dtype="fp8", tensor_parallel_size=2
+    )
+    pool, rng, sharding = make_pool("pinned", runner), np.random.default_rng(0), pool_sharding(runner.mesh)
+    shapes = runner.programs.abstract_cache()
+    stored = rng.standard_normal(shapes.pool.shape, np.float32).astype(shapes.pool.dtype)
+    scales = rng.standard_normal(shapes.kv_scales.shape, np.float32)
+    cache = KVCache(jax.device_put(stored, sharding), jax.device_put(scales, sharding))
+    cache = pool.finish(pool.start(cache, [BlockCopy(3, 7), BlockCopy(4, 8)], [BlockCopy(7, 9)]))
+    for array, expected in ((cache.pool, stored), (cache.kv_scales, scales)):
+        expected[9] = expected[3]
+        assert np.asarray(array).tobytes() == expected.tobytes()
+    slot = 8 + num_slots_for(0)
+    for part, heads in zip(pool._memory._parts.values(), np.split(stored, 2, 3), strict=True):
+        of_slot = part.memory.content[slot * part.slot_bytes :][: part.slot_bytes]
+        assert of_slot[: heads[4].nbytes].tobytes() == heads[4].tobytes()
 
 
 def test_all_processes_land_in_the_same_order_whatever_is_ready(runner, monkeypatch):
@@ -223,10 +258,10 @@ def test_all_processes_land_in_the_same_order_whatever_is_ready(runner, monkeypa
     assert orders[0] == orders[1]
 
 
-def test_mapped_memory_is_for_gpus_with_a_cuda_driver(monkeypatch):
+def test_pinned_slots_are_for_gpus_with_a_cuda_driver(monkeypatch):
     assert [name for name, target in TARGETS.items() if target.addresses_host_memory] == ["gpu"]
     monkeypatch.setattr(host_memory, "why_no_pinned_memory", lambda: "no driver")
     assert host_memory.memory_for(TARGETS["gpu"]) is StagedMemory
     monkeypatch.setattr(host_memory, "why_no_pinned_memory", lambda: None)
-    assert host_memory.memory_for(TARGETS["gpu"]) is MappedMemory
+    assert host_memory.memory_for(TARGETS["gpu"]) is PinnedSlots
     assert host_memory.memory_for(TARGETS["tpu"]) is StagedMemory

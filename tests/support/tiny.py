@@ -63,7 +63,7 @@ def make_runner(
     runner = ModelRunner(model, model_config, config, mesh, warm_up=warm_up, use_tqdm=False)
     if not (warm_up or has_own_programs):
         own = runner.programs
-        sizes = own.num_blocks, own.num_host_slots, own.max_model_len
+        sizes = own.num_blocks, own.max_model_len
         shared = _programs(model_config, dtype, mesh, config, own.target, sizes)
         shared |= own._compiled
         own._compiled = shared

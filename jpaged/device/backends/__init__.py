@@ -132,20 +132,6 @@ class Backend:
         """``KVCache.scatter``. Block 0 may stay as it is."""
         return cache.scatter(blocks, data)
 
-    def to_host(
-        self, slots: Blocks, cache: KVCache, blocks: Int[Array, " n"], where: Int[Array, " n"]
-    ) -> tuple[Blocks, Int[Array, ""]]:
-        """Copy blocks to slots of host memory that the devices address, in place; a slot past the last is dropped.
-
-        Returns:
-            The slots, and a number that is ready when the copies are over.
-        """
-        return slots.at[where].set(self.gather(cache, blocks), mode="drop", unique_indices=True), where.sum()
-
-    def from_host(self, cache: KVCache, blocks: Int[Array, " n"], slots: Blocks, where: Int[Array, " n"]) -> KVCache:
-        """Copy slots of such memory to blocks. Block 0 may stay as it is."""
-        return self.scatter(cache, blocks, slots.at[where].get(mode="clip"))
-
     def on_each_device(self, run: Callable[..., Any], in_specs: tuple[P, ...], out_specs: Any) -> Callable[..., Any]:
         """A function that every device of the mesh in use runs over its own parts of the arguments."""
         if self.num_devices == 1:

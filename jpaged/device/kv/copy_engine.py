@@ -1,23 +1,27 @@
-"""Copies of host memory that run beside programs: a GPU's copy engine, and plain copies elsewhere.
+"""Copies between host and device that run beside programs: a GPU's copy engine, and plain copies elsewhere.
 
 Programs start a copy and wait for it by callbacks. A callback runs while its program is enqueued, and orders a stream
 of its own against that of the program.
 """
 
 import ctypes
+import time
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import jax
 
 from jpaged.device.kv.pinned import call_driver
 
 
 class Strided(NamedTuple):
-    """Rows of bytes at equal distances, in host memory and in device memory.
+    """Rows of bytes at equal distances, copied from host memory to device memory or back.
 
     Args:
-        src: address of the first row, on the host.
+        src: address of the first row.
         src_pitch: bytes from one row to the next one there.
-        dst: address of the first row, on the device.
+        dst: address of the first row of the copy.
         dst_pitch: bytes from one row to the next one there.
         width: bytes of a row.
         num_rows: rows.
@@ -31,21 +35,49 @@ class Strided(NamedTuple):
     num_rows: int
 
 
+class Timed(Protocol):
+    """Copies that the host observes, from any thread."""
+
+    def is_over(self) -> bool:
+        """Whether the copies are over."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until the copies are over."""
+        ...
+
+    def seconds(self) -> float:
+        """The duration of copies that are over."""
+        ...
+
+
 class Copier(Protocol):
     """Runs copies in the order in which they start.
 
     Args of the methods:
-        stream: handle of the stream of the program that calls; None on a CPU.
-        buffer: number of the buffer that the copies fill.
+        stream: handle of the stream of the program that calls (``stream_of``).
+        buffer: number of the buffer that the copies read or fill.
     """
 
     def start(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> None:
         """Start copies once the program has come to this point."""
         ...
 
+    def start_timed(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> Timed:
+        """Start copies as ``start`` does, for a host that observes them."""
+        ...
+
     def wait(self, stream: int | None, buffer: int) -> None:
         """Let the program go on once the copies that started last for this buffer are over."""
         ...
+
+
+def stream_of(context: Any) -> int | None:
+    """The handle of the stream of the program that calls; None on a CPU, whose programs have none."""
+    try:
+        return context.stream
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 class PlainCopier:
@@ -58,8 +90,29 @@ class PlainCopier:
                 src, dst = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
                 ctypes.memmove(dst, src, copy.width)
 
+    def start_timed(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> Timed:
+        started = time.perf_counter()
+        self.start(stream, buffer, copies)
+        return _Past(time.perf_counter() - started)
+
     def wait(self, stream: int | None, buffer: int) -> None:
         pass  # the copies are over
+
+
+class _Past:
+    """Copies that were over when they had started."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def is_over(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def seconds(self) -> float:
+        return self._seconds
 
 
 class CopyEngine:
@@ -67,28 +120,67 @@ class CopyEngine:
 
     def __init__(self) -> None:
         self._stream: ctypes.c_void_p | None = None
+        self._context = ctypes.c_void_p()
         self._reached: dict[int, ctypes.c_void_p] = {}
         self._copied: dict[int, ctypes.c_void_p] = {}
 
     def start(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> None:
-        if self._stream is None:
-            self._stream = ctypes.c_void_p()
-            call_driver("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
-        if buffer not in self._copied:
-            self._reached[buffer], self._copied[buffer] = _new_event(), _new_event()
-        call_driver("cuEventRecord", self._reached[buffer], ctypes.c_void_p(stream))
-        call_driver("cuStreamWaitEvent", self._stream, self._reached[buffer], ctypes.c_uint(0))
-        for copy in copies:
-            call_driver("cuMemcpy2DAsync_v2", ctypes.byref(_described(copy)), self._stream)
-        call_driver("cuEventRecord", self._copied[buffer], self._stream)
+        self._reach(stream, buffer)
+        self._copy(buffer, copies)
+
+    def start_timed(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> Timed:
+        self._reach(stream, buffer)
+        first, last = _new_event(), _new_event()
+        call_driver("cuEventRecord", first, self._stream)
+        self._copy(buffer, copies)
+        call_driver("cuEventRecord", last, self._stream)
+        return _BetweenEvents(self._context, first, last)
 
     def wait(self, stream: int | None, buffer: int) -> None:
         call_driver("cuStreamWaitEvent", ctypes.c_void_p(stream), self._copied[buffer], ctypes.c_uint(0))
 
+    def _reach(self, stream: int | None, buffer: int) -> None:
+        """Let the next copies wait until the program has come to this point."""
+        if self._stream is None:
+            call_driver("cuCtxGetCurrent", ctypes.byref(self._context))
+            self._stream = ctypes.c_void_p()
+            call_driver("cuStreamCreate", ctypes.byref(self._stream), ctypes.c_uint(_NON_BLOCKING))
+        if buffer not in self._copied:
+            self._reached[buffer], self._copied[buffer] = _new_event(_NO_TIMING), _new_event(_NO_TIMING)
+        call_driver("cuEventRecord", self._reached[buffer], ctypes.c_void_p(stream))
+        call_driver("cuStreamWaitEvent", self._stream, self._reached[buffer], ctypes.c_uint(0))
+
+    def _copy(self, buffer: int, copies: Sequence[Strided]) -> None:
+        for copy in copies:
+            call_driver("cuMemcpy2DAsync_v2", ctypes.byref(_described(copy)), self._stream)
+        call_driver("cuEventRecord", self._copied[buffer], self._stream)
+
+
+class _BetweenEvents:
+    """Copies between two events of their stream. The events are destroyed with this object."""
+
+    def __init__(self, context: ctypes.c_void_p, first: ctypes.c_void_p, last: ctypes.c_void_p) -> None:
+        self._context, self._first, self._last = context, first, last
+        weakref.finalize(self, _destroy, context, first, last).atexit = False
+
+    def is_over(self) -> bool:
+        call_driver("cuCtxSetCurrent", self._context)
+        return call_driver("cuEventQuery", self._last)
+
+    def wait(self) -> None:
+        call_driver("cuCtxSetCurrent", self._context)
+        call_driver("cuEventSynchronize", self._last)
+
+    def seconds(self) -> float:
+        milliseconds = ctypes.c_float()
+        call_driver("cuCtxSetCurrent", self._context)
+        call_driver("cuEventElapsedTime", ctypes.byref(milliseconds), self._first, self._last)
+        return milliseconds.value / 1000
+
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
-_HOST, _DEVICE = 1, 2  # CU_MEMORYTYPE_HOST, CU_MEMORYTYPE_DEVICE
+_UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: the address says whose memory it is
 
 
 class _Copy2D(ctypes.Structure):
@@ -116,13 +208,19 @@ class _Copy2D(ctypes.Structure):
 
 def _described(copy: Strided) -> _Copy2D:
     described = _Copy2D()
-    described.srcMemoryType, described.srcHost, described.srcPitch = _HOST, copy.src, copy.src_pitch
-    described.dstMemoryType, described.dstDevice, described.dstPitch = _DEVICE, copy.dst, copy.dst_pitch
+    described.srcMemoryType, described.srcDevice, described.srcPitch = _UNIFIED, copy.src, copy.src_pitch
+    described.dstMemoryType, described.dstDevice, described.dstPitch = _UNIFIED, copy.dst, copy.dst_pitch
     described.WidthInBytes, described.Height = copy.width, copy.num_rows
     return described
 
 
-def _new_event() -> ctypes.c_void_p:
+def _new_event(flags: int = 0) -> ctypes.c_void_p:
     event = ctypes.c_void_p()
-    call_driver("cuEventCreate", ctypes.byref(event), ctypes.c_uint(_NO_TIMING))
+    call_driver("cuEventCreate", ctypes.byref(event), ctypes.c_uint(flags))
     return event
+
+
+def _destroy(context: ctypes.c_void_p, *events: ctypes.c_void_p) -> None:
+    call_driver("cuCtxSetCurrent", context)
+    for event in events:
+        call_driver("cuEventDestroy_v2", event)

@@ -1,21 +1,27 @@
 """Slots for blocks in host memory, and the ways between them and the device pool: one interface, two ways.
 
-A GPU reads and writes host memory itself (``MappedMemory``). Elsewhere blocks are staged (``StagedMemory``).
+The copy engine of a GPU copies blocks in place (``PinnedSlots``). Elsewhere blocks are staged (``StagedMemory``).
 """
 
-import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32
+from jax.experimental.buffer_callback import buffer_callback
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Int32
 
 from jpaged.contract.plan import BlockCopy
-from jpaged.device.kv.pinned import PinnedMemory, why_no_pinned_memory
-from jpaged.device.kv.pool import Blocks, KVCache
+from jpaged.device.kv.copy_engine import Copier, CopyEngine, Strided, Timed, stream_of
+from jpaged.device.kv.pinned import PinnedMemory, pointer_of, why_no_pinned_memory
+from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import Target
 
 MOVE_SIZES = (4, 32)
@@ -24,22 +30,33 @@ MOVE_SIZES = (4, 32)
 Program = Callable[[tuple], Callable[..., Any]]
 
 
-def has_mapped_memory(target: Target) -> bool:
-    """Whether devices of this target address the host memory of this process."""
+def has_copy_engine(target: Target) -> bool:
+    """Whether this process can let the devices of this target copy by themselves, from and to pinned memory."""
     return target.addresses_host_memory and why_no_pinned_memory() is None
 
 
-@dataclass(slots=True, eq=False)
-class Arrival:
+class Moving(Protocol):
+    """Blocks in flight."""
+
+    def is_ready(self) -> bool:
+        """Whether the copies are over."""
+        ...
+
+    def block_until_ready(self) -> Any:
+        """Wait until the copies are over."""
+        ...
+
+
+class Arrival(NamedTuple):
     """Blocks on their way to the device pool.
 
     Args:
         copies: their slots and their blocks.
-        staged: the blocks in device memory, or on their way to it; None if a program reads them from host memory.
+        moving: the copies in flight; an array of the blocks if they are staged.
     """
 
     copies: tuple[BlockCopy, ...]
-    staged: Blocks | None = None
+    moving: Any
 
 
 class Source(NamedTuple):
@@ -60,37 +77,24 @@ class HostMemory(Protocol):
     """Slots for blocks in host memory. A slot is read as it was stored last, whatever is in flight.
 
     Attributes:
-        stages_stores: whether blocks on their way to the host take device memory.
+        is_staged: whether blocks in flight take device memory. A call moves ``MOVE_SIZES[-1]`` of them at most then.
     """
 
-    stages_stores: bool
+    is_staged: bool
 
-    def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Array:
-        """Copy at most ``MOVE_SIZES[-1]`` blocks (src) to slots (dst).
-
-        Returns:
-            An array that is ready when the device has read the blocks, and the slots of ``MappedMemory`` hold them.
-        """
+    def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Moving:
+        """Copy blocks (src) to slots (dst). Programs that are enqueued later may overwrite the blocks."""
         ...
 
-    def batches(self, copies: Sequence[BlockCopy], room: int) -> Iterator[tuple[tuple[BlockCopy, ...], bool]]:
-        """Divide copies of slots (src) to blocks (dst) into batches of one program, and say which are staged.
-
-        Args:
-            copies: the copies.
-            room: blocks that may be staged without waiting.
-        """
-        ...
-
-    def request(self, copies: tuple[BlockCopy, ...], *, is_staged: bool) -> Arrival:
-        """Begin to copy a batch."""
+    def request(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Arrival:
+        """Begin to copy slots (src) to blocks (dst), which no program may read or write until they have landed."""
         ...
 
     def land(self, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
-        """Write a batch into the cache, which is donated.
+        """Make the cache, which is donated, hold the blocks.
 
         Returns:
-            The cache, and an array that is ready when the batch is written.
+            The cache, and an array that is ready when the cache holds the blocks.
         """
         ...
 
@@ -123,7 +127,7 @@ class StagedMemory:
         program: compiled programs by key: ("gather", size) and ("scatter", size).
     """
 
-    stages_stores = True
+    is_staged = True
 
     def __init__(self, slots: jax.ShapeDtypeStruct, program: Program) -> None:
         assert slots.sharding is not None
@@ -133,20 +137,15 @@ class StagedMemory:
         self._slots = {device: np.zeros(local_shape, slots.dtype) for device in _local_devices(slots)}
         self._leaving: list[tuple[list[int], Any]] = []  # in the order in which they are to be written
 
-    def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Array:
+    def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Moving:
         self._settle(0)
-        blocks = self._program(("gather", size_for(copies)))(cache, _padded([copy.src for copy in copies], 0))
+        blocks: Any = self._program(("gather", size_for(copies)))(cache, _padded([copy.src for copy in copies], 0))
         blocks = jax.device_put(blocks, self._sharding.with_memory_kind("pinned_host"))
         self._leaving.append(([copy.dst for copy in copies], blocks))
         return blocks
 
-    def batches(self, copies: Sequence[BlockCopy], room: int) -> Iterator[tuple[tuple[BlockCopy, ...], bool]]:
-        del room
-        for batch in itertools.batched(copies, MOVE_SIZES[-1]):
-            yield batch, True
-
-    def request(self, copies: tuple[BlockCopy, ...], *, is_staged: bool) -> Arrival:
-        del is_staged  # all batches are
+    def request(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Arrival:
+        del cache
         slots = [copy.src for copy in copies]
         awaited = [number for number, (stored, _) in enumerate(self._leaving, 1) if not set(stored).isdisjoint(slots)]
         self._settle(max(awaited, default=0))
@@ -154,10 +153,11 @@ class StagedMemory:
         # Indexing copies: a later store does not change what is in flight.
         parts = [jax.device_put(array[padded], device) for device, array in self._slots.items()]
         shape = (len(padded), *self._shape[1:])
-        return Arrival(copies, jax.make_array_from_single_device_arrays(shape, self._sharding, parts))
+        return Arrival(tuple(copies), jax.make_array_from_single_device_arrays(shape, self._sharding, parts))
 
     def land(self, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
-        return _scatter(self._program, cache, arrival)
+        blocks = _padded([copy.dst for copy in arrival.copies], 0)
+        return self._program(("scatter", len(blocks)))(cache, blocks, arrival.moving)
 
     def source(self) -> Source:
         [slots] = self._slots.values()
@@ -181,140 +181,195 @@ class StagedMemory:
             least -= 1
 
 
-class MappedMemory:
-    """Slots in pinned memory that GPUs address themselves.
+class Copying:
+    """Blocks that the copy engines of some devices move.
 
-    Programs write to it in place. Runs of slots come back by the copy engine, beside running programs. Scattered
-    slots, and slots that are still being written, come back by a program.
+    Args:
+        token: result of the program that starts the copies.
+        parts: copies of each device, once the token is ready.
+    """
+
+    def __init__(self, token: Int[Array, " devices"], parts: Sequence[Timed]) -> None:
+        self._token: Any = token  # its stub lacks is_ready
+        self._parts = parts
+
+    def is_ready(self) -> bool:
+        """Whether the copies are over. Raises the error of a program that could not start them."""
+        if not self._token.is_ready():
+            return False
+        self._token.block_until_ready()  # nothing else may take the token, and so its error
+        return all(part.is_over() for part in self._parts)
+
+    def block_until_ready(self) -> None:
+        """Wait until the copies are over."""
+        self._token.block_until_ready()
+        for part in self._parts:
+            part.wait()
+
+    def seconds(self) -> float:
+        """The duration of copies that are over, on the device that took longest."""
+        return max(part.seconds() for part in self._parts)
+
+
+class PinnedSlots:
+    """Slots in pinned memory, from and to which the copy engine of each device copies blocks in place.
+
+    A slot is the bytes of a block, followed by those of its scales. The copies of a device run one after the other,
+    in the order of the calls.
+
+    XLA does not know of the copies: for XLA, the program that starts them only reads the cache. So ``store`` lets the
+    next programs wait for its copies, and ``land`` lets them wait for those of ``request``.
 
     Args:
         slots: as ``StagedMemory`` takes it.
-        program: compiled programs by key: ("to_host", size), ("from_host", size) and ("scatter", size).
+        program: not used; a program that calls back cannot be kept.
         allocate: makes the memory of one device: of bytes, unit, device.
+        new_copier: makes the copier of one device.
     """
 
-    stages_stores = False
+    is_staged = False
 
     def __init__(
         self,
         slots: jax.ShapeDtypeStruct,
         program: Program,
         allocate: Callable[[int, int, Any], PinnedMemory] = PinnedMemory,
+        new_copier: Callable[[], Copier] = CopyEngine,
     ) -> None:
-        self._shape, self._sharding, self._itemsize = slots.shape, slots.sharding, slots.dtype.itemsize
-        self._local_shape, devices = _local_shape(slots), _local_devices(slots)
-        self._program = program
-        self._slot_bytes = math.prod(self._local_shape[1:]) * self._itemsize
-        num_bytes = self._shape[0] * self._slot_bytes
-        self._memories = {device: allocate(num_bytes, self._slot_bytes, device) for device in devices}
-        self._slots_per_piece = self._memories[devices[0]].piece_bytes // self._slot_bytes
-        self._slots = self._map()
-        self._checked: set[int] = set()  # sizes of programs that were seen to write in place
-        self._storing: list[tuple[frozenset[int], Any]] = []
+        del program
+        self._slot_bytes = math.prod(_local_shape(slots)[1:]) * slots.dtype.itemsize
+        self._parts: dict[int, _Part] = {}
+        for device in _local_devices(slots):
+            memory = allocate(slots.shape[0] * self._slot_bytes, self._slot_bytes, device)
+            self._parts[device.local_hardware_id] = _Part(memory, self._slot_bytes, new_copier())
+        self._latest: Copying | None = None
+        assert isinstance(slots.sharding, jax.sharding.NamedSharding)
+        mesh, split = slots.sharding.mesh, slots.sharding.spec
+        on_devices = partial(jax.shard_map, mesh=mesh, in_specs=(split,), check_vma=False)
+        tokens = P(mesh.axis_names)
+        self._store = jax.jit(on_devices(partial(_call, self._parts, _Part.store), out_specs=tokens))
+        self._load = jax.jit(on_devices(partial(_call, self._parts, _Part.load), out_specs=tokens))
+        land = on_devices(partial(_call_in_place, self._parts, _Part.land), out_specs=(split, tokens))
+        self._land = jax.jit(land, donate_argnums=0)
 
-    def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Array:
-        src, dst = [copy.src for copy in copies], [copy.dst for copy in copies]
-        program = self._program(("to_host", size_for(copies)))
-        self._slots, is_over = program(self._slots, cache, _padded(src, 0), _padded(dst, self._shape[0]))
-        if size_for(src) not in self._checked:
-            self._check_in_place()
-            self._checked.add(size_for(src))
-        self._storing = [(slots, array) for slots, array in self._storing if not array.is_ready()]
-        self._storing.append((frozenset(dst), is_over))
-        return is_over
+    def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Copying:
+        return self._start(self._store, cache, copies)
 
-    def batches(self, copies: Sequence[BlockCopy], room: int) -> Iterator[tuple[tuple[BlockCopy, ...], bool]]:
-        if jax.process_count() > 1:
-            room = 0  # what is ready here may not be ready elsewhere, and all processes are to run the same programs
-        self._storing = [(slots, is_over) for slots, is_over in self._storing if not is_over.is_ready()]
-        written = frozenset[int]().union(*(slots for slots, _ in self._storing))
-        scattered = [copy for copy in copies if copy.src in written]
-        for run in _runs([copy for copy in copies if copy.src not in written], self._slots_per_piece):
-            start = 0
-            for size in reversed(MOVE_SIZES):
-                while min(len(run) - start, room) >= size:
-                    yield tuple(run[start : start + size]), True
-                    start += size
-                    room -= size
-            scattered += run[start:]
-        for batch in itertools.batched(scattered, MOVE_SIZES[-1]):
-            yield batch, False
-
-    def request(self, copies: tuple[BlockCopy, ...], *, is_staged: bool) -> Arrival:
-        if not is_staged:
-            return Arrival(copies)
-        shape, start = (len(copies), *self._local_shape[1:]), copies[0].src * self._slot_bytes
-        parts = [
-            jax.device_put(
-                memory.array(start, shape, self._itemsize, on_device=False),
-                jax.sharding.SingleDeviceSharding(device, memory_kind="device"),
-            )
-            for device, memory in self._memories.items()
-        ]
-        shape = (len(copies), *self._shape[1:])
-        return Arrival(copies, jax.make_array_from_single_device_arrays(shape, self._sharding, parts))
+    def request(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Arrival:
+        return Arrival(tuple(copies), self._start(self._load, cache, copies))
 
     def land(self, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
-        if arrival.staged is not None:
-            return _scatter(self._program, cache, arrival)
-        src, dst = [copy.src for copy in arrival.copies], [copy.dst for copy in arrival.copies]
-        return self._program(("from_host", size_for(src)))(cache, _padded(dst, 0), self._slots, _padded(src, src[0]))
+        del arrival  # a device copies in order
+        return self._land(cache)
 
     def source(self) -> Source:
-        [memory] = self._memories.values()
-        return Source(memory.address, self._slot_bytes, self._slots_per_piece)
+        [part] = self._parts.values()
+        return Source(part.memory.address, self._slot_bytes, part.memory.piece_bytes // self._slot_bytes)
 
     def settle(self) -> None:
-        pass  # programs that store run before those that are enqueued next
+        pass  # programs that are enqueued next wait for what was stored
 
     def forget(self) -> None:
-        self._storing.clear()
-        self._slots = self._map()  # a program that failed may have taken the array with it
+        with suppress(RuntimeError):  # of the step that failed
+            if self._latest is not None:
+                self._latest.block_until_ready()  # no copy may write to a pool that is gone
+        for part in self._parts.values():
+            part.moves.clear()
 
     def wait(self) -> None:
-        for memory in self._memories.values():
-            memory.wait()
+        for part in self._parts.values():
+            part.memory.wait()
 
-    def _map(self) -> Blocks:
-        """All slots as one array of the devices."""
-        memories = self._memories.values()
-        parts = [memory.array(0, self._local_shape, self._itemsize, on_device=True) for memory in memories]
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, parts)
+    def _start(self, program: Callable[[KVCache], Array], cache: KVCache, copies: Sequence[BlockCopy]) -> Copying:
+        timed: list[Timed] = []
+        for part in self._parts.values():
+            part.moves.append((copies, timed))
+        self._latest = Copying(program(cache), timed)
+        return self._latest
 
-    def _check_in_place(self) -> None:
-        """Check that the last program wrote to the memory itself: copies from it would read nothing otherwise.
 
-        Raises:
-            RuntimeError: it wrote elsewhere.
-        """
-        parts = {shard.device: shard.data for shard in self._slots.addressable_shards}
-        if not all(memory.holds(parts[device]) for device, memory in self._memories.items()):
-            raise RuntimeError(
-                "this version of JAX does not write to donated host memory in place: use num_host_blocks=0"
-            )
+_STORES, _LOADS = 0, 1  # buffers of a copier
+
+
+@dataclass(eq=False)
+class _Part:
+    """The slots of one device. The methods but the last run in its programs.
+
+    Args:
+        memory: the slots.
+        slot_bytes: bytes of a slot.
+        copier: copies.
+        moves: copies that the next programs start, and the list that tells the host of them.
+        pool_address: address of the pool when the last load started.
+    """
+
+    memory: PinnedMemory
+    slot_bytes: int
+    copier: Copier
+    moves: deque[tuple[Sequence[BlockCopy], list[Timed]]] = field(default_factory=deque)
+    pool_address: int = 0
+
+    def store(self, stream: int | None, arrays: Sequence[Any]) -> None:
+        copies, timed = self.moves.popleft()
+        places = self._places(arrays, [(copy.src, copy.dst) for copy in copies])
+        strided = [Strided(block, width, slot, width, width, 1) for block, slot, width in places]
+        timed.append(self.copier.start_timed(stream, _STORES, strided))
+        self.copier.wait(stream, _STORES)
+
+    def load(self, stream: int | None, arrays: Sequence[Any]) -> None:
+        copies, timed = self.moves.popleft()
+        places = self._places(arrays, [(copy.dst, copy.src) for copy in copies])
+        strided = [Strided(slot, width, block, width, width, 1) for block, slot, width in places]
+        self.pool_address = pointer_of(arrays[0])
+        timed.append(self.copier.start_timed(stream, _LOADS, strided))
+
+    def land(self, stream: int | None, arrays: Sequence[Any]) -> None:
+        if pointer_of(arrays[0]) != self.pool_address:
+            raise RuntimeError("this version of JAX does not write to a donated pool in place: use num_host_blocks=0")
+        self.copier.wait(stream, _LOADS)
+
+    def _places(self, arrays: Sequence[Any], pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+        """The pieces of blocks and slots: the address in the cache, the address in the slot, and the bytes."""
+        rows = [(pointer_of(array), math.prod(array.shape[1:]) * array.dtype.itemsize) for array in arrays]
+        for block, slot in pairs:
+            at = self.memory.address + slot * self.slot_bytes
+            for address, width in rows:
+                yield address + block * width, at, width
+                at += width
+
+
+_Method = Callable[[_Part, int | None, Sequence[Any]], None]
+_TOKEN = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+
+def _called(parts: dict[int, _Part], method: _Method) -> Callable[..., None]:
+    """A callback that calls a method for the device whose program runs it, with the arrays of the cache."""
+
+    def run(context: Any, out: Any, *arrays: Any) -> None:
+        del out
+        _, ordinal = arrays[0].__dlpack_device__()
+        method(parts[ordinal], stream_of(context), arrays)
+
+    return run
+
+
+def _call(parts: dict[int, _Part], method: _Method, cache: KVCache) -> Int[Array, " 1"]:
+    """A program that calls back and reads the cache, as XLA sees it."""
+    return buffer_callback(_called(parts, method), _TOKEN)(*jax.tree.leaves(cache))
+
+
+def _call_in_place(parts: dict[int, _Part], method: _Method, cache: KVCache) -> tuple[KVCache, Int[Array, " 1"]]:
+    """A program that calls back and changes the cache, as XLA sees it."""
+    arrays, tree = jax.tree.flatten(cache)
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+    aliases = {i: i for i in range(len(arrays))}
+    *arrays, token = buffer_callback(_called(parts, method), [*shapes, _TOKEN], input_output_aliases=aliases)(*arrays)
+    return jax.tree.unflatten(tree, arrays), token
 
 
 def memory_for(target: Target) -> Callable[[jax.ShapeDtypeStruct, Program], HostMemory]:
     """The host memory of a target: makes it of its slots, and of the programs that move blocks."""
-    return MappedMemory if has_mapped_memory(target) else StagedMemory
-
-
-def _scatter(program: Program, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
-    assert arrival.staged is not None
-    blocks = _padded([copy.dst for copy in arrival.copies], 0)
-    return program(("scatter", len(blocks)))(cache, blocks, arrival.staged)
-
-
-def _runs(copies: Sequence[BlockCopy], slots_per_piece: int) -> Iterator[list[BlockCopy]]:
-    """Divide copies, in the order of their slots, into runs of slots side by side in one piece of memory."""
-    run: list[BlockCopy] = []
-    for copy in sorted(copies, key=lambda copy: copy.src):
-        if run and (copy.src != run[-1].src + 1 or copy.src % slots_per_piece == 0):
-            yield run
-            run = []
-        run.append(copy)
-    if run:
-        yield run
+    return PinnedSlots if has_copy_engine(target) else StagedMemory
 
 
 def size_for(blocks: Sequence[object]) -> int:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from jaxtyping import Int32
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Direction, Link, Transferred, fit_link
-from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, HostMemory, Program, size_for
+from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, Copying, HostMemory, Moving, Program, size_for
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream
 from jpaged.device.target import Target
 
 MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
-"""Most blocks staged in device memory at once: one batch is copied while another is gathered or written."""
+"""Most blocks staged in device memory at once, if any: one batch is copied while another is gathered or written."""
 
 _MOST_UNSEEN = 0.2  # share of a transfer's time in which its end may lie, to count as observed
 _MOST_KEPT = 64  # transfers noted: a process that follows another one never takes them
@@ -32,17 +32,17 @@ _NUM_SCRATCH = MOVE_SIZES[-1]  # the first slots, which ``measure`` overwrites
 
 @dataclass(slots=True, eq=False)
 class _Transfer:
-    """Blocks of one step in flight in one direction. ``arrays`` are ready when the copies are over."""
+    """Blocks of one step in flight in one direction."""
 
     direction: Direction
     num_blocks: int
     started: float
-    arrays: list[Any]  # Array, whose stub lacks is_ready
+    moving: list[Moving]
     has_waited: bool = False  # for a step or for another copy
     last_unready: float | None = None
 
     def is_over(self) -> bool:
-        return all(array.is_ready() for array in self.arrays)
+        return all(moving.is_ready() for moving in self.moving)
 
 
 class HostPool:
@@ -139,45 +139,45 @@ class HostPool:
         # A copy to the host reads what the steps before it write.
         has_waited = bool(self._in_flight) or not pool.is_ready()
         transfer = _Transfer("to_host", len(to_host), time.perf_counter(), [], has_waited)
-        for batch in itertools.batched(to_host, MOVE_SIZES[-1]):
-            if self._memory.stages_stores:
+        for batch in self._batches(to_host):
+            if self._memory.is_staged:
                 self._make_room(size_for(batch))
-            is_over = self._memory.store(cache, batch)
-            transfer.arrays.append(is_over)
-            if self._memory.stages_stores:
-                self._staged.append((size_for(batch), is_over))
+            moving = self._memory.store(cache, batch)
+            transfer.moving.append(moving)
+            if self._memory.is_staged:
+                self._staged.append((size_for(batch), moving))
         if to_host:
             self._in_flight.append(transfer)
 
     def _request(self, cache: KVCache, from_host: Sequence[BlockCopy]) -> KVCache:
-        if not from_host:
-            return cache
-        transfer = _Transfer("from_host", 0, time.perf_counter(), [])
-        for batch, is_staged in self._memory.batches(from_host, MAX_STAGED_BLOCKS - self._num_staged()):
-            if is_staged:
+        transfer = _Transfer("from_host", len(from_host), time.perf_counter(), [])
+        for batch in self._batches(from_host):
+            if self._memory.is_staged:
                 # By numbers alone: all processes run the same programs in the same order.
                 while self._num_arriving() + size_for(batch) > MAX_STAGED_BLOCKS:
                     cache = self._land(cache)
                 self._make_room(size_for(batch))
-            arrival = self._memory.request(batch, is_staged=is_staged)
+            arrival = self._memory.request(cache, batch)
             self._arriving.append(arrival)
-            if arrival.staged is not None:
-                transfer.arrays.append(arrival.staged)
-                transfer.num_blocks += len(batch)
-        if transfer.arrays:
+            transfer.moving.append(arrival.moving)
+        if from_host:
             self._in_flight.append(transfer)
         return cache
+
+    def _batches(self, copies: Sequence[BlockCopy]) -> Iterator[Sequence[BlockCopy]]:
+        """Divide copies into those of one call."""
+        return itertools.batched(copies, MOVE_SIZES[-1] if self._memory.is_staged else max(len(copies), 1))
 
     def _land(self, cache: KVCache) -> KVCache:
         """Write the batch that was requested first."""
         arrival = self._arriving.popleft()
         cache, is_over = self._memory.land(cache, arrival)
-        if arrival.staged is not None:
+        if self._memory.is_staged:
             self._staged.append((size_for(arrival.copies), is_over))
         return cache
 
     def _num_arriving(self) -> int:
-        return sum(size_for(arrival.copies) for arrival in self._arriving if arrival.staged is not None)
+        return sum(size_for(arrival.copies) for arrival in self._arriving)
 
     def _num_staged(self) -> int:
         while self._staged and self._staged[0][1].is_ready():
@@ -221,7 +221,7 @@ class HostPool:
         for _ in range(4):
             jax.block_until_ready(cache.pool)
             started = time.perf_counter()
-            jax.block_until_ready(self._memory.store(cache, out))
+            self._memory.store(cache, out).block_until_ready()
             out_s.append(time.perf_counter() - started)
             cache = self._time_arrivals(cache, back, in_s)
             self._memory.store(cache, out)
@@ -231,8 +231,8 @@ class HostPool:
     def _time_arrivals(self, cache: KVCache, copies: list[BlockCopy], times: list[float]) -> KVCache:
         """Append the seconds in which blocks arrive and are written."""
         started = time.perf_counter()
-        for batch, is_staged in self._memory.batches(copies, len(copies)):
-            cache, is_over = self._memory.land(cache, self._memory.request(batch, is_staged=is_staged))
+        for batch in self._batches(copies):
+            cache, is_over = self._memory.land(cache, self._memory.request(cache, batch))
             jax.block_until_ready(is_over)
         times.append(time.perf_counter() - started)
         return cache
@@ -244,12 +244,17 @@ class HostPool:
         return over
 
     def _note(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
-        """Note a transfer that is over. The time is an upper bound if it ended long before, or waited for others."""
-        now = time.perf_counter()
-        num_bytes, seconds = transfer.num_blocks * self._bytes_per_block, now - transfer.started
-        if not is_end_seen and transfer.last_unready is not None:
-            is_end_seen = now - transfer.last_unready < _MOST_UNSEEN * seconds
-        is_observed = is_end_seen and not transfer.has_waited
+        """Note a transfer that is over. The time is an upper bound if it ended long before, or waited for others.
+
+        A copy engine tells the time itself, without what the copies waited for.
+        """
+        num_bytes, now = transfer.num_blocks * self._bytes_per_block, time.perf_counter()
+        seconds, is_observed = now - transfer.started, is_end_seen
+        if not is_observed and transfer.last_unready is not None:
+            is_observed = now - transfer.last_unready < _MOST_UNSEEN * seconds
+        is_observed = is_observed and not transfer.has_waited
+        if isinstance(copying := transfer.moving[0], Copying):
+            seconds, is_observed = copying.seconds(), True
         self._over.append(Transferred(transfer.direction, num_bytes, seconds, is_observed))
 
 

@@ -1,4 +1,4 @@
-"""Pinned host memory that a GPU addresses itself: one allocation, and JAX arrays over parts of it."""
+"""Pinned host memory, which a GPU copies by itself: one allocation of the driver's, and calls of the driver."""
 
 import ctypes
 import logging
@@ -12,7 +12,6 @@ from contextlib import suppress
 from functools import cache
 from typing import Any
 
-import jax
 import numpy as np
 
 log = logging.getLogger(__name__)
@@ -24,15 +23,13 @@ HUGE_PAGE = 1 << 21
 _PAGE = mmap.PAGESIZE
 _TOUCHED_BYTES = 8 * HUGE_PAGE
 _FLAGS = 1 | 2  # CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP: for all GPUs, at the host's own address
-_ON_DEVICE, _ON_HOST = 2, 3  # DLPack: kDLCUDA, kDLCUDAHost
-_UNSIGNED = 1  # DLPack: kDLUInt
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 
 
 class PinnedMemory:
     """Host memory that one GPU reads and writes, at the host's own addresses.
 
-    The memory is pinned in the background; ``wait`` for it before its first use. An array over the memory is valid
-    while this object lives, and shares its bytes with all others.
+    The memory is pinned in the background; ``wait`` for it before its first use. It is valid while this object lives.
 
     Args:
         num_bytes: size.
@@ -67,23 +64,6 @@ class PinnedMemory:
         """
         self._pinned.result()
 
-    def array(self, start: int, shape: Sequence[int], itemsize: int, *, on_device: bool) -> jax.Array:
-        """An array of unsigned integers over a part of the memory.
-
-        Args:
-            start: offset in bytes.
-            shape: shape of the array.
-            itemsize: bytes of each integer.
-            on_device: whether programs of the GPU take it as their device's memory. Otherwise it is in "pinned_host"
-                memory, from where ``jax.device_put`` copies beside running programs.
-        """
-        where = _ON_DEVICE if on_device else _ON_HOST
-        return jax.dlpack.from_dlpack(_Export(self.address + start, tuple(shape), itemsize, where, self._ordinal))
-
-    def holds(self, array: jax.Array) -> bool:
-        """Whether an array of this device begins where the memory begins."""
-        return array.unsafe_buffer_pointer() == self.address
-
 
 def why_no_pinned_memory() -> str | None:
     """The reason why this process cannot pin memory for its GPUs; None if it can."""
@@ -99,13 +79,18 @@ def _cuda() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def call_driver(name: str, *args: Any) -> None:
-    """Call a function of the CUDA driver. Raises RuntimeError with its message if it fails."""
+def call_driver(name: str, *args: Any) -> bool:
+    """Call a function of the CUDA driver. Raises RuntimeError with its message if it fails.
+
+    Returns:
+        Whether the work that the function asks about is over; True for all other functions.
+    """
     status = getattr(_cuda(), name)(*args)
-    if status:
+    if status not in (0, _NOT_READY):
         text = ctypes.c_char_p()
         _cuda().cuGetErrorString(status, ctypes.byref(text))
         raise RuntimeError(f"{name} failed: {(text.value or b'unknown error').decode()} (CUDA error {status})")
+    return status == 0
 
 
 def _enter_context(ordinal: int) -> None:
@@ -203,42 +188,3 @@ def _pointer_in() -> Callable[[Any, bytes], int]:
     pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_in.restype, pointer_in.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     return pointer_in
-
-
-class _Export:
-    """Memory that offers itself by DLPack.
-
-    The description lies in memory of ``malloc``, and its deleter is ``free``. So JAX may drop an array in any thread.
-    """
-
-    def __init__(self, address: int, shape: tuple[int, ...], itemsize: int, where: int, ordinal: int) -> None:
-        self._parts = address, shape, itemsize
-        self._device = where, ordinal
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return self._device
-
-    def __dlpack__(self, **_: Any) -> Any:
-        (address, shape, itemsize), (where, ordinal) = self._parts, self._device
-        malloc, free, new_capsule = _c_functions()
-        size = ctypes.sizeof(_Tensor)
-        start = malloc(size + 8 * len(shape))
-        (ctypes.c_int64 * len(shape)).from_address(start + size)[:] = shape
-        tensor = _Tensor.from_address(start)
-        tensor.data, tensor.device_type, tensor.device_id, tensor.ndim = address, where, ordinal, len(shape)
-        tensor.code, tensor.bits, tensor.lanes = _UNSIGNED, 8 * itemsize, 1
-        tensor.shape, tensor.strides, tensor.byte_offset = start + size, None, 0
-        tensor.manager_ctx, tensor.deleter = None, free
-        return new_capsule(start, b"dltensor", None)
-
-
-@cache
-def _c_functions() -> tuple[Callable[[int], int], int, Callable[..., Any]]:
-    """``malloc``, the address of ``free``, and the maker of capsules."""
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    free = ctypes.cast(libc.free, ctypes.c_void_p).value
-    assert free is not None
-    return libc.malloc, free, new_capsule

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 from jaxtyping import Array, Int, Int32
 
-from jpaged.device.kv.copy_engine import Copier, Strided
+from jpaged.device.kv.copy_engine import Copier, Strided, stream_of
 from jpaged.device.kv.host_memory import Source
 from jpaged.device.kv.pinned import pointer_of
 from jpaged.device.kv.pool import KVCache
@@ -132,7 +132,7 @@ class HostStream:
             if layer == 0:
                 self._running, self._pool_address = self._loaded.popleft(), pointer_of(pool)
             self._require_in_place(pool)
-            self._copier.start(_stream_of(context), layer % NUM_BUFFERS, list(self._copies(layer)))
+            self._copier.start(stream_of(context), layer % NUM_BUFFERS, list(self._copies(layer)))
 
         return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(cache.pool, *after)
 
@@ -150,7 +150,7 @@ class HostStream:
         def run(context: Any, out: Any, pool: Any, *_: Any) -> None:
             del out
             self._require_in_place(pool)
-            self._copier.wait(_stream_of(context), layer % NUM_BUFFERS)
+            self._copier.wait(stream_of(context), layer % NUM_BUFFERS)
 
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         aliases = {1 + i: i for i in range(len(leaves))}
@@ -176,14 +176,6 @@ class HostStream:
 def num_window_blocks_for(num_host_blocks: int, num_blocks: int, num_layers: int) -> int:
     """Size a window: it streams all blocks of the host pool at once, unless that takes half of the device's pool."""
     return min(-(-NUM_BUFFERS * num_host_blocks // num_layers), (num_blocks - 1) // 2)
-
-
-def _stream_of(context: Any) -> int | None:
-    """The handle of a program's stream; None on a CPU, whose programs have none."""
-    try:
-        return context.stream
-    except jax.errors.JaxRuntimeError:
-        return None
 
 
 def _runs(slots: Int32[np.ndarray, " streamed"], slots_per_piece: int) -> Iterator[tuple[int, int]]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
-from jpaged.device.kv.host_memory import MOVE_SIZES, has_mapped_memory
+from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
 from jpaged.device.kv.layout import pool_layout
 from jpaged.device.kv.pool import KVCache
@@ -82,7 +82,6 @@ class Programs:
         self.bytes_per_block = self._layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
-        self.num_host_slots = MOVE_SIZES[-1]
         self.stream: HostStream | None = None
         self._num_streamable = 0  # blocks on the host
         self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
@@ -104,13 +103,13 @@ class Programs:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
         self._num_streamable, layout = num_host_blocks, self._layout
         window = Window(num_window_blocks_for(num_host_blocks, self.num_blocks, layout.num_layers), layout.num_layers)
-        copier = CopyEngine() if has_mapped_memory(self.target) else PlainCopier()
+        copier = CopyEngine() if has_copy_engine(self.target) else PlainCopier()
         self.stream = HostStream(window, layout.layer_bytes, copier)
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
-        """Kinds of the programs that move blocks between the pools."""
-        return ("to_host", "from_host", "scatter") if has_mapped_memory(self.target) else ("gather", "scatter")
+        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them."""
+        return () if has_copy_engine(self.target) else ("gather", "scatter")
 
     @property
     def max_burst(self) -> int:
@@ -128,7 +127,7 @@ class Programs:
         keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", SampleSizes(self.config.max_num_seqs), None)]
         keys.append(("copy", max(self.copy_sizes)))
         total = 0
-        if has_host_pool(self.config, self.target):
+        if has_host_pool(self.config, self.target) and self.move_kinds:
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
         with InterruptsWait() as interrupts:
@@ -206,7 +205,6 @@ class Programs:
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
         sizes = (
             self.num_blocks,
-            self.num_host_slots,
             self.config.block_size,
             self.max_model_len,
             self.max_burst,
@@ -276,13 +274,6 @@ class Programs:
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
                 return jax.jit(self._landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
-            case "to_host":
-                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(self.num_host_slots)
-                return jax.jit(self.backend.to_host, donate_argnums=0).lower(slots, cache, blocks, blocks)
-            case "from_host":
-                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(self.num_host_slots)
-                from_host = self._landed(self.backend.from_host)
-                return jax.jit(from_host, donate_argnums=0).lower(cache, blocks, slots, blocks)
             case _:
                 raise AssertionError(kind)
 
