@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jpaged.host.blocks.holdings import Holdings
 from jpaged.host.blocks.reserve import Reserve
+from jpaged.host.blocks.streaming import StreamedBlocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.tier import TwoTiers
 
@@ -13,13 +14,13 @@ class BlockStats:
     """The blocks held and cached now, and counters since the start.
 
     Args:
-        num_blocks: device blocks that can be handed out (all but block 0).
+        num_blocks: device blocks that can be handed out: all but block 0 and the window.
         num_used: device blocks held by at least one sequence.
         num_shared: device blocks held by two or more.
         num_logical: device blocks that would be held if none were shared.
         num_cached: device blocks in the prefix cache, held or free.
         num_host_blocks: blocks of the host tier.
-        num_host_used: host blocks held by a swapped sequence, or read by a transfer in flight.
+        num_host_used: host blocks held by a swapped or streamed sequence, or read by a transfer in flight.
         num_host_cached: host blocks in the prefix cache, held or free.
         tokens_held: device slots that hold a token, each physical block counted once however many share it.
         waste: fraction of the slots of used blocks that hold no token (the paper's internal fragmentation).
@@ -50,7 +51,9 @@ class BlockStats:
     num_blocks_spilled: int
 
 
-def count_blocks(tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Swap) -> BlockStats:
+def count_blocks(
+    tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Swap, streamed: StreamedBlocks
+) -> BlockStats:
     """Count the blocks of the pools, in time proportional to all block tables."""
     device, host = tiers.device, tiers.host
     num_blocks, num_host_blocks = len(device.blocks), len(host.blocks)
@@ -71,7 +74,7 @@ def count_blocks(tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Sw
         prefix_hit_tokens=reserve.hit_tokens,
         host_hit_tokens=reserve.host_hit_tokens,
         num_copies=tiers.num_copies,
-        num_blocks_swapped_out=swap.num_blocks_out,
+        num_blocks_swapped_out=swap.num_blocks_out + streamed.num_blocks_out,
         num_blocks_swapped_in=swap.num_blocks_in,
         num_blocks_spilled=tiers.num_spilled,
     )
