@@ -28,6 +28,7 @@ class Benchmark:
 BENCHMARKS = {
     "serving": Benchmark("bench.serving.command", "throughput, step latency, start-up and waste of the whole engine"),
     "sharing": Benchmark("bench.serving.sharing", "blocks saved by sharing, beside the paper's figure 15"),
+    "offload": Benchmark("bench.offload.command", "KV in host memory: restores of preempted requests"),
     "kernels": Benchmark("bench.kernels.command", "attention kernels: speed, correctness (--check), sizes (--tune)"),
     "kv-quantization": Benchmark("bench.micro.kv_quantization", "8-bit KV: divergence and capacity", True),
     "host": Benchmark("bench.micro.host", "host time of a plan, --against that of another commit", True),

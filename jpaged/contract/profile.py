@@ -57,7 +57,7 @@ class Transferred(NamedTuple):
         direction: its direction.
         num_bytes: bytes that it moved.
         seconds: time from its start.
-        is_end_seen: whether its end was observed; otherwise ``seconds`` is an upper bound.
+        is_end_seen: whether its end was observed, and nothing delayed it; otherwise ``seconds`` is an upper bound.
     """
 
     direction: Direction

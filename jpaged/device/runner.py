@@ -3,25 +3,26 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
-from jpaged.contract.profile import MachineProfile, Observations, Prefilled
+from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
 from jpaged.device.kv.sizing import PoolSizer
 from jpaged.device.profiler import measure_profile
-from jpaged.device.sampling.beams import Candidates, split_candidates
+from jpaged.device.sampling.beams import split_candidates
 from jpaged.device.sampling.draw import SampledTokens
 from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_scores
+from jpaged.device.step.in_flight import Results, StepInFlight, StepTimes
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
 from jpaged.device.step.programs import Programs, dtype_of, split_model
@@ -35,52 +36,6 @@ class Agreeing(Protocol):
     """Processes that agree on numbers."""
 
     def least(self, number: int) -> int: ...
-
-
-class Results(NamedTuple):
-    """The results that an enqueued step will have; None or empty where the plan asks for none.
-
-    Args:
-        drawn: draws of a decode's own program, as ``StepState.drawn``.
-        sampled: draws of a program of its own, one for each step.
-        candidates: continuations of the searches.
-        prompt_scores: scores of each piece of a prompt, in parts.
-    """
-
-    drawn: Int[Array, "2 steps rows"] | None = None
-    sampled: tuple[SampledTokens, ...] = ()
-    candidates: Candidates | None = None
-    prompt_scores: tuple[list[Scores], ...] = ()
-
-
-class Timing(NamedTuple):
-    """The circumstances of a step, from which the cost of a prefill is learnt.
-
-    Args:
-        number: number of the step, from 1.
-        started_s: time of the call, by ``time.perf_counter``.
-        num_programs: programs compiled before the call.
-        was_idle: whether no step was in flight before the call.
-    """
-
-    number: int
-    started_s: float
-    num_programs: int
-    was_idle: bool
-
-
-class StepInFlight(NamedTuple):
-    """A plan that was enqueued.
-
-    Args:
-        plan: the plan.
-        results: results that the step will have.
-        timing: its circumstances; None without a host pool.
-    """
-
-    plan: StepPlan
-    results: Results
-    timing: Timing | None
 
 
 def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
@@ -176,9 +131,11 @@ class ModelRunner:
             useful_blocks=config.max_num_seqs * self.max_blocks,
         )
         self.num_host_blocks = least(num_host_blocks)
+        if config.kv_placement != "device":
+            self.programs.open_window(self.num_host_blocks)
         self.host_pool = self._make_host_pool()
         self.profile: MachineProfile | None = None
-        self._prefills: list[Prefilled] = []
+        self._times = StepTimes(self.buckets[-1].num_tokens)
         if warm_up:
             self.warm_up(use_tqdm=use_tqdm)
         if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up:
@@ -188,8 +145,6 @@ class ModelRunner:
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
         self._packer = Packer(self.buckets, len(self._state.latest), self.max_blocks, model_config.vocab_size)
-        self._num_enqueued = 0  # steps
-        self._newest_waited_for = 0  # the number of a step: it has run
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -220,6 +175,16 @@ class ModelRunner:
     def host_bytes_per_block(self) -> int:
         """Bytes of one block over this process's devices, and so in this host's memory."""
         return self.bytes_per_block * len(self.mesh.local_devices) // self.mesh.size
+
+    @property
+    def num_window_blocks(self) -> int:
+        """Blocks of the pool, from block 1 on, through which blocks on the host are streamed."""
+        return self.programs.stream.window.num_blocks if self.programs.stream else 0
+
+    @property
+    def max_streamed_blocks(self) -> int:
+        """Blocks on the host that the rows of one step may attend to."""
+        return self.programs.stream.window.num_cells if self.programs.stream else 0
 
     @property
     def max_model_len(self) -> int:
@@ -257,7 +222,7 @@ class ModelRunner:
         The call waits for no step. It waits for copies between the pools when too many are in flight. It compiles
         programs that are needed for the first time. Steps run in the order of these calls.
         """
-        timing = None if self.host_pool is None else self._start_timing()
+        timing = None if self.host_pool is None else self._times.start(len(self.programs))
         results = self.start(self._packer.pack(plan))
         for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()
@@ -268,6 +233,10 @@ class ModelRunner:
         if step.to_host or step.from_host:
             assert self.host_pool is not None
             self.cache = self.host_pool.start(self.cache, step.to_host, step.from_host)
+        if step.streamed is not None:
+            assert self.host_pool is not None
+            assert self.programs.stream is not None
+            self.host_pool.stream(self.programs.stream, step.streamed)
         if step.copies:
             self._copy(step.copies)
         results = self._compute(step) if step.bucket is not None else Results()
@@ -279,8 +248,9 @@ class ModelRunner:
         """Wait for the results of a step. Its moves between the pools may still be in flight."""
         plan, num_draws = step.plan, len(step.plan.draws.rows)
         drawn, sampled, candidates, prompt_scores = jax.device_get(step.results)
-        if step.timing is not None:
-            self._learn(plan, step.timing)
+        if step.timing is not None and self.host_pool is not None:
+            self.host_pool.poll()
+            self._times.learn(plan, step.timing, len(self.programs))
         if drawn is not None:
             token_ids, logprobs = drawn[:, : plan.num_steps, :num_draws]
             scores = [TokenScores.plain(of_step) for of_step in logprobs.view(np.float32)]
@@ -301,25 +271,6 @@ class ModelRunner:
             later=tuple(draws[1:]),
         )
 
-    def _start_timing(self) -> Timing:
-        was_idle = self._newest_waited_for == self._num_enqueued
-        self._num_enqueued += 1
-        return Timing(self._num_enqueued, time.perf_counter(), len(self.programs), was_idle)
-
-    def _learn(self, plan: StepPlan, timing: Timing) -> None:
-        """Note the copies that have ended, and a large prefill that ran alone and is over."""
-        assert self.host_pool is not None
-        if plan.num_logit_rows > 0:
-            self._newest_waited_for = timing.number
-        self.host_pool.poll()
-        num_prompt_tokens = int(plan.chunks.lens[plan.chunks.lens > 1].sum())
-        is_large = 4 * num_prompt_tokens >= max(self.buckets[-1].num_tokens, 2 * plan.num_tokens)
-        is_alone = timing.was_idle and self._newest_waited_for == timing.number
-        if is_large and is_alone and len(self.programs) == timing.num_programs and not plan.prompt_scores:
-            num_before = int(plan.chunks.starts @ plan.chunks.lens) // plan.num_tokens
-            seconds = time.perf_counter() - timing.started_s
-            self._prefills.append(Prefilled(plan.num_tokens, seconds, num_before))
-
     def _compute(self, step: PackedStep) -> Results:
         """Enqueue the forward passes, and the programs that read their logits."""
         assert step.bucket is not None
@@ -329,9 +280,9 @@ class ModelRunner:
         self._state = self.programs.get(("load", step.bucket))(self._state, step.inputs)
         drawn, sampled, candidates = None, (), None
         if step.samples is not None:
-            hidden, sampled = self._run_and_sample(step.bucket, step.samples, step.num_steps)
+            hidden, sampled = self._run_and_sample(step, step.samples)
         else:
-            hidden = self._run(step.bucket)
+            hidden = self._run(step)
         if step.draws:
             drawn = self.programs.get(("read",))(self._state.drawn)
         if (beams := step.beams) is not None:
@@ -341,7 +292,7 @@ class ModelRunner:
         return Results(drawn, sampled, candidates, scores)
 
     def _run_and_sample(
-        self, bucket: Bucket, samples: PackedSamples, num_steps: int
+        self, step: PackedStep, samples: PackedSamples
     ) -> tuple[Float[Array, "tokens hidden_size"], tuple[SampledTokens, ...]]:
         """Enqueue the forward passes of a plan, and a program that samples after each of them.
 
@@ -350,8 +301,8 @@ class ModelRunner:
         """
         draw = self.programs.get(("sample", samples.sizes, samples.num_top))
         hidden, sampled = self._state.hidden, []
-        for number in range(num_steps):
-            hidden = self._run(bucket)
+        for number in range(step.num_steps):
+            hidden = self._run(step)
             state = self._state
             args = state.latest, state.columns, state.sample_hidden, samples.inputs, np.int32(number)
             tokens, latest = draw(self._weights, *args)
@@ -365,9 +316,10 @@ class ModelRunner:
         parts = zip(piece.rows, piece.targets, strict=True)
         return [program(self._weights, hidden, rows, targets) for rows, targets in parts]
 
-    def _run(self, bucket: Bucket) -> Float[Array, "tokens hidden_size"]:
-        """Enqueue the program of a bucket over the loaded inputs. Returns hidden states, valid until the next pass."""
-        self.cache, self._state, *hidden = self.programs.get(("forward", bucket))(
+    def _run(self, step: PackedStep) -> Float[Array, "tokens hidden_size"]:
+        """Enqueue the program of a step over the loaded inputs. Returns hidden states, valid until the next pass."""
+        kind = "forward" if step.streamed is None else "stream"
+        self.cache, self._state, *hidden = self.programs.get((kind, step.bucket))(
             self._weights, self.cache, self._state
         )
         return hidden[0] if hidden else self._state.hidden
@@ -376,6 +328,8 @@ class ModelRunner:
         """Start again with empty pools and an empty table: a failed step lost their content."""
         if self.host_pool is not None:
             self.host_pool.forget()
+        if self.programs.stream is not None:
+            self.programs.stream.forget()
         self._renew()
 
     def _renew(self) -> None:
@@ -388,8 +342,7 @@ class ModelRunner:
     def take_observations(self) -> Observations:
         """The times observed since the last call."""
         assert self.host_pool is not None
-        prefills, self._prefills = self._prefills, []
-        return Observations(self.host_pool.take_transfers(), prefills)
+        return Observations(self.host_pool.take_transfers(), self._times.take_prefills())
 
     def measure_profile(self) -> None:
         """Measure ``profile``, before the first step."""

@@ -103,6 +103,16 @@ def as_sides(pool: BlockPool) -> Real[Array, "sides num_kv_heads block_size head
     return pool.reshape(-1, shape.num_kv_heads, shape.block_size, shape.head_dim)
 
 
+def as_layers(pool: BlockPool | KvScales) -> BlockPool | KvScales:
+    """A pool, or its scales, of one layer: layer l of block b is block ``b * num_layers + l``."""
+    return pool.reshape(-1, 1, *pool.shape[2:])
+
+
+def as_blocks(layers: BlockPool | KvScales, num_layers: int) -> BlockPool | KvScales:
+    """Undo ``as_layers``."""
+    return layers.reshape(-1, num_layers, *layers.shape[2:])
+
+
 def is_quantized(dtype: DTypeLike) -> bool:
     """Whether a pool of this type needs scales."""
     return jnp.dtype(dtype) in LARGEST_STORED

@@ -21,7 +21,8 @@ def driver(monkeypatch):
     calls = []
     monkeypatch.setattr(pinned, "PIECE_BYTES", 4 * UNIT)
     monkeypatch.setattr(pinned, "_enter_context", lambda ordinal: calls.append(("enter", ordinal)))
-    monkeypatch.setattr(pinned, "_call", lambda name, *args: calls.append((name, args[0].value if args else None)))
+    note = lambda name, *args: calls.append((name, args[0].value if args else None))  # noqa: E731
+    monkeypatch.setattr(pinned, "call_driver", note)
     return calls
 
 
@@ -54,7 +55,7 @@ def test_a_driver_that_refuses_is_told_to_the_thread_that_waits(driver, monkeypa
     def refuse(name, *_):
         raise RuntimeError(f"{name} failed: out of memory")
 
-    monkeypatch.setattr(pinned, "_call", refuse)
+    monkeypatch.setattr(pinned, "call_driver", refuse)
     memory = PinnedMemory(10 * UNIT, UNIT, GPU)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"122,880 bytes could not be pinned: .*out of memory; lower num_host"):

@@ -24,7 +24,7 @@ def make_runner(dtype=jnp.float32, *, tensor_parallel_size=1, **settings) -> Mod
     sizes = {"num_blocks": 257, "num_host_blocks": 128} | settings
     runner = tiny.make_runner(dtype, tensor_parallel_size=tensor_parallel_size, **sizes)
     content = np.random.default_rng(0).standard_normal(runner.cache.pool.shape, np.float32).astype(dtype)
-    runner.cache = KVCache(jax.device_put(content, pool_sharding(runner.mesh)))
+    runner.cache = jax.block_until_ready(KVCache(jax.device_put(content, pool_sharding(runner.mesh))))
     return runner
 
 
@@ -219,6 +219,23 @@ def test_a_copy_that_was_found_over_is_observed_if_it_was_not_over_shortly_befor
         sent[-1].end_after(passed)
         pool.poll()
         assert pool.take_transfers() == [Transferred("to_host", num_bytes, 10.0, is_end_seen)]
+
+
+def test_a_copy_to_the_host_behind_a_step_or_a_copy_is_no_measure_of_the_link(slow_link, monkeypatch):
+    runner, sent = slow_link
+    pool, step = runner.host_pool, Unfinished(2.0, [0.0])
+    monkeypatch.setattr(pool._memory, "store", lambda cache, copies: sent.append(Unfinished(3.0, [0.0])) or sent[-1])
+    pool.start(KVCache(step), moves([1], [0]), ())
+    step.wait()
+    pool.start(KVCache(step), moves([2], [1]), ())
+    for array in sent:
+        array.wait()
+    pool.poll(has_waited=True)
+    assert [each.is_end_seen for each in pool.take_transfers()] == [False, False]
+    pool.start(KVCache(step), moves([3], [2]), ())
+    sent[-1].wait()
+    pool.poll(has_waited=True)
+    assert [each.is_end_seen for each in pool.take_transfers()] == [True]
 
 
 def test_transfers_are_forgotten_without_a_fetch():

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -40,6 +40,20 @@ class Arrival:
 
     copies: tuple[BlockCopy, ...]
     staged: Blocks | None = None
+
+
+class Source(NamedTuple):
+    """Slots in the host's address space, those of one device.
+
+    Args:
+        address: address of slot 0.
+        slot_bytes: bytes of a slot.
+        slots_per_piece: no copy spans slots of two pieces of so many.
+    """
+
+    address: int
+    slot_bytes: int
+    slots_per_piece: int
 
 
 class HostMemory(Protocol):
@@ -78,6 +92,14 @@ class HostMemory(Protocol):
         Returns:
             The cache, and an array that is ready when the batch is written.
         """
+        ...
+
+    def source(self) -> Source:
+        """The slots as programs of the one device read them, once ``settle`` was called."""
+        ...
+
+    def settle(self) -> None:
+        """Make slots hold, for the programs that are enqueued next, what was stored."""
         ...
 
     def forget(self) -> None:
@@ -136,6 +158,13 @@ class StagedMemory:
 
     def land(self, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
         return _scatter(self._program, cache, arrival)
+
+    def source(self) -> Source:
+        [slots] = self._slots.values()
+        return Source(slots.ctypes.data, slots[0].nbytes, len(slots))
+
+    def settle(self) -> None:
+        self._settle(len(self._leaving))
 
     def forget(self) -> None:
         self._leaving.clear()
@@ -230,6 +259,13 @@ class MappedMemory:
             return _scatter(self._program, cache, arrival)
         src, dst = [copy.src for copy in arrival.copies], [copy.dst for copy in arrival.copies]
         return self._program(("from_host", size_for(src)))(cache, _padded(dst, 0), self._slots, _padded(src, src[0]))
+
+    def source(self) -> Source:
+        [memory] = self._memories.values()
+        return Source(memory.address, self._slot_bytes, self._slots_per_piece)
+
+    def settle(self) -> None:
+        pass  # programs that store run before those that are enqueued next
 
     def forget(self) -> None:
         self._storing.clear()

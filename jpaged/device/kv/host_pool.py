@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Int32
 
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Direction, Link, Transferred, fit_link
 from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, HostMemory, Program, size_for
 from jpaged.device.kv.pool import KVCache
+from jpaged.device.kv.stream import HostStream
 from jpaged.device.target import Target
 
 MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
@@ -35,6 +38,7 @@ class _Transfer:
     num_blocks: int
     started: float
     arrays: list[Any]  # Array, whose stub lacks is_ready
+    has_waited: bool = False  # for a step or for another copy
     last_unready: float | None = None
 
     def is_over(self) -> bool:
@@ -90,6 +94,12 @@ class HostPool:
         self.bytes_from_host += len(from_host) * self._bytes_per_block
         return cache
 
+    def stream(self, stream: HostStream, blocks: Int32[np.ndarray, " streamed"]) -> None:
+        """Name the blocks that the program enqueued next streams. Call it after ``start``."""
+        self._memory.settle()
+        stream.load(self._memory.source(), blocks + _NUM_SCRATCH)
+        self.bytes_from_host += len(blocks) * self._bytes_per_block
+
     def finish(self, cache: KVCache) -> KVCache:
         """Write the blocks that ``start`` requested into the cache. Call it once the forward pass is enqueued."""
         while self._arriving:
@@ -125,7 +135,10 @@ class HostPool:
         self._memory.forget()
 
     def _store(self, cache: KVCache, to_host: Sequence[BlockCopy]) -> None:
-        transfer = _Transfer("to_host", len(to_host), time.perf_counter(), [])
+        pool: Any = cache.pool
+        # A copy to the host reads what the steps before it write.
+        has_waited = bool(self._in_flight) or not pool.is_ready()
+        transfer = _Transfer("to_host", len(to_host), time.perf_counter(), [], has_waited)
         for batch in itertools.batched(to_host, MOVE_SIZES[-1]):
             if self._memory.stages_stores:
                 self._make_room(size_for(batch))
@@ -231,12 +244,13 @@ class HostPool:
         return over
 
     def _note(self, transfer: _Transfer, *, is_end_seen: bool) -> None:
-        """Note a transfer that is over. If it ended long before, the time is an upper bound."""
+        """Note a transfer that is over. The time is an upper bound if it ended long before, or waited for others."""
         now = time.perf_counter()
         num_bytes, seconds = transfer.num_blocks * self._bytes_per_block, now - transfer.started
         if not is_end_seen and transfer.last_unready is not None:
             is_end_seen = now - transfer.last_unready < _MOST_UNSEEN * seconds
-        self._over.append(Transferred(transfer.direction, num_bytes, seconds, is_end_seen))
+        is_observed = is_end_seen and not transfer.has_waited
+        self._over.append(Transferred(transfer.direction, num_bytes, seconds, is_observed))
 
 
 def num_slots_for(num_blocks: int) -> int:

@@ -99,7 +99,8 @@ def _cuda() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _call(name: str, *args: Any) -> None:
+def call_driver(name: str, *args: Any) -> None:
+    """Call a function of the CUDA driver. Raises RuntimeError with its message if it fails."""
     status = getattr(_cuda(), name)(*args)
     if status:
         text = ctypes.c_char_p()
@@ -110,9 +111,9 @@ def _call(name: str, *args: Any) -> None:
 def _enter_context(ordinal: int) -> None:
     """Make the context that JAX uses on a GPU current in this thread."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    _call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
-    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    _call("cuCtxSetCurrent", context)
+    call_driver("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
+    call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    call_driver("cuCtxSetCurrent", context)
 
 
 def _own(
@@ -133,9 +134,9 @@ def _own(
     is_dropped.wait()
     try:
         if registered:
-            _call("cuCtxSynchronize")
+            call_driver("cuCtxSynchronize")
         for address in registered:
-            _call("cuMemHostUnregister", ctypes.c_void_p(address))
+            call_driver("cuMemHostUnregister", ctypes.c_void_p(address))
     except RuntimeError:
         log.exception("pinned host memory is not returned")
         return
@@ -153,7 +154,7 @@ def _pin(ordinal: int, pieces: Sequence[tuple[int, int]], registered: list[int],
             try:
                 if not registered:
                     _enter_context(ordinal)
-                _call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), _FLAGS)
+                call_driver("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), _FLAGS)
             except RuntimeError as error:
                 total = sum(num_bytes for _, num_bytes in pieces)
                 raise RuntimeError(
@@ -188,6 +189,20 @@ class _Tensor(ctypes.Structure):
         ("manager_ctx", ctypes.c_void_p),
         ("deleter", ctypes.c_void_p),
     ]
+
+
+def pointer_of(array: Any) -> int:
+    """The address of an array that offers itself by DLPack."""
+    capsule = array.__dlpack__()
+    tensor = _Tensor.from_address(_pointer_in()(capsule, b"dltensor"))
+    return tensor.data + tensor.byte_offset
+
+
+@cache
+def _pointer_in() -> Callable[[Any, bytes], int]:
+    pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_in.restype, pointer_in.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return pointer_in
 
 
 class _Export:

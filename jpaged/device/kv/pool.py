@@ -21,6 +21,7 @@ from pallas_kernels import (
     write_kv,
     write_kv_quantized,
 )
+from pallas_kernels.block_pool.layout import as_blocks, as_layers, shape_of
 
 Blocks = (
     UInt[Array, "n num_layers 2 num_kv_heads block_size head_dim"] | UInt8[Array, "n num_layers 2 num_kv_heads bytes"]
@@ -47,6 +48,19 @@ class KVCache:
 
     pool: Real[Array, "num_blocks num_layers 2 num_kv_heads block_size head_dim"]
     kv_scales: Float32[Array, "num_blocks num_layers 2 num_kv_heads"] | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return shape_of(self.pool).block_size
+
+    def as_layers(self) -> Self:
+        """The cache as one layer: layer l of block b is block ``b * num_layers + l``. The same memory."""
+        return jax.tree.map(as_layers, self)
+
+    def as_blocks(self, num_layers: int) -> Self:
+        """Undo ``as_layers``."""
+        return jax.tree.map(lambda layers: as_blocks(layers, num_layers), self)
 
     def __repr__(self) -> str:
         return f"KVCache(pool={self.pool.dtype}{list(self.pool.shape)})"

@@ -131,6 +131,9 @@ class PoolSizer:
     def _resize(self, num_blocks: int) -> None:
         """Resize the programs. A default context shrinks to the pool; one asked for must fit the memory."""
         config, max_model_len = self._config, self._programs.max_model_len
+        if config.kv_placement != "device":  # contexts may be longer than the pool
+            self._programs.resize(num_blocks, max_model_len)
+            return
         held = (num_blocks - 1) * config.block_size
         if held < max_model_len and config.max_model_len is None:
             max_model_len = held

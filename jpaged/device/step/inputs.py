@@ -98,6 +98,7 @@ class StepInputs:
         block_tables: as ``paged_attention`` takes them.
         kv_lens: as ``paged_attention`` takes them.
         cu_q_lens: as ``paged_attention`` takes them.
+        stream_starts: first streamed block of each row, as in ``Streamed``.
         sample_tokens: index of the token whose logits are read by each draw, then by each live beam; 0 for padding.
         num_draws: tokens that each row of a burst has still to draw, this step's counted. 0 outside of bursts.
     """
@@ -109,5 +110,6 @@ class StepInputs:
     block_tables: Int[Array, "rows max_blocks"]
     kv_lens: Int[Array, " rows"]
     cu_q_lens: Int[Array, " rows_plus_1"]
+    stream_starts: Int[Array, " rows"]
     sample_tokens: Int[Array, " rows"]
     num_draws: Int[Array, " rows"]

@@ -54,6 +54,7 @@ def step_layout(bucket: Bucket) -> Layout:
         rows=(rows,),
         starts=(rows,),
         cu_q_lens=(rows + 1,),
+        stream_starts=(rows,),
         sample_tokens=(rows,),
         sample_rows=(rows,),
         num_draws=(rows,),  # 0 outside of bursts
@@ -120,6 +121,7 @@ class PackedStep:
         samples: draws by a program of its own; None if nothing is drawn, or a decode's own program draws.
         beams: searches; None without.
         scores: pieces of prompts to score.
+        streamed: blocks on the host that the program streams; None for a program that streams none.
     """
 
     to_host: tuple[BlockCopy, ...]
@@ -133,6 +135,7 @@ class PackedStep:
     samples: PackedSamples | None = None
     beams: PackedBeams | None = None
     scores: tuple[PackedScores, ...] = ()
+    streamed: Int32[np.ndarray, " streamed"] | None = None
 
 
 class Packer:
@@ -181,6 +184,7 @@ class Packer:
             samples,
             _pack_beams(plan.beams, num_draws, bucket) if plan.beams else None,
             tuple([self._pack_scores(plan, piece) for piece in plan.prompt_scores]),
+            None if plan.streamed is None else plan.streamed.blocks,
         )
 
     def _pack_inputs(
@@ -205,6 +209,8 @@ class Packer:
         fields["chunks"][:num_tokens] = index if num_tokens == num_chunks else np.repeat(index, chunks.lens)
         fields["cu_q_lens"][1 : num_chunks + 1] = ends
         fields["cu_q_lens"][num_chunks + 1 :] = num_tokens
+        if plan.streamed is not None:
+            fields["stream_starts"][:num_chunks] = plan.streamed.starts
         num_draws, read = len(plan.draws.rows), plan.draws.chunks
         if plan.beams:
             read = np.concatenate([read, *(np.array(beam.chunks, np.int32) for beam in plan.beams)])

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
+from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_mapped_memory
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
 from jpaged.device.kv.layout import pool_layout
 from jpaged.device.kv.pool import KVCache
+from jpaged.device.kv.stream import HostStream, Window, num_window_blocks_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
 from jpaged.device.step.inputs import all_buckets
@@ -81,6 +83,8 @@ class Programs:
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.num_host_slots = MOVE_SIZES[-1]
+        self.stream: HostStream | None = None
+        self._num_streamable = 0  # blocks on the host
         self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
         """Sizes of the copying programs: a step copies one block for each row at most."""
         self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size)
@@ -93,6 +97,15 @@ class Programs:
         self.steps = self._steps(self.max_burst)
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self.num_loaded = 0
+        if self._num_streamable:
+            self.open_window(self._num_streamable)
+
+    def open_window(self, num_host_blocks: int) -> None:
+        """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
+        self._num_streamable, layout = num_host_blocks, self._layout
+        window = Window(num_window_blocks_for(num_host_blocks, self.num_blocks, layout.num_layers), layout.num_layers)
+        copier = CopyEngine() if has_mapped_memory(self.target) else PlainCopier()
+        self.stream = HostStream(window, layout.layer_bytes, copier)
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
@@ -231,10 +244,11 @@ class Programs:
             case "enter":
                 size = change_layout(len(state.latest)).size
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
-            case "forward":
+            case "forward" | "stream":
                 (bucket,) = sizes
                 method = self.steps.decode if bucket.is_decode else self.steps.forward
-                return self._jit(method, bucket, donate=(1, 2)).lower(weights, cache, state)
+                stream = self.stream if kind == "stream" else None
+                return self._jit(method, bucket, stream, donate=(1, 2)).lower(weights, cache, state)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jpaged.device.backends import Backend, Rows
-from jpaged.device.kv.attend import PagedAttend
+from jpaged.device.kv.attend import PagedAttend, StreamingAttend
 from jpaged.device.kv.pool import KVCache
+from jpaged.device.kv.stream import HostStream
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
 from jpaged.device.sampling.columns import SampleInputs, SampleSizes, rows_from, unpack_draws
 from jpaged.device.sampling.draw import SampledTokens, sample
@@ -51,27 +52,36 @@ class Steps:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.weights_tree, weights))
 
     def forward(
-        self, bucket: Bucket, weights: list[Array], cache: KVCache, state: StepState
+        self, bucket: Bucket, stream: HostStream | None, weights: list[Array], cache: KVCache, state: StepState
     ) -> tuple[KVCache, StepState, Float[Array, "tokens hidden_size"]]:
-        """Run a forward pass over the loaded inputs. Returns the hidden states of all tokens too."""
+        """Run a forward pass over the loaded inputs. Returns the hidden states of all tokens too.
+
+        Args:
+            bucket: sizes of the step.
+            stream: brings the blocks that are on the host; None if there are none.
+            weights, cache, state: the arrays.
+        """
         inputs = state.step_inputs(bucket, self.block_size)
         model = self._merge(weights)
         rows = Rows(inputs.slots, inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
-        attend = PagedAttend(cache, rows, self.backend)
+        if stream is None:
+            attend = PagedAttend(cache, rows, self.backend)
+        else:
+            attend = StreamingAttend(cache, rows, self.backend, stream, inputs.stream_starts)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 
     def decode(
-        self, bucket: Bucket, weights: list[Array], cache: KVCache, state: StepState
+        self, bucket: Bucket, stream: HostStream | None, weights: list[Array], cache: KVCache, state: StepState
     ) -> tuple[KVCache, StepState]:
         """Run forward passes and plain sampling, as many as loaded, each fed with the tokens drawn before.
 
-        With 0 steps loaded, run one forward pass alone.
+        With 0 steps loaded, run one forward pass alone. A pass that streams runs once. Arguments as in ``forward``.
         """
         num_steps = state.num_steps(bucket)
 
         def step(before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
-            cache, state, hidden = self.forward(bucket, weights, *before)
+            cache, state, hidden = self.forward(bucket, stream, weights, *before)
 
             def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
                 tokens = self._sample(weights, state.sample_hidden, state.sample_inputs(bucket), None)
@@ -83,7 +93,7 @@ class Steps:
             drawn = jax.lax.cond(num_steps > 0, draw, nothing)
             return cache, self._replicate(state.with_hidden(hidden).with_drawn(bucket, *drawn))
 
-        if self.max_burst == 1:
+        if self.max_burst == 1 or stream is not None:
             return step((cache, state))
         return jax.lax.fori_loop(0, jnp.maximum(num_steps, 1), lambda _, before: step(before), (cache, state))
 

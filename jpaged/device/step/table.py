@@ -123,6 +123,7 @@ class StepState:
             block_tables=jnp.where(logical_starts[None, :] < kv_lens[:, None], self.block_tables[rows], 0),
             kv_lens=kv_lens,
             cu_q_lens=cu_q_lens,
+            stream_starts=fields["stream_starts"],
             sample_tokens=fields["sample_tokens"],
             num_draws=jnp.maximum(fields["num_draws"] - self.number, 0),
         )

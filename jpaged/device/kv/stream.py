@@ -1,0 +1,195 @@
+"""The stream: copies blocks on the host, one layer at a time, into a window of the pool while layers before run.
+
+The window is the first blocks of the pool. A cell of the window holds K and V of one block in one layer, as a block of
+a pool of one layer does. So attention reads the window and the pool by one block table, in one call.
+
+Cells of even layers and of odd layers lie apart: while one layer attends, the cells of the next are filled (KVPR, arXiv
+2411.17089, overlaps copies and compute in the same way).
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+from jaxtyping import Array, Int, Int32
+
+from jpaged.device.kv.copy_engine import Copier, Strided
+from jpaged.device.kv.host_memory import Source
+from jpaged.device.kv.pinned import pointer_of
+from jpaged.device.kv.pool import KVCache
+
+NUM_BUFFERS = 2
+"""Parts of the window: one is filled while another is read."""
+
+Token = Int[Array, " 1"]
+"""The result of a callback, by which another one comes later."""
+
+WINDOW_START = 1
+"""The first block of the window: block 0 is padding."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Blocks ``WINDOW_START`` and following of a pool, as cells of one layer of a block.
+
+    Args:
+        num_blocks: blocks of the window; 0 is no window.
+        num_layers: layers of the pool.
+    """
+
+    num_blocks: int
+    num_layers: int
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of each part: most blocks that one step streams."""
+        return self.num_blocks * self.num_layers // NUM_BUFFERS
+
+    def first_cell(self, layer: int) -> int:
+        """The first cell of a layer, as a block of the pool's view with one layer."""
+        return WINDOW_START * self.num_layers + layer % NUM_BUFFERS * self.num_cells
+
+    def table(
+        self, layer: int, block_tables: Int[Array, "rows max_blocks"], starts: Int[Array, " rows"]
+    ) -> Int[Array, "rows max_blocks"]:
+        """Block tables of the view with one layer: streamed blocks by their cells, others by their place in the pool.
+
+        Args:
+            layer: the layer.
+            block_tables: cells as ``host_cell`` makes them for streamed blocks, blocks of the pool elsewhere.
+            starts: as in ``Streamed``, by row.
+        """
+        streamed = self.first_cell(layer) + starts[:, None] + (-1 - block_tables)
+        return jnp.where(block_tables < 0, streamed, block_tables * self.num_layers + layer)
+
+    def slots(self, layer: int, slots: Int[Array, " tokens"], block_size: int) -> Int[Array, " tokens"]:
+        """Slots of the view with one layer. Padding stays in block 0, of any layer."""
+        blocks, offsets = slots // block_size, slots % block_size
+        return (blocks * self.num_layers + layer) * block_size + offsets
+
+
+class _Load(NamedTuple):
+    """The blocks of one program: runs of slots, each by its first slot and its number of slots."""
+
+    source: Source
+    runs: tuple[tuple[int, int], ...]
+
+
+class HostStream:
+    """Streams blocks into the window, for the programs that are traced with it.
+
+    A program calls ``start`` and ``wait`` for each layer, and finds the blocks that ``load`` named last before it was
+    enqueued. Programs are enqueued in the order of these calls.
+
+    Args:
+        window: the cells.
+        layer_bytes: bytes of a cell.
+        copier: copies.
+    """
+
+    def __init__(self, window: Window, layer_bytes: int, copier: Copier) -> None:
+        self.window = window
+        self._layer_bytes = layer_bytes
+        self._copier = copier
+        self._loaded: deque[_Load] = deque()
+        self._running: _Load | None = None
+        self._pool_address = 0
+
+    def load(self, source: Source, slots: Int32[np.ndarray, " streamed"]) -> None:
+        """Name the blocks of the program that is enqueued next, at most ``Window.num_cells``, by their slots."""
+        assert len(slots) <= self.window.num_cells
+        self._loaded.append(_Load(source, tuple(_runs(slots, source.slots_per_piece))))
+
+    def forget(self) -> None:
+        """Drop what was named for programs that did not run."""
+        self._loaded.clear()
+
+    # Inside a program ---------------------------------------------------------------------------------------------
+    #
+    # XLA does not know that the cells change: for XLA, these callbacks only read the pool. So whatever reads or writes
+    # the pool after a callback takes the callback's result, and a callback takes the result of every earlier reader.
+
+    def start(self, cache: KVCache, layer: int, after: Array) -> Token:
+        """Start to fill the cells of a layer. The first layer comes first.
+
+        Args:
+            cache: the cache.
+            layer: the layer.
+            after: depends on every earlier reader of the cells.
+
+        Returns:
+            A result for ``wait``.
+        """
+
+        def run(context: Any, out: Any, pool: Any, after: Any) -> None:
+            del out, after
+            if layer == 0:
+                self._running, self._pool_address = self._loaded.popleft(), pointer_of(pool)
+            self._require_in_place(pool)
+            self._copier.start(_stream_of(context), layer % NUM_BUFFERS, list(self._copies(layer)))
+
+        return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(cache.pool, after)
+
+    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> T:
+        """Wait until the cells of a layer are filled.
+
+        Args:
+            cache: the cache.
+            layer: the layer.
+            arrays: arrays that every later reader and writer of the pool takes, and returned for them.
+            after: results that come first.
+        """
+        leaves, tree = jax.tree.flatten(arrays)
+
+        def run(context: Any, out: Any, pool: Any, *_: Any) -> None:
+            del out
+            self._require_in_place(pool)
+            self._copier.wait(_stream_of(context), layer % NUM_BUFFERS)
+
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        aliases = {1 + i: i for i in range(len(leaves))}
+        waited = buffer_callback(run, shapes, input_output_aliases=aliases)(cache.pool, *leaves, *after)
+        return jax.tree.unflatten(tree, waited)
+
+    def _require_in_place(self, pool: Any) -> None:
+        """Raise RuntimeError if the program moved the pool: the cells would be elsewhere."""
+        if pointer_of(pool) != self._pool_address:
+            raise RuntimeError(
+                "this version of JAX does not write to a donated pool in place: use kv_placement='device'"
+            )
+
+    def _copies(self, layer: int) -> Iterator[Strided]:
+        assert self._running is not None
+        source, width = self._running.source, self._layer_bytes
+        src, dst = source.address + layer * width, self._pool_address + self.window.first_cell(layer) * width
+        for first, num_slots in self._running.runs:
+            yield Strided(src + first * source.slot_bytes, source.slot_bytes, dst, width, width, num_slots)
+            dst += num_slots * width
+
+
+def num_window_blocks_for(num_host_blocks: int, num_blocks: int, num_layers: int) -> int:
+    """Size a window: it streams all blocks of the host pool at once, unless that takes half of the device's pool."""
+    return min(-(-NUM_BUFFERS * num_host_blocks // num_layers), (num_blocks - 1) // 2)
+
+
+def _stream_of(context: Any) -> int | None:
+    """The handle of a program's stream; None on a CPU, whose programs have none."""
+    try:
+        return context.stream
+    except jax.errors.JaxRuntimeError:
+        return None
+
+
+def _runs(slots: Int32[np.ndarray, " streamed"], slots_per_piece: int) -> Iterator[tuple[int, int]]:
+    """Divide slots into runs of neighbours in one piece: the first slot of each, and its slots."""
+    if len(slots) == 0:
+        return
+    is_first = (np.diff(slots) != 1) | (slots[1:] % slots_per_piece == 0)
+    for start, stop in pairwise([0, *(np.flatnonzero(is_first) + 1).tolist(), len(slots)]):
+        yield int(slots[start]), stop - start

@@ -1,0 +1,129 @@
+"""Blocks on the host that a step streams through its window: the same tokens as with all blocks on the device."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged.contract.plan import BlockCopy, Streamed
+from jpaged.contract.rows import host_cell
+from jpaged.device.kv.copy_engine import PlainCopier, Strided
+from jpaged.device.kv.stream import Window, _runs, num_window_blocks_for
+from jpaged.device.runner import ModelRunner
+from jpaged.device.step.inputs import Bucket
+from jpaged.request import SamplingParams
+from tests.support.plans import Chunk, Sample, make_plan
+from tests.support.tiny import TINY, make_runner
+
+GREEDY = SamplingParams(temperature=0)
+BLOCK_SIZE = 8
+MODEL = dataclasses.replace(TINY, num_layers=3)
+PROMPTS = [list(np.random.default_rng(i).integers(1, 23, 40)) for i in range(3)]
+
+
+def make_streaming(dtype=jnp.float32, **settings) -> ModelRunner:
+    sizes = {"num_blocks": 64, "num_host_blocks": 24, "kv_placement": "host", "max_num_batched_tokens": 64}
+    return make_runner(dtype, model_config=MODEL, has_own_programs=True, **sizes | settings)
+
+
+def sample(chunk: int, position: int) -> Sample:
+    return Sample(chunk, chunk, position, 0, GREEDY)
+
+
+def run(runner: ModelRunner, chunks, streamed=None, to_host=()) -> tuple[list[int], np.ndarray]:
+    plan = make_plan(
+        chunks, [sample(i, chunk.stop) for i, chunk in enumerate(chunks)], streamed=streamed, to_host=to_host
+    )
+    result = runner.execute(plan)
+    return result.token_ids.tolist(), result.scores.logprobs
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_the_device(dtype):
+    """Three rows in one step: all full blocks on the host, some of them, and none."""
+    num_on_host, rows = [5, 2, 0], range(3)
+    first = 1 + 36  # the window ends before
+    tables = [[first + 6 * row + i for i in range(6)] for row in rows]
+    results = []
+    for is_streaming in (False, True):
+        runner = make_streaming(dtype)
+        window = runner.num_window_blocks
+        assert window < first
+        run(runner, [Chunk(i, PROMPTS[i][:20], 0, 40, tables[i]) for i in rows])
+        run(runner, [Chunk(i, PROMPTS[i][20:], 20, 40, tables[i]) for i in rows])
+        out = []
+        for step in range(3):
+            to_host, streamed, cells = (), None, [list(table) for table in tables]
+            if is_streaming:
+                slots = [[7, 6, 20, 21, 22], [1, 0], []]
+                for row, n in enumerate(num_on_host):
+                    cells[row][:n] = [host_cell(i) for i in range(n)]
+                    if step == 0:
+                        to_host += tuple(BlockCopy(b, s) for b, s in zip(tables[row], slots[row], strict=False))
+                streamed = Streamed(np.array([*slots[0], *slots[1]], np.int32), np.array([0, 5, 7], np.int32))
+            if is_streaming and step == 1:  # nothing but the window and the host is read: the blocks are gone
+                gone = jnp.array([b for row in rows for b in tables[row][: num_on_host[row]]])
+                runner.cache = dataclasses.replace(runner.cache, pool=runner.cache.pool.at[gone].set(jnp.nan))
+            chunks = [Chunk(i, [5 + step], 40 + step, 40, cells[i]) for i in rows]
+            if step == 2:  # a chunk of a prompt among decodes
+                chunks[0] = Chunk(0, [5, 6, 7], 42, 45, cells[0])
+            out.append(run(runner, chunks, streamed, to_host))
+        results.append(out)
+    for (resident_ids, resident), (streamed_ids, streamed) in zip(*results, strict=True):
+        assert resident_ids == streamed_ids
+        assert resident.tolist() == streamed.tolist(), "the same numbers in the same order: the same bits"
+
+
+def test_a_step_that_streams_allocates_nothing_of_the_pools_size():
+    runner = make_streaming(num_blocks=4096, num_host_blocks=512)
+    for bucket in (Bucket(4, 4), Bucket(64, 4)):
+        memory = runner.programs.get(("stream", bucket)).memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 8
+        assert memory.alias_size_in_bytes >= runner.cache.pool.nbytes, "the donated pool is written in place"
+
+
+def test_a_step_that_fails_leaves_no_blocks_to_the_next():
+    runner = make_streaming()
+    assert runner.host_pool is not None
+    assert runner.programs.stream is not None
+    runner.host_pool.stream(runner.programs.stream, np.array([1, 2], np.int32))
+    runner.forget_pool()
+    table = [40, 41]
+    run(runner, [Chunk(0, PROMPTS[0][:8], 0, 8, table)])
+    streamed = Streamed(np.array([3], np.int32), np.array([0], np.int32))
+    cells = [host_cell(0), 41]
+    token_ids, _ = run(runner, [Chunk(0, [5], 8, 8, cells)], streamed, to_host=(BlockCopy(40, 3),))
+    other = make_streaming()
+    run(other, [Chunk(0, PROMPTS[0][:8], 0, 8, table)])
+    assert token_ids == run(other, [Chunk(0, [5], 8, 8, table)])[0]
+
+
+def test_the_window_holds_the_host_pool_twice_or_half_of_the_devices_pool():
+    assert num_window_blocks_for(100, 1000, num_layers=4) == 50
+    assert num_window_blocks_for(101, 1000, num_layers=4) == 51
+    assert num_window_blocks_for(10**6, 1000, num_layers=4) == 499
+    assert Window(50, 4).num_cells == 100
+    assert Window(0, 4).num_cells == 0
+    cells = [Window(51, 4).first_cell(layer) for layer in range(4)]
+    assert cells == [4, 4 + 102, 4, 4 + 102]
+
+
+def test_without_a_placement_on_the_host_there_is_no_window():
+    runner = make_runner(num_host_blocks=8)
+    assert runner.num_window_blocks == runner.max_streamed_blocks == 0
+
+
+def test_runs_end_where_slots_are_not_neighbours_and_where_a_piece_ends():
+    slots = np.array([5, 6, 7, 8, 9, 3, 4, 12, 11], np.int32)
+    assert list(_runs(slots, 8)) == [(5, 3), (8, 2), (3, 2), (12, 1), (11, 1)]
+    assert list(_runs(slots[:0], 8)) == []
+
+
+def test_a_plain_copy_moves_strided_rows():
+    src, dst = np.arange(24, dtype=np.uint8).reshape(4, 6), np.zeros((3, 3), np.uint8)
+    copy = Strided(src.ctypes.data + 1, 6, dst.ctypes.data, 3, 2, 3)
+    PlainCopier().start(None, 0, [copy])
+    assert dst[:, :2].tolist() == src[:3, 1:3].tolist()
+    assert dst[:, 2].tolist() == [0] * 3
