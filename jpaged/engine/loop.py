@@ -13,6 +13,7 @@ from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
 from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.offload.placement import Placement
 from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
@@ -30,8 +31,8 @@ class Engine:
         tokenizer: text <-> token ids; None serves token ids only.
 
     Raises:
-        ValueError: a block size other than the runner's, more rows or tokens than its steps have, or swapping without a
-            host pool.
+        ValueError: a block size other than the runner's, more rows or tokens than its steps have, or swapping and
+            streaming with a runner that cannot.
     """
 
     def __init__(self, runner: ModelRunner, config: EngineConfig, tokenizer: Tokenizer | None = None):
@@ -57,6 +58,7 @@ class Engine:
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
             num_host_blocks=num_host_blocks,
+            placement=_placement(runner, config),
         )
         self.blocks.is_quantized = runner.config.kv_cache_dtype != "auto"
         self.scheduler = Scheduler(
@@ -247,6 +249,16 @@ class Engine:
         for _ in self._in_flight:
             self.scheduler.drop()
         self._in_flight.clear()
+
+
+def _placement(runner: ModelRunner, config: EngineConfig) -> Placement:
+    """The placement of an engine with its own settings, over the window of its runner."""
+    if config.kv_placement != "device" and runner.max_streamed_blocks == 0:
+        raise ValueError(
+            f"kv_placement={config.kv_placement!r}: the runner streams no blocks from the host; build it with this "
+            "kv_placement and a host pool"
+        )
+    return Placement(config.kv_placement, runner.num_window_blocks, runner.max_streamed_blocks)
 
 
 def _num_host_blocks(runner: ModelRunner, config: EngineConfig) -> int:
