@@ -3,12 +3,25 @@
     python -m bench offload restore --device cpu                          # the model in the box, on this machine
     python -m bench offload restore --random-weights opt-13b --lengths 1024 8192
     python -m bench offload restore --random-weights llama3-8b --num-layers 4   # fewer layers: a first look
+    python -m bench offload decode --random-weights llama3-8b --num-seqs 32 --contexts 4096
+    python -m bench offload latency --random-weights opt-6.7b
+    python -m bench offload long --random-weights llama3-8b --length 500000 --pool-gib 10
 
 restore: a request of N tokens is preempted by another of higher priority, and comes back: transferred (swap), computed
 again (recompute), by both ways at once (both), and as the engine chooses (auto). The time runs from the plan that
 admits the request to its next token, alone and beside decodes. The tokens of all ways are compared.
 
-Prints a table and writes ``bench/results/offload_SCENARIO_MODEL_DEVICE.json``.
+decode: a batch whose KV lies on the host, streamed layer by layer in every step, and the same with KV on the device
+(--placements). KV GB/s counts the K and V of all full blocks attended to; its share is of the fastest copy from pinned
+memory in the same run.
+
+long: one sequence of --length tokens over a device pool of --pool-gib, and over one that holds all of it.
+
+latency, sweep: the KVPR paper's experiments (batches of 64 at 128 to 512 tokens; batches of 1 to 48 at 1,024), with KV
+on the host and on the device. Batches that the host memory does not hold become smaller (--host-memory-gib).
+
+Prints a table, and writes ``bench/results/offload_SCENARIO_MODEL_DEVICE.json`` and, with matplotlib, a plot to
+``bench/results/offload/``.
 """
 
 import argparse
@@ -17,11 +30,18 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from bench.offload import restore
+from bench.offload import restore, scenarios
 from bench.offload.shapes import Shapes, read_shapes
-from bench.report import device_name, save, start_report
+from bench.paper.experiment import save_plot
+from bench.report import RESULTS, device_name, save, start_report
 
-SCENARIOS: dict[str, Callable[[argparse.Namespace, Shapes], dict[str, Any]]] = {"restore": restore.measure}
+SCENARIOS: dict[str, Callable[[argparse.Namespace, Shapes], dict[str, Any]]] = {
+    "restore": restore.measure,
+    "decode": scenarios.decode,
+    "long": scenarios.long,
+    "latency": scenarios.of_paper("latency", scenarios.LATENCY),
+    "sweep": scenarios.of_paper("sweep", scenarios.SWEEP),
+}
 """Scenario -> its measurement, which prints a table and returns content of the result file."""
 
 
@@ -36,7 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: the scenario's)")
     add("--repeats", type=int, default=3, metavar="N", help="clean measurements of each figure (default: %(default)s)")
     add("--name", help="name of the result file (default: from scenario, model and device)")
+    add("--num-blocks", type=int, metavar="N", help="blocks of the device pool (default: the scenario's)")
     restore.add_options(parser.add_argument_group("restore"))
+    scenarios.add_options(parser.add_argument_group("decode, long, latency, sweep"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,4 +69,6 @@ def run(args: argparse.Namespace) -> int:
     name = args.name or f"offload_{args.scenario}_{shapes.name}_{device_name()}"
     report = start_report(args, model=dataclasses.asdict(shapes.model_config)) | content
     print(f"\nwritten to {save(name, report, args.out)}")
+    if "variants" in report and (plots := scenarios.plot(report)):
+        save_plot(plots, (args.out or RESULTS) / "offload" / f"{name}.png", title=name)
     return 0

@@ -14,7 +14,8 @@ from bench import UsageError
 from bench.report import CONFIGS
 from bench.workloads import LOWEST_TOKEN_ID
 from jpaged import LLM, EngineConfig
-from jpaged.device.target import target_of
+from jpaged.device.kv.layout import pool_layout
+from jpaged.device.target import choose_backend, target_of
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config, load_model, random_model
 from jpaged.sharding import make_mesh
@@ -73,6 +74,13 @@ class Shapes:
         if self.is_trained:
             return load_model(self.path, self.model_config, dtype, mesh, use_tqdm=False)
         return random_model(self.model_config, dtype, mesh, 0)
+
+    def block_bytes(self, config: EngineConfig) -> int:
+        """Bytes of a block of an engine's pool."""
+        mesh = make_mesh()
+        dtype = target_of(mesh).resolve_dtype(config.dtype, self.model_config.dtype)
+        backend = choose_backend(self.model_config, config, dtype, mesh)
+        return pool_layout(self.model_config, config, dtype, backend).block_bytes
 
     def prompt(self, num_tokens: int, seed: int) -> list[int]:
         """Random token ids."""

@@ -1,0 +1,271 @@
+"""Generation by a batch of equal requests: the time of its prompts, of its decode steps, and the bytes that moved."""
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from bench import UsageError
+from bench.offload.shapes import Shapes, settings_of
+from bench.report import Table
+from bench.serving.runs import as_prompts
+from jpaged import LLM, EngineConfig, SamplingParams
+from jpaged.contract.plan import BlockCopy, StepPlan
+from jpaged.device.runner import ModelRunner
+from jpaged.engine.loop import Engine
+from jpaged.host.sequence import SequenceGroup
+
+BLOCK_SIZE = 16
+NUM_FIRST = 3  # tokens of the last request after which all decode, and no prompt is in flight
+SHORT_LEN = 256  # tokens of the prompts of a first run
+MOST_COPIED = 1024  # blocks of the plan whose copies are timed
+NUM_PINNED_BYTES = 2**28
+MOST_SEQS = 10_000  # seeds of one batch
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A batch of equal requests, all queued at once.
+
+    Args:
+        num_seqs: requests.
+        prompt_len: tokens of each prompt, random and different.
+        num_tokens: tokens that each draws.
+    """
+
+    num_seqs: int
+    prompt_len: int
+    num_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.num_seqs} x {self.prompt_len:,} + {self.num_tokens}"
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all requests together."""
+        return self.num_seqs * -(-(self.prompt_len + self.num_tokens) // BLOCK_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The times of one batch.
+
+    Args:
+        total_s: from the first plan to the last token.
+        prompt_s: until every request has its first token.
+        step_ms: median time of a step in which every request decodes.
+        mean_step_ms: mean time of these steps.
+        num_steps: number of these steps.
+        kv_bytes: bytes of K and V in the full blocks that such a step attends to.
+        bytes_from_host: bytes that such a step brought from the host.
+        bytes_to_host: bytes that all steps moved to the host.
+        num_preemptions: preemptions of all steps.
+        num_programs_compiled: programs compiled meanwhile; any number but 0 spoils the sums, and not the median.
+    """
+
+    total_s: float
+    prompt_s: float
+    step_ms: float
+    mean_step_ms: float
+    num_steps: int
+    kv_bytes: float
+    bytes_from_host: float
+    bytes_to_host: int
+    num_preemptions: int
+    num_programs_compiled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Rates of copies from the host, measured in the same process.
+
+    Args:
+        pool_bytes_per_s: one plan that moves blocks from the host pool, side by side, and computes nothing.
+        pinned_bytes_per_s: one ``device_put`` of 256 MiB of pinned memory; None without memory of the device's own.
+        num_pool_bytes: bytes that the plan moves.
+    """
+
+    pool_bytes_per_s: float
+    pinned_bytes_per_s: float | None
+    num_pool_bytes: int
+
+    @property
+    def best_bytes_per_s(self) -> float:
+        """The faster of both, with which a stream is compared."""
+        return max(self.pool_bytes_per_s, self.pinned_bytes_per_s or 0.0)
+
+
+def measure_rates(runner: ModelRunner) -> Rates:
+    """Measure copies before the first request: they overwrite blocks of the device pool."""
+    num_blocks = min(MOST_COPIED, runner.num_host_blocks, runner.num_blocks - 1)
+    plan = StepPlan(from_host=tuple(BlockCopy(block, block + 1) for block in range(num_blocks)))
+    pinned_bytes_per_s = None
+    if runner.programs.target.has_own_memory:
+        [device] = runner.mesh.devices.flat
+        pinned = jax.device_put(
+            np.zeros(NUM_PINNED_BYTES, np.uint8), SingleDeviceSharding(device, memory_kind="pinned_host")
+        )
+        jax.block_until_ready(pinned)
+        seconds = _best_s(lambda: jax.device_put(pinned, SingleDeviceSharding(device)))
+        pinned_bytes_per_s = NUM_PINNED_BYTES / seconds
+
+    def move() -> Any:
+        runner.execute(plan)
+        return runner.cache.pool
+
+    num_bytes = num_blocks * runner.bytes_per_block
+    return Rates(num_bytes / _best_s(move), pinned_bytes_per_s, num_bytes)
+
+
+def _best_s(run: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def generate(llm: LLM, shapes: Shapes, work: Work, seed: int) -> tuple[Generation, list[list[int]]]:
+    """Run a batch to its end, greedily.
+
+    Args:
+        llm: an LLM without other requests.
+        shapes: its model.
+        work: the batch.
+        seed: seed of the prompts.
+
+    Returns:
+        The times of the batch, and the tokens of each request.
+
+    Raises:
+        RuntimeError: no step in which all requests decode: the first ends before the last begins.
+    """
+    engine = llm.engine
+    prompts = [shapes.prompt(work.prompt_len, seed + index) for index in range(work.num_seqs)]
+    num_programs, before, start = len(engine.runner.programs), llm.stats(), time.perf_counter()
+    groups = _add(engine, prompts, work.num_tokens)
+    last = groups[-1].sequences[0]
+    _run_while(engine, lambda: any(group.sequences[0].num_outputs == 0 for group in groups))
+    prompt_s = time.perf_counter() - start
+    _run_while(engine, lambda: last.num_outputs < NUM_FIRST)
+    steps, at_decode, num_before = [], llm.stats(), last.num_outputs
+    while len(engine.scheduler.line.running) == work.num_seqs:
+        num_drawn, started = last.num_outputs, time.perf_counter()
+        engine.step()
+        if (num_new := last.num_outputs - num_drawn) > 0:
+            steps.append((num_new, (time.perf_counter() - started) / num_new))
+    decoded, num_steps = llm.stats(), last.num_outputs - num_before
+    if not steps:
+        raise RuntimeError(f"{work}: no step in which all requests decode; let them draw more tokens")
+    _run_while(engine, lambda: engine.has_unfinished)
+    after = llm.stats()
+    num_full = (work.prompt_len + num_before + num_steps / 2) // BLOCK_SIZE
+    generation = Generation(
+        total_s=time.perf_counter() - start,
+        prompt_s=prompt_s,
+        step_ms=1e3 * median(step_s for _, step_s in steps),
+        mean_step_ms=1e3 * sum(num_new * step_s for num_new, step_s in steps) / num_steps,
+        num_steps=num_steps,
+        kv_bytes=work.num_seqs * num_full * engine.runner.bytes_per_block,
+        bytes_from_host=(decoded.bytes_from_host - at_decode.bytes_from_host) / num_steps,
+        bytes_to_host=after.bytes_to_host - before.bytes_to_host,
+        num_preemptions=after.num_preemptions - before.num_preemptions,
+        num_programs_compiled=len(engine.runner.programs) - num_programs,
+    )
+    return generation, [group.sequences[0].output_token_ids for group in groups]
+
+
+def _add(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[SequenceGroup]:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    requests = engine.make_requests(as_prompts(prompts), params, 0)
+    for request in requests:
+        engine.add(request, is_streamed=False)
+    return [engine.scheduler.roster.requests[request.request_id] for request in requests]
+
+
+def _run_while(engine: Engine, condition: Callable[[], bool]) -> None:
+    while condition():
+        engine.step()
+
+
+# Variants ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to serve the works of a scenario.
+
+    Args:
+        name: its name in tables.
+        changes: settings that differ from the scenario's.
+        tune: changes an engine before its first request.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    tune: Callable[[Engine], None] = lambda engine: None
+
+
+def run_variants(
+    shapes: Shapes, config: EngineConfig, variants: Sequence[Variant], works: Sequence[Work], repeats: int
+) -> list[dict[str, Any]]:
+    """Run all works by every variant, each in an engine of its own, and print a row for each.
+
+    A variant that the machine cannot serve is recorded with the reason.
+    """
+    table = Table("", "prompts s", "ms a step", "KV GB/s", "of copies", "tokens/s", "tokens", first=36, width=9)
+    print(table.header(), flush=True)
+    results, expected = [], {}
+    for variant in variants:
+        try:
+            result = _run_variant(shapes, replace(config, **variant.changes), variant, works, repeats, table, expected)
+        except (UsageError, ValueError, jax.errors.JaxRuntimeError) as error:
+            result = {"refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            print(f"{variant.name}: refused: {result['refused']}", flush=True)
+        results.append({"variant": variant.name} | result)
+        gc.collect()  # the device holds one model at a time
+    return results
+
+
+def _run_variant(
+    shapes: Shapes,
+    config: EngineConfig,
+    variant: Variant,
+    works: Sequence[Work],
+    repeats: int,
+    table: Table,
+    expected: dict[Work, list[list[int]]],
+) -> dict[str, Any]:
+    llm = shapes.start(config)
+    variant.tune(llm.engine)
+    rates, runs = measure_rates(llm.engine.runner) if llm.engine.runner.num_host_blocks else None, []
+    seeds = itertools.count(0, MOST_SEQS)  # no prompt is found in the prefix cache
+    for work in works:
+        # A first run compiles programs. Long prompts need no run of their own: chunks of all sizes are in a short one.
+        generate(llm, shapes, replace(work, prompt_len=min(work.prompt_len, SHORT_LEN)), next(seeds))
+        done = [generate(llm, shapes, work, next(seeds)) for _ in range(repeats)]
+        generations, token_ids = [generation for generation, _ in done], done[0][1]
+        are_equal = expected.setdefault(work, token_ids) == token_ids
+        best = min(generations, key=lambda each: each.step_ms)
+        rate = best.kv_bytes / best.step_ms * 1e3
+        share = None if rates is None else rate / rates.best_bytes_per_s
+        tokens_per_s = work.num_seqs * work.num_tokens / best.total_s
+        cells = best.prompt_s, best.step_ms, rate / 1e9, share, tokens_per_s, "equal" if are_equal else "DIFFER"
+        print(table.row(f"{variant.name}: {work}", *cells), flush=True)
+        runs.append(
+            {
+                "work": asdict(work),
+                "best": asdict(best) | {"tokens_per_s": tokens_per_s, "kv_bytes_per_s": rate, "share_of_copies": share},
+                "step_ms": [each.step_ms for each in generations],
+                "are_tokens_equal": are_equal,
+            }
+        )
+    return settings_of(llm) | {"rates": None if rates is None else asdict(rates), "runs": runs}

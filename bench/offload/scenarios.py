@@ -1,0 +1,126 @@
+"""The scenarios of KV in host memory: batches, settings, and what each is compared with."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bench import UsageError
+from bench.offload.generation import BLOCK_SIZE, Variant, Work, run_variants
+from bench.offload.shapes import Shapes
+from bench.paper.experiment import Plot
+from jpaged import EngineConfig
+
+BATCHED_TOKENS = 8192
+LATENCY = [Work(64, prompt_len, num_tokens) for prompt_len in (128, 256, 512) for num_tokens in (32, 128)]
+SWEEP = [Work(num_seqs, 1024, 32) for num_seqs in (1, 2, 4, 8, 16, 32, 48)]
+SECOND_HAND = "The paper's figures are second-hand: its tables were not at hand. One A100 with 40 GB, PCIe 4."
+PAPER = {
+    "latency": f"KVPR: up to 35.8% less latency than Accelerate (OPT-6.7B, 128 + 128). {SECOND_HAND}",
+    "sweep": f"KVPR: a sweep of batches from 1 to 48 at 1,024 tokens, without figures here. {SECOND_HAND}",
+}
+"""Scenario of the paper -> its figures."""
+
+
+def add_options(group: Any) -> None:
+    """Add the options of these scenarios."""
+    add = group.add_argument
+    add("--num-seqs", nargs="+", type=int, default=[32], metavar="N", help="decode: sequences (default: 32)")
+    add("--contexts", nargs="+", type=int, default=[4096], metavar="N", help="decode: tokens of each (default: 4096)")
+    add("--num-steps", type=int, default=32, metavar="N", help="decode steps that are timed (default: %(default)s)")
+    add("--length", type=int, default=500_000, metavar="N", help="long: tokens of the sequence (default: %(default)s)")
+    add("--pool-gib", type=float, default=10.0, metavar="X", help="long: device pool (default: %(default)s)")
+    add("--placements", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants (default: all)")
+    memory = (
+        "most host memory for KV: batches of latency and sweep that need more become smaller (default: %(default)s)"
+    )
+    add("--host-memory-gib", type=float, default=96.0, metavar="X", help=memory)
+    add("--divisor", type=int, default=1, metavar="N", help="latency, sweep: prompts shorter by this factor")
+
+
+VARIANTS = {
+    "host": Variant("host", {"kv_placement": "host"}),
+    "device": Variant("device", {"kv_placement": "device", "num_host_blocks": 0}),
+}
+
+
+def decode(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+    """Decode steps over KV on the host, beside KV on the device."""
+    works = [_decodes(args, n, context) for n in args.num_seqs for context in args.contexts]
+    return _run(args, shapes, works)
+
+
+def long(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+    """One sequence of which the device pool holds a part, beside a pool that holds all of it."""
+    work = _decodes(args, 1, args.length)
+    shapes = shapes.with_context(work.prompt_len + work.num_tokens)
+    num_blocks = int(args.pool_gib * 2**30) // shapes.block_bytes(EngineConfig(kv_cache_dtype=args.kv_cache_dtype))
+    num_all = work.num_blocks + work.num_blocks // 20 + 2
+    variants = [
+        Variant("part", {"kv_placement": "auto", "num_blocks": max(num_blocks, 2)}),
+        Variant("all", {"kv_placement": "device", "num_blocks": num_all, "num_host_blocks": 0}),
+    ]
+    return _run(args, shapes, [work], variants)
+
+
+def of_paper(scenario: str, works: Sequence[Work]) -> Callable[[Namespace, Shapes], dict[str, Any]]:
+    """An experiment of the KVPR paper, its batches as large as the host memory allows."""
+
+    def run(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+        block_bytes = shapes.block_bytes(EngineConfig(kv_cache_dtype=args.kv_cache_dtype))
+        most = int(args.host_memory_gib * 2**30) // block_bytes
+        fitting = [_fit(replace(work, prompt_len=work.prompt_len // args.divisor), most) for work in works]
+        print(PAPER[scenario])
+        return _run(args, shapes, list(dict.fromkeys(fitting))) | {"paper": PAPER[scenario]}
+
+    return run
+
+
+def plot(report: dict[str, Any]) -> list[Plot]:
+    """Bars of the decode steps and of the whole batches, for the PNG of a scenario."""
+    times: dict[str, dict[str, dict[str, float]]] = {"step_ms": {}, "total_s": {}}
+    for variant in report["variants"]:
+        for run in variant.get("runs", ()):
+            name = str(Work(**run["work"]))
+            for key, bars in times.items():
+                bars.setdefault(name, {})[variant["variant"]] = run["best"][key]
+    titles = {"step_ms": ("A decode step", "ms"), "total_s": ("The whole batch", "s")}
+    return [Plot(title, unit, bars=times[key]) for key, (title, unit) in titles.items() if times[key]]
+
+
+def _fit(work: Work, most_blocks: int) -> Work:
+    """The same batch with as many sequences as the blocks allow.
+
+    Raises:
+        UsageError: they hold none.
+    """
+    num_seqs = min(work.num_seqs, most_blocks // replace(work, num_seqs=1).num_blocks)
+    if num_seqs == 0:
+        raise UsageError(f"--host-memory-gib holds {most_blocks:,} blocks, which is less than one sequence of {work}")
+    return replace(work, num_seqs=num_seqs)
+
+
+def _decodes(args: Namespace, num_seqs: int, prompt_len: int) -> Work:
+    """A batch whose requests all decode in about so many steps: the first of them begin before the last."""
+    budget = args.max_num_batched_tokens or BATCHED_TOKENS
+    return Work(num_seqs, prompt_len, args.num_steps + -(-num_seqs * prompt_len // budget) + 8)
+
+
+def _run(
+    args: Namespace, shapes: Shapes, works: Sequence[Work], variants: Sequence[Variant] | None = None
+) -> dict[str, Any]:
+    """Run works by all variants, in engines that hold the largest of them."""
+    longest = max(work.prompt_len + work.num_tokens for work in works)
+    num_blocks = max(work.num_blocks for work in works)
+    config = EngineConfig(
+        num_host_blocks=num_blocks + num_blocks // 20 + 2,
+        max_num_seqs=max(work.num_seqs for work in works),
+        max_num_batched_tokens=args.max_num_batched_tokens or BATCHED_TOKENS,
+        max_model_len=longest,
+        kv_cache_dtype=args.kv_cache_dtype,
+        num_blocks=args.num_blocks,
+    )
+    shapes = shapes.with_context(longest)
+    print(f"{shapes.name}: blocks of {BLOCK_SIZE}, {config.num_host_blocks:,} in host memory")
+    variants = variants or [VARIANTS[name] for name in args.placements]
+    return {"variants": run_variants(shapes, config, variants, works, args.repeats)}
