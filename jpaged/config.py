@@ -8,6 +8,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 PREEMPTIONS = ("auto", "swap", "recompute")
 KV_PLACEMENTS = ("device", "auto", "host")
+WEIGHT_PLACEMENTS = ("device", "host")
 DEFAULT_TOKEN_BUDGET = 2048
 MAX_SEQS = 1 << 16
 MAX_BATCHED_TOKENS = 1 << 20
@@ -110,6 +111,11 @@ class EngineConfig:
         "memory of the KV that running requests attend to: device; host, which keeps full blocks in the host pool and "
         "streams them layer by layer in every step; or auto, which does so for requests that do not fit the device",
     )
+    weight_placement: str = setting(
+        "device",
+        one_of(*WEIGHT_PLACEMENTS),
+        "memory of the layers' weight matrices: device; or host, which streams them layer by layer in every step",
+    )
 
     def __post_init__(self) -> None:
         check_all(self)
@@ -143,6 +149,12 @@ class EngineConfig:
             raise ValueError(
                 f"kv_placement={self.kv_placement!r} needs a host pool, and it is turned off: give num_host_blocks or "
                 "host_memory_bytes more than 0, or kv_placement='device'"
+            )
+
+        if self.weight_placement == "host" and (self.max_burst or 1) > 1:
+            raise ValueError(
+                f"max_burst={self.max_burst} with weight_placement='host': every step streams the weights, and a "
+                "multi-step decode would save nothing; leave max_burst out"
             )
 
     @property

@@ -3,7 +3,6 @@
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -15,13 +14,12 @@ from jpaged.config import EngineConfig
 from jpaged.device.processes import LeadingRunner
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.inbox import Inbox
-from jpaged.engine.loading import Follow, load_checkpoint, start_engine
+from jpaged.engine.loading import Follow, load_checkpoint, take_module
 from jpaged.engine.loop import Engine
 from jpaged.engine.progress import run_with_bar
 from jpaged.engine.prompts import Prompt, as_sampling_params
 from jpaged.engine.stats import EngineStats
 from jpaged.models import ModelConfig
-from jpaged.models.contract import check_model, place
 from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
 from jpaged.rules import describe
 from jpaged.sharding import make_mesh
@@ -80,6 +78,7 @@ class LLM:
         num_host_blocks: int | None = None,
         host_memory_bytes: int | None = None,
         kv_placement: str = "device",
+        weight_placement: str = "device",
         seed: int = 0,
         tensor_parallel_size: int = 1,
         attention_implementation: str | None = None,
@@ -102,6 +101,7 @@ class LLM:
             num_host_blocks=num_host_blocks,
             host_memory_bytes=host_memory_bytes,
             kv_placement=kv_placement,
+            weight_placement=weight_placement,
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
             attention_implementation=attention_implementation,
@@ -140,9 +140,8 @@ class LLM:
         self = cls.__new__(cls)
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
-        check_model(model, model_config, config.dtype, mesh)
-        load = partial(place, model, mesh)
-        self._serve(start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
+        options = {"warm_up": warm_up, "use_tqdm": use_tqdm}
+        self._serve(take_module(model, model_config, config, mesh, tokenizer, **options))
         return self
 
     @classmethod

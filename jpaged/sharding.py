@@ -8,6 +8,9 @@ from pallas_kernels import KV_HEAD_AXIS
 
 TENSOR_AXIS = "tensor"
 
+HOST_MEMORY = "pinned_host"
+"""JAX's name of the host memory from which devices copy while their programs run."""
+
 SHARDED_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab"})
 """Logical axes that are split over the tensor axis; all other axes are replicated."""
 
@@ -80,6 +83,26 @@ def pool_sharding(mesh: Mesh) -> NamedSharding:
 def pool_spec() -> P:
     """Return the partition spec of ``pool_sharding``."""
     return P(*[None] * KV_HEAD_AXIS, TENSOR_AXIS)
+
+
+def is_on_host(array: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array, or one of this shape, lies in ``HOST_MEMORY``."""
+    return array.sharding is not None and array.sharding.memory_kind == HOST_MEMORY
+
+
+def moved[T: (jax.Array, jax.ShapeDtypeStruct)](array: T, *, to_host: bool) -> T:
+    """Move an array between the devices' own memory and ``HOST_MEMORY``; given a shape, return that of the result.
+
+    The call blocks, so that copies cannot pile up.
+    """
+    if is_on_host(array) == to_host:
+        return array
+    assert array.sharding is not None
+    kind = HOST_MEMORY if to_host else None  # None is the device's default: its name differs between platforms
+    sharding = array.sharding.with_memory_kind(kind)  # pyright: ignore[reportArgumentType]
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return jax.block_until_ready(jax.device_put(array, sharding))
 
 
 def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:

@@ -23,6 +23,7 @@ from jpaged.device.profile_file import load_profile, profile_path
 from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
 from jpaged.device.target import Target, choose_backend, describe_devices, target_of
+from jpaged.device.weights import device_bytes
 from jpaged.host.offload.profile import report
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
@@ -138,10 +139,11 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     model_config = load_config(path)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
-    weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh)[1])
+    placement = config.weight_placement
+    weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh, weight_placement=placement)[1])
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     backend = choose_backend(model_config, config, dtype, mesh)
-    kv_cache = _plan_pool(model_config, config, dtype, backend, weight_bytes, mesh)
+    kv_cache = _plan_pool(model_config, config, dtype, backend, device_bytes(weights), mesh)
     cache_dir = enable_compile_cache()
     kept_at = profile_path(model_config, config, dtype, backend.name, mesh)
     profile = load_profile(kept_at)

@@ -29,7 +29,8 @@ from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
 from jpaged.device.step.programs import Programs, dtype_of, split_model
 from jpaged.device.target import BACKENDS, choose_backend
-from jpaged.models import ModelConfig, fuse_norms, fuse_projections
+from jpaged.device.weights import device_bytes, prepare_weights
+from jpaged.models import ModelConfig
 from jpaged.sharding import check_axes, replicated
 from pallas_kernels.paged_attention import INTERPRETERS, why_cannot_run
 
@@ -87,8 +88,8 @@ class ModelRunner:
     and the ``StepState`` donated, so that a step writes in place.
 
     Args:
-        model: a flax.nnx model (``jpaged.models``), its weights on the devices of ``mesh``; changed: its projections
-            are joined (``fuse_projections``), and on some devices its norms fused (``fuse_norms``).
+        model: a flax.nnx model (``jpaged.models``), its weights on the devices of ``mesh``; changed by
+            ``prepare_weights``.
         model_config: its configuration.
         config: the engine's settings.
         mesh: the devices.
@@ -116,15 +117,13 @@ class ModelRunner:
         self.mesh = mesh
         check_axes(replicated(mesh))
         max_model_len = check_settings(model_config, config)
-        fuse_projections(model)
         backend = choose_backend(model_config, config, dtype_of(model), mesh)
-        if backend.add_norm is not None:
-            fuse_norms(model, backend.add_norm)
+        prepare_weights(model, model_config, config, mesh, backend)
         self.programs = Programs(model, model_config, config, mesh, backend, max_model_len=max_model_len)
         _, self._weights, _ = split_model(model)
         self.weight_bytes = sum(x.nbytes for x in self._weights)
         least: Callable[[int], int] = channel.least if channel is not None else lambda number: number
-        sizer = PoolSizer(self.programs, config, mesh, weight_bytes=self.weight_bytes, least=least)
+        sizer = PoolSizer(self.programs, config, mesh, weight_bytes=device_bytes(self._weights), least=least)
         guessed_bytes = sizer.guess()
         num_host_blocks = num_host_blocks_for(
             config,

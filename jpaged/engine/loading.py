@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jpaged.config import EngineConfig
 from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
@@ -13,10 +14,13 @@ from jpaged.device.runner import ModelRunner, check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
 from jpaged.device.step.program_cache import SOURCE_DIGEST
 from jpaged.device.target import target_of
+from jpaged.device.weights import check_host_weights
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.loop import Engine
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig, import_transformers, load_config, load_model
+from jpaged.models.checkpoint.registry import abstract_model
+from jpaged.models.contract import check_model, place
 from jpaged.sharding import make_mesh
 
 Follow = Callable[[], None]
@@ -47,8 +51,42 @@ def load_checkpoint(path: Path, config: EngineConfig, *, warm_up: bool | None, u
         mesh = make_mesh(config.tensor_parallel_size)
         use_tqdm = use_tqdm and jax.process_index() == 0
         dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
-        load = partial(load_model, path, model_config, dtype, mesh, use_tqdm=use_tqdm)
+        if config.weight_placement == "host":
+            shapes = nnx.merge(*abstract_model(model_config, dtype, mesh))
+            check_host_weights(shapes, model_config.num_layers, mesh)
+        placement = {"weight_placement": config.weight_placement}
+        load = partial(load_model, path, model_config, dtype, mesh, **placement, use_tqdm=use_tqdm)
         return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+
+
+def take_module(
+    model: Any,
+    model_config: ModelConfig,
+    config: EngineConfig,
+    mesh: jax.sharding.Mesh,
+    tokenizer: Tokenizer | None,
+    *,
+    warm_up: bool | None,
+    use_tqdm: bool,
+) -> Engine | Follow:
+    """Start an engine over a copy of a module in memory, which shares the module's weights.
+
+    Args:
+        model: the module.
+        model_config, config, mesh, tokenizer, warm_up, use_tqdm: as for ``start_engine``.
+
+    Returns:
+        As ``load_checkpoint``.
+
+    Raises:
+        ValueError: the module breaks the contract of a model, or disagrees with a setting.
+    """
+    check_model(model, model_config, config.dtype, mesh)
+    num_streamed = model_config.num_layers if config.weight_placement == "host" else 0
+    if num_streamed:
+        check_host_weights(model, num_streamed, mesh)
+    load = partial(place, model, mesh, num_streamed_layers=num_streamed)
+    return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
 
 
 def start_engine(

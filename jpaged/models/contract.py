@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int32
 
 from jpaged.models.checkpoint.config import ModelConfig
+from jpaged.models.layers.streamed import layers_path, placed
 from jpaged.models.spec import Attend, LayerSpec, check_head_arrays
 from jpaged.sharding import check_axes, check_divisible, param_sharding, replicated
 
@@ -92,22 +93,28 @@ def check_model(model: Any, config: ModelConfig, dtype: str, mesh: Mesh) -> None
         )
 
 
-def place(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+def place(model: nnx.Module, mesh: Mesh, *, num_streamed_layers: int = 0) -> nnx.Module:
     """A copy of a module whose weights lie on the devices of a mesh.
 
     Weights that lie there already stay. Others are split as their metadata ``logical_axes`` says, or replicated.
+
+    Args:
+        model: the module.
+        mesh: the devices.
+        num_streamed_layers: number of its layers if their matrices belong to host memory, or 0.
     """
+    layers = layers_path(model, num_streamed_layers) if num_streamed_layers else None
     graphdef, state = nnx.split(model)
-    placed = []
+    params = []
     for where, variable in nnx.to_flat_state(state):
         value = variable.get_value()
         sharding = getattr(value, "sharding", None)
         if not isinstance(sharding, NamedSharding) or sharding.device_set != set(mesh.devices.flat):
             axes = variable.get_metadata().get("logical_axes")
             wanted = replicated(mesh) if axes is None else param_sharding(value.shape, axes, mesh)
-            variable = variable.replace(jax.device_put(value, wanted))
-        placed.append((where, variable))
-    return nnx.merge(graphdef, nnx.from_flat_state(placed))
+            variable = variable.replace(jax.device_put(value, placed(wanted, where, value.ndim, layers)))
+        params.append((where, variable))
+    return nnx.merge(graphdef, nnx.from_flat_state(params))
 
 
 def _check_kind(model: Any, config: Any) -> None:

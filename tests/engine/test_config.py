@@ -30,6 +30,7 @@ INVALID = {
     "num_host_blocks": [*NOT_INTEGERS, -1, 2**31],
     "host_memory_bytes": [*NOT_INTEGERS, -1, 2**63],
     "kv_placement": [None, "disk", True],
+    "weight_placement": [None, "auto", True],
 }
 
 VALID = {
@@ -51,6 +52,7 @@ VALID = {
     "num_host_blocks": [None, 0, 7],
     "host_memory_bytes": [None, 0, 2**63 - 1],
     "kv_placement": ["device", "auto", "host"],
+    "weight_placement": ["device", "host"],
 }
 
 
@@ -81,6 +83,7 @@ def test_valid_value_is_kept(name, value):
         ({"num_host_blocks": 1, "host_memory_bytes": 1}, "give one of them"),
         ({"preemption": "swap", "host_memory_bytes": 0}, "preemption='swap' needs a host pool"),
         ({"kv_placement": "host", "num_host_blocks": 0}, "kv_placement='host' needs a host pool"),
+        ({"weight_placement": "host", "max_burst": 2}, "every step streams the weights"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(settings, match):

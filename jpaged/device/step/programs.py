@@ -115,7 +115,8 @@ class Programs:
     @property
     def max_burst(self) -> int:
         """Steps that a plan may have."""
-        return self.config.max_burst or self.target.max_burst
+        own = 1 if self.config.weight_placement == "host" else self.target.max_burst
+        return self.config.max_burst or own
 
     @property
     def max_blocks(self) -> int:

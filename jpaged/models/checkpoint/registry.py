@@ -25,7 +25,8 @@ from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
 from jpaged.models.layers.rope import check_spelled_parameters
-from jpaged.sharding import check_divisible, param_sharding
+from jpaged.models.layers.streamed import layers_path, placed
+from jpaged.sharding import check_divisible, is_on_host, moved, param_sharding
 
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
@@ -77,10 +78,13 @@ def load_config(path: str | Path) -> ModelConfig:
         ) from error
 
 
-def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract_model(
+    config: ModelConfig, dtype: Dtype, mesh: Mesh, *, weight_placement: str = "device"
+) -> tuple[nnx.GraphDef, nnx.State]:
     """Return the model's structure, and the shapes and shardings of its weights.
 
-    A model with fewer KV heads than devices has copies of its heads (``layers/kv_copies.py``).
+    A model with fewer KV heads than devices has copies of its heads (``layers/kv_copies.py``). The matrices of layers
+    are in host memory if ``weight_placement`` says so (``layers/streamed.py``).
 
     Raises:
         ValueError: the mesh does not divide the model's heads or feed-forward width.
@@ -88,17 +92,27 @@ def abstract_model(config: ModelConfig, dtype: Dtype, mesh: Mesh) -> tuple[nnx.G
     check_divisible(mesh, num_heads=config.num_heads, intermediate_size=config.intermediate_size)
     config = replace(config, num_kv_heads=config.num_kv_heads * kv_copies(config, mesh).count)
     model = nnx.eval_shape(lambda: _model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    layers = layers_path(model, config.num_layers) if weight_placement == "host" else None
     graphdef, state = nnx.split(model)
     shapes = []
     for where, variable in nnx.to_flat_state(state):
         sharding = param_sharding(variable.shape, variable.logical_axes, mesh)
+        sharding = placed(sharding, where, variable.ndim, layers)
         shapes.append(
             (where, variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)))
         )
     return graphdef, nnx.from_flat_state(shapes)
 
 
-def load_model(path: str | Path, config: ModelConfig, dtype: Dtype, mesh: Mesh, *, use_tqdm: bool = True) -> Any:
+def load_model(
+    path: str | Path,
+    config: ModelConfig,
+    dtype: Dtype,
+    mesh: Mesh,
+    *,
+    weight_placement: str = "device",
+    use_tqdm: bool = True,
+) -> Any:
     """Load a checkpoint's weights, each device its own shards. Nothing is executed or unpickled.
 
     Args:
@@ -106,16 +120,17 @@ def load_model(path: str | Path, config: ModelConfig, dtype: Dtype, mesh: Mesh, 
         config: result of ``load_config`` for the same directory.
         dtype: dtype of weights and activations; stored weights of another dtype are converted.
         mesh: mesh with an axis "tensor" (see ``jpaged/sharding.py``).
+        weight_placement: memory of the layers' matrices, as the setting of ``EngineConfig``.
         use_tqdm: whether to show a progress bar.
 
     Raises:
         ValueError: a file is missing, damaged or disagrees with ``config``; the message names the file and the tensor.
     """
-    graphdef, state = abstract_model(config, dtype, mesh)
+    graphdef, state = abstract_model(config, dtype, mesh, weight_placement=weight_placement)
     return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), use_tqdm=use_tqdm))
 
 
-def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> Any:
+def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int, *, weight_placement: str = "device") -> Any:
     """Make a model with random weights: normal with deviation 0.02, norms 1, biases 0.
 
     Each device draws its own shards. Each shape has its own program, since one program for the whole model takes a
@@ -126,8 +141,9 @@ def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int) -> An
         dtype: dtype of weights and activations.
         mesh: mesh with an axis "tensor" (see ``jpaged/sharding.py``).
         seed: seed of the weights, which do not depend on the mesh.
+        weight_placement: memory of the layers' matrices, as the setting of ``EngineConfig``.
     """
-    graphdef, state = abstract_model(config, dtype, mesh)
+    graphdef, state = abstract_model(config, dtype, mesh, weight_placement=weight_placement)
     key = jax.random.key(seed, impl="rbg")  # compiles faster than the default
     copies, drawn = kv_copies(config, mesh), []
     for index, (where, variable) in enumerate(allocation_order(nnx.to_flat_state(state))):
@@ -142,7 +158,8 @@ def _draw(key: jax.Array, index: int, name: str, variable: Any, copies: KVCopies
         return jnp.full(shape, _CONSTANTS[name], dtype, device=sharding)
     axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
     shape = copies.shape_without(shape, axes)
-    return _draw_normal(shape, dtype, sharding, copies, axes)(key, jnp.uint32(index))
+    draw = _draw_normal(shape, dtype, moved(variable.get_value(), to_host=False).sharding, copies, axes)
+    return moved(draw(key, jnp.uint32(index)), to_host=is_on_host(variable.get_value()))
 
 
 @lru_cache

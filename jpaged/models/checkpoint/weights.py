@@ -24,6 +24,7 @@ from jpaged.models.checkpoint.config import ModelConfig, read_json
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
 from jpaged.models.layers.kv_copies import KVCopies
+from jpaged.sharding import is_on_host, moved
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Supported dtypes, by their name in safetensors."""
@@ -220,14 +221,14 @@ def _load_tensor(stored: _Stored, transpose: bool, variable: Any, copies: KVCopi
 
     If KV heads are copied, each device gets the whole tensor, which is small: the projections of few KV heads.
     """
-    dtype, sharding = variable.dtype, variable.get_value().sharding
+    dtype, sharding = variable.dtype, moved(variable.get_value(), to_host=False).sharding
     axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
     spec = P() if axes else P(*reversed(sharding.spec)) if transpose else sharding.spec
     placed = NamedSharding(sharding.mesh, spec)
     array = jax.make_array_from_callback(stored.shape, placed, lambda index: stored.slices[index])
     if transpose or axes or array.dtype != dtype:
         array = _convert(array, transpose, dtype, sharding, copies, axes)
-    return jax.block_until_ready(array)
+    return moved(jax.block_until_ready(array), to_host=is_on_host(variable.get_value()))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))

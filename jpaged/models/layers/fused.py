@@ -13,6 +13,8 @@ from flax import nnx
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Shaped
 
+from jpaged.sharding import is_on_host, moved
+
 Path = tuple[Any, ...]
 """The path of a parameter in a model's state."""
 
@@ -150,16 +152,20 @@ def allocation_order(flat: Iterable[tuple[Path, Any]]) -> list[tuple[Path, Any]]
 def _join_params(params: Sequence[Sequence[nnx.Param]], columns: Columns) -> list[nnx.Param]:
     """Join kernels, and biases. This call blocks, so that the caller can release the parts before it allocates more.
 
-    Given shapes in place of arrays, it returns shapes.
+    Parts in host memory are joined on the device, and go back. Given shapes in place of arrays, it returns shapes.
     """
-    arrays = [[param.get_value() for param in group] for group in params]
+    arrays = [[moved(param.get_value(), to_host=False) for param in group] for group in params]
     program = _join_program(columns, tuple(group[0].sharding for group in arrays))
     if isinstance(arrays[0][0], jax.ShapeDtypeStruct):
         joined = jax.eval_shape(program, arrays)
     else:
         joined = jax.block_until_ready(program(arrays))
     return [
-        nnx.Param(array, logical_axes=group[0].logical_axes, columns=columns)
+        nnx.Param(
+            moved(array, to_host=is_on_host(group[0].get_value())),
+            logical_axes=group[0].logical_axes,
+            columns=columns,
+        )
         for group, array in zip(params, joined, strict=True)
     ]
 
