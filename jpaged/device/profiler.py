@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -11,7 +12,9 @@ from jpaged.config import EngineConfig
 from jpaged.contract.profile import MachineProfile, fit_prefill
 from jpaged.device.kv.host_pool import HostPool
 from jpaged.device.kv.pool import KVCache
+from jpaged.device.profile_file import load_profile, profile_path, save_profile
 from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.programs import Programs
 from jpaged.models import ModelConfig
 
 SHORT_CHUNKS = 8
@@ -32,6 +35,7 @@ class Measurable(Protocol):
     config: EngineConfig
     model_config: ModelConfig
     mesh: jax.sharding.Mesh
+    programs: Programs
 
     @property
     def buckets(self) -> list[Bucket]: ...
@@ -44,6 +48,24 @@ class Measurable(Protocol):
     @property
     def host_bytes_per_block(self) -> int: ...
     def time_prefill(self, num_chunks: int, length: int) -> float: ...
+
+
+def make_profile(runner: Measurable) -> MachineProfile:
+    """Read the profile that an earlier run kept, or else measure one and keep it."""
+    profile = load_profile(_path_for(runner))
+    if profile is None:
+        profile = measure_profile(runner)
+        keep_profile(runner, profile)
+    return profile
+
+
+def keep_profile(runner: Measurable, profile: MachineProfile) -> None:
+    """Keep a profile for later runs."""
+    save_profile(_path_for(runner), profile)
+
+
+def _path_for(runner: Measurable) -> Path | None:
+    return profile_path(runner.model_config, runner.config, runner.dtype, runner.programs.backend.name, runner.mesh)
 
 
 def measure_profile(runner: Measurable) -> MachineProfile:

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -19,8 +18,7 @@ from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
 from jpaged.device.kv.sizing import PoolSizer
-from jpaged.device.profile_file import load_profile, profile_path, save_profile
-from jpaged.device.profiler import measure_profile
+from jpaged.device.profiler import make_profile
 from jpaged.device.sampling.beams import split_candidates
 from jpaged.device.sampling.draw import SampledTokens
 from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_scores
@@ -346,23 +344,10 @@ class ModelRunner:
         return Observations(self.host_pool.take_transfers(), self._times.take_prefills())
 
     def measure_profile(self) -> None:
-        """Make ``profile`` before the first step: read what an earlier run kept, or else measure and keep it."""
-        self.profile = load_profile(self._profile_path)
-        if self.profile is not None:
-            return
+        """Make ``profile`` before the first step: one that an earlier run kept, or else by measuring."""
         if any(array.is_deleted() for array in jax.tree.leaves((self.cache, self._state))):
             self._renew()  # an earlier call was interrupted
-        self.keep_profile(measure_profile(self))
-
-    def keep_profile(self, profile: MachineProfile) -> None:
-        """Keep a profile, for engines over this runner and for later runs."""
-        self.profile = profile
-        save_profile(self._profile_path, profile)
-
-    @property
-    def _profile_path(self) -> Path | None:
-        programs = self.programs
-        return profile_path(self.model_config, self.config, self.dtype, programs.backend.name, self.mesh)
+        self.profile = make_profile(self)
 
     def time_prefill(self, num_chunks: int, length: int) -> float:
         """Seconds of a step that writes chunks of this length to block 0: of the second run, the first one loads."""

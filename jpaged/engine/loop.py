@@ -7,6 +7,7 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.contract.profile import Observations
+from jpaged.device.profiler import keep_profile
 from jpaged.device.runner import ModelRunner, StepInFlight
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
@@ -248,7 +249,7 @@ class Engine:
         self.scheduler.profile = learn(self.scheduler.profile, observations)
         self._num_learnt += 1
         if self._num_learnt >= LEAST_LEARNT and self._num_learnt.bit_count() == 1:
-            self.runner.keep_profile(self.scheduler.profile)
+            keep_profile(self.runner, self.scheduler.profile)
 
     def _drop_in_flight(self) -> None:
         """Drop the steps in flight, whose sequences have all ended."""
