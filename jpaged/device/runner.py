@@ -18,7 +18,7 @@ from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
 from jpaged.device.kv.sizing import PoolSizer
-from jpaged.device.profiler import measure_profile
+from jpaged.device.profiler import make_profile
 from jpaged.device.sampling.beams import split_candidates
 from jpaged.device.sampling.draw import SampledTokens
 from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_scores
@@ -344,10 +344,10 @@ class ModelRunner:
         return Observations(self.host_pool.take_transfers(), self._times.take_prefills())
 
     def measure_profile(self) -> None:
-        """Measure ``profile``, before the first step."""
+        """Make ``profile`` before the first step: one that an earlier run kept, or else by measuring."""
         if any(array.is_deleted() for array in jax.tree.leaves((self.cache, self._state))):
             self._renew()  # an earlier call was interrupted
-        self.profile = measure_profile(self)
+        self.profile = make_profile(self)
 
     def time_prefill(self, num_chunks: int, length: int) -> float:
         """Seconds of a step that writes chunks of this length to block 0: of the second run, the first one loads."""

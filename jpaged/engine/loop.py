@@ -7,6 +7,7 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.contract.profile import Observations
+from jpaged.device.profiler import keep_profile
 from jpaged.device.runner import ModelRunner, StepInFlight
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
@@ -17,6 +18,9 @@ from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
 from jpaged.request import Request, SamplingParams
+
+LEAST_LEARNT = 64
+"""Steps after which a profile is kept for later runs: after 64, 128, 256 and so on."""
 
 
 class Engine:
@@ -75,6 +79,7 @@ class Engine:
         self._num_requests = 0  # made by ``make_requests``
         self._random = np.random.default_rng(config.seed)
         self._in_flight: list[StepInFlight] = []  # oldest first
+        self._num_learnt = 0  # steps that the profile learnt from
 
     # Requests -----------------------------------------------------------------------------------------------------
 
@@ -238,9 +243,13 @@ class Engine:
         return read_stats(scheduler.block_stats(), scheduler.stats(), self.runner.host_pool, scheduler.profile)
 
     def _learn(self, observations: Observations) -> None:
-        """Keep the scheduler's profile current."""
-        if self.scheduler.profile is not None and any(observations):
-            self.scheduler.profile = learn(self.scheduler.profile, observations)
+        """Keep the scheduler's profile current, and keep it for later runs from time to time."""
+        if self.scheduler.profile is None or not any(observations):
+            return
+        self.scheduler.profile = learn(self.scheduler.profile, observations)
+        self._num_learnt += 1
+        if self._num_learnt >= LEAST_LEARNT and self._num_learnt.bit_count() == 1:
+            keep_profile(self.runner, self.scheduler.profile)
 
     def _drop_in_flight(self) -> None:
         """Drop the steps in flight, whose sequences have all ended."""

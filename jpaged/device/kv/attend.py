@@ -76,7 +76,7 @@ class StreamingAttend(PagedAttend):
         stream, window, layer, cache = self._stream, self._stream.window, spec.layer, self._cache
         after = [self._arriving, q]
         if layer + 1 < window.num_layers:
-            self._arriving = stream.start(cache, layer + 1, q)  # the layer before has read the same cells
+            self._arriving = stream.start(cache, layer + 1, *after)  # the layer before has read the same cells
             after.append(self._arriving)
         self._starts, slots = stream.wait(cache, layer, (self._starts, self._rows.slots), *after)
         self._rows = self._rows._replace(slots=slots)

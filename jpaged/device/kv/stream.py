@@ -115,26 +115,26 @@ class HostStream:
     # XLA does not know that the cells change: for XLA, these callbacks only read the pool. So whatever reads or writes
     # the pool after a callback takes the callback's result, and a callback takes the result of every earlier reader.
 
-    def start(self, cache: KVCache, layer: int, after: Array) -> Token:
+    def start(self, cache: KVCache, layer: int, *after: Array) -> Token:
         """Start to fill the cells of a layer. The first layer comes first.
 
         Args:
             cache: the cache.
             layer: the layer.
-            after: depends on every earlier reader of the cells.
+            after: the result of the start before, and an array that depends on every earlier reader of the cells.
 
         Returns:
             A result for ``wait``.
         """
 
-        def run(context: Any, out: Any, pool: Any, after: Any) -> None:
-            del out, after
+        def run(context: Any, out: Any, pool: Any, *_: Any) -> None:
+            del out
             if layer == 0:
                 self._running, self._pool_address = self._loaded.popleft(), pointer_of(pool)
             self._require_in_place(pool)
             self._copier.start(_stream_of(context), layer % NUM_BUFFERS, list(self._copies(layer)))
 
-        return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(cache.pool, after)
+        return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(cache.pool, *after)
 
     def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> T:
         """Wait until the cells of a layer are filled.
