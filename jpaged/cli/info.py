@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged.cli.options import engine_settings
@@ -23,7 +24,7 @@ from jpaged.device.profile_file import load_profile, profile_path
 from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
 from jpaged.device.target import Target, choose_backend, describe_devices, target_of
-from jpaged.device.weights import device_bytes
+from jpaged.device.weights import check_host_weights, device_bytes
 from jpaged.host.offload.profile import report
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
@@ -35,7 +36,7 @@ PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A checkpoint's shape, and its weights in the dtype they would run in."""
+    """A checkpoint's shape, and its weights in the dtype they would run in; some may be streamed from host memory."""
 
     path: str
     architecture: str
@@ -48,6 +49,7 @@ class ModelInfo:
     max_model_len: int
     num_parameters: int
     weight_bytes: int
+    host_weight_bytes: int
     dtype: str
 
 
@@ -98,6 +100,7 @@ class Info:
 
     def __str__(self) -> str:
         model, pool = self.model, self.kv_cache
+        on_host = f", {_size(model.host_weight_bytes)} of it in host memory" if model.host_weight_bytes else ""
         rows = {
             "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
             "devices": ", ".join(self.devices),
@@ -107,7 +110,7 @@ class Info:
             "shape": f"{model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads and "
             f"{model.num_kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size:,}, "
             f"context {model.max_model_len:,} tokens",
-            "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}",
+            "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}" + on_host,
             "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
             f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
             "rates": _describe_rates(self.profile),
@@ -139,8 +142,10 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     model_config = load_config(path)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
-    placement = config.weight_placement
-    weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh, weight_placement=placement)[1])
+    graphdef, state = abstract_model(model_config, dtype, mesh, weight_placement=config.weight_placement)
+    if config.weight_placement == "host":
+        check_host_weights(nnx.merge(graphdef, state), model_config.num_layers, mesh)
+    weights = jax.tree.leaves(state)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     backend = choose_backend(model_config, config, dtype, mesh)
     kv_cache = _plan_pool(model_config, config, dtype, backend, device_bytes(weights), mesh)
@@ -165,6 +170,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             max_model_len=model_config.max_model_len,
             num_parameters=sum(leaf.size for leaf in weights),
             weight_bytes=weight_bytes,
+            host_weight_bytes=weight_bytes - device_bytes(weights),
             dtype=dtype.name,
         ),
         kv_cache=kv_cache,

@@ -115,11 +115,12 @@ class Preemption:
         Returns:
             The copies to make before.
         """
-        self._streaming.move_out()
+        self._streaming.move_out(is_short=bool(self._line.waiting))
         decodes = self._rows.decodes().rows
         copies = self.append(decodes, np.ones_like(decodes), self.wanted(decodes))
         if copies is not None:
             return copies
+        self._streaming.move_out(is_short=True)
         copies, index = [], 0
         while index < len(self._line.running):
             group = self._line.running[index]
@@ -130,7 +131,7 @@ class Preemption:
                 self._preempt(victim, profile)
                 if victim is group:
                     return copies
-                self._streaming.move_out()
+                self._streaming.move_out(is_short=True)
             copies += group_copies
             index += 1
         return copies
@@ -180,7 +181,7 @@ class Preemption:
             return False
         self.drop_blocks(after[-1])
         self._admission.forget_refusal()
-        self._streaming.move_out()
+        self._streaming.move_out(is_short=True)
         return True
 
     def drop_blocks(self, group: SequenceGroup, *, is_trusted: bool = True) -> None:

@@ -20,8 +20,9 @@ from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 class Streaming:
     """Moves the blocks that streamed sequences have filled to the host, and names those that a plan reads there.
 
-    A block moves once its tokens are known and a plan that computes them has been made. Blocks that find no room on the
-    host, or in the window, stay on the device; when that is full, the group served last is preempted.
+    A block moves once its tokens are known and a plan that computes them has been made. With ``kv_placement="auto"`` it
+    stays on the device as long as no sequence needs its place, since blocks there cost no transfer. Blocks that find no
+    room on the host, or in the window, stay too; when the device is full, the group served last is preempted.
 
     Args:
         blocks: the bookkeeping of the pools.
@@ -54,10 +55,16 @@ class Streaming:
 
     # Blocks -------------------------------------------------------------------------------------------------------
 
-    def move_out(self) -> None:
-        """Move the full blocks of streamed sequences to the host while it, and the window, have room."""
+    def move_out(self, *, is_short: bool) -> None:
+        """Move the first full blocks of streamed sequences to the host while it, and the window, have room.
+
+        Args:
+            is_short: whether all of them should leave, for a group that waits or grows.
+        """
         members = self.members
         num_left = self._num_window_left(members)
+        if self._blocks.placement.kind == "auto" and not is_short:
+            num_left = min(num_left, self._num_lacking(members))
         for _, seq in members:
             holding = self._holding(seq)
             first = len(holding.host_blocks)
@@ -67,8 +74,18 @@ class Streaming:
                 self._rows.change_from(seq.row, first)
             num_left -= num_moved
 
+    def _num_lacking(self, members: list[tuple[SequenceGroup, Sequence]]) -> int:
+        """Count the blocks that the next plan may take beyond the free ones: one a row, and those of chunks."""
+        if not members:
+            return 0
+        num_taken = np.count_nonzero(self._rows.seq_ids >= 0)
+        for _, seq in members:
+            stop = min(seq.num_tokens, seq.num_computed + self._max_chunk)
+            num_taken += max(self._blocks.holdings.num_covering(stop) - self._num_held(seq), 0)
+        return max(int(num_taken) - self._blocks.num_free_blocks, 0)
+
     def is_host_short(self) -> bool:
-        """Whether blocks stay on the device that would leave it if host blocks were free."""
+        """Whether blocks stay on the device, after all should have left it, for want of host blocks."""
         members = self.members
         if self._num_window_left(members) <= 0:
             return False

@@ -80,6 +80,20 @@ def test_auto_streams_only_what_does_not_fit_the_device():
     finish_all(device, fits, long)
 
 
+def test_auto_keeps_on_the_device_what_fits_while_no_group_waits():
+    device = make(num_blocks=12, kind="auto")
+    group = add(device, "long", 40, max_tokens=41, ignore_eos=True)
+    plans = finish_all(device, group)
+    assert max(len(streamed(plan)) for plan in plans) <= 20 - 12 + 2, "of 20 blocks"
+    again = add(device, "again", 40, max_tokens=41, ignore_eos=True)
+    step_until(device, lambda: again.sequences[0].num_outputs == 3)
+    assert num_on_host(device, again) == 0
+    pair = add(device, "pair", 13, n=2, max_tokens=2)
+    step_until(device, lambda: pair.is_finished)
+    assert num_on_host(device, again) >= 10, "they made room for the group"
+    finish_all(device, again)
+
+
 def test_a_request_ends_where_host_and_device_end():
     device = make(num_blocks=3, num_host_blocks=5)
     group = add(device, "all", 6, max_tokens=None)
@@ -164,6 +178,7 @@ def test_an_aborted_sequence_leaves_nothing_on_either_side():
     device = make(num_blocks=4)
     group = add(device, "a", 40, max_tokens=9)
     step_until(device, lambda: num_on_host(device, group) == 8)
+    assert device.scheduler.blocks.stats().num_streamed == 8
     device.scheduler.abort("a")
     stats = device.scheduler.blocks.stats()
     assert stats.num_used == stats.num_host_used == 0

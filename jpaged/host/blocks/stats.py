@@ -22,6 +22,7 @@ class BlockStats:
         num_host_blocks: blocks of the host tier.
         num_host_used: host blocks held by a swapped or streamed sequence, or read by a transfer in flight.
         num_host_cached: host blocks in the prefix cache, held or free.
+        num_streamed: host blocks in the tables of streamed sequences.
         tokens_held: device slots that hold a token, each physical block counted once however many share it.
         waste: fraction of the slots of used blocks that hold no token (the paper's internal fragmentation).
         prefix_queried_tokens: tokens of all sequences reserved so far while prefix caching was on.
@@ -40,6 +41,7 @@ class BlockStats:
     num_host_blocks: int
     num_host_used: int
     num_host_cached: int
+    num_streamed: int
     tokens_held: int
     waste: float
     prefix_queried_tokens: int
@@ -68,6 +70,7 @@ def count_blocks(
         num_host_blocks=num_host_blocks,
         num_host_used=num_host_blocks - len(host.free),
         num_host_cached=len(host.cache),
+        num_streamed=sum([len(holding.host_blocks) for holding in holdings.on_device.values()]),
         tokens_held=num_slots - num_empty,
         waste=num_empty / num_slots if num_slots else 0.0,
         prefix_queried_tokens=reserve.queried_tokens,
