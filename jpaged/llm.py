@@ -14,7 +14,7 @@ from jpaged.config import EngineConfig
 from jpaged.device.processes import LeadingRunner
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.inbox import Inbox
-from jpaged.engine.loading import Follow, load_checkpoint, take_module
+from jpaged.engine.loading import Follow, load_checkpoint, module_loader, start_engine
 from jpaged.engine.loop import Engine
 from jpaged.engine.progress import run_with_bar
 from jpaged.engine.prompts import Prompt, as_sampling_params
@@ -140,8 +140,9 @@ class LLM:
         self = cls.__new__(cls)
         config = config or EngineConfig()
         mesh = mesh or make_mesh(config.tensor_parallel_size)
-        options = {"warm_up": warm_up, "use_tqdm": use_tqdm}
-        self._serve(take_module(model, model_config, config, mesh, tokenizer, **options))
+        load = module_loader(model, model_config, config, mesh)
+        del model  # or the weights that the runner joins would exist twice
+        self._serve(start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
         return self
 
     @classmethod

@@ -315,11 +315,13 @@ class Terms:
         max_tokens: output tokens that each sequence may reach.
         stop_token_ids: tokens that end a sequence.
         pins: state of the pinned prefixes of the scheduler that checked. The limits hold there until the next change.
+        is_streamed: whether full blocks stay on the host while the request runs.
     """
 
     max_tokens: int
     stop_token_ids: frozenset[int]
     pins: object
+    is_streamed: bool
 
 
 @dataclass(frozen=True, slots=True)

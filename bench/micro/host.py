@@ -169,6 +169,8 @@ class _Runner:
     max_burst: int
     timed: dict[str, list[float]]
     num_host_blocks = 0
+    num_window_blocks = 0
+    max_streamed_blocks = 0
     host_bytes_per_block = 1
     profile = None
     host_pool = None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged.cli.options import engine_settings
@@ -19,10 +20,12 @@ from jpaged.device.kv.host_memory import has_copy_engine
 from jpaged.device.kv.host_pool import num_host_blocks_for
 from jpaged.device.kv.layout import pool_layout
 from jpaged.device.kv.sizing import num_blocks_that_fit
+from jpaged.device.profile_file import load_profile, profile_path
 from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
 from jpaged.device.target import Target, choose_backend, describe_devices, target_of
-from jpaged.device.weights import device_bytes
+from jpaged.device.weights import check_host_weights, device_bytes
+from jpaged.host.offload.profile import report
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.checkpoint.registry import abstract_model
@@ -33,7 +36,7 @@ PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A checkpoint's shape, and its weights in the dtype they would run in."""
+    """A checkpoint's shape, and its weights in the dtype they would run in; some may be streamed from host memory."""
 
     path: str
     architecture: str
@@ -46,6 +49,7 @@ class ModelInfo:
     max_model_len: int
     num_parameters: int
     weight_bytes: int
+    host_weight_bytes: int
     dtype: str
 
 
@@ -75,7 +79,11 @@ class HostPoolInfo:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """Everything ``jpaged info`` shows; as text, one line for each."""
+    """Everything ``jpaged info`` shows; as text, one line for each.
+
+    ``numa_node`` is that of the host pool, or None where processes of several nodes could have it. ``profile`` has the
+    rates that an earlier run with these settings kept in ``profile_path``, or is None.
+    """
 
     versions: dict[str, str]
     devices: list[str]
@@ -85,10 +93,14 @@ class Info:
     model: ModelInfo
     kv_cache: PoolInfo
     host_pool: HostPoolInfo
+    numa_node: int | None
+    profile: dict[str, float] | None
+    profile_path: str | None
     preemption: str
 
     def __str__(self) -> str:
         model, pool = self.model, self.kv_cache
+        on_host = f", {_size(model.host_weight_bytes)} of it in host memory" if model.host_weight_bytes else ""
         rows = {
             "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
             "devices": ", ".join(self.devices),
@@ -98,13 +110,14 @@ class Info:
             "shape": f"{model.num_layers} layers of {model.hidden_size}, {model.num_heads} heads and "
             f"{model.num_kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size:,}, "
             f"context {model.max_model_len:,} tokens",
-            "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}",
+            "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}" + on_host,
             "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
             f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
-            "host pool": _describe_host_pool(self.host_pool),
+            "rates": _describe_rates(self.profile),
+            "host pool": _describe_host_pool(self.host_pool, self.numa_node),
             "preemption": _describe_preemption(self.preemption, self.host_pool),
         }
-        return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
+        return "\n".join(f"{name:<14} {value}" for name, value in rows.items() if value)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -129,12 +142,16 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     model_config = load_config(path)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
-    placement = config.weight_placement
-    weights = jax.tree.leaves(abstract_model(model_config, dtype, mesh, weight_placement=placement)[1])
+    graphdef, state = abstract_model(model_config, dtype, mesh, weight_placement=config.weight_placement)
+    if config.weight_placement == "host":
+        check_host_weights(nnx.merge(graphdef, state), model_config.num_layers, mesh)
+    weights = jax.tree.leaves(state)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     backend = choose_backend(model_config, config, dtype, mesh)
     kv_cache = _plan_pool(model_config, config, dtype, backend, device_bytes(weights), mesh)
     cache_dir = enable_compile_cache()
+    kept_at = profile_path(model_config, config, dtype, backend.name, mesh)
+    profile = load_profile(kept_at)
     return Info(
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         devices=describe_devices(jax.devices()),
@@ -153,10 +170,14 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             max_model_len=model_config.max_model_len,
             num_parameters=sum(leaf.size for leaf in weights),
             weight_bytes=weight_bytes,
+            host_weight_bytes=weight_bytes - device_bytes(weights),
             dtype=dtype.name,
         ),
         kv_cache=kv_cache,
         host_pool=_plan_host_pool(model_config, config, kv_cache, target_of(mesh)),
+        numa_node=find_numa_node(),
+        profile=None if profile is None else report(profile),
+        profile_path=None if profile is None else str(kept_at),
         preemption=config.preemption,
     )
 
@@ -205,10 +226,42 @@ def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo
     return HostPoolInfo(num_blocks, num_blocks * bytes_per_block, kind)
 
 
-def _describe_host_pool(pool: HostPoolInfo) -> str:
+def find_numa_node() -> int | None:
+    """Find the NUMA node whose memory this process takes: that of all CPUs it may run on. None if there are several."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed, nodes = os.sched_getaffinity(0), []
+    for path in Path("/sys/devices/system/node").glob("node*/cpulist"):
+        if allowed & _cpus_in(path.read_text()):
+            nodes.append(int(path.parent.name.removeprefix("node")))
+    return nodes[0] if len(nodes) == 1 else None
+
+
+def _cpus_in(text: str) -> set[int]:
+    """The numbers of a list such as "0-3,8"."""
+    cpus: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def _describe_host_pool(pool: HostPoolInfo, numa_node: int | None) -> str:
     if pool.num_blocks == 0:
         return "none; --num-host-blocks or --host-memory-bytes makes one"
-    return f"{pool.num_blocks:,} blocks are {_size(pool.pool_bytes)} of {pool.memory_kind.replace('_', ' ')} memory"
+    text = f"{pool.num_blocks:,} blocks are {_size(pool.pool_bytes)} of {pool.memory_kind.replace('_', ' ')} memory"
+    if pool.memory_kind != "pinned_host" or numa_node is None:
+        return text
+    return f"{text} of NUMA node {numa_node}"
+
+
+def _describe_rates(profile: dict[str, float] | None) -> str:
+    """The rates that matter most, as an earlier run measured them; empty if none did."""
+    if profile is None:
+        return ""
+    to_host, from_host = (profile[f"{way}_bytes_per_s"] / 1e9 for way in ("to_host", "from_host"))
+    prompts = 1 / max(profile["prefill_token_s"], 1e-12)
+    return f"{to_host:.3g} GB/s to the host, {from_host:.3g} GB/s from it, {prompts:,.0f} prompt tokens/s (kept)"
 
 
 def _describe_preemption(preemption: str, pool: HostPoolInfo) -> str:

@@ -22,6 +22,9 @@ LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 DEFAULT_LIMIT_GB = 64
 """Host memory that XLA pins for GPUs at most, unless ``LIMIT_VARIABLE`` says otherwise when JAX starts."""
 
+_USABLE = 0.95
+"""Share of XLA's pinned memory that arrays can fill: an array that does not fit a region's end goes to the next one."""
+
 
 def prepare_weights(
     model: nnx.Module, model_config: ModelConfig, config: EngineConfig, mesh: Mesh, backend: Backend
@@ -68,10 +71,11 @@ def check_host_weights(model: nnx.Module, num_layers: int, mesh: Mesh) -> None:
             "weight_placement='device'"
         )
     limit_gb = int(os.environ.get(LIMIT_VARIABLE, DEFAULT_LIMIT_GB))
-    if target_of(mesh).addresses_host_memory and num_bytes > limit_gb * GIB:
+    if target_of(mesh).addresses_host_memory and num_bytes > (usable := int(limit_gb * GIB * _USABLE)):
+        wanted_gb = int(num_bytes / _USABLE / GIB) + 2
         raise ValueError(
             f"weight_placement='host' does not fit: the matrices of {num_layers} layers take {num_bytes:,} bytes, and "
-            f"XLA pins at most {limit_gb * GIB:,}; set {LIMIT_VARIABLE}={num_bytes // GIB + 8} before Python starts"
+            f"XLA pins {usable:,} for arrays at most; set {LIMIT_VARIABLE}={wanted_gb} before Python starts"
         )
 
 

@@ -59,24 +59,14 @@ def load_checkpoint(path: Path, config: EngineConfig, *, warm_up: bool | None, u
         return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
 
 
-def take_module(
-    model: Any,
-    model_config: ModelConfig,
-    config: EngineConfig,
-    mesh: jax.sharding.Mesh,
-    tokenizer: Tokenizer | None,
-    *,
-    warm_up: bool | None,
-    use_tqdm: bool,
-) -> Engine | Follow:
-    """Start an engine over a copy of a module in memory, which shares the module's weights.
-
-    Args:
-        model: the module.
-        model_config, config, mesh, tokenizer, warm_up, use_tqdm: as for ``start_engine``.
+def module_loader(
+    model: Any, model_config: ModelConfig, config: EngineConfig, mesh: jax.sharding.Mesh
+) -> Callable[[], Any]:
+    """Check a module in memory.
 
     Returns:
-        As ``load_checkpoint``.
+        A function that copies the module to the devices, for ``start_engine``. The copy shares weights that are there
+        already. The function drops the module, so that weights which no caller holds can be replaced.
 
     Raises:
         ValueError: the module breaks the contract of a model, or disagrees with a setting.
@@ -85,8 +75,8 @@ def take_module(
     num_streamed = model_config.num_layers if config.weight_placement == "host" else 0
     if num_streamed:
         check_host_weights(model, num_streamed, mesh)
-    load = partial(place, model, mesh, num_streamed_layers=num_streamed)
-    return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+    held = [model]
+    return lambda: place(held.pop(), mesh, num_streamed_layers=num_streamed)
 
 
 def start_engine(

@@ -7,16 +7,21 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.contract.profile import Observations
+from jpaged.device.profiler import keep_profile
 from jpaged.device.runner import ModelRunner, StepInFlight
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
 from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.offload.placement import Placement
 from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
 from jpaged.request import Request, SamplingParams
+
+LEAST_LEARNT = 64
+"""Steps after which a profile is kept for later runs: after 64, 128, 256 and so on."""
 
 
 class Engine:
@@ -30,8 +35,8 @@ class Engine:
         tokenizer: text <-> token ids; None serves token ids only.
 
     Raises:
-        ValueError: a block size other than the runner's, more rows or tokens than its steps have, or swapping without a
-            host pool.
+        ValueError: a block size other than the runner's, more rows or tokens than its steps have, or swapping and
+            streaming with a runner that cannot.
     """
 
     def __init__(self, runner: ModelRunner, config: EngineConfig, tokenizer: Tokenizer | None = None):
@@ -57,6 +62,7 @@ class Engine:
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
             num_host_blocks=num_host_blocks,
+            placement=_placement(runner, config),
         )
         self.blocks.is_quantized = runner.config.kv_cache_dtype != "auto"
         self.scheduler = Scheduler(
@@ -75,6 +81,7 @@ class Engine:
         self._num_requests = 0  # made by ``make_requests``
         self._random = np.random.default_rng(config.seed)
         self._in_flight: list[StepInFlight] = []  # oldest first
+        self._num_learnt = 0  # steps that the profile learnt from
 
     # Requests -----------------------------------------------------------------------------------------------------
 
@@ -238,15 +245,29 @@ class Engine:
         return read_stats(scheduler.block_stats(), scheduler.stats(), self.runner.host_pool, scheduler.profile)
 
     def _learn(self, observations: Observations) -> None:
-        """Keep the scheduler's profile current."""
-        if self.scheduler.profile is not None and any(observations):
-            self.scheduler.profile = learn(self.scheduler.profile, observations)
+        """Keep the scheduler's profile current, and keep it for later runs from time to time."""
+        if self.scheduler.profile is None or not any(observations):
+            return
+        self.scheduler.profile = learn(self.scheduler.profile, observations)
+        self._num_learnt += 1
+        if self._num_learnt >= LEAST_LEARNT and self._num_learnt.bit_count() == 1:
+            keep_profile(self.runner, self.scheduler.profile)
 
     def _drop_in_flight(self) -> None:
         """Drop the steps in flight, whose sequences have all ended."""
         for _ in self._in_flight:
             self.scheduler.drop()
         self._in_flight.clear()
+
+
+def _placement(runner: ModelRunner, config: EngineConfig) -> Placement:
+    """The placement of an engine with its own settings, over the window of its runner."""
+    if config.kv_placement != "device" and runner.max_streamed_blocks == 0:
+        raise ValueError(
+            f"kv_placement={config.kv_placement!r}: the runner streams no blocks from the host; build it with this "
+            "kv_placement and a host pool"
+        )
+    return Placement(config.kv_placement, runner.num_window_blocks, runner.max_streamed_blocks)
 
 
 def _num_host_blocks(runner: ModelRunner, config: EngineConfig) -> int:

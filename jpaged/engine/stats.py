@@ -98,7 +98,11 @@ class EngineStats:
     )
     num_host_blocks: int = _gauge("blocks of the host pool", lambda of: of.blocks.num_host_blocks)
     num_host_used_blocks: int = _gauge(
-        "blocks of the host pool held by preempted requests", lambda of: of.blocks.num_host_used
+        "blocks of the host pool held by preempted or streamed requests", lambda of: of.blocks.num_host_used
+    )
+    num_streamed_blocks: int = _gauge(
+        "blocks of the host pool that running requests attend to, shared ones counted for each",
+        lambda of: of.blocks.num_streamed,
     )
     num_host_cached_blocks: int = _gauge(
         "blocks of the host pool in the prefix cache", lambda of: of.blocks.num_host_cached

@@ -1,6 +1,7 @@
 """Admission: whether a request can ever run here, and whether a waiting group can start now."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from jpaged.contract.plan import BlockCopy
@@ -9,6 +10,7 @@ from jpaged.host.blocks.prefix_cache import PrefixMatch
 from jpaged.host.blocks.ticket import Ticket
 from jpaged.host.capacity import Capacity, num_blocks_covering, num_forked_blocks, width_name
 from jpaged.host.line import Line
+from jpaged.host.offload.placement import can_stream, end_of_chunk, has_room
 from jpaged.host.pins import Pins
 from jpaged.host.policies.budget import num_blocks_left_free
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
@@ -29,6 +31,7 @@ class Start:
         ticket: reserves the leader's blocks, or swaps the group in.
         num_short: blocks missing, 0 or less if the group can start.
         is_ready: whether the blocks of the match can be read in this step: none is loaded, or computed by this step.
+        num_cached: tokens that the leader need not compute, if it is not swapped in whole.
     """
 
     match: PrefixMatch
@@ -36,6 +39,7 @@ class Start:
     ticket: Ticket[list[BlockCopy]] | Ticket[None]
     num_short: int
     is_ready: bool
+    num_cached: int = 0
 
 
 class Admission:
@@ -47,6 +51,7 @@ class Admission:
         line: the groups that wait and run.
         pins: the pinned prefixes.
         max_num_seqs: rows of an iteration at most.
+        max_num_batched_tokens: tokens of an iteration at most.
         max_model_len: tokens of prompt and output that a sequence may reach.
         eos_token_ids: the model's end-of-sequence ids.
     """
@@ -59,6 +64,7 @@ class Admission:
         pins: Pins,
         *,
         max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
     ) -> None:
@@ -69,7 +75,10 @@ class Admission:
         self._eos_token_ids = eos_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
-        self._whole = Capacity(blocks.num_blocks - 1, 0, blocks.block_size, max_model_len)  # block 0 is padding
+        self._max_chunk = max_num_batched_tokens
+        self._num_usable = len(blocks.tiers.device.blocks)
+        self._whole = Capacity(self._num_usable, 0, blocks.block_size, max_model_len)
+        self._most_on_host = min(blocks.num_host_blocks, blocks.placement.max_streamed_blocks)
         self._refusal: Refusal | None = None  # the last one
         self._found: tuple[SequenceGroup, Start] | None = None  # the last start without a refusal
 
@@ -90,7 +99,7 @@ class Admission:
                 f"{name}={num_sequences} is more than max_num_seqs={self.max_num_seqs}: "
                 f"lower {name} or raise max_num_seqs"
             )
-        capacity = self._capacity(request)
+        capacity, is_streamed = self._place(request)
         capacity.check(request)
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos_token_ids)
         num_candidates = (1 + len(stops)) * num_sequences
@@ -104,7 +113,7 @@ class Admission:
             max_tokens = capacity.most_tokens(prompt_len, num_sequences)
         else:
             max_tokens = min(params.max_tokens, self.max_model_len - prompt_len)
-        return Terms(max_tokens, stops, self._pins.state)
+        return Terms(max_tokens, stops, self._pins.state, is_streamed)
 
     def settle(self, request: Request) -> Terms:
         """The terms of a request, checked now unless they were checked before and still hold. Raises as ``check``."""
@@ -116,9 +125,11 @@ class Admission:
     def check_pin(self, request: Request) -> None:
         """Raise ValueError if pinning a prompt leaves too little to the unfinished groups, or its name is in use."""
         self._check_new(request)
-        pool = self._capacity(None)
+        pool, streamed = self._capacity(None), self._streamed_capacity()
         others = [
-            pool.most_blocks(group.prompt_len, group.max_tokens, group.request.params.num_sequences)
+            (streamed if group.is_streamed else pool).most_blocks_on_device(
+                group.prompt_len, group.max_tokens, group.request.params.num_sequences
+            )
             for group in self._roster.groups
             if not group.is_pin
         ]
@@ -137,6 +148,23 @@ class Admission:
             return self._whole
         return replace(self._whole, num_blocks=self._whole.num_blocks - num_pinned, num_pinned=num_pinned)
 
+    def _streamed_capacity(self) -> Capacity:
+        """Both pools as a streamed request sees them; it shares no pinned block."""
+        device = self._capacity(None)
+        return replace(device, num_blocks=device.num_blocks + self._most_on_host, num_on_host=self._most_on_host)
+
+    def _place(self, request: Request) -> tuple[Capacity, bool]:
+        """The pools that a request may use, and whether it is streamed."""
+        device, params, prompt_len = self._capacity(request), request.params, len(request.prompt_token_ids)
+        kind, streamed = self._blocks.placement.kind, self._streamed_capacity()
+        num_on_device = streamed.num_blocks - streamed.num_on_host
+        if kind == "device" or not can_stream(params) or 0 in (num_on_device, streamed.num_on_host):
+            return device, False
+        room = self.max_model_len - prompt_len
+        wanted = max(min(params.max_tokens or room, room), 1)
+        is_streamed = kind == "host" or device.most_blocks(prompt_len, wanted, 1) > device.num_blocks
+        return (streamed, True) if is_streamed else (device, False)
+
     # Waiting groups -----------------------------------------------------------------------------------------------
 
     def can_admit_first(self) -> bool:
@@ -146,6 +174,8 @@ class Admission:
 
     def find(self, group: SequenceGroup) -> Start | None:
         """Find the way to start the first waiting group; None if blocks are short."""
+        if not self.has_room_on_host(group):
+            return None
         if self._found is not None and self._found[0] is group and self._found[1].ticket.is_valid:
             return self._found[1]
         if self.num_known_short(group) > 0:
@@ -171,11 +201,27 @@ class Admission:
         """Count the rows missing to start a group: 0 or less if it can start."""
         return self._line.num_rows + group.num_rows - self.max_num_seqs
 
+    def has_room_on_host(self, group: SequenceGroup, *, without: Collection[SequenceGroup] = ()) -> bool:
+        """Whether a group, if it is streamed, can keep its blocks on the host beside those that run.
+
+        Args:
+            group: the group.
+            without: running groups that are not counted.
+        """
+        if not group.is_streamed:
+            return True
+        block_size = self._blocks.block_size
+        streamed = [other for other in self._line.running if other.is_streamed and other not in without]
+        others = [other.sequences[0].num_tokens // block_size for other in streamed]
+        return has_room(group.sequences[0].num_tokens // block_size, others, self._most_on_host)
+
     def start(self, group: SequenceGroup) -> Start:
         """Find the way to start the first waiting group, and the number of blocks that it lacks."""
         tiers, is_running = self._blocks.tiers, bool(self._line.running)
-        num_left_free = num_blocks_left_free(self._blocks.num_blocks - 1, is_running=is_running)
+        num_left_free = num_blocks_left_free(self._num_usable, is_running=is_running)
         to_spare = len(tiers.device.free) - num_left_free
+        if group.is_streamed:
+            return self._start_streamed(group, to_spare)
         if group.is_swapped:
             held = [seq.seq_id for seq in group.sequences if seq.state is SequenceState.SWAPPED]
             ticket = self._blocks.to_swap_in(held)
@@ -186,7 +232,23 @@ class Admission:
         match = self._match(group, leader, target)
         ticket = self._blocks.to_reserve(leader.seq_id, target, match=match)
         is_ready = tiers.num_hits_ready(match) == len(match.hits) and not match.is_on_host
-        return Start(match, target, ticket, ticket.num_blocks + to_grow - to_spare, is_ready)
+        num_short = ticket.num_blocks + to_grow - to_spare
+        return Start(match, target, ticket, num_short, is_ready, match.num_tokens)
+
+    def _start_streamed(self, group: SequenceGroup, to_spare: int) -> Start:
+        """Find the way to start a streamed group with the chunk that ``to_spare`` device blocks hold: one, or more."""
+        blocks, block_size, seq = self._blocks, self._blocks.block_size, group.sequences[0]
+        num_tokens, match = len(seq.token_ids), NO_MATCH
+        if group.is_swapped:
+            num_cached = seq.num_computed
+        else:
+            if blocks.enable_prefix_caching:
+                match = blocks.streamed.match(seq.hashed, num_tokens - 1, blocks.placement.max_streamed_blocks)
+            num_cached = match.num_tokens
+        room = num_cached + max(to_spare, 1) * block_size
+        target = min(num_tokens, room, end_of_chunk(num_cached, self._max_chunk, block_size))
+        ticket = blocks.streamed.ticket_in(seq.seq_id, target, match, num_tokens)
+        return Start(match, target, ticket, ticket.num_blocks - to_spare, is_ready=True, num_cached=num_cached)
 
     def _num_blocks_forked(self, group: SequenceGroup, target: int) -> int:
         """Count the blocks that the members of a group take once they have forked, beyond those of their leader."""
@@ -196,11 +258,12 @@ class Admission:
 
     def _refuse(self, group: SequenceGroup, start: Start) -> Refusal:
         blocks, num_short = self._blocks, start.num_short
-        is_on_host = group.is_swapped or start.match.is_on_host
+        is_on_host = not start.is_ready and (group.is_swapped or start.match.is_on_host)
         if is_on_host:
             num_short -= 1 + blocks.tiers.num_copies_queued  # loads may avoid as many blocks in this plan
         lacking = None
-        if blocks.enable_prefix_caching and not (group.is_swapped or group.needs_prompt_scores):
+        is_matched = not (group.is_swapped or group.is_streamed or group.needs_prompt_scores)
+        if blocks.enable_prefix_caching and is_matched:
             leader, target = self._leader_of(group)
             num_hits = start.match.num_full_blocks(blocks.block_size)
             if num_hits < (target - 1) // blocks.block_size:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jpaged.host.offload.placement import can_stream
 from jpaged.request import Request, SamplingParams
 
 
@@ -11,17 +12,19 @@ class Capacity:
     """A pool as one request sees it.
 
     Args:
-        num_blocks: blocks that it may take at most, when it runs alone: all but block 0 and those kept by pins. Pinned
-            blocks that hold the beginning of its prompt count.
+        num_blocks: blocks that it may take at most, when it runs alone: all but block 0, the window and those kept by
+            pins. Pinned blocks that hold the beginning of its prompt count.
         num_pinned: blocks that pins keep from it.
         block_size: tokens in a block.
         max_model_len: tokens of prompt and output that a sequence may reach.
+        num_on_host: blocks on the host that are among ``num_blocks``: those of a streamed request.
     """
 
     num_blocks: int
     num_pinned: int
     block_size: int
     max_model_len: int
+    num_on_host: int = 0
 
     def check(self, request: Request) -> None:
         """Raise ValueError, with the arithmetic, if the request could never run to its end here."""
@@ -57,6 +60,10 @@ class Capacity:
         """Count the blocks of a group whose sequences all reach ``max_tokens``; the last token is never fed back."""
         return num_forked_blocks(prompt_len, [prompt_len + max_tokens - 1] * num_sequences, self.block_size)
 
+    def most_blocks_on_device(self, prompt_len: int, max_tokens: int, num_sequences: int) -> int:
+        """Count the blocks that a group takes from the device when it runs alone."""
+        return max(self.most_blocks(prompt_len, max_tokens, num_sequences) - self.num_on_host, 1)
+
     def most_tokens(self, prompt_len: int, num_sequences: int) -> int:
         """Count the output tokens that each sequence of a group can reach alone in the pool, within the context."""
         shared = prompt_len // self.block_size
@@ -69,11 +76,17 @@ class Capacity:
         last = prompt_len + max_tokens - 1
         own = num_blocks_covering(last, self.block_size) - shared
         pinned = f" ({self.num_pinned} more are pinned)" if self.num_pinned else ""
+        on_host, remedy = "", f"Lower max_tokens or {name}, or raise num_blocks or memory_fraction"
+        if self.num_on_host:
+            on_host = f", {self.num_on_host} of them on the host, which steps stream"
+            remedy = "Lower max_tokens, or raise num_host_blocks, host_memory_bytes or num_blocks"
+        elif can_stream(params):
+            remedy += ", or keep KV on the host with kv_placement='auto'"
         return (
             f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in the "
             f"pool; in blocks of {self.block_size} that is {shared} full prompt blocks + {name}={num_sequences} x "
-            f"{own} more = {shared + num_sequences * own} blocks, and the pool has {self.num_blocks}{pinned}. Lower "
-            f"max_tokens or {name}, or raise num_blocks or memory_fraction"
+            f"{own} more = {shared + num_sequences * own} blocks, and the pool has {self.num_blocks}{pinned}{on_host}. "
+            f"{remedy}"
         )
 
 

@@ -13,6 +13,7 @@ from jpaged.host.outcome import Outcome
 from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+from jpaged.host.streaming import Streaming
 
 
 class Entry:
@@ -24,12 +25,20 @@ class Entry:
         admission: blocks and rows that the first waiting group takes.
         outcome: publishes the blocks that a plan fills.
         rows: the rows of the running sequences.
+        streaming: the running sequences that keep blocks on the host.
     """
 
     def __init__(
-        self, blocks: BlockManager, line: Line, admission: Admission, outcome: Outcome, rows: RowTable
+        self,
+        blocks: BlockManager,
+        line: Line,
+        admission: Admission,
+        outcome: Outcome,
+        rows: RowTable,
+        streaming: Streaming,
     ) -> None:
         self._outcome = outcome
+        self._streaming = streaming
         self.num_swaps_in = 0
         self.num_tokens_recomputed = 0  # by restores, instead of a transfer
         self._blocks = blocks
@@ -57,12 +66,13 @@ class Entry:
             num_rows += group.num_rows
             if group in line.preempted or num_rows > self._admission.max_num_seqs:
                 return
-            if not plan.has_budget and not group.is_swapped:
+            is_loaded = group.is_swapped and not group.is_streamed
+            if not plan.has_budget and not is_loaded:
                 return
             if (start := self._admission.find(group)) is None:
                 return
             line.admit_first()
-            if group.is_swapped:
+            if is_loaded:
                 self._swap_in(group, start)
             else:
                 self._start(plan, group, start)
@@ -98,6 +108,7 @@ class Entry:
     def _start(self, plan: PlanBuilder, group: SequenceGroup, start: Start) -> None:
         """Give a group's leader its blocks and its first chunk; its siblings wait for the tokens that all share."""
         leader, *others = group.unfinished
+        self.num_swaps_in += group.is_swapped
         group.fork_at = start.target if others else None
         leader.state = SequenceState.RUNNING if start.is_ready else SequenceState.LOADING
         for seq in others:
@@ -106,7 +117,9 @@ class Entry:
         for seq in (leader, *others):
             self._rows.enter(group, seq)
         self._rows.hold(leader)
-        num_cached = leader.num_computed = start.match.num_tokens
+        if group.is_streamed:
+            self._streaming.enter(group, leader)
+        num_cached = leader.num_computed = start.num_cached
         if group.num_cached_tokens is None:
             group.num_cached_tokens = num_cached
         if leader.state is SequenceState.LOADING:

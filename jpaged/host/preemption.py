@@ -16,6 +16,7 @@ from jpaged.host.policies.order import schedule_order
 from jpaged.host.policies.victim import choose_victim
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import SequenceGroup, SequenceState, num_shared_tokens
+from jpaged.host.streaming import Streaming
 
 
 class Preemption:
@@ -29,11 +30,20 @@ class Preemption:
         admission: blocks and rows that the first waiting group takes.
         outcome: frees and publishes the blocks of a sequence.
         rows: the rows of the running sequences.
+        streaming: the running sequences that keep blocks on the host.
         kind: "swap", "recompute", or "auto": the cheaper one. A full host pool always means recompute.
     """
 
     def __init__(
-        self, blocks: BlockManager, line: Line, admission: Admission, outcome: Outcome, rows: RowTable, *, kind: str
+        self,
+        blocks: BlockManager,
+        line: Line,
+        admission: Admission,
+        outcome: Outcome,
+        rows: RowTable,
+        streaming: Streaming,
+        *,
+        kind: str,
     ) -> None:
         self.num_preemptions = 0
         self.num_swaps_out = 0
@@ -43,6 +53,7 @@ class Preemption:
         self._admission = admission
         self._outcome = outcome
         self._rows = rows
+        self._streaming = streaming
 
     def yield_to_first(self, profile: MachineProfile | None) -> None:
         """Preempt groups of lower priority than the first waiting group, if and while that lets it start.
@@ -53,7 +64,8 @@ class Preemption:
         lower, first = self.groups_to_yield(), self._line.waiting[0]
         while lower:
             self._preempt(lower.pop(), profile)
-            if self._admission.rows_short(first) <= 0 and self._admission.start(first).num_short <= 0:
+            has_room = self._admission.rows_short(first) <= 0 and self._admission.has_room_on_host(first)
+            if has_room and self._admission.start(first).num_short <= 0:
                 return
 
     def groups_to_yield(self) -> list[SequenceGroup]:
@@ -65,17 +77,32 @@ class Preemption:
         rows_short = self._admission.rows_short(first)
         if rows_short > sum(group.num_rows for group in lower):
             return []
+        if not self._admission.has_room_on_host(first, without=lower):
+            return []
         seq_ids = [seq.seq_id for group in lower for seq in group.running]
         num_held = sum(len(self._blocks.block_table(seq_id)) for seq_id in seq_ids)
         if self._admission.num_known_short(first) > num_held:
             return []
         start = self._admission.start(first)
         num_blocks = self._blocks.num_blocks_freed_by(seq_ids, match=start.match)
-        is_needed = rows_short > 0 or start.num_short > 0
+        is_needed = rows_short > 0 or start.num_short > 0 or not self._admission.has_room_on_host(first)
         return lower if is_needed and start.num_short <= num_blocks else []
 
     def feeds(self) -> list[Feed]:
-        """The tokens that each running sequence should feed next, in schedule order; steady rows are left out."""
+        """The tokens that each running sequence, which has the blocks, feeds next; steady rows are left out."""
+        return self._streaming.cut(self._all_feeds())
+
+    def wanted(self, decodes: Int32[np.ndarray, " decodes"]) -> list[Feed]:
+        """The tokens that each running sequence should feed next to ``decodes``, in schedule order.
+
+        Without those that steady rows feed.
+        """
+        feeds = self._all_feeds()
+        return self._streaming.limit(feeds, decodes) if self._streaming.members else feeds
+
+    def _all_feeds(self) -> list[Feed]:
+        if not self._rows.num_restless:
+            return []
         groups = sorted(self._rows.restless_groups(), key=schedule_order)
         return [Feed(group, seq, target) for group in groups for seq, target in group.targets() if not seq.is_steady]
 
@@ -88,18 +115,23 @@ class Preemption:
         Returns:
             The copies to make before.
         """
+        self._streaming.move_out(is_short=bool(self._line.waiting))
         decodes = self._rows.decodes().rows
-        copies = self.append(decodes, np.ones_like(decodes), self.feeds())
+        copies = self.append(decodes, np.ones_like(decodes), self.wanted(decodes))
         if copies is not None:
             return copies
+        self._streaming.move_out(is_short=True)
         copies, index = [], 0
         while index < len(self._line.running):
             group = self._line.running[index]
             while (group_copies := self._append_group(group)) is None:
+                if self._drop_swapped_after(group):
+                    continue
                 victim = choose_victim(self._line.running)
                 self._preempt(victim, profile)
                 if victim is group:
                     return copies
+                self._streaming.move_out(is_short=True)
             copies += group_copies
             index += 1
         return copies
@@ -136,7 +168,21 @@ class Preemption:
         steady = [seq for seq, _ in group.targets() if seq.is_steady]
         decodes = np.array([seq.row for seq in steady], np.int32)
         feeds = [Feed(group, seq, target) for seq, target in group.targets() if not seq.is_steady]
-        return self.append(decodes, np.ones_like(decodes), feeds)
+        return self.append(decodes, np.ones_like(decodes), self._streaming.limit(feeds, decodes))
+
+    def _drop_swapped_after(self, group: SequenceGroup) -> bool:
+        """Drop the swapped group served last, after ``group``, if its host blocks let streamed blocks move out."""
+        if not self._streaming.is_host_short():
+            return False
+        after = [
+            other for other in self._line.waiting if other.is_swapped and schedule_order(other) > schedule_order(group)
+        ]
+        if not after:
+            return False
+        self.drop_blocks(after[-1])
+        self._admission.forget_refusal()
+        self._streaming.move_out(is_short=True)
+        return True
 
     def drop_blocks(self, group: SequenceGroup, *, is_trusted: bool = True) -> None:
         """Free all blocks of an unfinished group, which will compute its tokens again."""
@@ -148,7 +194,8 @@ class Preemption:
             group.prompt_scores.clear()
 
     def _preempt(self, group: SequenceGroup, profile: MachineProfile | None) -> None:
-        if self._swap_out(group, profile):
+        is_swapped = self._streaming.swap_out(group) if group.is_streamed else self._swap_out(group, profile)
+        if is_swapped:
             self.num_swaps_out += 1
         else:
             self.drop_blocks(group)

@@ -204,6 +204,10 @@ class RowTable:
             changed[row] = min(first, changed.get(row, first))
         self.capacity[rows] += num_tokens
 
+    def change_from(self, row: int, first: int) -> None:
+        """Note that blocks of a row have moved to the host, from logical block ``first`` on."""
+        self._changed[row] = min(first, self._changed.get(row, first))
+
     @property
     def num_unwritten(self) -> int:
         """Slots that the block manager counts as held, and that steady rows have still to fill."""

@@ -20,10 +20,11 @@ from jpaged.host.plan_builder import PlanBuilder
 from jpaged.host.policies.budget import find_token_budget
 from jpaged.host.preemption import Preemption
 from jpaged.host.roster import Roster
-from jpaged.host.rows import Decodes, RowTable
+from jpaged.host.rows import NO_DECODES, Decodes, RowTable
 from jpaged.host.search.beam import BeamSearch
 from jpaged.host.sequence import Sequence, SequenceGroup
-from jpaged.host.stats import SchedulerStats, StepSums
+from jpaged.host.stats import SchedulerStats, StepSums, read_stats
+from jpaged.host.streaming import Streaming
 from jpaged.request import FinishReason, Request, Terms
 
 
@@ -87,12 +88,15 @@ class Scheduler:
             self.line,
             self.pins,
             max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             eos_token_ids=self.eos_token_ids,
         )
         self.outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows)
-        self._preemption = Preemption(blocks, self.line, self._admission, self.outcome, self.rows, kind=preemption)
-        self._entry = Entry(blocks, self.line, self._admission, self.outcome, self.rows)
+        self._streaming = Streaming(blocks, self.outcome, self.rows, max_num_batched_tokens)
+        rooms = blocks, self.line, self._admission, self.outcome, self.rows, self._streaming
+        self._preemption = Preemption(*rooms, kind=preemption)
+        self._entry = Entry(*rooms)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can
         self._sums = StepSums(blocks, self.pins)
@@ -113,6 +117,7 @@ class Scheduler:
         group = self.roster.new_group(request, terms.max_tokens, terms.stop_token_ids)
         if request.params.use_beam_search:
             group.beam = BeamSearch(request.params, terms.max_tokens, terms.stop_token_ids)
+        group.is_streamed = terms.is_streamed
         self._enter(group, 1 if group.beam else request.params.num_sequences)
         return group
 
@@ -187,18 +192,7 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """The counters now."""
-        return SchedulerStats(
-            num_waiting=len(self.line.waiting),
-            num_running=len(self.line.running),
-            num_pins=len(self.pins),
-            num_preemptions=self._preemption.num_preemptions,
-            num_swaps_out=self._preemption.num_swaps_out,
-            num_swaps_in=self._entry.num_swaps_in,
-            num_tokens_recomputed=self._entry.num_tokens_recomputed,
-            num_steps=self._sums.num_steps,
-            num_logical_blocks=self._sums.num_logical_blocks,
-            num_physical_blocks=self._sums.num_physical_blocks,
-        )
+        return read_stats(self.line, self.pins, self._preemption, self._entry, self._sums)
 
     def block_stats(self) -> BlockStats:
         """Count what the pools hold; a steady row has its last block to itself, and fills it step by step."""
@@ -226,7 +220,7 @@ class Scheduler:
         num_preemptions = self._preemption.num_preemptions
         copies = self._preemption.make_room(self.profile) if self.line.running else []
         may_admit = self._preemption.num_preemptions == num_preemptions
-        decodes, feeds = self.rows.decodes(), self._preemption.feeds() if self.rows.num_restless else []
+        decodes, feeds = self.rows.decodes(), self._preemption.feeds()
         plan = self._plan(decodes, np.ones_like(decodes.rows), feeds, copies, may_admit=may_admit)
         self._send_off(plan)
         return plan
@@ -244,19 +238,21 @@ class Scheduler:
         if not self._can_be_followed or (has_waiting and self._preemption.groups_to_yield()):
             return None
         self._entry.land()  # the plan in flight loads nothing: groups that resumed found all their blocks on the device
-        decodes, feeds = self.rows.decodes(), self._preemption.feeds() if self.rows.num_restless else []
-        if len(decodes.rows) == 0 and not feeds and not has_waiting:
+        self._streaming.move_out(is_short=has_waiting)
+        decodes = self.rows.decodes()
+        feeds = self._preemption.wanted(decodes.rows)
+        if len(decodes.rows) == 0 and not (feeds or has_waiting or self._streaming.members):
             return None
         self.line.preempted.clear()
         may_admit = has_waiting and self._admission.can_admit_first()
-        may_burst = self.max_burst > 1 and not may_admit and not self.rows.num_restless
+        may_burst = self.max_burst > 1 and not (may_admit or self.rows.num_restless or self._streaming.members)
         for most in (self.max_burst, 1) if may_burst else (1,):
             num_draws = self.rows.num_draws(decodes, most)
             copies = self._preemption.append(decodes.rows, num_draws, feeds)
             if copies is not None:
                 break
-        else:
-            return None
+        else:  # blocks that leave the device let the next plan go on
+            decodes, num_draws, feeds, copies, may_admit = NO_DECODES, NO_DECODES.rows, [], [], False
         plan = self._plan(decodes, num_draws, feeds, copies, may_admit=may_admit)
         if plan.is_empty:
             return None
@@ -290,7 +286,7 @@ class Scheduler:
         if may_admit:
             self._entry.admit(plan, self.profile)
         transfers = self.blocks.tiers.take_transfers()
-        return plan.build(transfers.to_host, transfers.from_host)
+        return self._streaming.name_blocks(plan.build(transfers.to_host, transfers.from_host))
 
     def _send_off(self, plan: StepPlan) -> None:
         """Mark the plan as in flight."""

@@ -193,6 +193,7 @@ class SequenceGroup:
         stop_token_ids: tokens that end a sequence.
         beam: the search, if it is one.
         is_pin: nothing is generated: the prompt is to stay in the pool.
+        is_streamed: while it runs, its full blocks stay on the host, and every step reads them there.
         fork_at: while some sequences are UNFORKED, how many tokens the leader computes for all of them.
         num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
         prompt_scores: scores of prompt tokens 1, 2, ...; in pieces, one per chunk.
@@ -205,6 +206,7 @@ class SequenceGroup:
     stop_token_ids: frozenset[int]
     beam: BeamSearch | None = None
     is_pin: bool = False
+    is_streamed: bool = False
     fork_at: int | None = None
     num_cached_tokens: int | None = None
     prompt_scores: list[TokenScores] = field(default_factory=list)

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.entry import Entry
+from jpaged.host.line import Line
 from jpaged.host.pins import Pins
+from jpaged.host.preemption import Preemption
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +54,19 @@ class StepSums:
             pins = self._pins.held_seq_ids
             self.num_logical_blocks -= sum(len(self._blocks.block_table(seq_id)) for seq_id in pins)
             self.num_physical_blocks -= self._blocks.num_blocks_freed_by(pins)
+
+
+def read_stats(line: Line, pins: Pins, preemption: Preemption, entry: Entry, sums: StepSums) -> SchedulerStats:
+    """Read the counters now."""
+    return SchedulerStats(
+        num_waiting=len(line.waiting),
+        num_running=len(line.running),
+        num_pins=len(pins),
+        num_preemptions=preemption.num_preemptions,
+        num_swaps_out=preemption.num_swaps_out,
+        num_swaps_in=entry.num_swaps_in,
+        num_tokens_recomputed=entry.num_tokens_recomputed,
+        num_steps=sums.num_steps,
+        num_logical_blocks=sums.num_logical_blocks,
+        num_physical_blocks=sums.num_physical_blocks,
+    )

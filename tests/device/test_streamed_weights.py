@@ -229,6 +229,13 @@ def test_a_model_without_a_list_of_layers_is_refused():
     assert not any(isinstance(module, StreamedLayer) for _, module in nnx.iter_modules(nested))
 
 
+def test_a_model_that_reads_parts_of_its_layers_is_told_so():
+    model = place(Model(), make_mesh())
+    stream_layers(model, 4)
+    with pytest.raises(AttributeError, match=r"reads 'qkv_proj' of a layer.* expects a model that only calls"):
+        _ = model.inner["blocks"][0].qkv_proj
+
+
 def test_lists_within_layers_are_no_layers():
     class Mixture(Layer):
         def __init__(self) -> None:
@@ -243,7 +250,7 @@ def test_lists_within_layers_are_no_layers():
     ("free", "limit_gb", "match"),
     [
         (1000, "64", r"layers take 46,080 bytes, 46,080 of them .* and 1,000 bytes of it are free"),
-        (1 << 30, "0", r"XLA pins at most 0; set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=8 before Python starts"),
+        (1 << 30, "0", r"XLA pins 0 for arrays at most; set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB=2 before Python"),
     ],
 )
 def test_host_memory_that_is_not_there_is_refused_before_loading(free, limit_gb, match, monkeypatch, tmp_path):

@@ -554,6 +554,18 @@ def test_info_foretells_the_pools(checkpoints, capsys):
     assert num_bytes - runner.bytes_per_block < info["host_pool"]["pool_bytes"] <= num_bytes
 
 
+def test_info_tells_weights_in_host_memory_from_others(run, checkpoints, monkeypatch):
+    status, out, _ = run("info", "--json", "--weight-placement", "host")
+    model = json.loads(out)["model"]
+    assert (status, 0 < model["host_weight_bytes"] < model["weight_bytes"]) == (0, True)
+    assert "of it in host memory" in run("info", "--weight-placement", "host")[1]
+    assert "of it in host memory" not in run("info")[1]
+    monkeypatch.setattr("jpaged.device.weights.free_machine_bytes", lambda: 10)
+    status, _, err = run("info", "--weight-placement", "host")
+    assert status != 0
+    assert "and 10 bytes of it are free" in err
+
+
 def test_info_says_how_requests_make_way(run):
     def last_lines(*options):
         return [line.partition("  ")[2].strip() for line in run("info", *options)[1].splitlines()[-2:]]

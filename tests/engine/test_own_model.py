@@ -1,5 +1,6 @@
 """A user's own module in the whole engine: its contract, and what breaks it."""
 
+import gc
 from dataclasses import dataclass, replace
 
 import jax
@@ -8,10 +9,11 @@ import pytest
 from flax import linen, nnx
 
 from jpaged import LLM, EngineConfig, SamplingParams
-from jpaged.models import LayerSpec, ModelConfig
+from jpaged.device.kv.sizing import PoolSizer
+from jpaged.models import LayerSpec, ModelConfig, random_model
 from jpaged.sharding import make_mesh
 from tests.support.oracles import greedy_without_cache
-from tests.support.tiny import with_few_sizes
+from tests.support.tiny import TINY, with_few_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,3 +221,21 @@ def test_weights_with_logical_axes_are_split_over_the_devices():
     [output] = llm.generate({"prompt_token_ids": PROMPTS[0]}, params, use_tqdm=False)
     assert output.outputs[0].token_ids == greedy_without_cache(model, PROMPTS[0], 5, padded_len=32)[0]
     assert llm.engine.runner.weight_bytes == sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_weights_that_no_caller_holds_exist_once_when_the_pool_is_sized(placement, monkeypatch):
+    def live_bytes() -> int:
+        gc.collect()
+        return sum(x.nbytes for x in jax.live_arrays())
+
+    live, guess = [live_bytes()], PoolSizer.guess
+    monkeypatch.setattr(PoolSizer, "guess", lambda self: (live.append(live_bytes()), guess(self))[1])
+    llm = LLM.from_model(
+        random_model(TINY, jnp.float32, make_mesh(1), 0, weight_placement=placement),
+        TINY,
+        replace(SETTINGS, weight_placement=placement),
+        warm_up=False,
+        use_tqdm=False,
+    )
+    assert live[1] - live[0] == llm.engine.runner.weight_bytes

@@ -2,120 +2,39 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 
 from jpaged.contract.plan import StepPlan
-from jpaged.contract.profile import Link, MachineProfile
 from jpaged.contract.result import StepResult
 from jpaged.contract.rows import ON_DEVICE
 from jpaged.host.blocks import tier as block_tier
-from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.offload.placement import KV_ON_DEVICE, Placement
 from jpaged.host.policies.order import schedule_order
-from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.request import FinishReason, Request, SamplingParams
 from tests.support.fake_device import (
     EOS,
     VOCAB_SIZE,
     FakeDevice,
-    expected_hypotheses,
-    expected_logprobs,
-    expected_tokens,
-    stops_of,
 )
 from tests.support.plans import SpelledPlan, spell
-
-
-def make_profile(block_s: float, token_s: float, fixed_s: float = 0.0) -> MachineProfile:
-    """A machine that moves a block in ``block_s`` and computes a token in ``token_s``."""
-    link = Link(fixed_s, 1 / block_s, 1 / block_s)
-    return MachineProfile(1, link, link, (), 0.0, token_s, 0.0, 0.0, 0.0)
-
+from tests.support.stories import (
+    add,
+    add_beams,
+    assert_is_what_was_asked_for,
+    finish_all,
+    make_device,
+    make_profile,
+    step,
+    step_until,
+)
 
 SWAP_IS_CHEAPER = make_profile(block_s=1e-9, token_s=1)
 RECOMPUTE_IS_CHEAPER = make_profile(block_s=1, token_s=0, fixed_s=1)
 BOTH_ARE_FASTEST = make_profile(block_s=1, token_s=0.3)
-
-
-def make_device(
-    num_blocks: int = 65,
-    *,
-    block_size: int = 4,
-    num_host_blocks: int = 0,
-    rows: int = 8,
-    budget: int = 64,
-    model_len: int = 256,
-    eos: tuple[int, ...] = (),
-    preemption: str = "swap",
-    caching: bool = True,
-    max_burst: int = 1,
-    step_sizes: tuple[tuple[int, int], ...] = (),
-    is_quantized: bool = False,
-) -> FakeDevice:
-    blocks = BlockManager(num_blocks, block_size, enable_prefix_caching=caching, num_host_blocks=num_host_blocks)
-    blocks.is_quantized = is_quantized
-    scheduler = Scheduler(
-        blocks,
-        max_num_seqs=rows,
-        max_num_batched_tokens=budget,
-        max_model_len=model_len,
-        eos_token_ids=eos,
-        preemption=preemption,
-        max_burst=max_burst,
-        step_sizes=step_sizes,
-    )
-    return FakeDevice(scheduler)
-
-
-def step(device: FakeDevice) -> SpelledPlan:
-    plan = spell(device.scheduler.schedule(), device.scheduler)
-    device.scheduler.update(plan.plan, device.execute(plan.plan))
-    device.scheduler.blocks.check_invariants()
-    device.audit()
-    return plan
-
-
-def assert_is_what_was_asked_for(
-    group: SequenceGroup, scheduler: Scheduler, cut_short: Collection[int] = frozenset()
-) -> None:
-    """Assert that a finished group's tokens and scores are those of a loop without scheduler and blocks.
-
-    Args:
-        group: a finished group. If it was aborted, it must have the first of the expected tokens.
-        scheduler: whose it was.
-        cut_short: ids of sequences ended from outside, as a stop string does: they too have the first tokens.
-    """
-    request, params, eos = group.request, group.request.params, scheduler.eos_token_ids
-    if params.max_tokens is not None:
-        assert group.max_tokens == min(params.max_tokens, scheduler.max_model_len - group.prompt_len)
-    is_aborted = any(seq.finish_reason is FinishReason.ABORT for seq in group.sequences)
-    if not is_aborted and params.prompt_logprobs is not None:
-        scores = [float(logprob) for piece in group.prompt_scores for logprob in piece.logprobs]
-        assert scores == expected_logprobs(request.prompt_token_ids, request.prefix_salt)
-    for seq in group.sequences:
-        assert seq.is_finished
-        if seq.finish_reason is not FinishReason.ABORT and seq.seq_id not in cut_short:
-            is_stop = seq.token_ids[-1] in stops_of(params, eos)
-            assert seq.finish_reason is (FinishReason.STOP if is_stop else FinishReason.LENGTH)
-    if group.beam is None:
-        _assert_samples(group, eos, cut_short)
-    elif not is_aborted:
-        results = [(seq.output_token_ids, seq.score) for seq in group.sequences]
-        assert results == expected_hypotheses(request, group.max_tokens, eos)
-
-
-def _assert_samples(group: SequenceGroup, eos: Collection[int], cut_short: Collection[int]) -> None:
-    assert [seq.index for seq in group.sequences] == list(range(group.request.params.num_sequences))
-    for seq in group.sequences:
-        tokens = seq.output_token_ids
-        expected = expected_tokens(group.request, seq.index, group.max_tokens, eos)
-        is_cut = seq.finish_reason is FinishReason.ABORT or seq.seq_id in cut_short
-        assert tokens == (expected[: len(tokens)] if is_cut else expected)
-        logprobs = [float(scores.logprobs[row]) for scores, row in seq.output_scores]
-        assert logprobs == expected_logprobs(seq.token_ids, group.request.prefix_salt)[seq.prompt_len - 1 :]
 
 
 # A soak ---------------------------------------------------------------------------------------------------------------
@@ -166,6 +85,19 @@ FEATURES = {
     "beams: finished",
     "prompt_logprobs after a preemption",
     "chunked prompt",
+    "streamed: read on the host",
+    "streamed: beside a sequence on the device",
+    "streamed: several in one step",
+    "streamed: more blocks than the device has",
+    "streamed: prompt longer than the device",
+    "streamed: decoded ahead",
+    "streamed: preempted",
+    "streamed: resumed",
+    "streamed: a lower priority made way",
+    "streamed: aborted",
+    "streamed: started from blocks on the host",
+    "streamed: host blocks shared",
+    "streamed: blocks of a swapped group dropped",
 }
 """Features that a soak must have met: a soak that never swaps proves nothing of swapping."""
 
@@ -184,10 +116,16 @@ class Episode:
         draw = self.random
         block_size, rows = draw.choice([1, 2, 3, 4, 4, 4, 8]), draw.randint(2, 12)
         budget = draw.randint(rows, 48)
+        num_blocks, num_host_blocks = max(draw.randint(16, 96) // block_size, 4), draw.choice([0, 2, 4, 8, 16, 128])
+        placement = KV_ON_DEVICE
+        if num_host_blocks and seed % 3 > 0:
+            kind, num_window_blocks = draw.choice(["auto", "host"]), draw.randint(1, 6)
+            num_blocks = max(num_blocks // draw.randint(1, 4), 1)
+            placement = Placement(kind, num_window_blocks, num_window_blocks * draw.choice([1, 4, 16]))
         self.device = make_device(
-            1 + max(draw.randint(16, 96) // block_size, 4),
+            1 + placement.num_window_blocks + num_blocks,
             block_size=block_size,
-            num_host_blocks=draw.choice([0, 2, 4, 8, 16, 128]),
+            num_host_blocks=num_host_blocks,
             rows=rows,
             budget=budget,
             model_len=draw.randint(16, 60),
@@ -197,6 +135,7 @@ class Episode:
             max_burst=draw.choice([1, 2, 5]),
             step_sizes=draw.choice([(), ((8, 4), (16, rows), (32, rows), (budget, rows))]),
             is_quantized=seed % 4 == 0 and budget >= rows + block_size - 1,
+            placement=placement,
         )
         self.scheduler = self.device.scheduler
         self.blocks = self.scheduler.blocks
@@ -210,6 +149,7 @@ class Episode:
         self.pins: set[str] = set()
         self.num_steps = 0
         self.was_idle = False
+        self.swapped: list[SequenceGroup] = []  # groups that waited so after the plan before
         self.in_flight: list[tuple[SpelledPlan, StepResult]] = []
         self.ahead_rate = draw.choice([0.0, 0.5, 1.0])
 
@@ -304,6 +244,7 @@ class Episode:
         where = "while swapped out" if group.is_swapped else "while running" if is_running else "while waiting"
         assert self.scheduler.abort(group.request.request_id) is group
         self.seen[f"aborted {where}"] += 1
+        self.seen["streamed: aborted"] += group.is_streamed
 
     def _pin(self) -> None:
         name, prompt = f"pin {self.num_requests}", self._make_prompt()[: self.random.randint(1, 20)]
@@ -432,7 +373,10 @@ class Episode:
         scheduler, seen = self.scheduler, self.seen
         preempted = [group for group in running_before if group in scheduler.line.waiting]
         admitted = [group for group in scheduler.line.running if group not in running_before]
+        self._count_streamed(plan, preempted, admitted)
         for group in preempted:
+            if group.is_streamed:
+                continue
             way = "swapped out" if group.is_swapped else "dropped to recompute"
             seen[f"{'sampling' if group.beam is None else 'beams'}: {way}"] += not group.is_pin
             must_swap = scheduler.preemption == "swap" or (scheduler.preemption == "auto" and scheduler.profile is None)
@@ -465,6 +409,39 @@ class Episode:
             group, _ = scheduler.roster.sequences[chunk.seq_id]
             seen["chunked prompt"] += 0 < chunk.start < group.prompt_len
 
+    def _count_streamed(self, plan: SpelledPlan, preempted: list[SequenceGroup], admitted: list[SequenceGroup]) -> None:
+        blocks, seen, streamed = self.blocks, self.seen, plan.plan.streamed
+        for group in preempted:
+            seen["streamed: preempted"] += group.is_streamed and group.is_swapped
+            is_for_another = any(schedule_order(other) < schedule_order(group) for other in admitted)
+            seen["streamed: a lower priority made way"] += group.is_streamed and is_for_another
+        for group in admitted:
+            num_held = len(self._host_blocks(group.sequences[0]))
+            seen["streamed: resumed"] += group.is_streamed and num_held > 0 and group in self.swapped
+            seen["streamed: started from blocks on the host"] += group.is_streamed and num_held > 0
+        running = [group.sequences[0] for group in self.scheduler.line.running if group.is_streamed]
+        tables = [set(self._host_blocks(seq)) for seq in running]
+        seen["streamed: host blocks shared"] += sum(map(len, tables)) > len(set().union(*tables))
+        num_usable = len(blocks.tiers.device.blocks)
+        for chunk in plan.chunks:
+            group, seq = self.scheduler.roster.sequences[chunk.seq_id]
+            num_blocks = len(self._host_blocks(seq))
+            seen["streamed: more blocks than the device has"] += num_blocks > num_usable
+            is_longer = seq.prompt_len > num_usable * blocks.block_size
+            seen["streamed: prompt longer than the device"] += num_blocks > 0 and is_longer
+        if streamed is not None:
+            num_streamed = len(set(streamed.starts[[chunk.block_table[0] < 0 for chunk in plan.chunks]].tolist()))
+            seen["streamed: read on the host"] += 1
+            seen["streamed: several in one step"] += num_streamed > 1
+            seen["streamed: beside a sequence on the device"] += len(plan.chunks) > num_streamed
+            seen["streamed: decoded ahead"] += bool(self.in_flight) and self._is_decoding_on(plan)
+        dropped = [group for group in self.swapped if group in self.scheduler.line.waiting and not group.is_swapped]
+        seen["streamed: blocks of a swapped group dropped"] += len(dropped)
+        self.swapped = [group for group in self.scheduler.line.waiting if group.is_swapped]
+
+    def _host_blocks(self, seq: Sequence) -> list[int]:
+        return list(self.blocks.holdings.held_by(seq.seq_id).host_blocks) if seq.row is not None else []
+
     def _stop_some(self, touched: list[SequenceGroup]) -> None:
         """End some of the sequences that gained a token, as a stop string does."""
         for group in touched:
@@ -493,11 +470,12 @@ class Episode:
         seen["hits in the host tier"] += stats.host_hit_tokens
         seen["pinned"] += len(self.pins)
         pinned = {block for seq_id in scheduler.pins.held_seq_ids for block in blocks.block_table(seq_id)}
-        assert blocks.num_free_blocks + len(pinned) == blocks.num_blocks - 1, "a block leaked"
+        num_usable = blocks.num_blocks - 1 - blocks.placement.num_window_blocks
+        assert blocks.num_free_blocks + len(pinned) == num_usable, "a block leaked"
         assert stats.num_host_used == 0, "a host block leaked"
         for name in self.pins:
             scheduler.unpin(name)
-        assert blocks.num_free_blocks == blocks.num_blocks - 1
+        assert blocks.num_free_blocks == num_usable
         blocks.check_invariants()
 
 
@@ -520,38 +498,6 @@ def test_tokens_never_change_and_no_block_leaks_or_holds_anything_wrong(request)
 
 
 # Single features, each as one story -----------------------------------------------------------------------------------
-
-
-def add(
-    device: FakeDevice, name: str, prompt: list[int] | int, *, priority: int = 0, salt: bytes = b"", **params
-) -> SequenceGroup:
-    """Queue a request; a prompt given by its length is a text of its own."""
-    if isinstance(prompt, int):
-        prompt = random.Random(name).choices(range(VOCAB_SIZE), k=prompt)
-    return device.scheduler.add(Request(name, None, prompt, SamplingParams(**params), 0, salt, priority))
-
-
-def add_beams(device: FakeDevice, name: str, prompt: int, width: int, **params) -> SequenceGroup:
-    return add(device, name, prompt, use_beam_search=True, n=width, temperature=0, **params)
-
-
-def step_until(device: FakeDevice, is_done: Callable[[], bool]) -> SpelledPlan:
-    for _ in range(200):
-        plan = step(device)
-        if is_done():
-            return plan
-    raise AssertionError("it never happened")
-
-
-def finish_all(device: FakeDevice, *groups: SequenceGroup) -> list[SpelledPlan]:
-    """Run to the end; the groups must be all that was asked for, and no block may be left behind."""
-    plans = []
-    while device.scheduler.has_unfinished:
-        plans.append(step(device))
-        assert len(plans) < 500
-    for group in groups:
-        assert_is_what_was_asked_for(group, device.scheduler)
-    return plans
 
 
 def held(device: FakeDevice, group: SequenceGroup) -> list[list[int]]:

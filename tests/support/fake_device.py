@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Int64
 
 from jpaged.contract.plan import BeamSelect, BlockCopy, StepPlan
 from jpaged.contract.result import BeamCandidates, StepResult, TokenScores
-from jpaged.contract.rows import ON_DEVICE
+from jpaged.contract.rows import ON_DEVICE, host_cell
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.request import Request, SamplingParams, derive_seed
@@ -138,6 +138,7 @@ class FakeDevice:
         self.pool = np.full((blocks.num_blocks, self.block_size), LOST)
         self.host_pool = np.full((blocks.num_host_blocks, self.block_size), LOST)
         self.rows = Rows()  # told of nothing but plans' changes
+        self._window = self.host_pool[:0]  # blocks that the step streams, numbered after those of the pool
         self._latest: dict[int, int] = {}  # the token last drawn for each row
         self._drawn: dict[int, list[int]] = {}  # the tokens of each sequence (by id), with what was drawn last
 
@@ -146,17 +147,20 @@ class FakeDevice:
         chunks = self._resolved(self.rows.chunks(plan, self.block_size))
         self._check_rows(plan)
         self._check_chunks(plan, chunks)
+        chunks = self._streaming(plan, chunks)
         self._check_moves(plan, chunks)
         to_host, from_host, copies = (_columns(moves) for moves in (plan.to_host, plan.from_host, plan.copies))
         self.host_pool[to_host[1]] = self.pool[to_host[0]]
         landing = self.host_pool[from_host[0]]
         self.pool[copies[1]] = self.pool[copies[0]]
         self.pool[from_host[1]] = LOST
+        self._window = self.host_pool[[] if plan.streamed is None else plan.streamed.blocks]
         if plan.num_steps > 1:
             result = self._burst(plan, chunks)
         else:
             result = self._step(plan, chunks, list(range(len(plan.draws))))
         self.pool[from_host[1]] = landing
+        self._window = self._window[:0]
         return result
 
     def _step(self, plan: StepPlan, chunks: list[Chunk], draws: list[int]) -> StepResult:
@@ -217,7 +221,10 @@ class FakeDevice:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         for group, seq in scheduler.roster.sequences.values():
             if seq.state is SequenceState.RUNNING:
-                self._check_content(self.pool, blocks.block_table(seq.seq_id), group, seq.token_ids, seq.num_known)
+                host_blocks = np.array(blocks.holdings.held_by(seq.seq_id).host_blocks, int)
+                table = [self._numbered(block, 0) for block in blocks.block_table(seq.seq_id)]
+                held = np.concatenate([self.pool, self.host_pool[host_blocks]])
+                self._check_content(held, table, group, seq.token_ids, seq.num_known)
             elif seq.state is SequenceState.SWAPPED:
                 table = blocks.holdings.on_host[seq.seq_id].blocks
                 self._check_content(self.host_pool, table, group, seq.token_ids, seq.num_computed)
@@ -279,6 +286,35 @@ class FakeDevice:
             table = scheduler.blocks.block_table(chunk.seq_id)
             assert list(chunk.block_table) == table[: len(chunk.block_table)], "the device knows other blocks"
 
+    def _streaming(self, plan: StepPlan, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks, whose tables name streamed blocks by their numbers after those of the pool.
+
+        Asserts that the plan streams what the tables name, in order, and as much as a step can.
+        """
+        nums = [sum(block < 0 for block in chunk.block_table) for chunk in chunks]
+        if plan.streamed is None:
+            assert not any(nums), "a table names streamed blocks"
+            return chunks
+        assert plan.num_steps == 1, "a burst streams nothing"
+        placement, streamed = self.scheduler.blocks.placement, plan.streamed
+        assert 0 < len(streamed.blocks) == sum(nums) <= placement.max_streamed_blocks
+        assert streamed.blocks.dtype == streamed.starts.dtype == np.int32
+        assert len(streamed.starts) == len(chunks)
+        assert set(streamed.blocks.tolist()) <= set(range(len(self.host_pool)))
+        named = []
+        for chunk, num_blocks, start in zip(chunks, nums, streamed.starts.tolist(), strict=True):
+            table = chunk.block_table
+            assert list(table[:num_blocks]) == [host_cell(index) for index in range(num_blocks)]
+            assert num_blocks * self.block_size <= chunk.start, "only blocks on the device are written"
+            held = self.scheduler.blocks.holdings.held_by(chunk.seq_id).host_blocks
+            assert streamed.blocks[start : start + num_blocks].tolist() == list(held)
+            named.append(chunk._replace(block_table=[self._numbered(block, start) for block in table]))
+        return named
+
+    def _numbered(self, block: int, start: int) -> int:
+        """A cell of a block table: a streamed block counts from the end of the pool."""
+        return block if block >= 0 else len(self.pool) + start - 1 - block
+
     def _tokens_fed(self, seq: Sequence, chunk: Chunk) -> list[int]:
         """A sequence's tokens, with those drawn since that the scheduler was not told of."""
         return seq.token_ids if chunk.stop <= len(seq.token_ids) else self._drawn[seq.seq_id]
@@ -294,23 +330,26 @@ class FakeDevice:
         used = {block for copy in plan.copies for block in (copy.src, copy.dst)}
         for chunk in chunks:
             used.update(chunk.block_table)
-        assert used | landing | {move.src for move in plan.to_host} <= set(range(1, len(self.pool))), "0 is padding"
+        used -= set(range(len(self.pool), len(self.pool) + (0 if plan.streamed is None else len(plan.streamed.blocks))))
+        handed_out = set(range(1 + self.scheduler.blocks.placement.num_window_blocks, len(self.pool)))
+        assert used | landing | {move.src for move in plan.to_host} <= handed_out, "0 is padding, then comes the window"
         assert not used & landing, "a block is used before it has landed"
 
     def _compute(self, chunks: list[Chunk]) -> list[list[int]]:
         """Write the numbers of all chunks, once their contexts are what they must be. Returns those of each chunk."""
         slots = [self._slots(chunk) for chunk in chunks]
-        is_written = np.zeros(self.pool.size, bool)
+        is_written = np.zeros(self.pool.size + self._window.size, bool)
         for chunk, own in zip(chunks, slots, strict=True):
             assert not is_written[own[chunk.start :]].any(), "two tokens are written to one slot"
+            assert (own[chunk.start :] < self.pool.size).all(), "a token is written to a streamed block"
             is_written[own[chunk.start :]] = True
-        flat, numbers = self.pool.reshape(-1), []
+        held, flat, numbers = np.concatenate([self.pool, self._window]), self.pool.reshape(-1), []
         for chunk, own in zip(chunks, slots, strict=True):
             assert not is_written[own[: chunk.start]].any(), "a slot is read and written in one step"
             group, seq = self.scheduler.roster.sequences[chunk.seq_id]
             token_ids = self._tokens_fed(seq, chunk)
-            self._check_content(self.pool, list(chunk.block_table), group, token_ids, chunk.start)
-            prefix = int(flat[own[chunk.start - 1]]) if chunk.start else _before(group.request.prefix_salt)
+            self._check_content(held, list(chunk.block_table), group, token_ids, chunk.start)
+            prefix = int(held.reshape(-1)[own[chunk.start - 1]]) if chunk.start else _before(group.request.prefix_salt)
             numbers.append([prefix := extend(prefix, token_id) for token_id in chunk.token_ids])
         for chunk, own, written in zip(chunks, slots, numbers, strict=True):
             flat[own[chunk.start :]] = written

@@ -69,7 +69,7 @@ class ProgramCache:
     def load(self, key: tuple) -> jax.stages.Compiled | None:
         """Load the program of a key, ready to run; None without a program that this process can use."""
         path = self._path(key)
-        if not (self._is_ones_own() and _is_ones_own(path)):
+        if not (self._is_ones_own() and is_ones_own(path)):
             return None
         try:
             parts = pickle.loads(path.read_bytes())
@@ -107,7 +107,7 @@ class ProgramCache:
 
     def _is_ones_own(self) -> bool:
         programs = self._directory.parent
-        return all(map(_is_ones_own, (programs.parent, programs, self._directory)))
+        return all(map(is_ones_own, (programs.parent, programs, self._directory)))
 
     def _path(self, key: tuple) -> Path:
         return self._directory / hashlib.sha256(repr(key).encode()).hexdigest()
@@ -149,7 +149,7 @@ def program_cache_for(identity: str | None, devices: Sequence[Any], *ingredients
     root = jax.config.jax_compilation_cache_dir
     if identity is None or not root or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
         return None
-    if SOURCE_DIGEST is None or not _is_ones_own(Path(root)):
+    if SOURCE_DIGEST is None or not is_ones_own(Path(root)):
         return None
     text = repr((SOURCE_DIGEST, _surroundings(devices), identity, ingredients))
     return ProgramCache(Path(root) / "programs" / hashlib.sha256(text.encode()).hexdigest()[:32], devices)
@@ -165,7 +165,7 @@ def _is_known(value: object) -> bool:
     return (code.__module__ or "").partition(".")[0] in KNOWN_PACKAGES and "<" not in code.__qualname__
 
 
-def _is_ones_own(path: Path) -> bool:
+def is_ones_own(path: Path) -> bool:
     """Whether this user alone can write to the directory."""
     try:
         stat = path.stat()

@@ -1,9 +1,11 @@
 """Holdings: the blocks of every sequence, on the device or on the host."""
 
+from array import array
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from jpaged.contract.rows import host_cell
 from jpaged.host.blocks.prefix_cache import Prefix
 from jpaged.host.blocks.tier import TwoTiers
 
@@ -13,11 +15,12 @@ class Holding:
     """The blocks of one sequence.
 
     Args:
-        blocks: physical blocks in logical order.
+        blocks: physical blocks in logical order; ``host_cell(i)`` stands for ``host_blocks[i]``.
         num_empty: slots of the last block without a token, so ``0 <= num_empty < block_size``.
         prefix: content of the first ``num_published`` blocks, all full.
         num_published: blocks that this sequence has published.
         is_borrowing: shares a last block in which the cache may hold more tokens than the sequence does.
+        host_blocks: host blocks of a streamed sequence that is on the device: its first blocks, all full.
     """
 
     blocks: list[int]
@@ -25,9 +28,16 @@ class Holding:
     prefix: Prefix | None = None
     num_published: int = 0
     is_borrowing: bool = False
+    host_blocks: "array[int] | tuple[()]" = ()
+
+    @property
+    def device_blocks(self) -> list[int]:
+        """The blocks on the device of a sequence that is there."""
+        return self.blocks[len(self.host_blocks) :] if self.host_blocks else self.blocks
 
     def fork(self) -> "Holding":
         """The same blocks for another sequence."""
+        assert not self.host_blocks, "a streamed sequence is never forked"
         return Holding(self.blocks.copy(), self.num_empty, self.prefix, self.num_published, self.is_borrowing)
 
 
@@ -75,6 +85,18 @@ class Holdings:
         if not 0 <= start <= stop <= num_held:
             raise ValueError(f"positions [{start}, {stop}): sequence {seq_id!r} holds [0, {num_held})")
 
+    def release(self, seq_id: Hashable, tiers: TwoTiers) -> None:
+        """Forget a sequence, and remove it from the holders of its blocks. Raises ValueError if it is unknown."""
+        swapped = self.on_host.pop(seq_id, None)
+        if swapped is not None:
+            tiers.host.release(swapped.blocks)
+        else:
+            holding = self.held_by(seq_id)
+            tiers.release(holding.device_blocks)
+            tiers.host.release(holding.host_blocks)
+            del self.on_device[seq_id]
+        tiers.num_changes += 1
+
     def num_tokens(self, holding: Holding) -> int:
         """Count the tokens that the blocks of a sequence hold or have room for."""
         return len(holding.blocks) * self.block_size - holding.num_empty
@@ -96,11 +118,19 @@ class Holdings:
     def check_invariants(self, tiers: TwoTiers) -> None:
         """Assert what this class and the tiers promise, at the cost of a walk over all blocks."""
         assert not self.on_device.keys() & self.on_host.keys()
-        tiers.check_invariants(on_device=_count(self.on_device.values()), on_host=_count(self.on_host.values()))
+        on_device, on_host = self.on_device.values(), self.on_host.values()
+        tiers.check_invariants(
+            on_device=_count(h.device_blocks for h in on_device),
+            on_host=_count([h.blocks for h in on_host] + [h.host_blocks for h in on_device]),
+        )
         for h in [*self.on_device.values(), *self.on_host.values()]:
             assert 0 <= h.num_empty < self.block_size
             assert h.blocks or not h.num_empty
             assert len(set(h.blocks)) == len(h.blocks)
+            assert len(set(h.host_blocks)) == len(h.host_blocks)
+            assert h.blocks[: len(h.host_blocks)] == [host_cell(index) for index in range(len(h.host_blocks))]
+            assert len(h.host_blocks) * self.block_size <= self.num_tokens(h), "blocks on the host are full"
+            assert not h.num_published or len(h.host_blocks) <= h.num_published
             assert h.num_published * self.block_size <= self.num_tokens(h)
             assert h.num_published == (len(h.prefix.chain()) if h.prefix else 0)
         owners = [h for h in self.on_device.values() if h.blocks and not h.is_borrowing]
@@ -113,5 +143,5 @@ class Holdings:
             assert cached is None or cached.num_last_tokens <= num_held, "an owner writes no cached slot"
 
 
-def _count(holdings: Iterable[Holding]) -> Counter[int]:
-    return Counter(block for holding in holdings for block in holding.blocks)
+def _count(tables: Iterable[Sequence[int]]) -> Counter[int]:
+    return Counter(block for table in tables for block in table)

@@ -24,9 +24,11 @@ from jpaged.host.blocks.prefix_cache import PrefixMatch
 from jpaged.host.blocks.publish import holding_to_publish, publish
 from jpaged.host.blocks.reserve import Reserve
 from jpaged.host.blocks.stats import BlockStats, count_blocks
+from jpaged.host.blocks.streaming import StreamedBlocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.ticket import OutOfBlocks, Ticket
 from jpaged.host.blocks.tier import Transfers, TwoTiers
+from jpaged.host.offload.placement import KV_ON_DEVICE, Placement
 
 __all__ = ["NO_MATCH", "BlockManager", "OutOfBlocks"]
 
@@ -44,27 +46,36 @@ class BlockManager:
         block_size: tokens in a block.
         enable_prefix_caching: remember published blocks by content and let later sequences share them.
         num_host_blocks: blocks of the host tier, from 0 on; none turns swapping and spilling off.
+        placement: which sequences keep blocks on the host while they run; blocks of its window are never handed out.
 
     Raises:
         ValueError: a size too small, or more slots than int32 can number.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = False, num_host_blocks: int = 0
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = False,
+        num_host_blocks: int = 0,
+        placement: Placement = KV_ON_DEVICE,
     ) -> None:
-        _check_sizes(num_blocks, block_size, num_host_blocks)
+        _check_sizes(num_blocks, block_size, num_host_blocks, placement.num_window_blocks)
         self.num_blocks = num_blocks
         self.num_host_blocks = num_host_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.placement = placement
         self.is_quantized = False  # the engine sets it for 8-bit pools: the tokens of a block share a scale
-        self.tiers = TwoTiers(num_blocks, num_host_blocks, block_size)
+        self.tiers = TwoTiers(num_blocks, num_host_blocks, block_size, placement.num_window_blocks)
         """The two tiers of blocks. Read only."""
         self.holdings = Holdings(block_size)
         """The blocks of every sequence. Read only."""
         self._swap = Swap(self.tiers, self.holdings)
         self._reserve = Reserve(self.tiers, self.holdings, is_counting=enable_prefix_caching)
         self._append = Append(self.tiers, self.holdings)
+        self.streamed = StreamedBlocks(self.tiers, self.holdings, self._reserve)
 
     @property
     def num_free_blocks(self) -> int:
@@ -74,7 +85,7 @@ class BlockManager:
     @property
     def num_used_blocks(self) -> int:
         """Blocks held by at least one sequence."""
-        return self.num_blocks - 1 - len(self.tiers.device.free)
+        return len(self.tiers.device.blocks) - len(self.tiers.device.free)
 
     @property
     def num_logical_blocks(self) -> int:
@@ -185,16 +196,12 @@ class BlockManager:
 
     def num_blocks_freed_by(self, seq_ids: Iterable[Hashable], *, match: PrefixMatch = NO_MATCH) -> int:
         """Count the blocks that only these sequences hold, without those that ``match`` would share."""
-        return self.tiers.device.num_freed_by(map(self.block_table, seq_ids), but=match.device_blocks)
+        holdings = map(self.holdings.held_by, seq_ids)
+        return self.tiers.device.num_freed_by([h.device_blocks for h in holdings], but=match.device_blocks)
 
     def free(self, seq_id: Hashable) -> None:
         """End a sequence, swapped or not. Blocks that no other sequence holds become free."""
-        if seq_id in self.holdings.on_host:
-            self.tiers.host.release(self.holdings.on_host.pop(seq_id).blocks)
-        else:
-            self.tiers.release(self.holdings.held_by(seq_id).blocks)
-            del self.holdings.on_device[seq_id]
-        self.tiers.num_changes += 1
+        self.holdings.release(seq_id, self.tiers)
 
     def publish(
         self,
@@ -323,16 +330,19 @@ class BlockManager:
 
     def stats(self) -> BlockStats:
         """Count the blocks held now. Takes time in proportion to all block tables: for reports, not for every step."""
-        return count_blocks(self.tiers, self.holdings, self._reserve, self._swap)
+        return count_blocks(self.tiers, self.holdings, self._reserve, self._swap, self.streamed)
 
     def check_invariants(self) -> None:
         """Assert everything this class promises about its state, at the cost of a walk over all of it. For tests."""
         self.holdings.check_invariants(self.tiers)
 
 
-def _check_sizes(num_blocks: int, block_size: int, num_host_blocks: int) -> None:
-    if num_blocks < 2:
-        raise ValueError(f"num_blocks={num_blocks}: give 2 or more (block 0 is kept for padding)")
+def _check_sizes(num_blocks: int, block_size: int, num_host_blocks: int, num_window_blocks: int) -> None:
+    if num_blocks < 2 + num_window_blocks:
+        window = f" and {num_window_blocks} for streamed blocks" if num_window_blocks else ""
+        raise ValueError(
+            f"num_blocks={num_blocks}: give {2 + num_window_blocks} or more (block 0 is kept for padding{window})"
+        )
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: give 1 or more")
     if num_blocks * block_size > 2**31:

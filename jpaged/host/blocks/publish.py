@@ -65,7 +65,8 @@ def publish(
 
 def _publish_again(cache: PrefixCache, holding: Holding, prefix: Prefix) -> None:
     """Enter published blocks that were left out: the blocks that held the entries may have been reused since."""
-    for link, block in zip(prefix.chain(), holding.blocks, strict=False):
+    start = len(holding.host_blocks)  # the host's tier holds entries of its own
+    for link, block in zip(prefix.chain()[start:], holding.blocks[start:], strict=False):
         entered = cache.prefix_of(block)  # perhaps before the block was full
         if entered is None or entered.num_last_tokens < link.num_last_tokens:
             cache.insert(link, block)

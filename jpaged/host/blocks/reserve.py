@@ -96,11 +96,16 @@ class Reserve:
             num_published=len(full),
             is_borrowing=bool(kept) and kept[-1].num_tokens < block_size and not kept[-1].is_on_host,
         )
-        if self._is_counting and is_query:
+        if is_query:
+            self.count(num_tokens, match)
+        return copies
+
+    def count(self, num_tokens: int, match: PrefixMatch) -> None:
+        """Count a match of so many tokens, if prefix caching is on."""
+        if self._is_counting:
             self.queried_tokens += num_tokens
             self.hit_tokens += match.num_tokens
             self.host_hit_tokens += sum([hit.num_tokens for hit in match.hits if hit.is_on_host])
-        return copies
 
 
 def _hit_to_copy(match: PrefixMatch, num_tokens: int, block_size: int) -> PrefixHit | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jpaged.host.blocks.holdings import Holdings
 from jpaged.host.blocks.reserve import Reserve
+from jpaged.host.blocks.streaming import StreamedBlocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.tier import TwoTiers
 
@@ -13,14 +14,15 @@ class BlockStats:
     """The blocks held and cached now, and counters since the start.
 
     Args:
-        num_blocks: device blocks that can be handed out (all but block 0).
+        num_blocks: device blocks that can be handed out: all but block 0 and the window.
         num_used: device blocks held by at least one sequence.
         num_shared: device blocks held by two or more.
         num_logical: device blocks that would be held if none were shared.
         num_cached: device blocks in the prefix cache, held or free.
         num_host_blocks: blocks of the host tier.
-        num_host_used: host blocks held by a swapped sequence, or read by a transfer in flight.
+        num_host_used: host blocks held by a swapped or streamed sequence, or read by a transfer in flight.
         num_host_cached: host blocks in the prefix cache, held or free.
+        num_streamed: host blocks in the tables of streamed sequences.
         tokens_held: device slots that hold a token, each physical block counted once however many share it.
         waste: fraction of the slots of used blocks that hold no token (the paper's internal fragmentation).
         prefix_queried_tokens: tokens of all sequences reserved so far while prefix caching was on.
@@ -39,6 +41,7 @@ class BlockStats:
     num_host_blocks: int
     num_host_used: int
     num_host_cached: int
+    num_streamed: int
     tokens_held: int
     waste: float
     prefix_queried_tokens: int
@@ -50,7 +53,9 @@ class BlockStats:
     num_blocks_spilled: int
 
 
-def count_blocks(tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Swap) -> BlockStats:
+def count_blocks(
+    tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Swap, streamed: StreamedBlocks
+) -> BlockStats:
     """Count the blocks of the pools, in time proportional to all block tables."""
     device, host = tiers.device, tiers.host
     num_blocks, num_host_blocks = len(device.blocks), len(host.blocks)
@@ -65,13 +70,14 @@ def count_blocks(tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Sw
         num_host_blocks=num_host_blocks,
         num_host_used=num_host_blocks - len(host.free),
         num_host_cached=len(host.cache),
+        num_streamed=sum([len(holding.host_blocks) for holding in holdings.on_device.values()]),
         tokens_held=num_slots - num_empty,
         waste=num_empty / num_slots if num_slots else 0.0,
         prefix_queried_tokens=reserve.queried_tokens,
         prefix_hit_tokens=reserve.hit_tokens,
         host_hit_tokens=reserve.host_hit_tokens,
         num_copies=tiers.num_copies,
-        num_blocks_swapped_out=swap.num_blocks_out,
+        num_blocks_swapped_out=swap.num_blocks_out + streamed.num_blocks_out,
         num_blocks_swapped_in=swap.num_blocks_in,
         num_blocks_spilled=tiers.num_spilled,
     )

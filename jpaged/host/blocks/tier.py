@@ -137,13 +137,14 @@ class TwoTiers:
     same plan copies from. A plan neither copies nor stores the content that it computes.
 
     Args:
-        num_blocks: blocks of the device's pool; block 0 is never handed out.
+        num_blocks: blocks of the device's pool; block 0 and the window are never handed out.
         num_host_blocks: blocks of the host's pool, or 0.
         block_size: tokens in a block.
+        num_window_blocks: device blocks from 1 on that streamed blocks pass through.
     """
 
-    def __init__(self, num_blocks: int, num_host_blocks: int, block_size: int) -> None:
-        self.device = BlockTier(range(1, num_blocks), block_size)
+    def __init__(self, num_blocks: int, num_host_blocks: int, block_size: int, num_window_blocks: int = 0) -> None:
+        self.device = BlockTier(range(1 + num_window_blocks, num_blocks), block_size)
         self.host = BlockTier(range(num_host_blocks), block_size)
         self.block_size = block_size
         self.num_changes = 0

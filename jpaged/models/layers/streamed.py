@@ -47,6 +47,12 @@ class StreamedLayer(nnx.Module):
         self.stream.inputs = nnx.data(inputs)
         return self.layer(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the model reads {name!r} of a layer, and weight_placement='host' expects a model that only calls its "
+            "layers; move that code into the layer's __call__, or use weight_placement='device'"
+        )
+
 
 def layers_path(model: nnx.Module, num_layers: int) -> Path:
     """Find the path of the list of layers in a model.

@@ -1,0 +1,63 @@
+"""The engine over blocks on the host: its tokens are those of an engine that keeps all of them on the device."""
+
+import dataclasses
+from functools import cache
+
+import pytest
+from flax import nnx
+
+from jpaged.device.runner import ModelRunner
+from jpaged.engine.loop import Engine
+from jpaged.request import SamplingParams
+from jpaged.sharding import make_mesh
+from tests.support.tiny import ENGINE_MODEL, ENGINE_SIZES, engine_model, tiny_engine
+
+SIZES = dataclasses.replace(ENGINE_SIZES, kv_placement="host", num_host_blocks=48)
+PROMPTS = [[(5 + i) * j % 23 for j in range(length)] for i, length in enumerate((40, 3, 33, 12))]
+
+
+@cache
+def runner() -> ModelRunner:
+    return ModelRunner(nnx.clone(engine_model()), ENGINE_MODEL, SIZES, make_mesh(1))
+
+
+def make_engine(num_usable: int, **settings) -> Engine:
+    """An engine with so many blocks of 4 tokens beside the window."""
+    num_blocks = 1 + runner().num_window_blocks + num_usable
+    return Engine(runner(), dataclasses.replace(SIZES, num_blocks=num_blocks, **settings))
+
+
+def outputs(engine: Engine, prompts: list[list[int]], **params) -> list[list[int]]:
+    """The tokens of each prompt, whose requests run together."""
+    for i, prompt in enumerate(prompts):
+        sampling = SamplingParams(seed=i, ignore_eos=True, **params)
+        engine.add(engine.make_request(str(i), {"prompt_token_ids": prompt}, sampling))
+    finished = {}
+    while engine.has_unfinished:
+        finished |= {output.request_id: output.outputs[0].token_ids for output in engine.step().finished}
+        engine.blocks.check_invariants()
+    assert engine.blocks.stats().num_host_used == 0
+    return [list(finished[str(i)]) for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("kind", "num_usable"), [("host", 16), ("host", 5), ("auto", 6)])
+def test_tokens_do_not_depend_on_where_blocks_lie(kind, num_usable, temperature):
+    params = {"max_tokens": 20, "temperature": temperature}
+    expected = outputs(tiny_engine(), PROMPTS, **params)
+    engine = make_engine(num_usable, kv_placement=kind)
+    assert outputs(engine, PROMPTS, **params) == expected
+    assert engine.blocks.stats().num_blocks_swapped_out > 0
+    assert outputs(engine, PROMPTS, **params) == expected, "which now start from blocks on the host"
+
+
+def test_a_context_is_bounded_by_the_model_alone():
+    engine = make_engine(2)
+    [tokens] = outputs(engine, PROMPTS[:1], max_tokens=None, temperature=0)
+    assert len(tokens) == 64 - 40
+    assert [tokens] == outputs(tiny_engine(), PROMPTS[:1], max_tokens=None, temperature=0)
+
+
+def test_an_engine_streams_only_with_a_runner_that_can():
+    with pytest.raises(ValueError, match="kv_placement='auto': the runner streams no blocks from the host"):
+        tiny_engine(kv_placement="auto")
