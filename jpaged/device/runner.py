@@ -15,6 +15,7 @@ from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
 from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
+from jpaged.contract.rows import NO_INTS
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
 from jpaged.device.kv.sizing import PoolSizer
@@ -24,7 +25,7 @@ from jpaged.device.sampling.draw import SampledTokens
 from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_scores
 from jpaged.device.step.in_flight import Results, StepInFlight, StepTimes
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
+from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer, num_pages_in
 from jpaged.device.step.programs import Programs, dtype_of, split_model
 from jpaged.device.target import BACKENDS, choose_backend
 from jpaged.device.weights import device_bytes, prepare_weights
@@ -235,7 +236,8 @@ class ModelRunner:
         if step.streamed is not None:
             assert self.host_pool is not None
             assert self.programs.stream is not None
-            self.host_pool.stream(self.programs.stream, step.streamed)
+            pages = step.streamed.pages.pages if step.streamed.pages is not None else NO_INTS
+            self.host_pool.stream(self.programs.stream, step.streamed.blocks, pages)
         if step.copies:
             self._copy(step.copies)
         results = self._compute(step) if step.bucket is not None else Results()
@@ -317,10 +319,11 @@ class ModelRunner:
 
     def _run(self, step: PackedStep) -> Float[Array, "tokens hidden_size"]:
         """Enqueue the program of a step over the loaded inputs. Returns hidden states, valid until the next pass."""
-        kind = "forward" if step.streamed is None else "stream"
-        self.cache, self._state, *hidden = self.programs.get((kind, step.bucket))(
-            self._weights, self.cache, self._state
-        )
+        assert step.bucket is not None
+        key, pages = ("forward", step.bucket), () if step.pages is None else (step.pages,)
+        if step.streamed is not None:
+            key = "stream", step.bucket, None if step.pages is None else num_pages_in(step.pages, step.bucket)
+        self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state, *pages)
         return hidden[0] if hidden else self._state.hidden
 
     def forget_pool(self) -> None:

@@ -1,9 +1,10 @@
 """The attention of a layer: one description that models, memory and kernels share, and the door between them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,21 @@ def _check(ok: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}={value} is not valid for a layer: expected {expected}")
 
 
+class Source(NamedTuple):
+    """The origin of a layer's K and V, for a memory that keeps it in their place.
+
+    Args:
+        inputs: inputs of the projections of K and V for this step's tokens.
+        project: K and V of any inputs, at the given positions of their sequences.
+    """
+
+    inputs: Float[Array, "tokens hidden_size"]
+    project: Callable[
+        [Float[Array, "others hidden_size"], Int[Array, " others"]],
+        tuple[Float[Array, "others num_kv_heads head_dim"], Float[Array, "others num_kv_heads head_dim"]],
+    ]
+
+
 class Attend(Protocol):
     """Attention of one layer, supplied by the caller of a model. It is the only door to the KV cache.
 
@@ -75,6 +91,20 @@ class Attend(Protocol):
         sinks: Float[Array, " num_heads"] | None = None,
         alibi_slopes: Float[Array, " num_heads"] | None = None,
     ) -> Float[Array, "tokens num_heads head_dim"]: ...
+
+
+def attend_from(
+    source: Source,
+    attend: Attend,
+    spec: LayerSpec,
+    q: Float[Array, "tokens num_heads head_dim"],
+    k: Float[Array, "tokens num_kv_heads head_dim"],
+    v: Float[Array, "tokens num_kv_heads head_dim"],
+) -> Float[Array, "tokens num_heads head_dim"]:
+    """Attend as ``attend`` does, and show it the source of K and V first if it has a method ``take_source``."""
+    if (take_source := getattr(attend, "take_source", None)) is not None:
+        take_source(source)
+    return attend(spec, q, k, v)
 
 
 def check_head_arrays(

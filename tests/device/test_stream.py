@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged.contract.plan import BlockCopy, Streamed
-from jpaged.contract.rows import host_cell
+from jpaged.contract.plan import ActivationPages, BlockCopy, Streamed
+from jpaged.contract.rows import NO_INTS, activation_cell, host_cell
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
 from jpaged.device.kv.stream import Window, _runs, num_window_blocks_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
+from jpaged.models import OPTConfig
 from jpaged.request import SamplingParams
 from tests.support.plans import Chunk, Sample, make_plan
 from tests.support.tiny import TINY, make_runner
@@ -22,9 +23,9 @@ MODEL = dataclasses.replace(TINY, num_layers=3)
 PROMPTS = [list(np.random.default_rng(i).integers(1, 23, 40)) for i in range(3)]
 
 
-def make_streaming(dtype=jnp.float32, **settings) -> ModelRunner:
+def make_streaming(dtype=jnp.float32, model_config=MODEL, **settings) -> ModelRunner:
     sizes = {"num_blocks": 64, "num_host_blocks": 24, "kv_placement": "host", "max_num_batched_tokens": 64}
-    return make_runner(dtype, model_config=MODEL, has_own_programs=True, **sizes | settings)
+    return make_runner(dtype, model_config=model_config, has_own_programs=True, **sizes | settings)
 
 
 def sample(chunk: int, position: int) -> Sample:
@@ -75,10 +76,77 @@ def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_t
         assert resident.tolist() == streamed.tolist(), "the same numbers in the same order: the same bits"
 
 
+MHA = dataclasses.replace(MODEL, num_heads=2, hidden_size=32)
+OPT = OPTConfig(
+    architecture="OPTForCausalLM",
+    vocab_size=23,
+    hidden_size=32,
+    intermediate_size=32,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    word_embed_proj_dim=32,
+)
+
+
+@pytest.mark.parametrize("model_config", [MHA, OPT], ids=["llama", "opt"])
+def test_blocks_computed_from_activations_on_the_host_equal_those_that_were_kept(model_config):
+    """Two rows keep activations of their first blocks, one of them beside K and V of others; one row keeps none."""
+    rows, first = range(3), 45
+    tables = [[first + 6 * row + i for i in range(6)] for row in rows]
+    pages_of = [[40, 41, 42], [43, 44, 39], []]  # on the device: 16 tokens each
+    results = []
+    for is_streaming in (False, True):
+        runner = make_streaming(model_config=model_config, num_host_blocks=12)
+        assert runner.num_window_blocks < 39
+
+        def slots(chunks, pages_of=pages_of):
+            """The slots of the pages for the tokens of some chunks."""
+            return np.array(
+                [
+                    pages_of[row][p // 16] * 16 + p % 16 if pages_of[row] else 0
+                    for row, start, stop in chunks
+                    for p in range(start, stop)
+                ],
+                np.int32,
+            )
+
+        def streamed(slots, pages=((), ()), blocks=()):
+            page_starts = np.array([0, len(pages[0]), 0], np.int32)
+            positions = np.array([16 * i for own in pages for i in range(len(own))], np.int32)
+            kept = ActivationPages(np.array([*pages[0], *pages[1]], np.int32), positions, page_starts, slots)
+            return Streamed(np.array(blocks, np.int32), np.zeros(3, np.int32), kept)
+
+        for start, stop in ((0, 20), (20, 40)):
+            chunks = [Chunk(i, PROMPTS[i][start:stop], start, 40, tables[i]) for i in rows]
+            kept = streamed(slots([(i, start, stop) for i in rows])) if is_streaming else None
+            run(runner, chunks, kept)
+        out = []
+        for step in range(3):
+            cells, plan, to_host = [list(table) for table in tables], None, ()
+            if is_streaming:
+                on_host = [[5, 2], [7]]  # pages of row 0 and of row 1
+                cells[0][:4] = [activation_cell(i) for i in range(4)]
+                cells[1][:3] = [activation_cell(0), activation_cell(1), host_cell(0)]
+                plan = streamed(slots([(i, 40 + step, 41 + step) for i in rows]), on_host, [3])
+                if step == 0:
+                    to_host = tuple(BlockCopy(*move) for move in ((40, 5), (41, 2), (43, 7), (tables[1][2], 3)))
+                if step == 1:
+                    gone = jnp.array([*tables[0][:4], *tables[1][:3], 40, 41, 43])
+                    runner.cache = dataclasses.replace(runner.cache, pool=runner.cache.pool.at[gone].set(jnp.nan))
+            out.append(run(runner, [Chunk(i, [5 + step], 40 + step, 40, cells[i]) for i in rows], plan, to_host))
+        results.append(out)
+    for (resident_ids, resident), (streamed_ids, streamed_) in zip(*results, strict=True):
+        assert resident_ids == streamed_ids
+        np.testing.assert_allclose(resident, streamed_, atol=1e-5)
+
+
 def test_a_step_that_streams_allocates_nothing_of_the_pools_size():
     runner = make_streaming(num_blocks=4096, num_host_blocks=512)
     for bucket in (Bucket(4, 4), Bucket(64, 4)):
-        memory = runner.programs.get(("stream", bucket)).memory_analysis()
+        memory = runner.programs.get(("stream", bucket, None)).memory_analysis()
         assert memory is not None
         assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 8
         assert memory.alias_size_in_bytes >= runner.cache.pool.nbytes, "the donated pool is written in place"
@@ -88,7 +156,7 @@ def test_a_step_that_fails_leaves_no_blocks_to_the_next():
     runner = make_streaming()
     assert runner.host_pool is not None
     assert runner.programs.stream is not None
-    runner.host_pool.stream(runner.programs.stream, np.array([1, 2], np.int32))
+    runner.host_pool.stream(runner.programs.stream, np.array([1, 2], np.int32), NO_INTS)
     runner.forget_pool()
     table = [40, 41]
     run(runner, [Chunk(0, PROMPTS[0][:8], 0, 8, table)])

@@ -98,7 +98,7 @@ class Backend:
         into: Float[Array, "tokens num_heads head_dim"] | None,
     ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
         """``attend`` with the heads of one device."""
-        cache = cache.write(spec.layer, k, v, rows.slots, self._writer(cache, len(q)))
+        cache = self.write(cache, spec.layer, k, v, rows.slots)
         out = cache.attend(
             spec.layer,
             q,
@@ -115,6 +115,17 @@ class Backend:
             interpret=self.interpret,
         )
         return out, cache
+
+    def write(
+        self,
+        cache: KVCache,
+        layer: int,
+        k: Float[Array, "tokens num_kv_heads head_dim"],
+        v: Float[Array, "tokens num_kv_heads head_dim"],
+        slots: Int[Array, " tokens"],
+    ) -> KVCache:
+        """``KVCache.write`` with the heads of one device."""
+        return cache.write(layer, k, v, slots, self._writer(cache, len(k)))
 
     def _writer(self, cache: KVCache, num_tokens: int) -> str | None:
         """The implementation of ``write_kv`` for so many tokens; None is XLA's."""

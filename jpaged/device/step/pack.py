@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from jpaged.contract.plan import BeamSelect, BlockCopy, PromptScore, StepPlan
+from jpaged.contract.plan import ActivationPages, BeamSelect, BlockCopy, PromptScore, StepPlan, Streamed
 from jpaged.contract.rows import COLUMNS, RowChanges
 from jpaged.device.sampling.beams import make_beam_inputs, num_candidates_of, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes, pack_draws
@@ -60,6 +61,22 @@ def step_layout(bucket: Bucket) -> Layout:
         num_draws=(rows,),  # 0 outside of bursts
         num_steps=(1,),  # 0 if the program is to draw nothing
     )
+
+
+def page_layout(bucket: Bucket, num_pages: int) -> Layout:
+    """The packed activations of a step: see ``ActivationPages``."""
+    return Layout(positions=(num_pages,), starts=(bucket.num_rows,), slots=(bucket.num_tokens,))
+
+
+def num_pages_in(packed: Any, bucket: Bucket) -> int:
+    """Count the pages that ``page_layout`` packed."""
+    return packed.size - bucket.num_rows - bucket.num_tokens
+
+
+def padded_pages(num_pages: int) -> int:
+    """The pages of the program that computes so many: of four sizes between two powers of two."""
+    step = 1 << max(num_pages.bit_length() - 3, 0)
+    return -(-num_pages // step) * step
 
 
 def change_layout(num_table_rows: int) -> Layout:
@@ -122,6 +139,7 @@ class PackedStep:
         beams: searches; None without.
         scores: pieces of prompts to score.
         streamed: blocks on the host that the program streams; None for a program that streams none.
+        pages: their positions and places, as ``page_layout`` says; None if no row keeps activations.
     """
 
     to_host: tuple[BlockCopy, ...]
@@ -135,7 +153,8 @@ class PackedStep:
     samples: PackedSamples | None = None
     beams: PackedBeams | None = None
     scores: tuple[PackedScores, ...] = ()
-    streamed: Int32[np.ndarray, " streamed"] | None = None
+    streamed: Streamed | None = None
+    pages: Int32[np.ndarray, " size"] | None = None
 
 
 class Packer:
@@ -184,7 +203,8 @@ class Packer:
             samples,
             _pack_beams(plan.beams, num_draws, bucket) if plan.beams else None,
             tuple([self._pack_scores(plan, piece) for piece in plan.prompt_scores]),
-            None if plan.streamed is None else plan.streamed.blocks,
+            plan.streamed,
+            None if plan.streamed is None or plan.streamed.pages is None else _pack_pages(plan.streamed.pages, bucket),
         )
 
     def _pack_inputs(
@@ -264,6 +284,17 @@ class Packer:
         rows.reshape(-1)[:num_targets] = first + np.arange(num_targets)
         targets.reshape(-1)[:num_targets] = piece.target_ids
         return PackedScores(rows, targets, min(MAX_LOGPROBS, self._vocab_size) if piece.num_logprobs else 0)
+
+
+def _pack_pages(pages: ActivationPages, bucket: Bucket) -> Int32[np.ndarray, " size"]:
+    """Padding pages are computed, and nothing reads them."""
+    layout = page_layout(bucket, padded_pages(len(pages.pages)))
+    packed = np.zeros(layout.size, np.int32)
+    fields = layout.split(packed)
+    for name in ("positions", "starts", "slots"):
+        values = getattr(pages, name)
+        fields[name][: len(values)] = values
+    return packed
 
 
 def _pack_beams(beams: tuple[BeamSelect, ...], first_row: int, bucket: Bucket) -> PackedBeams:

@@ -22,8 +22,8 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream, Window, num_window_blocks_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
-from jpaged.device.step.inputs import all_buckets
-from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
+from jpaged.device.step.inputs import Bucket, all_buckets
+from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size, page_layout
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.step.steps import Steps
 from jpaged.device.step.table import StepState
@@ -245,11 +245,14 @@ class Programs:
             case "enter":
                 size = change_layout(len(state.latest)).size
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
-            case "forward" | "stream":
+            case "forward":
                 (bucket,) = sizes
-                method = self.steps.decode if bucket.is_decode else self.steps.forward
-                stream = self.stream if kind == "stream" else None
-                return self._jit(method, bucket, stream, donate=(1, 2)).lower(weights, cache, state)
+                return self._jit(self._pass_of(bucket), bucket, None, donate=(1, 2)).lower(weights, cache, state)
+            case "stream":
+                bucket, num_pages = sizes
+                pages = () if num_pages is None else (self._abstract((page_layout(*sizes).size,), jnp.int32),)
+                method = self._jit(self._pass_of(bucket), bucket, self.stream, donate=(1, 2))
+                return method.lower(weights, cache, state, *pages)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":
@@ -294,6 +297,9 @@ class Programs:
             return write(cache, blocks, *args), blocks.sum()
 
         return run
+
+    def _pass_of(self, bucket: Bucket) -> Callable:
+        return self.steps.decode if bucket.is_decode else self.steps.forward
 
     def _jit(self, method: Callable, *static: object, donate: tuple[int, ...] = ()):
         return jax.jit(partial(method, *static), donate_argnums=donate)

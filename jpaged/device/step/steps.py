@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jpaged.device.backends import Backend, Rows
-from jpaged.device.kv.attend import PagedAttend, StreamingAttend
+from jpaged.device.kv.attend import PagedAttend, Pages, StreamingAttend
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
@@ -20,6 +20,7 @@ from jpaged.device.sampling.columns import SampleInputs, SampleSizes, rows_from,
 from jpaged.device.sampling.draw import SampledTokens, sample
 from jpaged.device.sampling.scores import Scores, score
 from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.pack import num_pages_in, page_layout
 from jpaged.device.step.table import StepState, with_latest
 from jpaged.sharding import TENSOR_AXIS, replicated
 
@@ -52,7 +53,13 @@ class Steps:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.weights_tree, weights))
 
     def forward(
-        self, bucket: Bucket, stream: HostStream | None, weights: list[Array], cache: KVCache, state: StepState
+        self,
+        bucket: Bucket,
+        stream: HostStream | None,
+        weights: list[Array],
+        cache: KVCache,
+        state: StepState,
+        pages: Int[Array, " size"] | None = None,
     ) -> tuple[KVCache, StepState, Float[Array, "tokens hidden_size"]]:
         """Run a forward pass over the loaded inputs. Returns the hidden states of all tokens too.
 
@@ -60,6 +67,7 @@ class Steps:
             bucket: sizes of the step.
             stream: brings the blocks that are on the host; None if there are none.
             weights, cache, state: the arrays.
+            pages: activations on the host, as ``page_layout`` packs them; None if no row keeps any.
         """
         inputs = state.step_inputs(bucket, self.block_size)
         model = self._merge(weights)
@@ -67,12 +75,19 @@ class Steps:
         if stream is None:
             attend = PagedAttend(cache, rows, self.backend)
         else:
-            attend = StreamingAttend(cache, rows, self.backend, stream, inputs.stream_starts)
+            unpacked = None if pages is None else Pages(**page_layout(bucket, num_pages_in(pages, bucket)).split(pages))
+            attend = StreamingAttend(cache, rows, self.backend, stream, inputs.stream_starts, unpacked)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 
     def decode(
-        self, bucket: Bucket, stream: HostStream | None, weights: list[Array], cache: KVCache, state: StepState
+        self,
+        bucket: Bucket,
+        stream: HostStream | None,
+        weights: list[Array],
+        cache: KVCache,
+        state: StepState,
+        pages: Int[Array, " size"] | None = None,
     ) -> tuple[KVCache, StepState]:
         """Run forward passes and plain sampling, as many as loaded, each fed with the tokens drawn before.
 
@@ -81,7 +96,7 @@ class Steps:
         num_steps = state.num_steps(bucket)
 
         def step(before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
-            cache, state, hidden = self.forward(bucket, stream, weights, *before)
+            cache, state, hidden = self.forward(bucket, stream, weights, *before, pages)
 
             def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
                 tokens = self._sample(weights, state.sample_hidden, state.sample_inputs(bucket), None)

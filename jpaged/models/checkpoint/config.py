@@ -103,6 +103,11 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def shows_sources(self) -> bool:
+        """Whether every layer shows the source of its K and V (``attend_from``), which are functions of it alone."""
+        return False
+
+    @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """The attention of each layer, in order."""
         return tuple(

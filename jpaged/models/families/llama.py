@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
@@ -18,8 +19,8 @@ from jpaged.models.layers.common import (
     to_vocab,
 )
 from jpaged.models.layers.fused import GATE_UP, QKV
-from jpaged.models.layers.rope import Rope, rotate
-from jpaged.models.spec import Attend, LayerSpec
+from jpaged.models.layers.rope import Dynamic, LongRope, Rope, rotate
+from jpaged.models.spec import Attend, LayerSpec, Source, attend_from
 
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
@@ -68,6 +69,10 @@ class LlamaConfig(ModelConfig):
     @property
     def max_model_len(self) -> int:
         return self.rope.max_model_len
+
+    @property
+    def shows_sources(self) -> bool:
+        return not isinstance(self.rope.scaling, Dynamic | LongRope)  # their K depends on the prompt's length
 
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
@@ -176,8 +181,16 @@ class LlamaAttention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend(self.spec, q, k, v)
+        out = attend_from(Source(x, self._project), attend, self.spec, q, k, v)
         return self.o_proj(out.reshape(x.shape[0], -1))
+
+    def _project(
+        self, x: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
+    ) -> tuple[Array, Array]:
+        config = self.config
+        k, v = (split_heads(projected, config.head_dim) for projected in QKV.project(self, x, ("k_proj", "v_proj")))
+        cos, sin = config.rope.cos_sin(positions, jnp.zeros_like(positions))
+        return rotate(self.k_norm(k) if config.qk_norm else k, cos, sin), v
 
 
 class LlamaMLP(nnx.Module):

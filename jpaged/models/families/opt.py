@@ -18,7 +18,7 @@ from jpaged.models.layers.common import (
     to_vocab,
 )
 from jpaged.models.layers.fused import QKV
-from jpaged.models.spec import Attend
+from jpaged.models.spec import Attend, Source, attend_from
 
 MODEL_TYPES = {"OPTForCausalLM": "opt"}
 
@@ -53,6 +53,10 @@ class OPTConfig(ModelConfig):
             raise ValueError(f"hidden_size={self.hidden_size} is not num_heads={self.num_heads} times a head_dim")
         width = self.word_embed_proj_dim
         require(is_count(width), "word_embed_proj_dim", width, f"an integer from 1 to {MAX_INT}")
+
+    @property
+    def shows_sources(self) -> bool:
+        return True
 
     @property
     def is_projected(self) -> bool:
@@ -101,8 +105,15 @@ class OPTAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens hidden_size"], attend: Attend) -> Float[Array, "tokens hidden_size"]:
         q, k, v = (split_heads(projected, self.head_dim) for projected in QKV.project(self, x))
-        out = attend(self.spec, q, k, v)
+        out = attend_from(Source(x, self._project), attend, self.spec, q, k, v)
         return self.out_proj(out.reshape(x.shape))
+
+    def _project(
+        self, x: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
+    ) -> tuple[Array, Array]:
+        del positions  # the embeddings have them
+        k, v = (split_heads(projected, self.head_dim) for projected in QKV.project(self, x, ("k_proj", "v_proj")))
+        return k, v
 
 
 class OPTDecoderLayer(nnx.Module):

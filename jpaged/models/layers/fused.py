@@ -49,6 +49,16 @@ class Columns:
         bounds = pairwise(accumulate((size // self.num_shares for size in self.sizes), initial=0))
         return [shares[..., start:stop].reshape(*rest, -1) for start, stop in bounds]
 
+    def cut(self, names: Sequence[str]) -> "Columns":
+        """The columns of some of the projections."""
+        sizes = [size for name, size in zip(self.names, self.sizes, strict=True) if name in names]
+        return Columns(tuple(names), tuple(sizes), self.num_shares)
+
+    def select(self, joined: Shaped[Array, "*rest features"], names: Sequence[str]) -> Shaped[Array, "*rest _"]:
+        """The columns of some of the projections, joined."""
+        parts = dict(zip(self.names, self.split(joined), strict=True))
+        return self.cut(names).join([parts[name] for name in names])
+
 
 class FusedLinear(nnx.Module):
     """A projection that replaces several. Its parameters carry their ``columns`` as metadata.
@@ -64,11 +74,18 @@ class FusedLinear(nnx.Module):
         self.bias = nnx.data(bias)
         self.columns = columns
 
-    def __call__(self, x: Float[Array, "tokens in_features"]) -> list[Float[Array, "tokens _"]]:
-        out = x @ self.kernel[...]
-        if self.bias is not None:
-            out = out + self.bias[...][None]
-        return self.columns.split(out)
+    def __call__(
+        self, x: Float[Array, "tokens in_features"], parts: Sequence[str] | None = None
+    ) -> list[Float[Array, "tokens _"]]:
+        """Project by all parts, or by the named ones only, in the order of the columns."""
+        kernel, bias, columns = self.kernel[...], None if self.bias is None else self.bias[...], self.columns
+        if parts is not None:
+            kernel, bias = columns.select(kernel, parts), None if bias is None else columns.select(bias, parts)
+            columns = columns.cut(parts)
+        out = x @ kernel
+        if bias is not None:
+            out = out + bias[None]
+        return columns.split(out)
 
 
 @dataclass(frozen=True)
@@ -85,11 +102,13 @@ class Fusible:
     name: str
     parts: tuple[str, ...]
 
-    def project(self, module: nnx.Module, x: Float[Array, "tokens in_features"]) -> list[Float[Array, "tokens _"]]:
-        """Project ``x`` by each part of ``module``."""
+    def project(
+        self, module: nnx.Module, x: Float[Array, "tokens in_features"], parts: Sequence[str] | None = None
+    ) -> list[Float[Array, "tokens _"]]:
+        """Project ``x`` by each part of ``module``, or by the named ones only."""
         if hasattr(module, self.name):
-            return getattr(module, self.name)(x)
-        return [getattr(module, part)(x) for part in self.parts]
+            return getattr(module, self.name)(x, parts)
+        return [getattr(module, part)(x) for part in parts or self.parts]
 
     def fuse(self, module: nnx.Module) -> None:
         """Join the parts of ``module``, unless they are joined already or differ in sharding."""
