@@ -94,6 +94,17 @@ def test_auto_keeps_on_the_device_what_fits_while_no_group_waits():
     finish_all(device, again)
 
 
+def test_a_higher_priority_preempts_no_sequence_whose_blocks_can_move():
+    device = make(num_blocks=12, kind="auto")
+    low = add(device, "low", 40, max_tokens=41, ignore_eos=True, priority=1)
+    step_until(device, lambda: low.sequences[0].num_outputs == 3)
+    high = add(device, "high", 13, n=2, max_tokens=5, ignore_eos=True)
+    plan = step(device)
+    assert {chunk.seq_id for chunk in plan.chunks} == {low.sequences[0].seq_id, high.sequences[0].seq_id}
+    finish_all(device, low, high)
+    assert device.scheduler.stats().num_preemptions == 0
+
+
 def test_a_request_ends_where_host_and_device_end():
     device = make(num_blocks=3, num_host_blocks=5)
     group = add(device, "all", 6, max_tokens=None)
@@ -221,14 +232,15 @@ def test_a_second_request_shares_the_host_blocks_of_an_equal_prompt():
     assert device.scheduler.blocks.stats().host_hit_tokens > 0
 
 
-def test_blocks_that_only_the_device_caches_move_to_the_host_first():
-    device = make(num_blocks=30, kind="auto")
+@pytest.mark.parametrize(("kind", "num_blocks", "num_moved"), [("host", 30, 22), ("auto", 30, 0), ("auto", 25, 2)])
+def test_blocks_that_the_device_caches_stay_there_or_move_to_the_host_first(kind, num_blocks, num_moved):
+    device = make(num_blocks=num_blocks, kind=kind)
     prompt = [5 * i % 16 for i in range(90)]
-    finish_all(device, add(device, "resident", prompt, max_tokens=2))
+    finish_all(device, add(device, "resident", prompt, max_tokens=2, prompt_logprobs=0))
     group = add(device, "streamed", prompt, max_tokens=60, ignore_eos=True)
     assert group.is_streamed
     plan = step(device)
-    assert len(plan.to_host) == len(streamed(plan)) == 22
+    assert len(plan.to_host) == len(streamed(plan)) == num_moved
     assert plan.chunks[0].start == 88
     finish_all(device, group)
 
