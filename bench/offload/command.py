@@ -17,8 +17,11 @@ memory in the same run.
 
 long: one sequence of --length tokens over a device pool of --pool-gib, and over one that holds all of it.
 
-latency, sweep: the KVPR paper's experiments (batches of 64 at 128 to 512 tokens; batches of 1 to 48 at 1,024), with KV
-on the host and on the device. Batches that the host memory does not hold become smaller (--host-memory-gib).
+latency, sweep, throughput: the KVPR paper's experiments (batches of 64 at 128 to 512 tokens; of 1 to 48 at 1,024; 8
+batches of 32 at 256 to 1,024, with the weights on the host), with KV on the host and on the device. Batches that the
+host memory does not hold become smaller (--host-memory-gib).
+
+peer: Hugging Face's offloaded cache on --num-seqs x --contexts, by a Python that has torch (--peer-python).
 
 Prints a table, and writes ``bench/results/offload_SCENARIO_MODEL_DEVICE.json`` and, with matplotlib, a plot to
 ``bench/results/offload/``.
@@ -34,6 +37,7 @@ from bench.offload import restore, scenarios
 from bench.offload.shapes import Shapes, read_shapes
 from bench.paper.experiment import save_plot
 from bench.report import RESULTS, device_name, save, start_report
+from jpaged.device.weights import LIMIT_VARIABLE
 
 SCENARIOS: dict[str, Callable[[argparse.Namespace, Shapes], dict[str, Any]]] = {
     "restore": restore.measure,
@@ -41,6 +45,8 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace, Shapes], dict[str, Any]]] = {
     "long": scenarios.long,
     "latency": scenarios.of_paper("latency", scenarios.LATENCY),
     "sweep": scenarios.of_paper("sweep", scenarios.SWEEP),
+    "throughput": scenarios.of_paper("throughput", scenarios.THROUGHPUT, weight_placement="host"),
+    "peer": scenarios.measure_peer,
 }
 """Scenario -> its measurement, which prints a table and returns content of the result file."""
 
@@ -58,12 +64,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--name", help="name of the result file (default: from scenario, model and device)")
     add("--num-blocks", type=int, metavar="N", help="blocks of the device pool (default: the scenario's)")
     restore.add_options(parser.add_argument_group("restore"))
-    scenarios.add_options(parser.add_argument_group("decode, long, latency, sweep"))
+    scenarios.add_options(parser.add_argument_group("decode, long, latency, sweep, throughput, peer"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure one scenario, print and save."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    os.environ.setdefault(LIMIT_VARIABLE, "120")
     shapes = read_shapes(args)
     content = SCENARIOS[args.scenario](args, shapes)
     name = args.name or f"offload_{args.scenario}_{shapes.name}_{device_name()}"

@@ -152,20 +152,16 @@ def generate(llm: LLM, shapes: Shapes, work: Work, seed: int) -> tuple[Generatio
     prompts = [shapes.prompt(work.prompt_len, seed + index) for index in range(work.num_seqs)]
     num_programs, before, start = len(engine.runner.programs), llm.stats(), time.perf_counter()
     groups = _add(engine, prompts, work.num_tokens)
-    last = groups[-1].sequences[0]
-    _run_while(engine, lambda: any(group.sequences[0].num_outputs == 0 for group in groups))
-    prompt_s = time.perf_counter() - start
-    _run_while(engine, lambda: last.num_outputs < NUM_FIRST)
-    steps, at_decode, num_before = [], llm.stats(), last.num_outputs
-    while len(engine.scheduler.line.running) == work.num_seqs:
-        num_drawn, started = last.num_outputs, time.perf_counter()
-        engine.step()
-        if (num_new := last.num_outputs - num_drawn) > 0:
-            steps.append((num_new, (time.perf_counter() - started) / num_new))
-    decoded, num_steps = llm.stats(), last.num_outputs - num_before
+    try:
+        _run_while(engine, lambda: any(group.sequences[0].num_outputs == 0 for group in groups))
+        prompt_s = time.perf_counter() - start
+        num_before, num_steps, steps, bytes_from_host = _decode_all(llm, groups)
+        _run_while(engine, lambda: engine.has_unfinished)
+    finally:
+        for group in groups:
+            engine.abort(group.request.request_id)
     if not steps:
         raise RuntimeError(f"{work}: no step in which all requests decode; let them draw more tokens")
-    _run_while(engine, lambda: engine.has_unfinished)
     after = llm.stats()
     num_full = (work.prompt_len + num_before + num_steps / 2) // BLOCK_SIZE
     generation = Generation(
@@ -175,12 +171,30 @@ def generate(llm: LLM, shapes: Shapes, work: Work, seed: int) -> tuple[Generatio
         mean_step_ms=1e3 * sum(num_new * step_s for num_new, step_s in steps) / num_steps,
         num_steps=num_steps,
         kv_bytes=work.num_seqs * num_full * engine.runner.bytes_per_block,
-        bytes_from_host=(decoded.bytes_from_host - at_decode.bytes_from_host) / num_steps,
+        bytes_from_host=bytes_from_host / num_steps,
         bytes_to_host=after.bytes_to_host - before.bytes_to_host,
         num_preemptions=after.num_preemptions - before.num_preemptions,
         num_programs_compiled=len(engine.runner.programs) - num_programs,
     )
     return generation, [group.sequences[0].output_token_ids for group in groups]
+
+
+def _decode_all(llm: LLM, groups: list[SequenceGroup]) -> tuple[int, int, list[tuple[int, float]], int]:
+    """Run the steps in which all requests decode.
+
+    Returns:
+        Tokens of the last request before, and in these steps; tokens and seconds a token of each engine step; the bytes
+        that these steps brought from the host.
+    """
+    engine, last = llm.engine, groups[-1].sequences[0]
+    _run_while(engine, lambda: last.num_outputs < NUM_FIRST and engine.has_unfinished)
+    steps, before, num_before = [], llm.stats(), last.num_outputs
+    while len(engine.scheduler.line.running) == len(groups):
+        num_drawn, started = last.num_outputs, time.perf_counter()
+        engine.step()
+        if (num_new := last.num_outputs - num_drawn) > 0:
+            steps.append((num_new, (time.perf_counter() - started) / num_new))
+    return num_before, last.num_outputs - num_before, steps, llm.stats().bytes_from_host - before.bytes_from_host
 
 
 def _add(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[SequenceGroup]:
@@ -227,9 +241,8 @@ def run_variants(
     for variant in variants:
         try:
             result = _run_variant(shapes, replace(config, **variant.changes), variant, works, repeats, table, expected)
-        except (UsageError, ValueError, jax.errors.JaxRuntimeError) as error:
-            result = {"refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-            print(f"{variant.name}: refused: {result['refused']}", flush=True)
+        except (UsageError, ValueError, RuntimeError) as error:
+            result = _refused(variant.name, error)
         results.append({"variant": variant.name} | result)
         gc.collect()  # the device holds one model at a time
     return results
@@ -250,8 +263,13 @@ def _run_variant(
     seeds = itertools.count(0, MOST_SEQS)  # no prompt is found in the prefix cache
     for work in works:
         # A first run compiles programs. Long prompts need no run of their own: chunks of all sizes are in a short one.
-        generate(llm, shapes, replace(work, prompt_len=min(work.prompt_len, SHORT_LEN)), next(seeds))
-        done = [generate(llm, shapes, work, next(seeds)) for _ in range(repeats)]
+        short = replace(work, prompt_len=min(work.prompt_len, SHORT_LEN))
+        try:
+            generate(llm, shapes, short, next(seeds))
+            done = [generate(llm, shapes, work, next(seeds)) for _ in range(repeats)]
+        except (ValueError, RuntimeError) as error:
+            runs.append({"work": asdict(work)} | _refused(f"{variant.name}: {work}", error))
+            continue
         generations, token_ids = [generation for generation, _ in done], done[0][1]
         are_equal = expected.setdefault(work, token_ids) == token_ids
         best = min(generations, key=lambda each: each.step_ms)
@@ -269,3 +287,9 @@ def _run_variant(
             }
         )
     return settings_of(llm) | {"rates": None if rates is None else asdict(rates), "runs": runs}
+
+
+def _refused(name: str, error: Exception) -> dict[str, Any]:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    print(f"{name}: refused: {reason}", flush=True)
+    return {"refused": reason}

@@ -1,22 +1,30 @@
 """The scenarios of KV in host memory: batches, settings, and what each is compared with."""
 
+import json
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bench import UsageError
 from bench.offload.generation import BLOCK_SIZE, Variant, Work, run_variants
 from bench.offload.shapes import Shapes
 from bench.paper.experiment import Plot
+from bench.peers import KV_ON_HOST
 from jpaged import EngineConfig
 
 BATCHED_TOKENS = 8192
 LATENCY = [Work(64, prompt_len, num_tokens) for prompt_len in (128, 256, 512) for num_tokens in (32, 128)]
 SWEEP = [Work(num_seqs, 1024, 32) for num_seqs in (1, 2, 4, 8, 16, 32, 48)]
+THROUGHPUT = [Work(8 * 32, prompt_len, 32) for prompt_len in (256, 512, 1024)]
 SECOND_HAND = "The paper's figures are second-hand: its tables were not at hand. One A100 with 40 GB, PCIe 4."
 PAPER = {
     "latency": f"KVPR: up to 35.8% less latency than Accelerate (OPT-6.7B, 128 + 128). {SECOND_HAND}",
+    "throughput": "KVPR: up to 15.1% more tokens/s than FlexGen with OPT-6.7B, 46.2% with 13B, 29.0% with 30B, weights "
+    f"on the host, 8 batches of 32. {SECOND_HAND}",
     "sweep": f"KVPR: a sweep of batches from 1 to 48 at 1,024 tokens, without figures here. {SECOND_HAND}",
 }
 """Scenario of the paper -> its figures."""
@@ -31,11 +39,12 @@ def add_options(group: Any) -> None:
     add("--length", type=int, default=500_000, metavar="N", help="long: tokens of the sequence (default: %(default)s)")
     add("--pool-gib", type=float, default=10.0, metavar="X", help="long: device pool (default: %(default)s)")
     add("--placements", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants (default: all)")
-    memory = (
-        "most host memory for KV: batches of latency and sweep that need more become smaller (default: %(default)s)"
-    )
+    memory = "most host memory for KV: batches of the paper that need more become smaller (default: %(default)s)"
     add("--host-memory-gib", type=float, default=96.0, metavar="X", help=memory)
-    add("--divisor", type=int, default=1, metavar="N", help="latency, sweep: prompts shorter by this factor")
+    add("--peer-python", default=sys.executable, metavar="PATH", help="peer: the Python that has torch (default: this)")
+    add(
+        "--divisor", type=int, default=1, metavar="N", help="latency, sweep, throughput: prompts shorter by this factor"
+    )
 
 
 VARIANTS = {
@@ -47,7 +56,10 @@ VARIANTS = {
 def decode(args: Namespace, shapes: Shapes) -> dict[str, Any]:
     """Decode steps over KV on the host, beside KV on the device."""
     works = [_decodes(args, n, context) for n in args.num_seqs for context in args.contexts]
-    return _run(args, shapes, works)
+    peers = {name: peer for name, peer in KV_ON_HOST.items() if shapes.name in peer["figures"]}
+    for name, peer in peers.items():
+        print(f"{name}, {peer['settings']}: {peer['figures'][shapes.name]['step_ms']:g} ms a step")
+    return _run(args, shapes, works) | {"peers": peers}
 
 
 def long(args: Namespace, shapes: Shapes) -> dict[str, Any]:
@@ -63,17 +75,36 @@ def long(args: Namespace, shapes: Shapes) -> dict[str, Any]:
     return _run(args, shapes, [work], variants)
 
 
-def of_paper(scenario: str, works: Sequence[Work]) -> Callable[[Namespace, Shapes], dict[str, Any]]:
-    """An experiment of the KVPR paper, its batches as large as the host memory allows."""
+def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[[Namespace, Shapes], dict[str, Any]]:
+    """An experiment of the KVPR paper, its batches as large as the host memory allows.
+
+    Args:
+        scenario: its name in ``PAPER``.
+        works: its batches.
+        settings: settings of all variants.
+    """
 
     def run(args: Namespace, shapes: Shapes) -> dict[str, Any]:
         block_bytes = shapes.block_bytes(EngineConfig(kv_cache_dtype=args.kv_cache_dtype))
         most = int(args.host_memory_gib * 2**30) // block_bytes
         fitting = [_fit(replace(work, prompt_len=work.prompt_len // args.divisor), most) for work in works]
         print(PAPER[scenario])
-        return _run(args, shapes, list(dict.fromkeys(fitting))) | {"paper": PAPER[scenario]}
+        return _run(args, shapes, list(dict.fromkeys(fitting)), **settings) | {"paper": PAPER[scenario]}
 
     return run
+
+
+def measure_peer(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+    """Hugging Face's offloaded cache on the same shapes, in a process of another environment."""
+    if shapes.is_trained:
+        raise UsageError("peer needs --random-weights: it makes a model from a config.json")
+    command = [args.peer_python, "-m", "bench.peers.run_offloaded_cache", "--config", str(shapes.path.resolve())]
+    command += ["--num-seqs", str(args.num_seqs[0]), "--prompt-len", str(args.contexts[0])]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for line in lines:
+        print(" ".join(f"{name}={value}" for name, value in line.items()))
+    return {"peer": lines}
 
 
 def plot(report: dict[str, Any]) -> list[Plot]:
@@ -81,6 +112,8 @@ def plot(report: dict[str, Any]) -> list[Plot]:
     times: dict[str, dict[str, dict[str, float]]] = {"step_ms": {}, "total_s": {}}
     for variant in report["variants"]:
         for run in variant.get("runs", ()):
+            if "refused" in run:
+                continue
             name = str(Work(**run["work"]))
             for key, bars in times.items():
                 bars.setdefault(name, {})[variant["variant"]] = run["best"][key]
@@ -107,7 +140,7 @@ def _decodes(args: Namespace, num_seqs: int, prompt_len: int) -> Work:
 
 
 def _run(
-    args: Namespace, shapes: Shapes, works: Sequence[Work], variants: Sequence[Variant] | None = None
+    args: Namespace, shapes: Shapes, works: Sequence[Work], variants: Sequence[Variant] | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Run works by all variants, in engines that hold the largest of them."""
     longest = max(work.prompt_len + work.num_tokens for work in works)
@@ -119,6 +152,7 @@ def _run(
         max_model_len=longest,
         kv_cache_dtype=args.kv_cache_dtype,
         num_blocks=args.num_blocks,
+        **settings,
     )
     shapes = shapes.with_context(longest)
     print(f"{shapes.name}: blocks of {BLOCK_SIZE}, {config.num_host_blocks:,} in host memory")

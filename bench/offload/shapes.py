@@ -65,15 +65,20 @@ class Shapes:
         try:
             # No name holds the model: the runner joins its projections, and the single ones would stay.
             return LLM.from_model(
-                self._weights(dtype, mesh), self.model_config, config, mesh=mesh, warm_up=False, use_tqdm=False
+                self._weights(dtype, mesh, config.weight_placement),
+                self.model_config,
+                config,
+                mesh=mesh,
+                warm_up=False,
+                use_tqdm=False,
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
 
-    def _weights(self, dtype: Any, mesh: jax.sharding.Mesh) -> Any:
+    def _weights(self, dtype: Any, mesh: jax.sharding.Mesh, placement: str) -> Any:
         if self.is_trained:
-            return load_model(self.path, self.model_config, dtype, mesh, use_tqdm=False)
-        return random_model(self.model_config, dtype, mesh, 0)
+            return load_model(self.path, self.model_config, dtype, mesh, use_tqdm=False, weight_placement=placement)
+        return random_model(self.model_config, dtype, mesh, 0, weight_placement=placement)
 
     def block_bytes(self, config: EngineConfig) -> int:
         """Bytes of a block of an engine's pool."""
@@ -126,9 +131,11 @@ def settings_of(llm: LLM) -> dict[str, Any]:
     runner = llm.engine.runner
     config = runner.config
     settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    memory = runner.mesh.devices.flat[0].memory_stats() or {}
     return {
         "dtype": str(runner.dtype),
         "weight_bytes": runner.weight_bytes,
         "bytes_per_block": runner.bytes_per_block,
+        "peak_device_bytes": memory.get("peak_bytes_in_use"),
         "settings": settings | {"num_blocks": runner.num_blocks, "num_host_blocks": runner.num_host_blocks},
     }

@@ -11,6 +11,9 @@ SERVING: dict[str, dict[str, Any]] = _PEERS["serving"]
 
 KERNELS: dict[str, Any] = _PEERS["attention_kernels"]
 
+KV_ON_HOST: dict[str, dict[str, Any]] = _PEERS["kv_on_host"]
+"""Engine -> the same, for decodes whose KV is in host memory."""
+
 
 def serving_figures(model: str) -> dict[str, dict[str, float]]:
     """Engine -> its figures by name, for every engine measured on a model's shapes."""

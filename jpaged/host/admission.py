@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.manager import NO_MATCH, BlockManager
 from jpaged.host.blocks.prefix_cache import PrefixMatch
+from jpaged.host.blocks.streaming import StreamedMatch
 from jpaged.host.blocks.ticket import Ticket
 from jpaged.host.capacity import Capacity, num_blocks_covering, num_forked_blocks, width_name
 from jpaged.host.line import Line
@@ -238,17 +239,20 @@ class Admission:
     def _start_streamed(self, group: SequenceGroup, to_spare: int) -> Start:
         """Find the way to start a streamed group with the chunk that ``to_spare`` device blocks hold: one, or more."""
         blocks, block_size, seq = self._blocks, self._blocks.block_size, group.sequences[0]
-        num_tokens, match = len(seq.token_ids), NO_MATCH
-        if group.is_swapped:
-            num_cached = seq.num_computed
-        else:
-            if blocks.enable_prefix_caching:
-                match = blocks.streamed.match(seq.hashed, num_tokens - 1, blocks.placement.max_streamed_blocks)
-            num_cached = match.num_tokens
-        room = num_cached + max(to_spare, 1) * block_size
+        num_tokens, placement, found = len(seq.token_ids), self._blocks.placement, StreamedMatch()
+        if blocks.enable_prefix_caching and not group.is_swapped:
+            num_kept = to_spare - num_blocks_covering(min(num_tokens, self._max_chunk), block_size) - 1
+            found = blocks.streamed.match(
+                seq.hashed,
+                num_tokens - 1,
+                most_on_host=placement.max_streamed_blocks,
+                num_to_spare=num_kept if placement.kind == "auto" else 0,
+            )
+        num_cached = seq.num_computed if group.is_swapped else found.match.num_tokens
+        room = num_cached + max(to_spare - found.num_unheld, 1) * block_size
         target = min(num_tokens, room, end_of_chunk(num_cached, self._max_chunk, block_size))
-        ticket = blocks.streamed.ticket_in(seq.seq_id, target, match, num_tokens)
-        return Start(match, target, ticket, ticket.num_blocks - to_spare, is_ready=True, num_cached=num_cached)
+        ticket = blocks.streamed.ticket_in(seq.seq_id, target, found, num_tokens)
+        return Start(found.match, target, ticket, ticket.num_blocks - to_spare, is_ready=True, num_cached=num_cached)
 
     def _num_blocks_forked(self, group: SequenceGroup, target: int) -> int:
         """Count the blocks that the members of a group take once they have forked, beyond those of their leader."""

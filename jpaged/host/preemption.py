@@ -61,6 +61,7 @@ class Preemption:
         Args:
             profile: rates of this machine; None until they are measured: "auto" swaps then.
         """
+        self._streaming.move_out(is_short=True)  # preempts no group
         lower, first = self.groups_to_yield(), self._line.waiting[0]
         while lower:
             self._preempt(lower.pop(), profile)

@@ -85,6 +85,21 @@ def test_rates_of_the_host_pool_are_those_of_the_result_file():
         assert table[f"{num_blocks:,}"] == [str(rates[*kind, num_blocks]) for kind in kinds]
 
 
+def test_figures_of_the_page_on_host_memory_are_those_of_the_result_files():
+    page = (RESULTS.parents[1] / "jpaged" / "docs" / "offload.md").read_text()
+    moves, kernels = _result("host_pool_nvidia-h200")["moves"], _result("kernels_nvidia-h200")["rows"]
+    [link] = [
+        move["gb_per_s"]
+        for move in moves
+        if (move["direction"], move["slots"], move["num_blocks"]) == ("from_host", "apart", 1024)
+    ]
+    [read] = [
+        row["bytes_per_s"] for row in kernels if (row["shape"], row["implementation"]) == ("decode_b256_1k", "hopper")
+    ]
+    assert f"blocks came from the host at {link:.0f} GB/s" in page
+    assert f"attention read KV on the device at {read / 1e12:.1f} TB/s" in " ".join(page.split())
+
+
 def _served(figure: dict | None, decimals: int) -> str:
     if figure is None:
         return ""

@@ -1,11 +1,17 @@
 """The benchmark of KV in host memory, on a tiny model: structure and counts, never times."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench.__main__ import main
+from bench.offload import scenarios
+from bench.peers import KV_ON_HOST, run_offloaded_cache
+from bench.report import CONFIGS
+from jpaged.models import load_config
 from tests.support.tiny import tiny_config
 
 TINY = tiny_config(num_layers=1, vocab_size=64, dtype="float32", eos_token_ids=(3,), max_position_embeddings=64)
@@ -53,7 +59,7 @@ def test_restores_come_back_each_way_with_the_same_tokens(run_offload):
 
 
 def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offload, tmp_path):
-    options = ("--num-seqs", "3", "--contexts", "40", "--num-steps", "6", "--repeats", "2")
+    options = ("--num-seqs", "3", "--contexts", "40", "--num-steps", "6", "--repeats", "2", "--num-blocks", "64")
     lines, report = run_offload("decode", *options, "--max-num-batched-tokens", "32")
     host, device = report["variants"]
     assert (host["variant"], device["variant"]) == ("host", "device")
@@ -68,15 +74,20 @@ def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offloa
             # The middle of the steps lies in the third or the fourth block.
             assert best["kv_bytes"] / variant["bytes_per_block"] / work["num_seqs"] in (2, 3)
             assert len(run["step_ms"]) == 2
-    assert host["runs"][0]["best"]["share_of_copies"] > 0
+    [on_host], [on_device] = host["runs"], device["runs"]
+    assert on_host["best"]["share_of_copies"] > 0
+    assert on_host["best"]["bytes_from_host"] == pytest.approx(on_host["best"]["kv_bytes"], rel=0.5)
+    assert on_device["best"]["bytes_from_host"] == 0
     assert (tmp_path / "offload" / "result.png").exists()
     assert sum(line.startswith("host: 3 x 40") for line in lines) == 1
 
 
 def test_a_long_sequence_is_measured_over_a_part_of_its_blocks_and_over_all(run_offload):
     options = ("--length", "200", "--num-steps", "6", "--repeats", "1", "--max-num-batched-tokens", "32")
-    _, report = run_offload("long", *options, "--pool-gib", "0.001")
+    _, report = run_offload("long", *options, "--pool-gib", "0.00018", "--num-layers", "4")
     part, whole = report["variants"]
+    assert part["settings"]["num_blocks"] == 11 < 200 / 16 < whole["settings"]["num_blocks"]
+    assert part["runs"][0]["best"]["bytes_from_host"] > 0
     assert (part["settings"]["kv_placement"], whole["settings"]["kv_placement"]) == ("auto", "device")
     assert whole["runs"][0]["are_tokens_equal"]
 
@@ -84,21 +95,53 @@ def test_a_long_sequence_is_measured_over_a_part_of_its_blocks_and_over_all(run_
 def test_a_variant_that_does_not_fit_is_recorded_with_the_reason(run_offload):
     options = ("--num-seqs", "2", "--contexts", "40", "--num-steps", "6", "--placements", "device", "--num-blocks", "2")
     lines, report = run_offload("decode", *options, "--max-num-batched-tokens", "32", "--repeats", "1")
-    assert "the request can never fit" in report["variants"][0]["refused"]
-    assert any(line.startswith("device: refused") for line in lines)
+    [run] = report["variants"][0]["runs"]
+    assert "the request can never fit" in run["refused"]
+    assert any(line.startswith("device: 2 x 40 + 17: refused") for line in lines)
 
 
-def test_batches_of_the_paper_shrink_to_the_host_memory(run_offload):
-    options = ("--divisor", "32", "--host-memory-gib", "0.00015", "--repeats", "1", "--placements", "host")
-    lines, report = run_offload("latency", *options, "--max-num-batched-tokens", "64")
+@pytest.mark.parametrize(
+    ("scenario", "placement"), [("latency", "device"), ("sweep", "device"), ("throughput", "host")]
+)
+def test_batches_of_the_paper_shrink_to_the_host_memory(run_offload, monkeypatch, scenario, placement):
+    ran = []
+    monkeypatch.setattr(scenarios, "run_variants", lambda *args: ran.append(args) or [])
+    options = ("--divisor", "8", "--host-memory-gib", "0.001")
+    lines, report = run_offload(scenario, *options)
     assert "second-hand" in report["paper"]
     assert "second-hand" in lines[0]
-    works = [run["work"] for run in report["variants"][0]["runs"]]
-    assert len(works) == 6
-    assert {work["num_tokens"] for work in works} == {32, 128}
-    block_bytes = report["variants"][0]["bytes_per_block"]
-    most = max(work["num_seqs"] * -(-(work["prompt_len"] + work["num_tokens"]) // 16) for work in works)
-    assert 1 < most * block_bytes <= 0.00015 * 2**30
+    [(shapes, config, variants, works, _)] = ran
+    assert [variant.name for variant in variants] == ["host", "device"]
+    assert config.weight_placement == placement
+    block_bytes = shapes.block_bytes(config)
+    assert 0.0005 * 2**30 < max(work.num_blocks for work in works) * block_bytes <= 0.001 * 2**30
+    assert all(work.num_blocks <= config.num_host_blocks for work in works)
+    assert len(set(works)) == len(works)
+    with pytest.raises(SystemExit):
+        run_offload(scenario, "--host-memory-gib", "0.000001")
+
+
+def test_a_peer_that_is_not_installed_says_so(run_offload, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert run_offloaded_cache.main(["--config", "anywhere"]) == 0
+    printed = json.dumps({"unavailable": "No module named 'torch'"}) + "\nother output\n"
+
+    def run(command, **options):
+        assert command[1:4] == ["-m", "bench.peers.run_offloaded_cache", "--config"]
+        assert command[-4:] == ["--num-seqs", "2", "--prompt-len", "40"]
+        return subprocess.CompletedProcess(command, 0, printed)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    _, report = run_offload("peer", "--num-seqs", "2", "--contexts", "40")
+    assert report["peer"] == [{"unavailable": "No module named 'torch'"}]
+
+
+def test_a_peer_has_figures_of_the_shapes_that_it_was_measured_on():
+    for peer in KV_ON_HOST.values():
+        for name, figures in peer["figures"].items():
+            config = load_config(CONFIGS / name)
+            kv_bytes = 32 * 1024 * config.num_layers * 2 * config.num_kv_heads * config.head_dim * 2
+            assert kv_bytes / figures["step_ms"] / 1e6 == pytest.approx(figures["link_gb_per_s"], rel=0.02)
 
 
 def test_fewer_layers_are_for_random_weights(capsys, run_offload):

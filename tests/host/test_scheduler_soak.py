@@ -96,6 +96,7 @@ FEATURES = {
     "streamed: a lower priority made way",
     "streamed: aborted",
     "streamed: started from blocks on the host",
+    "streamed: started from blocks on the device",
     "streamed: host blocks shared",
     "streamed: blocks of a swapped group dropped",
 }
@@ -427,6 +428,10 @@ class Episode:
             group, seq = self.scheduler.roster.sequences[chunk.seq_id]
             num_blocks = len(self._host_blocks(seq))
             seen["streamed: more blocks than the device has"] += num_blocks > num_usable
+            is_started = group.is_streamed and group in admitted
+            seen["streamed: started from blocks on the device"] += (
+                is_started and chunk.start > num_blocks * blocks.block_size
+            )
             is_longer = seq.prompt_len > num_usable * blocks.block_size
             seen["streamed: prompt longer than the device"] += num_blocks > 0 and is_longer
         if streamed is not None:

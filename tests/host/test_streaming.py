@@ -2,6 +2,7 @@
 
 import pytest
 
+from jpaged.contract.rows import host_cell
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.offload.placement import Placement, end_of_chunk, has_room
 from jpaged.host.sequence import SequenceGroup, SequenceState
@@ -53,8 +54,8 @@ def test_a_block_moves_in_the_plan_after_the_one_that_fills_it():
     assert [len(plan.to_host) for plan in plans] == [0, 1, 0, 0, 0, 1, 0, 0, 0]
     assert [len(streamed(plan)) for plan in plans] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
     changes = [plan.plan.changes.blocks.tolist() for plan in plans]
-    assert changes[1][0] == -1, "the cell names the first streamed block of the row"
-    assert changes[5][0] == -2
+    assert changes[1][0] == host_cell(0), "the cell names the first streamed block of the row"
+    assert changes[5][0] == host_cell(1)
     assert all(block > WINDOW for cells in changes for block in cells if block >= 0), "the window is no sequence's"
 
 
@@ -92,6 +93,17 @@ def test_auto_keeps_on_the_device_what_fits_while_no_group_waits():
     step_until(device, lambda: pair.is_finished)
     assert num_on_host(device, again) >= 10, "they made room for the group"
     finish_all(device, again)
+
+
+def test_a_higher_priority_preempts_no_sequence_whose_blocks_can_move():
+    device = make(num_blocks=12, kind="auto")
+    low = add(device, "low", 40, max_tokens=41, ignore_eos=True, priority=1)
+    step_until(device, lambda: low.sequences[0].num_outputs == 3)
+    high = add(device, "high", 13, n=2, max_tokens=5, ignore_eos=True)
+    plan = step(device)
+    assert {chunk.seq_id for chunk in plan.chunks} == {low.sequences[0].seq_id, high.sequences[0].seq_id}
+    finish_all(device, low, high)
+    assert device.scheduler.stats().num_preemptions == 0
 
 
 def test_a_request_ends_where_host_and_device_end():
@@ -221,14 +233,15 @@ def test_a_second_request_shares_the_host_blocks_of_an_equal_prompt():
     assert device.scheduler.blocks.stats().host_hit_tokens > 0
 
 
-def test_blocks_that_only_the_device_caches_move_to_the_host_first():
-    device = make(num_blocks=30, kind="auto")
+@pytest.mark.parametrize(("kind", "num_blocks", "num_moved"), [("host", 30, 22), ("auto", 30, 0), ("auto", 25, 2)])
+def test_blocks_that_the_device_caches_stay_there_or_move_to_the_host_first(kind, num_blocks, num_moved):
+    device = make(num_blocks=num_blocks, kind=kind)
     prompt = [5 * i % 16 for i in range(90)]
-    finish_all(device, add(device, "resident", prompt, max_tokens=2))
+    finish_all(device, add(device, "resident", prompt, max_tokens=2, prompt_logprobs=0))
     group = add(device, "streamed", prompt, max_tokens=60, ignore_eos=True)
     assert group.is_streamed
     plan = step(device)
-    assert len(plan.to_host) == len(streamed(plan)) == 22
+    assert len(plan.to_host) == len(streamed(plan)) == num_moved
     assert plan.chunks[0].start == 88
     finish_all(device, group)
 

@@ -21,6 +21,21 @@ class _Move(NamedTuple):
     twin: int | None
 
 
+class StreamedMatch(NamedTuple):
+    """The cached start of a streamed sequence.
+
+    Args:
+        match: the hits, all of full blocks.
+        num_kept: hits, the last ones, whose device blocks the sequence shares. The others go to the host, if they are
+            not there.
+        num_unheld: free device blocks among those shared.
+    """
+
+    match: PrefixMatch = PrefixMatch()
+    num_kept: int = 0
+    num_unheld: int = 0
+
+
 class StreamedBlocks:
     """Starts streamed sequences and moves their blocks to the host.
 
@@ -36,51 +51,68 @@ class StreamedBlocks:
         self._holdings = holdings
         self._reserve = reserve
 
-    def match(self, tokens: HashedTokens, num_tokens: int, most_blocks: int) -> PrefixMatch:
-        """Find the longest cached prefix that the host has, or can take now from the device.
+    def match(self, tokens: HashedTokens, num_tokens: int, *, most_on_host: int, num_to_spare: int) -> StreamedMatch:
+        """Find the longest cached prefix that the host has, can take now from the device, or that stays on the device.
 
         Args:
             tokens: tokens of a sequence.
             num_tokens: the first of them, to match.
-            most_blocks: blocks that may be found at most.
+            most_on_host: blocks on the host at most.
+            num_to_spare: free device blocks that the sequence may keep.
         """
         tiers = self._tiers
         match = tiers.match(tokens, num_tokens, least_inside=tiers.block_size)
-        match = match.cut(min(tiers.num_hits_ready(match), match.num_full_blocks(tiers.block_size), most_blocks))
-        return match.cut(self._num_possible(self._moves_of(match)))
+        match = match.cut(min(tiers.num_hits_ready(match), match.num_full_blocks(tiers.block_size)))
+        num_kept = num_unheld = 0
+        for hit in reversed(match.hits):
+            is_free = hit.block in tiers.device.free
+            if hit.is_on_host or num_unheld + is_free > num_to_spare:
+                break
+            num_kept, num_unheld = num_kept + 1, num_unheld + is_free
+        num_home = len(match.hits) - num_kept
+        num_possible = self._num_possible(self._moves_of(match.cut(min(num_home, most_on_host))))
+        return (
+            StreamedMatch(match, num_kept, num_unheld)
+            if num_possible == num_home
+            else StreamedMatch(match.cut(num_possible))
+        )
 
-    def ticket_in(self, seq_id: Hashable, num_tokens: int, match: PrefixMatch, num_queried: int) -> Ticket[None]:
+    def ticket_in(self, seq_id: Hashable, num_tokens: int, found: StreamedMatch, num_queried: int) -> Ticket[None]:
         """The ticket to start a sequence, or to resume a swapped one, that streams the blocks it has on the host.
 
         Args:
             seq_id: a new name, or that of a swapped sequence.
             num_tokens: tokens to hold.
-            match: the match that ``match`` just found; empty for a swapped sequence.
+            found: the match that ``match`` just found; empty for a swapped sequence.
             num_queried: tokens of the sequence.
         """
         swapped = self._holdings.on_host.get(seq_id)
         if swapped is None:
             self._holdings.require_new(seq_id)
+        match, num_kept, num_unheld = found
         num_held = len(match.hits) if swapped is None else len(swapped.blocks)
         num_taken = self._holdings.num_covering(num_tokens) - num_held
+        kept = [hit.block for hit in match.hits[len(match.hits) - num_kept :]]
 
         def start() -> None:
             if swapped is None:
                 prefix = self._tiers.prefix_of(match.hits[-1]) if match.hits else None
                 num_published = num_held
-                homes = self._bring_home(self._moves_of(match))
+                for block in kept:
+                    self._tiers.device.hold(block)  # before any block is taken, which may evict others
+                homes = self._bring_home(self._moves_of(match.cut(num_held - num_kept)))
                 self._reserve.count(num_queried, match)
             else:
                 prefix, num_published, homes = swapped.prefix, swapped.num_published, swapped.blocks
                 del self._holdings.on_host[seq_id]
-            blocks = [host_cell(index) for index in range(num_held)]
-            blocks += [self._tiers.take() for _ in range(num_taken)]
+            blocks = [host_cell(index) for index in range(len(homes))]
+            blocks += [*kept, *(self._tiers.take() for _ in range(num_taken))]
             num_empty = len(blocks) * self._tiers.block_size - num_tokens
             self._holdings.on_device[seq_id] = Holding(
                 blocks, num_empty, prefix, num_published, host_blocks=array("i", homes)
             )
 
-        return Ticket(num_taken, self._tiers, self._tiers.device, start)
+        return Ticket(num_taken + num_unheld, self._tiers, self._tiers.device, start)
 
     def move_out(self, seq_id: Hashable, num_blocks: int) -> int:
         """Move the first device blocks of a streamed sequence, which planned steps have filled, to the host.
