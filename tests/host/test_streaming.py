@@ -2,6 +2,7 @@
 
 import pytest
 
+from jpaged.contract.rows import host_cell
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.offload.placement import Placement, end_of_chunk, has_room
 from jpaged.host.sequence import SequenceGroup, SequenceState
@@ -53,8 +54,8 @@ def test_a_block_moves_in_the_plan_after_the_one_that_fills_it():
     assert [len(plan.to_host) for plan in plans] == [0, 1, 0, 0, 0, 1, 0, 0, 0]
     assert [len(streamed(plan)) for plan in plans] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
     changes = [plan.plan.changes.blocks.tolist() for plan in plans]
-    assert changes[1][0] == -1, "the cell names the first streamed block of the row"
-    assert changes[5][0] == -2
+    assert changes[1][0] == host_cell(0), "the cell names the first streamed block of the row"
+    assert changes[5][0] == host_cell(1)
     assert all(block > WINDOW for cells in changes for block in cells if block >= 0), "the window is no sequence's"
 
 
