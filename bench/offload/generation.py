@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from bench import UsageError
+from bench.offload.busy import Busy, trace_steps
 from bench.offload.shapes import Shapes, settings_of
 from bench.report import Table
 from bench.serving.runs import as_prompts
@@ -197,7 +198,29 @@ def _decode_all(llm: LLM, groups: list[SequenceGroup]) -> tuple[int, int, list[t
     return num_before, last.num_outputs - num_before, steps, llm.stats().bytes_from_host - before.bytes_from_host
 
 
-def _add(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[SequenceGroup]:
+def measure_busy(llm: LLM, shapes: Shapes, work: Work, seed: int) -> Busy:
+    """Profile a few steps in which all requests of a batch decode, and end it.
+
+    Args: as for ``generate``.
+
+    Raises:
+        RuntimeError: a request ends before.
+    """
+    engine = llm.engine
+    groups = _add(engine, [shapes.prompt(work.prompt_len, seed + index) for index in range(work.num_seqs)], None)
+    try:
+        _run_while(engine, lambda: groups[-1].sequences[0].num_outputs < NUM_FIRST and engine.has_unfinished)
+        busy = trace_steps(llm)
+        if len(engine.scheduler.line.running) < work.num_seqs:
+            raise RuntimeError(f"{work}: not all requests decode in the steps that are profiled")
+        return busy
+    finally:
+        for group in groups:
+            engine.abort(group.request.request_id)
+        engine.step()  # takes the step in flight
+
+
+def _add(engine: Engine, prompts: list[list[int]], max_tokens: int | None) -> list[SequenceGroup]:
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     requests = engine.make_requests(as_prompts(prompts), params, 0)
     for request in requests:
@@ -229,18 +252,35 @@ class Variant:
 
 
 def run_variants(
-    shapes: Shapes, config: EngineConfig, variants: Sequence[Variant], works: Sequence[Work], repeats: int
+    shapes: Shapes,
+    config: EngineConfig,
+    variants: Sequence[Variant],
+    works: Sequence[Work],
+    repeats: int,
+    *,
+    is_profiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Run all works by every variant, each in an engine of its own, and print a row for each.
 
-    A variant that the machine cannot serve is recorded with the reason.
+    A variant or a work that the machine cannot serve is recorded with the reason.
+
+    Args:
+        shapes: the model.
+        config: the settings that variants change.
+        variants: ways to serve.
+        works: batches.
+        repeats: runs of each batch; the one with the fastest step counts.
+        is_profiled: whether to profile a few steps of each batch too.
     """
     table = Table("", "prompts s", "ms a step", "KV GB/s", "of copies", "tokens/s", "tokens", first=36, width=9)
     print(table.header(), flush=True)
     results, expected = [], {}
     for variant in variants:
         try:
-            result = _run_variant(shapes, replace(config, **variant.changes), variant, works, repeats, table, expected)
+            llm = shapes.start(replace(config, **variant.changes))
+            variant.tune(llm.engine)
+            result = _Runs(llm, shapes, variant.name, repeats, is_profiled, table, expected).run(works)
+            del llm
         except (UsageError, ValueError, RuntimeError) as error:
             result = _refused(variant.name, error)
         results.append({"variant": variant.name} | result)
@@ -248,45 +288,52 @@ def run_variants(
     return results
 
 
-def _run_variant(
-    shapes: Shapes,
-    config: EngineConfig,
-    variant: Variant,
-    works: Sequence[Work],
-    repeats: int,
-    table: Table,
-    expected: dict[Work, list[list[int]]],
-) -> dict[str, Any]:
-    llm = shapes.start(config)
-    variant.tune(llm.engine)
-    rates, runs = measure_rates(llm.engine.runner) if llm.engine.runner.num_host_blocks else None, []
-    seeds = itertools.count(0, MOST_SEQS)  # no prompt is found in the prefix cache
-    for work in works:
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """The runs of one variant. ``expected`` has the tokens that earlier variants drew, by work."""
+
+    llm: LLM
+    shapes: Shapes
+    name: str
+    repeats: int
+    is_profiled: bool
+    table: Table
+    expected: dict[Work, list[list[int]]]
+
+    def run(self, works: Sequence[Work]) -> dict[str, Any]:
+        """Run all works. Returns settings, rates and runs, for the result file."""
+        runner, runs = self.llm.engine.runner, []
+        rates = measure_rates(runner) if runner.num_host_blocks else None
+        for index, work in enumerate(works):
+            try:
+                runs.append(self._run(work, rates, MOST_SEQS * (self.repeats + 2) * index))
+            except (ValueError, RuntimeError) as error:
+                runs.append({"work": asdict(work)} | _refused(f"{self.name}: {work}", error))
+        return settings_of(self.llm) | {"rates": None if rates is None else asdict(rates), "runs": runs}
+
+    def _run(self, work: Work, rates: Rates | None, seed: int) -> dict[str, Any]:
+        seeds = itertools.count(seed, MOST_SEQS)  # no prompt is found in the prefix cache
         # A first run compiles programs. Long prompts need no run of their own: chunks of all sizes are in a short one.
-        short = replace(work, prompt_len=min(work.prompt_len, SHORT_LEN))
-        try:
-            generate(llm, shapes, short, next(seeds))
-            done = [generate(llm, shapes, work, next(seeds)) for _ in range(repeats)]
-        except (ValueError, RuntimeError) as error:
-            runs.append({"work": asdict(work)} | _refused(f"{variant.name}: {work}", error))
-            continue
-        generations, token_ids = [generation for generation, _ in done], done[0][1]
-        are_equal = expected.setdefault(work, token_ids) == token_ids
-        best = min(generations, key=lambda each: each.step_ms)
+        generate(self.llm, self.shapes, replace(work, prompt_len=min(work.prompt_len, SHORT_LEN)), next(seeds))
+        done = [generate(self.llm, self.shapes, work, next(seeds)) for _ in range(self.repeats)]
+        busy = asdict(measure_busy(self.llm, self.shapes, work, next(seeds))) if self.is_profiled else None
+        token_ids = done[0][1]
+        are_equal = self.expected.setdefault(work, token_ids) == token_ids
+        best = min((generation for generation, _ in done), key=lambda each: each.step_ms)
         rate = best.kv_bytes / best.step_ms * 1e3
         share = None if rates is None else rate / rates.best_bytes_per_s
         tokens_per_s = work.num_seqs * work.num_tokens / best.total_s
         cells = best.prompt_s, best.step_ms, rate / 1e9, share, tokens_per_s, "equal" if are_equal else "DIFFER"
-        print(table.row(f"{variant.name}: {work}", *cells), flush=True)
-        runs.append(
-            {
-                "work": asdict(work),
-                "best": asdict(best) | {"tokens_per_s": tokens_per_s, "kv_bytes_per_s": rate, "share_of_copies": share},
-                "step_ms": [each.step_ms for each in generations],
-                "are_tokens_equal": are_equal,
-            }
-        )
-    return settings_of(llm) | {"rates": None if rates is None else asdict(rates), "runs": runs}
+        print(self.table.row(f"{self.name}: {work}", *cells), flush=True)
+        if busy is not None:
+            print(f"  computing {busy['computing']:.1%} of the time, copying {busy['copying']:.1%}", flush=True)
+        return {
+            "work": asdict(work),
+            "best": asdict(best) | {"tokens_per_s": tokens_per_s, "kv_bytes_per_s": rate, "share_of_copies": share},
+            "step_ms": [generation.step_ms for generation, _ in done],
+            "busy": busy,
+            "are_tokens_equal": are_equal,
+        }
 
 
 def _refused(name: str, error: Exception) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def add_options(group: Any) -> None:
     add("--placements", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants (default: all)")
     memory = "most host memory for KV: batches of the paper that need more become smaller (default: %(default)s)"
     add("--host-memory-gib", type=float, default=96.0, metavar="X", help=memory)
+    add("--busy", action="store_true", help="profile a few steps too: shares of time that compute and that copy")
     add("--peer-python", default=sys.executable, metavar="PATH", help="peer: the Python that has torch (default: this)")
     add(
         "--divisor", type=int, default=1, metavar="N", help="latency, sweep, throughput: prompts shorter by this factor"
@@ -157,4 +158,4 @@ def _run(
     shapes = shapes.with_context(longest)
     print(f"{shapes.name}: blocks of {BLOCK_SIZE}, {config.num_host_blocks:,} in host memory")
     variants = variants or [VARIANTS[name] for name in args.placements]
-    return {"variants": run_variants(shapes, config, variants, works, args.repeats)}
+    return {"variants": run_variants(shapes, config, variants, works, args.repeats, is_profiled=args.busy)}
