@@ -8,6 +8,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 PREEMPTIONS = ("auto", "swap", "recompute")
 KV_PLACEMENTS = ("device", "auto", "host")
+OFFLOAD_CACHES = ("auto", "kv", "activations")
 WEIGHT_PLACEMENTS = ("device", "host")
 DEFAULT_TOKEN_BUDGET = 2048
 MAX_SEQS = 1 << 16
@@ -111,6 +112,12 @@ class EngineConfig:
         "memory of the KV that running requests attend to: device; host, which keeps full blocks in the host pool and "
         "streams them layer by layer in every step; or auto, which does so for requests that do not fit the device",
     )
+    offload_cache: str = setting(
+        "auto",
+        one_of(*OFFLOAD_CACHES),
+        "what blocks hold with kv_placement='host': kv; activations, from which every step computes K and V again, and "
+        "which are half as large where every query head has its own K and V; or auto, the smaller",
+    )
     weight_placement: str = setting(
         "device",
         one_of(*WEIGHT_PLACEMENTS),
@@ -156,6 +163,21 @@ class EngineConfig:
                 f"max_burst={self.max_burst} with weight_placement='host': every step streams the weights, and a "
                 "multi-step decode would save nothing; leave max_burst out"
             )
+
+        if self.offload_cache == "activations":
+            self._check_activations()
+
+    def _check_activations(self) -> None:
+        """Raise ValueError if blocks cannot hold activations under these settings."""
+        asked = "offload_cache='activations'"
+        if self.kv_placement != "host":
+            raise ValueError(f"{asked} with kv_placement={self.kv_placement!r}: expected kv_placement='host'")
+        if self.kv_cache_dtype != "auto":
+            raise ValueError(f"{asked} with kv_cache_dtype={self.kv_cache_dtype!r}: activations are not quantised")
+        if self.block_size % 2:
+            raise ValueError(f"{asked} with block_size={self.block_size}: expected an even number of tokens")
+        if (self.max_burst or 1) > 1:
+            raise ValueError(f"{asked} with max_burst={self.max_burst}: expected 1, since every step streams")
 
     @property
     def token_budget(self) -> int:

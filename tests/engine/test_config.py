@@ -30,6 +30,7 @@ INVALID = {
     "num_host_blocks": [*NOT_INTEGERS, -1, 2**31],
     "host_memory_bytes": [*NOT_INTEGERS, -1, 2**63],
     "kv_placement": [None, "disk", True],
+    "offload_cache": [None, "both", 1],
     "weight_placement": [None, "auto", True],
 }
 
@@ -52,8 +53,11 @@ VALID = {
     "num_host_blocks": [None, 0, 7],
     "host_memory_bytes": [None, 0, 2**63 - 1],
     "kv_placement": ["device", "auto", "host"],
+    "offload_cache": ["auto", "kv", "activations"],
     "weight_placement": ["device", "host"],
 }
+
+ACTIVATIONS = {"kv_placement": "host", "offload_cache": "activations"}
 
 
 def test_every_setting_has_invalid_and_valid_values():
@@ -82,6 +86,10 @@ def test_valid_value_is_kept(name, value):
         ),
         ({"num_host_blocks": 1, "host_memory_bytes": 1}, "give one of them"),
         ({"preemption": "swap", "host_memory_bytes": 0}, "preemption='swap' needs a host pool"),
+        ({"offload_cache": "activations"}, "expected kv_placement='host'"),
+        ({**ACTIVATIONS, "kv_cache_dtype": "int8"}, "activations are not quantised"),
+        ({**ACTIVATIONS, "block_size": 15}, "expected an even number of tokens"),
+        ({**ACTIVATIONS, "max_burst": 2}, "expected 1, since every step streams"),
         ({"kv_placement": "host", "num_host_blocks": 0}, "kv_placement='host' needs a host pool"),
         ({"weight_placement": "host", "max_burst": 2}, "every step streams the weights"),
     ],

@@ -10,7 +10,15 @@ from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh
-from tests.support.tiny import ENGINE_MODEL, ENGINE_SIZES, engine_model, tiny_engine
+from tests.support.tiny import (
+    ENGINE_MODEL,
+    ENGINE_SIZES,
+    engine_model,
+    enlarged,
+    tiny_config,
+    tiny_engine,
+    tiny_model,
+)
 
 SIZES = dataclasses.replace(ENGINE_SIZES, kv_placement="host", num_host_blocks=48)
 PROMPTS = [[(5 + i) * j % 23 for j in range(length)] for i, length in enumerate((40, 3, 33, 12))]
@@ -61,3 +69,21 @@ def test_a_context_is_bounded_by_the_model_alone():
 def test_an_engine_streams_only_with_a_runner_that_can():
     with pytest.raises(ValueError, match="kv_placement='auto': the runner streams no blocks from the host"):
         tiny_engine(kv_placement="auto")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
+    """Activations, from which K and V are computed in every step; two engines over one model."""
+    model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
+    model = enlarged(tiny_model(model_config))
+    engines = []
+    for settings in ({"kv_placement": "device"}, {"max_burst": 1}):
+        config = dataclasses.replace(SIZES, num_blocks=48, num_host_blocks=24, **settings)
+        engines.append(Engine(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1)), config))
+    kept, computed = engines
+    assert computed.runner.programs.keeps_activations
+    params = {"max_tokens": 20, "temperature": temperature}
+    expected = outputs(kept, PROMPTS, **params)
+    assert outputs(computed, PROMPTS, **params) == expected
+    assert computed.blocks.stats().num_blocks_swapped_out > 0
+    assert outputs(computed, PROMPTS, **params) == expected, "which now start from blocks on the host"
