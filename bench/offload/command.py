@@ -12,8 +12,9 @@ again (recompute), by both ways at once (both), and as the engine chooses (auto)
 admits the request to its next token, alone and beside decodes. The tokens of all ways are compared.
 
 decode: a batch whose KV lies on the host, streamed layer by layer in every step, and the same with KV on the device
-(--placements). KV GB/s counts the K and V of all full blocks attended to; its share is of the fastest copy from pinned
-memory in the same run. --busy profiles a few steps: the shares of time in which kernels ran, and copies.
+(--placements). KV GB/s counts the K and V of all full blocks attended to, link GB/s the bytes that came from the host;
+their share is of the fastest copy from pinned memory in the same run. --busy profiles a few steps: the shares of time
+in which kernels ran, and copies.
 
 long: one sequence of --length tokens over a device pool of --pool-gib, and over one that holds all of it.
 

@@ -272,7 +272,8 @@ def run_variants(
         repeats: runs of each batch; the one with the fastest step counts.
         is_profiled: whether to profile a few steps of each batch too.
     """
-    table = Table("", "prompts s", "ms a step", "KV GB/s", "of copies", "tokens/s", "tokens", first=36, width=9)
+    titles = "prompts s", "ms a step", "KV GB/s", "link GB/s", "of copies", "tokens/s", "tokens"
+    table = Table("", *titles, first=36, width=9)
     print(table.header(), flush=True)
     results, expected = [], {}
     for variant in variants:
@@ -320,16 +321,22 @@ class _Runs:
         token_ids = done[0][1]
         are_equal = self.expected.setdefault(work, token_ids) == token_ids
         best = min((generation for generation, _ in done), key=lambda each: each.step_ms)
-        rate = best.kv_bytes / best.step_ms * 1e3
-        share = None if rates is None else rate / rates.best_bytes_per_s
-        tokens_per_s = work.num_seqs * work.num_tokens / best.total_s
-        cells = best.prompt_s, best.step_ms, rate / 1e9, share, tokens_per_s, "equal" if are_equal else "DIFFER"
-        print(self.table.row(f"{self.name}: {work}", *cells), flush=True)
+        figures = {
+            "kv_bytes_per_s": 1e3 * best.kv_bytes / best.step_ms,
+            "link_bytes_per_s": 1e3 * best.bytes_from_host / best.step_ms,
+            "share_of_copies": None,
+            "tokens_per_s": work.num_seqs * work.num_tokens / best.total_s,
+        }
+        if rates is not None:
+            figures["share_of_copies"] = figures["link_bytes_per_s"] / rates.best_bytes_per_s
+        kv, link, share, tokens_per_s = figures.values()
+        cells = best.prompt_s, best.step_ms, kv / 1e9, link / 1e9, share, tokens_per_s
+        print(self.table.row(f"{self.name}: {work}", *cells, "equal" if are_equal else "DIFFER"), flush=True)
         if busy is not None:
             print(f"  computing {busy['computing']:.1%} of the time, copying {busy['copying']:.1%}", flush=True)
         return {
             "work": asdict(work),
-            "best": asdict(best) | {"tokens_per_s": tokens_per_s, "kv_bytes_per_s": rate, "share_of_copies": share},
+            "best": asdict(best) | figures,
             "step_ms": [generation.step_ms for generation, _ in done],
             "busy": busy,
             "are_tokens_equal": are_equal,
