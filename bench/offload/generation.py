@@ -3,7 +3,8 @@
 import gc
 import itertools
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -258,11 +259,12 @@ def run_variants(
     works: Sequence[Work],
     repeats: int,
     *,
+    keep: Callable[[list[dict[str, Any]]], None],
     is_profiled: bool = False,
-) -> list[dict[str, Any]]:
+) -> None:
     """Run all works by every variant, each in an engine of its own, and print a row for each.
 
-    A variant or a work that the machine cannot serve is recorded with the reason.
+    A variant or a work that fails is recorded with the reason.
 
     Args:
         shapes: the model.
@@ -270,6 +272,7 @@ def run_variants(
         variants: ways to serve.
         works: batches.
         repeats: runs of each batch; the one with the fastest step counts.
+        keep: gets the results so far after each batch: settings, rates and runs of every variant.
         is_profiled: whether to profile a few steps of each batch too.
     """
     titles = "prompts s", "ms a step", "KV GB/s", "link GB/s", "of copies", "tokens/s", "tokens"
@@ -277,16 +280,17 @@ def run_variants(
     print(table.header(), flush=True)
     results, expected = [], {}
     for variant in variants:
+        result: dict[str, Any] = {"variant": variant.name}
+        results.append(result)
         try:
-            llm = shapes.start(replace(config, **variant.changes))
-            variant.tune(llm.engine)
-            result = _Runs(llm, shapes, variant.name, repeats, is_profiled, table, expected).run(works)
-            del llm
-        except (UsageError, ValueError, RuntimeError) as error:
-            result = _refused(variant.name, error)
-        results.append({"variant": variant.name} | result)
+            # No name here holds an engine, whose memory the next one takes.
+            for found in _Runs.start(shapes, config, variant, repeats, is_profiled, table, expected).run(works):
+                result |= found
+                keep(results)
+        except Exception as error:  # the others may still be measured
+            result |= _refused(variant.name, error)
+            keep(results)
         gc.collect()  # the device holds one model at a time
-    return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,16 +305,23 @@ class _Runs:
     table: Table
     expected: dict[Work, list[list[int]]]
 
-    def run(self, works: Sequence[Work]) -> dict[str, Any]:
-        """Run all works. Returns settings, rates and runs, for the result file."""
+    @classmethod
+    def start(cls, shapes: Shapes, config: EngineConfig, variant: Variant, *others: Any) -> "_Runs":
+        """Start the engine of a variant; the others are the last fields."""
+        llm = shapes.start(replace(config, **variant.changes))
+        variant.tune(llm.engine)
+        return cls(llm, shapes, variant.name, *others)
+
+    def run(self, works: Sequence[Work]) -> Iterator[dict[str, Any]]:
+        """Run all works. Yields settings, rates and the runs so far, for the result file."""
         runner, runs = self.llm.engine.runner, []
         rates = measure_rates(runner) if runner.num_host_blocks else None
         for index, work in enumerate(works):
             try:
                 runs.append(self._run(work, rates, MOST_SEQS * (self.repeats + 2) * index))
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:  # the others may still be measured
                 runs.append({"work": asdict(work)} | _refused(f"{self.name}: {work}", error))
-        return settings_of(self.llm) | {"rates": None if rates is None else asdict(rates), "runs": runs}
+            yield settings_of(self.llm) | {"rates": None if rates is None else asdict(rates), "runs": runs}
 
     def _run(self, work: Work, rates: Rates | None, seed: int) -> dict[str, Any]:
         seeds = itertools.count(seed, MOST_SEQS)  # no prompt is found in the prefix cache
@@ -344,6 +355,8 @@ class _Runs:
 
 
 def _refused(name: str, error: Exception) -> dict[str, Any]:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if not isinstance(error, (UsageError, ValueError)):
+        traceback.print_exception(error)
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     print(f"{name}: refused: {reason}", flush=True)
     return {"refused": reason}

@@ -65,7 +65,7 @@ def add_options(group: Any) -> None:
     group.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways back (default: all)")
 
 
-def measure(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+def measure(args: Namespace, shapes: Shapes) -> None:
     """Measure all lengths, ways and numbers of decodes."""
     longest, num_beside = max(args.lengths) + _num_own(args.repeats), max(args.decodes)
     max_model_len = max(longest, DECODE_LEN + NUM_DECODED)
@@ -94,7 +94,7 @@ def measure(args: Namespace, shapes: Shapes) -> dict[str, Any]:
             result = _measure_row(args, shapes, runner, config, length, num_decodes)
             results.append(result)
             print(table.row(f"{length:,} beside {num_decodes}", *_cells(result)), flush=True)
-    return settings_of(llm) | {"profile": asdict(runner.profile), "restores": results}
+            args.keep(settings_of(llm) | {"profile": asdict(runner.profile), "restores": results})
 
 
 def _measure_row(

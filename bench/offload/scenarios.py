@@ -54,16 +54,16 @@ VARIANTS = {
 }
 
 
-def decode(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+def decode(args: Namespace, shapes: Shapes) -> None:
     """Decode steps over KV on the host, beside KV on the device."""
     works = [_decodes(args, n, context) for n in args.num_seqs for context in args.contexts]
     peers = {name: peer for name, peer in KV_ON_HOST.items() if shapes.name in peer["figures"]}
     for name, peer in peers.items():
         print(f"{name}, {peer['settings']}: {peer['figures'][shapes.name]['step_ms']:g} ms a step")
-    return _run(args, shapes, works) | {"peers": peers}
+    _run(args, shapes, works, content={"peers": peers})
 
 
-def long(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+def long(args: Namespace, shapes: Shapes) -> None:
     """One sequence of which the device pool holds a part, beside a pool that holds all of it."""
     work = _decodes(args, 1, args.length)
     shapes = shapes.with_context(work.prompt_len + work.num_tokens)
@@ -73,10 +73,10 @@ def long(args: Namespace, shapes: Shapes) -> dict[str, Any]:
         Variant("part", {"kv_placement": "auto", "num_blocks": max(num_blocks, 2)}),
         Variant("all", {"kv_placement": "device", "num_blocks": num_all, "num_host_blocks": 0}),
     ]
-    return _run(args, shapes, [work], variants)
+    _run(args, shapes, [work], variants)
 
 
-def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[[Namespace, Shapes], dict[str, Any]]:
+def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[[Namespace, Shapes], None]:
     """An experiment of the KVPR paper, its batches as large as the host memory allows.
 
     Args:
@@ -85,17 +85,17 @@ def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[
         settings: settings of all variants.
     """
 
-    def run(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+    def run(args: Namespace, shapes: Shapes) -> None:
         block_bytes = shapes.block_bytes(EngineConfig(kv_cache_dtype=args.kv_cache_dtype))
         most = int(args.host_memory_gib * 2**30) // block_bytes
         fitting = [_fit(replace(work, prompt_len=work.prompt_len // args.divisor), most) for work in works]
         print(PAPER[scenario])
-        return _run(args, shapes, list(dict.fromkeys(fitting)), **settings) | {"paper": PAPER[scenario]}
+        _run(args, shapes, list(dict.fromkeys(fitting)), content={"paper": PAPER[scenario]}, **settings)
 
     return run
 
 
-def measure_peer(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+def measure_peer(args: Namespace, shapes: Shapes) -> None:
     """Hugging Face's offloaded cache on the same shapes, in a process of another environment."""
     if shapes.is_trained:
         raise UsageError("peer needs --random-weights: it makes a model from a config.json")
@@ -105,7 +105,7 @@ def measure_peer(args: Namespace, shapes: Shapes) -> dict[str, Any]:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for line in lines:
         print(" ".join(f"{name}={value}" for name, value in line.items()))
-    return {"peer": lines}
+    args.keep({"peer": lines})
 
 
 def plot(report: dict[str, Any]) -> list[Plot]:
@@ -141,9 +141,14 @@ def _decodes(args: Namespace, num_seqs: int, prompt_len: int) -> Work:
 
 
 def _run(
-    args: Namespace, shapes: Shapes, works: Sequence[Work], variants: Sequence[Variant] | None = None, **settings: Any
-) -> dict[str, Any]:
-    """Run works by all variants, in engines that hold the largest of them."""
+    args: Namespace,
+    shapes: Shapes,
+    works: Sequence[Work],
+    variants: Sequence[Variant] | None = None,
+    content: dict[str, Any] | None = None,
+    **settings: Any,
+) -> None:
+    """Run works by all variants, in engines that hold the largest of them. ``content`` joins the result file."""
     longest = max(work.prompt_len + work.num_tokens for work in works)
     num_blocks = max(work.num_blocks for work in works)
     config = EngineConfig(
@@ -158,4 +163,8 @@ def _run(
     shapes = shapes.with_context(longest)
     print(f"{shapes.name}: blocks of {BLOCK_SIZE}, {config.num_host_blocks:,} in host memory")
     variants = variants or [VARIANTS[name] for name in args.placements]
-    return {"variants": run_variants(shapes, config, variants, works, args.repeats, is_profiled=args.busy)}
+
+    def keep(results: list[dict[str, Any]]) -> None:
+        args.keep((content or {}) | {"variants": results})
+
+    run_variants(shapes, config, variants, works, args.repeats, keep=keep, is_profiled=args.busy)

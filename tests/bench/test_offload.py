@@ -131,7 +131,7 @@ def test_a_variant_that_does_not_fit_is_recorded_with_the_reason(run_offload):
 )
 def test_batches_of_the_paper_shrink_to_the_host_memory(run_offload, monkeypatch, scenario, placement):
     ran = []
-    monkeypatch.setattr(scenarios, "run_variants", lambda *args, **options: ran.append(args) or [])
+    monkeypatch.setattr(scenarios, "run_variants", lambda *args, keep, **options: ran.append(args) or keep([]))
     options = ("--divisor", "8", "--host-memory-gib", "0.001")
     lines, report = run_offload(scenario, *options)
     assert "second-hand" in report["paper"]
