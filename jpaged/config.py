@@ -164,21 +164,6 @@ class EngineConfig:
                 "multi-step decode would save nothing; leave max_burst out"
             )
 
-        if self.offload_cache == "activations":
-            self._check_activations()
-
-    def _check_activations(self) -> None:
-        """Raise ValueError if blocks cannot hold activations under these settings."""
-        asked = "offload_cache='activations'"
-        if self.kv_placement != "host":
-            raise ValueError(f"{asked} with kv_placement={self.kv_placement!r}: expected kv_placement='host'")
-        if self.kv_cache_dtype != "auto":
-            raise ValueError(f"{asked} with kv_cache_dtype={self.kv_cache_dtype!r}: activations are not quantised")
-        if self.block_size % 2:
-            raise ValueError(f"{asked} with block_size={self.block_size}: expected an even number of tokens")
-        if (self.max_burst or 1) > 1:
-            raise ValueError(f"{asked} with max_burst={self.max_burst}: expected 1, since every step streams")
-
     @property
     def token_budget(self) -> int:
         """``max_num_batched_tokens`` with its default filled in."""

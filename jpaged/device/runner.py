@@ -69,7 +69,7 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
             "streamed from the host to one device; use kv_placement='device', or one device"
         )
     if config.offload_cache == "activations" and (reason := why_no_activations(model_config, config)) is not None:
-        raise ValueError(f"offload_cache='activations' is not possible for this model: {reason}; use 'kv' or 'auto'")
+        raise ValueError(f"offload_cache='activations' cannot be had: {reason}; use 'kv' or 'auto'")
     reason = None if name is None or config.interpret else why_cannot_run(name)
     if reason is not None:
         raise ValueError(
@@ -146,9 +146,8 @@ class ModelRunner:
             self.host_pool.wait()  # it was made while the programs were
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
-        page_size = config.block_size if self.programs.keeps_activations else None
-        sizes = len(self._state.latest), self.max_blocks, model_config.vocab_size, page_size
-        self._packer = Packer(self.buckets, *sizes)
+        sizes = len(self._state.latest), self.max_blocks, model_config.vocab_size
+        self._packer = Packer(self.buckets, *sizes, config.block_size, self.programs.most_pages)
 
     # Sizes --------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Blocks on the host that a step streams through its window: the same tokens as with all blocks on the device."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +12,9 @@ from jpaged.contract.plan import BlockCopy, Streamed
 from jpaged.contract.rows import host_cell
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
 from jpaged.device.kv.layout import keeps_activations
-from jpaged.device.kv.pages import page_sizes_for
+from jpaged.device.kv.pages import PageSizes, page_sizes_for
 from jpaged.device.kv.stream import Window, _runs
-from jpaged.device.kv.streaming import (
-    most_streamed_blocks,
-    most_streamed_pages,
-    num_window_blocks_for,
-    num_window_blocks_for_pages,
-)
+from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
 from jpaged.models import OPTConfig
@@ -136,24 +132,29 @@ def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_confi
 
 
 def test_activations_are_kept_where_they_are_smaller():
-    host = {"kv_placement": "host", "num_host_blocks": 4}
+    host: dict[str, Any] = {"kv_placement": "host", "num_host_blocks": 4}
     assert keeps_activations(MHA, EngineConfig(**host))
     assert keeps_activations(OPT, EngineConfig(**host))
     assert not keeps_activations(MODEL, EngineConfig(**host)), "grouped queries: K and V have fewer features"
-    for other in ({"offload_cache": "kv"}, {"kv_cache_dtype": "int8"}, {"block_size": 15}, {"kv_placement": "auto"}):
+    others: list[dict[str, Any]] = [{"offload_cache": "kv"}, {"kv_cache_dtype": "int8"}, {"block_size": 15}]
+    for other in [*others, {"kv_placement": "auto"}]:
         assert not keeps_activations(MHA, EngineConfig(**host | other))
     with pytest.raises(ValueError, match=r"hidden_size is 16 and its K have \[32\] features"):
         make_streaming(offload_cache="activations")
+    with pytest.raises(ValueError, match="it needs an even block_size, max_burst=1"):
+        make_streaming(model_config=MHA, offload_cache="activations", block_size=15, max_burst=2)
 
 
-def test_sizes_of_pages_are_few_and_hold_all():
-    decodes = {page_sizes_for(n, 3, is_decode=True) for n in range(1, 1025)}
+def test_sizes_of_pages_are_few_and_hold_all_but_no_more_than_fit():
+    most = PageSizes(1000, 200)
+    decodes = {page_sizes_for(n, 3, most, is_decode=True) for n in range(1, 1001)}
     assert len(decodes) < 40
-    for n in (0, 1, 5, 63, 64, 65, 1000):
-        sizes = page_sizes_for(n, n, is_decode=True)
-        assert n <= sizes.num_streamed <= 1.25 * n + 1
-        assert n <= sizes.num_resident
-        assert page_sizes_for(n, n, is_decode=False).num_streamed in (0, 1, 4, 16, 64, 256, 1024)
+    for n in (0, 1, 5, 63, 64, 65, 150, 200):
+        sizes = page_sizes_for(5 * n, n, most, is_decode=True)
+        assert 5 * n <= sizes.num_streamed <= min(1.25 * 5 * n + 1, 1000)
+        assert n <= sizes.num_resident <= min(2 * n, 200)
+        assert page_sizes_for(n, n, most, is_decode=False).num_streamed in (0, 1, 4, 16, 64, 256)
+    assert page_sizes_for(900, 190, most, is_decode=False) == most
 
 
 def test_a_step_that_streams_allocates_nothing_of_the_pools_size():
@@ -182,16 +183,15 @@ def test_a_step_that_fails_leaves_no_blocks_to_the_next():
 
 
 def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
-    assert num_window_blocks_for(100, 1000, num_layers=4) == 50
-    assert num_window_blocks_for(101, 1000, num_layers=4) == 51
-    assert num_window_blocks_for(10**6, 1000, num_layers=4) == 499
+    assert window_for(100, 1000, 4, with_pages=False) == Window(50, 4)
+    assert window_for(101, 1000, 4, with_pages=False) == Window(51, 4)
+    assert window_for(10**6, 1000, 4, with_pages=False) == Window(499, 4)
     assert most_streamed_blocks(Window(50, 4)) == 100
-    assert most_streamed_blocks(Window(0, 4)) == 0
     # Pages: two cells of K and V for every page, and two parts for those on the host.
-    num_blocks = num_window_blocks_for_pages(100, 1000, num_layers=40)
-    assert num_blocks == 60
-    assert most_streamed_pages(Window(num_blocks, 40), 1000) == (60 * 40 - 2 * 940) // 4
-    assert most_streamed_pages(Window(2, 4), 1000) == 0
+    assert window_for(100, 1000, 40, with_pages=True) == Window(60, 40)
+    assert window_for(10**6, 1000, 4, with_pages=True) == Window(749, 4)
+    assert most_pages(Window(60, 40), 1000) == PageSizes((60 * 40 - 2 * 940) // 4, 940)
+    assert most_pages(Window(2, 4), 1000).num_streamed == 0
 
 
 def test_without_a_placement_on_the_host_there_is_no_window():

@@ -57,8 +57,6 @@ VALID = {
     "weight_placement": ["device", "host"],
 }
 
-ACTIVATIONS = {"kv_placement": "host", "offload_cache": "activations"}
-
 
 def test_every_setting_has_invalid_and_valid_values():
     assert set(settings_of(EngineConfig)) == INVALID.keys() == VALID.keys()
@@ -86,10 +84,6 @@ def test_valid_value_is_kept(name, value):
         ),
         ({"num_host_blocks": 1, "host_memory_bytes": 1}, "give one of them"),
         ({"preemption": "swap", "host_memory_bytes": 0}, "preemption='swap' needs a host pool"),
-        ({"offload_cache": "activations"}, "expected kv_placement='host'"),
-        ({**ACTIVATIONS, "kv_cache_dtype": "int8"}, "activations are not quantised"),
-        ({**ACTIVATIONS, "block_size": 15}, "expected an even number of tokens"),
-        ({**ACTIVATIONS, "max_burst": 2}, "expected 1, since every step streams"),
         ({"kv_placement": "host", "num_host_blocks": 0}, "kv_placement='host' needs a host pool"),
         ({"weight_placement": "host", "max_burst": 2}, "every step streams the weights"),
     ],

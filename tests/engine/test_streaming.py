@@ -105,8 +105,8 @@ def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
     model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
     model = enlarged(tiny_model(model_config))
     engines = []
-    for settings in ({"kv_placement": "device"}, {"max_burst": 1}):
-        config = dataclasses.replace(SIZES, num_blocks=48, num_host_blocks=24, **settings)
+    for placement in ("device", "host"):
+        config = dataclasses.replace(SIZES, num_blocks=48, num_host_blocks=24, kv_placement=placement, max_burst=1)
         engines.append(Engine(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1)), config))
     kept, computed = engines
     assert computed.runner.programs.keeps_activations

@@ -103,16 +103,19 @@ def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
             f"its hidden_size is {model.hidden_size} and its K have {sorted(widths)} features: expected equal numbers, "
             "as activations are otherwise no smaller than K and V, or leave gaps"
         )
-    if config.kv_cache_dtype != "auto" or config.block_size % 2 or (config.max_burst or 1) > 1:
-        return "they need kv_cache_dtype='auto', an even block_size and max_burst=1"
-    return None
+    expected = {
+        "kv_placement='host'": config.kv_placement == "host",
+        "kv_cache_dtype='auto'": config.kv_cache_dtype == "auto",
+        "an even block_size": config.block_size % 2 == 0,
+        "max_burst=1": config.max_burst in (None, 1),
+    }
+    missing = [name for name, is_met in expected.items() if not is_met]
+    return f"it needs {', '.join(missing)}" if missing else None
 
 
 def keeps_activations(model: ModelConfig, config: EngineConfig) -> bool:
     """Whether blocks hold the inputs of each layer, from which every step computes K and V (``kv/pages.py``)."""
-    if config.kv_placement != "host" or config.offload_cache == "kv":
-        return False
-    return why_no_activations(model, config) is None
+    return config.offload_cache != "kv" and why_no_activations(model, config) is None
 
 
 def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: Backend) -> PoolLayout:

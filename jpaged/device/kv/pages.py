@@ -8,6 +8,7 @@ fill two blocks (KVPR, arXiv 2411.17089: activations are half of K and V where e
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -34,12 +35,23 @@ class PageSizes:
         return 2 * (self.num_streamed + self.num_resident)
 
 
-def page_sizes_for(num_streamed: int, num_resident: int, *, is_decode: bool) -> PageSizes:
-    """The sizes of the step that takes so many pages: few different ones, since a program is compiled for each."""
+def page_sizes_for(num_streamed: int, num_resident: int, most: PageSizes, *, is_decode: bool) -> PageSizes:
+    """The sizes of the step that takes so many pages: few different ones, since a program is compiled for each.
+
+    Args:
+        num_streamed: pages on the host.
+        num_resident: pages on the device.
+        most: the largest sizes, which fit the window.
+        is_decode: whether the step has no chunks of prompts.
+    """
     if is_decode:
         unit = 1 << max(num_streamed.bit_length() - 3, 0)  # four sizes between two powers of two
-        return PageSizes(-(-num_streamed // unit) * unit, _power_from(num_resident, 2))
-    return PageSizes(_power_from(num_streamed, 4), _power_from(num_resident, 4))
+        sizes = -(-num_streamed // unit) * unit, _power_from(num_resident, 2)
+    else:
+        sizes = _power_from(num_streamed, 4), _power_from(num_resident, 4)
+    assert num_streamed <= most.num_streamed
+    assert num_resident <= most.num_resident
+    return PageSizes(min(sizes[0], most.num_streamed), min(sizes[1], most.num_resident))
 
 
 def _power_from(number: int, base: int) -> int:
@@ -110,7 +122,8 @@ def write_inputs(layers: KVCache, slots: Int[Array, " tokens"], inputs: Float[Ar
     sides, offsets = slots // shape.block_size, slots % shape.block_size
     by_head = inputs.astype(layers.pool.dtype).reshape(len(inputs), shape.num_kv_heads, shape.head_dim)
     written = as_sides(layers.pool).at[sides, :, offsets].set(by_head, mode="drop")
-    return KVCache(written.reshape(layers.pool.shape))
+    # XLA would fuse the write of a single token into each of its readers, and copy the pool for each.
+    return KVCache(jax.lax.optimization_barrier(written).reshape(layers.pool.shape))
 
 
 def read_inputs(layers: KVCache, pages: Int[Array, " pages"] | slice) -> Float[Array, "inputs hidden_size"]:

@@ -41,6 +41,7 @@ class StreamingAttend(PagedAttend):
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
         layer, window = spec.layer, self._window
+        assert self._rows.slots is not None
         self._starts, slots = self._receive(layer, q, (self._starts, self._rows.slots))
         self._rows = self._rows._replace(slots=slots)
         tables = self._rows.block_tables
@@ -107,6 +108,7 @@ class RecomputingAttend(StreamingAttend):
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
         layer, window, num_streamed = spec.layer, self._window, self._sizes.num_streamed
+        assert self._rows.slots is not None
         assert self._source is not None, "the model shows the sources of its K and V"
         slots, self._pages = self._receive(layer, q, (self._rows.slots, self._pages))
         self._rows = self._rows._replace(slots=slots)
@@ -118,8 +120,8 @@ class RecomputingAttend(StreamingAttend):
             self._compute(0, read_inputs(self._cache, cells), positions[:num_streamed])
         places = window.places(layer, resident)
         self._compute(num_streamed, read_inputs(self._cache, places), positions[num_streamed:])
-        # K and V of the step's own tokens are among those computed. Padding takes what attention would store.
-        rows = self._rows._replace(block_tables=tables, slots=jnp.zeros_like(slots))
+        # K and V of the step's own tokens are among those computed.
+        rows = self._rows._replace(block_tables=tables, slots=None)
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
 
     def _compute(self, first: int, inputs: Float[Array, "inputs hidden_size"], positions: Int[Array, " pages"]) -> None:
@@ -136,25 +138,30 @@ class RecomputingAttend(StreamingAttend):
 # Windows ----------------------------------------------------------------------------------------------------------
 
 
+def window_for(num_host_blocks: int, num_blocks: int, num_layers: int, *, with_pages: bool) -> Window:
+    """Size a window so that one step streams all blocks of the host pool, unless that takes too much of the pool.
+
+    Args:
+        num_host_blocks: blocks of the host pool.
+        num_blocks: blocks of the device's pool, of which a window takes half at most, and three quarters for pages.
+        num_layers: layers of a block.
+        with_pages: whether blocks hold activations.
+    """
+    num_cells, most = NUM_BUFFERS * num_host_blocks, (num_blocks - 1) // 2
+    if with_pages:  # K and V of a page take two cells
+        num_cells, most = (2 + NUM_BUFFERS) * num_host_blocks + 2 * num_blocks, 3 * (num_blocks - 1) // 4
+    return Window(min(-(-num_cells // num_layers), most), num_layers)
+
+
 def most_streamed_blocks(window: Window) -> int:
     """Most blocks of K and V on the host that one step streams."""
     return window.num_cells // NUM_BUFFERS
 
 
-def num_window_blocks_for(num_host_blocks: int, num_blocks: int, num_layers: int) -> int:
-    """Size a window for K and V: all blocks of the host pool at once, unless that takes half of the device's pool."""
-    return min(-(-NUM_BUFFERS * num_host_blocks // num_layers), (num_blocks - 1) // 2)
+def most_pages(window: Window, num_blocks: int) -> PageSizes:
+    """Most pages of one step: in all blocks of the pool beside the window, and as many on the host as it then holds.
 
-
-def most_streamed_pages(window: Window, num_blocks: int) -> int:
-    """Most pages on the host that one step streams, beside pages in all other blocks of the pool.
-
-    Its K and V take two cells of a page, and a page on the host takes one cell of each part besides.
+    K and V of a page take two cells. A page on the host takes one cell of each part besides.
     """
-    return max((window.num_cells - 2 * (num_blocks - window.num_blocks)) // (2 + NUM_BUFFERS), 0)
-
-
-def num_window_blocks_for_pages(num_host_blocks: int, num_blocks: int, num_layers: int) -> int:
-    """Size a window for pages: all pages of the host pool at once, unless that takes most of the device's pool."""
-    wanted = -(-((2 + NUM_BUFFERS) * num_host_blocks + 2 * num_blocks) // num_layers)
-    return min(wanted, 3 * (num_blocks - 1) // 4)
+    num_resident = num_blocks - window.num_blocks
+    return PageSizes(max((window.num_cells - 2 * num_resident) // (2 + NUM_BUFFERS), 0), num_resident)

@@ -149,11 +149,18 @@ class Packer:
         num_rows: rows of the table, the padding row, which is the last, included.
         max_blocks: width of a block table.
         vocab_size: the model's vocabulary.
-        page_size: tokens of a block of activations; None if blocks hold K and V.
+        page_size: tokens of a block.
+        most_pages: sizes of the largest step if blocks hold activations; None if they hold K and V.
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], num_rows: int, max_blocks: int, vocab_size: int, page_size: int | None = None
+        self,
+        buckets: Sequence[Bucket],
+        num_rows: int,
+        max_blocks: int,
+        vocab_size: int,
+        page_size: int = 1,
+        most_pages: PageSizes | None = None,
     ) -> None:
         self.buckets = buckets
         self.padding_row = num_rows - 1
@@ -161,6 +168,7 @@ class Packer:
         self._max_blocks = max_blocks
         self._vocab_size = vocab_size
         self._page_size = page_size
+        self._most_pages = most_pages
         self._num_cells = num_rows * max_blocks  # of all block tables: the place of padding, which is dropped
         self._layouts = {bucket: step_layout(bucket) for bucket in buckets}
         self._change_layout = change_layout(num_rows)
@@ -199,11 +207,11 @@ class Packer:
     ) -> tuple[Int32[np.ndarray, " streamed"] | None, PageSizes | None]:
         """The blocks that the program streams, and its sizes if blocks hold activations: it then streams always."""
         blocks = None if plan.streamed is None else plan.streamed.blocks
-        if self._page_size is None:
+        if self._most_pages is None:
             return blocks, None
         blocks = NO_INTS if blocks is None else blocks
-        num_pages = int((-(-plan.chunks.stops // self._page_size)).sum())
-        return blocks, page_sizes_for(len(blocks), num_pages - len(blocks), is_decode=bucket.is_decode)
+        num_resident = int((-(-plan.chunks.stops // self._page_size)).sum()) - len(blocks)
+        return blocks, page_sizes_for(len(blocks), num_resident, self._most_pages, is_decode=bucket.is_decode)
 
     def _pack_inputs(
         self, plan: StepPlan, bucket: Bucket, *, draws: bool, with_changes: bool

@@ -18,14 +18,10 @@ from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_mapped_memory
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
 from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import HostStream, Window
-from jpaged.device.kv.streaming import (
-    most_streamed_blocks,
-    most_streamed_pages,
-    num_window_blocks_for,
-    num_window_blocks_for_pages,
-)
+from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
 from jpaged.device.step.inputs import Bucket, all_buckets
@@ -47,8 +43,7 @@ def num_cores() -> int:
 class Programs:
     """The programs of one model, by a kind and its static sizes; each is compiled when first asked for.
 
-    Programs are made of shapes alone: weights may be ``jax.ShapeDtypeStruct``, and devices may be those of an abstract
-    topology.
+    Programs are made of shapes alone: weights may be ``jax.ShapeDtypeStruct``, devices those of an abstract topology.
 
     Args:
         model: a flax.nnx model (``jpaged.models``) as it will run, its projections joined.
@@ -111,18 +106,23 @@ class Programs:
     def open_window(self, num_host_blocks: int) -> None:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
         self._num_streamable, layout = num_host_blocks, self._layout
-        size_for = num_window_blocks_for_pages if self.keeps_activations else num_window_blocks_for
-        window = Window(size_for(num_host_blocks, self.num_blocks, layout.num_layers), layout.num_layers)
+        window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, with_pages=self.keeps_activations)
         copier = CopyEngine() if has_mapped_memory(self.target) else PlainCopier()
         self.stream = HostStream(window, layout.layer_bytes, copier)
 
     @property
+    def most_pages(self) -> PageSizes | None:
+        """Sizes of the largest step over pages; None if blocks hold K and V."""
+        if self.stream is None or not self.keeps_activations:
+            return None
+        return most_pages(self.stream.window, self.num_blocks)
+
+    @property
     def max_streamed_blocks(self) -> int:
         """Blocks on the host that the rows of one step may attend to."""
-        if self.stream is None:
-            return 0
-        window = self.stream.window
-        return most_streamed_pages(window, self.num_blocks) if self.keeps_activations else most_streamed_blocks(window)
+        if (pages := self.most_pages) is not None:
+            return pages.num_streamed
+        return 0 if self.stream is None else most_streamed_blocks(self.stream.window)
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
@@ -132,9 +132,8 @@ class Programs:
     @property
     def max_burst(self) -> int:
         """Steps that a plan may have."""
-        streams_always = self.config.weight_placement == "host" or self.keeps_activations
-        own = 1 if streams_always else self.target.max_burst
-        return self.config.max_burst or own
+        always_streams = self.config.weight_placement == "host" or self.keeps_activations
+        return self.config.max_burst or (1 if always_streams else self.target.max_burst)
 
     @property
     def max_blocks(self) -> int:
@@ -143,8 +142,8 @@ class Programs:
 
     def workspace_bytes(self) -> int:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
-        keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", SampleSizes(self.config.max_num_seqs), None)]
-        keys.append(("copy", max(self.copy_sizes)))
+        keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
+        keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
         # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
         total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
         if has_host_pool(self.config, self.target):
