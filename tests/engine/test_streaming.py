@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from unittest import mock
 
 import pytest
 from flax import nnx
@@ -49,6 +50,33 @@ def test_tokens_do_not_depend_on_where_blocks_lie(kind, num_usable, temperature)
     assert outputs(engine, PROMPTS, **params) == expected
     assert engine.blocks.stats().num_blocks_swapped_out > 0
     assert outputs(engine, PROMPTS, **params) == expected, "which now start from blocks on the host"
+
+
+def test_a_failed_step_and_an_abort_change_no_token(monkeypatch):
+    params = {"max_tokens": 12, "temperature": 0}
+    expected = outputs(tiny_engine(), PROMPTS, **params)
+    engine = make_engine(6)
+    prompt = {"prompt_token_ids": PROMPTS[0][:30]}
+    engine.add(engine.make_request("aborted", prompt, SamplingParams(max_tokens=30, ignore_eos=True)))
+    for _ in range(6):
+        engine.step()
+    assert engine.stats().num_streamed_blocks > 0
+    assert engine.abort("aborted")
+    engine.step()
+    assert engine.blocks.stats().num_host_used == 0
+    for i, tokens in enumerate(PROMPTS):
+        sampling = SamplingParams(seed=i, ignore_eos=True, **params)
+        engine.add(engine.make_request(str(i), {"prompt_token_ids": tokens}, sampling))
+    for _ in range(5):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "fetch", mock.Mock(side_effect=RuntimeError("lost")))
+        with pytest.raises(RuntimeError, match="lost"):
+            engine.step()
+    finished = {}
+    while engine.has_unfinished:
+        finished |= {output.request_id: output.outputs[0].token_ids for output in engine.step().finished}
+    assert [list(finished[str(i)]) for i in range(len(PROMPTS))] == expected
 
 
 def test_a_context_is_bounded_by_the_model_alone():
