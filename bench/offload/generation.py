@@ -15,8 +15,9 @@ from jax.sharding import SingleDeviceSharding
 
 from bench import UsageError
 from bench.offload.busy import Busy, trace_steps
-from bench.offload.shapes import Shapes, settings_of
-from bench.report import Table
+from bench.offload.predictions import predict_steps
+from bench.offload.shapes import BLOCK_SIZE, Shapes, settings_of
+from bench.report import Table, shown
 from bench.serving.runs import as_prompts
 from jpaged import LLM, EngineConfig, SamplingParams
 from jpaged.contract.plan import BlockCopy, StepPlan
@@ -24,7 +25,6 @@ from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
 from jpaged.host.sequence import SequenceGroup
 
-BLOCK_SIZE = 16
 NUM_FIRST = 3  # tokens of the last request after which all decode, and no prompt is in flight
 SHORT_LEN = 256  # tokens of the prompts of a first run
 MOST_COPIED = 1024  # blocks of the plan whose copies are timed
@@ -172,7 +172,7 @@ def generate(llm: LLM, shapes: Shapes, work: Work, seed: int) -> tuple[Generatio
         step_ms=1e3 * median(step_s for _, step_s in steps),
         mean_step_ms=1e3 * sum(num_new * step_s for num_new, step_s in steps) / num_steps,
         num_steps=num_steps,
-        kv_bytes=work.num_seqs * num_full * engine.runner.bytes_per_block,
+        kv_bytes=work.num_seqs * num_full * shapes.kv_block_bytes(engine.runner.config.kv_cache_dtype),
         bytes_from_host=bytes_from_host / num_steps,
         bytes_to_host=after.bytes_to_host - before.bytes_to_host,
         num_preemptions=after.num_preemptions - before.num_preemptions,
@@ -271,7 +271,7 @@ def run_variants(
         config: the settings that variants change.
         variants: ways to serve.
         works: batches.
-        repeats: runs of each batch; the one with the fastest step counts.
+        repeats: runs of each batch; the one with the fastest step counts, of those that compile nothing.
         keep: gets the results so far after each batch: settings, rates and runs of every variant.
         is_profiled: whether to profile a few steps of each batch too.
     """
@@ -331,7 +331,8 @@ class _Runs:
         busy = asdict(measure_busy(self.llm, self.shapes, work, next(seeds))) if self.is_profiled else None
         token_ids = done[0][1]
         are_equal = self.expected.setdefault(work, token_ids) == token_ids
-        best = min((generation for generation, _ in done), key=lambda each: each.step_ms)
+        generations = [generation for generation, _ in done]
+        best = min(generations, key=lambda each: (each.num_programs_compiled > 0, each.step_ms))
         figures = {
             "kv_bytes_per_s": 1e3 * best.kv_bytes / best.step_ms,
             "link_bytes_per_s": 1e3 * best.bytes_from_host / best.step_ms,
@@ -343,15 +344,28 @@ class _Runs:
         kv, link, share, tokens_per_s = figures.values()
         cells = best.prompt_s, best.step_ms, kv / 1e9, link / 1e9, share, tokens_per_s
         print(self.table.row(f"{self.name}: {work}", *cells, "equal" if are_equal else "DIFFER"), flush=True)
+        predicted = self._predict(work) if best.bytes_from_host else None
+        if predicted is not None:
+            print(f"  predicted: {', '.join(f'{name} {shown(value)}' for name, value in predicted.items())}")
         if busy is not None:
             print(f"  computing {busy['computing']:.1%} of the time, copying {busy['copying']:.1%}", flush=True)
         return {
             "work": asdict(work),
             "best": asdict(best) | figures,
-            "step_ms": [generation.step_ms for generation, _ in done],
+            "step_ms": [generation.step_ms for generation in generations],
+            "predicted": predicted,
             "busy": busy,
             "are_tokens_equal": are_equal,
         }
+
+    def _predict(self, work: Work) -> dict[str, Any] | None:
+        """The planner's predictions; None without the rates of projections."""
+        profile, runner = self.llm.engine.scheduler.profile, self.llm.engine.runner
+        if profile is None or not profile.projection_flops_per_s:
+            return None
+        num_blocks = [(work.prompt_len + work.num_tokens // 2) // BLOCK_SIZE] * work.num_seqs
+        kv_block_bytes = self.shapes.kv_block_bytes(runner.config.kv_cache_dtype)
+        return predict_steps(profile, self.shapes, kv_block_bytes, runner.dtype.itemsize, num_blocks)
 
 
 def _refused(name: str, error: Exception) -> dict[str, Any]:

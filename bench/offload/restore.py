@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-from bench.offload.shapes import Shapes, settings_of
+from bench.offload.shapes import BLOCK_SIZE, Shapes, settings_of
 from bench.report import Table
 from bench.serving.runs import as_prompts
 from bench.serving.stopwatch import replaced
@@ -29,7 +29,6 @@ OTHER_LEN = 16  # tokens of the prompt that preempts
 NUM_OF_OTHER = 8  # tokens that it draws: copies to the host end in the meantime
 DECODE_LEN, NUM_DECODED = 256, 256  # tokens of each prompt beside, and tokens that it may draw
 BATCHED_TOKENS = 8192
-BLOCK_SIZE = 16
 MOST_STEPS = 100_000
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import UsageError
-from bench.offload.generation import BLOCK_SIZE, Variant, Work, run_variants
-from bench.offload.shapes import Shapes
+from bench.offload.generation import Variant, Work, run_variants
+from bench.offload.shapes import BLOCK_SIZE, Shapes
 from bench.paper.experiment import Plot
 from bench.peers import KV_ON_HOST
 from jpaged import EngineConfig
@@ -67,7 +67,7 @@ def long(args: Namespace, shapes: Shapes) -> None:
     """One sequence of which the device pool holds a part, beside a pool that holds all of it."""
     work = _decodes(args, 1, args.length)
     shapes = shapes.with_context(work.prompt_len + work.num_tokens)
-    num_blocks = int(args.pool_gib * 2**30) // shapes.block_bytes(EngineConfig(kv_cache_dtype=args.kv_cache_dtype))
+    num_blocks = int(args.pool_gib * 2**30) // shapes.kv_block_bytes(args.kv_cache_dtype)
     num_all = work.num_blocks + work.num_blocks // 20 + 2
     variants = [
         Variant("part", {"kv_placement": "auto", "num_blocks": max(num_blocks, 2)}),
@@ -86,7 +86,7 @@ def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[
     """
 
     def run(args: Namespace, shapes: Shapes) -> None:
-        block_bytes = shapes.block_bytes(EngineConfig(kv_cache_dtype=args.kv_cache_dtype))
+        block_bytes = shapes.kv_block_bytes(args.kv_cache_dtype)
         most = int(args.host_memory_gib * 2**30) // block_bytes
         fitting = [_fit(replace(work, prompt_len=work.prompt_len // args.divisor), most) for work in works]
         print(PAPER[scenario])
