@@ -8,6 +8,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 PREEMPTIONS = ("auto", "swap", "recompute")
 KV_PLACEMENTS = ("device", "auto", "host")
+OFFLOAD_CACHES = ("auto", "kv", "activations")
 WEIGHT_PLACEMENTS = ("device", "host")
 DEFAULT_TOKEN_BUDGET = 2048
 MAX_SEQS = 1 << 16
@@ -110,6 +111,12 @@ class EngineConfig:
         one_of(*KV_PLACEMENTS),
         "memory of the KV that running requests attend to: device; host, which keeps full blocks in the host pool and "
         "streams them layer by layer in every step; or auto, which does so for requests that do not fit the device",
+    )
+    offload_cache: str = setting(
+        "auto",
+        one_of(*OFFLOAD_CACHES),
+        "what blocks hold with kv_placement='host': kv; activations, from which every step computes K and V again, and "
+        "which are half as large where every query head has its own K and V; or auto, the smaller",
     )
     weight_placement: str = setting(
         "device",

@@ -12,8 +12,9 @@ again (recompute), by both ways at once (both), and as the engine chooses (auto)
 admits the request to its next token, alone and beside decodes. The tokens of all ways are compared.
 
 decode: a batch whose KV lies on the host, streamed layer by layer in every step, and the same with KV on the device
-(--placements). KV GB/s counts the K and V of all full blocks attended to; its share is of the fastest copy from pinned
-memory in the same run.
+(--placements). KV GB/s counts the K and V of all full blocks attended to, link GB/s the bytes that came from the host;
+their share is of the fastest copy from pinned memory in the same run. --busy profiles a few steps: the shares of time
+in which kernels ran, and copies.
 
 long: one sequence of --length tokens over a device pool of --pool-gib, and over one that holds all of it.
 
@@ -39,7 +40,7 @@ from bench.paper.experiment import save_plot
 from bench.report import RESULTS, device_name, save, start_report
 from jpaged.device.weights import LIMIT_VARIABLE
 
-SCENARIOS: dict[str, Callable[[argparse.Namespace, Shapes], dict[str, Any]]] = {
+SCENARIOS: dict[str, Callable[[argparse.Namespace, Shapes], None]] = {
     "restore": restore.measure,
     "decode": scenarios.decode,
     "long": scenarios.long,
@@ -48,7 +49,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace, Shapes], dict[str, Any]]] = {
     "throughput": scenarios.of_paper("throughput", scenarios.THROUGHPUT, weight_placement="host"),
     "peer": scenarios.measure_peer,
 }
-"""Scenario -> its measurement, which prints a table and returns content of the result file."""
+"""Scenario -> its measurement, which prints a table and gives its results to ``args.keep``, as far as they go."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -68,14 +69,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure one scenario, print and save."""
+    """Measure one scenario and print; the result file is kept current."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     os.environ.setdefault(LIMIT_VARIABLE, "120")
     shapes = read_shapes(args)
-    content = SCENARIOS[args.scenario](args, shapes)
     name = args.name or f"offload_{args.scenario}_{shapes.name}_{device_name()}"
-    report = start_report(args, model=dataclasses.asdict(shapes.model_config)) | content
-    print(f"\nwritten to {save(name, report, args.out)}")
+    report = start_report(args, model=dataclasses.asdict(shapes.model_config))
+
+    def keep(content: dict[str, Any]) -> None:
+        report.update(content)
+        save(name, report, args.out)
+
+    args.keep = keep
+    SCENARIOS[args.scenario](args, shapes)
+    print(f"\nwritten to {(args.out or RESULTS) / name}.json")
     if "variants" in report and (plots := scenarios.plot(report)):
         save_plot(plots, (args.out or RESULTS) / "offload" / f"{name}.png", title=name)
     return 0

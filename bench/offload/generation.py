@@ -3,7 +3,8 @@
 import gc
 import itertools
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -13,8 +14,10 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from bench import UsageError
-from bench.offload.shapes import Shapes, settings_of
-from bench.report import Table
+from bench.offload.busy import Busy, trace_steps
+from bench.offload.predictions import predict_steps
+from bench.offload.shapes import BLOCK_SIZE, Shapes, settings_of
+from bench.report import Table, shown
 from bench.serving.runs import as_prompts
 from jpaged import LLM, EngineConfig, SamplingParams
 from jpaged.contract.plan import BlockCopy, StepPlan
@@ -22,7 +25,6 @@ from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
 from jpaged.host.sequence import SequenceGroup
 
-BLOCK_SIZE = 16
 NUM_FIRST = 3  # tokens of the last request after which all decode, and no prompt is in flight
 SHORT_LEN = 256  # tokens of the prompts of a first run
 MOST_COPIED = 1024  # blocks of the plan whose copies are timed
@@ -170,7 +172,7 @@ def generate(llm: LLM, shapes: Shapes, work: Work, seed: int) -> tuple[Generatio
         step_ms=1e3 * median(step_s for _, step_s in steps),
         mean_step_ms=1e3 * sum(num_new * step_s for num_new, step_s in steps) / num_steps,
         num_steps=num_steps,
-        kv_bytes=work.num_seqs * num_full * engine.runner.bytes_per_block,
+        kv_bytes=work.num_seqs * num_full * shapes.kv_block_bytes(engine.runner.config.kv_cache_dtype),
         bytes_from_host=bytes_from_host / num_steps,
         bytes_to_host=after.bytes_to_host - before.bytes_to_host,
         num_preemptions=after.num_preemptions - before.num_preemptions,
@@ -197,7 +199,29 @@ def _decode_all(llm: LLM, groups: list[SequenceGroup]) -> tuple[int, int, list[t
     return num_before, last.num_outputs - num_before, steps, llm.stats().bytes_from_host - before.bytes_from_host
 
 
-def _add(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[SequenceGroup]:
+def measure_busy(llm: LLM, shapes: Shapes, work: Work, seed: int) -> Busy:
+    """Profile a few steps in which all requests of a batch decode, and end it.
+
+    Args: as for ``generate``.
+
+    Raises:
+        RuntimeError: a request ends before.
+    """
+    engine = llm.engine
+    groups = _add(engine, [shapes.prompt(work.prompt_len, seed + index) for index in range(work.num_seqs)], None)
+    try:
+        _run_while(engine, lambda: groups[-1].sequences[0].num_outputs < NUM_FIRST and engine.has_unfinished)
+        busy = trace_steps(llm)
+        if len(engine.scheduler.line.running) < work.num_seqs:
+            raise RuntimeError(f"{work}: not all requests decode in the steps that are profiled")
+        return busy
+    finally:
+        for group in groups:
+            engine.abort(group.request.request_id)
+        engine.step()  # takes the step in flight
+
+
+def _add(engine: Engine, prompts: list[list[int]], max_tokens: int | None) -> list[SequenceGroup]:
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     requests = engine.make_requests(as_prompts(prompts), params, 0)
     for request in requests:
@@ -229,67 +253,124 @@ class Variant:
 
 
 def run_variants(
-    shapes: Shapes, config: EngineConfig, variants: Sequence[Variant], works: Sequence[Work], repeats: int
-) -> list[dict[str, Any]]:
+    shapes: Shapes,
+    config: EngineConfig,
+    variants: Sequence[Variant],
+    works: Sequence[Work],
+    repeats: int,
+    *,
+    keep: Callable[[list[dict[str, Any]]], None],
+    is_profiled: bool = False,
+) -> None:
     """Run all works by every variant, each in an engine of its own, and print a row for each.
 
-    A variant that the machine cannot serve is recorded with the reason.
+    A variant or a work that fails is recorded with the reason.
+
+    Args:
+        shapes: the model.
+        config: the settings that variants change.
+        variants: ways to serve.
+        works: batches.
+        repeats: runs of each batch; the one with the fastest step counts, of those that compile nothing.
+        keep: gets the results so far after each batch: settings, rates and runs of every variant.
+        is_profiled: whether to profile a few steps of each batch too.
     """
-    table = Table("", "prompts s", "ms a step", "KV GB/s", "of copies", "tokens/s", "tokens", first=36, width=9)
+    titles = "prompts s", "ms a step", "KV GB/s", "link GB/s", "of copies", "tokens/s", "tokens"
+    table = Table("", *titles, first=36, width=9)
     print(table.header(), flush=True)
     results, expected = [], {}
     for variant in variants:
+        result: dict[str, Any] = {"variant": variant.name}
+        results.append(result)
         try:
-            result = _run_variant(shapes, replace(config, **variant.changes), variant, works, repeats, table, expected)
-        except (UsageError, ValueError, RuntimeError) as error:
-            result = _refused(variant.name, error)
-        results.append({"variant": variant.name} | result)
+            # No name here holds an engine, whose memory the next one takes.
+            for found in _Runs.start(shapes, config, variant, repeats, is_profiled, table, expected).run(works):
+                result |= found
+                keep(results)
+        except Exception as error:  # the others may still be measured
+            result |= _refused(variant.name, error)
+            keep(results)
         gc.collect()  # the device holds one model at a time
-    return results
 
 
-def _run_variant(
-    shapes: Shapes,
-    config: EngineConfig,
-    variant: Variant,
-    works: Sequence[Work],
-    repeats: int,
-    table: Table,
-    expected: dict[Work, list[list[int]]],
-) -> dict[str, Any]:
-    llm = shapes.start(config)
-    variant.tune(llm.engine)
-    rates, runs = measure_rates(llm.engine.runner) if llm.engine.runner.num_host_blocks else None, []
-    seeds = itertools.count(0, MOST_SEQS)  # no prompt is found in the prefix cache
-    for work in works:
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """The runs of one variant. ``expected`` has the tokens that earlier variants drew, by work."""
+
+    llm: LLM
+    shapes: Shapes
+    name: str
+    repeats: int
+    is_profiled: bool
+    table: Table
+    expected: dict[Work, list[list[int]]]
+
+    @classmethod
+    def start(cls, shapes: Shapes, config: EngineConfig, variant: Variant, *others: Any) -> "_Runs":
+        """Start the engine of a variant; the others are the last fields."""
+        llm = shapes.start(replace(config, **variant.changes))
+        variant.tune(llm.engine)
+        return cls(llm, shapes, variant.name, *others)
+
+    def run(self, works: Sequence[Work]) -> Iterator[dict[str, Any]]:
+        """Run all works. Yields settings, rates and the runs so far, for the result file."""
+        runner, runs = self.llm.engine.runner, []
+        rates = measure_rates(runner) if runner.num_host_blocks else None
+        for index, work in enumerate(works):
+            try:
+                runs.append(self._run(work, rates, MOST_SEQS * (self.repeats + 2) * index))
+            except Exception as error:  # the others may still be measured
+                runs.append({"work": asdict(work)} | _refused(f"{self.name}: {work}", error))
+            yield settings_of(self.llm) | {"rates": None if rates is None else asdict(rates), "runs": runs}
+
+    def _run(self, work: Work, rates: Rates | None, seed: int) -> dict[str, Any]:
+        seeds = itertools.count(seed, MOST_SEQS)  # no prompt is found in the prefix cache
         # A first run compiles programs. Long prompts need no run of their own: chunks of all sizes are in a short one.
-        short = replace(work, prompt_len=min(work.prompt_len, SHORT_LEN))
-        try:
-            generate(llm, shapes, short, next(seeds))
-            done = [generate(llm, shapes, work, next(seeds)) for _ in range(repeats)]
-        except (ValueError, RuntimeError) as error:
-            runs.append({"work": asdict(work)} | _refused(f"{variant.name}: {work}", error))
-            continue
-        generations, token_ids = [generation for generation, _ in done], done[0][1]
-        are_equal = expected.setdefault(work, token_ids) == token_ids
-        best = min(generations, key=lambda each: each.step_ms)
-        rate = best.kv_bytes / best.step_ms * 1e3
-        share = None if rates is None else rate / rates.best_bytes_per_s
-        tokens_per_s = work.num_seqs * work.num_tokens / best.total_s
-        cells = best.prompt_s, best.step_ms, rate / 1e9, share, tokens_per_s, "equal" if are_equal else "DIFFER"
-        print(table.row(f"{variant.name}: {work}", *cells), flush=True)
-        runs.append(
-            {
-                "work": asdict(work),
-                "best": asdict(best) | {"tokens_per_s": tokens_per_s, "kv_bytes_per_s": rate, "share_of_copies": share},
-                "step_ms": [each.step_ms for each in generations],
-                "are_tokens_equal": are_equal,
-            }
-        )
-    return settings_of(llm) | {"rates": None if rates is None else asdict(rates), "runs": runs}
+        generate(self.llm, self.shapes, replace(work, prompt_len=min(work.prompt_len, SHORT_LEN)), next(seeds))
+        done = [generate(self.llm, self.shapes, work, next(seeds)) for _ in range(self.repeats)]
+        busy = asdict(measure_busy(self.llm, self.shapes, work, next(seeds))) if self.is_profiled else None
+        token_ids = done[0][1]
+        are_equal = self.expected.setdefault(work, token_ids) == token_ids
+        generations = [generation for generation, _ in done]
+        best = min(generations, key=lambda each: (each.num_programs_compiled > 0, each.step_ms))
+        figures = {
+            "kv_bytes_per_s": 1e3 * best.kv_bytes / best.step_ms,
+            "link_bytes_per_s": 1e3 * best.bytes_from_host / best.step_ms,
+            "share_of_copies": None,
+            "tokens_per_s": work.num_seqs * work.num_tokens / best.total_s,
+        }
+        if rates is not None:
+            figures["share_of_copies"] = figures["link_bytes_per_s"] / rates.best_bytes_per_s
+        kv, link, share, tokens_per_s = figures.values()
+        cells = best.prompt_s, best.step_ms, kv / 1e9, link / 1e9, share, tokens_per_s
+        print(self.table.row(f"{self.name}: {work}", *cells, "equal" if are_equal else "DIFFER"), flush=True)
+        predicted = self._predict(work) if best.bytes_from_host else None
+        if predicted is not None:
+            print(f"  predicted: {', '.join(f'{name} {shown(value)}' for name, value in predicted.items())}")
+        if busy is not None:
+            print(f"  computing {busy['computing']:.1%} of the time, copying {busy['copying']:.1%}", flush=True)
+        return {
+            "work": asdict(work),
+            "best": asdict(best) | figures,
+            "step_ms": [generation.step_ms for generation in generations],
+            "predicted": predicted,
+            "busy": busy,
+            "are_tokens_equal": are_equal,
+        }
+
+    def _predict(self, work: Work) -> dict[str, Any] | None:
+        """The planner's predictions; None without the rates of projections."""
+        profile, runner = self.llm.engine.scheduler.profile, self.llm.engine.runner
+        if profile is None or not profile.projection_flops_per_s:
+            return None
+        num_blocks = [(work.prompt_len + work.num_tokens // 2) // BLOCK_SIZE] * work.num_seqs
+        kv_block_bytes = self.shapes.kv_block_bytes(runner.config.kv_cache_dtype)
+        return predict_steps(profile, self.shapes, kv_block_bytes, runner.dtype.itemsize, num_blocks)
 
 
 def _refused(name: str, error: Exception) -> dict[str, Any]:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if not isinstance(error, (UsageError, ValueError)):
+        traceback.print_exception(error)
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     print(f"{name}: refused: {reason}", flush=True)
     return {"refused": reason}

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
-from bench.offload.shapes import Shapes, settings_of
+from bench.offload.shapes import BLOCK_SIZE, Shapes, settings_of
 from bench.report import Table
 from bench.serving.runs import as_prompts
 from bench.serving.stopwatch import replaced
@@ -29,7 +29,6 @@ OTHER_LEN = 16  # tokens of the prompt that preempts
 NUM_OF_OTHER = 8  # tokens that it draws: copies to the host end in the meantime
 DECODE_LEN, NUM_DECODED = 256, 256  # tokens of each prompt beside, and tokens that it may draw
 BATCHED_TOKENS = 8192
-BLOCK_SIZE = 16
 MOST_STEPS = 100_000
 
 
@@ -65,7 +64,7 @@ def add_options(group: Any) -> None:
     group.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways back (default: all)")
 
 
-def measure(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+def measure(args: Namespace, shapes: Shapes) -> None:
     """Measure all lengths, ways and numbers of decodes."""
     longest, num_beside = max(args.lengths) + _num_own(args.repeats), max(args.decodes)
     max_model_len = max(longest, DECODE_LEN + NUM_DECODED)
@@ -94,7 +93,7 @@ def measure(args: Namespace, shapes: Shapes) -> dict[str, Any]:
             result = _measure_row(args, shapes, runner, config, length, num_decodes)
             results.append(result)
             print(table.row(f"{length:,} beside {num_decodes}", *_cells(result)), flush=True)
-    return settings_of(llm) | {"profile": asdict(runner.profile), "restores": results}
+            args.keep(settings_of(llm) | {"profile": asdict(runner.profile), "restores": results})
 
 
 def _measure_row(

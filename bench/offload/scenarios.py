@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import UsageError
-from bench.offload.generation import BLOCK_SIZE, Variant, Work, run_variants
-from bench.offload.shapes import Shapes
+from bench.offload.generation import Variant, Work, run_variants
+from bench.offload.shapes import BLOCK_SIZE, Shapes
 from bench.paper.experiment import Plot
 from bench.peers import KV_ON_HOST
 from jpaged import EngineConfig
@@ -41,6 +41,7 @@ def add_options(group: Any) -> None:
     add("--placements", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants (default: all)")
     memory = "most host memory for KV: batches of the paper that need more become smaller (default: %(default)s)"
     add("--host-memory-gib", type=float, default=96.0, metavar="X", help=memory)
+    add("--busy", action="store_true", help="profile a few steps too: shares of time that compute and that copy")
     add("--peer-python", default=sys.executable, metavar="PATH", help="peer: the Python that has torch (default: this)")
     add(
         "--divisor", type=int, default=1, metavar="N", help="latency, sweep, throughput: prompts shorter by this factor"
@@ -53,29 +54,29 @@ VARIANTS = {
 }
 
 
-def decode(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+def decode(args: Namespace, shapes: Shapes) -> None:
     """Decode steps over KV on the host, beside KV on the device."""
     works = [_decodes(args, n, context) for n in args.num_seqs for context in args.contexts]
     peers = {name: peer for name, peer in KV_ON_HOST.items() if shapes.name in peer["figures"]}
     for name, peer in peers.items():
         print(f"{name}, {peer['settings']}: {peer['figures'][shapes.name]['step_ms']:g} ms a step")
-    return _run(args, shapes, works) | {"peers": peers}
+    _run(args, shapes, works, content={"peers": peers})
 
 
-def long(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+def long(args: Namespace, shapes: Shapes) -> None:
     """One sequence of which the device pool holds a part, beside a pool that holds all of it."""
     work = _decodes(args, 1, args.length)
     shapes = shapes.with_context(work.prompt_len + work.num_tokens)
-    num_blocks = int(args.pool_gib * 2**30) // shapes.block_bytes(EngineConfig(kv_cache_dtype=args.kv_cache_dtype))
+    num_blocks = int(args.pool_gib * 2**30) // shapes.kv_block_bytes(args.kv_cache_dtype)
     num_all = work.num_blocks + work.num_blocks // 20 + 2
     variants = [
         Variant("part", {"kv_placement": "auto", "num_blocks": max(num_blocks, 2)}),
         Variant("all", {"kv_placement": "device", "num_blocks": num_all, "num_host_blocks": 0}),
     ]
-    return _run(args, shapes, [work], variants)
+    _run(args, shapes, [work], variants)
 
 
-def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[[Namespace, Shapes], dict[str, Any]]:
+def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[[Namespace, Shapes], None]:
     """An experiment of the KVPR paper, its batches as large as the host memory allows.
 
     Args:
@@ -84,17 +85,17 @@ def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[
         settings: settings of all variants.
     """
 
-    def run(args: Namespace, shapes: Shapes) -> dict[str, Any]:
-        block_bytes = shapes.block_bytes(EngineConfig(kv_cache_dtype=args.kv_cache_dtype))
+    def run(args: Namespace, shapes: Shapes) -> None:
+        block_bytes = shapes.kv_block_bytes(args.kv_cache_dtype)
         most = int(args.host_memory_gib * 2**30) // block_bytes
         fitting = [_fit(replace(work, prompt_len=work.prompt_len // args.divisor), most) for work in works]
         print(PAPER[scenario])
-        return _run(args, shapes, list(dict.fromkeys(fitting)), **settings) | {"paper": PAPER[scenario]}
+        _run(args, shapes, list(dict.fromkeys(fitting)), content={"paper": PAPER[scenario]}, **settings)
 
     return run
 
 
-def measure_peer(args: Namespace, shapes: Shapes) -> dict[str, Any]:
+def measure_peer(args: Namespace, shapes: Shapes) -> None:
     """Hugging Face's offloaded cache on the same shapes, in a process of another environment."""
     if shapes.is_trained:
         raise UsageError("peer needs --random-weights: it makes a model from a config.json")
@@ -104,7 +105,7 @@ def measure_peer(args: Namespace, shapes: Shapes) -> dict[str, Any]:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for line in lines:
         print(" ".join(f"{name}={value}" for name, value in line.items()))
-    return {"peer": lines}
+    args.keep({"peer": lines})
 
 
 def plot(report: dict[str, Any]) -> list[Plot]:
@@ -140,9 +141,14 @@ def _decodes(args: Namespace, num_seqs: int, prompt_len: int) -> Work:
 
 
 def _run(
-    args: Namespace, shapes: Shapes, works: Sequence[Work], variants: Sequence[Variant] | None = None, **settings: Any
-) -> dict[str, Any]:
-    """Run works by all variants, in engines that hold the largest of them."""
+    args: Namespace,
+    shapes: Shapes,
+    works: Sequence[Work],
+    variants: Sequence[Variant] | None = None,
+    content: dict[str, Any] | None = None,
+    **settings: Any,
+) -> None:
+    """Run works by all variants, in engines that hold the largest of them. ``content`` joins the result file."""
     longest = max(work.prompt_len + work.num_tokens for work in works)
     num_blocks = max(work.num_blocks for work in works)
     config = EngineConfig(
@@ -157,4 +163,8 @@ def _run(
     shapes = shapes.with_context(longest)
     print(f"{shapes.name}: blocks of {BLOCK_SIZE}, {config.num_host_blocks:,} in host memory")
     variants = variants or [VARIANTS[name] for name in args.placements]
-    return {"variants": run_variants(shapes, config, variants, works, args.repeats)}
+
+    def keep(results: list[dict[str, Any]]) -> None:
+        args.keep((content or {}) | {"variants": results})
+
+    run_variants(shapes, config, variants, works, args.repeats, keep=keep, is_profiled=args.busy)

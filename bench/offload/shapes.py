@@ -20,6 +20,8 @@ from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config, load_model, random_model
 from jpaged.sharding import make_mesh
 
+BLOCK_SIZE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
@@ -80,9 +82,9 @@ class Shapes:
             return load_model(self.path, self.model_config, dtype, mesh, use_tqdm=False, weight_placement=placement)
         return random_model(self.model_config, dtype, mesh, 0, weight_placement=placement)
 
-    def block_bytes(self, config: EngineConfig) -> int:
-        """Bytes of a block of an engine's pool."""
-        mesh = make_mesh()
+    def kv_block_bytes(self, kv_cache_dtype: str) -> int:
+        """Bytes of K and V of a block, with the scales of 8-bit ones."""
+        mesh, config = make_mesh(), EngineConfig(kv_cache_dtype=kv_cache_dtype, block_size=BLOCK_SIZE)
         dtype = target_of(mesh).resolve_dtype(config.dtype, self.model_config.dtype)
         backend = choose_backend(self.model_config, config, dtype, mesh)
         return pool_layout(self.model_config, config, dtype, backend).block_bytes

@@ -134,7 +134,7 @@ def break_down(kernels: list[Kernel], num_steps: int, *, step_us: float, host_us
         attention_us=groups["attention"] * scale,
         sampling_us=groups["sampling"] * scale if is_sampling_known else None,
         other_us=groups["other"] * scale,
-        gaps_us=step_us - _busy_ns(kernels) * scale,
+        gaps_us=step_us - busy_ns(kernels) * scale,
         traced_step_us=(last - first) * scale,
         num_launches=len(kernels) / num_steps,
         num_steps=num_steps,
@@ -146,7 +146,7 @@ def break_down(kernels: list[Kernel], num_steps: int, *, step_us: float, host_us
     )
 
 
-def _busy_ns(kernels: list[Kernel]) -> float:
+def busy_ns(kernels: list[Kernel]) -> float:
     """Time in which any kernel ran. Kernels of several streams may overlap."""
     busy, until = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda k: k.start_ns):

@@ -44,7 +44,7 @@ def profile_decode(
         # The profiler sees one iteration alone of a loop inside a graph.
         with _kept(directory) as path, replaced(engine.scheduler, "max_burst", 1):
             _decode(llm, len(prompts), NUM_SETTLING_STEPS)  # the steps of a burst in flight
-            with _trace(path):
+            with trace(path):
                 num_traced = _decode(llm, len(prompts), num_traced)
             kernels = read_kernels(path, scopes_of(_program_text(llm, len(prompts))))
     finally:
@@ -67,7 +67,7 @@ def profile_prefill(llm: LLM, timed: list[list[int]], traced: list[list[int]], d
     _run_all(llm, timed, watch)
     step_us = 1e6 * (time.perf_counter() - start) / watch.num_steps
     with _kept(directory) as path:
-        with _trace(path):
+        with trace(path):
             _run_all(llm, traced, watch_traced)
         kernels = read_kernels(path)
     return break_down(kernels, watch_traced.num_steps, step_us=step_us, host_us=watch.us_per_step(watch.num_steps))
@@ -121,7 +121,7 @@ class _Temporary(TemporaryDirectory):
 
 
 @contextmanager
-def _trace(directory: Path) -> Iterator[None]:
+def trace(directory: Path) -> Iterator[None]:
     """Profile everything enqueued inside, and nothing else."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # a step makes many thousand calls

@@ -52,39 +52,15 @@ NO_CHUNKS = Chunks(NO_INTS, np.zeros(0, np.int64), NO_INTS, NO_INTS, NO_INTS)
 class Streamed:
     """Blocks on the host that the rows of a step attend to. The device streams them layer by layer into its window.
 
-    A block table has ``host_cell(i)`` for the i-th streamed block of its row, and ``activation_cell(i)`` for the i-th
-    block of the row's pages.
+    A block table has ``host_cell(i)`` for the i-th streamed block of its row.
 
     Args:
         blocks: host blocks, those of one row side by side and in logical order.
         starts: index in ``blocks`` of the first block of each chunk's row, aligned with ``StepPlan.chunks``.
-        pages: the same for rows that keep activations; None if no row does.
     """
 
     blocks: Int32[np.ndarray, " streamed"]
     starts: Int32[np.ndarray, " chunks"]
-    pages: "ActivationPages | None" = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ActivationPages:
-    """Activations on the host, from which a step computes K and V again while it streams others (KVPR).
-
-    A page is a block that holds the inputs of every layer for the tokens of two logical blocks, in place of their K
-    and V: the first block's in the place of K, the second's in the place of V.
-
-    Args:
-        pages: host blocks, those of one row side by side.
-        positions: position of the first token of each page in its sequence.
-        starts: index in ``pages`` of the first page of each chunk's row.
-        slots: slot of the device's pages for each token of the chunks: ``page * 2 * block_size + offset``, or 0 for
-            a token whose inputs are not kept.
-    """
-
-    pages: Int32[np.ndarray, " pages"]
-    positions: Int32[np.ndarray, " pages"]
-    starts: Int32[np.ndarray, " chunks"]
-    slots: Int32[np.ndarray, " tokens"]
 
 
 @dataclass(frozen=True, slots=True)

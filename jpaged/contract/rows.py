@@ -35,12 +35,7 @@ _CELLS = struct.Struct("=6fiIi")
 
 def host_cell(index: int) -> int:
     """The cell of a block table for a logical block on the host: the streamed block of this index in its row."""
-    return -1 - 2 * index
-
-
-def activation_cell(index: int) -> int:
-    """The cell for a logical block whose K and V are computed from activations: its index in the pages of its row."""
-    return -2 - 2 * index
+    return -1 - index
 
 
 def pack_row(params: SamplingParams, seed: int, prompt_len: int) -> bytes:

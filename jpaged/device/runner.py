@@ -15,9 +15,9 @@ from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
 from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
-from jpaged.contract.rows import NO_INTS
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
+from jpaged.device.kv.layout import why_no_activations
 from jpaged.device.kv.sizing import PoolSizer
 from jpaged.device.profiler import make_profile
 from jpaged.device.sampling.beams import split_candidates
@@ -25,7 +25,7 @@ from jpaged.device.sampling.draw import SampledTokens
 from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_scores
 from jpaged.device.step.in_flight import Results, StepInFlight, StepTimes
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer, num_pages_in
+from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
 from jpaged.device.step.programs import Programs, dtype_of, split_model
 from jpaged.device.target import BACKENDS, choose_backend
 from jpaged.device.weights import device_bytes, prepare_weights
@@ -68,6 +68,8 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
             f"kv_placement={config.kv_placement!r} with tensor_parallel_size={config.tensor_parallel_size}: blocks are "
             "streamed from the host to one device; use kv_placement='device', or one device"
         )
+    if config.offload_cache == "activations" and (reason := why_no_activations(model_config, config)) is not None:
+        raise ValueError(f"offload_cache='activations' cannot be had: {reason}; use 'kv' or 'auto'")
     reason = None if name is None or config.interpret else why_cannot_run(name)
     if reason is not None:
         raise ValueError(
@@ -144,7 +146,8 @@ class ModelRunner:
             self.host_pool.wait()  # it was made while the programs were
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
-        self._packer = Packer(self.buckets, len(self._state.latest), self.max_blocks, model_config.vocab_size)
+        sizes = len(self._state.latest), self.max_blocks, model_config.vocab_size
+        self._packer = Packer(self.buckets, *sizes, config.block_size, self.programs.most_pages)
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -183,7 +186,7 @@ class ModelRunner:
     @property
     def max_streamed_blocks(self) -> int:
         """Blocks on the host that the rows of one step may attend to."""
-        return self.programs.stream.window.num_cells if self.programs.stream else 0
+        return self.programs.max_streamed_blocks
 
     @property
     def max_model_len(self) -> int:
@@ -232,11 +235,6 @@ class ModelRunner:
         if step.to_host or step.from_host:
             assert self.host_pool is not None
             self.cache = self.host_pool.start(self.cache, step.to_host, step.from_host)
-        if step.streamed is not None:
-            assert self.host_pool is not None
-            assert self.programs.stream is not None
-            pages = step.streamed.pages.pages if step.streamed.pages is not None else NO_INTS
-            self.host_pool.stream(self.programs.stream, step.streamed.blocks, pages)
         if step.copies:
             self._copy(step.copies)
         results = self._compute(step) if step.bucket is not None else Results()
@@ -278,6 +276,10 @@ class ModelRunner:
         for changes in step.changes:
             self._state = self.programs.get(("enter",))(self._state, changes)
         self._state = self.programs.get(("load", step.bucket))(self._state, step.inputs)
+        if step.streamed is not None:
+            assert self.host_pool is not None
+            assert self.programs.stream is not None
+            self.host_pool.stream(self.programs.stream, step.streamed)
         drawn, sampled, candidates = None, (), None
         if step.samples is not None:
             hidden, sampled = self._run_and_sample(step, step.samples)
@@ -318,11 +320,8 @@ class ModelRunner:
 
     def _run(self, step: PackedStep) -> Float[Array, "tokens hidden_size"]:
         """Enqueue the program of a step over the loaded inputs. Returns hidden states, valid until the next pass."""
-        assert step.bucket is not None
-        key, pages = ("forward", step.bucket), () if step.pages is None else (step.pages,)
-        if step.streamed is not None:
-            key = "stream", step.bucket, None if step.pages is None else num_pages_in(step.pages, step.bucket)
-        self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state, *pages)
+        key = ("forward", step.bucket) if step.streamed is None else ("stream", step.bucket, step.pages)
+        self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state)
         return hidden[0] if hidden else self._state.hidden
 
     def forget_pool(self) -> None:

@@ -61,7 +61,7 @@ class Preemption:
         Args:
             profile: rates of this machine; None until they are measured: "auto" swaps then.
         """
-        self._streaming.move_out(is_short=True)  # preempts no group
+        self._streaming.move_out(self._line.waiting)  # preempts no group
         lower, first = self.groups_to_yield(), self._line.waiting[0]
         while lower:
             self._preempt(lower.pop(), profile)
@@ -116,12 +116,12 @@ class Preemption:
         Returns:
             The copies to make before.
         """
-        self._streaming.move_out(is_short=bool(self._line.waiting))
+        self._streaming.move_out(self._line.waiting)
         decodes = self._rows.decodes().rows
         copies = self.append(decodes, np.ones_like(decodes), self.wanted(decodes))
         if copies is not None:
             return copies
-        self._streaming.move_out(is_short=True)
+        self._streaming.move_out((), is_short=True)
         copies, index = [], 0
         while index < len(self._line.running):
             group = self._line.running[index]
@@ -132,7 +132,7 @@ class Preemption:
                 self._preempt(victim, profile)
                 if victim is group:
                     return copies
-                self._streaming.move_out(is_short=True)
+                self._streaming.move_out((), is_short=True)
             copies += group_copies
             index += 1
         return copies
@@ -182,7 +182,7 @@ class Preemption:
             return False
         self.drop_blocks(after[-1])
         self._admission.forget_refusal()
-        self._streaming.move_out(is_short=True)
+        self._streaming.move_out((), is_short=True)
         return True
 
     def drop_blocks(self, group: SequenceGroup, *, is_trusted: bool = True) -> None:

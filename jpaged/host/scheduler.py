@@ -238,7 +238,7 @@ class Scheduler:
         if not self._can_be_followed or (has_waiting and self._preemption.groups_to_yield()):
             return None
         self._entry.land()  # the plan in flight loads nothing: groups that resumed found all their blocks on the device
-        self._streaming.move_out(is_short=has_waiting)
+        self._streaming.move_out(self.line.waiting)
         decodes = self.rows.decodes()
         feeds = self._preemption.wanted(decodes.rows)
         if len(decodes.rows) == 0 and not (feeds or has_waiting or self._streaming.members):

@@ -1,6 +1,6 @@
 """Streaming: running sequences that keep their full blocks on the host, where every step reads them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.feed import Feed
 from jpaged.host.offload.placement import end_of_chunk
 from jpaged.host.outcome import Outcome
+from jpaged.host.policies.budget import num_blocks_left_free
 from jpaged.host.policies.order import schedule_order
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
@@ -55,16 +56,19 @@ class Streaming:
 
     # Blocks -------------------------------------------------------------------------------------------------------
 
-    def move_out(self, *, is_short: bool) -> None:
+    def move_out(self, waiting: Collection[SequenceGroup], *, is_short: bool = False) -> None:
         """Move the first full blocks of streamed sequences to the host while it, and the window, have room.
 
         Args:
-            is_short: whether all of them should leave, for a group that waits or grows.
+            waiting: groups that need their place to start.
+            is_short: whether all of them should leave, since running sequences found too few free blocks.
         """
         members = self.members
+        if not members:
+            return
         num_left = self._num_window_left(members)
         if self._blocks.placement.kind == "auto" and not is_short:
-            num_left = min(num_left, self._num_lacking(members))
+            num_left = min(num_left, self._num_lacking(members, waiting))
         for _, seq in members:
             holding = self._holding(seq)
             first = len(holding.host_blocks)
@@ -74,11 +78,16 @@ class Streaming:
                 self._rows.change_from(seq.row, first)
             num_left -= num_moved
 
-    def _num_lacking(self, members: list[tuple[SequenceGroup, Sequence]]) -> int:
-        """Count the blocks that the next plan may take beyond the free ones: one a row, and those of chunks."""
-        if not members:
-            return 0
+    def _num_lacking(self, members: list[tuple[SequenceGroup, Sequence]], waiting: Collection[SequenceGroup]) -> int:
+        """Count the blocks, beyond the free ones, that rows, chunks and waiting groups may take in the next plan."""
         num_taken = np.count_nonzero(self._rows.seq_ids >= 0)
+        if waiting:
+            num_taken += num_blocks_left_free(len(self._blocks.tiers.device.blocks), is_running=True)
+        for group in waiting:
+            num_tokens = max([len(seq.token_ids) for seq in group.unfinished])
+            if group.is_streamed:
+                num_tokens = min(num_tokens, self._max_chunk)
+            num_taken += group.num_rows * (self._blocks.holdings.num_covering(num_tokens) + 1)
         for _, seq in members:
             stop = min(seq.num_tokens, seq.num_computed + self._max_chunk)
             num_taken += max(self._blocks.holdings.num_covering(stop) - self._num_held(seq), 0)

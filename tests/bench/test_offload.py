@@ -9,8 +9,13 @@ import pytest
 
 from bench.__main__ import main
 from bench.offload import scenarios
+from bench.offload.busy import NUM_TRACED, shares_of
+from bench.offload.predictions import predict_steps
+from bench.offload.shapes import Shapes
 from bench.peers import KV_ON_HOST, run_offloaded_cache
 from bench.report import CONFIGS
+from bench.serving.breakdown import Kernel
+from jpaged.contract.profile import Link, MachineProfile
 from jpaged.models import load_config
 from tests.support.tiny import tiny_config
 
@@ -58,8 +63,21 @@ def test_restores_come_back_each_way_with_the_same_tokens(run_offload):
     assert sum(line.startswith("60 beside") for line in lines) == 2
 
 
+@pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offload, tmp_path):
-    options = ("--num-seqs", "3", "--contexts", "40", "--num-steps", "6", "--repeats", "2", "--num-blocks", "64")
+    options = (
+        "--num-seqs",
+        "3",
+        "--contexts",
+        "40",
+        "--num-steps",
+        "6",
+        "--repeats",
+        "2",
+        "--num-blocks",
+        "64",
+        "--busy",
+    )
     lines, report = run_offload("decode", *options, "--max-num-batched-tokens", "32")
     host, device = report["variants"]
     assert (host["variant"], device["variant"]) == ("host", "device")
@@ -74,12 +92,39 @@ def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offloa
             # The middle of the steps lies in the third or the fourth block.
             assert best["kv_bytes"] / variant["bytes_per_block"] / work["num_seqs"] in (2, 3)
             assert len(run["step_ms"]) == 2
+            assert 0 < run["busy"]["computing"] <= 1
+            assert run["busy"]["copying"] == 0, "a CPU has no copies of its own"
     [on_host], [on_device] = host["runs"], device["runs"]
     assert on_host["best"]["share_of_copies"] > 0
     assert on_host["best"]["bytes_from_host"] == pytest.approx(on_host["best"]["kv_bytes"], rel=0.5)
     assert on_device["best"]["bytes_from_host"] == 0
+    assert on_host["predicted"]["kv_ms"] >= on_host["predicted"]["planned_ms"] > 0
+    assert on_device["predicted"] is None
     assert (tmp_path / "offload" / "result.png").exists()
     assert sum(line.startswith("host: 3 x 40") for line in lines) == 1
+
+
+def test_shares_of_time_count_what_runs_together_once():
+    events = [("MemcpyH2D", 0, 60), ("gemm", 10, 30), ("paged_decode", 20, 40), ("MemcpyH2D", 70, 30)]
+    busy = shares_of([Kernel(name, 1e6 * start, 1e6 * duration) for name, start, duration in events])
+    assert (busy.computing, busy.copying) == pytest.approx((0.5, 0.9))
+    assert busy.step_ms == pytest.approx(100 / NUM_TRACED)
+    with pytest.raises(RuntimeError, match="no event"):
+        shares_of([])
+
+
+@pytest.mark.parametrize(("num_kv_heads", "saves"), [(4, True), (1, False)])
+def test_predictions_are_those_of_the_planner(num_kv_heads, saves):
+    config = tiny_config(hidden_size=64, num_kv_heads=num_kv_heads)
+    shapes, link = Shapes("tiny", config, Path("tiny"), is_trained=False), Link(0.0, 1e9, 1e9)
+    profile = MachineProfile(1, link, link, ((1024, 1e14),), 0.0, 0.0, 0.0, layer_fixed_s=1e-9, layer_token_s=1e-12)
+    kv_bytes = shapes.kv_block_bytes("auto")
+    predicted = predict_steps(profile, shapes, kv_bytes, 4, [100, 50])
+    assert predicted["kv_ms"] == pytest.approx(1e3 * 150 * kv_bytes / 1e9)
+    half = predicted["kv_ms"] * 64 / (2 * num_kv_heads * 16)
+    assert predicted["activations_ms"] == pytest.approx(half, rel=0.1), "hidden_size elements for those of K and V"
+    assert (predicted["planned_share"] > 0.9, predicted["paper_share"] > 0.5) == (saves, saves)
+    assert predicted["planned_ms"] <= min(predicted["kv_ms"], predicted["activations_ms"], predicted["paper_ms"])
 
 
 def test_a_long_sequence_is_measured_over_a_part_of_its_blocks_and_over_all(run_offload):
@@ -105,7 +150,7 @@ def test_a_variant_that_does_not_fit_is_recorded_with_the_reason(run_offload):
 )
 def test_batches_of_the_paper_shrink_to_the_host_memory(run_offload, monkeypatch, scenario, placement):
     ran = []
-    monkeypatch.setattr(scenarios, "run_variants", lambda *args: ran.append(args) or [])
+    monkeypatch.setattr(scenarios, "run_variants", lambda *args, keep, **options: ran.append(args) or keep([]))
     options = ("--divisor", "8", "--host-memory-gib", "0.001")
     lines, report = run_offload(scenario, *options)
     assert "second-hand" in report["paper"]
@@ -113,7 +158,7 @@ def test_batches_of_the_paper_shrink_to_the_host_memory(run_offload, monkeypatch
     [(shapes, config, variants, works, _)] = ran
     assert [variant.name for variant in variants] == ["host", "device"]
     assert config.weight_placement == placement
-    block_bytes = shapes.block_bytes(config)
+    block_bytes = shapes.kv_block_bytes("auto")
     assert 0.0005 * 2**30 < max(work.num_blocks for work in works) * block_bytes <= 0.001 * 2**30
     assert all(work.num_blocks <= config.num_host_blocks for work in works)
     assert len(set(works)) == len(works)

@@ -1,15 +1,20 @@
 """Blocks on the host that a step streams through its window: the same tokens as with all blocks on the device."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged.contract.plan import ActivationPages, BlockCopy, Streamed
-from jpaged.contract.rows import NO_INTS, activation_cell, host_cell
+from jpaged.config import EngineConfig
+from jpaged.contract.plan import BlockCopy, Streamed
+from jpaged.contract.rows import host_cell
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
-from jpaged.device.kv.stream import Window, _runs, num_window_blocks_for
+from jpaged.device.kv.layout import keeps_activations
+from jpaged.device.kv.pages import PageSizes, page_sizes_for
+from jpaged.device.kv.stream import Window, _runs
+from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
 from jpaged.models import OPTConfig
@@ -92,55 +97,64 @@ OPT = OPTConfig(
 
 
 @pytest.mark.parametrize("model_config", [MHA, OPT], ids=["llama", "opt"])
-def test_blocks_computed_from_activations_on_the_host_equal_those_that_were_kept(model_config):
-    """Two rows keep activations of their first blocks, one of them beside K and V of others; one row keeps none."""
-    rows, first = range(3), 45
-    tables = [[first + 6 * row + i for i in range(6)] for row in rows]
-    pages_of = [[40, 41, 42], [43, 44, 39], []]  # on the device: 16 tokens each
+def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_config):
+    """Three rows in one step: pages on the host and on the device, on the device only, and on the host only."""
+    rows, first, tables = range(3), 46, [[46, 47, 48, 49], [50, 51, 52, 53], [54, 55, 56, 57]]
+    kept = make_runner(model_config=model_config, max_num_batched_tokens=64)
+    pages = make_streaming(model_config=model_config, num_blocks=60, block_size=16, num_host_blocks=4)
+    assert pages.programs.keeps_activations
+    assert pages.num_window_blocks < first
+    assert pages.max_streamed_blocks >= 3
     results = []
-    for is_streaming in (False, True):
-        runner = make_streaming(model_config=model_config, num_host_blocks=12)
-        assert runner.num_window_blocks < 39
-
-        def slots(chunks, pages_of=pages_of):
-            """The slots of the pages for the tokens of some chunks."""
-            return np.array(
-                [
-                    pages_of[row][p // 16] * 16 + p % 16 if pages_of[row] else 0
-                    for row, start, stop in chunks
-                    for p in range(start, stop)
-                ],
-                np.int32,
-            )
-
-        def streamed(slots, pages=((), ()), blocks=()):
-            page_starts = np.array([0, len(pages[0]), 0], np.int32)
-            positions = np.array([16 * i for own in pages for i in range(len(own))], np.int32)
-            kept = ActivationPages(np.array([*pages[0], *pages[1]], np.int32), positions, page_starts, slots)
-            return Streamed(np.array(blocks, np.int32), np.zeros(3, np.int32), kept)
-
-        for start, stop in ((0, 20), (20, 40)):
-            chunks = [Chunk(i, PROMPTS[i][start:stop], start, 40, tables[i]) for i in rows]
-            kept = streamed(slots([(i, start, stop) for i in rows])) if is_streaming else None
-            run(runner, chunks, kept)
+    blocks_of_two = [[1 + 2 * (page - first) + i for page in own for i in range(2)] for own in tables]
+    for runner, blocks_of in ((kept, blocks_of_two), (pages, tables)):
+        for start, stop in ((0, 21), (21, 32)):
+            run(runner, [Chunk(i, PROMPTS[i][start:stop], start, 32, blocks_of[i]) for i in rows])
         out = []
         for step in range(3):
-            cells, plan, to_host = [list(table) for table in tables], None, ()
-            if is_streaming:
-                on_host = [[5, 2], [7]]  # pages of row 0 and of row 1
-                cells[0][:4] = [activation_cell(i) for i in range(4)]
-                cells[1][:3] = [activation_cell(0), activation_cell(1), host_cell(0)]
-                plan = streamed(slots([(i, 40 + step, 41 + step) for i in rows]), on_host, [3])
+            cells, streamed, to_host = [list(table) for table in blocks_of], None, ()
+            if runner is pages:
+                cells[0][0], cells[2][:2] = host_cell(0), [host_cell(0), host_cell(1)]
+                streamed = Streamed(np.array([3, 0, 2], np.int32), np.array([0, 0, 1], np.int32))
                 if step == 0:
-                    to_host = tuple(BlockCopy(*move) for move in ((40, 5), (41, 2), (43, 7), (tables[1][2], 3)))
-                if step == 1:
-                    gone = jnp.array([*tables[0][:4], *tables[1][:3], 40, 41, 43])
+                    to_host = (BlockCopy(46, 3), BlockCopy(54, 0), BlockCopy(55, 2))
+                if step == 1:  # nothing but the window and the host is read: the blocks are gone
+                    gone = jnp.array([46, 54, 55])
                     runner.cache = dataclasses.replace(runner.cache, pool=runner.cache.pool.at[gone].set(jnp.nan))
-            out.append(run(runner, [Chunk(i, [5 + step], 40 + step, 40, cells[i]) for i in rows], plan, to_host))
+            chunks = [Chunk(i, [5 + step], 32 + step, 32, cells[i]) for i in rows]
+            if step == 2:  # a chunk of a prompt among decodes
+                chunks[1] = Chunk(1, [5, 6, 7], 34, 37, cells[1])
+            out.append(run(runner, chunks, streamed, to_host))
         results.append(out)
-    for (resident_ids, resident), (streamed_ids, streamed_) in zip(*results, strict=True):
-        assert resident_ids == streamed_ids
-        np.testing.assert_allclose(resident, streamed_, atol=1e-5)
+    for (kept_ids, kept_logprobs), (computed_ids, computed) in zip(*results, strict=True):
+        assert kept_ids == computed_ids
+        np.testing.assert_allclose(kept_logprobs, computed, atol=1e-5)
+
+
+def test_activations_are_kept_where_they_are_smaller():
+    host: dict[str, Any] = {"kv_placement": "host", "num_host_blocks": 4}
+    assert keeps_activations(MHA, EngineConfig(**host))
+    assert keeps_activations(OPT, EngineConfig(**host))
+    assert not keeps_activations(MODEL, EngineConfig(**host)), "grouped queries: K and V have fewer features"
+    others: list[dict[str, Any]] = [{"offload_cache": "kv"}, {"kv_cache_dtype": "int8"}, {"block_size": 15}]
+    for other in [*others, {"kv_placement": "auto"}]:
+        assert not keeps_activations(MHA, EngineConfig(**host | other))
+    with pytest.raises(ValueError, match=r"hidden_size is 16 and its K have \[32\] features"):
+        make_streaming(offload_cache="activations")
+    with pytest.raises(ValueError, match="it needs an even block_size, max_burst=1"):
+        make_streaming(model_config=MHA, offload_cache="activations", block_size=15, max_burst=2)
+
+
+def test_sizes_of_pages_are_few_and_hold_all_but_no_more_than_fit():
+    most = PageSizes(1000, 200)
+    decodes = {page_sizes_for(n, 3, most, is_decode=True) for n in range(1, 1001)}
+    assert len(decodes) < 40
+    for n in (0, 1, 5, 63, 64, 65, 150, 200):
+        sizes = page_sizes_for(5 * n, n, most, is_decode=True)
+        assert 5 * n <= sizes.num_streamed <= min(1.25 * 5 * n + 1, 1000)
+        assert n <= sizes.num_resident <= min(2 * n, 200)
+        assert page_sizes_for(n, n, most, is_decode=False).num_streamed in (0, 1, 4, 16, 64, 256)
+    assert page_sizes_for(900, 190, most, is_decode=False) == most
 
 
 def test_a_step_that_streams_allocates_nothing_of_the_pools_size():
@@ -156,7 +170,7 @@ def test_a_step_that_fails_leaves_no_blocks_to_the_next():
     runner = make_streaming()
     assert runner.host_pool is not None
     assert runner.programs.stream is not None
-    runner.host_pool.stream(runner.programs.stream, np.array([1, 2], np.int32), NO_INTS)
+    runner.host_pool.stream(runner.programs.stream, np.array([1, 2], np.int32))
     runner.forget_pool()
     table = [40, 41]
     run(runner, [Chunk(0, PROMPTS[0][:8], 0, 8, table)])
@@ -168,14 +182,16 @@ def test_a_step_that_fails_leaves_no_blocks_to_the_next():
     assert token_ids == run(other, [Chunk(0, [5], 8, 8, table)])[0]
 
 
-def test_the_window_holds_the_host_pool_twice_or_half_of_the_devices_pool():
-    assert num_window_blocks_for(100, 1000, num_layers=4) == 50
-    assert num_window_blocks_for(101, 1000, num_layers=4) == 51
-    assert num_window_blocks_for(10**6, 1000, num_layers=4) == 499
-    assert Window(50, 4).num_cells == 100
-    assert Window(0, 4).num_cells == 0
-    cells = [Window(51, 4).first_cell(layer) for layer in range(4)]
-    assert cells == [4, 4 + 102, 4, 4 + 102]
+def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
+    assert window_for(100, 1000, 4, with_pages=False) == Window(50, 4)
+    assert window_for(101, 1000, 4, with_pages=False) == Window(51, 4)
+    assert window_for(10**6, 1000, 4, with_pages=False) == Window(499, 4)
+    assert most_streamed_blocks(Window(50, 4)) == 100
+    # Pages: two cells of K and V for every page, and two parts for those on the host.
+    assert window_for(100, 1000, 40, with_pages=True) == Window(60, 40)
+    assert window_for(10**6, 1000, 4, with_pages=True) == Window(749, 4)
+    assert most_pages(Window(60, 40), 1000) == PageSizes((60 * 40 - 2 * 940) // 4, 940)
+    assert most_pages(Window(2, 4), 1000).num_streamed == 0
 
 
 def test_without_a_placement_on_the_host_there_is_no_window():

@@ -30,6 +30,7 @@ INVALID = {
     "num_host_blocks": [*NOT_INTEGERS, -1, 2**31],
     "host_memory_bytes": [*NOT_INTEGERS, -1, 2**63],
     "kv_placement": [None, "disk", True],
+    "offload_cache": [None, "both", 1],
     "weight_placement": [None, "auto", True],
 }
 
@@ -52,6 +53,7 @@ VALID = {
     "num_host_blocks": [None, 0, 7],
     "host_memory_bytes": [None, 0, 2**63 - 1],
     "kv_placement": ["device", "auto", "host"],
+    "offload_cache": ["auto", "kv", "activations"],
     "weight_placement": ["device", "host"],
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from unittest import mock
 
 import pytest
 from flax import nnx
@@ -10,7 +11,15 @@ from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh
-from tests.support.tiny import ENGINE_MODEL, ENGINE_SIZES, engine_model, tiny_engine
+from tests.support.tiny import (
+    ENGINE_MODEL,
+    ENGINE_SIZES,
+    engine_model,
+    enlarged,
+    tiny_config,
+    tiny_engine,
+    tiny_model,
+)
 
 SIZES = dataclasses.replace(ENGINE_SIZES, kv_placement="host", num_host_blocks=48)
 PROMPTS = [[(5 + i) * j % 23 for j in range(length)] for i, length in enumerate((40, 3, 33, 12))]
@@ -51,6 +60,33 @@ def test_tokens_do_not_depend_on_where_blocks_lie(kind, num_usable, temperature)
     assert outputs(engine, PROMPTS, **params) == expected, "which now start from blocks on the host"
 
 
+def test_a_failed_step_and_an_abort_change_no_token(monkeypatch):
+    params = {"max_tokens": 12, "temperature": 0}
+    expected = outputs(tiny_engine(), PROMPTS, **params)
+    engine = make_engine(6)
+    prompt = {"prompt_token_ids": PROMPTS[0][:30]}
+    engine.add(engine.make_request("aborted", prompt, SamplingParams(max_tokens=30, ignore_eos=True)))
+    for _ in range(6):
+        engine.step()
+    assert engine.stats().num_streamed_blocks > 0
+    assert engine.abort("aborted")
+    engine.step()
+    assert engine.blocks.stats().num_host_used == 0
+    for i, tokens in enumerate(PROMPTS):
+        sampling = SamplingParams(seed=i, ignore_eos=True, **params)
+        engine.add(engine.make_request(str(i), {"prompt_token_ids": tokens}, sampling))
+    for _ in range(5):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "fetch", mock.Mock(side_effect=RuntimeError("lost")))
+        with pytest.raises(RuntimeError, match="lost"):
+            engine.step()
+    finished = {}
+    while engine.has_unfinished:
+        finished |= {output.request_id: output.outputs[0].token_ids for output in engine.step().finished}
+    assert [list(finished[str(i)]) for i in range(len(PROMPTS))] == expected
+
+
 def test_a_context_is_bounded_by_the_model_alone():
     engine = make_engine(2)
     [tokens] = outputs(engine, PROMPTS[:1], max_tokens=None, temperature=0)
@@ -61,3 +97,21 @@ def test_a_context_is_bounded_by_the_model_alone():
 def test_an_engine_streams_only_with_a_runner_that_can():
     with pytest.raises(ValueError, match="kv_placement='auto': the runner streams no blocks from the host"):
         tiny_engine(kv_placement="auto")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
+    """Activations, from which K and V are computed in every step; two engines over one model."""
+    model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
+    model = enlarged(tiny_model(model_config))
+    engines = []
+    for placement in ("device", "host"):
+        config = dataclasses.replace(SIZES, num_blocks=48, num_host_blocks=24, kv_placement=placement, max_burst=1)
+        engines.append(Engine(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1)), config))
+    kept, computed = engines
+    assert computed.runner.programs.keeps_activations
+    params = {"max_tokens": 20, "temperature": temperature}
+    expected = outputs(kept, PROMPTS, **params)
+    assert outputs(computed, PROMPTS, **params) == expected
+    assert computed.blocks.stats().num_blocks_swapped_out > 0
+    assert outputs(computed, PROMPTS, **params) == expected, "which now start from blocks on the host"

@@ -313,7 +313,7 @@ class FakeDevice:
 
     def _numbered(self, block: int, start: int) -> int:
         """A cell of a block table: a streamed block counts from the end of the pool."""
-        return block if block >= 0 else len(self.pool) + start + (-1 - block) // 2
+        return block if block >= 0 else len(self.pool) + start - 1 - block
 
     def _tokens_fed(self, seq: Sequence, chunk: Chunk) -> list[int]:
         """A sequence's tokens, with those drawn since that the scheduler was not told of."""

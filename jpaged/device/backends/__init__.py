@@ -16,9 +16,12 @@ from jpaged.sharding import TENSOR_AXIS, pool_spec
 
 
 class Rows(NamedTuple):
-    """Places of the tokens of a step in the pool; the fields are arguments of ``write_kv`` and ``paged_attention``."""
+    """Places of the tokens of a step in the pool; the fields are arguments of ``write_kv`` and ``paged_attention``.
 
-    slots: Int[Array, " tokens"]
+    Without slots, K and V of the step's tokens are in the pool already.
+    """
+
+    slots: Int[Array, " tokens"] | None
     block_tables: Int[Array, "rows max_blocks"]
     kv_lens: Int[Array, " rows"]
     cu_q_lens: Int[Array, " rows_plus_1"]
@@ -98,7 +101,8 @@ class Backend:
         into: Float[Array, "tokens num_heads head_dim"] | None,
     ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
         """``attend`` with the heads of one device."""
-        cache = self.write(cache, spec.layer, k, v, rows.slots)
+        if rows.slots is not None:
+            cache = self.write(cache, spec.layer, k, v, rows.slots)
         out = cache.attend(
             spec.layer,
             q,

@@ -94,13 +94,11 @@ class HostPool:
         self.bytes_from_host += len(from_host) * self._bytes_per_block
         return cache
 
-    def stream(
-        self, stream: HostStream, blocks: Int32[np.ndarray, " streamed"], pages: Int32[np.ndarray, " pages"]
-    ) -> None:
-        """Name the blocks and the pages that the program enqueued next streams. Call it after ``start``."""
+    def stream(self, stream: HostStream, blocks: Int32[np.ndarray, " streamed"]) -> None:
+        """Name the blocks that the program enqueued next streams. Call it after ``start``."""
         self._memory.settle()
-        stream.load(self._memory.source(), blocks + _NUM_SCRATCH, pages + _NUM_SCRATCH)
-        self.bytes_from_host += (len(blocks) + len(pages)) * self._bytes_per_block
+        stream.load(self._memory.source(), blocks + _NUM_SCRATCH)
+        self.bytes_from_host += len(blocks) * self._bytes_per_block
 
     def finish(self, cache: KVCache) -> KVCache:
         """Write the blocks that ``start`` requested into the cache. Call it once the forward pass is enqueued."""

@@ -93,6 +93,31 @@ def heads_of_pool(specs: Sequence[LayerSpec], num_devices: int) -> tuple[int, in
     return max(specs[0].num_kv_heads, num_devices), specs[0].head_dim
 
 
+def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
+    """The reason why blocks cannot hold activations in place of K and V; None if they can."""
+    if not model.shows_sources:
+        return f"{model.architecture} does not show the source of its K and V (jpaged.models.spec.attend_from)"
+    widths = {spec.num_kv_heads * spec.head_dim for spec in model.layer_specs}
+    if widths != {model.hidden_size}:
+        return (
+            f"its hidden_size is {model.hidden_size} and its K have {sorted(widths)} features: expected equal numbers, "
+            "as activations are otherwise no smaller than K and V, or leave gaps"
+        )
+    expected = {
+        "kv_placement='host'": config.kv_placement == "host",
+        "kv_cache_dtype='auto'": config.kv_cache_dtype == "auto",
+        "an even block_size": config.block_size % 2 == 0,
+        "max_burst=1": config.max_burst in (None, 1),
+    }
+    missing = [name for name, is_met in expected.items() if not is_met]
+    return f"it needs {', '.join(missing)}" if missing else None
+
+
+def keeps_activations(model: ModelConfig, config: EngineConfig) -> bool:
+    """Whether blocks hold the inputs of each layer, from which every step computes K and V (``kv/pages.py``)."""
+    return config.offload_cache != "kv" and why_no_activations(model, config) is None
+
+
 def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: Backend) -> PoolLayout:
     """The layout of a model's pool.
 
@@ -104,4 +129,6 @@ def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: B
     """
     num_kv_heads, head_dim = backend.pool_heads(*heads_of_pool(model.layer_specs, backend.num_devices))
     stored = kv_dtype(config.kv_cache_dtype, dtype)
-    return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, config.block_size, stored)
+    # A block of activations lies in the place of a block with half of its tokens.
+    block_size = config.block_size // 2 if keeps_activations(model, config) else config.block_size
+    return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, block_size, stored)

@@ -38,71 +38,40 @@ WINDOW_START = 1
 class Window:
     """Blocks ``WINDOW_START`` and following of a pool, as cells of one layer of a block.
 
-    The cells of a program are, in this order: blocks computed from activations, two for each page; pages, in two
-    parts; streamed blocks, in two parts. A page that is streamed takes as many cells as its two blocks would.
+    A cell is a block of the pool's view with one layer (``KVCache.as_layers``).
 
     Args:
-        num_blocks: blocks of the window; 0 is no window.
+        num_blocks: blocks of the window.
         num_layers: layers of the pool.
-        num_pages: most pages of activations that a program streams.
     """
 
     num_blocks: int
     num_layers: int
-    num_pages: int = 0
 
     @property
     def num_cells(self) -> int:
-        """Most blocks that one program streams, besides those of the pages."""
-        return self.num_blocks * self.num_layers // NUM_BUFFERS - 2 * self.num_pages
+        """Cells of the window."""
+        return self.num_blocks * self.num_layers
 
     @property
-    def first_computed(self) -> int:
-        """The first cell of blocks that are computed from activations, as a block of the view with one layer."""
+    def first(self) -> int:
+        """The first cell."""
         return WINDOW_START * self.num_layers
 
-    def first_page(self, layer: int) -> int:
-        """The first cell of the pages of a layer."""
-        return self.first_computed + 2 * self.num_pages + layer % NUM_BUFFERS * self.num_pages
-
-    def first_cell(self, layer: int) -> int:
-        """The first cell of the streamed blocks of a layer."""
-        return self.first_computed + 4 * self.num_pages + layer % NUM_BUFFERS * self.num_cells
-
-    def table(
-        self,
-        layer: int,
-        block_tables: Int[Array, "rows max_blocks"],
-        starts: Int[Array, " rows"],
-        page_starts: Int[Array, " rows"] | None = None,
-    ) -> Int[Array, "rows max_blocks"]:
-        """Block tables of the view with one layer: blocks on the host by their cells, others by their place.
-
-        Args:
-            layer: the layer.
-            block_tables: ``host_cell`` and ``activation_cell`` for blocks on the host, blocks of the pool elsewhere.
-            starts: as in ``Streamed``, by row.
-            page_starts: as in ``ActivationPages``, by row; None if there are none.
-        """
-        code = -1 - block_tables
-        places = self.first_cell(layer) + starts[:, None] + code // 2
-        if page_starts is not None:
-            computed = self.first_computed + 2 * page_starts[:, None] + code // 2
-            places = jnp.where(code % 2 == 1, computed, places)
-        return jnp.where(block_tables < 0, places, block_tables * self.num_layers + layer)
+    def places(self, layer: int, blocks: Int[Array, "..."]) -> Int[Array, "..."]:
+        """The blocks of the view that are one layer of these blocks of the pool."""
+        return blocks * self.num_layers + layer
 
     def slots(self, layer: int, slots: Int[Array, " tokens"], block_size: int) -> Int[Array, " tokens"]:
-        """Slots of the view with one layer. Padding stays in block 0, of any layer."""
-        blocks, offsets = slots // block_size, slots % block_size
-        return (blocks * self.num_layers + layer) * block_size + offsets
+        """Slots of the view, for slots of the pool. Padding stays in block 0, of any layer."""
+        return self.places(layer, slots // block_size) * block_size + slots % block_size
 
 
 class _Load(NamedTuple):
-    """The blocks and the pages of one program: runs of slots, each by its first slot and its number of slots."""
+    """The blocks of one program: runs of slots, each by its first slot and its number of slots."""
 
     source: Source
-    blocks: tuple[tuple[int, int], ...]
-    pages: tuple[tuple[int, int], ...]
+    runs: tuple[tuple[int, int], ...]
 
 
 class HostStream:
@@ -112,7 +81,7 @@ class HostStream:
     enqueued. Programs are enqueued in the order of these calls.
 
     Args:
-        window: the cells of a program without pages.
+        window: the cells.
         layer_bytes: bytes of a cell.
         copier: copies.
     """
@@ -125,11 +94,10 @@ class HostStream:
         self._running: _Load | None = None
         self._pool_address = 0
 
-    def load(self, source: Source, blocks: Int32[np.ndarray, " streamed"], pages: Int32[np.ndarray, " pages"]) -> None:
-        """Name the blocks and the pages of the program that is enqueued next, by their slots."""
-        assert len(blocks) + 2 * len(pages) <= self.window.num_cells
-        runs = [tuple(_runs(slots, source.slots_per_piece)) for slots in (blocks, pages)]
-        self._loaded.append(_Load(source, *runs))
+    def load(self, source: Source, slots: Int32[np.ndarray, " streamed"]) -> None:
+        """Name the blocks of the program that is enqueued next, by their slots."""
+        assert len(slots) <= self.window.num_cells // NUM_BUFFERS
+        self._loaded.append(_Load(source, tuple(_runs(slots, source.slots_per_piece))))
 
     def forget(self) -> None:
         """Drop what was named for programs that did not run."""
@@ -140,13 +108,13 @@ class HostStream:
     # XLA does not know that the cells change: for XLA, these callbacks only read the pool. So whatever reads or writes
     # the pool after a callback takes the callback's result, and a callback takes the result of every earlier reader.
 
-    def start(self, cache: KVCache, window: Window, layer: int, *after: Array) -> Token:
+    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> Token:
         """Start to fill the cells of a layer. The first layer comes first.
 
         Args:
             cache: the cache.
-            window: the cells of the program.
             layer: the layer.
+            first_cell: the first of the neighbouring cells to fill.
             after: the result of the start before, and an array that depends on every earlier reader of the cells.
 
         Returns:
@@ -158,7 +126,7 @@ class HostStream:
             if layer == 0:
                 self._running, self._pool_address = self._loaded.popleft(), pointer_of(pool)
             self._require_in_place(pool)
-            self._copier.start(stream_of(context), layer % NUM_BUFFERS, list(self._copies(window, layer)))
+            self._copier.start(stream_of(context), layer % NUM_BUFFERS, list(self._copies(layer, first_cell)))
 
         return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(cache.pool, *after)
 
@@ -190,20 +158,13 @@ class HostStream:
                 "this version of JAX does not write to a donated pool in place: use kv_placement='device'"
             )
 
-    def _copies(self, window: Window, layer: int) -> Iterator[Strided]:
+    def _copies(self, layer: int, first_cell: int) -> Iterator[Strided]:
         assert self._running is not None
-        (source, blocks, pages), width = self._running, self._layer_bytes
-        src = source.address + layer * width
-        for runs, first_cell in ((pages, window.first_page(layer)), (blocks, window.first_cell(layer))):
-            dst = self._pool_address + first_cell * width
-            for first, num_slots in runs:
-                yield Strided(src + first * source.slot_bytes, source.slot_bytes, dst, width, width, num_slots)
-                dst += num_slots * width
-
-
-def num_window_blocks_for(num_host_blocks: int, num_blocks: int, num_layers: int) -> int:
-    """Size a window: it streams all blocks of the host pool at once, unless that takes half of the device's pool."""
-    return min(-(-NUM_BUFFERS * num_host_blocks // num_layers), (num_blocks - 1) // 2)
+        source, width = self._running.source, self._layer_bytes
+        src, dst = source.address + layer * width, self._pool_address + first_cell * width
+        for first, num_slots in self._running.runs:
+            yield Strided(src + first * source.slot_bytes, source.slot_bytes, dst, width, width, num_slots)
+            dst += num_slots * width
 
 
 def _runs(slots: Int32[np.ndarray, " streamed"], slots_per_piece: int) -> Iterator[tuple[int, int]]:

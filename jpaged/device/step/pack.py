@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from jpaged.contract.plan import ActivationPages, BeamSelect, BlockCopy, PromptScore, StepPlan, Streamed
-from jpaged.contract.rows import COLUMNS, RowChanges
+from jpaged.contract.plan import BeamSelect, BlockCopy, PromptScore, StepPlan
+from jpaged.contract.rows import COLUMNS, NO_INTS, RowChanges
+from jpaged.device.kv.pages import PageSizes, page_sizes_for
 from jpaged.device.sampling.beams import make_beam_inputs, num_candidates_of, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes, pack_draws
 from jpaged.device.step.inputs import Bucket, bucket_for
@@ -61,22 +61,6 @@ def step_layout(bucket: Bucket) -> Layout:
         num_draws=(rows,),  # 0 outside of bursts
         num_steps=(1,),  # 0 if the program is to draw nothing
     )
-
-
-def page_layout(bucket: Bucket, num_pages: int) -> Layout:
-    """The packed activations of a step: see ``ActivationPages``."""
-    return Layout(positions=(num_pages,), starts=(bucket.num_rows,), slots=(bucket.num_tokens,))
-
-
-def num_pages_in(packed: Any, bucket: Bucket) -> int:
-    """Count the pages that ``page_layout`` packed."""
-    return packed.size - bucket.num_rows - bucket.num_tokens
-
-
-def padded_pages(num_pages: int) -> int:
-    """The pages of the program that computes so many: of four sizes between two powers of two."""
-    step = 1 << max(num_pages.bit_length() - 3, 0)
-    return -(-num_pages // step) * step
 
 
 def change_layout(num_table_rows: int) -> Layout:
@@ -139,7 +123,7 @@ class PackedStep:
         beams: searches; None without.
         scores: pieces of prompts to score.
         streamed: blocks on the host that the program streams; None for a program that streams none.
-        pages: their positions and places, as ``page_layout`` says; None if no row keeps activations.
+        pages: sizes of the program if blocks hold activations.
     """
 
     to_host: tuple[BlockCopy, ...]
@@ -153,8 +137,8 @@ class PackedStep:
     samples: PackedSamples | None = None
     beams: PackedBeams | None = None
     scores: tuple[PackedScores, ...] = ()
-    streamed: Streamed | None = None
-    pages: Int32[np.ndarray, " size"] | None = None
+    streamed: Int32[np.ndarray, " streamed"] | None = None
+    pages: PageSizes | None = None
 
 
 class Packer:
@@ -165,14 +149,26 @@ class Packer:
         num_rows: rows of the table, the padding row, which is the last, included.
         max_blocks: width of a block table.
         vocab_size: the model's vocabulary.
+        page_size: tokens of a block.
+        most_pages: sizes of the largest step if blocks hold activations; None if they hold K and V.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], num_rows: int, max_blocks: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        num_rows: int,
+        max_blocks: int,
+        vocab_size: int,
+        page_size: int = 1,
+        most_pages: PageSizes | None = None,
+    ) -> None:
         self.buckets = buckets
         self.padding_row = num_rows - 1
         self._num_rows = num_rows
         self._max_blocks = max_blocks
         self._vocab_size = vocab_size
+        self._page_size = page_size
+        self._most_pages = most_pages
         self._num_cells = num_rows * max_blocks  # of all block tables: the place of padding, which is dropped
         self._layouts = {bucket: step_layout(bucket) for bucket in buckets}
         self._change_layout = change_layout(num_rows)
@@ -203,9 +199,19 @@ class Packer:
             samples,
             _pack_beams(plan.beams, num_draws, bucket) if plan.beams else None,
             tuple([self._pack_scores(plan, piece) for piece in plan.prompt_scores]),
-            plan.streamed,
-            None if plan.streamed is None or plan.streamed.pages is None else _pack_pages(plan.streamed.pages, bucket),
+            *self._pack_streamed(plan, bucket),
         )
+
+    def _pack_streamed(
+        self, plan: StepPlan, bucket: Bucket
+    ) -> tuple[Int32[np.ndarray, " streamed"] | None, PageSizes | None]:
+        """The blocks that the program streams, and its sizes if blocks hold activations: it then streams always."""
+        blocks = None if plan.streamed is None else plan.streamed.blocks
+        if self._most_pages is None:
+            return blocks, None
+        blocks = NO_INTS if blocks is None else blocks
+        num_resident = int((-(-plan.chunks.stops // self._page_size)).sum()) - len(blocks)
+        return blocks, page_sizes_for(len(blocks), num_resident, self._most_pages, is_decode=bucket.is_decode)
 
     def _pack_inputs(
         self, plan: StepPlan, bucket: Bucket, *, draws: bool, with_changes: bool
@@ -284,17 +290,6 @@ class Packer:
         rows.reshape(-1)[:num_targets] = first + np.arange(num_targets)
         targets.reshape(-1)[:num_targets] = piece.target_ids
         return PackedScores(rows, targets, min(MAX_LOGPROBS, self._vocab_size) if piece.num_logprobs else 0)
-
-
-def _pack_pages(pages: ActivationPages, bucket: Bucket) -> Int32[np.ndarray, " size"]:
-    """Padding pages are computed, and nothing reads them."""
-    layout = page_layout(bucket, padded_pages(len(pages.pages)))
-    packed = np.zeros(layout.size, np.int32)
-    fields = layout.split(packed)
-    for name in ("positions", "starts", "slots"):
-        values = getattr(pages, name)
-        fields[name][: len(values)] = values
-    return packed
 
 
 def _pack_beams(beams: tuple[BeamSelect, ...], first_row: int, bucket: Bucket) -> PackedBeams:

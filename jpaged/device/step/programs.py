@@ -17,13 +17,15 @@ from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
-from jpaged.device.kv.layout import pool_layout
+from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import HostStream, Window, num_window_blocks_for
+from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
 from jpaged.device.step.inputs import Bucket, all_buckets
-from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size, page_layout
+from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.step.steps import Steps
 from jpaged.device.step.table import StepState
@@ -41,8 +43,7 @@ def num_cores() -> int:
 class Programs:
     """The programs of one model, by a kind and its static sizes; each is compiled when first asked for.
 
-    Programs are made of shapes alone: weights may be ``jax.ShapeDtypeStruct``, and devices may be those of an abstract
-    topology.
+    Programs are made of shapes alone: weights may be ``jax.ShapeDtypeStruct``, devices those of an abstract topology.
 
     Args:
         model: a flax.nnx model (``jpaged.models``) as it will run, its projections joined.
@@ -86,6 +87,8 @@ class Programs:
         self._num_streamable = 0  # blocks on the host
         self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
         """Sizes of the copying programs: a step copies one block for each row at most."""
+        self.keeps_activations = keeps_activations(model_config, config)
+        """Whether blocks hold activations: every step then streams, and computes K and V."""
         self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size)
         self.resize(num_blocks, max_model_len)
 
@@ -102,9 +105,23 @@ class Programs:
     def open_window(self, num_host_blocks: int) -> None:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
         self._num_streamable, layout = num_host_blocks, self._layout
-        window = Window(num_window_blocks_for(num_host_blocks, self.num_blocks, layout.num_layers), layout.num_layers)
+        window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, with_pages=self.keeps_activations)
         copier = CopyEngine() if has_copy_engine(self.target) else PlainCopier()
         self.stream = HostStream(window, layout.layer_bytes, copier)
+
+    @property
+    def most_pages(self) -> PageSizes | None:
+        """Sizes of the largest step over pages; None if blocks hold K and V."""
+        if self.stream is None or not self.keeps_activations:
+            return None
+        return most_pages(self.stream.window, self.num_blocks)
+
+    @property
+    def max_streamed_blocks(self) -> int:
+        """Blocks on the host that the rows of one step may attend to."""
+        if (pages := self.most_pages) is not None:
+            return pages.num_streamed
+        return 0 if self.stream is None else most_streamed_blocks(self.stream.window)
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
@@ -114,8 +131,8 @@ class Programs:
     @property
     def max_burst(self) -> int:
         """Steps that a plan may have."""
-        own = 1 if self.config.weight_placement == "host" else self.target.max_burst
-        return self.config.max_burst or own
+        always_streams = self.config.weight_placement == "host" or self.keeps_activations
+        return self.config.max_burst or (1 if always_streams else self.target.max_burst)
 
     @property
     def max_blocks(self) -> int:
@@ -124,9 +141,10 @@ class Programs:
 
     def workspace_bytes(self) -> int:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
-        keys: list[tuple] = [("forward", self.buckets[-1]), ("sample", SampleSizes(self.config.max_num_seqs), None)]
-        keys.append(("copy", max(self.copy_sizes)))
-        total = 0
+        keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
+        keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
+        # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
+        total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
         if has_host_pool(self.config, self.target) and self.move_kinds:
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
@@ -190,7 +208,9 @@ class Programs:
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
         """The keys of all programs that plain requests need."""
-        keys: list[tuple] = [("forward", bucket) for bucket in reversed(self.buckets)]
+        # Programs that stream are compiled when they are needed: those of pages have many sizes.
+        passes = [] if self.keeps_activations else self.buckets
+        keys: list[tuple] = [("forward", bucket) for bucket in reversed(passes)]
         keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
         keys += [("load", bucket) for bucket in self.buckets]
         keys += [("enter",), ("read",), *(("copy", size) for size in self.copy_sizes)]
@@ -245,12 +265,11 @@ class Programs:
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
-                return self._jit(self._pass_of(bucket), bucket, None, donate=(1, 2)).lower(weights, cache, state)
+                return self._jit(self._pass_of(bucket), bucket, None, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
-                bucket, num_pages = sizes
-                pages = () if num_pages is None else (self._abstract((page_layout(*sizes).size,), jnp.int32),)
-                method = self._jit(self._pass_of(bucket), bucket, self.stream, donate=(1, 2))
-                return method.lower(weights, cache, state, *pages)
+                bucket, pages = sizes
+                method = self._jit(self._pass_of(bucket), bucket, self.stream, pages, donate=(1, 2))
+                return method.lower(weights, cache, state)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":

@@ -12,15 +12,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jpaged.device.backends import Backend, Rows
-from jpaged.device.kv.attend import PagedAttend, Pages, StreamingAttend
+from jpaged.device.kv.attend import PagedAttend
+from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.streaming import RecomputingAttend, StreamingAttend
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
 from jpaged.device.sampling.columns import SampleInputs, SampleSizes, rows_from, unpack_draws
 from jpaged.device.sampling.draw import SampledTokens, sample
 from jpaged.device.sampling.scores import Scores, score
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.step.pack import num_pages_in, page_layout
 from jpaged.device.step.table import StepState, with_latest
 from jpaged.sharding import TENSOR_AXIS, replicated
 
@@ -56,27 +57,28 @@ class Steps:
         self,
         bucket: Bucket,
         stream: HostStream | None,
+        pages: PageSizes | None,
         weights: list[Array],
         cache: KVCache,
         state: StepState,
-        pages: Int[Array, " size"] | None = None,
     ) -> tuple[KVCache, StepState, Float[Array, "tokens hidden_size"]]:
         """Run a forward pass over the loaded inputs. Returns the hidden states of all tokens too.
 
         Args:
             bucket: sizes of the step.
             stream: brings the blocks that are on the host; None if there are none.
+            pages: sizes of the step if blocks hold activations; None if they hold K and V.
             weights, cache, state: the arrays.
-            pages: activations on the host, as ``page_layout`` packs them; None if no row keeps any.
         """
         inputs = state.step_inputs(bucket, self.block_size)
         model = self._merge(weights)
         rows = Rows(inputs.slots, inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
         if stream is None:
             attend = PagedAttend(cache, rows, self.backend)
+        elif pages is None:
+            attend = StreamingAttend(cache, rows, self.backend, stream, inputs.stream_starts)
         else:
-            unpacked = None if pages is None else Pages(**page_layout(bucket, num_pages_in(pages, bucket)).split(pages))
-            attend = StreamingAttend(cache, rows, self.backend, stream, inputs.stream_starts, unpacked)
+            attend = RecomputingAttend(pages, cache, rows, self.backend, stream, inputs.stream_starts)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 
@@ -84,10 +86,10 @@ class Steps:
         self,
         bucket: Bucket,
         stream: HostStream | None,
+        pages: PageSizes | None,
         weights: list[Array],
         cache: KVCache,
         state: StepState,
-        pages: Int[Array, " size"] | None = None,
     ) -> tuple[KVCache, StepState]:
         """Run forward passes and plain sampling, as many as loaded, each fed with the tokens drawn before.
 
@@ -96,7 +98,7 @@ class Steps:
         num_steps = state.num_steps(bucket)
 
         def step(before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
-            cache, state, hidden = self.forward(bucket, stream, weights, *before, pages)
+            cache, state, hidden = self.forward(bucket, stream, pages, weights, *before)
 
             def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
                 tokens = self._sample(weights, state.sample_hidden, state.sample_inputs(bucket), None)

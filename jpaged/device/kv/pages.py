@@ -1,0 +1,133 @@
+"""Pages: blocks that hold the inputs of each layer in place of K and V, for twice the tokens.
+
+In a page, the inputs of the first ``block_size`` tokens lie in the place of K, and those of the others in the place of
+V. The features of an input are laid out as those of the heads of K, so there are as many. K and V computed from a page
+fill two blocks (KVPR, arXiv 2411.17089: activations are half of K and V where every query head has a K and a V).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jpaged.device.backends import Rows
+from jpaged.device.kv.pool import KVCache
+from pallas_kernels.block_pool.layout import as_sides, shape_of
+
+
+@dataclass(frozen=True, order=True)
+class PageSizes:
+    """Static sizes of a step over pages; there may be fewer.
+
+    Args:
+        num_streamed: pages on the host.
+        num_resident: pages on the device.
+    """
+
+    num_streamed: int
+    num_resident: int
+
+    @property
+    def num_computed(self) -> int:
+        """Blocks that K and V of all pages fill."""
+        return 2 * (self.num_streamed + self.num_resident)
+
+
+def page_sizes_for(num_streamed: int, num_resident: int, most: PageSizes, *, is_decode: bool) -> PageSizes:
+    """The sizes of the step that takes so many pages: few different ones, since a program is compiled for each.
+
+    Args:
+        num_streamed: pages on the host.
+        num_resident: pages on the device.
+        most: the largest sizes, which fit the window.
+        is_decode: whether the step has no chunks of prompts.
+    """
+    if is_decode:
+        unit = 1 << max(num_streamed.bit_length() - 3, 0)  # four sizes between two powers of two
+        sizes = -(-num_streamed // unit) * unit, _power_from(num_resident, 2)
+    else:
+        sizes = _power_from(num_streamed, 4), _power_from(num_resident, 4)
+    assert num_streamed <= most.num_streamed
+    assert num_resident <= most.num_resident
+    return PageSizes(min(sizes[0], most.num_streamed), min(sizes[1], most.num_resident))
+
+
+def _power_from(number: int, base: int) -> int:
+    power = 1
+    while power < number:
+        power *= base
+    return power if number else 0
+
+
+class Pages(NamedTuple):
+    """The pages of a step: those on the host, then those on the device, each part in the order of the rows.
+
+    Args:
+        positions: position of each page's first token in its sequence.
+        resident: the pages on the device; block 0 for padding.
+        tables: the computed blocks of each row, by their cells.
+    """
+
+    positions: Int[Array, " pages"]
+    resident: Int[Array, " resident"]
+    tables: Int[Array, "rows max_blocks"]
+
+
+def locate_pages(
+    sizes: PageSizes, rows: Rows, starts: Int[Array, " rows"], page_size: int, first_computed: int
+) -> Pages:
+    """Find the pages of a step.
+
+    Args:
+        sizes: the static sizes.
+        rows: the rows; their block tables have a cell for each page, ``host_cell`` for those on the host.
+        starts: first streamed page of each row.
+        page_size: tokens of a page.
+        first_computed: the cell of the first computed block.
+    """
+    tables = rows.block_tables
+    num_on_host = jnp.sum(tables < 0, axis=1, dtype=jnp.int32)
+    num_resident = -(-rows.kv_lens // page_size) - num_on_host
+    ends = jnp.cumsum(num_resident, dtype=jnp.int32)
+    first_resident = ends - num_resident
+    logical = jnp.arange(tables.shape[1], dtype=jnp.int32)[None, :]
+    resident_rank = sizes.num_streamed + first_resident[:, None] + logical - num_on_host[:, None]
+    ranks = jnp.where(tables < 0, starts[:, None] - 1 - tables, resident_rank)
+    computed = first_computed + 2 * ranks[:, :, None] + jnp.arange(2, dtype=jnp.int32)[None, None, :]
+    is_used = logical * page_size < rows.kv_lens[:, None]
+
+    rank = jnp.arange(sizes.num_streamed, dtype=jnp.int32)
+    # Rows without pages on the host have any start: they own no rank.
+    owns = (starts[:, None] <= rank[None, :]) & (rank[None, :] < (starts + num_on_host)[:, None])
+    streamed_positions = jnp.sum(jnp.where(owns, rank[None, :] - starts[:, None], 0), axis=0) * page_size
+    rank = jnp.arange(sizes.num_resident, dtype=jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(ends, rank, side="right"), len(ends) - 1)
+    index = jnp.clip(num_on_host[row] + rank - first_resident[row], 0, tables.shape[1] - 1)
+    is_page = rank < ends[-1]
+    return Pages(
+        positions=jnp.concatenate([streamed_positions, jnp.where(is_page, index * page_size, 0)]),
+        resident=jnp.where(is_page, tables[row, index], 0),
+        tables=jnp.where(is_used[:, :, None], computed, 0).reshape(len(tables), -1),
+    )
+
+
+# Inputs: the cache as one layer -----------------------------------------------------------------------------------
+
+
+def write_inputs(layers: KVCache, slots: Int[Array, " tokens"], inputs: Float[Array, "tokens hidden_size"]) -> KVCache:
+    """Store the inputs of each token at its slot: ``page * 2 * block_size + offset``."""
+    shape = shape_of(layers.pool)
+    sides, offsets = slots // shape.block_size, slots % shape.block_size
+    by_head = inputs.astype(layers.pool.dtype).reshape(len(inputs), shape.num_kv_heads, shape.head_dim)
+    written = as_sides(layers.pool).at[sides, :, offsets].set(by_head, mode="drop")
+    # XLA would fuse the write of a single token into each of its readers, and copy the pool for each.
+    return KVCache(jax.lax.optimization_barrier(written).reshape(layers.pool.shape))
+
+
+def read_inputs(layers: KVCache, pages: Int[Array, " pages"] | slice) -> Float[Array, "inputs hidden_size"]:
+    """The inputs of all tokens of some pages."""
+    shape = shape_of(layers.pool)
+    sides = layers.pool[pages].reshape(-1, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    return sides.swapaxes(1, 2).reshape(-1, shape.num_kv_heads * shape.head_dim)

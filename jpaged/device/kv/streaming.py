@@ -1,0 +1,167 @@
+"""Attention over blocks on the host, which a step streams: those of the next layer arrive while this layer runs."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jpaged.device.backends import Backend, HeadArrays, Rows
+from jpaged.device.kv.attend import PagedAttend
+from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs, write_inputs
+from jpaged.device.kv.pool import KVCache
+from jpaged.device.kv.stream import NUM_BUFFERS, HostStream, Window
+from jpaged.models.spec import LayerSpec, Source
+
+
+class StreamingAttend(PagedAttend):
+    """Attends over blocks of K and V on the host too. Works on the cache as one layer.
+
+    Args:
+        cache, rows, backend: as for ``PagedAttend``; ``rows.block_tables`` has ``host_cell`` for streamed blocks.
+        stream: streams the blocks.
+        starts: first streamed block of each row, as in ``Streamed``.
+    """
+
+    def __init__(
+        self, cache: KVCache, rows: Rows, backend: Backend, stream: HostStream, starts: Int[Array, " rows"]
+    ) -> None:
+        super().__init__(cache.as_layers(), rows, backend)
+        self._stream = stream
+        self._window = stream.window
+        self._starts = starts
+        self._arriving = stream.start(self._cache, 0, self._first_cell(0), starts)
+
+    @property
+    def cache(self) -> KVCache:
+        return self._cache.as_blocks(self._window.num_layers)
+
+    def _first_cell(self, layer: int) -> int:
+        """The first cell that the streamed blocks of a layer fill."""
+        return self._window.first + layer % NUM_BUFFERS * most_streamed_blocks(self._window)
+
+    def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
+        layer, window = spec.layer, self._window
+        assert self._rows.slots is not None
+        self._starts, slots = self._receive(layer, q, (self._starts, self._rows.slots))
+        self._rows = self._rows._replace(slots=slots)
+        tables = self._rows.block_tables
+        cells = self._first_cell(layer) + self._starts[:, None] - 1 - tables
+        rows = self._rows._replace(
+            block_tables=jnp.where(tables < 0, cells, window.places(layer, tables)),
+            slots=window.slots(layer, slots, self._cache.block_size),
+        )
+        return self._attend_in_view(spec, q, k, v, rows, head_arrays)
+
+    def _receive[T](self, layer: int, q: Array, arrays: T) -> T:
+        """Let the blocks of the next layer come, and wait for those of this layer.
+
+        Args:
+            layer: the layer.
+            q: depends on all that read the pool before.
+            arrays: arrays that every later reader and writer of the pool takes, and returned for them.
+        """
+        after = [self._arriving, q]
+        if layer + 1 < self._window.num_layers:
+            # The layer before has read the same cells.
+            self._arriving = self._stream.start(self._cache, layer + 1, self._first_cell(layer + 1), *after)
+            after.append(self._arriving)
+        return self._stream.wait(self._cache, layer, arrays, *after)
+
+    def _attend_in_view(
+        self, spec: LayerSpec, q: Array, k: Array, v: Array, rows: Rows, head_arrays: HeadArrays
+    ) -> Array:
+        single = replace(spec, layer=0)
+        out, self._cache = self._backend.attend(self._cache, single, q, k, v, rows, head_arrays, self._out)
+        return out
+
+
+class RecomputingAttend(StreamingAttend):
+    """Computes K and V of the whole context from the inputs of the layer, which pages keep.
+
+    K and V of all pages fill cells of the window, are attended to, and are then forgotten.
+
+    Args:
+        sizes: the static sizes of the step.
+        cache, rows, backend, stream, starts: as for ``StreamingAttend``, with pages in place of blocks.
+    """
+
+    def __init__(
+        self,
+        sizes: PageSizes,
+        cache: KVCache,
+        rows: Rows,
+        backend: Backend,
+        stream: HostStream,
+        starts: Int[Array, " rows"],
+    ) -> None:
+        self._sizes = sizes
+        self._source: Source | None = None
+        super().__init__(cache, rows, backend, stream, starts)
+        self._pages = locate_pages(sizes, rows, starts, 2 * cache.block_size, self._window.first)
+
+    def take_source(self, source: Source) -> None:
+        """Keep the source of the next layer's K and V."""
+        self._source = source
+
+    def _first_cell(self, layer: int) -> int:
+        return self._window.first + self._sizes.num_computed + layer % NUM_BUFFERS * self._sizes.num_streamed
+
+    def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
+        layer, window, num_streamed = spec.layer, self._window, self._sizes.num_streamed
+        assert self._rows.slots is not None
+        assert self._source is not None, "the model shows the sources of its K and V"
+        slots, self._pages = self._receive(layer, q, (self._rows.slots, self._pages))
+        self._rows = self._rows._replace(slots=slots)
+        page_slots = window.slots(layer, slots, 2 * self._cache.block_size)
+        self._cache = write_inputs(self._cache, page_slots, self._source.inputs)
+        positions, resident, tables = self._pages
+        if num_streamed:
+            cells = slice(self._first_cell(layer), self._first_cell(layer) + num_streamed)
+            self._compute(0, read_inputs(self._cache, cells), positions[:num_streamed])
+        places = window.places(layer, resident)
+        self._compute(num_streamed, read_inputs(self._cache, places), positions[num_streamed:])
+        # K and V of the step's own tokens are among those computed.
+        rows = self._rows._replace(block_tables=tables, slots=None)
+        return self._attend_in_view(spec, q, k, v, rows, head_arrays)
+
+    def _compute(self, first: int, inputs: Float[Array, "inputs hidden_size"], positions: Int[Array, " pages"]) -> None:
+        """Fill the cells of pages, from the given one on, with K and V of their inputs."""
+        assert self._source is not None
+        block_size, source = self._cache.block_size, self._source
+        offsets = jnp.arange(2 * block_size, dtype=jnp.int32)[None, :]
+        k, v = source.project(inputs.astype(source.inputs.dtype), (positions[:, None] + offsets).reshape(-1))
+        first_slot = (self._window.first + 2 * first) * block_size
+        slots = first_slot + jnp.arange(len(inputs), dtype=jnp.int32)
+        self._cache = self._backend.write(self._cache, 0, k, v, slots)
+
+
+# Windows ----------------------------------------------------------------------------------------------------------
+
+
+def window_for(num_host_blocks: int, num_blocks: int, num_layers: int, *, with_pages: bool) -> Window:
+    """Size a window so that one step streams all blocks of the host pool, unless that takes too much of the pool.
+
+    Args:
+        num_host_blocks: blocks of the host pool.
+        num_blocks: blocks of the device's pool, of which a window takes half at most, and three quarters for pages.
+        num_layers: layers of a block.
+        with_pages: whether blocks hold activations.
+    """
+    num_cells, most = NUM_BUFFERS * num_host_blocks, (num_blocks - 1) // 2
+    if with_pages:  # K and V of a page take two cells
+        num_cells, most = (2 + NUM_BUFFERS) * num_host_blocks + 2 * num_blocks, 3 * (num_blocks - 1) // 4
+    return Window(min(-(-num_cells // num_layers), most), num_layers)
+
+
+def most_streamed_blocks(window: Window) -> int:
+    """Most blocks of K and V on the host that one step streams."""
+    return window.num_cells // NUM_BUFFERS
+
+
+def most_pages(window: Window, num_blocks: int) -> PageSizes:
+    """Most pages of one step: in all blocks of the pool beside the window, and as many on the host as it then holds.
+
+    K and V of a page take two cells. A page on the host takes one cell of each part besides.
+    """
+    num_resident = num_blocks - window.num_blocks
+    return PageSizes(max((window.num_cells - 2 * num_resident) // (2 + NUM_BUFFERS), 0), num_resident)
