@@ -351,13 +351,16 @@ class ModelRunner:
         self.profile = make_profile(self)
 
     def time_prefill(self, num_chunks: int, length: int) -> float:
-        """Seconds of a step that writes chunks of this length to block 0: of the second run, the first one loads."""
+        """Seconds of a step that writes chunks of this length to block 0.
+
+        The third run counts: the first one loads the program, the second one makes its graphs.
+        """
         rows, lens = np.full(num_chunks, self._packer.padding_row, np.int32), np.full(num_chunks, length, np.int32)
         token_ids = np.zeros(num_chunks * length, np.int32)
         plan = StepPlan(chunks=Chunks(rows, rows.astype(np.int64), np.zeros_like(lens), lens, token_ids))
         packed = self._packer.pack(plan)
         seconds = 0.0
-        for _ in range(2):
+        for _ in range(3):
             started = time.perf_counter()
             self._compute(packed)
             jax.block_until_ready(self.cache.pool)
