@@ -4,6 +4,7 @@
     python -m bench offload restore --random-weights opt-13b --lengths 1024 8192
     python -m bench offload restore --random-weights llama3-8b --num-layers 4   # fewer layers: a first look
     python -m bench offload decode --random-weights llama3-8b --num-seqs 32 --contexts 4096
+    python -m bench offload decode --random-weights opt-13b --contexts 1024 --placements activations kv device
     python -m bench offload latency --random-weights opt-6.7b
     python -m bench offload long --random-weights llama3-8b --length 500000 --pool-gib 10
 
@@ -12,9 +13,9 @@ again (recompute), by both ways at once (both), and as the engine chooses (auto)
 admits the request to its next token, alone and beside decodes. The tokens of all ways are compared.
 
 decode: a batch whose KV lies on the host, streamed layer by layer in every step, and the same with KV on the device
-(--placements). KV GB/s counts the K and V of all full blocks attended to, link GB/s the bytes that came from the host;
-their share is of the fastest copy from pinned memory in the same run. --busy profiles a few steps: the shares of time
-in which kernels ran, and copies.
+(--placements; "activations" and "kv" fix what the host keeps). KV GB/s counts the K and V of all full blocks attended
+to, link GB/s the bytes that came from the host; their share is of the fastest copy from pinned memory in the same run.
+The planner's predictions stand beside. --busy profiles a few steps: the shares of time of kernels and of copies.
 
 long: one sequence of --length tokens over a device pool of --pool-gib, and over one that holds all of it.
 

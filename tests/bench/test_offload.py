@@ -104,6 +104,19 @@ def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offloa
     assert sum(line.startswith("host: 3 x 40") for line in lines) == 1
 
 
+def test_activations_bring_half_of_the_bytes_of_k_and_v(run_offload, tmp_path):
+    config = tiny_config(num_layers=2, hidden_size=64, num_kv_heads=4, vocab_size=64, dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    options = ("--num-seqs", "2", "--contexts", "40", "--num-steps", "6", "--repeats", "1", "--num-blocks", "64")
+    placements = ("--random-weights", str(tmp_path), "--placements", "activations", "kv")
+    _, report = run_offload("decode", *options, *placements, "--max-num-batched-tokens", "32")
+    activations, kv = (variant["runs"][0] for variant in report["variants"])
+    assert activations["are_tokens_equal"]
+    assert kv["are_tokens_equal"]
+    assert activations["best"]["kv_bytes"] == kv["best"]["kv_bytes"]
+    assert activations["best"]["bytes_from_host"] == pytest.approx(kv["best"]["bytes_from_host"] / 2)
+
+
 def test_shares_of_time_count_what_runs_together_once():
     events = [("MemcpyH2D", 0, 60), ("gemm", 10, 30), ("paged_decode", 20, 40), ("MemcpyH2D", 70, 30)]
     busy = shares_of([Kernel(name, 1e6 * start, 1e6 * duration) for name, start, duration in events])
