@@ -158,6 +158,12 @@ def most_streamed_blocks(window: Window) -> int:
     return window.num_cells // NUM_BUFFERS
 
 
+def most_blocks_on_host(window: Window, num_host_blocks: int, num_blocks: int, *, with_pages: bool) -> int:
+    """Most blocks on the host that a context has. Arguments as for ``window_for``."""
+    pages = most_pages(window, num_blocks)
+    return min(num_host_blocks, pages.num_streamed if with_pages else most_streamed_blocks(window))
+
+
 def most_pages(window: Window, num_blocks: int) -> PageSizes:
     """Most pages of one step: in all blocks of the pool beside the window, and as many on the host as it then holds.
 
