@@ -215,7 +215,9 @@ def _plan_pool(
 def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo, target: Target) -> HostPoolInfo:
     """The host pool that ``ModelRunner`` would allocate beside ``kv_cache``."""
     bytes_per_block = kv_cache.block_size * kv_cache.bytes_per_token // jax.process_count()  # on each host
-    max_model_len = min(check_settings(model, config), kv_cache.num_tokens)
+    max_model_len = check_settings(model, config)
+    if config.kv_placement == "device":  # otherwise contexts may be longer than the pool
+        max_model_len = min(max_model_len, kv_cache.num_tokens)
     num_blocks = num_host_blocks_for(
         config,
         target,
