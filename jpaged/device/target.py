@@ -14,6 +14,7 @@ from jpaged.device.backends.hopper import HopperBackend
 from jpaged.device.backends.tpu import TpuBackend
 from jpaged.device.backends.xla import XlaBackend
 from jpaged.device.kv.layout import heads_of_pool, kv_dtype
+from jpaged.device.kv.pinned import why_no_pinned_memory
 from jpaged.models.checkpoint.config import ModelConfig
 from pallas_kernels import best_implementation, block_pool_shape
 from pallas_kernels.paged_attention import kernels_here, why_not_here
@@ -105,6 +106,8 @@ TARGETS = {
 def why_no_streaming(config: EngineConfig) -> str | None:
     """The reason why the devices of this process cannot stream blocks under these settings; None if they can."""
     target = TARGETS.get(jax.default_backend())
+    if target is not None and target.addresses_host_memory and (reason := why_no_pinned_memory()) is not None:
+        return reason
     if target is not None and config.kv_cache_dtype not in target.streamed_dtypes:
         allowed = ", ".join(map(repr, target.streamed_dtypes)) or "none"
         return f"a {target.platform.upper()} streams blocks of kv_cache_dtype {allowed}"

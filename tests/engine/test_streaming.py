@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jpaged.device.runner import ModelRunner
+from jpaged.engine.loading import module_loader
 from jpaged.engine.loop import Engine
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh
@@ -116,6 +117,11 @@ def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
     assert outputs(computed, PROMPTS, **params) == expected
     assert computed.blocks.stats().num_blocks_swapped_out > 0
     assert outputs(computed, PROMPTS, **params) == expected, "which now start from blocks on the host"
+
+
+def test_a_module_that_cannot_be_streamed_is_refused_before_it_is_copied():
+    with pytest.raises(ValueError, match="blocks are streamed from the host to one device"):
+        module_loader(engine_model(), ENGINE_MODEL, SIZES, make_mesh(2))
 
 
 def test_requests_that_share_pages_may_hold_more_of_them_than_there_are():
