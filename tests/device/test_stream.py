@@ -18,7 +18,7 @@ from jpaged.device.kv.stream import Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.target import why_no_streaming
+from jpaged.device.target import TARGETS, why_no_streaming
 from jpaged.models import OPTConfig
 from jpaged.request import SamplingParams
 from tests.support.plans import Chunk, Sample, make_plan
@@ -214,6 +214,28 @@ def test_what_cannot_stream_is_refused(settings, match):
 def test_a_tpu_streams_nothing(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert why_no_streaming(EngineConfig(kv_placement="host")) == "a TPU streams blocks of kv_cache_dtype none"
+
+
+def test_a_gpu_streams_nothing_without_its_driver(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("jpaged.device.target.why_no_pinned_memory", lambda: "there is no driver")
+    assert why_no_streaming(EngineConfig(kv_placement="host")) == "there is no driver"
+
+
+def test_programs_for_blocks_of_activations_are_not_those_for_blocks_of_k_and_v(tmp_path):
+    tmp_path.chmod(0o700)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        settings: dict[str, Any] = {"model_config": MHA, "max_burst": 1, "block_size": 16}
+        runners = [make_streaming(offload_cache=kind, **settings) for kind in ("kv", "activations")]
+        for runner in runners:
+            runner.programs.target = TARGETS["gpu"]
+        caches = [runner.programs._program_cache() for runner in runners]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    kept, computed = [cache._directory for cache in caches if cache is not None]
+    assert kept != computed
 
 
 def test_without_a_placement_on_the_host_there_is_no_window():

@@ -226,6 +226,7 @@ class Programs:
         sizes = (
             self.num_blocks,
             self.config.block_size,
+            self._layout,
             self.max_model_len,
             self.max_burst,
             self.buckets,
