@@ -157,7 +157,6 @@ class EngineConfig:
                 f"kv_placement={self.kv_placement!r} needs a host pool, and it is turned off: give num_host_blocks or "
                 "host_memory_bytes more than 0, or kv_placement='device'"
             )
-
         if self.weight_placement == "host" and (self.max_burst or 1) > 1:
             raise ValueError(
                 f"max_burst={self.max_burst} with weight_placement='host': every step streams the weights, and a "

@@ -221,7 +221,7 @@ def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo
     """The host pool that ``ModelRunner`` would allocate beside ``kv_cache``."""
     bytes_per_block = kv_cache.block_size * kv_cache.bytes_per_token // jax.process_count()  # on each host
     max_model_len = check_settings(model, config)
-    if config.kv_placement == "device":  # other contexts may be longer than the pool
+    if config.kv_placement == "device":  # otherwise contexts may be longer than the pool
         max_model_len = min(max_model_len, kv_cache.num_tokens)
     num_blocks = num_host_blocks_for(
         config,

@@ -28,7 +28,7 @@ from jpaged.device.step.in_flight import Results, StepInFlight, StepTimes
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
 from jpaged.device.step.programs import Programs, dtype_of, split_model
-from jpaged.device.target import BACKENDS, choose_backend, placement_note
+from jpaged.device.target import BACKENDS, choose_backend, placement_note, why_no_streaming
 from jpaged.device.weights import device_bytes, prepare_weights
 from jpaged.models import ModelConfig
 from jpaged.sharding import check_axes, replicated
@@ -66,11 +66,8 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
         )
     if config.interpret and jax.process_count() > 1:
         raise ValueError(f"interpret=True: the interpreter runs in one process, and there are {jax.process_count()}")
-    if config.kv_placement != "device" and config.tensor_parallel_size > 1:
-        raise ValueError(
-            f"kv_placement={config.kv_placement!r} with tensor_parallel_size={config.tensor_parallel_size}: blocks are "
-            "streamed from the host to one device; use kv_placement='device', or one device"
-        )
+    if config.kv_placement != "device" and (reason := why_no_streaming(config)) is not None:
+        raise ValueError(f"kv_placement={config.kv_placement!r} cannot be had: {reason}; use kv_placement='device'")
     if config.offload_cache == "activations" and (reason := why_no_activations(model_config, config)) is not None:
         raise ValueError(f"offload_cache='activations' cannot be had: {reason}; use 'kv' or 'auto'")
     reason = None if name is None or config.interpret else why_cannot_run(name)
@@ -120,7 +117,7 @@ class ModelRunner:
         self.config = config
         self.mesh = mesh
         check_axes(replicated(mesh))
-        max_model_len = check_settings(model_config, config)
+        max_model_len = check_settings(model_config, dataclasses.replace(config, tensor_parallel_size=mesh.size))
         backend = choose_backend(model_config, config, dtype_of(model), mesh)
         prepare_weights(model, model_config, config, mesh, backend)
         self.programs = Programs(model, model_config, config, mesh, backend, max_model_len=max_model_len)
@@ -162,7 +159,7 @@ class ModelRunner:
             return None
         programs = self.programs
         slots = programs.abstract_blocks(num_slots_for(self.num_host_blocks))
-        return HostPool(slots, memory_for(programs.target), programs.get)
+        return HostPool(slots, memory_for(programs.target, is_streamed=programs.stream is not None), programs.get)
 
     @property
     def dtype(self) -> jnp.dtype:

@@ -14,6 +14,7 @@ from jpaged.device.backends.hopper import HopperBackend
 from jpaged.device.backends.tpu import TpuBackend
 from jpaged.device.backends.xla import XlaBackend
 from jpaged.device.kv.layout import heads_of_pool, kv_dtype
+from jpaged.device.kv.pinned import why_no_pinned_memory
 from jpaged.models.checkpoint.config import ModelConfig
 from pallas_kernels import best_implementation, block_pool_shape
 from pallas_kernels.paged_attention import kernels_here, why_not_here
@@ -37,6 +38,7 @@ class Target:
         pool_bytes: bytes of the block pool at most; None leaves that to ``memory_fraction``.
         host_pool_bytes: bytes of the host pool at most.
         addresses_host_memory: whether devices read and write pinned memory of the host at its own addresses.
+        streamed_dtypes: the ``kv_cache_dtype`` of pools into which blocks on the host can be streamed.
         compiler_options: options of XLA, by name.
     """
 
@@ -52,6 +54,7 @@ class Target:
     pool_bytes: int | None = None
     host_pool_bytes: int = 4 * GIB
     addresses_host_memory: bool = False
+    streamed_dtypes: tuple[str, ...] = ("auto", "int8", "fp8")
     compiler_options: tuple[tuple[str, Any], ...] = ()
 
     def resolve_dtype(self, wanted: str, stored: str) -> jnp.dtype:
@@ -91,12 +94,26 @@ TARGETS = {
             warms_up=False,
             keeps_programs=False,
             pool_bytes=GIB,
+            streamed_dtypes=("auto", "int8"),  # XLA copies a pool of fp8 to write to it
         ),
         Target(platform="gpu", compiler_options=_GPU_OPTIONS, addresses_host_memory=True),
-        Target(platform="tpu"),
+        Target(platform="tpu", streamed_dtypes=()),  # its programs cannot call back
     )
 }
 """Every platform that the engine has defaults for."""
+
+
+def why_no_streaming(config: EngineConfig) -> str | None:
+    """The reason why the devices of this process cannot stream blocks under these settings; None if they can."""
+    target = TARGETS.get(jax.default_backend())
+    if target is not None and target.addresses_host_memory and (reason := why_no_pinned_memory()) is not None:
+        return reason
+    if target is not None and config.kv_cache_dtype not in target.streamed_dtypes:
+        allowed = ", ".join(map(repr, target.streamed_dtypes)) or "none"
+        return f"a {target.platform.upper()} streams blocks of kv_cache_dtype {allowed}"
+    if config.tensor_parallel_size > 1:
+        return f"tensor_parallel_size={config.tensor_parallel_size}: blocks are streamed from the host to one device"
+    return None
 
 
 def target_of(mesh: Mesh) -> Target:

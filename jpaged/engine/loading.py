@@ -1,6 +1,7 @@
 """From a checkpoint, or a model in memory, to an engine that is ready."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def module_loader(
         ValueError: the module breaks the contract of a model, or disagrees with a setting.
     """
     check_model(model, model_config, config.dtype, mesh)
+    check_settings(model_config, replace(config, tensor_parallel_size=mesh.size))
     num_streamed = model_config.num_layers if config.weight_placement == "host" else 0
     if num_streamed:
         check_host_weights(model, num_streamed, mesh)

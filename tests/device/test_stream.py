@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from jpaged.device.kv.stream import Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.target import TARGETS, placement_note
+from jpaged.device.target import TARGETS, placement_note, why_no_streaming
 from jpaged.models import OPTConfig
 from jpaged.request import SamplingParams
 from tests.support.plans import Chunk, Sample, make_plan
@@ -46,15 +47,18 @@ def run(runner: ModelRunner, chunks, streamed=None, to_host=()) -> tuple[list[in
     return result.token_ids.tolist(), result.scores.logprobs
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_the_device(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"),
+    [(jnp.float32, "auto"), (jnp.bfloat16, "auto"), (jnp.float32, "int8")],
+)
+def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_the_device(dtype, kv_cache_dtype):
     """Three rows in one step: all full blocks on the host, some of them, and none."""
     num_on_host, rows = [5, 2, 0], range(3)
     first = 1 + 36  # the window ends before
     tables = [[first + 6 * row + i for i in range(6)] for row in rows]
     results = []
     for is_streaming in (False, True):
-        runner = make_streaming(dtype)
+        runner = make_streaming(dtype, kv_cache_dtype=kv_cache_dtype)
         window = runner.num_window_blocks
         assert window < first
         run(runner, [Chunk(i, PROMPTS[i][:20], 0, 40, tables[i]) for i in rows])
@@ -71,7 +75,7 @@ def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_t
                 streamed = Streamed(np.array([*slots[0], *slots[1]], np.int32), np.array([0, 5, 7], np.int32))
             if is_streaming and step == 1:  # nothing but the window and the host is read: the blocks are gone
                 gone = jnp.array([b for row in rows for b in tables[row][: num_on_host[row]]])
-                runner.cache = dataclasses.replace(runner.cache, pool=runner.cache.pool.at[gone].set(jnp.nan))
+                runner.cache = jax.tree.map(lambda array, gone=gone: array.at[gone].set(99), runner.cache)
             chunks = [Chunk(i, [5 + step], 40 + step, 40, cells[i]) for i in rows]
             if step == 2:  # a chunk of a prompt among decodes
                 chunks[0] = Chunk(0, [5, 6, 7], 42, 45, cells[0])
@@ -211,6 +215,45 @@ def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
     assert window_for(10**6, 1000, 4, with_pages=True) == Window(749, 4)
     assert most_pages(Window(60, 40), 1000) == PageSizes((60 * 40 - 2 * 940) // 4, 940)
     assert most_pages(Window(2, 4), 1000).num_streamed == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "a CPU streams blocks of kv_cache_dtype 'auto', 'int8'"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: blocks are streamed from the host to one device"),
+    ],
+)
+def test_what_cannot_stream_is_refused(settings, match):
+    with pytest.raises(ValueError, match=match):
+        make_streaming(**settings)
+
+
+def test_a_tpu_streams_nothing(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert why_no_streaming(EngineConfig(kv_placement="host")) == "a TPU streams blocks of kv_cache_dtype none"
+
+
+def test_a_gpu_streams_nothing_without_its_driver(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("jpaged.device.target.why_no_pinned_memory", lambda: "there is no driver")
+    assert why_no_streaming(EngineConfig(kv_placement="host")) == "there is no driver"
+
+
+def test_programs_for_blocks_of_activations_are_not_those_for_blocks_of_k_and_v(tmp_path):
+    tmp_path.chmod(0o700)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        settings: dict[str, Any] = {"model_config": MHA, "max_burst": 1, "block_size": 16}
+        runners = [make_streaming(offload_cache=kind, **settings) for kind in ("kv", "activations")]
+        for runner in runners:
+            runner.programs.target = TARGETS["gpu"]
+        caches = [runner.programs._program_cache() for runner in runners]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    kept, computed = [cache._directory for cache in caches if cache is not None]
+    assert kept != computed
 
 
 def test_without_a_placement_on_the_host_there_is_no_window():

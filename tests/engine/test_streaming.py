@@ -2,12 +2,14 @@
 
 import dataclasses
 from functools import cache
+from typing import Any
 from unittest import mock
 
 import pytest
 from flax import nnx
 
 from jpaged.device.runner import ModelRunner
+from jpaged.engine.loading import module_loader
 from jpaged.engine.loop import Engine
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh
@@ -61,10 +63,10 @@ def test_tokens_do_not_depend_on_where_blocks_lie(kind, num_usable, temperature)
 
 
 def test_a_failed_step_and_an_abort_change_no_token(monkeypatch):
-    params = {"max_tokens": 12, "temperature": 0}
+    params: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
     expected = outputs(tiny_engine(), PROMPTS, **params)
     engine = make_engine(6)
-    prompt = {"prompt_token_ids": PROMPTS[0][:30]}
+    prompt: Any = {"prompt_token_ids": PROMPTS[0][:30]}
     engine.add(engine.make_request("aborted", prompt, SamplingParams(max_tokens=30, ignore_eos=True)))
     for _ in range(6):
         engine.step()
@@ -115,3 +117,26 @@ def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
     assert outputs(computed, PROMPTS, **params) == expected
     assert computed.blocks.stats().num_blocks_swapped_out > 0
     assert outputs(computed, PROMPTS, **params) == expected, "which now start from blocks on the host"
+
+
+def test_a_module_that_cannot_be_streamed_is_refused_before_it_is_copied():
+    with pytest.raises(ValueError, match="blocks are streamed from the host to one device"):
+        module_loader(engine_model(), ENGINE_MODEL, SIZES, make_mesh(2))
+
+
+def test_requests_that_share_pages_may_hold_more_of_them_than_there_are():
+    """Eight sequences of one prompt: their rows have 56 pages, and 31 blocks are beside the window."""
+    model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
+    model, tokens = enlarged(tiny_model(model_config)), []
+    for placement in ("device", "host"):
+        config = dataclasses.replace(
+            SIZES, num_blocks=120, num_host_blocks=8, kv_placement=placement, max_burst=1, max_num_seqs=8
+        )
+        engine = Engine(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1)), config)
+        params = SamplingParams(n=8, seed=1, max_tokens=3, temperature=1.0, ignore_eos=True)
+        engine.add(engine.make_request("shared", {"prompt_token_ids": PROMPTS[0][:26]}, params))
+        while engine.has_unfinished:
+            for output in engine.step().finished:
+                tokens.append([completion.token_ids for completion in output.outputs])
+    assert engine.blocks.num_free_blocks < 8 * 7
+    assert tokens[0] == tokens[1]

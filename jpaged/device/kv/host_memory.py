@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Int32
 
 from jpaged.contract.plan import BlockCopy
-from jpaged.device.kv.copy_engine import Copier, CopyEngine, Strided, Timed, stream_of
+from jpaged.device.kv.copy_engine import Copier, CopyEngine, PlainCopier, Strided, Timed, stream_of
 from jpaged.device.kv.pinned import PinnedMemory, pointer_of, why_no_pinned_memory
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import Target
@@ -233,7 +233,7 @@ class PinnedSlots:
         self,
         slots: jax.ShapeDtypeStruct,
         program: Program,
-        allocate: Callable[[int, int, Any], PinnedMemory] = PinnedMemory,
+        allocate: Callable[[int, int, Any], "PinnedMemory | PlainMemory"] = PinnedMemory,
         new_copier: Callable[[], Copier] = CopyEngine,
     ) -> None:
         del program
@@ -303,7 +303,7 @@ class _Part:
         pool_address: address of the pool when the last load started.
     """
 
-    memory: PinnedMemory
+    memory: "PinnedMemory | PlainMemory"
     slot_bytes: int
     copier: Copier
     moves: deque[tuple[Sequence[BlockCopy], list[Timed]]] = field(default_factory=deque)
@@ -367,9 +367,28 @@ def _call_in_place(parts: dict[int, _Part], method: _Method, cache: KVCache) -> 
     return jax.tree.unflatten(tree, arrays), token
 
 
-def memory_for(target: Target) -> Callable[[jax.ShapeDtypeStruct, Program], HostMemory]:
-    """The host memory of a target: makes it of its slots, and of the programs that move blocks."""
-    return PinnedSlots if has_copy_engine(target) else StagedMemory
+class PlainMemory:
+    """Ordinary memory in place of ``PinnedMemory``, for devices whose memory is the machine's."""
+
+    def __init__(self, num_bytes: int, unit: int, device: Any) -> None:
+        del unit, device
+        self._content = np.zeros(num_bytes, np.uint8)
+        self.address, self.piece_bytes = self._content.ctypes.data, num_bytes
+
+    def wait(self) -> None:
+        pass  # it is ready at once
+
+
+def memory_for(target: Target, *, is_streamed: bool = False) -> Callable[[jax.ShapeDtypeStruct, Program], HostMemory]:
+    """The host memory of a target: makes it of its slots, and of the programs that move blocks.
+
+    Args:
+        target: target of the devices.
+        is_streamed: whether steps stream slots, which then hold a block as the pool does.
+    """
+    if has_copy_engine(target):
+        return PinnedSlots
+    return partial(PinnedSlots, allocate=PlainMemory, new_copier=PlainCopier) if is_streamed else StagedMemory
 
 
 def size_for(blocks: Sequence[object]) -> int:

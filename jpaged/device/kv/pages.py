@@ -24,10 +24,13 @@ class PageSizes:
     Args:
         num_streamed: pages on the host.
         num_resident: pages on the device.
+        is_whole_pool: whether the pages on the device are block 0 and all blocks behind the window, each once. Rows
+            that share pages may otherwise count more of them than there are.
     """
 
     num_streamed: int
     num_resident: int
+    is_whole_pool: bool = False
 
     @property
     def num_computed(self) -> int:
@@ -40,8 +43,8 @@ def page_sizes_for(num_streamed: int, num_resident: int, most: PageSizes, *, is_
 
     Args:
         num_streamed: pages on the host.
-        num_resident: pages on the device.
-        most: the largest sizes, which fit the window.
+        num_resident: pages on the device, those that rows share counted for each.
+        most: the largest sizes, which fit the window; ``num_resident`` are all blocks beside the window.
         is_decode: whether the step has no chunks of prompts.
     """
     if is_decode:
@@ -50,8 +53,8 @@ def page_sizes_for(num_streamed: int, num_resident: int, most: PageSizes, *, is_
     else:
         sizes = _power_from(num_streamed, 4), _power_from(num_resident, 4)
     assert num_streamed <= most.num_streamed
-    assert num_resident <= most.num_resident
-    return PageSizes(min(sizes[0], most.num_streamed), min(sizes[1], most.num_resident))
+    is_whole_pool = num_resident > most.num_resident
+    return PageSizes(min(sizes[0], most.num_streamed), min(sizes[1], most.num_resident), is_whole_pool)
 
 
 def _power_from(number: int, base: int) -> int:
@@ -76,7 +79,7 @@ class Pages(NamedTuple):
 
 
 def locate_pages(
-    sizes: PageSizes, rows: Rows, starts: Int[Array, " rows"], page_size: int, first_computed: int
+    sizes: PageSizes, rows: Rows, starts: Int[Array, " rows"], page_size: int, window_size: int, first_computed: int
 ) -> Pages:
     """Find the pages of a step.
 
@@ -85,32 +88,77 @@ def locate_pages(
         rows: the rows; their block tables have a cell for each page, ``host_cell`` for those on the host.
         starts: first streamed page of each row.
         page_size: tokens of a page.
+        window_size: blocks of the window.
         first_computed: the cell of the first computed block.
     """
     tables = rows.block_tables
     num_on_host = jnp.sum(tables < 0, axis=1, dtype=jnp.int32)
-    num_resident = -(-rows.kv_lens // page_size) - num_on_host
-    ends = jnp.cumsum(num_resident, dtype=jnp.int32)
-    first_resident = ends - num_resident
-    logical = jnp.arange(tables.shape[1], dtype=jnp.int32)[None, :]
-    resident_rank = sizes.num_streamed + first_resident[:, None] + logical - num_on_host[:, None]
-    ranks = jnp.where(tables < 0, starts[:, None] - 1 - tables, resident_rank)
+    if sizes.is_whole_pool:
+        resident = _whole_pool(sizes.num_resident, tables, page_size, window_size)
+    else:
+        num_resident = -(-rows.kv_lens // page_size) - num_on_host
+        resident = _those_of_rows(sizes.num_resident, tables, num_on_host, num_resident, page_size)
+    ranks = jnp.where(tables < 0, starts[:, None] - 1 - tables, sizes.num_streamed + resident.ranks)
     computed = first_computed + 2 * ranks[:, :, None] + jnp.arange(2, dtype=jnp.int32)[None, None, :]
-    is_used = logical * page_size < rows.kv_lens[:, None]
+    is_used = _logical(tables) * page_size < rows.kv_lens[:, None]
 
     rank = jnp.arange(sizes.num_streamed, dtype=jnp.int32)
     # Rows without pages on the host have any start: they own no rank.
     owns = (starts[:, None] <= rank[None, :]) & (rank[None, :] < (starts + num_on_host)[:, None])
     streamed_positions = jnp.sum(jnp.where(owns, rank[None, :] - starts[:, None], 0), axis=0) * page_size
-    rank = jnp.arange(sizes.num_resident, dtype=jnp.int32)
+    return Pages(
+        positions=jnp.concatenate([streamed_positions, resident.positions]),
+        resident=resident.blocks,
+        tables=jnp.where(is_used[:, :, None], computed, 0).reshape(len(tables), -1),
+    )
+
+
+class _Resident(NamedTuple):
+    """Pages on the device.
+
+    Args:
+        blocks: their blocks; block 0 for padding.
+        positions: position of each page's first token.
+        ranks: rank among them of each cell of the block tables.
+    """
+
+    blocks: Int[Array, " resident"]
+    positions: Int[Array, " resident"]
+    ranks: Int[Array, "rows max_blocks"]
+
+
+def _those_of_rows(
+    size: int,
+    tables: Int[Array, "rows max_blocks"],
+    num_on_host: Int[Array, " rows"],
+    num_resident: Int[Array, " rows"],
+    page_size: int,
+) -> _Resident:
+    """The pages of the rows, one row after the other."""
+    ends = jnp.cumsum(num_resident, dtype=jnp.int32)
+    first_resident = ends - num_resident
+    rank = jnp.arange(size, dtype=jnp.int32)
     row = jnp.minimum(jnp.searchsorted(ends, rank, side="right"), len(ends) - 1)
     index = jnp.clip(num_on_host[row] + rank - first_resident[row], 0, tables.shape[1] - 1)
     is_page = rank < ends[-1]
-    return Pages(
-        positions=jnp.concatenate([streamed_positions, jnp.where(is_page, index * page_size, 0)]),
-        resident=jnp.where(is_page, tables[row, index], 0),
-        tables=jnp.where(is_used[:, :, None], computed, 0).reshape(len(tables), -1),
+    return _Resident(
+        jnp.where(is_page, tables[row, index], 0),
+        jnp.where(is_page, index * page_size, 0),
+        first_resident[:, None] + _logical(tables) - num_on_host[:, None],
     )
+
+
+def _whole_pool(size: int, tables: Int[Array, "rows max_blocks"], page_size: int, window_size: int) -> _Resident:
+    """Block 0 and all blocks behind the window, in order. Rows that share a block have it at one position."""
+    ranks = jnp.where(tables > 0, tables - window_size, 0)
+    positions = jnp.zeros(size, jnp.int32).at[ranks].max(jnp.where(tables > 0, _logical(tables) * page_size, 0))
+    rank = jnp.arange(size, dtype=jnp.int32)
+    return _Resident(jnp.where(rank > 0, rank + window_size, 0), positions, ranks)
+
+
+def _logical(tables: Int[Array, "rows max_blocks"]) -> Int[Array, "1 max_blocks"]:
+    """The logical block of each cell of the block tables."""
+    return jnp.arange(tables.shape[1], dtype=jnp.int32)[None, :]
 
 
 # Inputs: the cache as one layer -----------------------------------------------------------------------------------

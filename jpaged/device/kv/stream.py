@@ -7,8 +7,9 @@ Cells of even layers and of odd layers lie apart: while one layer attends, the c
 2411.17089, overlaps copies and compute in the same way).
 """
 
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -82,17 +83,15 @@ class HostStream:
 
     Args:
         window: the cells.
-        layer_bytes: bytes of a cell.
         copier: copies.
     """
 
-    def __init__(self, window: Window, layer_bytes: int, copier: Copier) -> None:
+    def __init__(self, window: Window, copier: Copier) -> None:
         self.window = window
-        self._layer_bytes = layer_bytes
         self._copier = copier
         self._loaded: deque[_Load] = deque()
         self._running: _Load | None = None
-        self._pool_address = 0
+        self._addresses: list[int] = []  # of the arrays of the cache
 
     def load(self, source: Source, slots: Int32[np.ndarray, " streamed"]) -> None:
         """Name the blocks of the program that is enqueued next, by their slots."""
@@ -121,14 +120,19 @@ class HostStream:
             A result for ``wait``.
         """
 
-        def run(context: Any, out: Any, pool: Any, *_: Any) -> None:
-            del out
-            if layer == 0:
-                self._running, self._pool_address = self._loaded.popleft(), pointer_of(pool)
-            self._require_in_place(pool)
-            self._copier.start(stream_of(context), layer % NUM_BUFFERS, list(self._copies(layer, first_cell)))
+        num_leaves = len(leaves := jax.tree.leaves(cache))
 
-        return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(cache.pool, *after)
+        def run(context: Any, out: Any, *arrays: Any) -> None:
+            del out
+            leaves = arrays[:num_leaves]
+            if layer == 0:
+                self._running = self._loaded.popleft()
+                self._addresses = [pointer_of(leaf) for leaf in leaves]
+            self._require_in_place(leaves)
+            copies = list(self._copies(layer, first_cell, [_bytes_of_cell(leaf) for leaf in leaves]))
+            self._copier.start(stream_of(context), layer % NUM_BUFFERS, copies)
+
+        return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(*leaves, *after)
 
     def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> T:
         """Wait until the cells of a layer are filled.
@@ -139,32 +143,46 @@ class HostStream:
             arrays: arrays that every later reader and writer of the pool takes, and returned for them.
             after: results that come first.
         """
-        leaves, tree = jax.tree.flatten(arrays)
+        leaves, (passed, tree) = jax.tree.leaves(cache), jax.tree.flatten(arrays)
 
-        def run(context: Any, out: Any, pool: Any, *_: Any) -> None:
+        def run(context: Any, out: Any, *arrays: Any) -> None:
             del out
-            self._require_in_place(pool)
+            self._require_in_place(arrays[: len(leaves)])
             self._copier.wait(stream_of(context), layer % NUM_BUFFERS)
 
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        aliases = {1 + i: i for i in range(len(leaves))}
-        waited = buffer_callback(run, shapes, input_output_aliases=aliases)(cache.pool, *leaves, *after)
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in passed]
+        aliases = {len(leaves) + i: i for i in range(len(passed))}
+        waited = buffer_callback(run, shapes, input_output_aliases=aliases)(*leaves, *passed, *after)
         return jax.tree.unflatten(tree, waited)
 
-    def _require_in_place(self, pool: Any) -> None:
+    def _require_in_place(self, leaves: Sequence[Any]) -> None:
         """Raise RuntimeError if the program moved the pool: the cells would be elsewhere."""
-        if pointer_of(pool) != self._pool_address:
+        if [pointer_of(leaf) for leaf in leaves] != self._addresses:
             raise RuntimeError(
                 "this version of JAX does not write to a donated pool in place: use kv_placement='device'"
             )
 
-    def _copies(self, layer: int, first_cell: int) -> Iterator[Strided]:
+    def _copies(self, layer: int, first_cell: int, widths: Sequence[int]) -> Iterator[Strided]:
+        """The copies of a layer: a slot holds all layers of K and V, then all layers of their scales, if there are any.
+
+        Args:
+            layer: the layer.
+            first_cell: the first cell to fill.
+            widths: bytes of a cell, in each array of the cache.
+        """
         assert self._running is not None
-        source, width = self._running.source, self._layer_bytes
-        src, dst = source.address + layer * width, self._pool_address + first_cell * width
-        for first, num_slots in self._running.runs:
-            yield Strided(src + first * source.slot_bytes, source.slot_bytes, dst, width, width, num_slots)
-            dst += num_slots * width
+        (start, pitch, _), runs = self._running
+        for address, width in zip(self._addresses, widths, strict=True):
+            dst = address + first_cell * width
+            for first, num_slots in runs:
+                yield Strided(start + layer * width + first * pitch, pitch, dst, width, width, num_slots)
+                dst += num_slots * width
+            start += self.window.num_layers * width
+
+
+def _bytes_of_cell(layers: Any) -> int:
+    """Bytes of one block of an array of the cache as one layer."""
+    return math.prod(layers.shape[1:]) * layers.dtype.itemsize
 
 
 def _runs(slots: Int32[np.ndarray, " streamed"], slots_per_piece: int) -> Iterator[tuple[int, int]]:

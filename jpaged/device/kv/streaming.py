@@ -97,7 +97,8 @@ class RecomputingAttend(StreamingAttend):
         self._sizes = sizes
         self._source: Source | None = None
         super().__init__(cache, rows, backend, stream, starts)
-        self._pages = locate_pages(sizes, rows, starts, 2 * cache.block_size, self._window.first)
+        places = self._window.num_blocks, self._window.first
+        self._pages = locate_pages(sizes, rows, starts, 2 * cache.block_size, *places)
 
     def take_source(self, source: Source) -> None:
         """Keep the source of the next layer's K and V."""

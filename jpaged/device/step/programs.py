@@ -107,7 +107,7 @@ class Programs:
         self._num_streamable, layout = num_host_blocks, self._layout
         window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, with_pages=self.keeps_activations)
         copier = CopyEngine() if has_copy_engine(self.target) else PlainCopier()
-        self.stream = HostStream(window, layout.layer_bytes, copier)
+        self.stream = HostStream(window, copier)
 
     @property
     def most_pages(self) -> PageSizes | None:
@@ -226,6 +226,7 @@ class Programs:
         sizes = (
             self.num_blocks,
             self.config.block_size,
+            self._layout,
             self.max_model_len,
             self.max_burst,
             self.buckets,
