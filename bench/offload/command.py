@@ -1,6 +1,7 @@
 """KV in host memory, measured through the engine.
 
     python -m bench offload restore --device cpu                          # the model in the box, on this machine
+    python -m bench offload decode --device cpu --num-seqs 4
     python -m bench offload restore --random-weights opt-13b --lengths 1024 8192
     python -m bench offload restore --random-weights llama3-8b --num-layers 4   # fewer layers: a first look
     python -m bench offload decode --random-weights llama3-8b --num-seqs 32 --contexts 4096

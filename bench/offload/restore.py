@@ -57,8 +57,8 @@ class Restore:
 
 def add_options(group: Any) -> None:
     """Add the options of this scenario."""
-    lengths = "tokens of the preempted request (default: 1024 8192)"
-    group.add_argument("--lengths", nargs="+", type=int, default=[1024, 8192], metavar="N", help=lengths)
+    lengths = "tokens of the preempted request (default: 1024 8192; 512 with the model in the box)"
+    group.add_argument("--lengths", nargs="+", type=int, metavar="N", help=lengths)
     decodes = "decodes beside it, a row for each number (default: 0 64)"
     group.add_argument("--decodes", nargs="+", type=int, default=[0, 64], metavar="N", help=decodes)
     group.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways back (default: all)")
@@ -66,6 +66,7 @@ def add_options(group: Any) -> None:
 
 def measure(args: Namespace, shapes: Shapes) -> None:
     """Measure all lengths, ways and numbers of decodes."""
+    args.lengths = shapes.choose_lengths(args.lengths, [1024, 8192])
     longest, num_beside = max(args.lengths) + _num_own(args.repeats), max(args.decodes)
     max_model_len = max(longest, DECODE_LEN + NUM_DECODED)
     shapes = shapes.with_context(max_model_len)

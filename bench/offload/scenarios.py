@@ -30,11 +30,16 @@ PAPER = {
 """Scenario of the paper -> its figures."""
 
 
+USUAL_CONTEXTS = [4096]
+"""Tokens of the sequences of ``decode`` and ``peer``."""
+
+
 def add_options(group: Any) -> None:
     """Add the options of these scenarios."""
     add = group.add_argument
     add("--num-seqs", nargs="+", type=int, default=[32], metavar="N", help="decode: sequences (default: 32)")
-    add("--contexts", nargs="+", type=int, default=[4096], metavar="N", help="decode: tokens of each (default: 4096)")
+    contexts = "decode: tokens of each (default: 4096; 512 with the model in the box)"
+    add("--contexts", nargs="+", type=int, metavar="N", help=contexts)
     add("--num-steps", type=int, default=32, metavar="N", help="decode steps that are timed (default: %(default)s)")
     add("--length", type=int, default=500_000, metavar="N", help="long: tokens of the sequence (default: %(default)s)")
     add("--pool-gib", type=float, default=10.0, metavar="X", help="long: device pool (default: %(default)s)")
@@ -59,7 +64,8 @@ VARIANTS = {
 
 def decode(args: Namespace, shapes: Shapes) -> None:
     """Decode steps over KV on the host, beside KV on the device."""
-    works = [_decodes(args, n, context) for n in args.num_seqs for context in args.contexts]
+    contexts = shapes.choose_lengths(args.contexts, USUAL_CONTEXTS)
+    works = [_decodes(args, n, context) for n in args.num_seqs for context in contexts]
     peers = {name: peer for name, peer in KV_ON_HOST.items() if shapes.name in peer["figures"]}
     for name, peer in peers.items():
         print(f"{name}, {peer['settings']}: {peer['figures'][shapes.name]['step_ms']:g} ms a step")
@@ -103,7 +109,8 @@ def measure_peer(args: Namespace, shapes: Shapes) -> None:
     if shapes.is_trained:
         raise UsageError("peer needs --random-weights: it makes a model from a config.json")
     command = [args.peer_python, "-m", "bench.peers.run_offloaded_cache", "--config", str(shapes.path.resolve())]
-    command += ["--num-seqs", str(args.num_seqs[0]), "--prompt-len", str(args.contexts[0])]
+    contexts = shapes.choose_lengths(args.contexts, USUAL_CONTEXTS)
+    command += ["--num-seqs", str(args.num_seqs[0]), "--prompt-len", str(contexts[0])]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for line in lines:

@@ -39,6 +39,10 @@ class Shapes:
     path: Path
     is_trained: bool
 
+    def choose_lengths(self, asked: list[int] | None, usual: list[int]) -> list[int]:
+        """The lengths asked for, or else the usual ones: half of the context of trained weights, which is fixed."""
+        return asked or ([self.model_config.max_model_len // 2] if self.is_trained else usual)
+
     def with_context(self, max_model_len: int) -> "Shapes":
         """The same shapes with positions for such contexts.
 
