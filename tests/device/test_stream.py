@@ -20,6 +20,7 @@ from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.target import TARGETS, placement_note, why_no_streaming
 from jpaged.models import OPTConfig
+from jpaged.models.spec import attend_from
 from jpaged.request import SamplingParams
 from tests.support.plans import Chunk, Sample, make_plan
 from tests.support.tiny import TINY, make_runner
@@ -152,6 +153,16 @@ def test_a_machine_whose_devices_compute_in_host_memory_says_in_one_line_that_pl
     assert placement_note(config, TARGETS["cpu"]) == note
     assert placement_note(config, TARGETS["gpu"]) is None
     assert placement_note(EngineConfig(), TARGETS["cpu"]) is None
+
+
+def test_a_layer_that_shows_no_source_takes_that_of_no_other(monkeypatch):
+    def only_first(source, attend, spec, q, k, v):
+        return attend_from(source, attend, spec, q, k, v) if spec.layer == 0 else attend(spec, q, k, v)
+
+    monkeypatch.setattr("jpaged.models.families.llama.attend_from", only_first)
+    runner = make_streaming(model_config=MHA)
+    with pytest.raises(ValueError, match="layer 1 does not show the source of its K and V, which model_config"):
+        run(runner, [Chunk(0, PROMPTS[0][:8], 0, 8, [60])])
 
 
 def test_activations_are_kept_where_they_are_smaller():
