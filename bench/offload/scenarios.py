@@ -29,7 +29,6 @@ PAPER = {
 }
 """Scenario of the paper -> its figures."""
 
-
 USUAL_CONTEXTS = [4096]
 """Tokens of the sequences of ``decode`` and ``peer``."""
 

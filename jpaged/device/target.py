@@ -109,7 +109,8 @@ def why_no_streaming(config: EngineConfig) -> str | None:
     if target is not None and target.addresses_host_memory and (reason := why_no_pinned_memory()) is not None:
         return reason
     if target is not None and config.kv_cache_dtype not in target.streamed_dtypes:
-        allowed = ", ".join(map(repr, target.streamed_dtypes)) or "none"
+        allowed = ", ".join(map(repr, target.streamed_dtypes))
+        allowed = f"{allowed}, not {config.kv_cache_dtype!r}" if allowed else "none"
         return f"a {target.platform.upper()} streams blocks of kv_cache_dtype {allowed}"
     if config.tensor_parallel_size > 1:
         return f"tensor_parallel_size={config.tensor_parallel_size}: blocks are streamed from the host to one device"

@@ -231,7 +231,7 @@ def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"kv_cache_dtype": "fp8"}, "a CPU streams blocks of kv_cache_dtype 'auto', 'int8'"),
+        ({"kv_cache_dtype": "fp8"}, "a CPU streams blocks of kv_cache_dtype 'auto', 'int8', not 'fp8'"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: blocks are streamed from the host to one device"),
     ],
 )
