@@ -45,6 +45,9 @@ class LateCopier:
         numbers = [number for number, (other, _, _) in enumerate(self.waiting, 1) if other == buffer]
         self.end(max(numbers, default=0))
 
+    def finish(self) -> None:
+        self.end(len(self.waiting))
+
     def end(self, num_starts: int) -> None:
         """Run the oldest copies, in order."""
         for _, copies, late in self.waiting[:num_starts]:
