@@ -205,7 +205,7 @@ def check_streamed_context(model: ModelConfig, config: EngineConfig, num_blocks:
         )
     on_device = num_blocks - 1 - window.num_blocks
     held = (on_device + on_host) * config.block_size
-    if config.max_model_len is not None and config.max_model_len > held:
+    if config.max_model_len is not None and config.max_model_len - 1 > held:  # the last token is never stored
         raise ValueError(
             f"max_model_len={config.max_model_len} does not fit with kv_placement={config.kv_placement!r}: "
             f"{on_device} of {num_blocks} blocks on the device, the others being padding and the window for streamed "
