@@ -178,4 +178,6 @@ def read_inputs(layers: KVCache, pages: Int[Array, " pages"] | slice) -> Float[A
     """The inputs of all tokens of some pages."""
     shape = shape_of(layers.pool)
     sides = layers.pool[pages].reshape(-1, shape.num_kv_heads, shape.block_size, shape.head_dim)
-    return sides.swapaxes(1, 2).reshape(-1, shape.num_kv_heads * shape.head_dim)
+    inputs = sides.swapaxes(1, 2).reshape(-1, shape.num_kv_heads * shape.head_dim)
+    # Otherwise XLA lets the product that follows read the pool itself, and tunes it on an array of the pool's size.
+    return jax.lax.optimization_barrier(inputs)
