@@ -19,11 +19,11 @@ from jpaged.device.backends import Backend
 from jpaged.device.kv.host_memory import has_copy_engine
 from jpaged.device.kv.host_pool import num_host_blocks_for
 from jpaged.device.kv.layout import pool_layout
-from jpaged.device.kv.sizing import num_blocks_that_fit
+from jpaged.device.kv.sizing import check_pools, num_blocks_that_fit
 from jpaged.device.profile_file import load_profile, profile_path
 from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
-from jpaged.device.target import Target, choose_backend, describe_devices, target_of
+from jpaged.device.target import Target, choose_backend, describe_devices, placement_note, target_of
 from jpaged.device.weights import check_host_weights, device_bytes
 from jpaged.host.offload.profile import report
 from jpaged.llm import DEMO_MODEL
@@ -82,7 +82,8 @@ class Info:
     """Everything ``jpaged info`` shows; as text, one line for each.
 
     ``numa_node`` is that of the host pool, or None where processes of several nodes could have it. ``profile`` has the
-    rates that an earlier run with these settings kept in ``profile_path``, or is None.
+    rates that an earlier run with these settings kept in ``profile_path``, or is None. ``placement_note`` says whether
+    the placements asked for gain nothing here.
     """
 
     versions: dict[str, str]
@@ -97,6 +98,7 @@ class Info:
     profile: dict[str, float] | None
     profile_path: str | None
     preemption: str
+    placement_note: str | None
 
     def __str__(self) -> str:
         model, pool = self.model, self.kv_cache
@@ -116,6 +118,7 @@ class Info:
             "rates": _describe_rates(self.profile),
             "host pool": _describe_host_pool(self.host_pool, self.numa_node),
             "preemption": _describe_preemption(self.preemption, self.host_pool),
+            "placement": self.placement_note,
         }
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items() if value)
 
@@ -148,6 +151,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     weights = jax.tree.leaves(state)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     backend = choose_backend(model_config, config, dtype, mesh)
+    check_pools(model_config, config, dtype, mesh)
     kv_cache = _plan_pool(model_config, config, dtype, backend, device_bytes(weights), mesh)
     cache_dir = enable_compile_cache()
     kept_at = profile_path(model_config, config, dtype, backend.name, mesh)
@@ -179,6 +183,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
         profile=None if profile is None else report(profile),
         profile_path=None if profile is None else str(kept_at),
         preemption=config.preemption,
+        placement_note=placement_note(config, target_of(mesh)),
     )
 
 

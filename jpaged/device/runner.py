@@ -1,6 +1,7 @@
 """Executes step plans: weights, KV cache and the compiled programs that join them."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -18,7 +19,7 @@ from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
 from jpaged.device.kv.layout import why_no_activations
-from jpaged.device.kv.sizing import PoolSizer
+from jpaged.device.kv.sizing import PoolSizer, check_streamed_context
 from jpaged.device.profiler import make_profile
 from jpaged.device.sampling.beams import split_candidates
 from jpaged.device.sampling.draw import SampledTokens
@@ -27,11 +28,13 @@ from jpaged.device.step.in_flight import Results, StepInFlight, StepTimes
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
 from jpaged.device.step.programs import Programs, dtype_of, split_model
-from jpaged.device.target import BACKENDS, choose_backend, why_no_streaming
+from jpaged.device.target import BACKENDS, choose_backend, placement_note, why_no_streaming
 from jpaged.device.weights import device_bytes, prepare_weights
 from jpaged.models import ModelConfig
 from jpaged.sharding import check_axes, replicated
 from pallas_kernels.paged_attention import INTERPRETERS, why_cannot_run
+
+log = logging.getLogger(__name__)
 
 
 class Agreeing(Protocol):
@@ -118,6 +121,8 @@ class ModelRunner:
         backend = choose_backend(model_config, config, dtype_of(model), mesh)
         prepare_weights(model, model_config, config, mesh, backend)
         self.programs = Programs(model, model_config, config, mesh, backend, max_model_len=max_model_len)
+        if (note := placement_note(config, self.programs.target)) is not None:
+            log.warning(note)
         _, self._weights, _ = split_model(model)
         self.weight_bytes = sum(x.nbytes for x in self._weights)
         least: Callable[[int], int] = channel.least if channel is not None else lambda number: number
@@ -131,6 +136,7 @@ class ModelRunner:
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":
+            check_streamed_context(model_config, config, self.num_blocks, self.num_host_blocks)
             self.programs.open_window(self.num_host_blocks)
         self.host_pool = self._make_host_pool()
         self.profile: MachineProfile | None = None

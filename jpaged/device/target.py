@@ -132,6 +132,17 @@ BACKENDS: dict[str, type[Backend]] = {backend.name: backend for backend in (XlaB
 """Every backend by the name that the settings know."""
 
 
+def placement_note(config: EngineConfig, target: Target) -> str | None:
+    """A line for users whose settings place KV or weights where the devices compute anyway; None for all others."""
+    if target.has_own_memory:
+        return None
+    names = [name for name in ("kv_placement", "weight_placement") if getattr(config, name) != "device"]
+    if not names:
+        return None
+    placements = " and ".join(f"{name}={getattr(config, name)!r}" for name in names)
+    return f"{placements} {'gains' if len(names) == 1 else 'gain'} nothing here: the device computes in host memory"
+
+
 def choose_backend(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, mesh: Mesh) -> Backend:
     """The backend for a model on the devices of a mesh: the one asked for, or the fastest that takes the model.
 

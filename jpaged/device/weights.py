@@ -1,6 +1,5 @@
 """Weights of a model made ready to run: projections joined, norms fused, layers streamed from host memory if asked."""
 
-import logging
 import os
 from collections.abc import Iterable
 
@@ -15,8 +14,6 @@ from jpaged.device.target import GIB, target_of
 from jpaged.models import ModelConfig, fuse_norms, fuse_projections
 from jpaged.models.layers.streamed import stream_layers, streamed_params
 from jpaged.sharding import is_on_host
-
-log = logging.getLogger(__name__)
 
 LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 DEFAULT_LIMIT_GB = 64
@@ -40,8 +37,6 @@ def prepare_weights(
     if config.weight_placement == "host":
         check_host_weights(model, model_config.num_layers, mesh)
         stream_layers(model, model_config.num_layers)
-        if not target_of(mesh).has_own_memory:
-            log.warning("weight_placement='host' gains nothing here: the device computes in host memory")
 
 
 def check_host_weights(model: nnx.Module, num_layers: int, mesh: Mesh) -> None:

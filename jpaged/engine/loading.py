@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from jpaged.config import EngineConfig
+from jpaged.device.kv.sizing import check_pools
 from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
 from jpaged.device.runner import ModelRunner, check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
@@ -55,8 +56,12 @@ def load_checkpoint(path: Path, config: EngineConfig, *, warm_up: bool | None, u
         if config.weight_placement == "host":
             shapes = nnx.merge(*abstract_model(model_config, dtype, mesh))
             check_host_weights(shapes, model_config.num_layers, mesh)
-        placement = {"weight_placement": config.weight_placement}
-        load = partial(load_model, path, model_config, dtype, mesh, **placement, use_tqdm=use_tqdm)
+        placement = config.weight_placement
+
+        def load() -> nnx.Module:
+            check_pools(model_config, config, dtype, mesh)
+            return load_model(path, model_config, dtype, mesh, weight_placement=placement, use_tqdm=use_tqdm)
+
         return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
 
 

@@ -78,8 +78,11 @@ class Capacity:
         pinned = f" ({self.num_pinned} more are pinned)" if self.num_pinned else ""
         on_host, remedy = "", f"Lower max_tokens or {name}, or raise num_blocks or memory_fraction"
         if self.num_on_host:
-            on_host = f", {self.num_on_host} of them on the host, which steps stream"
-            remedy = "Lower max_tokens, or raise num_host_blocks, host_memory_bytes or num_blocks"
+            on_host = f", {self.num_on_host} of them on the host, as many as the host pool and the window hold"
+            remedy = (
+                "Lower max_tokens, or raise num_blocks (the window is a part of the device's pool), num_host_blocks or "
+                "host_memory_bytes"
+            )
         elif can_stream(params):
             remedy += ", or keep KV on the host with kv_placement='auto'"
         return (

@@ -18,8 +18,9 @@ from jpaged.device.kv.stream import Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.target import TARGETS, why_no_streaming
+from jpaged.device.target import TARGETS, placement_note, why_no_streaming
 from jpaged.models import OPTConfig
+from jpaged.models.spec import attend_from
 from jpaged.request import SamplingParams
 from tests.support.plans import Chunk, Sample, make_plan
 from tests.support.tiny import TINY, make_runner
@@ -134,6 +135,34 @@ def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_confi
     for (kept_ids, kept_logprobs), (computed_ids, computed) in zip(*results, strict=True):
         assert kept_ids == computed_ids
         np.testing.assert_allclose(kept_logprobs, computed, atol=1e-5)
+
+
+def test_a_context_that_both_pools_cannot_hold_is_refused_with_the_arithmetic():
+    sizes: dict[str, Any] = {"num_blocks": 8, "num_host_blocks": 4}  # a window of 3 blocks holds 4 streamed ones
+    assert make_streaming(**sizes, max_model_len=64).max_streamed_blocks >= 4
+    with pytest.raises(ValueError, match=r"max_model_len=65 .* 4 of 8 blocks .* 4 of 4 on the host, .* hold 64 tokens"):
+        make_streaming(**sizes, max_model_len=65)
+
+
+def test_a_machine_whose_devices_compute_in_host_memory_says_in_one_line_that_placements_gain_nothing(caplog):
+    make_streaming()
+    [record] = caplog.records
+    assert record.message == "kv_placement='host' gains nothing here: the device computes in host memory"
+    config = EngineConfig(kv_placement="auto", weight_placement="host")
+    note = "kv_placement='auto' and weight_placement='host' gain nothing here: the device computes in host memory"
+    assert placement_note(config, TARGETS["cpu"]) == note
+    assert placement_note(config, TARGETS["gpu"]) is None
+    assert placement_note(EngineConfig(), TARGETS["cpu"]) is None
+
+
+def test_a_layer_that_shows_no_source_takes_that_of_no_other(monkeypatch):
+    def only_first(source, attend, spec, q, k, v):
+        return attend_from(source, attend, spec, q, k, v) if spec.layer == 0 else attend(spec, q, k, v)
+
+    monkeypatch.setattr("jpaged.models.families.llama.attend_from", only_first)
+    runner = make_streaming(model_config=MHA)
+    with pytest.raises(ValueError, match="layer 1 does not show the source of its K and V, which model_config"):
+        run(runner, [Chunk(0, PROMPTS[0][:8], 0, 8, [60])])
 
 
 def test_activations_are_kept_where_they_are_smaller():

@@ -137,13 +137,13 @@ def test_an_llm_of_a_checkpoint_streams_its_weights(tmp_path, caplog):
     save_checkpoint(large_model("llama"), LLAMA, tmp_path)
     with caplog.at_level(logging.WARNING):
         llm = LLM(tmp_path, weight_placement="host", num_blocks=40, use_tqdm=False)
+    assert [record.message for record in caplog.records] == [
+        "weight_placement='host' gains nothing here: the device computes in host memory"
+    ]
     found, expected = llm.engine.runner, streaming_llm("llama").engine.runner
     for array, own in zip(found._weights, expected._weights, strict=True):
         assert array.sharding.memory_kind == own.sharding.memory_kind
         np.testing.assert_array_equal(array, own)
-    assert [record.message for record in caplog.records] == [
-        "weight_placement='host' gains nothing here: the device computes in host memory"
-    ]
 
 
 class Layer(nnx.Module):

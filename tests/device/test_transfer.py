@@ -364,3 +364,10 @@ def test_blocks_move_by_dma_as_they_do_without(num_devices):
     expected = before.copy()
     expected[[9, 10, 11, 20, 21]] = before[[4, 5, 9, 1, 3]]
     assert_same_bits(content(runner), expected)
+
+
+@pytest.mark.parametrize("setting", [{"preemption": "swap"}, {"kv_placement": "host"}, {"kv_placement": "auto"}])
+def test_a_setting_that_needs_a_host_pool_is_refused_where_no_memory_is_free(monkeypatch, setting):
+    monkeypatch.setattr(transfer, "free_machine_bytes", lambda: 4096)
+    with pytest.raises(ValueError, match=r"needs a host pool, and the 4,096 bytes .* no room for blocks of 4,096"):
+        make_runner(num_host_blocks=None, **setting)

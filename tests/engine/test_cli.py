@@ -554,6 +554,15 @@ def test_info_foretells_the_pools(checkpoints, capsys):
     assert num_bytes - runner.bytes_per_block < info["host_pool"]["pool_bytes"] <= num_bytes
 
 
+def test_info_foretells_a_host_pool_for_contexts_longer_than_the_device_pool(checkpoints, capsys):
+    path, options = checkpoints["plain"], ["--kv-placement", "host", "--num-blocks", "6"]
+    llm = jpaged.llm.LLM(path, kv_placement="host", num_blocks=6, warm_up=False, use_tqdm=False)
+    assert cli.main(["info", "--json", "--model", str(path), *options]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["host_pool"]["num_blocks"] == llm.engine.runner.num_host_blocks
+    assert info["placement_note"].startswith("kv_placement='host' gains nothing here")
+
+
 def test_info_tells_weights_in_host_memory_from_others(run, checkpoints, monkeypatch):
     status, out, _ = run("info", "--json", "--weight-placement", "host")
     model = json.loads(out)["model"]

@@ -328,6 +328,25 @@ def test_impossible_settings_are_refused(settings, match):
         LLM(**settings, warm_up=False, use_tqdm=False)
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"num_blocks": 10**8}, "num_blocks=100000000 x 81,920 bytes do not fit"),
+        ({"host_memory_bytes": 1 << 50}, r"does not fit: 13,743,895,347 blocks x 81,920 bytes = .* are free"),
+        ({"kv_placement": "auto", "num_host_blocks": 1 << 24}, "does not fit: 16,777,216 blocks x 81,920 bytes = "),
+        ({"kv_placement": "host", "num_blocks": 2}, "num_blocks=2 is too few .* the window .* holds no block"),
+        (
+            {"kv_placement": "host", "num_blocks": 9, "num_host_blocks": 40, "max_model_len": 1000},
+            "max_model_len=1000 does not fit .* 4 of 9 blocks on the device.* 10 of 40 on the host.* hold 224 tokens",
+        ),
+    ],
+)
+def test_pools_and_contexts_that_do_not_fit_are_refused_before_the_weights_are_read(settings, match, monkeypatch):
+    monkeypatch.setattr("jpaged.engine.loading.load_model", lambda *args, **kwargs: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=match):
+        LLM(**settings, warm_up=False, use_tqdm=False)
+
+
 @pytest.mark.starts_first
 @pytest.mark.parametrize(("max_burst", "num_devices"), [(1, 1), (3, 2), (1, 4)])
 def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_burst, num_devices):

@@ -1,5 +1,6 @@
 """Sequences whose full blocks stay on the host while they run, each feature as one story."""
 
+import numpy as np
 import pytest
 
 from jpaged.contract.rows import host_cell
@@ -57,6 +58,20 @@ def test_a_block_moves_in_the_plan_after_the_one_that_fills_it():
     assert changes[1][0] == host_cell(0), "the cell names the first streamed block of the row"
     assert changes[5][0] == host_cell(1)
     assert all(block > WINDOW for cells in changes for block in cells if block >= 0), "the window is no sequence's"
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_blocks_that_move_together_are_in_order_on_the_host(is_cached):
+    """A device copies neighbours at once. Cached blocks return to the queue with the tail first."""
+    device = make(num_host_blocks=16, caching=is_cached)
+    for name in ("first", "second", "third"):
+        group = add(device, name, 65, max_tokens=3, ignore_eos=True)
+        step_until(device, lambda group=group: group.sequences[0].num_outputs == 1)
+        step(device)
+        blocks = device.scheduler.blocks.holdings.held_by(group.sequences[0].seq_id).host_blocks
+        assert len(blocks) == 16
+        assert all(np.diff(blocks[first : first + 4]).min() > 0 for first in range(0, 16, 4))
+        finish_all(device, group)
 
 
 def test_sequences_on_the_host_and_on_the_device_share_steps():

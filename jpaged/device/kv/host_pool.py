@@ -315,11 +315,13 @@ def num_host_blocks_for(config: EngineConfig, target: Target, bytes_per_block: i
     wanted, wanted_bytes = config.num_host_blocks, config.host_memory_bytes
     if wanted is None and wanted_bytes is None:
         num_blocks = min(min(target.host_pool_bytes, free // 2) // bytes_per_block, useful_blocks)
-        if num_blocks == 0 and config.preemption == "swap":
-            raise ValueError(
-                f"preemption='swap' needs a host pool, and the {free:,} bytes free on this machine leave no room for "
-                f"blocks of {bytes_per_block:,}: free some, or use preemption='recompute'"
-            )
+        needing = {"preemption": ("swap",), "kv_placement": ("host", "auto")}
+        for name, values in needing.items():
+            if num_blocks == 0 and (value := getattr(config, name)) in values:
+                raise ValueError(
+                    f"{name}={value!r} needs a host pool, and the {free:,} bytes free on this machine leave no room "
+                    f"for blocks of {bytes_per_block:,}: free some, or use another {name}"
+                )
         return num_blocks
     num_blocks = wanted if wanted is not None else (wanted_bytes or 0) // bytes_per_block
     asked = f"num_host_blocks={wanted}" if wanted is not None else f"host_memory_bytes={wanted_bytes:,}"

@@ -8,7 +8,11 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
-from jpaged.device.target import Target
+from jpaged.device.kv.host_pool import num_host_blocks_for
+from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.streaming import most_blocks_on_host, window_for
+from jpaged.device.target import Target, choose_backend, target_of
+from jpaged.models import ModelConfig
 
 GUESSED_WORKSPACE = 1 / 32
 """Share of an accelerator's memory that a step takes besides weights and pool, until its programs say how much."""
@@ -143,6 +147,72 @@ class PoolSizer:
                 f"holds {held} tokens; lower max_model_len, raise memory_fraction or give num_blocks"
             )
         self._programs.resize(num_blocks, max_model_len)
+
+
+def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, mesh: Mesh) -> None:
+    """Check, before weights are loaded, that memory could hold the pools and the context that the settings ask for.
+
+    Args:
+        model: shape of the model.
+        config: the engine's settings.
+        dtype: type of the activations.
+        mesh: the devices.
+
+    Raises:
+        ValueError: a pool or a context that does not fit, even if weights and workspace took no memory.
+    """
+    target, backend = target_of(mesh), choose_backend(model, config, dtype, mesh)
+    bytes_per_block = pool_layout(model, config, dtype, backend).block_bytes
+    max_blocks = -(-(config.max_model_len or model.max_model_len) // config.block_size)
+    useful_blocks = config.max_num_seqs * max_blocks
+    local_bytes = bytes_per_block * len(mesh.local_devices) // mesh.size
+    num_host_blocks = num_host_blocks_for(config, target, local_bytes, useful_blocks=useful_blocks)
+    if config.num_blocks is not None:
+        check_blocks_fit(config.num_blocks, bytes_per_block, mesh, target)
+    num_blocks = config.num_blocks or num_blocks_that_fit(
+        bytes_per_block,
+        mesh,
+        target,
+        config.memory_fraction,
+        reserved_bytes=0,
+        least_blocks=max_blocks + 1,
+        useful_blocks=useful_blocks + 1,
+    )
+    if config.kv_placement != "device":
+        check_streamed_context(model, config, num_blocks, num_host_blocks)
+
+
+def check_streamed_context(model: ModelConfig, config: EngineConfig, num_blocks: int, num_host_blocks: int) -> None:
+    """Check that both pools together hold the context asked for.
+
+    Args:
+        model: shape of the model.
+        config: the engine's settings, with ``kv_placement`` other than "device".
+        num_blocks: blocks of the device's pool.
+        num_host_blocks: blocks of the host pool.
+
+    Raises:
+        ValueError: no block can be streamed, or ``max_model_len`` is longer than what the pools hold.
+    """
+    with_pages = keeps_activations(model, config)
+    window = window_for(num_host_blocks, num_blocks, len(model.layer_specs), with_pages=with_pages)
+    on_host = most_blocks_on_host(window, num_host_blocks, num_blocks, with_pages=with_pages)
+    if on_host == 0:
+        raise ValueError(
+            f"num_blocks={num_blocks} is too few for kv_placement={config.kv_placement!r}: the window for streamed "
+            f"blocks, a part of the pool, would be {window.num_blocks} blocks of {window.num_layers} layers, and holds "
+            "no block; raise num_blocks or memory_fraction"
+        )
+    on_device = num_blocks - 1 - window.num_blocks
+    held = (on_device + on_host) * config.block_size
+    if config.max_model_len is not None and config.max_model_len > held:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} does not fit with kv_placement={config.kv_placement!r}: "
+            f"{on_device} of {num_blocks} blocks on the device, the others being padding and the window for streamed "
+            f"blocks, and {on_host} of {num_host_blocks} on the host, as many as one step streams, hold {held} tokens "
+            f"in blocks of {config.block_size}; lower max_model_len, or raise num_blocks, num_host_blocks or "
+            "host_memory_bytes"
+        )
 
 
 def available_bytes(mesh: Mesh, target: Target, memory_fraction: float = 1.0) -> int:

@@ -110,25 +110,36 @@ class RecomputingAttend(StreamingAttend):
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
         layer, window, num_streamed = spec.layer, self._window, self._sizes.num_streamed
         assert self._rows.slots is not None
-        assert self._source is not None, "the model shows the sources of its K and V"
+        source = self._require_source(layer)
         slots, self._pages = self._receive(layer, q, (self._rows.slots, self._pages))
         self._rows = self._rows._replace(slots=slots)
         page_slots = window.slots(layer, slots, 2 * self._cache.block_size)
-        self._cache = write_inputs(self._cache, page_slots, self._source.inputs)
+        self._cache = write_inputs(self._cache, page_slots, source.inputs)
         positions, resident, tables = self._pages
         if num_streamed:
             cells = slice(self._first_cell(layer), self._first_cell(layer) + num_streamed)
-            self._compute(0, read_inputs(self._cache, cells), positions[:num_streamed])
+            self._compute(source, 0, read_inputs(self._cache, cells), positions[:num_streamed])
         places = window.places(layer, resident)
-        self._compute(num_streamed, read_inputs(self._cache, places), positions[num_streamed:])
+        self._compute(source, num_streamed, read_inputs(self._cache, places), positions[num_streamed:])
         # K and V of the step's own tokens are among those computed.
         rows = self._rows._replace(block_tables=tables, slots=None)
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
 
-    def _compute(self, first: int, inputs: Float[Array, "inputs hidden_size"], positions: Int[Array, " pages"]) -> None:
+    def _require_source(self, layer: int) -> Source:
+        """The source that the layer has shown; no other layer may use it."""
+        source, self._source = self._source, None
+        if source is None:
+            raise ValueError(
+                f"layer {layer} does not show the source of its K and V, which model_config.shows_sources promises: "
+                "call jpaged.models.spec.attend_from in every layer, or use offload_cache='kv'"
+            )
+        return source
+
+    def _compute(
+        self, source: Source, first: int, inputs: Float[Array, "inputs hidden_size"], positions: Int[Array, " pages"]
+    ) -> None:
         """Fill the cells of pages, from the given one on, with K and V of their inputs."""
-        assert self._source is not None
-        block_size, source = self._cache.block_size, self._source
+        block_size = self._cache.block_size
         offsets = jnp.arange(2 * block_size, dtype=jnp.int32)[None, :]
         k, v = source.project(inputs.astype(source.inputs.dtype), (positions[:, None] + offsets).reshape(-1))
         first_slot = (self._window.first + 2 * first) * block_size
@@ -157,6 +168,12 @@ def window_for(num_host_blocks: int, num_blocks: int, num_layers: int, *, with_p
 def most_streamed_blocks(window: Window) -> int:
     """Most blocks of K and V on the host that one step streams."""
     return window.num_cells // NUM_BUFFERS
+
+
+def most_blocks_on_host(window: Window, num_host_blocks: int, num_blocks: int, *, with_pages: bool) -> int:
+    """Most blocks on the host that a context has. Arguments as for ``window_for``."""
+    pages = most_pages(window, num_blocks)
+    return min(num_host_blocks, pages.num_streamed if with_pages else most_streamed_blocks(window))
 
 
 def most_pages(window: Window, num_blocks: int) -> PageSizes:

@@ -133,7 +133,8 @@ class StreamedBlocks:
         moves = moves[: self._num_possible(moves)]
         if moves:
             self._tiers.num_changes += 1
-            holding.host_blocks = array("i", holding.host_blocks) if not holding.host_blocks else holding.host_blocks
+            if not holding.host_blocks:
+                holding.host_blocks = array("i")
             holding.host_blocks.extend(self._bring_home(moves))
             stop = first + len(moves)
             holding.blocks[first:stop] = [host_cell(index) for index in range(first, stop)]
@@ -177,9 +178,10 @@ class StreamedBlocks:
         for move in moves:
             if move.twin is not None:
                 self._tiers.host.hold(move.twin)  # before any block is taken, which may evict others
-        homes = [self._tiers.store(move.block, move.prefix) if move.twin is None else move.twin for move in moves]
-        self.num_blocks_out += sum([move.twin is None for move in moves])
-        return homes
+        leaving = [(move.block, move.prefix) for move in moves if move.twin is None]
+        stored = iter(self._tiers.store_all(leaving))
+        self.num_blocks_out += len(leaving)
+        return [next(stored) if move.twin is None else move.twin for move in moves]
 
 
 def _last_links(holding: Holding, count: int) -> list[Prefix]:

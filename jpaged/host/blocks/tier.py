@@ -268,12 +268,18 @@ class TwoTiers:
 
     def store(self, block: int, prefix: Prefix | None) -> int:
         """Take a host block for the content of device block ``block``: the end of ``prefix``, if that is known."""
-        dst, _ = self.host.take()
-        if prefix is not None:
-            self.host.cache.insert(prefix, dst)
-        # A block that this plan copies to does not hold its content yet when the plan stores it.
-        self._queued.to_host[dst] = self._queued.copies.get(block, block)
+        [dst] = self.store_all([(block, prefix)])
         return dst
+
+    def store_all(self, contents: Sequence[tuple[int, Prefix | None]]) -> list[int]:
+        """Take host blocks in ascending order, each as ``store`` does: a device reads neighbours in one copy."""
+        homes = sorted([self.host.take()[0] for _ in contents])
+        for dst, (block, prefix) in zip(homes, contents, strict=True):
+            if prefix is not None:
+                self.host.cache.insert(prefix, dst)
+            # A block that this plan copies to does not hold its content yet when the plan stores it.
+            self._queued.to_host[dst] = self._queued.copies.get(block, block)
+        return homes
 
     def is_storing(self, host_block: int) -> bool:
         """Whether the plan under construction stores to this host block."""
