@@ -83,6 +83,10 @@ class Driver:
 
         self.streams[stream.value].append(run)
 
+    def cuStreamSynchronize(self, stream):
+        self.run()
+        assert not self.streams[stream.value]
+
     def cuEventQuery(self, event):
         return self.reached[event.value] == self.recorded[event.value]
 
@@ -130,6 +134,16 @@ def test_copies_run_in_the_order_of_their_starts(driver):
     engine.start(PROGRAMS, 1, [copy_of(slots, pool[1:])])
     driver.run()
     assert pool.tolist() == [[1], [1]]
+
+
+def test_the_host_waits_for_all_copies(driver):
+    engine, src, dst = CopyEngine(), np.array([[1], [2]], np.uint8), np.zeros((2, 1), np.uint8)
+    engine.finish()
+    engine.start(PROGRAMS, 0, [copy_of(src[:1], dst[:1])])
+    engine.start(PROGRAMS, 1, [copy_of(src[1:], dst[1:])])
+    assert not dst.any()
+    engine.finish()
+    assert dst.tolist() == [[1], [2]]
 
 
 def test_events_of_observed_copies_are_destroyed_with_them(driver):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,9 @@ class LateCopier:
     def wait(self, stream: int | None, buffer: int) -> None:
         numbers = [number for number, (other, _, _) in enumerate(self.waiting, 1) if other == buffer]
         self.end(max(numbers, default=0))
+
+    def finish(self) -> None:
+        self.end(len(self.waiting))
 
     def end(self, num_starts: int) -> None:
         """Run the oldest copies, in order."""
@@ -167,6 +171,18 @@ def test_no_copy_is_in_flight_once_it_is_forgotten(runner):
     pool.forget()
     [copier] = pool.copiers
     assert not copier.waiting
+
+
+def test_no_copy_is_in_flight_once_another_one_has_failed(runner):
+    moving = [mock.Mock(is_ready=lambda: False) for _ in range(3)]
+    moving[0].block_until_ready.side_effect = RuntimeError("lost")
+    memory = mock.Mock(is_staged=False, store=mock.Mock(side_effect=moving))
+    pool, cache = HostPool(runner.programs.abstract_blocks(NUM_SLOTS), lambda *_: memory, mock.Mock()), runner.cache
+    for block in range(3):
+        pool.start(cache, [BlockCopy(block, block)], ())
+    pool.forget()
+    assert [each.block_until_ready.call_count for each in moving] == [1, 1, 1]
+    memory.forget.assert_called_once()
 
 
 def test_a_plan_that_did_not_run_leaves_no_moves(runner):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jpaged.contract.rows import host_cell
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
 from jpaged.device.kv.layout import keeps_activations
 from jpaged.device.kv.pages import PageSizes, page_sizes_for
-from jpaged.device.kv.stream import Window, _runs
+from jpaged.device.kv.stream import HostStream, Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
@@ -214,6 +215,14 @@ def test_a_step_that_fails_leaves_no_blocks_to_the_next():
     other = make_streaming()
     run(other, [Chunk(0, PROMPTS[0][:8], 0, 8, table)])
     assert token_ids == run(other, [Chunk(0, [5], 8, 8, table)])[0]
+
+
+def test_no_copy_is_in_flight_once_the_stream_has_forgotten():
+    """The program that failed waits for none of them, and its pool is deleted next."""
+    copier = mock.Mock()
+    copier.finish.side_effect = RuntimeError("the device is lost")
+    HostStream(Window(2, 3), copier).forget()
+    copier.finish.assert_called_once()
 
 
 def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():

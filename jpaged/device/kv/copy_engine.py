@@ -71,6 +71,10 @@ class Copier(Protocol):
         """Let the program go on once the copies that started last for this buffer are over."""
         ...
 
+    def finish(self) -> None:
+        """Wait, from any thread, until all copies are over."""
+        ...
+
 
 def stream_of(context: Any) -> int | None:
     """The handle of the stream of the program that calls; None on a CPU, whose programs have none."""
@@ -96,6 +100,9 @@ class PlainCopier:
         return _Past(time.perf_counter() - started)
 
     def wait(self, stream: int | None, buffer: int) -> None:
+        pass  # the copies are over
+
+    def finish(self) -> None:
         pass  # the copies are over
 
 
@@ -138,6 +145,11 @@ class CopyEngine:
 
     def wait(self, stream: int | None, buffer: int) -> None:
         call_driver("cuStreamWaitEvent", ctypes.c_void_p(stream), self._copied[buffer], ctypes.c_uint(0))
+
+    def finish(self) -> None:
+        if self._stream is not None:
+            call_driver("cuCtxSetCurrent", self._context)
+            call_driver("cuStreamSynchronize", self._stream)
 
     def _reach(self, stream: int | None, buffer: int) -> None:
         """Let the next copies wait until the program has come to this point."""

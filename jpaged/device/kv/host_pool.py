@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,10 @@ class HostPool:
 
     def forget(self) -> None:
         """Drop the copies in flight after a failed step. No block may be read again before it is written."""
+        if not self._memory.is_staged:
+            for moving in itertools.chain.from_iterable(transfer.moving for transfer in self._in_flight):
+                with suppress(RuntimeError):  # of the step that failed
+                    moving.block_until_ready()  # it must not write to a pool that is gone
         self._in_flight.clear()
         self._arriving.clear()
         self._staged.clear()

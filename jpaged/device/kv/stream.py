@@ -10,6 +10,7 @@ Cells of even layers and of odd layers lie apart: while one layer attends, the c
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -99,8 +100,10 @@ class HostStream:
         self._loaded.append(_Load(source, tuple(_runs(slots, source.slots_per_piece))))
 
     def forget(self) -> None:
-        """Drop what was named for programs that did not run."""
+        """Drop what was named for programs that did not run, and wait for the copies of one that failed."""
         self._loaded.clear()
+        with suppress(RuntimeError):  # of the device
+            self._copier.finish()  # no copy may write to a pool that is gone
 
     # Inside a program ---------------------------------------------------------------------------------------------
     #
