@@ -51,7 +51,7 @@ def run(runner: ModelRunner, chunks, streamed=None, to_host=()) -> tuple[list[in
 
 @pytest.mark.parametrize(
     ("dtype", "kv_cache_dtype"),
-    [(jnp.float32, "auto"), (jnp.bfloat16, "auto"), (jnp.float32, "int8")],
+    [(jnp.bfloat16, "auto"), (jnp.float32, "int8")],
 )
 def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_the_device(dtype, kv_cache_dtype):
     """Three rows in one step: all full blocks on the host, some of them, and none."""
@@ -183,12 +183,12 @@ def test_activations_are_kept_where_they_are_smaller():
 def test_sizes_of_pages_are_few_and_hold_all_but_no_more_than_fit():
     most = PageSizes(1000, 200)
     decodes = {page_sizes_for(n, 3, most, is_decode=True) for n in range(1, 1001)}
-    assert len(decodes) < 40
+    assert len(decodes) < 25
     for n in (0, 1, 5, 63, 64, 65, 150, 200):
         sizes = page_sizes_for(5 * n, n, most, is_decode=True)
-        assert 5 * n <= sizes.num_streamed <= min(1.25 * 5 * n + 1, 1000)
-        assert n <= sizes.num_resident <= min(2 * n, 200)
-        assert page_sizes_for(n, n, most, is_decode=False).num_streamed in (0, 1, 4, 16, 64, 256)
+        assert 5 * n <= sizes.num_streamed <= min(1.25 * 5 * n + 16, 1000)
+        assert n <= sizes.num_resident <= min(max(2 * n, 16), 200)
+        assert page_sizes_for(n, n, most, is_decode=False).num_streamed in (0, 16, 64, 256)
     assert page_sizes_for(900, 190, most, is_decode=False) == most
 
 

@@ -17,6 +17,10 @@ from jpaged.device.kv.pool import KVCache
 from pallas_kernels.block_pool.layout import as_sides, shape_of
 
 
+LEAST_PAGES = 16
+"""The smallest size of a step over pages: fewer take about as long, and each size is compiled."""
+
+
 @dataclass(frozen=True, order=True)
 class PageSizes:
     """Static sizes of a step over pages; there may be fewer.
@@ -48,7 +52,7 @@ def page_sizes_for(num_streamed: int, num_resident: int, most: PageSizes, *, is_
         is_decode: whether the step has no chunks of prompts.
     """
     if is_decode:
-        unit = 1 << max(num_streamed.bit_length() - 3, 0)  # four sizes between two powers of two
+        unit = max(1 << max(num_streamed.bit_length() - 3, 0), LEAST_PAGES)  # four sizes between two powers of two
         sizes = -(-num_streamed // unit) * unit, _power_from(num_resident, 2)
     else:
         sizes = _power_from(num_streamed, 4), _power_from(num_resident, 4)
@@ -58,7 +62,7 @@ def page_sizes_for(num_streamed: int, num_resident: int, most: PageSizes, *, is_
 
 
 def _power_from(number: int, base: int) -> int:
-    power = 1
+    power = LEAST_PAGES
     while power < number:
         power *= base
     return power if number else 0
@@ -178,4 +182,6 @@ def read_inputs(layers: KVCache, pages: Int[Array, " pages"] | slice) -> Float[A
     """The inputs of all tokens of some pages."""
     shape = shape_of(layers.pool)
     sides = layers.pool[pages].reshape(-1, shape.num_kv_heads, shape.block_size, shape.head_dim)
-    return sides.swapaxes(1, 2).reshape(-1, shape.num_kv_heads * shape.head_dim)
+    inputs = sides.swapaxes(1, 2).reshape(-1, shape.num_kv_heads * shape.head_dim)
+    # Otherwise XLA lets the product that follows read the pool itself, and tunes it on an array of the pool's size.
+    return jax.lax.optimization_barrier(inputs)
