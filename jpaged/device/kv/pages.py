@@ -16,7 +16,6 @@ from jpaged.device.backends import Rows
 from jpaged.device.kv.pool import KVCache
 from pallas_kernels.block_pool.layout import as_sides, shape_of
 
-
 LEAST_PAGES = 16
 """The smallest size of a step over pages: fewer take about as long, and each size is compiled."""
 
