@@ -98,14 +98,6 @@ class HostMemory(Protocol):
         """
         ...
 
-    def source(self) -> Source:
-        """The slots as programs of the one device read them, once ``settle`` was called."""
-        ...
-
-    def settle(self) -> None:
-        """Make slots hold, for the programs that are enqueued next, what was stored."""
-        ...
-
     def forget(self) -> None:
         """Drop what is in flight. No slot is read again before it is written."""
         ...
@@ -158,13 +150,6 @@ class StagedMemory:
     def land(self, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
         blocks = _padded([copy.dst for copy in arrival.copies], 0)
         return self._program(("scatter", len(blocks)))(cache, blocks, arrival.moving)
-
-    def source(self) -> Source:
-        [slots] = self._slots.values()
-        return Source(slots.ctypes.data, slots[0].nbytes, len(slots))
-
-    def settle(self) -> None:
-        self._settle(len(self._leaving))
 
     def forget(self) -> None:
         self._leaving.clear()
@@ -263,11 +248,9 @@ class PinnedSlots:
         return self._land(cache)
 
     def source(self) -> Source:
+        """The slots as programs of the one device read them. Programs wait for what was stored before."""
         [part] = self._parts.values()
         return Source(part.memory.address, self._slot_bytes, part.memory.piece_bytes // self._slot_bytes)
-
-    def settle(self) -> None:
-        pass  # programs that are enqueued next wait for what was stored
 
     def forget(self) -> None:
         with suppress(RuntimeError):  # of the step that failed

@@ -18,7 +18,16 @@ from jaxtyping import Int32
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Direction, Link, Transferred, fit_link
-from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, Copying, HostMemory, Moving, Program, size_for
+from jpaged.device.kv.host_memory import (
+    MOVE_SIZES,
+    Arrival,
+    Copying,
+    HostMemory,
+    Moving,
+    PinnedSlots,
+    Program,
+    size_for,
+)
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream
 from jpaged.device.target import Target
@@ -97,7 +106,7 @@ class HostPool:
 
     def stream(self, stream: HostStream, blocks: Int32[np.ndarray, " streamed"]) -> None:
         """Name the blocks that the program enqueued next streams. Call it after ``start``."""
-        self._memory.settle()
+        assert isinstance(self._memory, PinnedSlots)  # ``memory_for`` a runner that streams
         stream.load(self._memory.source(), blocks + _NUM_SCRATCH)
         self.bytes_from_host += len(blocks) * self._bytes_per_block
 
