@@ -16,6 +16,8 @@ from bench.peers import KV_ON_HOST, run_offloaded_cache
 from bench.report import CONFIGS
 from bench.serving.breakdown import Kernel
 from jpaged.contract.profile import Link, MachineProfile
+from jpaged.device.step import programs
+from jpaged.device.step.inputs import Bucket, all_buckets
 from jpaged.models import load_config
 from tests.support.tiny import tiny_config
 
@@ -31,8 +33,14 @@ def tiny_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_offload(tiny_path, tmp_path, capsys):
-    """Runs the command on the tiny model: printed lines, report."""
+def run_offload(tiny_path, tmp_path, capsys, monkeypatch):
+    """Runs the command on the tiny model, with two sizes of steps: printed lines, report."""
+
+    def few_buckets(*sizes) -> list[Bucket]:
+        buckets = all_buckets(*sizes)
+        return [[bucket for bucket in buckets if bucket.is_decode][-1], buckets[-1]]
+
+    monkeypatch.setattr(programs, "all_buckets", few_buckets)
 
     def run(scenario: str, *options: str) -> tuple[list[str], dict]:
         args = ["offload", scenario, "--random-weights", str(tiny_path), "--out", str(tmp_path), "--commit", "abc"]

@@ -18,6 +18,7 @@ from tests.support.tiny import (
     ENGINE_SIZES,
     engine_model,
     enlarged,
+    keep_few_sizes,
     tiny_config,
     tiny_engine,
     tiny_model,
@@ -29,7 +30,7 @@ PROMPTS = [[(5 + i) * j % 23 for j in range(length)] for i, length in enumerate(
 
 @cache
 def runner() -> ModelRunner:
-    return ModelRunner(nnx.clone(engine_model()), ENGINE_MODEL, SIZES, make_mesh(1))
+    return keep_few_sizes(ModelRunner(nnx.clone(engine_model()), ENGINE_MODEL, SIZES, make_mesh(1)))
 
 
 def make_engine(num_usable: int, **settings) -> Engine:
@@ -109,7 +110,9 @@ def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
     engines = []
     for placement in ("device", "host"):
         config = dataclasses.replace(SIZES, num_blocks=48, num_host_blocks=24, kv_placement=placement, max_burst=1)
-        engines.append(Engine(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1)), config))
+        engines.append(
+            Engine(keep_few_sizes(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1))), config)
+        )
     kept, computed = engines
     assert computed.runner.programs.keeps_activations
     params = {"max_tokens": 20, "temperature": temperature}
@@ -132,7 +135,7 @@ def test_requests_that_share_pages_may_hold_more_of_them_than_there_are():
         config = dataclasses.replace(
             SIZES, num_blocks=120, num_host_blocks=8, kv_placement=placement, max_burst=1, max_num_seqs=8
         )
-        engine = Engine(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1)), config)
+        engine = Engine(keep_few_sizes(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1))), config)
         params = SamplingParams(n=8, seed=1, max_tokens=3, temperature=1.0, ignore_eos=True)
         engine.add(engine.make_request("shared", {"prompt_token_ids": PROMPTS[0][:26]}, params))
         while engine.has_unfinished:

@@ -78,9 +78,15 @@ def _programs(*made_of: Any) -> dict:
 
 def with_few_sizes(llm: LLM) -> LLM:
     """Leave an LLM the largest step of prompts and that of decodes: a test would mostly compile the others."""
-    buckets = llm.engine.runner.buckets
-    buckets[:] = [[bucket for bucket in buckets if bucket.is_decode][-1], buckets[-1]]
+    keep_few_sizes(llm.engine.runner)
     return llm
+
+
+def keep_few_sizes(runner: ModelRunner) -> ModelRunner:
+    """Leave a runner the largest step of prompts and that of decodes."""
+    buckets = runner.buckets
+    buckets[:] = [[bucket for bucket in buckets if bucket.is_decode][-1], buckets[-1]]
+    return runner
 
 
 ENGINE_SIZES = EngineConfig(
