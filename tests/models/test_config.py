@@ -29,6 +29,9 @@ INVALID = {
     "preemption": [None, True, "", "always", ["swap"]],
     "num_host_blocks": [True, 1.0, "1", [1], math.nan, -1, 2**31],
     "host_memory_bytes": [False, 1e9, "4GiB", math.inf, -1, 10**400],
+    "kv_placement": [None, True, "", "disk", ["host"]],
+    "offload_cache": [None, True, "", "both", ["kv"]],
+    "weight_placement": [None, True, "", "auto", ["host"]],
 }
 
 VALID = {
@@ -49,6 +52,9 @@ VALID = {
     "preemption": ["auto", "swap", "recompute"],
     "num_host_blocks": [None, 0, 1, 10**6],
     "host_memory_bytes": [None, 0, 1 << 40],
+    "kv_placement": ["device", "auto", "host"],
+    "offload_cache": ["auto", "kv", "activations"],
+    "weight_placement": ["device", "host"],
 }
 
 
