@@ -122,17 +122,17 @@ class HostStream:
         Returns:
             A result for ``wait``.
         """
-
-        num_leaves = len(leaves := jax.tree.leaves(cache))
+        leaves = jax.tree.leaves(cache)
+        widths = [_bytes_of_cell(leaf) for leaf in leaves]
 
         def run(context: Any, out: Any, *arrays: Any) -> None:
             del out
-            leaves = arrays[:num_leaves]
+            pool = arrays[: len(leaves)]
             if layer == 0:
                 self._running = self._loaded.popleft()
-                self._addresses = [pointer_of(leaf) for leaf in leaves]
-            self._require_in_place(leaves)
-            copies = list(self._copies(layer, first_cell, [_bytes_of_cell(leaf) for leaf in leaves]))
+                self._addresses = [pointer_of(array) for array in pool]
+            self._require_in_place(pool)
+            copies = list(self._copies(layer, first_cell, widths))
             self._copier.start(stream_of(context), layer % NUM_BUFFERS, copies)
 
         return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(*leaves, *after)
