@@ -1,11 +1,19 @@
-"""Requests and results: the types at the engine's outer edge."""
+"""Requests: their parameters and checks. The types of results are here by name too."""
 
-import enum
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any
 
+from jpaged.results import (
+    CompletionDelta,
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestOutput,
+    RequestOutputKind,
+    RequestTimes,
+)
 from jpaged.rules import (
     FLAG,
     Rule,
@@ -20,25 +28,39 @@ from jpaged.rules import (
     setting,
 )
 
+__all__ = [
+    "MAX_BEAM_CANDIDATES",
+    "MAX_BEAM_WIDTH",
+    "MAX_LOGIT_BIAS",
+    "MAX_LOGPROBS",
+    "MAX_N",
+    "MAX_STOP_STRINGS",
+    "BeamSearchParams",
+    "CompletionDelta",
+    "CompletionOutput",
+    "FinishReason",
+    "Logprob",
+    "Request",
+    "RequestOutput",
+    "RequestOutputKind",
+    "RequestTimes",
+    "SamplingParams",
+    "Terms",
+    "derive_seed",
+]
+
 MAX_LOGPROBS = 20
 """Most alternatives a token's log-probabilities may list (the OpenAI limit)."""
 
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_STRINGS = 64
+MAX_BAD_WORDS = 1024
 MAX_N = 4096
 
 MAX_BEAM_WIDTH = 64
 
 MAX_BEAM_CANDIDATES = 512
 """Most continuations that one search looks at in a step: width x (1 + stop tokens), at least twice the width."""
-
-
-class FinishReason(enum.StrEnum):
-    """The reason for the end of a completion."""
-
-    STOP = "stop"  # end-of-sequence, a stop token or a stop string
-    LENGTH = "length"  # max_tokens, or the model's context is full
-    ABORT = "abort"
 
 
 def _parameter(default: Any, rule: Rule, help_: str, *, beams: Callable[[Any], bool] | None, unset: str = "") -> Any:
@@ -60,6 +82,14 @@ def _is_strings(value: Any) -> bool:
         return False
     strings = (value,) if isinstance(value, str) else value
     return len(strings) <= MAX_STOP_STRINGS and all(isinstance(each, str) and each for each in strings)
+
+
+def _is_words(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) <= MAX_BAD_WORDS
+        and all(isinstance(each, str) and each.strip() for each in value)
+    )
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -172,7 +202,7 @@ class SamplingParams:
         optional(
             Rule(list, _is_strings, f"a non-empty string, or a list or tuple of them, at most {MAX_STOP_STRINGS}")
         ),
-        "text that ends the completion and is no part of it",
+        "text that ends the completion, and is no part of it unless ``include_stop_str_in_output``",
         beams=lambda value: not value,
         unset="none; may be given several times",
     )
@@ -182,6 +212,9 @@ class SamplingParams:
         "token ids that end the completion, besides the model's own end-of-sequence ids",
         beams=None,
         unset="none",
+    )
+    include_stop_str_in_output: bool = _parameter(
+        False, FLAG, "let the text end with the stop string that ended it", beams=None
     )
     ignore_eos: bool = _parameter(False, FLAG, "go on past the end of text, up to ``max_tokens``", beams=None)
     max_tokens: int | None = _parameter(
@@ -205,6 +238,30 @@ class SamplingParams:
         beams=None,
         unset="off",
     )
+    bad_words: list[str] | tuple[str, ...] | None = _parameter(  # noqa: RUF009
+        None,
+        optional(Rule(list, _is_words, f"a list or tuple of non-empty strings, at most {MAX_BAD_WORDS}")),
+        "texts that are never generated: the last token of each may not follow its other tokens",
+        beams=lambda value: not value,
+        unset="none",
+    )
+    allowed_token_ids: list[int] | tuple[int, ...] | None = _parameter(  # noqa: RUF009
+        None,
+        optional(
+            Rule(list, lambda x: _is_token_ids(x) and len(x) > 0, "a non-empty list or tuple of token ids, 0 or more")
+        ),
+        "the only token ids that may be generated",
+        beams=lambda value: value is None,
+        unset="all",
+    )
+    detokenize: bool = _parameter(True, FLAG, "make text of the tokens", beams=None)
+    skip_special_tokens: bool = _parameter(True, FLAG, "leave special tokens out of the text", beams=None)
+    output_kind: RequestOutputKind = _parameter(
+        RequestOutputKind.CUMULATIVE,
+        Rule(int, lambda x: isinstance(x, RequestOutputKind), "a RequestOutputKind"),
+        "for AsyncLLM, what each output has: all so far, what is new, or one output in the end",
+        beams=None,
+    )
 
     def __post_init__(self) -> None:
         check_all(self)
@@ -221,6 +278,8 @@ class SamplingParams:
         for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
             if getattr(self, name) != default:
                 raise ValueError(f"{name}={getattr(self, name)!r} is of beam search: set use_beam_search=True")
+        if self.stop and not self.detokenize:
+            raise ValueError("detokenize=False makes no text, in which stop would be found: use stop_token_ids")
 
     def _check_beam_search(self) -> None:
         width = Rule(int, lambda x: x <= MAX_BEAM_WIDTH, f"a beam width from 1 to {MAX_BEAM_WIDTH}")
@@ -336,6 +395,9 @@ class Request:
         seed: 32-bit; completion i draws with ``derive_seed(seed, i)``. None until the engine draws one.
         prefix_salt: prompts share cached blocks only under equal salts.
         priority: lower is served first and preempted last; among equals, the first to arrive.
+        banned_token_ids: tokens that are never drawn.
+        banned_sequences: token ids whose last may not follow the others in the output; of two tokens or more.
+        arrived: time of arrival, of ``time.monotonic``; None is the time at which the engine takes it.
         terms: limits settled by ``Scheduler.check``; None until then.
     """
 
@@ -346,67 +408,7 @@ class Request:
     seed: int | None
     prefix_salt: bytes = b""
     priority: int = 0
+    banned_token_ids: Sequence[int] = ()
+    banned_sequences: tuple[tuple[int, ...], ...] = ()
+    arrived: float | None = field(default=None, compare=False)
     terms: Terms | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """One token's log-probability under the model, and its rank there (1 is the most probable)."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
-    """One completion of a request, so far or finished.
-
-    ``logprobs`` has one mapping (token id -> Logprob) per generated token, None unless asked for. ``score`` belongs to
-    beam search: cumulative_logprob / length ** length_penalty.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: FinishReason | None = None
-    score: float | None = None
-
-    @property
-    def is_finished(self) -> bool:
-        return self.finish_reason is not None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """Result of a request: ``outputs[i]`` is its i-th completion, or its i-th best (``best_of``, beams).
-
-    ``prompt_logprobs[0]`` is None (nothing precedes the first token); the whole list is None unless asked for.
-    ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    num_cached_tokens: int = 0
-
-    @property
-    def is_finished(self) -> bool:
-        return all(output.is_finished for output in self.outputs)
-
-
-class CompletionDelta(NamedTuple):
-    """Tokens and text that one completion gained since the last delta of a stream.
-
-    A step makes hundreds of deltas, and a named tuple costs a third of a frozen dataclass.
-    """
-
-    request_id: str
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason | None = None

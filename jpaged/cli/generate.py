@@ -28,7 +28,9 @@ def run(args: argparse.Namespace) -> None:
         params = cap(params, llm.max_model_len)
     if args.json:
         [output] = llm.generate(prompt, params, use_tqdm=sys.stderr.isatty())
-        print(json.dumps(asdict(output), ensure_ascii=False))
+        result = asdict(output)
+        del result["times"]  # of a clock that counts from no known time
+        print(json.dumps(result, ensure_ascii=False))
     elif params.use_beam_search or params.num_sequences > params.n:
         _print_ranked(llm, prompt, params)
     elif params.n == 1:

@@ -28,7 +28,7 @@ class _State(NamedTuple):
         ids: the last tokens; ``ids[:num_read]`` are decoded already and serve as context.
         num_read: see ``ids``.
         is_open: whether the decoded text ended in a replacement that is held back: a character may begin there.
-        is_stopped: whether a stop string ended the text.
+        stop: the stop string that ended the text.
     """
 
     text: str
@@ -36,7 +36,7 @@ class _State(NamedTuple):
     ids: tuple[int, ...]
     num_read: int
     is_open: bool = False
-    is_stopped: bool = False
+    stop: str | None = None
 
 
 class Detokenizer:
@@ -46,11 +46,23 @@ class Detokenizer:
         tokenizer: decodes token ids.
         prompt_token_ids: the tokens before the completion.
         stop_strings: the text ends before the first of these to appear.
+        includes_stop: whether the text ends behind that stop string instead.
+        skip_special_tokens: whether special tokens are no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop_strings: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        stop_strings: Sequence[str] = (),
+        *,
+        includes_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
+        self._includes_stop = includes_stop
+        self._skip_special_tokens = skip_special_tokens
         context = tuple(prompt_token_ids[-CONTEXT_TOKENS:])
         self._state = _State("", 0, context, len(context))
 
@@ -67,7 +79,12 @@ class Detokenizer:
     @property
     def is_stopped(self) -> bool:
         """Whether a stop string ended the text."""
-        return self._state.is_stopped
+        return self._state.stop is not None
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._state.stop
 
     def append(self, token_id: int, *, may_stop: bool = True) -> bool:
         """Add a token.
@@ -80,7 +97,7 @@ class Detokenizer:
             Whether a stop string ended the text.
         """
         self.extend([token_id], may_stop=may_stop)
-        return self._state.is_stopped
+        return self.is_stopped
 
     def extend(self, token_ids: Sequence[int], *, may_stop: bool = False) -> None:
         """Add tokens. Text that still waits for the rest of a character is held back, though never for long."""
@@ -92,7 +109,7 @@ class Detokenizer:
 
     def finish(self) -> None:
         """Turn what is held back into text: no more tokens come."""
-        if not self._state.is_stopped:
+        if not self.is_stopped:
             self._state = self._decoded(self._state, is_last=True, may_stop=False)
 
     def num_decided(self, *, is_last: bool) -> int:
@@ -107,8 +124,7 @@ class Detokenizer:
 
     def _decoded(self, state: _State, *, is_last: bool, may_stop: bool) -> _State:
         """``state`` with decided tokens turned into text."""
-        before = self._tokenizer.decode(list(state.ids[: state.num_read]), skip_special_tokens=True)
-        after = self._tokenizer.decode(list(state.ids), skip_special_tokens=True)
+        before, after = self._text_of(state.ids[: state.num_read]), self._text_of(state.ids)
         before = before[:-1] if state.is_open else before
         is_open = after.endswith(REPLACEMENT) and not is_last
         if is_open:
@@ -120,18 +136,24 @@ class Detokenizer:
         # Where the prompt ends inside a character, ``before`` ends in a replacement, which ``after`` has not.
         start = len(before) if after.startswith(before) else _num_common(before, after)
         text = state.text + after[start:]
-        end = self._find_stop(text, len(state.text)) if may_stop and self._stop_strings else None
+        end, stop = self._find_stop(text, len(state.text)) if may_stop and self._stop_strings else (None, None)
         ids = state.ids[state.num_read :]
-        return _State(text[:end], state.num_tokens, ids, len(ids), is_open, end is not None)
+        return _State(text[:end], state.num_tokens, ids, len(ids), is_open, stop)
 
     def _is_textless(self, token_ids: Sequence[int]) -> bool:
         """Whether tokens are special. Each is decoded twice: some tokenizers drop the space of a text's first token."""
-        return not self._tokenizer.decode([*token_ids, *token_ids], skip_special_tokens=True)
+        return not self._text_of([*token_ids, *token_ids])
 
-    def _find_stop(self, text: str, start: int) -> int | None:
-        """The start of the earliest stop string that ends after ``start``."""
-        found = [text.find(stop, max(0, start - len(stop) + 1)) for stop in self._stop_strings]
-        return min((index for index in found if index >= 0), default=None)
+    def _text_of(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=self._skip_special_tokens)
+
+    def _find_stop(self, text: str, start: int) -> tuple[int | None, str | None]:
+        """The end of the text at the earliest stop string that ends after ``start``, and that string."""
+        found = [(text.find(stop, max(0, start - len(stop) + 1)), stop) for stop in self._stop_strings]
+        at, stop = min((each for each in found if each[0] >= 0), key=lambda each: each[0], default=(None, None))
+        if at is None or stop is None:
+            return None, None
+        return at + (len(stop) if self._includes_stop else 0), stop
 
 
 def _num_common(a: str, b: str) -> int:

@@ -18,7 +18,7 @@ from jpaged.host.offload.placement import Placement
 from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
-from jpaged.request import Request, SamplingParams
+from jpaged.request import FinishReason, Request, SamplingParams
 
 LEAST_LEARNT = 64
 """Steps after which a profile is kept for later runs: after 64, 128, 256 and so on."""
@@ -81,6 +81,8 @@ class Engine:
         self._num_requests = 0  # made by ``make_requests``
         self._random = np.random.default_rng(config.seed)
         self._in_flight: list[StepInFlight] = []  # oldest first
+        self.failed_step: tuple[str, ...] = ()
+        """The requests that ran in the step that failed last."""
         self._num_learnt = 0  # steps that the profile learnt from
 
     # Requests -----------------------------------------------------------------------------------------------------
@@ -133,8 +135,15 @@ class Engine:
                 self._drop_in_flight()
             self.outputs.open(self.scheduler.add(request), is_streamed=is_streamed)
 
-    def abort(self, request_id: str) -> bool:
+    def abort(
+        self, request_id: str, *, reason: FinishReason = FinishReason.ABORT, error: str | None = None
+    ) -> bool:
         """End a request now and free its blocks; its last deltas and its result wait for ``take``.
+
+        Args:
+            request_id: the request.
+            reason: the reason that its completions get.
+            error: the explanation that its result gets.
 
         Returns:
             False if the request is unknown or has finished.
@@ -142,9 +151,10 @@ class Engine:
         if request_id not in self.outputs.answers:
             return False
         with InterruptsWait():
-            group = self.scheduler.abort(request_id)
+            group = self.scheduler.abort(request_id, reason)
             if group is None:
                 return False
+            self.outputs.answers[request_id].error = error
             self.outputs.note([group])
             self.outputs.read()
         return True
@@ -197,6 +207,20 @@ class Engine:
         with InterruptsWait():
             self.scheduler.unpin(request_id)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget the KV of earlier prompts, in both pools.
+
+        Returns:
+            False, without effect, while a request is unfinished or a prefix is pinned.
+        """
+        if self.scheduler.has_unfinished or len(self.scheduler.pins):
+            return False
+        with InterruptsWait():
+            self._drop_in_flight()
+            self.scheduler.forget_pool()
+            self.runner.forget_pool()
+        return True
+
     # Steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
@@ -221,6 +245,7 @@ class Engine:
                     step = self._in_flight.pop(0)
                     touched = self.scheduler.update(step.plan, result)
                 except BaseException:
+                    self.failed_step = tuple([group.request.request_id for group in self.scheduler.line.running])
                     self._in_flight.clear()
                     self.outputs.note_all()
                     self.scheduler.forget_pool()
@@ -242,7 +267,13 @@ class Engine:
     def stats(self) -> EngineStats:
         """The state of both pools, and counters since the start."""
         scheduler = self.scheduler
-        return read_stats(scheduler.block_stats(), scheduler.stats(), self.runner.host_pool, scheduler.profile)
+        return read_stats(
+            scheduler.block_stats(),
+            scheduler.stats(),
+            self.num_output_tokens,
+            self.runner.host_pool,
+            scheduler.profile,
+        )
 
     def _learn(self, observations: Observations) -> None:
         """Keep the scheduler's profile current, and keep it for later runs from time to time."""

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from time import monotonic
 
 from jpaged.contract.result import TokenScores
 from jpaged.engine.detokenizer import Detokenizer, Tokenizer
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup
-from jpaged.request import CompletionDelta, CompletionOutput, FinishReason, Logprob, RequestOutput
+from jpaged.request import CompletionDelta, CompletionOutput, FinishReason, Logprob, RequestOutput, RequestTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +20,17 @@ class StepOutput:
         deltas: new tokens and text of each completion of a streamed request.
         finished: results of the requests that ended.
         failed: by request id, errors that ended requests whose text could not be made.
+        started: by request id, prompt tokens from the prefix cache of streamed requests with a first token.
     """
 
     deltas: list[CompletionDelta] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
     failed: dict[str, Exception] = field(default_factory=dict)
+    started: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
-        return not (self.deltas or self.finished or self.failed)
+        return not (self.deltas or self.finished or self.failed or self.started)
 
 
 @dataclass(slots=True)
@@ -39,12 +42,14 @@ class _Progress:
         num_tokens: tokens in deltas so far, the prompt counted in.
         num_characters: characters in deltas so far.
         is_ended: whether its end was read.
+        logprobs: log-probabilities of the tokens in deltas so far, if they were asked for.
     """
 
     detokenizer: Detokenizer | None
     num_tokens: int
     num_characters: int = 0
     is_ended: bool = False
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +61,9 @@ class _Answer:
         is_streamed: whether deltas are wanted.
         is_ranked: whether the results are the best of more sequences: no delta can be told before all of them end.
         is_watched: whether tokens become text before the request ends, for deltas or to find stop strings.
+        arrived: when the request was made, of ``time.monotonic``.
+        first_token: when the step of its first token had ended.
+        error: why the engine ended it.
         progress: decoding state by sequence id.
     """
 
@@ -63,6 +71,9 @@ class _Answer:
     is_streamed: bool
     is_ranked: bool
     is_watched: bool
+    arrived: float
+    first_token: float | None = None
+    error: str | None = None
     progress: dict[int, _Progress] = field(default_factory=dict)
 
 
@@ -83,6 +94,7 @@ class Outputs:
         """The requests without a result, by id; written here alone."""
         self.unread: dict[str, _Answer] = {}  # the part of them that gained tokens
         self._output = StepOutput()  # not taken yet
+        self._texts: dict[int, str] = {}  # of single tokens
 
     @property
     def groups(self) -> list[SequenceGroup]:
@@ -94,7 +106,8 @@ class Outputs:
         params = group.request.params
         is_ranked = group.beam is not None or params.num_sequences > params.n
         is_watched = (is_streamed and not is_ranked) or (self._tokenizer is not None and bool(params.stop))
-        self.answers[group.request.request_id] = _Answer(group, is_streamed, is_ranked, is_watched)
+        arrived = monotonic() if group.request.arrived is None else group.request.arrived
+        self.answers[group.request.request_id] = _Answer(group, is_streamed, is_ranked, is_watched, arrived)
 
     def drop(self, request_id: str) -> None:
         """Keep nothing of a request."""
@@ -110,8 +123,20 @@ class Outputs:
         """Remember groups that gained tokens or ended, until they are read."""
         for group in groups:
             answer = self.answers.get(group.request.request_id)
-            if answer is not None and (answer.is_watched or group.is_finished):
+            if answer is None:
+                continue
+            if answer.first_token is None:
+                self._note_first_token(answer)
+            if answer.is_watched or group.is_finished:
                 self.unread[group.request.request_id] = answer
+
+    def _note_first_token(self, answer: _Answer) -> None:
+        group = answer.group
+        if not any(seq.num_outputs for seq in group.sequences):
+            return  # it ended without one
+        answer.first_token = monotonic()
+        if answer.is_streamed:
+            self._output.started[group.request.request_id] = group.num_cached_tokens or 0
 
     def note_all(self) -> None:
         """Remember all groups: it is unknown which of them gained tokens."""
@@ -139,7 +164,10 @@ class Outputs:
             result = self._result(answer)
             if answer.is_streamed and answer.is_ranked:
                 self._output.deltas.extend(
-                    CompletionDelta(request_id, o.index, o.text, o.token_ids, o.finish_reason) for o in result.outputs
+                    CompletionDelta(
+                        request_id, o.index, o.text, o.token_ids, o.finish_reason, o.stop_reason, o.logprobs
+                    )
+                    for o in result.outputs
                 )
             self._output.finished.append(result)
             self.drop(request_id)
@@ -159,27 +187,50 @@ class Outputs:
         if is_told:
             new_ids = seq.token_ids[progress.num_tokens :]
             if new_ids or is_finished:
-                text = ""
-                if detokenizer is not None:
-                    end = detokenizer.num_decided(is_last=is_finished)
-                    text = detokenizer.text[progress.num_characters : end]
-                    progress.num_characters = max(progress.num_characters, end)
-                delta = CompletionDelta(answer.group.request.request_id, seq.index, text, new_ids, seq.finish_reason)
-                self._output.deltas.append(delta)
+                end = 0 if detokenizer is None else detokenizer.num_decided(is_last=is_finished)
+                text = "" if detokenizer is None else detokenizer.text[progress.num_characters : end]
+                self._output.deltas.append(self._delta(answer.group, seq, progress, text, new_ids))
+                progress.num_characters = max(progress.num_characters, end)
                 progress.num_tokens += len(new_ids)
         progress.is_ended = is_finished
 
+    def _delta(
+        self, group: SequenceGroup, seq: Sequence, progress: _Progress, text: str, new_ids: list[int]
+    ) -> CompletionDelta:
+        request_id, logprobs = group.request.request_id, None
+        if group.request.params.logprobs is not None:
+            progress.logprobs += self._new_logprobs(seq, len(progress.logprobs), group.request.params.logprobs)
+            logprobs = progress.logprobs[len(progress.logprobs) - len(new_ids) :] if new_ids else []
+        if seq.finish_reason is None:
+            return CompletionDelta(request_id, seq.index, text, new_ids, None, None, logprobs)
+        stop_reason = _stop_reason(group, seq, progress.detokenizer)
+        return CompletionDelta(request_id, seq.index, text, new_ids, seq.finish_reason, stop_reason, logprobs)
+
+    def _new_logprobs(self, seq: Sequence, start: int, num_top: int) -> list[dict[int, Logprob]]:
+        """The log-probabilities of the output tokens of a sequence, from output token ``start`` on."""
+        token_ids = seq.token_ids[seq.prompt_len + start :]
+        pairs = zip(token_ids, seq.scores_from(start), strict=True)
+        return [self._logprobs(token_id, of_step, row, num_top) for token_id, (of_step, row) in pairs]
+
     def _detokenizer(self, group: SequenceGroup) -> Detokenizer | None:
-        """A detokenizer for one sequence of a group; None without a tokenizer."""
-        if self._tokenizer is None:
+        """A detokenizer for one sequence of a group; None without a tokenizer, or if no text is wanted."""
+        request, params = group.request, group.request.params
+        if self._tokenizer is None or not params.detokenize:
             return None
-        return Detokenizer(self._tokenizer, group.request.prompt_token_ids, group.request.params.stop_strings)
+        return Detokenizer(
+            self._tokenizer,
+            request.prompt_token_ids,
+            params.stop_strings,
+            includes_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
 
     def _decode(self, group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer) -> None:
         """Turn new tokens into text."""
         num_read, params = detokenizer.num_tokens, group.request.params
         new_ids = seq.token_ids[seq.prompt_len + num_read :]
-        if seq.finish_reason is FinishReason.STOP and new_ids and new_ids[-1] in group.stop_token_ids:
+        is_stopped = seq.finish_reason is FinishReason.STOP and not params.include_stop_str_in_output
+        if is_stopped and new_ids and new_ids[-1] in group.stop_token_ids:
             del new_ids[-1]  # a stop token ends the text and is no part of it
         if not params.stop:
             if new_ids:
@@ -207,6 +258,9 @@ class Outputs:
             outputs=outputs,
             prompt_logprobs=self._prompt_logprobs(group),
             num_cached_tokens=group.num_cached_tokens or 0,
+            num_preemptions=group.num_preemptions,
+            times=RequestTimes(answer.arrived, group.first_scheduled, answer.first_token, monotonic()),
+            error=answer.error,
         )
 
     def _completion(self, answer: _Answer, seq: Sequence) -> CompletionOutput:
@@ -215,10 +269,8 @@ class Outputs:
         token_ids, scores = seq.output_token_ids, seq.output_scores
         logprobs = None
         if num_logprobs is not None:
-            logprobs = [
-                self._logprobs(token_id, of_step, row, num_logprobs)
-                for token_id, (of_step, row) in zip(token_ids, scores, strict=True)
-            ]
+            told = answer.progress[seq.seq_id].logprobs if seq.seq_id in answer.progress else []
+            logprobs = told + self._new_logprobs(seq, len(told), num_logprobs)
         cumulative_logprob, score = float(sum([of_step.logprobs[row] for of_step, row in scores])), None
         if group.beam is not None:
             cumulative_logprob = seq.cumulative_logprob or 0.0
@@ -235,6 +287,7 @@ class Outputs:
             logprobs=logprobs,
             finish_reason=seq.finish_reason,
             score=score,
+            stop_reason=_stop_reason(group, seq, detokenizer),
         )
 
     def _prompt_logprobs(self, group: SequenceGroup) -> list[dict[int, Logprob] | None] | None:
@@ -257,4 +310,18 @@ class Outputs:
         return found | {token_id: chosen}
 
     def _decode_one(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token_id], skip_special_tokens=False)
+        if self._tokenizer is None:
+            return None
+        if token_id not in self._texts:
+            self._texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return self._texts[token_id]
+
+
+def _stop_reason(group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer | None) -> int | str | None:
+    """The stop string or the stop token of the request that ended a sequence."""
+    if seq.finish_reason is not FinishReason.STOP:
+        return None
+    if detokenizer is not None and detokenizer.is_stopped:
+        return detokenizer.stop
+    last = seq.token_ids[-1]
+    return last if last in (group.request.params.stop_token_ids or ()) else None

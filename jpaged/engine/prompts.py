@@ -1,6 +1,7 @@
 """Prompts: what callers may give, checked and turned into token ids."""
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
@@ -59,15 +60,47 @@ class PromptReader:
             token_ids = self._check_ids("the prompt", self._tokenize(text))
         else:
             token_ids = self._check_ids("prompt_token_ids", _as_list(prompt["prompt_token_ids"]))
-        for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-            if ids:
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            if ids := getattr(params, name):
                 self._check_last(name, ids)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this model has none: use stop_token_ids")
         salt = self._model_config.prefix_salt(len(token_ids))
         if (cache_salt := prompt.get("cache_salt")) is not None:
             salt += hashlib.sha256(cache_salt.encode(errors="surrogatepass")).digest()
-        return Request(request_id, text, token_ids, params, params.seed, salt, priority)
+        banned_token_ids, banned_sequences = self._bans(params)
+        return Request(
+            request_id,
+            text,
+            token_ids,
+            params,
+            params.seed,
+            salt,
+            priority,
+            banned_token_ids=banned_token_ids,
+            banned_sequences=banned_sequences,
+        )
+
+    def _bans(self, params: SamplingParams) -> tuple[Sequence[int], tuple[tuple[int, ...], ...]]:
+        """The tokens that are never drawn, and the sequences of tokens that are not drawn one after the other."""
+        if not params.bad_words and params.allowed_token_ids is None:
+            return (), ()
+        if params.bad_words and self._tokenizer is None:
+            raise ValueError("bad_words needs a tokenizer, and this model has none: use logit_bias")
+        words = [self._token_ids_of(word) for word in params.bad_words or ()]
+        sequences = dict.fromkeys([each for variants in words for each in variants])
+        banned = {each[0] for each in sequences if len(each) == 1}
+        if params.allowed_token_ids is not None:
+            banned |= set(range(self._model_config.vocab_size)) - set(params.allowed_token_ids)
+        if len(banned) == self._model_config.vocab_size:
+            raise ValueError("bad_words bans every one of allowed_token_ids: no token is left to draw")
+        return array("i", sorted(banned)), tuple([each for each in sequences if len(each) > 1])
+
+    def _token_ids_of(self, word: str) -> list[tuple[int, ...]]:
+        """The token ids of a word, at the beginning of a text and after a space."""
+        tokenizer: Any = self._tokenizer
+        texts = word.lstrip(), f" {word.lstrip()}"
+        return [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
 
     def _tokenize(self, text: Any) -> list[int]:
         if self._tokenizer is None:

@@ -17,6 +17,7 @@ class Sources(NamedTuple):
 
     blocks: BlockStats
     scheduler: SchedulerStats
+    num_output_tokens: int
     pool: HostPool | None
     profile: MachineProfile | None
 
@@ -111,11 +112,21 @@ class EngineStats:
         "fraction of admitted tokens whose KV came from the prefix cache, of either pool",
         lambda of: of.blocks.prefix_hit_tokens / max(of.blocks.prefix_queried_tokens, 1),
     )
+    prefix_queried_tokens: int = _counter(
+        "tokens of admitted requests that were looked up in the prefix cache",
+        lambda of: of.blocks.prefix_queried_tokens,
+    )
+    prefix_hit_tokens: int = _counter(
+        "those whose KV came from the prefix cache, of either pool", lambda of: of.blocks.prefix_hit_tokens
+    )
     host_cache_hit_tokens: int = _counter(
         "tokens whose KV came from the prefix cache in the host pool", lambda of: of.blocks.host_hit_tokens
     )
     num_steps: int = _counter(
         "steps planned; a multi-step decode counts each of its steps", lambda of: of.scheduler.num_steps
+    )
+    num_output_tokens: int = _counter(
+        "tokens drawn; a beam search counts one for each live beam and step", lambda of: of.num_output_tokens
     )
 
 
@@ -138,8 +149,12 @@ STATISTICS: dict[str, Statistic] = {each.name: Statistic(**each.metadata) for ea
 
 
 def read_stats(
-    blocks: BlockStats, scheduler: SchedulerStats, pool: HostPool | None, profile: MachineProfile | None
+    blocks: BlockStats,
+    scheduler: SchedulerStats,
+    num_output_tokens: int,
+    pool: HostPool | None,
+    profile: MachineProfile | None,
 ) -> EngineStats:
     """The statistics now."""
-    sources = Sources(blocks, scheduler, pool, profile)
+    sources = Sources(blocks, scheduler, num_output_tokens, pool, profile)
     return EngineStats(**{name: each.read(sources) for name, each in STATISTICS.items()})

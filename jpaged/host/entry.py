@@ -4,6 +4,8 @@ A group may share blocks that the same plan computes for another group. Like a g
 computes from the next iteration on.
 """
 
+from time import monotonic
+
 from jpaged.contract.profile import MachineProfile
 from jpaged.host.admission import Admission, Start
 from jpaged.host.blocks.manager import BlockManager
@@ -122,6 +124,7 @@ class Entry:
         num_cached = leader.num_computed = start.num_cached
         if group.num_cached_tokens is None:
             group.num_cached_tokens = num_cached
+            group.first_scheduled = monotonic()
         if leader.state is SequenceState.LOADING:
             self._loading.append(leader)
         else:

@@ -44,6 +44,7 @@ class Line:
 
     def preempt(self, group: SequenceGroup) -> None:
         """Let a running group wait again."""
+        group.num_preemptions += 1
         self.running.remove(group)
         self.join(group)
         self.preempted.add(group)
@@ -52,6 +53,7 @@ class Line:
         """Let all groups wait again, outside of a plan. Returns how many were running."""
         num_running = len(self.running)
         for group in self.running:
+            group.num_preemptions += 1
             self.join(group)
         self.running.clear()
         return num_running

@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 from jaxtyping import Int32
 
-from jpaged.contract.draws import NO_EXTRAS, Draws, ExtrasBuilder
+from jpaged.contract.draws import NO_EXTRAS, Draws, ExtrasBuilder, next_banned
 from jpaged.contract.plan import NO_CHUNKS, BeamSelect, BlockCopy, Chunks, PromptScore, StepPlan
 from jpaged.contract.rows import ON_DEVICE
 from jpaged.host.rows import NO_DECODES, Decodes, RowTable
@@ -93,11 +93,10 @@ class PlanBuilder:
 
     def _draw(self, group: SequenceGroup, seq: Sequence, chunk: int) -> None:
         """Draw the next token of ``seq`` from the logits of a chunk."""
-        params = group.request.params
         assert seq.row is not None
-        if params.logit_bias or params.min_tokens or params.has_penalties:
+        if group.bias is not None or group.needs_history or group.request.params.min_tokens:
             draw = len(self._num_draws) + len(self._draws)
-            output_token_ids = seq.output_token_ids if params.has_penalties else []
+            output_token_ids = seq.output_token_ids if group.needs_history else []
             self._add_extras(draw, group, _banned(group, seq), output_token_ids)
         self._draws.append((seq.row, seq.seq_id, chunk))
         seq.num_pending += 1
@@ -108,7 +107,12 @@ class PlanBuilder:
         """Add the biases, bans and histories of one draw."""
         self._extras = self._extras or ExtrasBuilder()
         request = group.request
-        self._extras.add(draw, request.params, banned_token_ids, request.prompt_token_ids, output_token_ids)
+        if request.banned_sequences:
+            banned_token_ids += next_banned(request.banned_sequences, output_token_ids)
+            self._extras.needs_tokens = True
+        self._extras.add(draw, group.bias, banned_token_ids)
+        if request.params.has_penalties:
+            self._extras.add_history(draw, request.prompt_token_ids, output_token_ids)
 
     def build(self, to_host: tuple[BlockCopy, ...], from_host: tuple[BlockCopy, ...]) -> StepPlan:
         """The plan. One without chunks leaves changed rows to the next."""

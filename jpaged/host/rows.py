@@ -104,7 +104,7 @@ class RowTable:
         self.limits[row] = seq.prompt_len + group.max_tokens
         self.capacity[row] = 0
         self._can_burst[row] = not params.stop
-        self._has_bias[row] = bool(params.logit_bias)
+        self._has_bias[row] = group.bias is not None
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._is_asked[row] = params.logprobs is not None or len(group.stop_token_ids) > MOST_STOPS
         self._stops[row] = _NO_TOKEN

@@ -134,6 +134,10 @@ class Scheduler:
         self._enter(group, 1)
         return group
 
+    def is_pin(self, request_id: str) -> bool:
+        """Whether a pin has this name, computed or not."""
+        return request_id in self.pins
+
     def is_pinned(self, request_id: str) -> bool:
         """Whether the blocks of a pin are in the pool."""
         return self.pins.is_held(request_id)
@@ -151,7 +155,7 @@ class Scheduler:
         else:
             self.abort(request_id)
 
-    def abort(self, request_id: str) -> SequenceGroup | None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> SequenceGroup | None:
         """Finish a request now and free its blocks; None if it is unknown or already finished.
 
         A beam search keeps its live sequences as they are, and loses those that had finished.
@@ -160,7 +164,7 @@ class Scheduler:
         if group is not None:
             self.pins.discard(request_id)
             for seq in group.unfinished:
-                self.finish(group, seq, FinishReason.ABORT)
+                self.finish(group, seq, reason)
         return group
 
     def finish(self, group: SequenceGroup, seq: Sequence, reason: FinishReason) -> None:

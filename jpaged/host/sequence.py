@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int32
 
+from jpaged.contract.draws import Bias
 from jpaged.contract.result import TokenScores
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.search.beam import BeamSearch
@@ -61,6 +62,7 @@ class Sequence:
         "_hashed",
         "_num_computed",
         "_num_pending",
+        "_num_scored",
         "_scores",
         "_token_ids",
         "cumulative_logprob",
@@ -93,11 +95,13 @@ class Sequence:
         self._num_computed = 0
         self._num_pending = 0
         self._scores: list[tuple[TokenScores, range]] = []  # of the output tokens, in order, with their rows in them
+        self._num_scored = 0
 
     def append(self, token_ids: list[int], scores: TokenScores, rows: range) -> None:
         """Append tokens that were drawn, each with its row of ``scores``."""
         self._token_ids += token_ids
         self._scores.append((scores, rows))
+        self._num_scored += len(rows)
 
     @property
     def token_ids(self) -> list[int]:
@@ -172,9 +176,19 @@ class Sequence:
     @property
     def output_scores(self) -> list[tuple[TokenScores, int]]:
         """The scores that each output token came with, and its row in them. Empty in beam search."""
+        return self.scores_from(0)
+
+    def scores_from(self, start: int) -> list[tuple[TokenScores, int]]:
+        """``output_scores`` from output token ``start`` on, in time that does not depend on the tokens before it."""
         num_outputs = self.num_outputs
+        found, num_left = [], self._num_scored - start
+        for scores, rows in reversed(self._scores):
+            if num_left <= 0:
+                break
+            found += [(scores, row) for row in reversed(rows[max(len(rows) - num_left, 0) :])]
+            num_left -= len(rows)
         # A sequence that ended in a burst may have taken no more than the beginning of the burst.
-        return [(scores, row) for scores, rows in self._scores for row in rows][:num_outputs]
+        return found[::-1][: max(num_outputs - start, 0)]
 
     @property
     def is_finished(self) -> bool:
@@ -197,6 +211,9 @@ class SequenceGroup:
         fork_at: while some sequences are UNFORKED, how many tokens the leader computes for all of them.
         num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
         prompt_scores: scores of prompt tokens 1, 2, ...; in pieces, one per chunk.
+        bias: numbers added to the logits of every draw.
+        first_scheduled: when it was first admitted, of ``time.monotonic``.
+        num_preemptions: times that it was preempted.
     """
 
     request: Request
@@ -210,6 +227,9 @@ class SequenceGroup:
     fork_at: int | None = None
     num_cached_tokens: int | None = None
     prompt_scores: list[TokenScores] = field(default_factory=list)
+    bias: Bias | None = None
+    first_scheduled: float | None = None
+    num_preemptions: int = 0
 
     @property
     def prompt_len(self) -> int:
@@ -244,10 +264,14 @@ class SequenceGroup:
 
     def is_steady(self, seq: Sequence) -> bool:
         """Whether a sequence draws each token as it drew the one before: nothing is forked, banned or penalised."""
-        params = self.request.params
-        if self.beam is not None or self.is_pin or self.fork_at is not None or params.has_penalties:
+        if self.beam is not None or self.is_pin or self.fork_at is not None or self.needs_history:
             return False
-        return seq.num_tokens - seq.prompt_len >= params.min_tokens
+        return seq.num_tokens - seq.prompt_len >= self.request.params.min_tokens
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a draw depends on the tokens that were drawn before."""
+        return self.request.params.has_penalties or bool(self.request.banned_sequences)
 
     @property
     def needs_prompt_scores(self) -> bool:

@@ -326,6 +326,12 @@ def test_unknown_options_suggest_the_nearest(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+OF_PROGRAMS = {
+    "include_stop_str_in_output", "bad_words", "allowed_token_ids", "detokenize", "skip_special_tokens", "output_kind",
+}  # fmt: skip
+"""Parameters that only a program has a use for."""
+
+
 def test_every_setting_is_an_option_or_is_left_out_on_purpose():
     """A new setting has to be made an option, or named here."""
     args = cli.make_parser().parse_args(["generate", "a"])
@@ -333,7 +339,7 @@ def test_every_setting_is_an_option_or_is_left_out_on_purpose():
     assert left_out == {"max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "seed"}
     assert all(hasattr(args, name) for name in (*ENGINE_OPTIONS, "no_prefix_caching"))
     left_out = {name for name in settings_of(SamplingParams) if not hasattr(args, name)}
-    assert left_out == {"use_beam_search", "logit_bias", "stop_token_ids"}
+    assert left_out == {"use_beam_search", "logit_bias", "stop_token_ids", *OF_PROGRAMS}
     assert all(hasattr(args, name) for name in settings_of(BeamSearchParams))
 
 

@@ -15,6 +15,7 @@ from jpaged.request import (
     CompletionOutput,
     FinishReason,
     RequestOutput,
+    RequestOutputKind,
     SamplingParams,
 )
 from jpaged.rules import settings_of
@@ -45,6 +46,12 @@ INVALID = {
     "min_tokens": [*NOT_INTEGERS, None, -1],
     "logprobs": [*NOT_INTEGERS, -1, MAX_LOGPROBS + 1, 10**400],
     "prompt_logprobs": [*NOT_INTEGERS, -1, MAX_LOGPROBS + 1, 10**400],
+    "include_stop_str_in_output": [None, 0, "yes"],
+    "bad_words": [5, "ab", [""], [" "], [None], ["a", 3], {"a": 1}],
+    "allowed_token_ids": [5, "ab", [], [-1], [1.0], [True], [None], {1: 2}],
+    "detokenize": [None, 0, "yes"],
+    "skip_special_tokens": [None, 1, "yes"],
+    "output_kind": [None, 1, "delta", True],
 }
 
 VALID = {
@@ -69,6 +76,12 @@ VALID = {
     "min_tokens": [0, 1, 16],
     "logprobs": [None, 0, MAX_LOGPROBS],
     "prompt_logprobs": [None, 0, MAX_LOGPROBS],
+    "include_stop_str_in_output": [True, False],
+    "bad_words": [None, [], ["a", "b c"], ("a",)],
+    "allowed_token_ids": [None, [0, 5], (3,)],
+    "detokenize": [True, False],
+    "skip_special_tokens": [True, False],
+    "output_kind": list(RequestOutputKind),
 }
 
 
@@ -167,6 +180,8 @@ def test_incompatible_parameters_are_refused(params, match):
         {"seed": 3},
         {"stop": "x"},
         {"logprobs": 1},
+        {"bad_words": ["x"]},
+        {"allowed_token_ids": [1]},
     ],
 )
 def test_sampling_options_do_not_go_with_beam_search(option):
@@ -187,10 +202,15 @@ TAKEN_BY_BEAMS = {
     "max_tokens": 9,
     "min_tokens": 3,
     "prompt_logprobs": 1,
+    "include_stop_str_in_output": True,
+    "detokenize": False,
+    "skip_special_tokens": False,
+    "output_kind": RequestOutputKind.DELTA,
 }
 REFUSED_BY_BEAMS = {
     "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 1.0, "frequency_penalty": 1.0,
     "repetition_penalty": 1.1, "logit_bias": {1: 1.0}, "seed": 3, "stop": "x", "logprobs": 1,
+    "bad_words": ["x"], "allowed_token_ids": [1],
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jpaged.contract.draws import NO_DRAWS, Draws, ExtrasBuilder
+from jpaged.contract.draws import NO_DRAWS, Draws, ExtrasBuilder, make_bias
 from jpaged.contract.plan import BeamSelect, BlockCopy, Chunks, PromptScore, StepPlan
 from jpaged.contract.rows import COLUMNS, NO_CHANGES, ON_DEVICE, PADDING_ROW, RowChanges, pack_row
 from jpaged.device.sampling.columns import SampleInputs
@@ -92,8 +92,9 @@ def draws_of(samples: Sequence[Sample]) -> Draws:
         return NO_DRAWS
     extras = ExtrasBuilder()
     for index, sample in enumerate(samples):
-        history = sample.prompt_token_ids, sample.output_token_ids
-        extras.add(index, sample.params, sample.banned_token_ids, *history)
+        extras.add(index, make_bias(sample.params.logit_bias or {}, ()), sample.banned_token_ids)
+        if sample.params.has_penalties:
+            extras.add_history(index, sample.prompt_token_ids, sample.output_token_ids)
     wanted = [sample.params.logprobs for sample in samples if sample.params.logprobs is not None]
     return Draws(
         rows=np.arange(len(samples), dtype=np.int32),

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import jax
@@ -70,6 +71,10 @@ class Programs:
         max_model_len: int,
         num_blocks: int = 0,
     ):
+        self.is_compiling = False
+        """Whether ``get`` compiles a program now."""
+        self.compiled_at = 0.0
+        """When ``get`` last compiled one, of ``time.monotonic``."""
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
@@ -241,8 +246,12 @@ class Programs:
     def get(self, key: tuple) -> jax.stages.Compiled:
         """The program of ``key``: a kind and its static sizes. Compiled on first use."""
         if key not in self._compiled:
-            with InterruptsWait():
-                self._compiled[key], _ = self._compile(self.lower(key))
+            self.is_compiling = True
+            try:
+                with InterruptsWait():
+                    self._compiled[key], _ = self._compile(self.lower(key))
+            finally:
+                self.is_compiling, self.compiled_at = False, monotonic()
         return self._compiled[key]
 
     def _compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:

@@ -8,7 +8,7 @@ holds its KV. Each tier of blocks (``blocks.tier``) has a cache of its own.
 import hashlib
 import struct
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
@@ -115,6 +115,11 @@ class PrefixCache:
 
     def __contains__(self, block: int) -> bool:
         return block in self._prefixes
+
+    @property
+    def blocks(self) -> KeysView[int]:
+        """The physical blocks that are cached: a live view."""
+        return self._prefixes.keys()
 
     def prefix_of(self, block: int) -> Prefix | None:
         """The prefix whose last block lies in this physical block; None when the block is not cached."""

@@ -1,0 +1,145 @@
+"""Results: the outputs of a request, whole and piece by piece."""
+
+import enum
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class FinishReason(enum.StrEnum):
+    """The reason for the end of a completion."""
+
+    STOP = "stop"  # end-of-sequence, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the model's context is full
+    ABORT = "abort"
+    ERROR = "error"  # steps failed again and again, or its text cannot be made
+
+
+class RequestOutputKind(enum.Enum):
+    """The content of each output that ``AsyncLLM.generate`` yields, under vLLM's names."""
+
+    CUMULATIVE = 0  # all so far
+    DELTA = 1  # tokens and text that are new
+    FINAL_ONLY = 2  # one output, in the end
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log-probability under the model, and its rank there (1 is the most probable)."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One completion of a request, so far or finished.
+
+    ``logprobs`` has one mapping (token id -> Logprob) per generated token, None unless asked for. ``score`` belongs to
+    beam search: cumulative_logprob / length ** length_penalty. ``stop_reason`` is the stop string, or the id of
+    ``stop_token_ids``, that ended the completion; None after any other end, as in vLLM.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    score: float | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+class BeamSequence(NamedTuple):
+    """One result of a beam search, as vLLM has it: ``tokens`` and ``text`` begin with the prompt."""
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+class RequestTimes(NamedTuple):
+    """The times of one request, in seconds of ``time.monotonic``; None for what has not happened.
+
+    Args:
+        arrived: the request was made.
+        first_scheduled: its first step was planned.
+        first_token: the step of its first token ended.
+        finished: its result was made.
+    """
+
+    arrived: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """Result of a request: ``outputs[i]`` is its i-th completion, or its i-th best (``best_of``, beams).
+
+    ``prompt_logprobs[0]`` is None (nothing precedes the first token); the whole list is None unless asked for.
+    ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache. ``error`` says why completions ended
+    with ``FinishReason.ERROR``, or why the engine aborted them. ``times`` is None while the request runs. ``has_more`` says
+    that ``AsyncLLM`` yields further outputs of the request.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    times: RequestTimes | None = field(default=None, compare=False)
+    error: str | None = None
+    has_more: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.has_more and all(output.is_finished for output in self.outputs)
+
+    @property
+    def finished(self) -> bool:
+        """``is_finished`` under vLLM's name."""
+        return self.is_finished
+
+    @property
+    def sequences(self) -> list[BeamSequence]:
+        """The outputs in the form that vLLM gives the results of a beam search."""
+        return [
+            BeamSequence(
+                self.prompt_token_ids + output.token_ids,
+                (self.prompt or "") + output.text,
+                output.cumulative_logprob,
+                output.finish_reason,
+                output.stop_reason,
+            )
+            for output in self.outputs
+        ]
+
+
+class CompletionDelta(NamedTuple):
+    """Tokens and text that one completion gained since the last delta of a stream.
+
+    A step makes hundreds of deltas, and a named tuple costs a third of a frozen dataclass. ``logprobs`` has an entry
+    for each new token, None unless asked for. ``prompt_index`` counts the prompts of one call of ``LLM.stream``.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_index: int = 0
