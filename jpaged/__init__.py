@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jpaged.async_llm import AsyncLLM
     from jpaged.config import EngineConfig
     from jpaged.device.kv.pool import KVCache
     from jpaged.device.processes import join_processes
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
         FinishReason,
         Logprob,
         RequestOutput,
+        RequestOutputKind,
         SamplingParams,
     )
 
 _HOMES = {
     "LLM": "jpaged.llm",
+    "AsyncLLM": "jpaged.async_llm",
     "BeamSearchParams": "jpaged.request",
     "BlockManager": "jpaged.host.blocks.manager",
     "CompletionDelta": "jpaged.request",
@@ -35,12 +38,14 @@ _HOMES = {
     "OutOfBlocks": "jpaged.host.blocks.manager",
     "PinnedPrefix": "jpaged.llm",
     "RequestOutput": "jpaged.request",
+    "RequestOutputKind": "jpaged.request",
     "SamplingParams": "jpaged.request",
     "join_processes": "jpaged.device.processes",
 }
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "BlockManager",
     "CompletionDelta",
@@ -52,6 +57,7 @@ __all__ = [
     "OutOfBlocks",
     "PinnedPrefix",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "join_processes",
 ]

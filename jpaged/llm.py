@@ -1,8 +1,7 @@
 """LLM: text generation from Python, in whole batches and in streams."""
 
 from collections.abc import Generator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -12,16 +11,18 @@ from flax import nnx
 
 from jpaged.config import EngineConfig
 from jpaged.device.processes import LeadingRunner
+from jpaged.engine.chat import ChatMessage, render_chats
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.inbox import Inbox
 from jpaged.engine.loading import Follow, load_checkpoint, module_loader, start_engine
 from jpaged.engine.loop import Engine
 from jpaged.engine.progress import run_with_bar
 from jpaged.engine.prompts import Prompt, as_sampling_params
-from jpaged.engine.stats import EngineStats
+from jpaged.engine.stats import EngineStats, Metric, metrics_of
+from jpaged.engine.vllm_names import takes_vllm_names
 from jpaged.models import ModelConfig
-from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
-from jpaged.rules import describe
+from jpaged.request import BeamSearchParams, CompletionDelta, RequestOutput, SamplingParams
+from jpaged.rules import describe, settings_of
 from jpaged.sharding import make_mesh
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -48,10 +49,12 @@ class LLM:
     >>> [output] = llm.generate("def add(a, b):")  # doctest: +SKIP
     >>> output.outputs[0].text  # doctest: +SKIP
 
-    Its methods may be called from several threads, which share the steps of the engine.
+    Its methods may be called from several threads, which share the steps of the engine. Arguments of vLLM's LLM are
+    taken too, where they mean something here: ``jpaged/docs/from-vllm.md`` lists them.
 
     Args:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer); None is the small model in the package.
+        tokenizer: the directory of a tokenizer other than the checkpoint's.
         warm_up: whether to compile every program now, behind a progress bar; otherwise each is compiled when it is
             first needed. None: now on an accelerator, later on a CPU.
         use_tqdm: whether to show progress while loading and compiling.
@@ -60,10 +63,12 @@ class LLM:
         ValueError: a setting out of range, no checkpoint, an unknown architecture, or no memory for a KV cache.
     """
 
+    @takes_vllm_names
     def __init__(
         self,
         model: str | Path | None = None,
         *,
+        tokenizer: str | Path | None = None,
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         block_size: int = 16,
@@ -87,29 +92,10 @@ class LLM:
         warm_up: bool | None = None,
         use_tqdm: bool = True,
     ):
-        config = EngineConfig(
-            dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            memory_fraction=memory_fraction,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            enable_prefix_caching=enable_prefix_caching,
-            max_burst=max_burst,
-            preemption=preemption,
-            num_host_blocks=num_host_blocks,
-            host_memory_bytes=host_memory_bytes,
-            kv_placement=kv_placement,
-            offload_cache=offload_cache,
-            weight_placement=weight_placement,
-            seed=seed,
-            tensor_parallel_size=tensor_parallel_size,
-            attention_implementation=attention_implementation,
-            interpret=interpret,
-        )
-        self._serve(load_checkpoint(_directory_of(model), config, warm_up=warm_up, use_tqdm=use_tqdm))
+        given = locals()
+        config = EngineConfig(**{name: given[name] for name in settings_of(EngineConfig)})
+        tokenizer_path = None if tokenizer is None else Path(tokenizer)
+        self._serve(load_checkpoint(_directory_of(model), config, tokenizer_path, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
     def from_model(
@@ -149,10 +135,7 @@ class LLM:
 
     @classmethod
     def from_engine(cls, engine: Engine) -> Self:
-        """An LLM over an engine, such as one with other settings over a runner whose programs are compiled already.
-
-        Engines over one runner write to the same pools: once a newer one has run, no older one may.
-        """
+        """An LLM over an engine. Engines over one runner write to the same pools: only the newest may run."""
         self = cls.__new__(cls)
         self._serve(engine)
         return self
@@ -160,8 +143,6 @@ class LLM:
     def _serve(self, engine: Engine | Follow) -> None:
         self._inbox = Inbox(engine) if isinstance(engine, Engine) else None
         self._follow = None if isinstance(engine, Engine) else engine
-
-    # Several processes --------------------------------------------------------------------------------------------
 
     @property
     def is_leader(self) -> bool:
@@ -171,9 +152,7 @@ class LLM:
     def follow(self) -> None:
         """Do what the leading process decides, until it closes its LLM or ends.
 
-        Raises:
-            RuntimeError: this process leads.
-            OSError: the leading process was cut short.
+        Raises RuntimeError if this process leads, and OSError if the leading process was cut short.
         """
         if self._follow is None:
             raise RuntimeError("this process leads: only the others follow")
@@ -185,20 +164,25 @@ class LLM:
             with self._inbox.between_steps():
                 self.engine.runner.close()
 
+    def hand_over(self) -> Engine:
+        """Give the engine to another owner, as ``AsyncLLM``; this LLM serves no longer."""
+        if len(self.inbox):
+            raise RuntimeError(f"{len(self.inbox)} requests are unfinished: read or close their streams first")
+        engine, self._inbox = self.inbox.engine, None
+        return engine
+
     @property
     def inbox(self) -> Inbox:
-        """The unfinished requests, and the callers that wait for them.
-
-        Raises:
-            RuntimeError: in a process that follows.
-        """
+        """The unfinished requests, and their callers. RuntimeError in a process that follows, or without an engine."""
+        if self._inbox is None and self._follow is None:
+            raise RuntimeError("this LLM has handed its engine over, and serves no longer")
         if self._inbox is None:
             raise RuntimeError(f"process {jax.process_index()} follows process 0, which decides: call follow()")
         return self._inbox
 
     @property
     def engine(self) -> Engine:
-        """The engine that serves the requests. It is for one thread; the methods of an LLM are for several."""
+        """The engine that serves the requests: for one thread, unlike the methods of an LLM."""
         return self.inbox.engine
 
     @property
@@ -210,8 +194,6 @@ class LLM:
     def max_model_len(self) -> int:
         """Most tokens of prompt and output of a sequence."""
         return self.engine.runner.max_model_len
-
-    # Use ----------------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -245,6 +227,27 @@ class LLM:
             else:
                 inbox.run_until(mailbox.is_complete)
             return mailbox.outputs()
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many, in the words of the model's chat template.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` of a conversation in order, or a list of such conversations.
+            sampling_params, use_tqdm: as for ``generate``.
+            options: those of ``jpaged.engine.chat.render_chat``, as ``add_generation_prompt`` and ``tools``.
+
+        Returns, Raises: as ``generate``. A ValueError too without a chat template, or if it refuses the messages.
+        """
+        texts, prompts = render_chats(self.tokenizer, messages, **options)
+        outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return [replace(output, prompt=text) for output, text in zip(outputs, texts, strict=True)]
 
     def beam_search(
         self,
@@ -285,7 +288,7 @@ class LLM:
         """
         with self.inbox.between_steps() as engine:
             requests = engine.make_requests(prompts, sampling_params, priority)
-        return self._stream(requests)
+        return self.inbox.stream(requests)
 
     def abort(self, request_id: str) -> bool:
         """End a request of a stream, which yields a last delta for each completion, with the reason ABORT.
@@ -305,16 +308,8 @@ class LLM:
         Raises:
             ValueError: not a valid prompt, or the pool is too small for it beside the unfinished requests.
         """
-        pin_id = f"pin {uuid4()}"  # no other LLM's handle is taken for it
-        try:
-            with self.inbox.between_steps() as engine:
-                token_ids = engine.pin(pin_id, prefix)
-            self.inbox.run_until(lambda: engine.is_pinned(pin_id))
-        except BaseException:
-            with suppress(ValueError), self.inbox.between_steps() as engine:  # it may have been refused
-                engine.unpin(pin_id)
-            raise
-        return PinnedPrefix(pin_id, len(token_ids))
+        pin_id = f"pin {uuid4()}"
+        return PinnedPrefix(pin_id, self.inbox.pin(pin_id, prefix))
 
     def unpin(self, pinned: PinnedPrefix) -> None:
         """Stop pinning a prefix: its blocks stay in the prefix cache like any others, until they are reused.
@@ -327,20 +322,23 @@ class LLM:
         with self.inbox.between_steps() as engine:
             engine.unpin(pinned.pin_id)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget the KV of earlier prompts. False, without effect, while requests run or prefixes are pinned."""
+        with self.inbox.between_steps() as engine:
+            return engine.reset_prefix_cache()
+
+    def get_tokenizer(self) -> Any:
+        """``tokenizer``, by vLLM's name."""
+        return self.tokenizer
+
+    def get_metrics(self) -> list[Metric]:
+        """``stats`` as vLLM's list of metrics, under its names where it has them."""
+        return metrics_of(self.stats())
+
     def stats(self) -> EngineStats:
         """The state of both pools, and counters since the start: see ``EngineStats``."""
         with self.inbox.between_steps() as engine:
             return engine.stats()
-
-    def _stream(self, requests: list[Request]) -> Generator[CompletionDelta]:
-        with self.inbox.expecting(lambda engine: requests, is_streamed=True) as mailbox:
-            while True:
-                while mailbox.deltas:
-                    yield mailbox.deltas.popleft()
-                if mailbox.is_complete():
-                    mailbox.outputs()  # raises the error of a request that failed
-                    return
-                self.inbox.run_until(lambda: bool(mailbox.deltas) or mailbox.is_complete())
 
 
 LLM.__doc__ = describe(LLM.__doc__, EngineConfig)

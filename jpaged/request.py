@@ -256,7 +256,7 @@ class SamplingParams:
     )
     detokenize: bool = _parameter(True, FLAG, "make text of the tokens", beams=None)
     skip_special_tokens: bool = _parameter(True, FLAG, "leave special tokens out of the text", beams=None)
-    output_kind: RequestOutputKind = _parameter(
+    output_kind: RequestOutputKind = _parameter(  # noqa: RUF009
         RequestOutputKind.CUMULATIVE,
         Rule(int, lambda x: isinstance(x, RequestOutputKind), "a RequestOutputKind"),
         "for AsyncLLM, what each output has: all so far, what is new, or one output in the end",

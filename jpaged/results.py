@@ -88,8 +88,8 @@ class RequestOutput:
     """Result of a request: ``outputs[i]`` is its i-th completion, or its i-th best (``best_of``, beams).
 
     ``prompt_logprobs[0]`` is None (nothing precedes the first token); the whole list is None unless asked for.
-    ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache. ``error`` says why completions ended
-    with ``FinishReason.ERROR``, or why the engine aborted them. ``times`` is None while the request runs. ``has_more`` says
+    ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache. ``error`` says why the engine ended
+    completions with ``FinishReason.ERROR`` or ``ABORT``. ``times`` is None while the request runs. ``has_more`` says
     that ``AsyncLLM`` yields further outputs of the request.
     """
 

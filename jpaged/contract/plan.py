@@ -136,9 +136,9 @@ class StepPlan:
     def can_be_followed(self) -> bool:
         """Whether the next step can be planned before this one's results are known.
 
-        Penalties and bans may depend on the tokens drawn here, and a search chooses among its candidates. Blocks from the host can be
-        used when the host says so. (To leave those sequences out of the next plan would split the batch in two that
-        take turns.)
+        Penalties and bans may depend on the tokens drawn here, and a search chooses among its candidates. Blocks from
+        the host can be used when the host says so. (To leave those sequences out of the next plan would split the batch
+        in two that take turns.)
         """
         extras = self.draws.extras
         return not (self.beams or self.from_host or extras.needs_tokens or len(extras.seen_draws))

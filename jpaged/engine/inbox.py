@@ -1,13 +1,14 @@
 """Requests and the callers that wait for them: several threads share the steps of one engine."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from threading import Lock
 
 from jpaged.engine.loop import Engine
 from jpaged.engine.outputs import StepOutput
+from jpaged.engine.prompts import Prompt
 from jpaged.interrupts import InterruptsWait
 from jpaged.request import CompletionDelta, Request, RequestOutput
 
@@ -150,6 +151,22 @@ class Inbox:
         if gate is not None:
             gate.put(None)
 
+    def pin(self, pin_id: str, prefix: Prompt) -> int:
+        """Compute a prefix and keep it in the pool; an error leaves nothing of it. Returns its number of tokens.
+
+        Raises:
+            ValueError: as ``Engine.pin``.
+        """
+        try:
+            with self.between_steps() as engine:
+                token_ids = engine.pin(pin_id, prefix)
+            self.run_until(lambda: engine.is_pinned(pin_id))
+        except BaseException:
+            with suppress(ValueError), self.between_steps() as engine:  # it may have been refused
+                engine.unpin(pin_id)
+            raise
+        return len(token_ids)
+
     # Mail ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -177,6 +194,24 @@ class Inbox:
                 # A garbage collection may close a stream while this thread uses the engine: never wait for it here.
                 self._closed.append(mailbox)
                 self._tidy_up()
+
+    def stream(self, requests: list[Request]) -> Generator[CompletionDelta]:
+        """Add requests, and yield their deltas as they come.
+
+        Raises:
+            ValueError: when first read, if a request is refused.
+            Exception: the first error that ended a request.
+        """
+        numbers = {request.request_id: number for number, request in enumerate(requests)}
+        with self.expecting(lambda engine: requests, is_streamed=True) as mailbox:
+            while True:
+                while mailbox.deltas:
+                    delta = mailbox.deltas.popleft()
+                    yield delta._replace(prompt_index=numbers[delta.request_id]) if numbers[delta.request_id] else delta
+                if mailbox.is_complete():
+                    mailbox.outputs()  # raises the error of a request that failed
+                    return
+                self.run_until(lambda: bool(mailbox.deltas) or mailbox.is_complete())
 
     def _deliver(self, output: StepOutput) -> None:
         for delta in output.deltas:

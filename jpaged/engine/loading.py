@@ -29,12 +29,20 @@ Follow = Callable[[], None]
 """Does the work of a process that does not decide, until the deciding process ends."""
 
 
-def load_checkpoint(path: Path, config: EngineConfig, *, warm_up: bool | None, use_tqdm: bool) -> Engine | Follow:
+def load_checkpoint(
+    path: Path,
+    config: EngineConfig,
+    tokenizer_path: str | Path | None = None,
+    *,
+    warm_up: bool | None,
+    use_tqdm: bool,
+) -> Engine | Follow:
     """Load a checkpoint directory and start an engine.
 
     Args:
         path: the directory.
         config: the engine's settings.
+        tokenizer_path: the directory of a tokenizer other than the checkpoint's.
         warm_up: whether to compile every program now; None is now on an accelerator, later on a CPU.
         use_tqdm: whether to show progress.
 
@@ -48,7 +56,9 @@ def load_checkpoint(path: Path, config: EngineConfig, *, warm_up: bool | None, u
         model_config = load_config(path)
         check_settings(model_config, config)
         interrupts.check()
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path if tokenizer_path is None else Path(tokenizer_path))
+        if tokenizer is None and tokenizer_path is not None:
+            raise ValueError(f"tokenizer={str(tokenizer_path)!r} is no directory with a tokenizer: give one, or None")
         interrupts.check()
         mesh = make_mesh(config.tensor_parallel_size)
         use_tqdm = use_tqdm and jax.process_index() == 0

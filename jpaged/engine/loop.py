@@ -135,9 +135,7 @@ class Engine:
                 self._drop_in_flight()
             self.outputs.open(self.scheduler.add(request), is_streamed=is_streamed)
 
-    def abort(
-        self, request_id: str, *, reason: FinishReason = FinishReason.ABORT, error: str | None = None
-    ) -> bool:
+    def abort(self, request_id: str, *, reason: FinishReason = FinishReason.ABORT, error: str | None = None) -> bool:
         """End a request now and free its blocks; its last deltas and its result wait for ``take``.
 
         Args:

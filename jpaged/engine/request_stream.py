@@ -131,6 +131,7 @@ class RequestStream:
             new: dict[int, _Completion] = {}
             for delta in deltas:
                 new.setdefault(delta.index, _Completion()).add(delta)
+                self._completions[delta.index].finish_reason = delta.finish_reason
             outputs = [completion.output(index) for index, completion in sorted(new.items())]
             if end is not None:
                 return replace(end, outputs=[_with_score(output, end) for output in outputs])
@@ -155,6 +156,11 @@ class RequestStream:
             has_more=has_more,
         )
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to read."""
+        return self._is_over
+
     # For the hand-over --------------------------------------------------------------------------------------------
 
     def take(self, delta: CompletionDelta) -> bool:
@@ -165,7 +171,8 @@ class RequestStream:
         if self._num_unread_tokens <= self._max_unread_tokens:
             return True
         self.break_off(
-            FinishReason.ABORT, f"{self._num_unread_tokens} tokens were not read: at most {self._max_unread_tokens} wait"
+            FinishReason.ABORT,
+            f"{self._num_unread_tokens} tokens were not read: at most {self._max_unread_tokens} wait",
         )
         return False
 

@@ -158,3 +158,45 @@ def read_stats(
     """The statistics now."""
     sources = Sources(blocks, scheduler, num_output_tokens, pool, profile)
     return EngineStats(**{name: each.read(sources) for name, each in STATISTICS.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A statistic in vLLM's form.
+
+    Args:
+        name: vLLM's name, or "jpaged:" and the name in ``EngineStats``.
+        labels: none.
+        value: the value.
+    """
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+class Counter(Metric):
+    """A sum since the start."""
+
+
+class Gauge(Metric):
+    """A state."""
+
+
+_VLLM_NAMES = {
+    "num_running": "vllm:num_requests_running",
+    "num_waiting": "vllm:num_requests_waiting",
+    "num_preemptions": "vllm:num_preemptions",
+    "num_output_tokens": "vllm:generation_tokens",
+    "prefix_queried_tokens": "vllm:prefix_cache_queries",
+    "prefix_hit_tokens": "vllm:prefix_cache_hits",
+}
+
+
+def metrics_of(stats: EngineStats) -> list[Metric]:
+    """Statistics as vLLM's ``LLM.get_metrics`` has them."""
+    metrics: list[Metric] = [Gauge("vllm:kv_cache_usage_perc", {}, stats.num_used_blocks / max(stats.num_blocks, 1))]
+    for name, each in STATISTICS.items():
+        cls = Counter if each.kind == "counter" else Gauge
+        metrics.append(cls(_VLLM_NAMES.get(name, f"jpaged:{name}"), {}, getattr(stats, name)))
+    return metrics

@@ -92,11 +92,15 @@ class EngineThread:
         """
 
         def add(engine: Engine) -> None:
-            if self._is_closed:
-                raise self._dead_error()
+            self.check_open()
             engine.add(request, is_streamed=is_streamed)
 
         return self.call(add)
+
+    def check_open(self) -> None:
+        """Raise EngineDeadError if no more requests are taken."""
+        if self._is_closed:
+            raise self._dead_error()
 
     def abort(self, request_id: str) -> Future[bool]:
         """End a request, as ``Engine.abort`` does: its result is delivered."""
@@ -121,8 +125,7 @@ class EngineThread:
         pinned.set_running_or_notify_cancel()  # it cannot be cancelled: unpin does that
 
         def pin(engine: Engine) -> None:
-            if self._is_closed:
-                raise self._dead_error()
+            self.check_open()
             token_ids = engine.pin(pin_id, prefix)
             computed: Future[None] = Future()
             computed.add_done_callback(lambda done: _pass_on(done, pinned, len(token_ids)))
@@ -161,6 +164,11 @@ class EngineThread:
         self._is_woken.set()
         self.call(lambda engine: None)  # wakes the thread
         atexit.unregister(self.shutdown)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the thread does nothing more: every order is refused."""
+        return self._is_ended
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait for the end of the thread. Returns whether it has ended."""

@@ -95,7 +95,7 @@ def test_settings_that_exclude_each_other_are_refused(settings, match):
 
 def test_an_llm_takes_every_setting_with_its_type_and_default():
     """Written out in LLM, so that an editor completes them."""
-    own = {"self", "model", "warm_up", "use_tqdm"}
+    own = {"self", "model", "tokenizer", "warm_up", "use_tqdm"}
     taken = {name: p for name, p in inspect.signature(LLM.__init__).parameters.items() if name not in own}
     settings = inspect.signature(EngineConfig).parameters
     assert taken.keys() == settings.keys()
@@ -105,7 +105,7 @@ def test_an_llm_takes_every_setting_with_its_type_and_default():
 
 def test_an_llm_passes_every_setting_on(monkeypatch):
     loaded = []
-    monkeypatch.setattr("jpaged.llm.load_checkpoint", lambda path, config, **options: loaded.append(config))
+    monkeypatch.setattr("jpaged.llm.load_checkpoint", lambda path, config, *_, **options: loaded.append(config))
     values = {
         name: next(v for v in VALID[name] if v != each.default) for name, each in settings_of(EngineConfig).items()
     }

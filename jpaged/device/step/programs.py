@@ -74,7 +74,7 @@ class Programs:
         self.is_compiling = False
         """Whether ``get`` compiles a program now."""
         self.compiled_at = 0.0
-        """When ``get`` last compiled one, of ``time.monotonic``."""
+        """The time at which ``get`` last compiled one, of ``time.monotonic``."""
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
