@@ -121,20 +121,22 @@ class Dispatcher:
             if stream is not None and not stream.take(delta):
                 self._drop(delta.request_id)
         for result in output.finished:
-            if (stream := self._release(result.request_id)) is not None:
+            if (stream := streams.get(result.request_id)) is not None:
+                self._release(result.request_id)
                 stream.finish(result)
         for request_id, error in output.failed.items():
-            if (stream := self._release(request_id)) is not None:
+            if (stream := streams.get(request_id)) is not None:
+                self._release(request_id)
                 stream.break_off(FinishReason.ERROR, f"the text cannot be made ({type(error).__name__}: {error})")
 
     def _register(self, stream: RequestStream) -> None:
         if not stream.is_over:
             self._streams[stream.request_id] = stream
 
-    def _release(self, request_id: str) -> RequestStream | None:
-        """Let others have the id of a request that has ended. Returns its stream."""
+    def _release(self, request_id: str) -> None:
+        """Let others have the id of a request that has ended."""
         self._request_ids.discard(request_id)
-        return self._streams.pop(request_id, None)
+        self._streams.pop(request_id, None)
 
     def _drop(self, request_id: str) -> None:
         """End a request that has no consumer any more."""

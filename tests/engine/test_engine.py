@@ -1,6 +1,7 @@
 """The whole engine: its tokens are those of a loop without a cache, whatever else happens."""
 
 import contextlib
+import dataclasses
 import re
 import signal
 import sys
@@ -53,20 +54,33 @@ def add(engine: Engine, name: str, prompt: list[int], **params) -> None:
 
 
 def assert_tokens_are_those_of_a_loop_without_cache(
-    prompt: list[int], seed: int, params: SamplingParams, token_ids: list[int]
+    prompt: list[int],
+    seed: int,
+    params: SamplingParams,
+    token_ids: list[int],
+    banned_sequences: tuple[tuple[int, ...], ...] = (),
 ) -> None:
-    assert token_ids == tokens_of_a_loop_without_cache(prompt, seed, params, token_ids)
+    assert token_ids == tokens_of_a_loop_without_cache(prompt, seed, params, token_ids, banned_sequences)
 
 
 def tokens_of_a_loop_without_cache(
-    prompt: list[int], seed: int, params: SamplingParams, token_ids: list[int]
+    prompt: list[int],
+    seed: int,
+    params: SamplingParams,
+    token_ids: list[int],
+    banned_sequences: tuple[tuple[int, ...], ...] = (),
 ) -> list[int]:
     """Each token is what the sampler draws from the logits of one dense pass over ``token_ids`` before it."""
     sequence = np.array(prompt + token_ids)
     logits = teacher_forced_logits(engine_model(), [sequence], [len(prompt)], MODEL_LEN)[0]
     stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else ENGINE_MODEL.eos_token_ids))
+
+    def banned(before: list[int]) -> list[int]:
+        ends = [each[-1] for each in banned_sequences if before[len(before) - len(each) + 1 :] == list(each[:-1])]
+        return [*ends, *(stops if len(before) < params.min_tokens else ())]
+
     samples = [
-        Sample(0, 0, len(prompt) + i, seed, params, stops if i < params.min_tokens else (), prompt, token_ids[:i])
+        Sample(0, 0, len(prompt) + i, seed, params, banned(token_ids[:i]), prompt, token_ids[:i])
         for i in range(len(token_ids))
     ]
     rows = np.zeros((MODEL_LEN, ENGINE_MODEL.vocab_size), np.float32)
@@ -118,7 +132,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.finished = {}
         self.pins = set()
 
-    def add(self, prefix, tail, salt, priority, **params):
+    def add(self, prefix, tail, salt, priority, banned_sequences=(), **params):
         prompt = {"prompt_token_ids": prefix + tail} | ({} if salt is None else {"cache_salt": salt})
         name = str(len(self.requests))
         try:
@@ -126,6 +140,7 @@ class EngineMachine(RuleBasedStateMachine):
         except ValueError as error:
             assert "never fit" in str(error) or "is more than max_num_seqs" in str(error)  # noqa: PT017
             return
+        request = dataclasses.replace(request, banned_sequences=banned_sequences)
         self.engine.add(request)
         self.requests[name] = request
 
@@ -151,6 +166,8 @@ class EngineMachine(RuleBasedStateMachine):
         stops=st.sampled_from([(), (), (7, 11, 12)]),
         bias=st.sampled_from([None, None, {5: 3.0, 9: -50.0}]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
+        logprobs=st.sampled_from([None, None, 2]),
+        banned_sequences=st.sampled_from([(), (), (), tuple((i, (7 * i + 3) % 23) for i in range(23))]),
     )
     def arrive(self, prefix, tail, salt, priority, n, more, max_tokens, penalty, min_tokens, stops, bias, **params):
         self.add(
@@ -304,13 +321,20 @@ class EngineMachine(RuleBasedStateMachine):
     def check_is_one_of(self, request, completion):
         prompt, params, token_ids = request.prompt_token_ids, request.params, completion.token_ids
         assert token_ids in [
-            tokens_of_a_loop_without_cache(prompt, derive_seed(request.seed, i), params, token_ids)
+            tokens_of_a_loop_without_cache(
+                prompt, derive_seed(request.seed, i), params, token_ids, request.banned_sequences
+            )
             for i in range(params.best_of)
         ]
 
     def check(self, request, seed, completion):
         token_ids, params = completion.token_ids, request.params
-        assert_tokens_are_those_of_a_loop_without_cache(request.prompt_token_ids, seed, params, token_ids)
+        assert_tokens_are_those_of_a_loop_without_cache(
+            request.prompt_token_ids, seed, params, token_ids, request.banned_sequences
+        )
+        if params.logprobs is not None:
+            chosen = [entry[t].logprob for t, entry in zip(token_ids, completion.logprobs, strict=True)]
+            assert sum(chosen) == pytest.approx(completion.cumulative_logprob, abs=1e-4)
         stops = {*params.stop_token_ids} | (set() if params.ignore_eos else {3})
         match completion.finish_reason:
             case FinishReason.STOP:

@@ -1,13 +1,17 @@
 """Code written for vLLM's LLM: its names, its parameters and its results mean here what they mean there."""
 
+import re
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jpaged import LLM, BeamSearchParams, EngineConfig, FinishReason, SamplingParams
+import jpaged
+from jpaged import LLM, AsyncLLM, BeamSearchParams, EngineConfig, FinishReason, SamplingParams
 from jpaged.engine.detokenizer import Detokenizer
+from jpaged.engine.loop import Engine
 from jpaged.engine.stats import STATISTICS, Counter, Gauge
 from jpaged.engine.vllm_names import to_own_names
 from jpaged.llm import DEMO_MODEL
@@ -303,3 +307,22 @@ def test_a_search_has_its_sequences_with_the_prompt():
         assert sequence.tokens == found.prompt_token_ids + output.token_ids
         assert sequence.cum_logprob == output.cumulative_logprob
     assert found.finished
+
+
+def test_examples_of_the_page_run(monkeypatch, capsys):
+    engine = llm().engine
+    made = []
+
+    def make_async() -> AsyncLLM:
+        made.append(AsyncLLM.from_llm(LLM.from_engine(Engine(engine.runner, engine.config, engine.tokenizer))))
+        return made[0]
+
+    page = (Path(__file__).parents[2] / "jpaged" / "docs" / "from-vllm.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.setattr(jpaged, "LLM", llm, raising=False)
+    exec(first, {})
+    assert capsys.readouterr().out.startswith("def add(a, b): ")
+    monkeypatch.setattr(jpaged, "AsyncLLM", make_async, raising=False)
+    exec(second, {})
+    assert capsys.readouterr().out
+    assert made[0].health().state == "stopped"
