@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, Concatenate, Self
@@ -13,7 +13,7 @@ from jpaged.engine.chat import ChatMessage, render_chat
 from jpaged.engine.dispatcher import Dispatcher, Listener
 from jpaged.engine.health import EngineDeadError, Health
 from jpaged.engine.loop import Engine
-from jpaged.engine.prompts import Prompt
+from jpaged.engine.prompts import Prompt, TokensPrompt
 from jpaged.engine.request_stream import MAX_UNREAD_TOKENS, RequestStream
 from jpaged.engine.snapshot import EngineSnapshot, take_snapshot
 from jpaged.engine.stats import EngineStats
@@ -165,8 +165,11 @@ class AsyncLLM:
 
     async def render_chat(self, messages: Sequence[ChatMessage], **options: Any) -> tuple[str, list[int]]:
         """The text and the token ids of a conversation, by the model's chat template; see ``render_chat``."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._reading, lambda: render_chat(self.tokenizer, messages, **options))
+        return await self.in_background(lambda: render_chat(self.tokenizer, messages, **options))
+
+    async def in_background[T](self, work: Callable[[], T]) -> T:
+        """Run work outside the event loop, one piece after the other: to tokenise, which may take long."""
+        return await asyncio.get_running_loop().run_in_executor(self._reading, work)
 
     async def ask[T](self, question: Callable[[Engine], T]) -> T:
         """The answer of a function that reads the engine between two steps, in the engine's thread.
@@ -200,8 +203,12 @@ class AsyncLLM:
             ValueError: as ``LLM.pin_prefix``.
         """
         pin_id = f"pin {uuid4()}"
+        read = await self.in_background(lambda: self._engine.prompts.read(pin_id, prefix, None, 0))
+        tokens: TokensPrompt = {"prompt_token_ids": read.prompt_token_ids}
+        if isinstance(prefix, Mapping) and (cache_salt := prefix.get("cache_salt")) is not None:
+            tokens["cache_salt"] = cache_salt
         try:
-            return PinnedPrefix(pin_id, await asyncio.wrap_future(self._thread.pin(pin_id, prefix)))
+            return PinnedPrefix(pin_id, await asyncio.wrap_future(self._thread.pin(pin_id, tokens)))
         except asyncio.CancelledError:
             self._thread.unpin(pin_id)
             raise

@@ -1,6 +1,7 @@
 """The way from the engine thread to the tasks of an event loop: each output to the stream that waits for it."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -13,7 +14,9 @@ from jpaged.engine.thread import EngineThread
 from jpaged.request import FinishReason, Request, RequestOutputKind
 
 Listener = Callable[[StepOutput], None]
-"""Takes the output of every step, in the event loop: for metrics."""
+"""Takes the output of every step, in the event loop: for metrics. Results of requests without a consumer are in it."""
+
+_log = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -98,7 +101,7 @@ class Dispatcher:
         if self._loop is not loop:
             if self._loop is not None and not self._loop.is_closed() and self._request_ids:
                 raise RuntimeError("requests of another event loop are unfinished: use one loop, or one AsyncLLM each")
-            self.thread.forget(self._request_ids)
+            self.thread.drop(self._request_ids)
             self._request_ids = set()
             self._streams.clear()
             self._loop = loop
@@ -111,7 +114,10 @@ class Dispatcher:
 
     def _distribute(self, output: StepOutput) -> None:
         for listener in self.listeners:
-            listener(output)
+            try:
+                listener(output)
+            except Exception:
+                _log.exception("a listener failed")
         streams = self._streams
         for request_id, num_cached_tokens in output.started.items():
             if (stream := streams.get(request_id)) is not None:
@@ -141,7 +147,7 @@ class Dispatcher:
     def _drop(self, request_id: str) -> None:
         """End a request that has no consumer any more."""
         self._release(request_id)
-        self.thread.forget([request_id])
+        self.thread.drop([request_id])
 
     def _note_end(self, error: BaseException | None) -> None:
         """Tell the loop of the end; the last call of the engine's thread."""

@@ -106,14 +106,15 @@ class EngineThread:
         """End a request, as ``Engine.abort`` does: its result is delivered."""
         return self.call(lambda engine: engine.abort(request_id))
 
-    def forget(self, request_ids: Iterable[str]) -> None:
-        """End requests and deliver nothing more of them."""
+    def drop(self, request_ids: Iterable[str]) -> None:
+        """End requests that have no consumer; their results are delivered before any later order is carried out."""
 
-        def forget(engine: Engine) -> None:
+        def drop(engine: Engine) -> None:
             for request_id in request_ids:
-                engine.forget(request_id)
+                engine.abort(request_id)
+            self._hand_over(engine.take())
 
-        self.call(forget)
+        self.call(drop)
 
     def pin(self, pin_id: str, prefix: Prompt) -> Future[int]:
         """Compute a prefix and keep it in the pool until ``unpin``; the future has its tokens once it is there.

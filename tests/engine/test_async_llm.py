@@ -341,6 +341,13 @@ def test_listeners_see_every_step_once():
         assert [request_id for output in seen for request_id in output.started] == ["a"]
         assert sum(len(delta.token_ids) for output in seen for delta in output.deltas) == 12
         assert [result.request_id for output in seen for result in output.finished] == ["a"]
+        seen.clear()
+        llm.listen(lambda output: 1 / 0)
+        async with await llm.open("x = 1", LONG, "left"):
+            pass
+        await idle(llm)
+        assert [result.request_id for output in seen for result in output.finished] == ["left"]
+        assert len((await read(llm, "x = 1", GREEDY))[-1].outputs[0].token_ids) == 12
 
     serve(task)
 
