@@ -285,6 +285,17 @@ def test_a_slot_is_a_block_and_its_scales_on_each_device():
         assert of_slot[: heads[4].nbytes].tobytes() == heads[4].tobytes()
 
 
+def test_a_copy_engine_of_each_device_copies_the_rounded_blocks_of_its_own_heads():
+    settings: dict[str, Any] = {"offload_dtype": "int8", "tensor_parallel_size": 2}
+    runner = tiny.make_runner(jnp.bfloat16, num_blocks=NUM_BLOCKS, num_host_blocks=0, **settings)
+    pool, cache = make_pool("pinned", runner, is_narrow=True), random_cache(runner, 1)
+    cache = jax.device_put(cache, pool_sharding(runner.mesh))
+    expected = rounded(bits(cache)[[36, 3]])
+    cache = pool.finish(pool.start(cache, [BlockCopy(block + 1, block) for block in range(37)], ()))
+    cache = pool.finish(pool.start(cache, (), [BlockCopy(35, 60), BlockCopy(2, 61)]))
+    np.testing.assert_array_equal(bits(cache)[[60, 61]], expected)
+
+
 def test_all_processes_land_in_the_same_order_whatever_is_ready(runner, monkeypatch):
     """By numbers alone: an arrival that is over here may be in flight elsewhere."""
     orders = []

@@ -10,15 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jpaged.contract.plan import BlockCopy
-from jpaged.device.kv.host_memory import MOVE_SIZES, PinnedSlots
-from jpaged.device.kv.host_pool import HostPool, num_slots_for
-from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS, for_narrow_blocks
+from jpaged.device.kv.host_memory import MOVE_SIZES
+from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step import programs
 from jpaged.sharding import pool_sharding
 from pallas_kernels.block_pool.quantization import dequantize_blocks, quantize_blocks
-from tests.device.test_host_memory import LateCopier, MemoryOfTheCpu
 from tests.support import tiny
 from tests.support.plans import make_plan
 
@@ -93,19 +91,6 @@ def test_blocks_come_back_rounded_and_others_do_not_change(num_devices, settings
     others = [block for block in range(1, 65) if block not in back]
     np.testing.assert_array_equal(after[others], before[others])
     assert len(runner.cache.pool.sharding.device_set) == num_devices
-
-
-def test_a_copy_engine_of_each_device_copies_its_own_heads():
-    runner = make_runner(jnp.bfloat16, tensor_parallel_size=2, num_host_blocks=0)
-    before, get = values(runner.cache.pool), runner.programs.get
-
-    def pinned(slots, program) -> Any:
-        return PinnedSlots(slots, program, MemoryOfTheCpu, LateCopier)  # pyright: ignore
-
-    pool = HostPool(runner.programs.abstract_blocks(num_slots_for(40)), for_narrow_blocks(pinned), get)
-    cache = pool.finish(pool.start(runner.cache, moves(range(1, 38), range(37)), ()))
-    cache = pool.finish(pool.start(cache, (), moves([35, 2], [60, 61])))
-    assert_rounded(values(cache.pool)[[60, 61]], before[[36, 3]])
 
 
 def test_a_pool_on_the_host_is_sized_by_its_own_bytes():
