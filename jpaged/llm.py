@@ -84,6 +84,7 @@ class LLM:
         host_memory_bytes: int | None = None,
         kv_placement: str = "device",
         offload_cache: str = "auto",
+        offload_dtype: str = "auto",
         weight_placement: str = "device",
         seed: int = 0,
         tensor_parallel_size: int = 1,
@@ -94,8 +95,7 @@ class LLM:
     ):
         given = locals()
         config = EngineConfig(**{name: given[name] for name in settings_of(EngineConfig)})
-        tokenizer_path = None if tokenizer is None else Path(tokenizer)
-        self._serve(load_checkpoint(_directory_of(model), config, tokenizer_path, warm_up=warm_up, use_tqdm=use_tqdm))
+        self._serve(load_checkpoint(_directory_of(model), config, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
     def from_model(

@@ -185,12 +185,12 @@ class EngineThread:
     def _state(self) -> HealthState:
         if self._is_ended or not self._thread.is_alive():
             return HealthState.STOPPED if self._is_closed and self._error is None else HealthState.DEAD
-        programs = self._engine.runner.programs
+        compiling = self._engine.runner.programs.compiling
         began = self._step_began
         if began is not None:
-            if programs.is_compiling:
+            if compiling.is_running:
                 return HealthState.COMPILING
-            if monotonic() - max(began, programs.compiled_at) > HANGS_AFTER_S:
+            if monotonic() - max(began, compiling.ended) > HANGS_AFTER_S:
                 return HealthState.HUNG
         if self._num_failures >= MAX_FAILURES:
             return HealthState.FAILING

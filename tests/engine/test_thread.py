@@ -222,7 +222,7 @@ def test_a_step_that_hangs_is_seen_and_compilation_is_none(monkeypatch):
         assert (health.state, health.is_healthy) == (HealthState.HUNG, False)
         assert health.step_began is not None
         with monkeypatch.context() as patched:
-            patched.setattr(served.engine.runner.programs, "is_compiling", True)
+            patched.setattr(served.engine.runner.programs.compiling, "is_running", True)
             assert served.thread.health().state is HealthState.COMPILING
         go_on.set()
         served.result("a")

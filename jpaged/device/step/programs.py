@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
-from time import monotonic
 from typing import Any
 
 import jax
@@ -18,13 +17,16 @@ from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
-from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
+from jpaged.device.kv.narrow import narrow_bits, widen_bits
+from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
+from jpaged.device.step.compiling import Compiling
 from jpaged.device.step.inputs import Bucket, all_buckets
 from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
@@ -71,10 +73,7 @@ class Programs:
         max_model_len: int,
         num_blocks: int = 0,
     ):
-        self.is_compiling = False
-        """Whether ``get`` compiles a program now."""
-        self.compiled_at = 0.0
-        """The time at which ``get`` last compiled one, of ``time.monotonic``."""
+        self.compiling = Compiling()
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
@@ -85,7 +84,9 @@ class Programs:
         self.dtype = dtype_of(model)
         self.backend = backend
         self._layout = pool_layout(model_config, config, self.dtype, backend)
+        self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
+        self.host_bytes_per_block = self._host_layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.stream: HostStream | None = None
@@ -130,8 +131,8 @@ class Programs:
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
-        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them."""
-        return () if has_copy_engine(self.target) else ("gather", "scatter")
+        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them as they are."""
+        return () if has_copy_engine(self.target) and not is_narrowed(self.config) else ("gather", "scatter")
 
     @property
     def max_burst(self) -> int:
@@ -152,7 +153,8 @@ class Programs:
         total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
         if has_host_pool(self.config, self.target) and self.move_kinds:
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
-            total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
+            most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
+            total += 2 * most_staged * self.host_bytes_per_block // self.mesh.size
         with InterruptsWait() as interrupts:
             for key in keys:
                 interrupts.check()
@@ -232,6 +234,7 @@ class Programs:
             self.num_blocks,
             self.config.block_size,
             self._layout,
+            self._host_layout,
             self.max_model_len,
             self.max_burst,
             self.buckets,
@@ -246,12 +249,8 @@ class Programs:
     def get(self, key: tuple) -> jax.stages.Compiled:
         """The program of ``key``: a kind and its static sizes. Compiled on first use."""
         if key not in self._compiled:
-            self.is_compiling = True
-            try:
-                with InterruptsWait():
-                    self._compiled[key], _ = self._compile(self.lower(key))
-            finally:
-                self.is_compiling, self.compiled_at = False, monotonic()
+            with self.compiling.run(), InterruptsWait():
+                self._compiled[key], _ = self._compile(self.lower(key))
         return self._compiled[key]
 
     def _compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
@@ -302,21 +301,22 @@ class Programs:
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
                 blocks, sharding = self._abstract((sizes[0],), jnp.int32), pool_sharding(self.mesh)
-                return jax.jit(self.backend.gather, out_shardings=sharding).lower(cache, blocks)
+                return jax.jit(self._gather, out_shardings=sharding).lower(cache, blocks)
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
-                return jax.jit(self._landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
+                return jax.jit(self._scatter, donate_argnums=0).lower(cache, blocks, data)
             case _:
                 raise AssertionError(kind)
 
-    @staticmethod
-    def _landed(write: Callable[..., KVCache]) -> Callable[..., tuple[KVCache, jax.Array]]:
-        """A function that writes blocks and returns the cache, and a number that is ready when they are written."""
+    def _gather(self, cache: KVCache, blocks: jax.Array) -> jax.Array:
+        """Blocks as they lie on the host."""
+        gathered = self.backend.gather(cache, blocks)
+        return narrow_bits(gathered, cache.pool.dtype) if is_narrowed(self.config) else gathered
 
-        def run(cache: KVCache, blocks: jax.Array, *args: jax.Array) -> tuple[KVCache, jax.Array]:
-            return write(cache, blocks, *args), blocks.sum()
-
-        return run
+    def _scatter(self, cache: KVCache, blocks: jax.Array, data: jax.Array) -> tuple[KVCache, jax.Array]:
+        """The cache with blocks that come from the host, and a number that is ready when they are written."""
+        data = widen_bits(data, cache.pool) if is_narrowed(self.config) else data
+        return self.backend.scatter(cache, blocks, data), blocks.sum()
 
     def _pass_of(self, bucket: Bucket) -> Callable:
         return self.steps.decode if bucket.is_decode else self.steps.forward
@@ -337,8 +337,8 @@ class Programs:
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
 
     def abstract_blocks(self, num_blocks: int) -> jax.ShapeDtypeStruct:
-        """The shape of the bits of blocks outside of the pool."""
-        cache = jax.eval_shape(partial(self._layout.allocate, 1))
+        """The shape of the bits of blocks on the host."""
+        cache = jax.eval_shape(partial(self._host_layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
 
