@@ -82,7 +82,7 @@ class Engine:
         self._random = np.random.default_rng(config.seed)
         self._in_flight: list[StepInFlight] = []  # oldest first
         self.failed_step: tuple[str, ...] = ()
-        """The requests that ran in the step that failed last."""
+        """The requests that ran in the last step, if it failed."""
         self._num_learnt = 0  # steps that the profile learnt from
 
     # Requests -----------------------------------------------------------------------------------------------------
@@ -226,6 +226,7 @@ class Engine:
 
         A step that fails or is interrupted costs the running requests a recomputation, but no token.
         """
+        self.failed_step = ()
         with InterruptsWait() as interrupts:
             if self.outputs.unread:  # an error left them
                 self.outputs.read()

@@ -258,16 +258,17 @@ class EngineThread:
         self._error = error
         _log.error("a step failed, %d in a row", self._num_failures, exc_info=error)
         if self._num_failures % MAX_FAILURES == 0:
-            request_ids = self._engine.failed_step or tuple(self._engine.outputs.answers)
+            answers, is_pin = self._engine.outputs.answers, self._engine.scheduler.is_pin
+            failed = [each for each in self._engine.failed_step if each in answers or is_pin(each)]
             message = f"{MAX_FAILURES} steps in a row failed, the last with {type(error).__name__}"
-            for request_id in request_ids:
+            for request_id in failed or list(answers):  # all, if the error came before any of them ran
                 self._engine.abort(request_id, reason=FinishReason.ERROR, error=message)
-                if self._engine.scheduler.is_pin(request_id):
+                if is_pin(request_id):
                     self._engine.unpin(request_id)
                     if (computed := self._pins.pop(request_id, None)) is not None:
                         computed.set_exception(RuntimeError(message))
             self._hand_over(self._engine.take())
-        self._is_woken.wait(min(FIRST_RETRY_S * 2 ** (self._num_failures - 1), LAST_RETRY_S))
+        self._is_woken.wait(min(FIRST_RETRY_S * 2 ** min(self._num_failures - 1, 10), LAST_RETRY_S))
 
     def _hand_over(self, output: StepOutput) -> None:
         if output.is_empty:

@@ -153,6 +153,22 @@ def test_requests_of_steps_that_fail_three_times_end_with_an_error_and_others_go
         assert served.thread.health().state is HealthState.OK
 
 
+def test_errors_before_any_request_runs_end_all_of_them(monkeypatch):
+    with serving() as served:
+        errors = [RuntimeError("no plan") for _ in range(3)]
+        schedule = served.engine.scheduler.schedule
+        monkeypatch.setattr(
+            served.engine.scheduler,
+            "schedule",
+            lambda: schedule() if not errors else (_ for _ in ()).throw(errors.pop()),
+        )
+        served.thread.call(lambda engine: [engine.add(served.request(name)) for name in ("a", "b")])
+        for name in ("a", "b"):
+            assert served.result(name).outputs[0].finish_reason is FinishReason.ERROR
+        served.add("c")
+        assert len(token_ids("c", served)) == 6
+
+
 def test_a_pin_whose_steps_fail_ends_with_an_error(monkeypatch):
     with serving() as served:
         fail_steps(monkeypatch, served, [RuntimeError("the device broke") for _ in range(3)])
