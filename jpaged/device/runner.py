@@ -16,10 +16,11 @@ from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
 from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
+from jpaged.device.kv.dma import DmaSlots
 from jpaged.device.kv.host_memory import memory_for
-from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
+from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
 from jpaged.device.kv.layout import why_no_activations
-from jpaged.device.kv.sizing import PoolSizer, check_streamed_context
+from jpaged.device.kv.sizing import PoolSizer, check_streamed_context, check_way_to_stream
 from jpaged.device.profiler import make_profile
 from jpaged.device.sampling.beams import split_candidates
 from jpaged.device.sampling.draw import SampledTokens
@@ -136,6 +137,7 @@ class ModelRunner:
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":
+            check_way_to_stream(model_config, config, self.dtype, self.programs.target, backend)
             check_streamed_context(model_config, config, self.num_blocks, self.num_host_blocks)
             self.programs.open_window(self.num_host_blocks)
         self.host_pool = self._make_host_pool()
@@ -158,8 +160,10 @@ class ModelRunner:
         if not self.num_host_blocks:
             return None
         programs = self.programs
-        slots = programs.abstract_blocks(num_slots_for(self.num_host_blocks))
-        return HostPool(slots, memory_for(programs.target, is_streamed=programs.stream is not None), programs.get)
+        memory = memory_for(programs.target, is_streamed=programs.stream is not None)
+        if programs.streams_by_dma:
+            memory = DmaSlots
+        return HostPool(programs.host_slots(self.num_host_blocks), memory, programs.get)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -323,8 +327,11 @@ class ModelRunner:
 
     def _run(self, step: PackedStep) -> Float[Array, "tokens hidden_size"]:
         """Enqueue the program of a step over the loaded inputs. Returns hidden states, valid until the next pass."""
-        key = ("forward", step.bucket) if step.streamed is None else ("stream", step.bucket, step.pages)
-        self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state)
+        key, streamed = ("forward", step.bucket), ()
+        if step.streamed is not None:
+            assert self.programs.stream is not None
+            key, streamed = ("stream", step.bucket, step.pages), self.programs.stream.take_inputs()
+        self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state, *streamed)
         return hidden[0] if hidden else self._state.hidden
 
     def forget_pool(self) -> None:

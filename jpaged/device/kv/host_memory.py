@@ -1,6 +1,7 @@
-"""Slots for blocks in host memory, and the ways between them and the device pool: one interface, two ways.
+"""Slots for blocks in host memory, and the ways between them and the device pool: one interface.
 
-The copy engine of a GPU copies blocks in place (``PinnedSlots``). Elsewhere blocks are staged (``StagedMemory``).
+The copy engine of a GPU copies blocks in place (``PinnedSlots``). Elsewhere blocks are staged (``StagedMemory``),
+unless a TPU streams them (``dma.DmaSlots``).
 """
 
 import math
@@ -131,7 +132,7 @@ class StagedMemory:
 
     def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Moving:
         self._settle(0)
-        blocks: Any = self._program(("gather", size_for(copies)))(cache, _padded([copy.src for copy in copies], 0))
+        blocks: Any = self._program(("gather", size_for(copies)))(cache, padded([copy.src for copy in copies], 0))
         blocks = jax.device_put(blocks, self._sharding.with_memory_kind("pinned_host"))
         self._leaving.append(([copy.dst for copy in copies], blocks))
         return blocks
@@ -141,14 +142,14 @@ class StagedMemory:
         slots = [copy.src for copy in copies]
         awaited = [number for number, (stored, _) in enumerate(self._leaving, 1) if not set(stored).isdisjoint(slots)]
         self._settle(max(awaited, default=0))
-        padded = _padded(slots, slots[0])
+        some = padded(slots, slots[0])
         # Indexing copies: a later store does not change what is in flight.
-        parts = [jax.device_put(array[padded], device) for device, array in self._slots.items()]
-        shape = (len(padded), *self._shape[1:])
+        parts = [jax.device_put(array[some], device) for device, array in self._slots.items()]
+        shape = (len(some), *self._shape[1:])
         return Arrival(tuple(copies), jax.make_array_from_single_device_arrays(shape, self._sharding, parts))
 
     def land(self, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
-        blocks = _padded([copy.dst for copy in arrival.copies], 0)
+        blocks = padded([copy.dst for copy in arrival.copies], 0)
         return self._program(("scatter", len(blocks)))(cache, blocks, arrival.moving)
 
     def forget(self) -> None:
@@ -379,7 +380,8 @@ def size_for(blocks: Sequence[object]) -> int:
     return next(size for size in MOVE_SIZES if size >= len(blocks))
 
 
-def _padded(ids: Sequence[int], padding: int) -> Int32[np.ndarray, " n"]:
+def padded(ids: Sequence[int], padding: int) -> Int32[np.ndarray, " n"]:
+    """The ids of blocks or slots, as the program that moves so many takes them."""
     padded = np.full(size_for(ids), padding, np.int32)
     padded[: len(ids)] = ids
     return padded

@@ -15,12 +15,13 @@ from tqdm import tqdm
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
+from jpaged.device.kv.dma import DmaStream, abstract_slots, restore_blocks, store_blocks
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
-from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
+from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slots_for
 from jpaged.device.kv.layout import keeps_activations, pool_layout
 from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.stream import BlockStream, HostStream
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
@@ -83,7 +84,7 @@ class Programs:
         self.bytes_per_block = self._layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
-        self.stream: HostStream | None = None
+        self.stream: BlockStream | None = None
         self._num_streamable = 0  # blocks on the host
         self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
         """Sizes of the copying programs: a step copies one block for each row at most."""
@@ -106,8 +107,11 @@ class Programs:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
         self._num_streamable, layout = num_host_blocks, self._layout
         window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, with_pages=self.keeps_activations)
-        copier = CopyEngine() if has_copy_engine(self.target) else PlainCopier()
-        self.stream = HostStream(window, copier)
+        if self.streams_by_dma:
+            slots = self.host_slots(num_host_blocks)
+            self.stream = DmaStream(window, slots, self.mesh, is_interpreted=self.backend.interpret)
+        else:
+            self.stream = HostStream(window, CopyEngine() if has_copy_engine(self.target) else PlainCopier())
 
     @property
     def most_pages(self) -> PageSizes | None:
@@ -126,7 +130,14 @@ class Programs:
     @property
     def move_kinds(self) -> tuple[str, ...]:
         """Kinds of the programs that move blocks between the pools; none where a copy engine moves them."""
+        if self.streams_by_dma:
+            return "store", "restore"
         return () if has_copy_engine(self.target) else ("gather", "scatter")
+
+    @property
+    def streams_by_dma(self) -> bool:
+        """Whether programs stream blocks by DMA, and move whole blocks so too."""
+        return self.config.kv_placement != "device" and self.backend.streams_by_dma
 
     @property
     def max_burst(self) -> int:
@@ -145,7 +156,7 @@ class Programs:
         keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
         # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
         total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
-        if has_host_pool(self.config, self.target) and self.move_kinds:
+        if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
         with InterruptsWait() as interrupts:
@@ -230,6 +241,7 @@ class Programs:
             self.max_model_len,
             self.max_burst,
             self.buckets,
+            self._num_streamable,
         )
         choices = self.model_config, self.backend, self.config.kv_cache_dtype, self.target
         devices = list(self.mesh.devices.flat)
@@ -268,9 +280,10 @@ class Programs:
                 (bucket,) = sizes
                 return self._jit(self._pass_of(bucket), bucket, None, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
+                assert self.stream is not None
                 bucket, pages = sizes
                 method = self._jit(self._pass_of(bucket), bucket, self.stream, pages, donate=(1, 2))
-                return method.lower(weights, cache, state)
+                return method.lower(weights, cache, state, *self.stream.inputs)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":
@@ -297,6 +310,15 @@ class Programs:
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
                 return jax.jit(self._landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
+            case "store":
+                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.host_slots(self._num_streamable)
+                shardings = slots.sharding, replicated(self.mesh)
+                method = partial(store_blocks, self.backend.interpret)
+                return jax.jit(method, donate_argnums=0, out_shardings=shardings).lower(slots, cache, blocks, blocks)
+            case "restore":
+                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.host_slots(self._num_streamable)
+                method = partial(restore_blocks, self.backend.interpret)
+                return jax.jit(method, donate_argnums=0).lower(cache, slots, blocks, blocks)
             case _:
                 raise AssertionError(kind)
 
@@ -326,6 +348,13 @@ class Programs:
 
     def _abstract_state(self) -> StepState:
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
+
+    def host_slots(self, num_host_blocks: int) -> jax.ShapeDtypeStruct:
+        """The shape of the slots of a host pool of so many blocks."""
+        num_slots = num_slots_for(num_host_blocks)
+        if not self.streams_by_dma:
+            return self.abstract_blocks(num_slots)
+        return abstract_slots(self.abstract_cache(), num_slots, self.mesh, is_interpreted=self.backend.interpret)
 
     def abstract_blocks(self, num_blocks: int) -> jax.ShapeDtypeStruct:
         """The shape of the bits of blocks outside of the pool."""

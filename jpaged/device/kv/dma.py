@@ -1,0 +1,206 @@
+"""Blocks on the host that programs of a TPU copy by DMA: these programs cannot call back.
+
+All slots are one array in pinned memory. Every program that reads or writes a slot takes this array.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Int32
+
+from jpaged.contract.plan import BlockCopy
+from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, Program, padded, size_for
+from jpaged.device.kv.pool import KVCache
+from jpaged.device.kv.stream import NUM_BUFFERS, Window
+from jpaged.sharding import pool_sharding, replicated
+from pallas_kernels.block_pool.tpu import (
+    Slots,
+    load_blocks_tpu,
+    slots_for,
+    start_layer_tpu,
+    store_blocks_tpu,
+    wait_layer_tpu,
+)
+from pallas_kernels.dispatch import INTERPRETERS
+
+_PADDING = -1
+"""A block that no program copies."""
+
+
+def abstract_slots(
+    cache: KVCache, num_slots: int, mesh: jax.sharding.Mesh, *, is_interpreted: bool
+) -> jax.ShapeDtypeStruct:
+    """The array of so many slots: shape, type and sharding.
+
+    Args:
+        cache: the shapes of the pool.
+        num_slots: slots.
+        mesh: the devices.
+        is_interpreted: whether Pallas's interpreter runs the kernels; it takes no arrays in pinned memory.
+    """
+    slots = slots_for(cache.pool, num_slots, is_interpreted=is_interpreted)
+    sharding = pool_sharding(mesh)
+    if not is_interpreted:
+        sharding = sharding.with_memory_kind("pinned_host")
+    return jax.ShapeDtypeStruct(slots.shape, slots.dtype, sharding=sharding)
+
+
+# Programs that move whole blocks ------------------------------------------------------------------------------------
+
+
+def store_blocks(
+    is_interpreted: bool, slots: Slots, cache: KVCache, blocks: Int[Array, " n"], into: Int[Array, " n"]
+) -> tuple[Slots, Int[Array, ""]]:
+    """Copy blocks to slots. Returns the slots, and a number that is ready when they are written."""
+    return store_blocks_tpu(slots, cache.pool, blocks, into, interpret=_interpreter(is_interpreted)), blocks.sum()
+
+
+def restore_blocks(
+    is_interpreted: bool, cache: KVCache, slots: Slots, blocks: Int[Array, " n"], source: Int[Array, " n"]
+) -> tuple[KVCache, Int[Array, ""]]:
+    """Copy slots to blocks. Returns the cache, and a number that is ready when the blocks are written."""
+    pool = load_blocks_tpu(cache.pool, slots, blocks, source, interpret=_interpreter(is_interpreted))
+    return KVCache(pool), blocks.sum()
+
+
+class _Landing:
+    """Blocks that a later program copies."""
+
+    token: Any = None  # of the last program that copies them
+
+    def is_ready(self) -> bool:
+        return self.token is not None and self.token.is_ready()
+
+    def block_until_ready(self) -> None:
+        if self.token is not None:
+            self.token.block_until_ready()
+
+
+class DmaSlots:
+    """Slots in pinned memory, between which and the pool programs copy. So copies and steps take turns.
+
+    Args:
+        slots: the array of slots; see ``abstract_slots``.
+        program: compiled programs by key: ("store", size) and ("restore", size).
+    """
+
+    is_staged = False
+
+    def __init__(self, slots: jax.ShapeDtypeStruct, program: Program) -> None:
+        self._shape = slots
+        self._program = program
+        self._slots = self._empty()
+
+    def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Any:
+        token = None
+        for batch in itertools.batched(copies, MOVE_SIZES[-1]):
+            blocks, into = padded([copy.src for copy in batch], _PADDING), padded([copy.dst for copy in batch], 0)
+            self._slots, token = self._program(("store", size_for(batch)))(self._slots, cache, blocks, into)
+        return token
+
+    def request(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Arrival:
+        del cache
+        return Arrival(tuple(copies), _Landing())
+
+    def land(self, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
+        for batch in itertools.batched(arrival.copies, MOVE_SIZES[-1]):
+            blocks, source = padded([copy.dst for copy in batch], _PADDING), padded([copy.src for copy in batch], 0)
+            program = self._program(("restore", size_for(batch)))
+            cache, arrival.moving.token = program(cache, self._slots, blocks, source)
+        return cache, arrival.moving.token
+
+    def source(self) -> Slots:
+        """The slots as the next program reads them."""
+        return self._slots
+
+    def forget(self) -> None:
+        if self._slots.is_deleted():  # a program that failed had taken them
+            self._slots = self._empty()
+
+    def wait(self) -> None:
+        self._slots.block_until_ready()
+
+    def _empty(self) -> Any:
+        return jax.device_put(np.zeros(self._shape.shape, self._shape.dtype), self._shape.sharding)
+
+
+# Streaming ----------------------------------------------------------------------------------------------------------
+
+
+class DmaStream:
+    """Streams blocks into the window, for programs that copy by DMA; see ``BlockStream``.
+
+    Args:
+        window: the cells.
+        slots: the array of slots.
+        mesh: the devices.
+        is_interpreted: whether Pallas's interpreter runs the kernels.
+    """
+
+    def __init__(
+        self, window: Window, slots: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh, *, is_interpreted: bool
+    ) -> None:
+        self.window = window
+        self._is_interpreted = is_interpreted
+        self._num_most = window.num_cells // NUM_BUFFERS
+        self.inputs = slots, jax.ShapeDtypeStruct((1 + self._num_most,), jnp.int32, sharding=replicated(mesh))
+        self._loaded: deque[tuple[Any, Any]] = deque()
+
+    def load(self, source: Slots, slots: Int32[np.ndarray, " streamed"]) -> None:
+        """Name the blocks of the program that is enqueued next, by their slots."""
+        assert len(slots) <= self._num_most
+        named = np.zeros(1 + self._num_most, np.int32)
+        named[0], named[1 : 1 + len(slots)] = len(slots), slots
+        self._loaded.append((source, named))
+
+    def take_inputs(self) -> tuple[Any, ...]:
+        """The last arguments of the program that is enqueued next."""
+        return self._loaded.popleft()
+
+    def given(self, slots: Slots, named: Int[Array, " most_plus_1"]) -> "_Arriving":
+        """The stream inside a program that has these inputs."""
+        return _Arriving(self.window, slots, named, _interpreter(self._is_interpreted))
+
+    def forget(self) -> None:
+        """Drop what was named for programs that did not run."""
+        self._loaded.clear()
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """The stream inside one program. Kernels take the pool and return it, and so run in order.
+
+    Args:
+        window: the cells.
+        slots: all slots.
+        named: the slots to stream.
+        interpret: settings of Pallas's interpreter; None on a TPU.
+    """
+
+    window: Window
+    slots: Slots
+    named: Int[Array, " most_plus_1"]
+    interpret: Any
+
+    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> tuple[KVCache, Any]:
+        del after  # the pool comes from every earlier reader of the cells
+        pool, semaphore = start_layer_tpu(
+            cache.pool, self.slots, self.named, layer, first_cell, interpret=self.interpret
+        )
+        return KVCache(pool), semaphore
+
+    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> tuple[KVCache, T]:
+        del layer
+        semaphore, computed = after[:2]
+        pool = wait_layer_tpu(cache.pool, self.named, semaphore, computed, interpret=self.interpret)
+        return KVCache(pool), arrays
+
+
+def _interpreter(is_interpreted: bool) -> Any:
+    return INTERPRETERS["pallas_tpu"]() if is_interpreted else None
