@@ -140,7 +140,7 @@ class ModelRunner:
             check_way_to_stream(model_config, config, self.dtype, self.programs.target, backend)
             check_streamed_context(model_config, config, self.num_blocks, self.num_host_blocks)
             self.programs.open_window(self.num_host_blocks)
-        self.host_pool = self._make_host_pool()
+        self.host_pool = _make_host_pool(self.programs, self.num_host_blocks)
         self.profile: MachineProfile | None = None
         self._times = StepTimes(self.buckets[-1].num_tokens)
         if warm_up:
@@ -155,15 +155,6 @@ class ModelRunner:
         self._packer = Packer(self.buckets, *sizes, config.block_size, self.programs.most_pages)
 
     # Sizes --------------------------------------------------------------------------------------------------------
-
-    def _make_host_pool(self) -> HostPool | None:
-        if not self.num_host_blocks:
-            return None
-        programs = self.programs
-        memory = memory_for(programs.target, is_streamed=programs.stream is not None)
-        if programs.streams_by_dma:
-            memory = DmaSlots
-        return HostPool(programs.host_slots(self.num_host_blocks), memory, programs.get)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -385,6 +376,15 @@ class ModelRunner:
             src[: len(wave)] = [copy.src for copy in wave]
             dst[: len(wave)] = [copy.dst for copy in wave]
             self.cache = self.programs.get(("copy", size))(self.cache, src, dst)
+
+
+def _make_host_pool(programs: Programs, num_host_blocks: int) -> HostPool | None:
+    if not num_host_blocks:
+        return None
+    memory = memory_for(programs.target, is_streamed=programs.stream is not None)
+    if programs.streams_by_dma:
+        memory = DmaSlots
+    return HostPool(programs.host_slots(num_host_blocks), memory, programs.get)
 
 
 def copy_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:

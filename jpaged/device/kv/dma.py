@@ -54,19 +54,40 @@ def abstract_slots(
 # Programs that move whole blocks ------------------------------------------------------------------------------------
 
 
-def store_blocks(
-    is_interpreted: bool, slots: Slots, cache: KVCache, blocks: Int[Array, " n"], into: Int[Array, " n"]
-) -> tuple[Slots, Int[Array, ""]]:
-    """Copy blocks to slots. Returns the slots, and a number that is ready when they are written."""
-    return store_blocks_tpu(slots, cache.pool, blocks, into, interpret=_interpreter(is_interpreted)), blocks.sum()
+def lower_move(
+    kind: str,
+    cache: KVCache,
+    slots: jax.ShapeDtypeStruct,
+    blocks: jax.ShapeDtypeStruct,
+    *,
+    is_interpreted: bool,
+) -> jax.stages.Lowered:
+    """The program that copies blocks to slots ("store") or slots to blocks ("restore"), in place.
 
+    Its last result is a number, which is ready when the copies are over.
 
-def restore_blocks(
-    is_interpreted: bool, cache: KVCache, slots: Slots, blocks: Int[Array, " n"], source: Int[Array, " n"]
-) -> tuple[KVCache, Int[Array, ""]]:
-    """Copy slots to blocks. Returns the cache, and a number that is ready when the blocks are written."""
-    pool = load_blocks_tpu(cache.pool, slots, blocks, source, interpret=_interpreter(is_interpreted))
-    return KVCache(pool), blocks.sum()
+    Args:
+        kind: "store" or "restore".
+        cache, slots, blocks: shapes of the arguments; there are as many blocks as slots.
+        is_interpreted: as for ``abstract_slots``.
+    """
+    interpret = _interpreter(is_interpreted)
+
+    def store(
+        slots: Slots, cache: KVCache, blocks: Int[Array, " n"], into: Int[Array, " n"]
+    ) -> tuple[Slots, Int[Array, ""]]:
+        return store_blocks_tpu(slots, cache.pool, blocks, into, interpret=interpret), blocks.sum()
+
+    def restore(
+        cache: KVCache, slots: Slots, blocks: Int[Array, " n"], source: Int[Array, " n"]
+    ) -> tuple[KVCache, Int[Array, ""]]:
+        return KVCache(load_blocks_tpu(cache.pool, slots, blocks, source, interpret=interpret)), blocks.sum()
+
+    if kind == "restore":
+        return jax.jit(restore, donate_argnums=0).lower(cache, slots, blocks, blocks)
+    # XLA would otherwise return the slots in device memory.
+    shardings = slots.sharding, blocks.sharding
+    return jax.jit(store, donate_argnums=0, out_shardings=shardings).lower(slots, cache, blocks, blocks)
 
 
 class _Landing:
@@ -163,8 +184,9 @@ class DmaStream:
         """The last arguments of the program that is enqueued next."""
         return self._loaded.popleft()
 
-    def given(self, slots: Slots, named: Int[Array, " most_plus_1"]) -> "_Arriving":
+    def given(self, *inputs: Array) -> "_Arriving":
         """The stream inside a program that has these inputs."""
+        slots, named = inputs
         return _Arriving(self.window, slots, named, _interpreter(self._is_interpreted))
 
     def forget(self) -> None:

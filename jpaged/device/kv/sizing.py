@@ -204,7 +204,7 @@ def check_way_to_stream(
     if not backend.streams_by_dma:
         if target.calls_back:
             return
-        reason = f"a {target.platform.upper()} streams with the backend pallas_tpu, not {backend.name};"
+        reason = f"programs here cannot call back, so the backend pallas_tpu streams, but {backend.name} does not;"
     elif keeps_activations(model, config):
         reason = "the backend pallas_tpu streams no activations; use offload_cache='kv', or"
     else:

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
-from jpaged.device.kv.dma import DmaStream, abstract_slots, restore_blocks, store_blocks
+from jpaged.device.kv.dma import DmaStream, abstract_slots, lower_move
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slots_for
 from jpaged.device.kv.layout import keeps_activations, pool_layout
 from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import BlockStream, HostStream
+from jpaged.device.kv.stream import BlockStream, HostStream, Window
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
@@ -105,13 +105,9 @@ class Programs:
 
     def open_window(self, num_host_blocks: int) -> None:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
-        self._num_streamable, layout = num_host_blocks, self._layout
-        window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, with_pages=self.keeps_activations)
-        if self.streams_by_dma:
-            slots = self.host_slots(num_host_blocks)
-            self.stream = DmaStream(window, slots, self.mesh, is_interpreted=self.backend.interpret)
-        else:
-            self.stream = HostStream(window, CopyEngine() if has_copy_engine(self.target) else PlainCopier())
+        self._num_streamable, layers = num_host_blocks, self._layout.num_layers
+        window = window_for(num_host_blocks, self.num_blocks, layers, with_pages=self.keeps_activations)
+        self.stream = _new_stream(self, window, num_host_blocks)
 
     @property
     def most_pages(self) -> PageSizes | None:
@@ -278,29 +274,29 @@ class Programs:
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
-                return self._jit(self._pass_of(bucket), bucket, None, None, donate=(1, 2)).lower(weights, cache, state)
+                return _jit(self._pass_of(bucket), bucket, None, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
                 assert self.stream is not None
                 bucket, pages = sizes
-                method = self._jit(self._pass_of(bucket), bucket, self.stream, pages, donate=(1, 2))
+                method = _jit(self._pass_of(bucket), bucket, self.stream, pages, donate=(1, 2))
                 return method.lower(weights, cache, state, *self.stream.inputs)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":
                 sample_sizes, num_top = sizes
                 packed = self._abstract((sample_sizes.packed_size,), jnp.int32), self._abstract((), jnp.int32)
-                method = self._jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
+                method = _jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
                 return method.lower(weights, state.latest, state.columns, state.sample_hidden, *packed)
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
                 rows = self._abstract((SCORE_ROWS,), jnp.int32)
-                return self._jit(self.steps.score, num_top).lower(weights, hidden, rows, rows)
+                return _jit(self.steps.score, num_top).lower(weights, hidden, rows, rows)
             case "beam":
                 rows, num_candidates, num_biases = sizes
                 empty = empty_beam_inputs(rows, num_candidates, num_biases)
                 packed = self._abstract(pack_beam_inputs(empty).shape, jnp.int32)
-                return self._jit(self.steps.beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
+                return _jit(self.steps.beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
             case "copy":
                 blocks = self._abstract((sizes[0],), jnp.int32)
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
@@ -309,33 +305,15 @@ class Programs:
                 return jax.jit(self.backend.gather, out_shardings=sharding).lower(cache, blocks)
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
-                return jax.jit(self._landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
-            case "store":
+                return jax.jit(_landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
+            case "store" | "restore":
                 blocks, slots = self._abstract((sizes[0],), jnp.int32), self.host_slots(self._num_streamable)
-                shardings = slots.sharding, replicated(self.mesh)
-                method = partial(store_blocks, self.backend.interpret)
-                return jax.jit(method, donate_argnums=0, out_shardings=shardings).lower(slots, cache, blocks, blocks)
-            case "restore":
-                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.host_slots(self._num_streamable)
-                method = partial(restore_blocks, self.backend.interpret)
-                return jax.jit(method, donate_argnums=0).lower(cache, slots, blocks, blocks)
+                return lower_move(kind, cache, slots, blocks, is_interpreted=self.backend.interpret)
             case _:
                 raise AssertionError(kind)
 
-    @staticmethod
-    def _landed(write: Callable[..., KVCache]) -> Callable[..., tuple[KVCache, jax.Array]]:
-        """A function that writes blocks and returns the cache, and a number that is ready when they are written."""
-
-        def run(cache: KVCache, blocks: jax.Array, *args: jax.Array) -> tuple[KVCache, jax.Array]:
-            return write(cache, blocks, *args), blocks.sum()
-
-        return run
-
     def _pass_of(self, bucket: Bucket) -> Callable:
         return self.steps.decode if bucket.is_decode else self.steps.forward
-
-    def _jit(self, method: Callable, *static: object, donate: tuple[int, ...] = ()):
-        return jax.jit(partial(method, *static), donate_argnums=donate)
 
     def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
@@ -361,6 +339,27 @@ class Programs:
         cache = jax.eval_shape(partial(self._layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
+
+
+def _new_stream(programs: Programs, window: Window, num_host_blocks: int) -> BlockStream:
+    """The stream of some programs, into a window, of so many blocks of the host."""
+    if programs.streams_by_dma:
+        slots = programs.host_slots(num_host_blocks)
+        return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)
+    return HostStream(window, CopyEngine() if has_copy_engine(programs.target) else PlainCopier())
+
+
+def _jit(method: Callable, *static: object, donate: tuple[int, ...] = ()) -> Any:
+    return jax.jit(partial(method, *static), donate_argnums=donate)
+
+
+def _landed(write: Callable[..., KVCache]) -> Callable[..., tuple[KVCache, jax.Array]]:
+    """A function that writes blocks and returns the cache, and a number that is ready when they are written."""
+
+    def run(cache: KVCache, blocks: jax.Array, *args: jax.Array) -> tuple[KVCache, jax.Array]:
+        return write(cache, blocks, *args), blocks.sum()
+
+    return run
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:

@@ -87,7 +87,7 @@ def store_blocks_tpu(
 
         run_moves(blocks.shape[0], move, semaphores)
 
-    specs = [pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.HOST)]
+    specs = [pl.BlockSpec(memory_space=pl.ANY), _in_host_memory(interpret)]
     return _call_with(body, (blocks, into), (pool, slots), specs, "store_blocks", interpret)
 
 
@@ -114,7 +114,7 @@ def load_blocks_tpu(
 
         run_moves(blocks.shape[0], move, semaphores)
 
-    specs = [pl.BlockSpec(memory_space=pl.HOST), pl.BlockSpec(memory_space=pl.ANY)]
+    specs = [_in_host_memory(interpret), pl.BlockSpec(memory_space=pl.ANY)]
     return _call_with(body, (blocks, source), (slots, pool), specs, "load_blocks", interpret)
 
 
@@ -196,7 +196,7 @@ def start_layer_tpu(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(),
-            in_specs=[pl.BlockSpec(memory_space=pl.HOST), in_place],
+            in_specs=[_in_host_memory(interpret), in_place],
             out_specs=out_specs,
             scratch_shapes=[semaphore] if interpret else [],
         ),
@@ -245,6 +245,11 @@ def wait_layer_tpu(
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
         name="wait_layer",
     )(named[:1], semaphore, after, in_hbm(layers, interpret))
+
+
+def _in_host_memory(interpret: Interpret) -> pl.BlockSpec:
+    """The memory of slots. The interpreter writes no host memory in place."""
+    return pl.BlockSpec(memory_space=pl.ANY if interpret else pl.HOST)
 
 
 def _as(slots: Ref, ref: Ref) -> Ref:
