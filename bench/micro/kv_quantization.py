@@ -4,14 +4,16 @@
     python -m bench kv-quantization --files 8
 
 Runs the model in the package over held-out files of Python's library. Each file's first tokens are a prompt, written
-in one piece; the later tokens are written one by one, as decodes are. Prints the mean Kullback-Leibler divergence in
-nats, and the capacity of a pool of the same bytes. Writes ``bench/results/kv_quantization.json``.
+in one piece; the later tokens are written one by one, as decodes are. Blocks that come back from the host rounded are
+exact until they are full, and rounded in every step from then on. Prints the mean Kullback-Leibler divergence in nats,
+and the capacity of a pool of the same bytes. Writes ``bench/results/kv_quantization.json``.
 """
 
 import argparse
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,20 @@ from jpaged.config import EngineConfig
 from jpaged.demo.corpus import Corpus, read_source_files
 from jpaged.device.backends import Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.layout import PoolLayout, kv_dtype, pool_layout
+from jpaged.device.kv.layout import PoolLayout, is_narrowed, kv_dtype, pool_layout
+from jpaged.device.kv.narrow import narrow_bits, widen_bits
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import BACKENDS
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import load_config, load_model
 from jpaged.sharding import make_mesh
 
-POOLS = ("fp8", "int8")
-"""Settings of ``kv_cache_dtype``."""
+POOLS: dict[str, dict[str, str]] = {
+    "fp8": {"kv_cache_dtype": "fp8"},
+    "int8": {"kv_cache_dtype": "int8"},
+    "int8 on the host": {"offload_dtype": "int8"},
+}
+"""Settings by the name of what holds the blocks."""
 
 BLOCK_SIZE = 16
 SERVED_LAYERS, SERVED_KV_HEADS, SERVED_HEAD_DIM = 32, 8, 128
@@ -95,14 +102,14 @@ def held_out_tokens(stdlib: Path, num_files: int, num_tokens: int) -> Int32[np.n
 
 
 def measure(sequences: Int32[np.ndarray, "files tokens"], num_prompt: int) -> dict[str, Divergence]:
-    """The divergence over a pool of each 8-bit type.
+    """The divergence over each of ``POOLS``.
 
     Args:
         sequences: token ids of each file.
         num_prompt: tokens that are written in one piece.
     """
-    plain = Forced("auto").logprobs(sequences, num_prompt)
-    quantized = {name: Forced(name).logprobs(sequences, num_prompt) for name in POOLS}
+    plain = Forced().logprobs(sequences, num_prompt)
+    quantized = {name: Forced(**changed).logprobs(sequences, num_prompt) for name, changed in POOLS.items()}
     nats: dict[str, list[np.ndarray]] = {name: [] for name in POOLS}
     is_same: dict[str, list[np.ndarray]] = {name: [] for name in POOLS}
     for expected in plain:
@@ -116,7 +123,8 @@ def measure(sequences: Int32[np.ndarray, "files tokens"], num_prompt: int) -> di
 def _summarise(name: str, nats: list[np.ndarray], is_same: list[np.ndarray]) -> Divergence:
     """Summarise the numbers of each step, the first of which is all prompts."""
     sizes = (SERVED_LAYERS, SERVED_KV_HEADS, SERVED_HEAD_DIM, BLOCK_SIZE)
-    whole, small = (PoolLayout(*sizes, kv_dtype(setting, jnp.bfloat16)) for setting in ("auto", name))
+    [setting] = POOLS[name].values()
+    whole, small = (PoolLayout(*sizes, kv_dtype(dtype, jnp.bfloat16)) for dtype in ("auto", setting))
     every = np.concatenate(nats, axis=1)
     return Divergence(
         mean=float(every.mean()),
@@ -134,19 +142,26 @@ def _divergence(
     return (np.exp(expected) * (expected - got)).sum(axis=-1)
 
 
+@partial(jax.jit, donate_argnums=0)
+def _round(cache: KVCache, blocks: Int32[Array, " full"]) -> KVCache:
+    """The cache with some blocks as they come back from the host."""
+    narrow = narrow_bits(cache.gather(blocks), cache.pool.dtype)
+    return cache.scatter(blocks, widen_bits(narrow, cache.pool))
+
+
 class Forced:
     """The model in the package, fed with given tokens, over a pool of some type.
 
     Args:
-        kv_cache_dtype: the setting of that name.
+        changed: settings of the engine.
     """
 
-    def __init__(self, kv_cache_dtype: str):
+    def __init__(self, **changed: Any):
         self._config = load_config(DEMO_MODEL)
         model = load_model(DEMO_MODEL, self._config, "float32", make_mesh(), use_tqdm=False)
         self._graphdef, self._weights = nnx.split(model)
         self._backend = BACKENDS["xla"]("")
-        self._kv_cache_dtype = kv_cache_dtype
+        self._settings = EngineConfig(block_size=BLOCK_SIZE, **changed)
         self._step = self._make_step()
 
     def logprobs(
@@ -160,11 +175,13 @@ class Forced:
         """
         num_files, num_tokens = sequences.shape
         num_blocks = -(-num_tokens // BLOCK_SIZE)
-        settings = EngineConfig(block_size=BLOCK_SIZE, kv_cache_dtype=self._kv_cache_dtype)
-        cache = pool_layout(self._config, settings, "float32", self._backend).allocate(1 + num_files * num_blocks)
+        layout = pool_layout(self._config, self._settings, "float32", self._backend)
+        cache = layout.allocate(1 + num_files * num_blocks)
         tables = 1 + np.arange(num_files * num_blocks, dtype=np.int32).reshape(num_files, num_blocks)
         for start, stop in [(0, num_prompt), *((n, n + 1) for n in range(num_prompt, num_tokens))]:
             cache, found = self._step(self._weights, cache, sequences[:, start:stop], tables, np.int32(start))
+            if is_narrowed(self._settings):
+                cache = _round(cache, tables[:, : stop // BLOCK_SIZE].reshape(-1))
             yield np.asarray(found)
 
     def _make_step(self) -> Callable[..., tuple[KVCache, Array]]:

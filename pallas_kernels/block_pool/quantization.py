@@ -4,12 +4,25 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int, Real
 
-from pallas_kernels.block_pool.layout import LARGEST_STORED, BlockPool, KvScales, LayerIndex, shape_of
+from pallas_kernels.block_pool.layout import (
+    LARGEST_STORED,
+    BlockPool,
+    Blocks,
+    KvScales,
+    LayerIndex,
+    Scales,
+    shape_of,
+)
 
 SMALLEST_SCALE = 2.0**-126
 """The scale of zeros alone: this number and its reciprocal are normal numbers in float32."""
+
+
+NOT_FINITE = -128
+"""The int8 number of a value that is not finite: no finite value takes it."""
 
 
 class Quantized(NamedTuple):
@@ -48,18 +61,16 @@ def quantize(
     kv_scales = kv_scales.at[started, layer].set(0, mode="drop", wrap_negative_indices=False)
     old = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
     kv_scales, old = lax.optimization_barrier((kv_scales, old))
-    least = _least_scales(kv, pool.dtype)
+    least = _least_scales(jnp.abs(kv).max(axis=-1), pool.dtype)
     kv_scales = kv_scales.at[blocks, layer].max(least, mode="drop", wrap_negative_indices=False)
     new = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
     kv_scales, new = lax.optimization_barrier((kv_scales, new))
     return Quantized(to_stored(kv / new[..., None], pool.dtype), kv_scales, old, new)
 
 
-def _least_scales(
-    kv: Float32[Array, "tokens 2 num_kv_heads head_dim"], dtype: jnp.dtype
-) -> Float32[Array, "tokens 2 num_kv_heads"]:
-    """The smallest power of two with which each head's numbers fit the type; NaN where a number is not finite."""
-    least = jnp.maximum(jnp.abs(kv).max(axis=-1) / LARGEST_STORED[dtype], SMALLEST_SCALE)
+def _least_scales(largest: Float32[Array, "*heads"], dtype: jnp.dtype) -> Float32[Array, "*heads"]:
+    """The smallest power of two with which numbers up to this magnitude fit the type; NaN if it is not finite."""
+    least = jnp.maximum(largest / LARGEST_STORED[dtype], SMALLEST_SCALE)
     mantissa = 2**23 - 1
     bits = lax.bitcast_convert_type(least, jnp.int32)  # the sum carries into the exponent unless the mantissa is 0
     power = lax.bitcast_convert_type((bits + mantissa) & ~mantissa, jnp.float32)
@@ -69,3 +80,27 @@ def _least_scales(
 def to_stored(x: Float32[Array, "..."], dtype: jnp.dtype) -> Real[Array, "..."]:
     """The nearest number that the type stores. No number needs saturating: a block's scale covers its largest."""
     return (jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)
+
+
+def quantize_blocks(blocks: Blocks) -> tuple[Blocks, Scales]:
+    """Round whole blocks of a float type to int8, with a scale for the K and for the V of each layer and head.
+
+    A finite value changes by at most half of its scale, and so by 1/127 of the largest finite magnitude of its head in
+    the block. Scales are powers of two. So a block that was rounded before comes back with the same values, however
+    often it is rounded. A value that is not finite leaves the others as they are, and comes back as NaN: slots without
+    a token may hold any bits.
+    """
+    dtype = jnp.dtype(jnp.int8)
+    values = blocks.astype(jnp.float32)
+    magnitudes = jnp.abs(values)
+    is_finite = magnitudes < jnp.inf
+    scales = _least_scales(jnp.where(is_finite, magnitudes, 0).max(axis=(-2, -1)), dtype)
+    stored = to_stored(jnp.where(is_finite, values / scales[..., None, None], NOT_FINITE), dtype)
+    return stored, scales
+
+
+def dequantize_blocks(stored: Blocks, scales: Scales, dtype: DTypeLike) -> Blocks:
+    """Undo ``quantize_blocks``, up to its rounding, in a float type."""
+    largest = jnp.finfo(dtype).max.astype(jnp.float32)  # rounding up may exceed it
+    values = jnp.clip(stored.astype(jnp.float32) * scales[..., None, None], -largest, largest)
+    return jnp.where(stored == NOT_FINITE, jnp.nan, values).astype(dtype)

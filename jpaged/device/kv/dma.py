@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Int, Int32
 
 from jpaged.contract.plan import BlockCopy
+from jpaged.device.backends import Backend
 from jpaged.device.kv.host_memory import MOVE_SIZES, Arrival, Program, padded, size_for
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import NUM_BUFFERS, Window
-from jpaged.sharding import pool_sharding, replicated
+from jpaged.sharding import replicated
 from pallas_kernels.block_pool.tpu import (
     Slots,
     load_blocks_tpu,
@@ -33,20 +34,18 @@ _PADDING = -1
 """A block that no program copies."""
 
 
-def abstract_slots(
-    cache: KVCache, num_slots: int, mesh: jax.sharding.Mesh, *, is_interpreted: bool
-) -> jax.ShapeDtypeStruct:
-    """The array of so many slots: shape, type and sharding.
+def abstract_slots(blocks: jax.ShapeDtypeStruct, cache: KVCache, backend: Backend) -> jax.ShapeDtypeStruct:
+    """The array of slots for blocks: shape, type and sharding.
 
     Args:
+        blocks: the shape of as many blocks outside of the pool.
         cache: the shapes of the pool.
-        num_slots: slots.
-        mesh: the devices.
-        is_interpreted: whether Pallas's interpreter runs the kernels; it takes no arrays in pinned memory.
+        backend: its kernels copy. Pallas's interpreter takes no arrays in pinned memory.
     """
-    slots = slots_for(cache.pool, num_slots, is_interpreted=is_interpreted)
-    sharding = pool_sharding(mesh)
-    if not is_interpreted:
+    sharding = blocks.sharding
+    assert isinstance(sharding, jax.sharding.NamedSharding)
+    slots = slots_for(cache.pool, blocks.shape[0], is_interpreted=backend.interpret)
+    if not backend.interpret:
         sharding = sharding.with_memory_kind("pinned_host")
     return jax.ShapeDtypeStruct(slots.shape, slots.dtype, sharding=sharding)
 
@@ -69,7 +68,7 @@ def lower_move(
     Args:
         kind: "store" or "restore".
         cache, slots, blocks: shapes of the arguments; there are as many blocks as slots.
-        is_interpreted: as for ``abstract_slots``.
+        is_interpreted: whether Pallas's interpreter runs the kernels.
     """
     interpret = _interpreter(is_interpreted)
 
@@ -112,6 +111,7 @@ class DmaSlots:
     """
 
     is_staged = False
+    most_staged = 0
 
     def __init__(self, slots: jax.ShapeDtypeStruct, program: Program) -> None:
         self._shape = slots

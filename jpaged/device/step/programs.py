@@ -18,10 +18,12 @@ from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.dma import DmaStream, abstract_slots, lower_move
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slots_for
-from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
+from jpaged.device.kv.narrow import gather_for_host, scatter_from_host
+from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import BlockStream, HostStream, Window
+from jpaged.device.kv.stream import BlockStream, HostStream
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
@@ -81,7 +83,9 @@ class Programs:
         self.dtype = dtype_of(model)
         self.backend = backend
         self._layout = pool_layout(model_config, config, self.dtype, backend)
+        self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
+        self.host_bytes_per_block = self._host_layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.stream: BlockStream | None = None
@@ -105,9 +109,8 @@ class Programs:
 
     def open_window(self, num_host_blocks: int) -> None:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
-        self._num_streamable, layers = num_host_blocks, self._layout.num_layers
-        window = window_for(num_host_blocks, self.num_blocks, layers, with_pages=self.keeps_activations)
-        self.stream = _new_stream(self, window, num_host_blocks)
+        self._num_streamable = num_host_blocks
+        self.stream = _new_stream(self, num_host_blocks)
 
     @property
     def most_pages(self) -> PageSizes | None:
@@ -125,10 +128,10 @@ class Programs:
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
-        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them."""
+        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them as they are."""
         if self.streams_by_dma:
             return "store", "restore"
-        return () if has_copy_engine(self.target) else ("gather", "scatter")
+        return () if has_copy_engine(self.target) and not is_narrowed(self.config) else ("gather", "scatter")
 
     @property
     def streams_by_dma(self) -> bool:
@@ -154,7 +157,8 @@ class Programs:
         total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
-            total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
+            most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
+            total += 2 * most_staged * self.host_bytes_per_block // self.mesh.size
         with InterruptsWait() as interrupts:
             for key in keys:
                 interrupts.check()
@@ -234,6 +238,7 @@ class Programs:
             self.num_blocks,
             self.config.block_size,
             self._layout,
+            self._host_layout,
             self.max_model_len,
             self.max_burst,
             self.buckets,
@@ -264,6 +269,7 @@ class Programs:
 
     def _lower_kind(self, kind: str, *sizes: Any) -> jax.stages.Lowered:
         weights, cache, state = self.weights, self.abstract_cache(), self._abstract_state()
+        as_stored = self.backend, is_narrowed(self.config)
         match kind:
             case "load":
                 (bucket,) = sizes
@@ -302,10 +308,10 @@ class Programs:
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
                 blocks, sharding = self._abstract((sizes[0],), jnp.int32), pool_sharding(self.mesh)
-                return jax.jit(self.backend.gather, out_shardings=sharding).lower(cache, blocks)
+                return _jit(gather_for_host, *as_stored, out_shardings=sharding).lower(cache, blocks)
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
-                return jax.jit(_landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
+                return _jit(scatter_from_host, *as_stored, donate=(0,)).lower(cache, blocks, data)
             case "store" | "restore":
                 blocks, slots = self._abstract((sizes[0],), jnp.int32), self.host_slots(self._num_streamable)
                 return lower_move(kind, cache, slots, blocks, is_interpreted=self.backend.interpret)
@@ -329,37 +335,28 @@ class Programs:
 
     def host_slots(self, num_host_blocks: int) -> jax.ShapeDtypeStruct:
         """The shape of the slots of a host pool of so many blocks."""
-        num_slots = num_slots_for(num_host_blocks)
-        if not self.streams_by_dma:
-            return self.abstract_blocks(num_slots)
-        return abstract_slots(self.abstract_cache(), num_slots, self.mesh, is_interpreted=self.backend.interpret)
+        blocks = self.abstract_blocks(num_slots_for(num_host_blocks))
+        return abstract_slots(blocks, self.abstract_cache(), self.backend) if self.streams_by_dma else blocks
 
     def abstract_blocks(self, num_blocks: int) -> jax.ShapeDtypeStruct:
-        """The shape of the bits of blocks outside of the pool."""
-        cache = jax.eval_shape(partial(self._layout.allocate, 1))
+        """The shape of the bits of blocks on the host."""
+        cache = jax.eval_shape(partial(self._host_layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
 
 
-def _new_stream(programs: Programs, window: Window, num_host_blocks: int) -> BlockStream:
-    """The stream of some programs, into a window, of so many blocks of the host."""
+def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
+    """The stream of some programs, and the window for so many blocks of the host."""
+    num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
+    window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages)
     if programs.streams_by_dma:
         slots = programs.host_slots(num_host_blocks)
         return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)
     return HostStream(window, CopyEngine() if has_copy_engine(programs.target) else PlainCopier())
 
 
-def _jit(method: Callable, *static: object, donate: tuple[int, ...] = ()) -> Any:
-    return jax.jit(partial(method, *static), donate_argnums=donate)
-
-
-def _landed(write: Callable[..., KVCache]) -> Callable[..., tuple[KVCache, jax.Array]]:
-    """A function that writes blocks and returns the cache, and a number that is ready when they are written."""
-
-    def run(cache: KVCache, blocks: jax.Array, *args: jax.Array) -> tuple[KVCache, jax.Array]:
-        return write(cache, blocks, *args), blocks.sum()
-
-    return run
+def _jit(method: Callable, *static: object, donate: tuple[int, ...] = (), **options: Any) -> Any:
+    return jax.jit(partial(method, *static), donate_argnums=donate, **options)
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:
