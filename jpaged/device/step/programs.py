@@ -236,16 +236,8 @@ class Programs:
         if not self.target.keeps_programs:
             return None
         weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
-        sizes = (
-            self.num_blocks,
-            self.config.block_size,
-            self._layout,
-            self._host_layout,
-            self.max_model_len,
-            self.max_burst,
-            self.buckets,
-            self._num_streamable,
-        )
+        pools = self.num_blocks, self.config.block_size, self._layout, self._host_layout
+        sizes = *pools, self.max_model_len, self.max_burst, self.buckets, self._num_streamable
         choices = self.model_config, self.backend, self.config.kv_cache_dtype, self.target
         devices = list(self.mesh.devices.flat)
         return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
