@@ -139,7 +139,8 @@ class ModelRunner:
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":
-            check_streamed_context(model_config, config, self.num_blocks, self.num_host_blocks)
+            sizes = self.num_blocks, self.num_host_blocks, self.programs.arriving_share
+            check_streamed_context(model_config, config, *sizes)
             self.programs.open_window(self.num_host_blocks)
         self.host_pool = self._make_host_pool()
         self.profile: MachineProfile | None = None

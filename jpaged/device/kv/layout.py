@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -156,4 +157,9 @@ def why_not_narrowed(config: EngineConfig) -> str | None:
         return f"kv_cache_dtype={config.kv_cache_dtype!r} has 8 bits already, and its blocks move as they are"
     if config.offload_cache == "activations":
         return "offload_cache='activations' keeps the inputs of layers, and only K and V are rounded"
-    return "kv_placement other than 'device' streams blocks as they are" if config.kv_placement != "device" else None
+    return None
+
+
+def arriving_share(layout: PoolLayout, config: EngineConfig) -> Fraction:
+    """The part of its bytes on the device that a block takes on the host, and as it arrives."""
+    return Fraction(host_layout(layout, config).block_bytes, layout.block_bytes)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Protocol
 
 import jax
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.layout import host_layout, keeps_activations, pool_layout
+from jpaged.device.kv.layout import arriving_share, host_layout, keeps_activations, pool_layout
 from jpaged.device.kv.streaming import most_blocks_on_host, window_for
 from jpaged.device.target import Target, choose_backend, target_of
 from jpaged.models import ModelConfig
@@ -180,10 +181,12 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
         useful_blocks=useful_blocks + 1,
     )
     if config.kv_placement != "device":
-        check_streamed_context(model, config, num_blocks, num_host_blocks)
+        check_streamed_context(model, config, num_blocks, num_host_blocks, arriving_share(layout, config))
 
 
-def check_streamed_context(model: ModelConfig, config: EngineConfig, num_blocks: int, num_host_blocks: int) -> None:
+def check_streamed_context(
+    model: ModelConfig, config: EngineConfig, num_blocks: int, num_host_blocks: int, share: Fraction
+) -> None:
     """Check that both pools together hold the context asked for.
 
     Args:
@@ -191,12 +194,13 @@ def check_streamed_context(model: ModelConfig, config: EngineConfig, num_blocks:
         config: the engine's settings, with ``kv_placement`` other than "device".
         num_blocks: blocks of the device's pool.
         num_host_blocks: blocks of the host pool.
+        share: as for ``window_for``.
 
     Raises:
         ValueError: no block can be streamed, or ``max_model_len`` is longer than what the pools hold.
     """
     with_pages = keeps_activations(model, config)
-    window = window_for(num_host_blocks, num_blocks, len(model.layer_specs), with_pages=with_pages)
+    window = window_for(num_host_blocks, num_blocks, len(model.layer_specs), with_pages=with_pages, share=share)
     on_host = most_blocks_on_host(window, num_host_blocks, num_blocks, with_pages=with_pages)
     if on_host == 0:
         raise ValueError(

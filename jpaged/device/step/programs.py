@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
-from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
+from jpaged.device.kv.layout import arriving_share, host_layout, is_narrowed, keeps_activations, pool_layout
 from jpaged.device.kv.narrow import narrow_bits, widen_bits
 from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PageSizes
@@ -109,9 +110,15 @@ class Programs:
     def open_window(self, num_host_blocks: int) -> None:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
         self._num_streamable, layout = num_host_blocks, self._layout
-        window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, with_pages=self.keeps_activations)
+        kind: dict[str, Any] = {"with_pages": self.keeps_activations, "share": self.arriving_share}
+        window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, **kind)
         copier = CopyEngine() if has_copy_engine(self.target) else PlainCopier()
         self.stream = HostStream(window, copier)
+
+    @property
+    def arriving_share(self) -> Fraction:
+        """The part of its bytes on the device that a block takes as it arrives from the host."""
+        return arriving_share(self._layout, self.config)
 
     @property
     def most_pages(self) -> PageSizes | None:
@@ -149,6 +156,8 @@ class Programs:
         keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
         # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
         total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
+        if self.stream is not None and self.stream.window.is_narrow:  # a batch as it arrives, and widened
+            total += 2 * self.stream.window.batches.size * self._layout.layer_bytes
         if has_host_pool(self.config, self.target) and self.move_kinds:
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
