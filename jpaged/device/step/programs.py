@@ -4,7 +4,6 @@ import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -60,6 +59,7 @@ class Programs:
     Attributes:
         weights: shapes, types and shardings of the parameters.
         num_loaded: programs that an earlier start had compiled.
+        arriving_share: the part of its bytes on the device that a block takes as it arrives from the host.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Programs:
         self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
         self.host_bytes_per_block = self._host_layout.block_bytes
+        self.arriving_share = arriving_share(self._layout, config)
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.stream: HostStream | None = None
@@ -114,11 +115,6 @@ class Programs:
         window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, **kind)
         copier = CopyEngine() if has_copy_engine(self.target) else PlainCopier()
         self.stream = HostStream(window, copier)
-
-    @property
-    def arriving_share(self) -> Fraction:
-        """The part of its bytes on the device that a block takes as it arrives from the host."""
-        return arriving_share(self._layout, self.config)
 
     @property
     def most_pages(self) -> PageSizes | None:
@@ -308,22 +304,16 @@ class Programs:
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
                 blocks, sharding = self._abstract((sizes[0],), jnp.int32), pool_sharding(self.mesh)
-                return jax.jit(self._gather, out_shardings=sharding).lower(cache, blocks)
+                return jax.jit(partial(_gather, self.backend, is_narrowed(self.config)), out_shardings=sharding).lower(
+                    cache, blocks
+                )
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
-                return jax.jit(self._scatter, donate_argnums=0).lower(cache, blocks, data)
+                return jax.jit(partial(_scatter, self.backend, is_narrowed(self.config)), donate_argnums=0).lower(
+                    cache, blocks, data
+                )
             case _:
                 raise AssertionError(kind)
-
-    def _gather(self, cache: KVCache, blocks: jax.Array) -> jax.Array:
-        """Blocks as they lie on the host."""
-        gathered = self.backend.gather(cache, blocks)
-        return narrow_bits(gathered, cache.pool.dtype) if is_narrowed(self.config) else gathered
-
-    def _scatter(self, cache: KVCache, blocks: jax.Array, data: jax.Array) -> tuple[KVCache, jax.Array]:
-        """The cache with blocks that come from the host, and a number that is ready when they are written."""
-        data = widen_bits(data, cache.pool) if is_narrowed(self.config) else data
-        return self.backend.scatter(cache, blocks, data), blocks.sum()
 
     def _pass_of(self, bucket: Bucket) -> Callable:
         return self.steps.decode if bucket.is_decode else self.steps.forward
@@ -348,6 +338,20 @@ class Programs:
         cache = jax.eval_shape(partial(self._host_layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
+
+
+def _gather(backend: Backend, is_narrow: bool, cache: KVCache, blocks: jax.Array) -> jax.Array:
+    """Blocks as they lie on the host."""
+    gathered = backend.gather(cache, blocks)
+    return narrow_bits(gathered, cache.pool.dtype) if is_narrow else gathered
+
+
+def _scatter(
+    backend: Backend, is_narrow: bool, cache: KVCache, blocks: jax.Array, data: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    """The cache with blocks that come from the host, and a number that is ready when they are written."""
+    data = widen_bits(data, cache.pool) if is_narrow else data
+    return backend.scatter(cache, blocks, data), blocks.sum()
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:
