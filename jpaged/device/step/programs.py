@@ -304,14 +304,12 @@ class Programs:
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
                 blocks, sharding = self._abstract((sizes[0],), jnp.int32), pool_sharding(self.mesh)
-                return jax.jit(partial(_gather, self.backend, is_narrowed(self.config)), out_shardings=sharding).lower(
-                    cache, blocks
-                )
+                gather = partial(_gather, self.backend, is_narrowed(self.config))
+                return jax.jit(gather, out_shardings=sharding).lower(cache, blocks)
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
-                return jax.jit(partial(_scatter, self.backend, is_narrowed(self.config)), donate_argnums=0).lower(
-                    cache, blocks, data
-                )
+                scatter = partial(_scatter, self.backend, is_narrowed(self.config))
+                return jax.jit(scatter, donate_argnums=0).lower(cache, blocks, data)
             case _:
                 raise AssertionError(kind)
 
