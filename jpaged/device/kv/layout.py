@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -158,8 +157,3 @@ def why_not_narrowed(config: EngineConfig) -> str | None:
     if config.offload_cache == "activations":
         return "offload_cache='activations' keeps the inputs of layers, and only K and V are rounded"
     return None
-
-
-def arriving_share(layout: PoolLayout, config: EngineConfig) -> Fraction:
-    """The part of its bytes on the device that a block takes on the host, and as it arrives."""
-    return Fraction(host_layout(layout, config).block_bytes, layout.block_bytes)

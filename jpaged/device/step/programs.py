@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.dma import DmaStream, abstract_slots, lower_move
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slots_for
-from jpaged.device.kv.layout import arriving_share, host_layout, is_narrowed, keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
 from jpaged.device.kv.narrow import gather_for_host, scatter_from_host
 from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PageSizes
@@ -60,7 +61,6 @@ class Programs:
     Attributes:
         weights: shapes, types and shardings of the parameters.
         num_loaded: programs that an earlier start had compiled.
-        arriving_share: the part of its bytes on the device that a block takes as it arrives from the host.
     """
 
     def __init__(
@@ -87,7 +87,6 @@ class Programs:
         self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
         self.host_bytes_per_block = self._host_layout.block_bytes
-        self.arriving_share = arriving_share(self._layout, config)
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.stream: BlockStream | None = None
@@ -155,10 +154,7 @@ class Programs:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
         keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
         keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
-        # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
-        if self.stream is not None and self.stream.window.is_narrow:  # a batch as it arrives, and widened
-            total += 2 * self.stream.window.batches.size * self._layout.layer_bytes
+        total = _num_copied_cells(self) * self._layout.layer_bytes
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
@@ -349,10 +345,20 @@ class Programs:
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
 
 
+def _num_copied_cells(programs: Programs) -> int:
+    """Cells whose content a streaming layer has in temporaries at once."""
+    if programs.keeps_activations:
+        # Of all pages: the inputs, K and V, and both of these as a kernel and a product lay them out.
+        return 6 * programs.max_streamed_blocks
+    window = None if programs.stream is None else programs.stream.window
+    # A batch as it arrives, and widened.
+    return 0 if window is None or not window.is_narrow else 2 * window.batches.size
+
+
 def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
     """The stream of some programs, and the window for so many blocks of the host."""
     num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
-    share = programs.arriving_share
+    share = Fraction(programs.host_bytes_per_block, programs.bytes_per_block)
     window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages, share=share)
     if programs.streams_by_dma:
         slots = programs.host_slots(num_host_blocks)
