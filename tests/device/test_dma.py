@@ -100,6 +100,7 @@ def test_the_link_is_measured_by_copies_of_padding_alone():
             {"kv_cache_dtype": "int8"},
             "pallas_tpu does not stream a pool of int8: slots hold blocks without scales; use",
         ),
+        ({"num_host_blocks": 100_000}, "pallas_tpu streams 98304 blocks at most, not num_host_blocks=100000; use"),
         ({"block_size": 12}, "does not stream block_size 12: expected a multiple of 8 for float32; use kv_placement="),
     ],
 )
