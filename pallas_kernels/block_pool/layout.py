@@ -97,10 +97,9 @@ def matrix_of(
     return ((block * num_layers + layer) * 2 + which) * num_kv_heads + kv_head
 
 
-def as_sides(pool: BlockPool) -> Real[Array, "sides num_kv_heads block_size head_dim"]:
-    """The pool as one array for each block, layer, and K or V."""
-    shape = shape_of(pool)
-    return pool.reshape(-1, shape.num_kv_heads, shape.block_size, shape.head_dim)
+def as_sides(pool: BlockPool | KvScales) -> Real[Array, "sides num_kv_heads *block_size_and_head_dim"]:
+    """A pool, or its scales, as one array for each block, layer, and K or V."""
+    return pool.reshape(-1, *pool.shape[KV_HEAD_AXIS:])
 
 
 def as_layers(pool: BlockPool | KvScales) -> BlockPool | KvScales:

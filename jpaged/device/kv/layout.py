@@ -105,7 +105,6 @@ def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
         )
     expected = {
         "kv_placement='host'": config.kv_placement == "host",
-        "kv_cache_dtype='auto'": config.kv_cache_dtype == "auto",
         "an even block_size": config.block_size % 2 == 0,
         "max_burst=1": config.max_burst in (None, 1),
     }
@@ -114,8 +113,14 @@ def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
 
 
 def keeps_activations(model: ModelConfig, config: EngineConfig) -> bool:
-    """Whether blocks hold the inputs of each layer, from which every step computes K and V (``kv/pages.py``)."""
-    return config.offload_cache != "kv" and why_no_activations(model, config) is None
+    """Whether blocks hold the inputs of each layer, from which every step computes K and V (``kv/pages.py``).
+
+    "auto" decides so for unquantised pools only, where K and V change by no more than the rounding of a product. Inputs
+    in a quantised pool would halve the bytes too. But K and V would then be rounded twice, which nobody asked for.
+    """
+    if config.offload_cache == "kv" or (config.offload_cache == "auto" and config.kv_cache_dtype != "auto"):
+        return False
+    return why_no_activations(model, config) is None
 
 
 def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: Backend) -> PoolLayout:

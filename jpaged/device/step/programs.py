@@ -144,7 +144,8 @@ class Programs:
         keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
         keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
         # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
+        page_bytes = self._layout.layer_bytes // self._layout.dtype.itemsize * self.dtype.itemsize
+        total = 6 * self.max_streamed_blocks * page_bytes if self.keeps_activations else 0
         if has_host_pool(self.config, self.target) and self.move_kinds:
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
