@@ -115,12 +115,17 @@ def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
 def keeps_activations(model: ModelConfig, config: EngineConfig) -> bool:
     """Whether blocks hold the inputs of each layer, from which every step computes K and V (``kv/pages.py``).
 
-    "auto" decides so for unquantised pools only, where K and V change by no more than the rounding of a product. Inputs
-    in a quantised pool would halve the bytes too. But K and V would then be rounded twice, which nobody asked for.
+    "auto" decides so in unquantised pools alone. There K and V change by no more than the rounding of a product. Inputs
+    halve the bytes of an 8-bit pool too, but their own rounding adds to that of K and V. So a caller asks for these.
     """
     if config.offload_cache == "kv" or (config.offload_cache == "auto" and config.kv_cache_dtype != "auto"):
         return False
     return why_no_activations(model, config) is None
+
+
+def pool_block_size(model: ModelConfig, config: EngineConfig) -> int:
+    """Tokens whose K and V a block of the pool holds, or half of those whose activations it holds."""
+    return config.block_size // 2 if keeps_activations(model, config) else config.block_size
 
 
 def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: Backend) -> PoolLayout:
@@ -134,6 +139,4 @@ def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: B
     """
     num_kv_heads, head_dim = backend.pool_heads(*heads_of_pool(model.layer_specs, backend.num_devices))
     stored = kv_dtype(config.kv_cache_dtype, dtype)
-    # A block of activations lies in the place of a block with half of its tokens.
-    block_size = config.block_size // 2 if keeps_activations(model, config) else config.block_size
-    return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, block_size, stored)
+    return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, pool_block_size(model, config), stored)
