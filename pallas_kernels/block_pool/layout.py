@@ -75,9 +75,14 @@ def is_scales(pool: BlockPool | KvScales) -> bool:
     return pool.ndim == 4
 
 
-def num_blocks_of(pool: BlockPool | KvScales) -> int:
-    """Blocks of a pool, or of its scales."""
+def num_blocks_of(pool: Real[Array, "num_blocks num_layers *rest"]) -> int:
+    """Blocks of a pool, of its sides, or of the scales of either."""
     return pool.shape[0]
+
+
+def block_size_of(pool: Real[Array, "num_blocks num_layers *heads block_size head_dim"]) -> int:
+    """Tokens of a block of a pool, or of its sides."""
+    return pool.shape[-2]
 
 
 def blocks_shape(pool: BlockPool | KvScales, num_blocks: int) -> tuple[int, ...]:

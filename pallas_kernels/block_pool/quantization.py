@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Float32, Int, Real
 
-from pallas_kernels.block_pool.layout import LARGEST_STORED, LayerIndex
+from pallas_kernels.block_pool.layout import LARGEST_STORED, LayerIndex, block_size_of, num_blocks_of
 
 Stored = Real[Array, "num_blocks num_layers *heads block_size head_dim"]
 """A quantised pool, with K and V and their heads as ``heads``; or its sides (``as_sides``), with heads alone."""
@@ -49,14 +49,13 @@ def quantize(
         values: a token's numbers for each axis of a block: K and V in turn, for a pool.
         slots: as for ``write_kv_quantized``.
     """
-    num_blocks, block_size = pool.shape[0], pool.shape[-2]
-    blocks, offsets = jnp.divmod(slots, block_size)
+    blocks, offsets = jnp.divmod(slots, block_size_of(pool))
     values = values.astype(jnp.float32)
     # XLA writes the scales in place only if every reader of the array before comes first. So each write depends on
     # these readers: on the attention of the layer before, through K, then on the reads below. Otherwise XLA copies the
     # scales of all blocks, twice a layer.
     scales, values = lax.optimization_barrier((scales, values))
-    started = jnp.where(offsets == 0, blocks, num_blocks)
+    started = jnp.where(offsets == 0, blocks, num_blocks_of(pool))
     scales = scales.at[started, layer].set(0, mode="drop", wrap_negative_indices=False)
     old = scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
     scales, old = lax.optimization_barrier((scales, old))

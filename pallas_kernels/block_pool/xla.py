@@ -14,6 +14,8 @@ from pallas_kernels.block_pool.layout import (
     KvScales,
     LayerIndex,
     Scales,
+    block_size_of,
+    num_blocks_of,
     shape_of,
 )
 from pallas_kernels.block_pool.quantization import Stored, StoredScales, quantize, to_stored
@@ -56,7 +58,7 @@ def write_quantized(
 ) -> tuple[Stored, StoredScales]:
     """Store tokens in a quantised pool, or in its sides; arguments as for ``quantize``, and the rest as it says."""
     stored, scales, old, new = quantize(pool, scales, layer, values, slots)
-    blocks, offsets = jnp.divmod(slots, pool.shape[-2])
+    blocks, offsets = jnp.divmod(slots, block_size_of(pool))
     is_first = jnp.diff(blocks, prepend=-1) != 0
     has_grown = is_first & ((old > 0) & (new > old)).any(axis=tuple(range(1, old.ndim)))
     pool = _rescale(pool, layer, blocks, has_grown, old / new)
@@ -77,7 +79,7 @@ def _rescale(
     that hold as many tokens as the call writes, so most calls need no pass, or one. A single pass over all blocks runs
     without a loop, whose condition a GPU's host would have to wait for.
     """
-    num_tokens, num_blocks, block_size = blocks.size, pool.shape[0], pool.shape[-2]
+    num_tokens, num_blocks, block_size = blocks.size, num_blocks_of(pool), block_size_of(pool)
 
     def rescale(pool: Stored, blocks: BlockIds, ratios: Float32[Array, "blocks *heads"]) -> Stored:
         stored = pool.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
