@@ -4,8 +4,9 @@
     python -m bench kv-quantization --files 8
 
 Runs the model in the package over held-out files of Python's library. Each file's first tokens are a prompt, written
-in one piece; the later tokens are written one by one, as decodes are. Prints the mean Kullback-Leibler divergence in
-nats, and the capacity of a pool of the same bytes. Writes ``bench/results/kv_quantization.json``.
+in one piece; the later tokens are written one by one, as decodes are. Blocks that come back from the host rounded are
+exact until they are full, and rounded in every step from then on. Prints the mean Kullback-Leibler divergence in nats,
+and the capacity of a pool of the same bytes. Writes ``bench/results/kv_quantization.json``.
 
 A pool of activations needs as many KV heads as query heads. The model in the package has fewer. There it has each KV
 head once for each query head that shares the head, which changes no distribution.
@@ -15,6 +16,7 @@ import argparse
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from jpaged.config import EngineConfig
 from jpaged.demo.corpus import Corpus, read_source_files
 from jpaged.device.backends import Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.layout import PoolLayout, kv_dtype, pool_layout
+from jpaged.device.kv.layout import PoolLayout, is_narrowed, kv_dtype, pool_layout
+from jpaged.device.kv.narrow import narrow_bits, widen_bits
 from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import Window
@@ -41,52 +44,55 @@ from jpaged.models import ModelConfig, load_config, load_model, random_model
 from jpaged.sharding import make_mesh
 
 BLOCK_SIZE = 16
+SERVED_LAYERS, SERVED_HEADS, SERVED_KV_HEADS, SERVED_HEAD_DIM = 32, 32, 8, 128
+"""Layers of Llama-3-8B, for the capacity of a pool; a pool of activations has a KV head for each head."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One kind of pool.
+    """One kind of pool, by the engine's settings.
 
     Args:
-        kv_cache_dtype: the setting of that name.
-        offload_cache: the setting of that name, of a pool whose blocks may be on the host.
-        served_heads: KV heads of 128 features, for the capacity: those of Llama-3-8B, or of a model with activations.
+        kv_cache_dtype: type of the blocks.
+        offload_cache: "activations" for blocks of activations, "kv" for others.
+        offload_dtype: type of the blocks on the host.
     """
 
-    kv_cache_dtype: str
+    kv_cache_dtype: str = "auto"
     offload_cache: str = "kv"
-    served_heads: int = 8
+    offload_dtype: str = "auto"
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether blocks hold activations."""
+        return self.offload_cache == "activations"
 
     @property
     def settings(self) -> EngineConfig:
         """The settings of the engine."""
-        placement = "host" if self.offload_cache == "activations" else "device"
-        return EngineConfig(
-            block_size=BLOCK_SIZE,
-            kv_cache_dtype=self.kv_cache_dtype,
-            offload_cache=self.offload_cache,
-            kv_placement=placement,
-        )
+        placement = "host" if self.has_pages else "device"
+        return EngineConfig(block_size=BLOCK_SIZE, kv_placement=placement, **asdict(self))
 
     @property
     def capacity(self) -> float:
         """Tokens that it holds, over tokens of K and V that a bfloat16 pool of the same bytes holds."""
-        block_size = self._tokens_of_k
-        own = PoolLayout(32, self.served_heads, 128, block_size, kv_dtype(self.kv_cache_dtype, jnp.bfloat16))
-        whole = PoolLayout(32, self.served_heads, 128, BLOCK_SIZE, kv_dtype("auto", jnp.bfloat16))
-        return whole.block_bytes / own.block_bytes
-
-    @property
-    def _tokens_of_k(self) -> int:
-        """Tokens in the place of K of a block of ``BLOCK_SIZE`` tokens."""
-        return BLOCK_SIZE // 2 if self.offload_cache == "activations" else BLOCK_SIZE
+        dtype = self.kv_cache_dtype if self.offload_dtype == "auto" else self.offload_dtype
+        num_kv_heads = SERVED_HEADS if self.has_pages else SERVED_KV_HEADS
+        # Activations lie in the place of K and V of half as many tokens.
+        block_size = BLOCK_SIZE // 2 if self.has_pages else BLOCK_SIZE
+        whole, small = (
+            PoolLayout(SERVED_LAYERS, num_kv_heads, SERVED_HEAD_DIM, size, kv_dtype(setting, jnp.bfloat16))
+            for size, setting in ((BLOCK_SIZE, "auto"), (block_size, dtype))
+        )
+        return whole.block_bytes / small.block_bytes
 
 
 POOLS = {
     "fp8": Pool("fp8"),
     "int8": Pool("int8"),
-    "fp8, activations": Pool("fp8", "activations", 32),
-    "int8, activations": Pool("int8", "activations", 32),
+    "fp8, activations": Pool("fp8", "activations"),
+    "int8, activations": Pool("int8", "activations"),
+    "int8 on the host": Pool(offload_dtype="int8"),
 }
 
 
@@ -149,7 +155,7 @@ def measure(sequences: Int32[np.ndarray, "files tokens"], num_prompt: int) -> di
         sequences: token ids of each file.
         num_prompt: tokens that are written in one piece.
     """
-    plain = Forced(Pool("auto")).logprobs(sequences, num_prompt)
+    plain = Forced(Pool()).logprobs(sequences, num_prompt)
     quantized = {name: Forced(pool).logprobs(sequences, num_prompt) for name, pool in POOLS.items()}
     nats: dict[str, list[np.ndarray]] = {name: [] for name in POOLS}
     is_same: dict[str, list[np.ndarray]] = {name: [] for name in POOLS}
@@ -180,6 +186,13 @@ def _divergence(
     return (np.exp(expected) * (expected - got)).sum(axis=-1)
 
 
+@partial(jax.jit, donate_argnums=0)
+def _round(cache: KVCache, blocks: Int32[Array, " full"]) -> KVCache:
+    """The cache with some blocks as they come back from the host."""
+    narrow = narrow_bits(cache.gather(blocks), cache.pool.dtype)
+    return cache.scatter(blocks, widen_bits(narrow, cache.pool))
+
+
 class Forced:
     """The model in the package, fed with given tokens, over a pool of some kind.
 
@@ -191,15 +204,11 @@ class Forced:
         self._pool = pool
         self._config = load_config(DEMO_MODEL)
         model = load_model(DEMO_MODEL, self._config, "float32", make_mesh(), use_tqdm=False)
-        if self._has_pages:
+        if self._pool.has_pages:
             self._config, model = with_a_kv_head_for_each_query_head(self._config, model)
         self._graphdef, self._weights = nnx.split(model)
         self._backend = BACKENDS["xla"]("")
         self._step = self._make_step()
-
-    @property
-    def _has_pages(self) -> bool:
-        return self._pool.offload_cache == "activations"
 
     def logprobs(
         self, sequences: Int32[np.ndarray, "files tokens"], num_prompt: int
@@ -212,11 +221,13 @@ class Forced:
         """
         num_files, num_tokens = sequences.shape
         blocks = np.arange(num_files * -(-num_tokens // BLOCK_SIZE), dtype=np.int32)
-        first = 1 + (_window_of(blocks.size, self._config).num_blocks if self._has_pages else 0)
+        first = 1 + (_window_of(blocks.size, self._config).num_blocks if self._pool.has_pages else 0)
         layout = pool_layout(self._config, self._pool.settings, "float32", self._backend)
         cache, tables = layout.allocate(first + blocks.size), first + blocks.reshape(num_files, -1)
         for start, stop in [(0, num_prompt), *((n, n + 1) for n in range(num_prompt, num_tokens))]:
             cache, found = self._step(self._weights, cache, sequences[:, start:stop], tables, np.int32(start))
+            if is_narrowed(self._pool.settings):
+                cache = _round(cache, tables[:, : stop // BLOCK_SIZE].reshape(-1))
             yield np.asarray(found)
 
     def _make_step(self) -> Callable[..., tuple[KVCache, Array]]:
@@ -242,7 +253,7 @@ class Forced:
         return jax.jit(step, donate_argnums=1)
 
     def _attend(self, cache: KVCache, rows: Rows) -> PagedAttend:
-        if not self._has_pages:
+        if not self._pool.has_pages:
             return PagedAttend(cache, rows, self._backend)
         num_pages = rows.block_tables.size
         stream: Any = NoStream(_window_of(num_pages, self._config))

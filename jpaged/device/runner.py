@@ -18,7 +18,8 @@ from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
-from jpaged.device.kv.layout import why_no_activations
+from jpaged.device.kv.layout import is_narrowed, why_no_activations, why_not_narrowed
+from jpaged.device.kv.narrow_slots import for_narrow_blocks
 from jpaged.device.kv.sizing import PoolSizer, check_streamed_context
 from jpaged.device.profiler import make_profile
 from jpaged.device.sampling.beams import split_candidates
@@ -66,6 +67,8 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
         )
     if config.interpret and jax.process_count() > 1:
         raise ValueError(f"interpret=True: the interpreter runs in one process, and there are {jax.process_count()}")
+    if is_narrowed(config) and (reason := why_not_narrowed(config)) is not None:
+        raise ValueError(f"offload_dtype={config.offload_dtype!r} cannot be had: {reason}; use offload_dtype='auto'")
     if config.kv_placement != "device" and (reason := why_no_streaming(config)) is not None:
         raise ValueError(f"kv_placement={config.kv_placement!r} cannot be had: {reason}; use kv_placement='device'")
     if config.offload_cache == "activations" and (reason := why_no_activations(model_config, config)) is not None:
@@ -159,7 +162,8 @@ class ModelRunner:
             return None
         programs = self.programs
         slots = programs.abstract_blocks(num_slots_for(self.num_host_blocks))
-        return HostPool(slots, memory_for(programs.target, is_streamed=programs.stream is not None), programs.get)
+        memory = memory_for(programs.target, is_streamed=programs.stream is not None)
+        return HostPool(slots, for_narrow_blocks(memory) if is_narrowed(self.config) else memory, programs.get)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -178,8 +182,8 @@ class ModelRunner:
 
     @property
     def host_bytes_per_block(self) -> int:
-        """Bytes of one block over this process's devices, and so in this host's memory."""
-        return self.bytes_per_block * len(self.mesh.local_devices) // self.mesh.size
+        """Bytes of one block in this host's memory: of the parts of this process's devices."""
+        return self.programs.host_bytes_per_block * len(self.mesh.local_devices) // self.mesh.size
 
     @property
     def num_window_blocks(self) -> int:

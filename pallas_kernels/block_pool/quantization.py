@@ -4,9 +4,17 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float, Float32, Int, Real
 
-from pallas_kernels.block_pool.layout import LARGEST_STORED, LayerIndex, block_size_of, num_blocks_of
+from pallas_kernels.block_pool.layout import (
+    LARGEST_STORED,
+    Blocks,
+    LayerIndex,
+    Scales,
+    block_size_of,
+    num_blocks_of,
+)
 
 Stored = Real[Array, "num_blocks num_layers *heads block_size head_dim"]
 """A quantised pool, with K and V and their heads as ``heads``; or its sides (``as_sides``), with heads alone."""
@@ -15,6 +23,10 @@ StoredScales = Float32[Array, "num_blocks num_layers *heads"]
 
 SMALLEST_SCALE = 2.0**-126
 """The scale of zeros alone: this number and its reciprocal are normal numbers in float32."""
+
+
+NOT_FINITE = -128
+"""The int8 number of a value that is not finite: no finite value takes it."""
 
 
 class Quantized(NamedTuple):
@@ -66,7 +78,7 @@ def quantize(
     return Quantized(to_stored(values / new[..., None], pool.dtype), scales, old, new)
 
 
-def quantize_full_blocks(
+def quantize_as_written(
     values: Float[Array, "blocks block_size num_kv_heads head_dim"], dtype: jnp.dtype
 ) -> tuple[Real[Array, "blocks num_kv_heads block_size head_dim"], Float32[Array, "blocks num_kv_heads"]]:
     """Round K, or V, of whole blocks, as ``quantize`` does if one write starts and fills them.
@@ -83,8 +95,8 @@ def quantize_full_blocks(
     return to_stored(values / scales[:, :, None, None], dtype), scales
 
 
-def _least_scales(largest: Float32[Array, "..."], dtype: jnp.dtype) -> Float32[Array, "..."]:
-    """The smallest power of two with which so large numbers fit the type; NaN where one is not finite."""
+def _least_scales(largest: Float32[Array, "*heads"], dtype: jnp.dtype) -> Float32[Array, "*heads"]:
+    """The smallest power of two with which numbers up to this magnitude fit the type; NaN if it is not finite."""
     least = jnp.maximum(largest / LARGEST_STORED[dtype], SMALLEST_SCALE)
     mantissa = 2**23 - 1
     bits = lax.bitcast_convert_type(least, jnp.int32)  # the sum carries into the exponent unless the mantissa is 0
@@ -95,3 +107,27 @@ def _least_scales(largest: Float32[Array, "..."], dtype: jnp.dtype) -> Float32[A
 def to_stored(x: Float32[Array, "..."], dtype: jnp.dtype) -> Real[Array, "..."]:
     """The nearest number that the type stores. No number needs saturating: a block's scale covers its largest."""
     return (jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else x).astype(dtype)
+
+
+def quantize_blocks(blocks: Blocks) -> tuple[Blocks, Scales]:
+    """Round whole blocks of a float type to int8, with a scale for the K and for the V of each layer and head.
+
+    A finite value changes by at most half of its scale, and so by 1/127 of the largest finite magnitude of its head in
+    the block. Scales are powers of two. So a block that was rounded before comes back with the same values, however
+    often it is rounded. A value that is not finite leaves the others as they are, and comes back as NaN: slots without
+    a token may hold any bits.
+    """
+    dtype = jnp.dtype(jnp.int8)
+    values = blocks.astype(jnp.float32)
+    magnitudes = jnp.abs(values)
+    is_finite = magnitudes < jnp.inf
+    scales = _least_scales(jnp.where(is_finite, magnitudes, 0).max(axis=(-2, -1)), dtype)
+    stored = to_stored(jnp.where(is_finite, values / scales[..., None, None], NOT_FINITE), dtype)
+    return stored, scales
+
+
+def dequantize_blocks(stored: Blocks, scales: Scales, dtype: DTypeLike) -> Blocks:
+    """Undo ``quantize_blocks``, up to its rounding, in a float type."""
+    largest = jnp.finfo(dtype).max.astype(jnp.float32)  # rounding up may exceed it
+    values = jnp.clip(stored.astype(jnp.float32) * scales[..., None, None], -largest, largest)
+    return jnp.where(stored == NOT_FINITE, jnp.nan, values).astype(dtype)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -105,6 +105,7 @@ def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
         )
     expected = {
         "kv_placement='host'": config.kv_placement == "host",
+        "offload_dtype='auto'": config.offload_dtype == "auto",
         "an even block_size": config.block_size % 2 == 0,
         "max_burst=1": config.max_burst in (None, 1),
     }
@@ -140,3 +141,27 @@ def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: B
     num_kv_heads, head_dim = backend.pool_heads(*heads_of_pool(model.layer_specs, backend.num_devices))
     stored = kv_dtype(config.kv_cache_dtype, dtype)
     return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, pool_block_size(model, config), stored)
+
+
+def host_layout(layout: PoolLayout, config: EngineConfig) -> PoolLayout:
+    """The layout of blocks in the host pool: that of the device's pool, or of an 8-bit one.
+
+    Args:
+        layout: the layout of the device's pool.
+        config: the engine's settings.
+    """
+    return replace(layout, dtype=KV_DTYPES[config.offload_dtype]) if is_narrowed(config) else layout
+
+
+def is_narrowed(config: EngineConfig) -> bool:
+    """Whether blocks are rounded to 8 bits on their way to the host (``kv/narrow.py``)."""
+    return config.offload_dtype != "auto"
+
+
+def why_not_narrowed(config: EngineConfig) -> str | None:
+    """The reason why blocks cannot be rounded on their way to the host; None if they can."""
+    if config.kv_cache_dtype != "auto":
+        return f"kv_cache_dtype={config.kv_cache_dtype!r} has 8 bits already, and its blocks move as they are"
+    if config.offload_cache == "activations":
+        return "offload_cache='activations' keeps the inputs of layers, and only K and V are rounded"
+    return "kv_placement other than 'device' streams blocks as they are" if config.kv_placement != "device" else None

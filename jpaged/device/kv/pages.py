@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jpaged.device.backends import Rows
 from jpaged.device.kv.pool import KVCache
 from pallas_kernels.block_pool.layout import as_sides, shape_of
-from pallas_kernels.block_pool.quantization import quantize_full_blocks
+from pallas_kernels.block_pool.quantization import quantize_as_written
 from pallas_kernels.block_pool.xla import write_quantized
 
 LEAST_PAGES = 16
@@ -239,7 +239,7 @@ def write_computed(
     for side, values in enumerate((k, v)):
         values = jnp.where(is_token.reshape(-1, 1, 1), values, 0)
         blocks = values.reshape(-1, layers.block_size, *values.shape[1:])
-        parts = KVCache(*quantize_full_blocks(blocks, layers.pool.dtype))
+        parts = KVCache(*quantize_as_written(blocks, layers.pool.dtype))
         layers = jax.tree.map(
             lambda array, part, side=side: lax.dynamic_update_slice(
                 array, part[:, None, None], (first_block, 0, side, *[0] * (part.ndim - 1))

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, keeps_activations, pool_layout
 from jpaged.device.kv.streaming import most_blocks_on_host, window_for
 from jpaged.device.target import Target, choose_backend, target_of
 from jpaged.models import ModelConfig
@@ -162,10 +162,11 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
         ValueError: a pool or a context that does not fit, even if weights and workspace took no memory.
     """
     target, backend = target_of(mesh), choose_backend(model, config, dtype, mesh)
-    bytes_per_block = pool_layout(model, config, dtype, backend).block_bytes
+    layout = pool_layout(model, config, dtype, backend)
+    bytes_per_block = layout.block_bytes
     max_blocks = -(-(config.max_model_len or model.max_model_len) // config.block_size)
     useful_blocks = config.max_num_seqs * max_blocks
-    local_bytes = bytes_per_block * len(mesh.local_devices) // mesh.size
+    local_bytes = host_layout(layout, config).block_bytes * len(mesh.local_devices) // mesh.size
     num_host_blocks = num_host_blocks_for(config, target, local_bytes, useful_blocks=useful_blocks)
     if config.num_blocks is not None:
         check_blocks_fit(config.num_blocks, bytes_per_block, mesh, target)

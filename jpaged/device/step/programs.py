@@ -17,7 +17,9 @@ from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
-from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
+from jpaged.device.kv.narrow import narrow_bits, widen_bits
+from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream
@@ -80,7 +82,9 @@ class Programs:
         self.dtype = dtype_of(model)
         self.backend = backend
         self._layout = pool_layout(model_config, config, self.dtype, backend)
+        self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
+        self.host_bytes_per_block = self._host_layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.stream: HostStream | None = None
@@ -125,8 +129,8 @@ class Programs:
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
-        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them."""
-        return () if has_copy_engine(self.target) else ("gather", "scatter")
+        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them as they are."""
+        return () if has_copy_engine(self.target) and not is_narrowed(self.config) else ("gather", "scatter")
 
     @property
     def max_burst(self) -> int:
@@ -148,7 +152,8 @@ class Programs:
         total = 6 * self.max_streamed_blocks * page_bytes if self.keeps_activations else 0
         if has_host_pool(self.config, self.target) and self.move_kinds:
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
-            total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
+            most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
+            total += 2 * most_staged * self.host_bytes_per_block // self.mesh.size
         with InterruptsWait() as interrupts:
             for key in keys:
                 interrupts.check()
@@ -228,6 +233,7 @@ class Programs:
             self.num_blocks,
             self.config.block_size,
             self._layout,
+            self._host_layout,
             self.max_model_len,
             self.max_burst,
             self.buckets,
@@ -294,21 +300,22 @@ class Programs:
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
                 blocks, sharding = self._abstract((sizes[0],), jnp.int32), pool_sharding(self.mesh)
-                return jax.jit(self.backend.gather, out_shardings=sharding).lower(cache, blocks)
+                return jax.jit(self._gather, out_shardings=sharding).lower(cache, blocks)
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
-                return jax.jit(self._landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
+                return jax.jit(self._scatter, donate_argnums=0).lower(cache, blocks, data)
             case _:
                 raise AssertionError(kind)
 
-    @staticmethod
-    def _landed(write: Callable[..., KVCache]) -> Callable[..., tuple[KVCache, jax.Array]]:
-        """A function that writes blocks and returns the cache, and a number that is ready when they are written."""
+    def _gather(self, cache: KVCache, blocks: jax.Array) -> jax.Array:
+        """Blocks as they lie on the host."""
+        gathered = self.backend.gather(cache, blocks)
+        return narrow_bits(gathered, cache.pool.dtype) if is_narrowed(self.config) else gathered
 
-        def run(cache: KVCache, blocks: jax.Array, *args: jax.Array) -> tuple[KVCache, jax.Array]:
-            return write(cache, blocks, *args), blocks.sum()
-
-        return run
+    def _scatter(self, cache: KVCache, blocks: jax.Array, data: jax.Array) -> tuple[KVCache, jax.Array]:
+        """The cache with blocks that come from the host, and a number that is ready when they are written."""
+        data = widen_bits(data, cache.pool) if is_narrowed(self.config) else data
+        return self.backend.scatter(cache, blocks, data), blocks.sum()
 
     def _pass_of(self, bucket: Bucket) -> Callable:
         return self.steps.decode if bucket.is_decode else self.steps.forward
@@ -329,8 +336,8 @@ class Programs:
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
 
     def abstract_blocks(self, num_blocks: int) -> jax.ShapeDtypeStruct:
-        """The shape of the bits of blocks outside of the pool."""
-        cache = jax.eval_shape(partial(self._layout.allocate, 1))
+        """The shape of the bits of blocks on the host."""
+        cache = jax.eval_shape(partial(self._host_layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
 
