@@ -256,7 +256,7 @@ class Forced:
         if not self._pool.has_pages:
             return PagedAttend(cache, rows, self._backend)
         num_pages = rows.block_tables.size
-        stream: Any = NoStream(_window_of(num_pages, self._config))
+        stream = NoStream(_window_of(num_pages, self._config))
         starts = jnp.zeros(len(rows.kv_lens), jnp.int32)
         return RecomputingAttend(PageSizes(0, num_pages), cache, rows, self._backend, stream, starts)
 
@@ -271,15 +271,15 @@ class NoStream:
     def __init__(self, window: Window):
         self.window = window
 
-    def start(self, cache: KVCache, *args: Any) -> Array:
+    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> tuple[KVCache, Array]:
         """Start no copies."""
-        del cache, args
-        return jnp.zeros(1, jnp.int32)
+        del layer, first_cell, after
+        return cache, jnp.zeros(1, jnp.int32)
 
-    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> T:
+    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> tuple[KVCache, T]:
         """Wait for none."""
-        del cache, layer, after
-        return arrays
+        del layer, after
+        return cache, arrays
 
 
 def _window_of(num_pages: int, config: ModelConfig) -> Window:

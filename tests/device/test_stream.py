@@ -12,9 +12,11 @@ import pytest
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Streamed
 from jpaged.contract.rows import host_cell
+from jpaged.device.backends.xla import XlaBackend
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
 from jpaged.device.kv.layout import keeps_activations
 from jpaged.device.kv.pages import PageSizes, page_sizes_for
+from jpaged.device.kv.sizing import check_way_to_stream
 from jpaged.device.kv.stream import HostStream, Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
@@ -292,9 +294,17 @@ def test_what_cannot_stream_is_refused(settings, match):
         make_streaming(**settings)
 
 
-def test_a_tpu_streams_nothing(monkeypatch):
+def test_a_tpu_streams_blocks_of_its_own_type(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert why_no_streaming(EngineConfig(kv_placement="host")) == "a TPU streams blocks of kv_cache_dtype none"
+    assert why_no_streaming(EngineConfig(kv_placement="host")) is None
+    reason = why_no_streaming(EngineConfig(kv_placement="host", kv_cache_dtype="int8"))
+    assert reason == "a TPU streams blocks of kv_cache_dtype 'auto', not 'int8'"
+
+
+def test_a_tpu_streams_with_no_other_backend_than_its_own():
+    config, target = EngineConfig(kv_placement="host"), TARGETS["tpu"]
+    with pytest.raises(ValueError, match="so the backend pallas_tpu streams, but xla does not; use kv_placement="):
+        check_way_to_stream(MODEL, config, jnp.bfloat16, target, XlaBackend("as asked"))
 
 
 def test_a_gpu_streams_nothing_without_its_driver(monkeypatch):

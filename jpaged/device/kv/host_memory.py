@@ -1,6 +1,7 @@
-"""Slots for blocks in host memory, and the ways between them and the device pool: one interface, two ways.
+"""Slots for blocks in host memory, and the ways between them and the device pool: one interface.
 
-The copy engine of a GPU copies blocks in place (``PinnedSlots``). Elsewhere blocks are staged (``StagedMemory``).
+The copy engine of a GPU copies blocks in place (``PinnedSlots``). Elsewhere blocks are staged (``StagedMemory``),
+unless a TPU streams them (``dma.DmaSlots``).
 """
 
 import math
@@ -403,6 +404,7 @@ def size_for(blocks: Sequence[object]) -> int:
 
 
 def padded(ids: Sequence[int], padding: int) -> Int32[np.ndarray, " n"]:
+    """The ids of blocks or slots, as the program that moves so many takes them."""
     padded = np.full(size_for(ids), padding, np.int32)
     padded[: len(ids)] = ids
     return padded

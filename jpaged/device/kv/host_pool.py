@@ -18,6 +18,7 @@ from jaxtyping import Int32
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Direction, Link, Transferred, fit_link
+from jpaged.device.kv.dma import DmaSlots
 from jpaged.device.kv.host_memory import (
     MOVE_SIZES,
     Arrival,
@@ -31,7 +32,7 @@ from jpaged.device.kv.host_memory import (
 )
 from jpaged.device.kv.narrow_slots import NarrowSlots
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.stream import BlockStream
 from jpaged.device.target import Target
 
 MAX_STAGED_BLOCKS = StagedMemory.most_staged
@@ -106,9 +107,9 @@ class HostPool:
         self.bytes_from_host += len(from_host) * self._bytes_per_block
         return cache
 
-    def stream(self, stream: HostStream, blocks: Int32[np.ndarray, " streamed"]) -> None:
+    def stream(self, stream: BlockStream, blocks: Int32[np.ndarray, " streamed"]) -> None:
         """Name the blocks that the program enqueued next streams. Call it after ``start``."""
-        assert isinstance(self._memory, PinnedSlots | NarrowSlots)  # ``memory_for`` a runner that streams
+        assert isinstance(self._memory, PinnedSlots | NarrowSlots | DmaSlots)  # others do not stream
         stream.load(self._memory.source(), blocks + _NUM_SCRATCH)
         self.bytes_from_host += len(blocks) * self._bytes_per_block
 

@@ -9,7 +9,7 @@ from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.attend import PagedAttend
 from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs, write_computed, write_inputs
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import NUM_BUFFERS, HostStream, Window
+from jpaged.device.kv.stream import NUM_BUFFERS, Stream, Window
 from jpaged.models.spec import LayerSpec, Source
 
 
@@ -23,13 +23,13 @@ class StreamingAttend(PagedAttend):
     """
 
     def __init__(
-        self, cache: KVCache, rows: Rows, backend: Backend, stream: HostStream, starts: Int[Array, " rows"]
+        self, cache: KVCache, rows: Rows, backend: Backend, stream: Stream, starts: Int[Array, " rows"]
     ) -> None:
         super().__init__(cache.as_layers(), rows, backend)
         self._stream = stream
         self._window = stream.window
         self._starts = starts
-        self._arriving = stream.start(self._cache, 0, self._first_cell(0), starts)
+        self._cache, self._arriving = stream.start(self._cache, 0, self._first_cell(0), starts)
 
     @property
     def cache(self) -> KVCache:
@@ -63,9 +63,11 @@ class StreamingAttend(PagedAttend):
         after = [self._arriving, q]
         if layer + 1 < self._window.num_layers:
             # The layer before has read the same cells.
-            self._arriving = self._stream.start(self._cache, layer + 1, self._first_cell(layer + 1), *after)
+            first_cell = self._first_cell(layer + 1)
+            self._cache, self._arriving = self._stream.start(self._cache, layer + 1, first_cell, *after)
             after.append(self._arriving)
-        return self._stream.wait(self._cache, layer, arrays, *after)
+        self._cache, arrays = self._stream.wait(self._cache, layer, arrays, *after)
+        return arrays
 
     def _attend_in_view(
         self, spec: LayerSpec, q: Array, k: Array, v: Array, rows: Rows, head_arrays: HeadArrays
@@ -91,7 +93,7 @@ class RecomputingAttend(StreamingAttend):
         cache: KVCache,
         rows: Rows,
         backend: Backend,
-        stream: HostStream,
+        stream: Stream,
         starts: Int[Array, " rows"],
     ) -> None:
         self._sizes = sizes

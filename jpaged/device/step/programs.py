@@ -15,14 +15,15 @@ from tqdm import tqdm
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
+from jpaged.device.kv.dma import DmaStream, abstract_slots, lower_move
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
-from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
+from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slots_for
 from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
-from jpaged.device.kv.narrow import narrow_bits, widen_bits
+from jpaged.device.kv.narrow import gather_for_host, scatter_from_host
 from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.stream import BlockStream, HostStream
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
@@ -87,7 +88,7 @@ class Programs:
         self.host_bytes_per_block = self._host_layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
-        self.stream: HostStream | None = None
+        self.stream: BlockStream | None = None
         self._num_streamable = 0  # blocks on the host
         self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
         """Sizes of the copying programs: a step copies one block for each row at most."""
@@ -108,10 +109,8 @@ class Programs:
 
     def open_window(self, num_host_blocks: int) -> None:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
-        self._num_streamable, layout = num_host_blocks, self._layout
-        window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, with_pages=self.keeps_activations)
-        copier = CopyEngine() if has_copy_engine(self.target) else PlainCopier()
-        self.stream = HostStream(window, copier)
+        self._num_streamable = num_host_blocks
+        self.stream = _new_stream(self, num_host_blocks)
 
     @property
     def most_pages(self) -> PageSizes | None:
@@ -130,7 +129,14 @@ class Programs:
     @property
     def move_kinds(self) -> tuple[str, ...]:
         """Kinds of the programs that move blocks between the pools; none where a copy engine moves them as they are."""
+        if self.streams_by_dma:
+            return "store", "restore"
         return () if has_copy_engine(self.target) and not is_narrowed(self.config) else ("gather", "scatter")
+
+    @property
+    def streams_by_dma(self) -> bool:
+        """Whether programs stream blocks by DMA, and move whole blocks so too."""
+        return self.config.kv_placement != "device" and self.backend.streams_by_dma
 
     @property
     def max_burst(self) -> int:
@@ -150,7 +156,7 @@ class Programs:
         # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
         page_bytes = self._layout.layer_bytes // self._layout.dtype.itemsize * self.dtype.itemsize
         total = 6 * self.max_streamed_blocks * page_bytes if self.keeps_activations else 0
-        if has_host_pool(self.config, self.target) and self.move_kinds:
+        if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
             total += 2 * most_staged * self.host_bytes_per_block // self.mesh.size
@@ -237,6 +243,7 @@ class Programs:
             self.max_model_len,
             self.max_burst,
             self.buckets,
+            self._num_streamable,
         )
         choices = self.model_config, self.backend, self.config.kv_cache_dtype, self.target
         devices = list(self.mesh.devices.flat)
@@ -263,6 +270,7 @@ class Programs:
 
     def _lower_kind(self, kind: str, *sizes: Any) -> jax.stages.Lowered:
         weights, cache, state = self.weights, self.abstract_cache(), self._abstract_state()
+        as_stored = self.backend, is_narrowed(self.config)
         match kind:
             case "load":
                 (bucket,) = sizes
@@ -273,55 +281,46 @@ class Programs:
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
-                return self._jit(self._pass_of(bucket), bucket, None, None, donate=(1, 2)).lower(weights, cache, state)
+                return _jit(self._pass_of(bucket), bucket, None, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
+                assert self.stream is not None
                 bucket, pages = sizes
-                method = self._jit(self._pass_of(bucket), bucket, self.stream, pages, donate=(1, 2))
-                return method.lower(weights, cache, state)
+                method = _jit(self._pass_of(bucket), bucket, self.stream, pages, donate=(1, 2))
+                return method.lower(weights, cache, state, *self.stream.inputs)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":
                 sample_sizes, num_top = sizes
                 packed = self._abstract((sample_sizes.packed_size,), jnp.int32), self._abstract((), jnp.int32)
-                method = self._jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
+                method = _jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
                 return method.lower(weights, state.latest, state.columns, state.sample_hidden, *packed)
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
                 rows = self._abstract((SCORE_ROWS,), jnp.int32)
-                return self._jit(self.steps.score, num_top).lower(weights, hidden, rows, rows)
+                return _jit(self.steps.score, num_top).lower(weights, hidden, rows, rows)
             case "beam":
                 rows, num_candidates, num_biases = sizes
                 empty = empty_beam_inputs(rows, num_candidates, num_biases)
                 packed = self._abstract(pack_beam_inputs(empty).shape, jnp.int32)
-                return self._jit(self.steps.beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
+                return _jit(self.steps.beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
             case "copy":
                 blocks = self._abstract((sizes[0],), jnp.int32)
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
                 blocks, sharding = self._abstract((sizes[0],), jnp.int32), pool_sharding(self.mesh)
-                return jax.jit(self._gather, out_shardings=sharding).lower(cache, blocks)
+                return _jit(gather_for_host, *as_stored, out_shardings=sharding).lower(cache, blocks)
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
-                return jax.jit(self._scatter, donate_argnums=0).lower(cache, blocks, data)
+                return _jit(scatter_from_host, *as_stored, donate=(0,)).lower(cache, blocks, data)
+            case "store" | "restore":
+                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.host_slots(self._num_streamable)
+                return lower_move(kind, cache, slots, blocks, is_interpreted=self.backend.interpret)
             case _:
                 raise AssertionError(kind)
 
-    def _gather(self, cache: KVCache, blocks: jax.Array) -> jax.Array:
-        """Blocks as they lie on the host."""
-        gathered = self.backend.gather(cache, blocks)
-        return narrow_bits(gathered, cache.pool.dtype) if is_narrowed(self.config) else gathered
-
-    def _scatter(self, cache: KVCache, blocks: jax.Array, data: jax.Array) -> tuple[KVCache, jax.Array]:
-        """The cache with blocks that come from the host, and a number that is ready when they are written."""
-        data = widen_bits(data, cache.pool) if is_narrowed(self.config) else data
-        return self.backend.scatter(cache, blocks, data), blocks.sum()
-
     def _pass_of(self, bucket: Bucket) -> Callable:
         return self.steps.decode if bucket.is_decode else self.steps.forward
-
-    def _jit(self, method: Callable, *static: object, donate: tuple[int, ...] = ()):
-        return jax.jit(partial(method, *static), donate_argnums=donate)
 
     def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
@@ -335,11 +334,30 @@ class Programs:
     def _abstract_state(self) -> StepState:
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
 
+    def host_slots(self, num_host_blocks: int) -> jax.ShapeDtypeStruct:
+        """The shape of the slots of a host pool of so many blocks."""
+        blocks = self.abstract_blocks(num_slots_for(num_host_blocks))
+        return abstract_slots(blocks, self.abstract_cache(), self.backend) if self.streams_by_dma else blocks
+
     def abstract_blocks(self, num_blocks: int) -> jax.ShapeDtypeStruct:
         """The shape of the bits of blocks on the host."""
         cache = jax.eval_shape(partial(self._host_layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
+
+
+def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
+    """The stream of some programs, and the window for so many blocks of the host."""
+    num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
+    window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages)
+    if programs.streams_by_dma:
+        slots = programs.host_slots(num_host_blocks)
+        return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)
+    return HostStream(window, CopyEngine() if has_copy_engine(programs.target) else PlainCopier())
+
+
+def _jit(method: Callable, *static: object, donate: tuple[int, ...] = (), **options: Any) -> Any:
+    return jax.jit(partial(method, *static), donate_argnums=donate, **options)
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:

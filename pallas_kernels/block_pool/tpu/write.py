@@ -20,7 +20,7 @@ from pallas_kernels.block_pool.layout import BlockPool, KvScales, LayerIndex, is
 from pallas_kernels.block_pool.quantization import quantize
 from pallas_kernels.chips import here
 from pallas_kernels.chips.memory import Ref, round_up
-from pallas_kernels.chips.tpu import LANES
+from pallas_kernels.chips.tpu import LANES, in_hbm
 
 WRITE_BUFFERS = 3
 """Blocks in VMEM: one that arrives, one that is merged, one that leaves."""
@@ -176,7 +176,7 @@ def _write(
         input_output_aliases={2 + len(given): 0},
         interpret=interpret or False,
         name="write_kv",
-    )(jnp.stack([layer, pieces.count]), pieces.fields, *given, pool)
+    )(jnp.stack([layer, pieces.count]), pieces.fields, *given, in_hbm(pool, interpret))
 
 
 class _Rescaling(NamedTuple):
