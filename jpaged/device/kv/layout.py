@@ -43,11 +43,10 @@ class PoolLayout:
             scales_bytes = 4 * math.prod(kv_scales_shape(1, self.num_layers, self.num_kv_heads))
         return math.prod(shape) * self.dtype.itemsize + scales_bytes
 
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of K and V of one layer of a block, without scales, over all devices."""
+    def layer_bytes(self, dtype: jnp.dtype) -> int:
+        """Bytes of one layer of a block, in a type that need not be the pool's, without scales, over all devices."""
         shape = block_pool_shape(1, 1, self.num_kv_heads, self.block_size, self.head_dim)
-        return math.prod(shape) * self.dtype.itemsize
+        return math.prod(shape) * dtype.itemsize
 
     def allocate(self, num_blocks: int, sharding: jax.sharding.Sharding | None = None) -> KVCache:
         """A cache of so many blocks."""
