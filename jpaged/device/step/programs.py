@@ -154,7 +154,7 @@ class Programs:
         keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
         keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
         # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
+        total = 6 * self.max_streamed_blocks * self._layout.layer_bytes(self.dtype) if self.keeps_activations else 0
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
