@@ -141,7 +141,8 @@ class ModelRunner:
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":
-            check_way_to_stream(model_config, config, self.dtype, self.programs.target, backend)
+            target = self.programs.target
+            check_way_to_stream(model_config, config, self.dtype, target, backend, self.num_host_blocks)
             share = Fraction(self.programs.host_bytes_per_block, self.bytes_per_block)
             check_streamed_context(model_config, config, self.num_blocks, self.num_host_blocks, share)
             self.programs.open_window(self.num_host_blocks)

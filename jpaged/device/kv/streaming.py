@@ -4,11 +4,11 @@ from dataclasses import replace
 from fractions import Fraction
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs, write_inputs
+from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs, write_computed, write_inputs
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import NUM_BUFFERS, Stream, Window, num_cells_for
 from jpaged.models.spec import LayerSpec, Source
@@ -122,14 +122,12 @@ class RecomputingAttend(StreamingAttend):
         self._rows = self._rows._replace(slots=slots)
         page_slots = window.slots(layer, slots, 2 * self._cache.block_size)
         self._cache = write_inputs(self._cache, page_slots, source.inputs)
-        positions, resident, tables = self._pages
+        first_cell = self._first_cell(layer)
         if num_streamed:
-            cells = slice(self._first_cell(layer), self._first_cell(layer) + num_streamed)
-            self._compute(source, 0, read_inputs(self._cache, cells), positions[:num_streamed])
-        places = window.places(layer, resident)
-        self._compute(source, num_streamed, read_inputs(self._cache, places), positions[num_streamed:])
+            self._compute(source, slice(num_streamed), slice(first_cell, first_cell + num_streamed))
+        self._compute(source, slice(num_streamed, None), window.places(layer, self._pages.resident))
         # K and V of the step's own tokens are among those computed.
-        rows = self._rows._replace(block_tables=tables, slots=None)
+        rows = self._rows._replace(block_tables=self._pages.tables, slots=None)
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
 
     def _require_source(self, layer: int) -> Source:
@@ -142,15 +140,23 @@ class RecomputingAttend(StreamingAttend):
             )
         return source
 
-    def _compute(
-        self, source: Source, first: int, inputs: Float[Array, "inputs hidden_size"], positions: Int[Array, " pages"]
-    ) -> None:
-        """Fill the cells of pages, from the given one on, with K and V of their inputs."""
-        block_size = self._cache.block_size
+    def _compute(self, source: Source, some: slice, places: Int[Array, " pages"] | slice) -> None:
+        """Fill the cells of some pages with K and V of their inputs.
+
+        Args:
+            source: the source of the layer's K and V.
+            some: the pages, among those of the step.
+            places: blocks of the view that hold the inputs.
+        """
+        block_size, positions = self._cache.block_size, self._pages.positions[some]
+        inputs = read_inputs(self._cache, places, source.inputs.dtype)
         offsets = jnp.arange(2 * block_size, dtype=jnp.int32)[None, :]
-        k, v = source.project(inputs.astype(source.inputs.dtype), (positions[:, None] + offsets).reshape(-1))
-        first_slot = (self._window.first + 2 * first) * block_size
-        slots = first_slot + jnp.arange(len(inputs), dtype=jnp.int32)
+        k, v = source.project(inputs, (positions[:, None] + offsets).reshape(-1))
+        first_block = self._window.first + 2 * (some.start or 0)
+        if self._cache.kv_scales is not None:
+            self._cache = write_computed(self._cache, first_block, k, v, self._pages.num_tokens[some])
+            return
+        slots = first_block * block_size + jnp.arange(len(inputs), dtype=jnp.int32)
         self._cache = self._backend.write(self._cache, 0, k, v, slots)
 
 

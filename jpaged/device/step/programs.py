@@ -154,7 +154,7 @@ class Programs:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
         keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
         keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
-        total = _num_copied_cells(self) * self._layout.layer_bytes
+        total = _num_copied_cells(self) * self._layout.layer_bytes(self.dtype)
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
