@@ -140,7 +140,8 @@ class ModelRunner:
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":
-            check_way_to_stream(model_config, config, self.dtype, self.programs.target, backend)
+            target = self.programs.target
+            check_way_to_stream(model_config, config, self.dtype, target, backend, self.num_host_blocks)
             check_streamed_context(model_config, config, self.num_blocks, self.num_host_blocks)
             self.programs.open_window(self.num_host_blocks)
         self.host_pool = _make_host_pool(self.programs, self.num_host_blocks)

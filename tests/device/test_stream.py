@@ -304,7 +304,7 @@ def test_a_tpu_streams_blocks_of_its_own_type(monkeypatch):
 def test_a_tpu_streams_with_no_other_backend_than_its_own():
     config, target = EngineConfig(kv_placement="host"), TARGETS["tpu"]
     with pytest.raises(ValueError, match="so the backend pallas_tpu streams, but xla does not; use kv_placement="):
-        check_way_to_stream(MODEL, config, jnp.bfloat16, target, XlaBackend("as asked"))
+        check_way_to_stream(MODEL, config, jnp.bfloat16, target, XlaBackend("as asked"), 24)
 
 
 def test_a_gpu_streams_nothing_without_its_driver(monkeypatch):

@@ -15,7 +15,7 @@ from jpaged.device.kv.streaming import most_blocks_on_host, window_for
 from jpaged.device.target import Target, choose_backend, target_of
 from jpaged.models import ModelConfig
 from pallas_kernels import block_pool_shape
-from pallas_kernels.block_pool.tpu import why_no_slots
+from pallas_kernels.block_pool.tpu import MOST_SLOTS, why_no_slots
 
 GUESSED_WORKSPACE = 1 / 32
 """Share of an accelerator's memory that a step takes besides weights and pool, until its programs say how much."""
@@ -183,12 +183,17 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
         useful_blocks=useful_blocks + 1,
     )
     if config.kv_placement != "device":
-        check_way_to_stream(model, config, dtype, target, backend)
+        check_way_to_stream(model, config, dtype, target, backend, num_host_blocks)
         check_streamed_context(model, config, num_blocks, num_host_blocks)
 
 
 def check_way_to_stream(
-    model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, target: Target, backend: Backend
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: jax.typing.DTypeLike,
+    target: Target,
+    backend: Backend,
+    num_host_blocks: int,
 ) -> None:
     """Check that programs of a backend can stream blocks of a model's pool, by callbacks or by DMA.
 
@@ -198,6 +203,7 @@ def check_way_to_stream(
         dtype: type of the activations.
         target: target of the devices.
         backend: the backend.
+        num_host_blocks: blocks of the host pool.
 
     Raises:
         ValueError: they cannot.
@@ -206,6 +212,8 @@ def check_way_to_stream(
         if target.calls_back:
             return
         reason = f"programs here cannot call back, so the backend pallas_tpu streams, but {backend.name} does not;"
+    elif num_host_blocks > MOST_SLOTS:
+        reason = f"the backend pallas_tpu streams {MOST_SLOTS} blocks at most, not num_host_blocks={num_host_blocks};"
     elif keeps_activations(model, config):
         reason = "the backend pallas_tpu streams no activations; use offload_cache='kv', or"
     else:
