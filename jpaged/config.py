@@ -117,7 +117,8 @@ class EngineConfig:
         "auto",
         one_of(*OFFLOAD_CACHES),
         "what blocks hold with kv_placement='host': kv; activations, from which every step computes K and V again, and "
-        "which are half as large where every query head has its own K and V; or auto, the smaller",
+        "which are half as large where every query head has its own K and V; or auto, the smaller, but kv in 8-bit "
+        "pools",
     )
     offload_dtype: str = setting(
         "auto",

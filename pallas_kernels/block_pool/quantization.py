@@ -1,4 +1,4 @@
-"""Rounding of K and V to the numbers that a quantised pool stores, and the scales that this takes."""
+"""Rounding of values to the numbers that a quantised pool stores, and the scales that this takes."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,17 @@ from jaxtyping import Float, Float32, Int, Real
 
 from pallas_kernels.block_pool.layout import (
     LARGEST_STORED,
-    BlockPool,
     Blocks,
-    KvScales,
     LayerIndex,
     Scales,
-    shape_of,
+    block_size_of,
+    num_blocks_of,
 )
+
+Stored = Real[Array, "num_blocks num_layers *heads block_size head_dim"]
+"""A quantised pool, with K and V and their heads as ``heads``; or its sides (``as_sides``), with heads alone."""
+
+StoredScales = Float32[Array, "num_blocks num_layers *heads"]
 
 SMALLEST_SCALE = 2.0**-126
 """The scale of zeros alone: this number and its reciprocal are normal numbers in float32."""
@@ -30,42 +34,65 @@ class Quantized(NamedTuple):
 
     Args:
         stored: numbers of the pool's type, to be written at the tokens' slots.
-        kv_scales: scales of all blocks after the write.
+        scales: scales of all blocks after the write.
         old, new: scales of each token's block before and after. Where ``old`` is above 0, the write multiplies the
             block's numbers by ``old / new``. It is 0 where a token at offset 0 starts the block.
     """
 
-    stored: Real[Array, "tokens 2 num_kv_heads head_dim"]
-    kv_scales: KvScales
-    old: Float32[Array, "tokens 2 num_kv_heads"]
-    new: Float32[Array, "tokens 2 num_kv_heads"]
+    stored: Real[Array, "tokens *heads head_dim"]
+    scales: StoredScales
+    old: Float32[Array, "tokens *heads"]
+    new: Float32[Array, "tokens *heads"]
 
 
 def quantize(
-    pool: BlockPool,
-    kv_scales: KvScales,
+    pool: Stored,
+    scales: StoredScales,
     layer: LayerIndex,
-    k: Float[Array, "tokens num_kv_heads head_dim"],
-    v: Float[Array, "tokens num_kv_heads head_dim"],
+    values: Float[Array, "tokens *heads head_dim"],
     slots: Int[Array, " tokens"],
 ) -> Quantized:
-    """Round a step's tokens without writing to the pool; arguments as for ``write_kv_quantized``."""
-    shape = shape_of(pool)
-    blocks, offsets = jnp.divmod(slots, shape.block_size)
-    kv = jnp.stack([k, v], axis=1).astype(jnp.float32)
+    """Round a step's tokens without writing to the pool.
+
+    Args:
+        pool: the pool, or its sides.
+        scales: its scales.
+        layer: as for ``write_kv_quantized``.
+        values: a token's numbers for each axis of a block: K and V in turn, for a pool.
+        slots: as for ``write_kv_quantized``.
+    """
+    blocks, offsets = jnp.divmod(slots, block_size_of(pool))
+    values = values.astype(jnp.float32)
     # XLA writes the scales in place only if every reader of the array before comes first. So each write depends on
     # these readers: on the attention of the layer before, through K, then on the reads below. Otherwise XLA copies the
     # scales of all blocks, twice a layer.
-    kv_scales, kv = lax.optimization_barrier((kv_scales, kv))
-    started = jnp.where(offsets == 0, blocks, shape.num_blocks)
-    kv_scales = kv_scales.at[started, layer].set(0, mode="drop", wrap_negative_indices=False)
-    old = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
-    kv_scales, old = lax.optimization_barrier((kv_scales, old))
-    least = _least_scales(jnp.abs(kv).max(axis=-1), pool.dtype)
-    kv_scales = kv_scales.at[blocks, layer].max(least, mode="drop", wrap_negative_indices=False)
-    new = kv_scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
-    kv_scales, new = lax.optimization_barrier((kv_scales, new))
-    return Quantized(to_stored(kv / new[..., None], pool.dtype), kv_scales, old, new)
+    scales, values = lax.optimization_barrier((scales, values))
+    started = jnp.where(offsets == 0, blocks, num_blocks_of(pool))
+    scales = scales.at[started, layer].set(0, mode="drop", wrap_negative_indices=False)
+    old = scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
+    scales, old = lax.optimization_barrier((scales, old))
+    least = _least_scales(jnp.abs(values).max(axis=-1), pool.dtype)
+    scales = scales.at[blocks, layer].max(least, mode="drop", wrap_negative_indices=False)
+    new = scales.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
+    scales, new = lax.optimization_barrier((scales, new))
+    return Quantized(to_stored(values / new[..., None], pool.dtype), scales, old, new)
+
+
+def quantize_as_written(
+    values: Float[Array, "blocks block_size num_kv_heads head_dim"], dtype: jnp.dtype
+) -> tuple[Real[Array, "blocks num_kv_heads block_size head_dim"], Float32[Array, "blocks num_kv_heads"]]:
+    """Round K, or V, of whole blocks, as ``quantize`` does if one write starts and fills them.
+
+    Args:
+        values: the tokens of each block, in any float type; zeros where there is none.
+        dtype: type of the quantised pool.
+
+    Returns:
+        The numbers as a block stores them, and their scales.
+    """
+    values = values.swapaxes(1, 2).astype(jnp.float32)
+    scales = _least_scales(jnp.abs(values).max(axis=(2, 3)), dtype)
+    return to_stored(values / scales[:, :, None, None], dtype), scales
 
 
 def _least_scales(largest: Float32[Array, "*heads"], dtype: jnp.dtype) -> Float32[Array, "*heads"]:

@@ -1,15 +1,16 @@
 """Attention over blocks on the host, which a step streams: those of the next layer arrive while this layer runs."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs, write_inputs
+from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs, write_computed, write_inputs
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import NUM_BUFFERS, Stream, Window
+from jpaged.device.kv.stream import NUM_BUFFERS, Stream, Window, num_cells_for
 from jpaged.models.spec import LayerSpec, Source
 
 
@@ -36,7 +37,7 @@ class StreamingAttend(PagedAttend):
         return self._cache.as_blocks(self._window.num_layers)
 
     def _first_cell(self, layer: int) -> int:
-        """The first cell that the streamed blocks of a layer fill."""
+        """The first cell that the streamed blocks of a layer fill as they arrive."""
         return self._window.first + layer % NUM_BUFFERS * most_streamed_blocks(self._window)
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
@@ -45,12 +46,16 @@ class StreamingAttend(PagedAttend):
         self._starts, slots = self._receive(layer, q, (self._starts, self._rows.slots))
         self._rows = self._rows._replace(slots=slots)
         tables = self._rows.block_tables
-        cells = self._first_cell(layer) + self._starts[:, None] - 1 - tables
+        cells = self._take_in(layer) + self._starts[:, None] - 1 - tables
         rows = self._rows._replace(
             block_tables=jnp.where(tables < 0, cells, window.places(layer, tables)),
             slots=window.slots(layer, slots, self._cache.block_size),
         )
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
+
+    def _take_in(self, layer: int) -> int:
+        """Make cells hold the blocks of a layer that have arrived, as attention reads them. Returns the first cell."""
+        return self._first_cell(layer)
 
     def _receive[T](self, layer: int, q: Array, arrays: T) -> T:
         """Let the blocks of the next layer come, and wait for those of this layer.
@@ -117,14 +122,12 @@ class RecomputingAttend(StreamingAttend):
         self._rows = self._rows._replace(slots=slots)
         page_slots = window.slots(layer, slots, 2 * self._cache.block_size)
         self._cache = write_inputs(self._cache, page_slots, source.inputs)
-        positions, resident, tables = self._pages
+        first_cell = self._first_cell(layer)
         if num_streamed:
-            cells = slice(self._first_cell(layer), self._first_cell(layer) + num_streamed)
-            self._compute(source, 0, read_inputs(self._cache, cells), positions[:num_streamed])
-        places = window.places(layer, resident)
-        self._compute(source, num_streamed, read_inputs(self._cache, places), positions[num_streamed:])
+            self._compute(source, slice(num_streamed), slice(first_cell, first_cell + num_streamed))
+        self._compute(source, slice(num_streamed, None), window.places(layer, self._pages.resident))
         # K and V of the step's own tokens are among those computed.
-        rows = self._rows._replace(block_tables=tables, slots=None)
+        rows = self._rows._replace(block_tables=self._pages.tables, slots=None)
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
 
     def _require_source(self, layer: int) -> Source:
@@ -137,22 +140,32 @@ class RecomputingAttend(StreamingAttend):
             )
         return source
 
-    def _compute(
-        self, source: Source, first: int, inputs: Float[Array, "inputs hidden_size"], positions: Int[Array, " pages"]
-    ) -> None:
-        """Fill the cells of pages, from the given one on, with K and V of their inputs."""
-        block_size = self._cache.block_size
+    def _compute(self, source: Source, some: slice, places: Int[Array, " pages"] | slice) -> None:
+        """Fill the cells of some pages with K and V of their inputs.
+
+        Args:
+            source: the source of the layer's K and V.
+            some: the pages, among those of the step.
+            places: blocks of the view that hold the inputs.
+        """
+        block_size, positions = self._cache.block_size, self._pages.positions[some]
+        inputs = read_inputs(self._cache, places, source.inputs.dtype)
         offsets = jnp.arange(2 * block_size, dtype=jnp.int32)[None, :]
-        k, v = source.project(inputs.astype(source.inputs.dtype), (positions[:, None] + offsets).reshape(-1))
-        first_slot = (self._window.first + 2 * first) * block_size
-        slots = first_slot + jnp.arange(len(inputs), dtype=jnp.int32)
+        k, v = source.project(inputs, (positions[:, None] + offsets).reshape(-1))
+        first_block = self._window.first + 2 * (some.start or 0)
+        if self._cache.kv_scales is not None:
+            self._cache = write_computed(self._cache, first_block, k, v, self._pages.num_tokens[some])
+            return
+        slots = first_block * block_size + jnp.arange(len(inputs), dtype=jnp.int32)
         self._cache = self._backend.write(self._cache, 0, k, v, slots)
 
 
 # Windows ----------------------------------------------------------------------------------------------------------
 
 
-def window_for(num_host_blocks: int, num_blocks: int, num_layers: int, *, with_pages: bool) -> Window:
+def window_for(
+    num_host_blocks: int, num_blocks: int, num_layers: int, *, with_pages: bool, share: Fraction = Fraction(1)
+) -> Window:
     """Size a window so that one step streams all blocks of the host pool, unless that takes too much of the pool.
 
     Args:
@@ -160,16 +173,19 @@ def window_for(num_host_blocks: int, num_blocks: int, num_layers: int, *, with_p
         num_blocks: blocks of the device's pool, of which a window takes half at most, and three quarters for pages.
         num_layers: layers of a block.
         with_pages: whether blocks hold activations.
+        share: part of a cell that a block takes as it arrives.
     """
     num_cells, most = NUM_BUFFERS * num_host_blocks, (num_blocks - 1) // 2
     if with_pages:  # K and V of a page take two cells
         num_cells, most = (2 + NUM_BUFFERS) * num_host_blocks + 2 * num_blocks, 3 * (num_blocks - 1) // 4
-    return Window(min(-(-num_cells // num_layers), most), num_layers)
+    if share < 1:  # narrow blocks are widened into cells of their own
+        num_cells = num_cells_for(num_host_blocks, share)
+    return Window(min(-(-num_cells // num_layers), most), num_layers, share)
 
 
 def most_streamed_blocks(window: Window) -> int:
     """Most blocks of K and V on the host that one step streams."""
-    return window.num_cells // NUM_BUFFERS
+    return window.batches.number * window.batches.size
 
 
 def most_blocks_on_host(window: Window, num_host_blocks: int, num_blocks: int, *, with_pages: bool) -> int:

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -155,8 +156,7 @@ class Programs:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
         keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
         keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
-        # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
+        total = _num_copied_cells(self) * self._layout.layer_bytes(self.dtype)
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
@@ -339,10 +339,21 @@ class Programs:
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
 
 
+def _num_copied_cells(programs: Programs) -> int:
+    """Cells whose content a streaming layer has in temporaries at once."""
+    if programs.keeps_activations:
+        # Of all pages: the inputs, K and V, and both of these as a kernel and a product lay them out.
+        return 6 * programs.max_streamed_blocks
+    window = None if programs.stream is None else programs.stream.window
+    # A batch as it arrives, and widened.
+    return 0 if window is None or not window.is_narrow else 2 * window.batches.size
+
+
 def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
     """The stream of some programs, and the window for so many blocks of the host."""
     num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
-    window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages)
+    share = Fraction(programs.host_bytes_per_block, programs.bytes_per_block)
+    window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages, share=share)
     if programs.streams_by_dma:
         slots = programs.host_slots(num_host_blocks)
         return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)

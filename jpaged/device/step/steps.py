@@ -17,6 +17,7 @@ from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import BlockStream
 from jpaged.device.kv.streaming import RecomputingAttend, StreamingAttend
+from jpaged.device.kv.widening import WideningAttend
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
 from jpaged.device.sampling.columns import SampleInputs, SampleSizes, rows_from, unpack_draws
 from jpaged.device.sampling.draw import SampledTokens, sample
@@ -78,7 +79,8 @@ class Steps:
         if stream is None:
             attend = PagedAttend(cache, rows, self.backend)
         elif pages is None:
-            attend = StreamingAttend(cache, rows, self.backend, stream.given(*streamed), inputs.stream_starts)
+            kind = WideningAttend if stream.window.is_narrow else StreamingAttend
+            attend = kind(cache, rows, self.backend, stream.given(*streamed), inputs.stream_starts)
         else:
             given = stream.given(*streamed)
             attend = RecomputingAttend(pages, cache, rows, self.backend, given, inputs.stream_starts)

@@ -92,7 +92,7 @@ def write_kv_quantized_tpu(
     dispatch.refuse(None if interpret else here.why_no_tpu(), "implementation='xla' takes it")
     if k.size == 0:
         return pool, kv_scales
-    stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)
+    stored, kv_scales, old, new = quantize(pool, kv_scales, layer, jnp.stack([k, v], axis=1), slots)
     ratios = jnp.where((old > 0) & (new > old), old / new, 1)
     # bfloat16 holds 8-bit numbers exactly.
     return _write_all(pool, layer, stored.astype(jnp.bfloat16), ratios, slots, interpret), kv_scales
