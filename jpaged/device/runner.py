@@ -150,7 +150,7 @@ class ModelRunner:
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
         sizes = len(self._state.latest), self.max_blocks, model_config.vocab_size
-        self._packer = Packer(self.buckets, *sizes, config.block_size, self.programs.most_pages)
+        self._packer = Packer(self.buckets, *sizes, streams_always=self.programs.streams_always)
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -323,7 +323,7 @@ class ModelRunner:
 
     def _run(self, step: PackedStep) -> Float[Array, "tokens hidden_size"]:
         """Enqueue the program of a step over the loaded inputs. Returns hidden states, valid until the next pass."""
-        key = ("forward", step.bucket) if step.streamed is None else ("stream", step.bucket, step.pages)
+        key = "forward" if step.streamed is None else "stream", step.bucket
         self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state)
         return hidden[0] if hidden else self._state.hidden
 

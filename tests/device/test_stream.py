@@ -14,7 +14,7 @@ from jpaged.contract.plan import BlockCopy, Streamed
 from jpaged.contract.rows import host_cell
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
 from jpaged.device.kv.layout import keeps_activations
-from jpaged.device.kv.pages import PageSizes, page_sizes_for
+from jpaged.device.kv.pages import PageCapacity
 from jpaged.device.kv.stream import HostStream, Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
@@ -180,22 +180,11 @@ def test_activations_are_kept_where_they_are_smaller():
         make_streaming(model_config=MHA, offload_cache="activations", block_size=15, max_burst=2)
 
 
-def test_sizes_of_pages_are_few_and_hold_all_but_no_more_than_fit():
-    most = PageSizes(1000, 200)
-    decodes = {page_sizes_for(n, 3, most, is_decode=True) for n in range(1, 1001)}
-    assert len(decodes) < 25
-    for n in (0, 1, 5, 63, 64, 65, 150, 200):
-        sizes = page_sizes_for(5 * n, n, most, is_decode=True)
-        assert 5 * n <= sizes.num_streamed <= min(1.25 * 5 * n + 16, 1000)
-        assert n <= sizes.num_resident <= min(max(2 * n, 16), 200)
-        assert page_sizes_for(n, n, most, is_decode=False).num_streamed in (0, 16, 64, 256)
-    assert page_sizes_for(900, 190, most, is_decode=False) == most
-
-
-def test_a_step_that_streams_allocates_nothing_of_the_pools_size():
-    runner = make_streaming(num_blocks=4096, num_host_blocks=512)
+@pytest.mark.parametrize("settings", [{}, {"model_config": MHA, "offload_cache": "activations"}], ids=["kv", "pages"])
+def test_a_step_that_streams_allocates_nothing_of_the_pools_size(settings):
+    runner = make_streaming(num_blocks=8192, num_host_blocks=512, **settings)
     for bucket in (Bucket(4, 4), Bucket(64, 4)):
-        memory = runner.programs.get(("stream", bucket, None)).memory_analysis()
+        memory = runner.programs.get(("stream", bucket)).memory_analysis()
         assert memory is not None
         assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 8
         assert memory.alias_size_in_bytes >= runner.cache.pool.nbytes, "the donated pool is written in place"
@@ -233,7 +222,7 @@ def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
     # Pages: two cells of K and V for every page, and two parts for those on the host.
     assert window_for(100, 1000, 40, with_pages=True) == Window(60, 40)
     assert window_for(10**6, 1000, 4, with_pages=True) == Window(749, 4)
-    assert most_pages(Window(60, 40), 1000) == PageSizes((60 * 40 - 2 * 940) // 4, 940)
+    assert most_pages(Window(60, 40), 1000) == PageCapacity((60 * 40 - 2 * 940) // 4, 940)
     assert most_pages(Window(2, 4), 1000).num_streamed == 0
 
 

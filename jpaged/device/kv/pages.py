@@ -12,28 +12,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jpaged.contract.rows import host_cell
 from jpaged.device.backends import Rows
 from jpaged.device.kv.pool import KVCache
 from pallas_kernels.block_pool.layout import as_sides, shape_of
 
-LEAST_PAGES = 16
-"""The smallest size of a step over pages: fewer take about as long, and each size is compiled."""
+PAGES_AT_ONCE = 256
+"""Pages whose K and V one product computes: enough to be bound by computation, and little padding."""
 
 
-@dataclass(frozen=True, order=True)
-class PageSizes:
-    """Static sizes of a step over pages; there may be fewer.
+@dataclass(frozen=True, slots=True)
+class PageCapacity:
+    """Most pages of one step.
 
     Args:
         num_streamed: pages on the host.
-        num_resident: pages on the device.
-        is_whole_pool: whether the pages on the device are block 0 and all blocks behind the window, each once. Rows
-            that share pages may otherwise count more of them than there are.
+        num_resident: pages on the device, block 0 included.
     """
 
     num_streamed: int
     num_resident: int
-    is_whole_pool: bool = False
 
     @property
     def num_computed(self) -> int:
@@ -41,53 +39,29 @@ class PageSizes:
         return 2 * (self.num_streamed + self.num_resident)
 
 
-def page_sizes_for(num_streamed: int, num_resident: int, most: PageSizes, *, is_decode: bool) -> PageSizes:
-    """The sizes of the step that takes so many pages: few different ones, since a program is compiled for each.
-
-    Args:
-        num_streamed: pages on the host.
-        num_resident: pages on the device, those that rows share counted for each.
-        most: the largest sizes, which fit the window; ``num_resident`` are all blocks beside the window.
-        is_decode: whether the step has no chunks of prompts.
-    """
-    if is_decode:
-        unit = max(1 << max(num_streamed.bit_length() - 3, 0), LEAST_PAGES)  # four sizes between two powers of two
-        sizes = -(-num_streamed // unit) * unit, _power_from(num_resident, 2)
-    else:
-        sizes = _power_from(num_streamed, 4), _power_from(num_resident, 4)
-    assert num_streamed <= most.num_streamed
-    is_whole_pool = num_resident > most.num_resident
-    return PageSizes(min(sizes[0], most.num_streamed), min(sizes[1], most.num_resident), is_whole_pool)
-
-
-def _power_from(number: int, base: int) -> int:
-    power = LEAST_PAGES
-    while power < number:
-        power *= base
-    return power if number else 0
-
-
 class Pages(NamedTuple):
     """The pages of a step: those on the host, then those on the device, each part in the order of the rows.
 
     Args:
+        pages: ``host_cell`` of their ranks for the pages on the host, then blocks; block 0 for padding.
         positions: position of each page's first token in its sequence.
-        resident: the pages on the device; block 0 for padding.
+        num_pages: pages that are no padding.
         tables: the computed blocks of each row, by their cells.
     """
 
+    pages: Int[Array, " pages"]
     positions: Int[Array, " pages"]
-    resident: Int[Array, " resident"]
+    num_pages: Int[Array, ""]
     tables: Int[Array, "rows max_blocks"]
 
 
 def locate_pages(
-    sizes: PageSizes, rows: Rows, starts: Int[Array, " rows"], page_size: int, window_size: int, first_computed: int
+    most: PageCapacity, rows: Rows, starts: Int[Array, " rows"], page_size: int, window_size: int, first_computed: int
 ) -> Pages:
     """Find the pages of a step.
 
     Args:
-        sizes: the static sizes.
+        most: the sizes of the results.
         rows: the rows; their block tables have a cell for each page, ``host_cell`` for those on the host.
         starts: first streamed page of each row.
         page_size: tokens of a page.
@@ -96,22 +70,29 @@ def locate_pages(
     """
     tables = rows.block_tables
     num_on_host = jnp.sum(tables < 0, axis=1, dtype=jnp.int32)
-    if sizes.is_whole_pool:
-        resident = _whole_pool(sizes.num_resident, tables, page_size, window_size)
-    else:
-        num_resident = -(-rows.kv_lens // page_size) - num_on_host
-        resident = _those_of_rows(sizes.num_resident, tables, num_on_host, num_resident, page_size)
-    ranks = jnp.where(tables < 0, starts[:, None] - 1 - tables, sizes.num_streamed + resident.ranks)
+    num_streamed, num_resident = jnp.sum(num_on_host), jnp.sum(-(-rows.kv_lens // page_size) - num_on_host)
+    # Rows that share pages may count more of them than the pool has.
+    of_rows = _those_of_rows(most.num_resident, tables, num_on_host, rows.kv_lens, page_size)
+    of_pool = _whole_pool(most.num_resident, tables, page_size, window_size)
+    is_whole_pool = num_resident > most.num_resident
+    resident = jax.tree.map(lambda pool, own: jnp.where(is_whole_pool, pool, own), of_pool, of_rows)
+    num_resident = jnp.minimum(num_resident, most.num_resident)
+    ranks = jnp.where(tables < 0, starts[:, None] - 1 - tables, num_streamed + resident.ranks)
     computed = first_computed + 2 * ranks[:, :, None] + jnp.arange(2, dtype=jnp.int32)[None, None, :]
     is_used = _logical(tables) * page_size < rows.kv_lens[:, None]
 
-    rank = jnp.arange(sizes.num_streamed, dtype=jnp.int32)
+    rank = jnp.arange(most.num_streamed + most.num_resident, dtype=jnp.int32)
+    is_streamed = rank < num_streamed
+    index = jnp.clip(rank - num_streamed, 0, most.num_resident - 1)
     # Rows without pages on the host have any start: they own no rank.
-    owns = (starts[:, None] <= rank[None, :]) & (rank[None, :] < (starts + num_on_host)[:, None])
-    streamed_positions = jnp.sum(jnp.where(owns, rank[None, :] - starts[:, None], 0), axis=0) * page_size
+    streamed = rank[: most.num_streamed]
+    owns = (starts[:, None] <= streamed[None, :]) & (streamed[None, :] < (starts + num_on_host)[:, None])
+    streamed_positions = jnp.sum(jnp.where(owns, streamed[None, :] - starts[:, None], 0), axis=0) * page_size
+    streamed_positions = jnp.pad(streamed_positions, (0, most.num_resident))
     return Pages(
-        positions=jnp.concatenate([streamed_positions, resident.positions]),
-        resident=resident.blocks,
+        pages=jnp.where(is_streamed, host_cell(rank), resident.blocks[index]),
+        positions=jnp.where(is_streamed, streamed_positions, resident.positions[index]),
+        num_pages=num_streamed + num_resident,
         tables=jnp.where(is_used[:, :, None], computed, 0).reshape(len(tables), -1),
     )
 
@@ -134,10 +115,11 @@ def _those_of_rows(
     size: int,
     tables: Int[Array, "rows max_blocks"],
     num_on_host: Int[Array, " rows"],
-    num_resident: Int[Array, " rows"],
+    kv_lens: Int[Array, " rows"],
     page_size: int,
 ) -> _Resident:
     """The pages of the rows, one row after the other."""
+    num_resident = -(-kv_lens // page_size) - num_on_host
     ends = jnp.cumsum(num_resident, dtype=jnp.int32)
     first_resident = ends - num_resident
     rank = jnp.arange(size, dtype=jnp.int32)
@@ -177,7 +159,7 @@ def write_inputs(layers: KVCache, slots: Int[Array, " tokens"], inputs: Float[Ar
     return KVCache(jax.lax.optimization_barrier(written).reshape(layers.pool.shape))
 
 
-def read_inputs(layers: KVCache, pages: Int[Array, " pages"] | slice) -> Float[Array, "inputs hidden_size"]:
+def read_inputs(layers: KVCache, pages: Int[Array, " pages"]) -> Float[Array, "inputs hidden_size"]:
     """The inputs of all tokens of some pages."""
     shape = shape_of(layers.pool)
     sides = layers.pool[pages].reshape(-1, shape.num_kv_heads, shape.block_size, shape.head_dim)

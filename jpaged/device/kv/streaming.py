@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs, write_inputs
+from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity, locate_pages, read_inputs, write_inputs
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import NUM_BUFFERS, HostStream, Window
 from jpaged.models.spec import LayerSpec, Source
@@ -81,48 +82,36 @@ class RecomputingAttend(StreamingAttend):
     K and V of all pages fill cells of the window, are attended to, and are then forgotten.
 
     Args:
-        sizes: the static sizes of the step.
         cache, rows, backend, stream, starts: as for ``StreamingAttend``, with pages in place of blocks.
     """
 
     def __init__(
-        self,
-        sizes: PageSizes,
-        cache: KVCache,
-        rows: Rows,
-        backend: Backend,
-        stream: HostStream,
-        starts: Int[Array, " rows"],
+        self, cache: KVCache, rows: Rows, backend: Backend, stream: HostStream, starts: Int[Array, " rows"]
     ) -> None:
-        self._sizes = sizes
+        self._most = most_pages(stream.window, len(cache.pool))
         self._source: Source | None = None
         super().__init__(cache, rows, backend, stream, starts)
         places = self._window.num_blocks, self._window.first
-        self._pages = locate_pages(sizes, rows, starts, 2 * cache.block_size, *places)
+        self._pages = locate_pages(self._most, rows, starts, 2 * cache.block_size, *places)
 
     def take_source(self, source: Source) -> None:
         """Keep the source of the next layer's K and V."""
         self._source = source
 
     def _first_cell(self, layer: int) -> int:
-        return self._window.first + self._sizes.num_computed + layer % NUM_BUFFERS * self._sizes.num_streamed
+        return self._window.first + self._most.num_computed + layer % NUM_BUFFERS * self._most.num_streamed
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
-        layer, window, num_streamed = spec.layer, self._window, self._sizes.num_streamed
+        layer, window = spec.layer, self._window
         assert self._rows.slots is not None
         source = self._require_source(layer)
         slots, self._pages = self._receive(layer, q, (self._rows.slots, self._pages))
         self._rows = self._rows._replace(slots=slots)
         page_slots = window.slots(layer, slots, 2 * self._cache.block_size)
         self._cache = write_inputs(self._cache, page_slots, source.inputs)
-        positions, resident, tables = self._pages
-        if num_streamed:
-            cells = slice(self._first_cell(layer), self._first_cell(layer) + num_streamed)
-            self._compute(source, 0, read_inputs(self._cache, cells), positions[:num_streamed])
-        places = window.places(layer, resident)
-        self._compute(source, num_streamed, read_inputs(self._cache, places), positions[num_streamed:])
+        self._compute(layer, source)
         # K and V of the step's own tokens are among those computed.
-        rows = self._rows._replace(block_tables=tables, slots=None)
+        rows = self._rows._replace(block_tables=self._pages.tables, slots=None)
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
 
     def _require_source(self, layer: int) -> Source:
@@ -135,16 +124,22 @@ class RecomputingAttend(StreamingAttend):
             )
         return source
 
-    def _compute(
-        self, source: Source, first: int, inputs: Float[Array, "inputs hidden_size"], positions: Int[Array, " pages"]
-    ) -> None:
-        """Fill the cells of pages, from the given one on, with K and V of their inputs."""
-        block_size = self._cache.block_size
-        offsets = jnp.arange(2 * block_size, dtype=jnp.int32)[None, :]
-        k, v = source.project(inputs.astype(source.inputs.dtype), (positions[:, None] + offsets).reshape(-1))
-        first_slot = (self._window.first + 2 * first) * block_size
-        slots = first_slot + jnp.arange(len(inputs), dtype=jnp.int32)
-        self._cache = self._backend.write(self._cache, 0, k, v, slots)
+    def _compute(self, layer: int, source: Source) -> None:
+        """Fill the computed cells with K and V of the inputs of all pages, ``PAGES_AT_ONCE`` at a time."""
+        block_size, (pages, positions, num_pages, _) = self._cache.block_size, self._pages
+        pages = jnp.where(pages < 0, self._first_cell(layer) - 1 - pages, self._window.places(layer, pages))
+        size = min(PAGES_AT_ONCE, len(pages))
+        offsets = jnp.arange(2 * block_size, dtype=jnp.int32)
+
+        def compute(number: Int[Array, ""], cache: KVCache) -> KVCache:
+            first = jnp.minimum(number * size, len(pages) - size)  # the last ones may be computed twice
+            own_pages, own_positions = (jax.lax.dynamic_slice(x, (first,), (size,)) for x in (pages, positions))
+            inputs = read_inputs(cache, own_pages).astype(source.inputs.dtype)
+            k, v = source.project(inputs, (own_positions[:, None] + offsets[None, :]).reshape(-1))
+            slots = (self._window.first + 2 * first) * block_size + jnp.arange(len(inputs), dtype=jnp.int32)
+            return self._backend.write(cache, 0, k, v, slots)
+
+        self._cache = jax.lax.fori_loop(0, -(-num_pages // size), compute, self._cache)
 
 
 # Windows ----------------------------------------------------------------------------------------------------------
@@ -176,10 +171,10 @@ def most_blocks_on_host(window: Window, num_host_blocks: int, num_blocks: int, *
     return min(num_host_blocks, pages.num_streamed if with_pages else most_streamed_blocks(window))
 
 
-def most_pages(window: Window, num_blocks: int) -> PageSizes:
+def most_pages(window: Window, num_blocks: int) -> PageCapacity:
     """Most pages of one step: in all blocks of the pool beside the window, and as many on the host as it then holds.
 
     K and V of a page take two cells. A page on the host takes one cell of each part besides.
     """
     num_resident = num_blocks - window.num_blocks
-    return PageSizes(max((window.num_cells - 2 * num_resident) // (2 + NUM_BUFFERS), 0), num_resident)
+    return PageCapacity(max((window.num_cells - 2 * num_resident) // (2 + NUM_BUFFERS), 0), num_resident)

@@ -18,7 +18,7 @@ from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
 from jpaged.device.kv.layout import keeps_activations, pool_layout
-from jpaged.device.kv.pages import PageSizes
+from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
@@ -89,7 +89,7 @@ class Programs:
         """Sizes of the copying programs: a step copies one block for each row at most."""
         self.keeps_activations = keeps_activations(model_config, config)
         """Whether blocks hold activations: every step then streams, and computes K and V."""
-        self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size)
+        self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size, self.keeps_activations)
         self.resize(num_blocks, max_model_len)
 
     def resize(self, num_blocks: int, max_model_len: int) -> None:
@@ -110,8 +110,8 @@ class Programs:
         self.stream = HostStream(window, copier)
 
     @property
-    def most_pages(self) -> PageSizes | None:
-        """Sizes of the largest step over pages; None if blocks hold K and V."""
+    def most_pages(self) -> PageCapacity | None:
+        """Most pages of one step; None if blocks hold K and V."""
         if self.stream is None or not self.keeps_activations:
             return None
         return most_pages(self.stream.window, self.num_blocks)
@@ -124,6 +124,11 @@ class Programs:
         return 0 if self.stream is None else most_streamed_blocks(self.stream.window)
 
     @property
+    def streams_always(self) -> bool:
+        """Whether every pass streams. Few others would run, and each size of a step is compiled once then."""
+        return self.config.kv_placement == "host"
+
+    @property
     def move_kinds(self) -> tuple[str, ...]:
         """Kinds of the programs that move blocks between the pools; none where a copy engine moves them."""
         return () if has_copy_engine(self.target) else ("gather", "scatter")
@@ -131,8 +136,8 @@ class Programs:
     @property
     def max_burst(self) -> int:
         """Steps that a plan may have."""
-        always_streams = self.config.weight_placement == "host" or self.keeps_activations
-        return self.config.max_burst or (1 if always_streams else self.target.max_burst)
+        is_bound_by_link = self.config.weight_placement == "host" or self.streams_always
+        return self.config.max_burst or (1 if is_bound_by_link else self.target.max_burst)
 
     @property
     def max_blocks(self) -> int:
@@ -141,10 +146,11 @@ class Programs:
 
     def workspace_bytes(self) -> int:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
-        keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
-        keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
-        # Of all pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        total = 6 * self.max_streamed_blocks * self._layout.layer_bytes if self.keeps_activations else 0
+        is_streaming = self.streams_always and self.stream is not None  # the window is opened once the pool has a size
+        keys: list[tuple] = [("stream" if is_streaming else "forward", self.buckets[-1])]
+        keys += [("copy", max(self.copy_sizes)), ("sample", SampleSizes(self.config.max_num_seqs), None)]
+        # Of some pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
+        total = 6 * PAGES_AT_ONCE * self._layout.layer_bytes if self.keeps_activations and not is_streaming else 0
         if has_host_pool(self.config, self.target) and self.move_kinds:
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
@@ -184,7 +190,8 @@ class Programs:
         with InterruptsWait() as interrupts:
             try:
                 if kept is not None:
-                    self._compiled |= (loaded := kept.load_all(keys, threads))
+                    keepable = [key for key in keys if key[0] != "stream"]  # the others call back into this process
+                    self._compiled |= (loaded := kept.load_all(keepable, threads))
                     self.num_loaded += len(loaded)
                 jobs: dict[Future[tuple[jax.stages.Compiled, bool]], tuple] = {}
                 for key in keys:
@@ -196,7 +203,7 @@ class Programs:
                 for job in tqdm(as_completed(jobs), **bar, disable=not (use_tqdm and jobs)):
                     interrupts.check()
                     self._compiled[jobs[job]], can_be_saved = job.result()
-                    if kept is not None and can_be_saved:
+                    if kept is not None and can_be_saved and jobs[job][0] != "stream":
                         saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
                 for save in saves:
                     save.result()
@@ -208,9 +215,8 @@ class Programs:
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
         """The keys of all programs that plain requests need."""
-        # Programs that stream are compiled when they are needed: those of pages have many sizes.
-        passes = [] if self.keeps_activations else self.buckets
-        keys: list[tuple] = [("forward", bucket) for bucket in reversed(passes)]
+        kind = "stream" if self.streams_always else "forward"
+        keys: list[tuple] = [(kind, bucket) for bucket in reversed(self.buckets)]
         keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
         keys += [("load", bucket) for bucket in self.buckets]
         keys += [("enter",), ("read",), *(("copy", size) for size in self.copy_sizes)]
@@ -266,11 +272,10 @@ class Programs:
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
-                return self._jit(self._pass_of(bucket), bucket, None, None, donate=(1, 2)).lower(weights, cache, state)
+                return self._jit(self._pass_of(bucket), bucket, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
-                bucket, pages = sizes
-                method = self._jit(self._pass_of(bucket), bucket, self.stream, pages, donate=(1, 2))
-                return method.lower(weights, cache, state)
+                (bucket,) = sizes
+                return self._jit(self._pass_of(bucket), bucket, self.stream, donate=(1, 2)).lower(weights, cache, state)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":

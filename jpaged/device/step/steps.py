@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from jpaged.device.backends import Backend, Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import HostStream
 from jpaged.device.kv.streaming import RecomputingAttend, StreamingAttend
@@ -40,6 +39,7 @@ class Steps:
         mesh: the devices.
         backend: attends.
         block_size: tokens of a block.
+        keeps_activations: whether blocks hold activations in place of K and V.
         max_burst: steps that a decode may have.
     """
 
@@ -48,6 +48,7 @@ class Steps:
     mesh: jax.sharding.Mesh
     backend: Backend
     block_size: int
+    keeps_activations: bool
     max_burst: int
 
     def _merge(self, weights: list[Array]) -> Any:
@@ -57,7 +58,6 @@ class Steps:
         self,
         bucket: Bucket,
         stream: HostStream | None,
-        pages: PageSizes | None,
         weights: list[Array],
         cache: KVCache,
         state: StepState,
@@ -67,7 +67,6 @@ class Steps:
         Args:
             bucket: sizes of the step.
             stream: brings the blocks that are on the host; None if there are none.
-            pages: sizes of the step if blocks hold activations; None if they hold K and V.
             weights, cache, state: the arrays.
         """
         inputs = state.step_inputs(bucket, self.block_size)
@@ -75,10 +74,9 @@ class Steps:
         rows = Rows(inputs.slots, inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
         if stream is None:
             attend = PagedAttend(cache, rows, self.backend)
-        elif pages is None:
-            attend = StreamingAttend(cache, rows, self.backend, stream, inputs.stream_starts)
         else:
-            attend = RecomputingAttend(pages, cache, rows, self.backend, stream, inputs.stream_starts)
+            streaming = RecomputingAttend if self.keeps_activations else StreamingAttend
+            attend = streaming(cache, rows, self.backend, stream, inputs.stream_starts)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 
@@ -86,7 +84,6 @@ class Steps:
         self,
         bucket: Bucket,
         stream: HostStream | None,
-        pages: PageSizes | None,
         weights: list[Array],
         cache: KVCache,
         state: StepState,
@@ -98,7 +95,7 @@ class Steps:
         num_steps = state.num_steps(bucket)
 
         def step(before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
-            cache, state, hidden = self.forward(bucket, stream, pages, weights, *before)
+            cache, state, hidden = self.forward(bucket, stream, weights, *before)
 
             def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
                 tokens = self._sample(weights, state.sample_hidden, state.sample_inputs(bucket), None)
