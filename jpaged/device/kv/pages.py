@@ -17,7 +17,7 @@ from jpaged.device.backends import Rows
 from jpaged.device.kv.pool import KVCache
 from pallas_kernels.block_pool.layout import as_sides, shape_of
 
-PAGES_AT_ONCE = 256
+PAGES_AT_ONCE = 128
 """Pages whose K and V one product computes: enough to be bound by computation, and little padding."""
 
 
