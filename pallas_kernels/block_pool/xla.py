@@ -31,8 +31,19 @@ def write_kv_xla(
 ) -> BlockPool:
     """Store one layer's K and V of this step's tokens; arguments and result as for ``write_kv``."""
     blocks, offsets = jnp.divmod(slots, shape_of(pool).block_size)
-    kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
-    return pool.at[blocks, layer, :, :, offsets].set(kv, mode="drop", wrap_negative_indices=False)
+    return _write_tokens(pool, layer, blocks, offsets, jnp.stack([k, v], axis=1).astype(pool.dtype))
+
+
+def _write_tokens(
+    pool: BlockPool,
+    layer: LayerIndex,
+    blocks: Int[Array, " tokens"],
+    offsets: Int[Array, " tokens"],
+    kv: Real[Array, "tokens 2 num_kv_heads head_dim"],
+) -> BlockPool:
+    pool = pool.at[blocks, layer, :, :, offsets].set(kv, mode="drop", wrap_negative_indices=False)
+    # XLA fuses the write of a single token into each of its readers, and copies the pool for each.
+    return lax.optimization_barrier(pool) if len(kv) == 1 else pool
 
 
 def write_kv_quantized_xla(
@@ -44,12 +55,16 @@ def write_kv_quantized_xla(
     slots: Int[Array, " tokens"],
 ) -> tuple[BlockPool, KvScales]:
     """Store K and V in a quantised pool; arguments and result as for ``write_kv_quantized``."""
+    shape = shape_of(pool)
+    if len(k) == 1:  # a second one that is dropped: the barrier of ``_write_tokens`` is not enough for two writes
+        k, v = jnp.repeat(k, 2, axis=0), jnp.repeat(v, 2, axis=0)
+        slots = jnp.append(slots, shape.num_blocks * shape.block_size)
     stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)
-    blocks, offsets = jnp.divmod(slots, shape_of(pool).block_size)
+    blocks, offsets = jnp.divmod(slots, shape.block_size)
     is_first = jnp.diff(blocks, prepend=-1) != 0
     has_grown = is_first & ((old > 0) & (new > old)).any(axis=(1, 2))
     pool = _rescale(pool, layer, blocks, has_grown, old / new)
-    return pool.at[blocks, layer, :, :, offsets].set(stored, mode="drop", wrap_negative_indices=False), kv_scales
+    return _write_tokens(pool, layer, blocks, offsets, stored), kv_scales
 
 
 def _rescale(

@@ -83,7 +83,7 @@ def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offloa
         "--repeats",
         "2",
         "--num-blocks",
-        "64",
+        "160",
         "--busy",
     )
     lines, report = run_offload("decode", *options, "--max-num-batched-tokens", "32")

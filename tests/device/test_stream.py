@@ -180,10 +180,14 @@ def test_activations_are_kept_where_they_are_smaller():
         make_streaming(model_config=MHA, offload_cache="activations", block_size=15, max_burst=2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"model_config": MHA, "offload_cache": "activations"}], ids=["kv", "pages"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kv_cache_dtype": "int8"}, {"model_config": MHA, "offload_cache": "activations"}],
+    ids=["kv", "int8", "pages"],
+)
 def test_a_step_that_streams_allocates_nothing_of_the_pools_size(settings):
     runner = make_streaming(num_blocks=8192, num_host_blocks=512, **settings)
-    for bucket in (Bucket(4, 4), Bucket(64, 4)):
+    for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
         memory = runner.programs.get(("stream", bucket)).memory_analysis()
         assert memory is not None
         assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 8
