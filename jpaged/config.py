@@ -9,6 +9,7 @@ KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 PREEMPTIONS = ("auto", "swap", "recompute")
 KV_PLACEMENTS = ("device", "auto", "host")
 OFFLOAD_CACHES = ("auto", "kv", "activations")
+OFFLOAD_DTYPES = ("auto", "int8")
 WEIGHT_PLACEMENTS = ("device", "host")
 DEFAULT_TOKEN_BUDGET = 2048
 MAX_SEQS = 1 << 16
@@ -116,7 +117,14 @@ class EngineConfig:
         "auto",
         one_of(*OFFLOAD_CACHES),
         "what blocks hold with kv_placement='host': kv; activations, from which every step computes K and V again, and "
-        "which are half as large where every query head has its own K and V; or auto, the smaller",
+        "which are half as large where every query head has its own K and V; or auto, the smaller, but kv in 8-bit "
+        "pools",
+    )
+    offload_dtype: str = setting(
+        "auto",
+        one_of(*OFFLOAD_DTYPES),
+        "dtype of the KV in the host pool: auto is that of the KV cache; int8 rounds blocks on their way to the host, "
+        "with a scale for each block, layer and KV head, so that it holds twice the tokens of a 16-bit cache",
     )
     weight_placement: str = setting(
         "device",

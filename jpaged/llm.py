@@ -21,7 +21,7 @@ from jpaged.engine.prompts import Prompt, as_sampling_params
 from jpaged.engine.stats import EngineStats
 from jpaged.models import ModelConfig
 from jpaged.request import BeamSearchParams, CompletionDelta, Request, RequestOutput, SamplingParams
-from jpaged.rules import describe
+from jpaged.rules import describe, settings_of
 from jpaged.sharding import make_mesh
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -79,6 +79,7 @@ class LLM:
         host_memory_bytes: int | None = None,
         kv_placement: str = "device",
         offload_cache: str = "auto",
+        offload_dtype: str = "auto",
         weight_placement: str = "device",
         seed: int = 0,
         tensor_parallel_size: int = 1,
@@ -87,28 +88,8 @@ class LLM:
         warm_up: bool | None = None,
         use_tqdm: bool = True,
     ):
-        config = EngineConfig(
-            dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            memory_fraction=memory_fraction,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=max_model_len,
-            enable_prefix_caching=enable_prefix_caching,
-            max_burst=max_burst,
-            preemption=preemption,
-            num_host_blocks=num_host_blocks,
-            host_memory_bytes=host_memory_bytes,
-            kv_placement=kv_placement,
-            offload_cache=offload_cache,
-            weight_placement=weight_placement,
-            seed=seed,
-            tensor_parallel_size=tensor_parallel_size,
-            attention_implementation=attention_implementation,
-            interpret=interpret,
-        )
+        given = locals()
+        config = EngineConfig(**{name: given[name] for name in settings_of(EngineConfig)})
         self._serve(load_checkpoint(_directory_of(model), config, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod

@@ -21,6 +21,7 @@ from bench.report import Table, shown
 from bench.serving.runs import as_prompts
 from jpaged import LLM, EngineConfig, SamplingParams
 from jpaged.contract.plan import BlockCopy, StepPlan
+from jpaged.device.kv.layout import kv_dtype
 from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
 from jpaged.host.sequence import SequenceGroup
@@ -375,8 +376,10 @@ class _Runs:
         if profile is None or not profile.projection_flops_per_s:
             return None
         num_blocks = [(work.prompt_len + work.num_tokens // 2) // BLOCK_SIZE] * work.num_seqs
-        kv_block_bytes = self.shapes.kv_block_bytes(runner.config.kv_cache_dtype)
-        return predict_steps(profile, self.shapes, kv_block_bytes, runner.dtype.itemsize, num_blocks)
+        kv_cache_dtype = runner.config.kv_cache_dtype
+        itemsize = kv_dtype(kv_cache_dtype, runner.dtype).itemsize  # activations are stored as K and V are
+        kv_block_bytes = self.shapes.kv_block_bytes(kv_cache_dtype)
+        return predict_steps(profile, self.shapes, kv_block_bytes, itemsize, num_blocks)
 
 
 def _refused(name: str, error: Exception) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def predict_steps(
         profile: rates of the machine, those of projections included.
         shapes: the model.
         kv_block_bytes: bytes of K and V of a block, over all layers.
-        itemsize: bytes of an element of activations.
+        itemsize: bytes of an element of activations on the host.
         num_blocks: full blocks on the host of each row.
 
     Returns:

@@ -9,16 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged.cli.options import engine_settings
 from jpaged.config import EngineConfig
-from jpaged.device.backends import Backend
 from jpaged.device.kv.host_memory import has_copy_engine
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.layout import pool_layout
+from jpaged.device.kv.layout import host_layout, pool_layout
 from jpaged.device.kv.sizing import check_pools, num_blocks_that_fit
 from jpaged.device.profile_file import load_profile, profile_path
 from jpaged.device.runner import check_settings
@@ -152,7 +150,9 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     backend = choose_backend(model_config, config, dtype, mesh)
     check_pools(model_config, config, dtype, mesh)
-    kv_cache = _plan_pool(model_config, config, dtype, backend, device_bytes(weights), mesh)
+    layout = pool_layout(model_config, config, dtype, backend)
+    kv_cache = _plan_pool(model_config, config, layout.block_bytes, device_bytes(weights), mesh)
+    host_bytes_per_block = host_layout(layout, config).block_bytes // jax.process_count()
     cache_dir = enable_compile_cache()
     kept_at = profile_path(model_config, config, dtype, backend.name, mesh)
     profile = load_profile(kept_at)
@@ -178,7 +178,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             dtype=dtype.name,
         ),
         kv_cache=kv_cache,
-        host_pool=_plan_host_pool(model_config, config, kv_cache, target_of(mesh)),
+        host_pool=_plan_host_pool(model_config, config, kv_cache, host_bytes_per_block, target_of(mesh)),
         numa_node=find_numa_node(),
         profile=None if profile is None else report(profile),
         profile_path=None if profile is None else str(kept_at),
@@ -188,15 +188,9 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
 
 
 def _plan_pool(
-    model: ModelConfig,
-    config: EngineConfig,
-    dtype: np.dtype,
-    backend: Backend,
-    weight_bytes: int,
-    mesh: Mesh,
+    model: ModelConfig, config: EngineConfig, bytes_per_block: int, weight_bytes: int, mesh: Mesh
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, without regard to the workspace."""
-    bytes_per_block = pool_layout(model, config, dtype, backend).block_bytes
     max_blocks = -(-check_settings(model, config) // config.block_size)
     num_blocks = config.num_blocks or num_blocks_that_fit(
         bytes_per_block,
@@ -217,9 +211,10 @@ def _plan_pool(
     )
 
 
-def _plan_host_pool(model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo, target: Target) -> HostPoolInfo:
-    """The host pool that ``ModelRunner`` would allocate beside ``kv_cache``."""
-    bytes_per_block = kv_cache.block_size * kv_cache.bytes_per_token // jax.process_count()  # on each host
+def _plan_host_pool(
+    model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo, bytes_per_block: int, target: Target
+) -> HostPoolInfo:
+    """The host pool of each host that ``ModelRunner`` would allocate beside ``kv_cache``."""
     max_model_len = check_settings(model, config)
     if config.kv_placement == "device":  # otherwise contexts may be longer than the pool
         max_model_len = min(max_model_len, kv_cache.num_tokens)

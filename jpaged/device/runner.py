@@ -16,10 +16,12 @@ from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
 from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
+from jpaged.device.kv.dma import DmaSlots
 from jpaged.device.kv.host_memory import memory_for
-from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for, num_slots_for
-from jpaged.device.kv.layout import why_no_activations
-from jpaged.device.kv.sizing import PoolSizer, check_streamed_context
+from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
+from jpaged.device.kv.layout import is_narrowed, why_no_activations, why_not_narrowed
+from jpaged.device.kv.narrow_slots import for_narrow_blocks
+from jpaged.device.kv.sizing import PoolSizer, check_streamed_context, check_way_to_stream
 from jpaged.device.profiler import make_profile
 from jpaged.device.sampling.beams import split_candidates
 from jpaged.device.sampling.draw import SampledTokens
@@ -66,6 +68,8 @@ def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
         )
     if config.interpret and jax.process_count() > 1:
         raise ValueError(f"interpret=True: the interpreter runs in one process, and there are {jax.process_count()}")
+    if is_narrowed(config) and (reason := why_not_narrowed(config)) is not None:
+        raise ValueError(f"offload_dtype={config.offload_dtype!r} cannot be had: {reason}; use offload_dtype='auto'")
     if config.kv_placement != "device" and (reason := why_no_streaming(config)) is not None:
         raise ValueError(f"kv_placement={config.kv_placement!r} cannot be had: {reason}; use kv_placement='device'")
     if config.offload_cache == "activations" and (reason := why_no_activations(model_config, config)) is not None:
@@ -136,9 +140,10 @@ class ModelRunner:
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":
+            check_way_to_stream(model_config, config, self.dtype, self.programs.target, backend)
             check_streamed_context(model_config, config, self.num_blocks, self.num_host_blocks)
             self.programs.open_window(self.num_host_blocks)
-        self.host_pool = self._make_host_pool()
+        self.host_pool = _make_host_pool(self.programs, self.num_host_blocks)
         self.profile: MachineProfile | None = None
         self._times = StepTimes(self.buckets[-1].num_tokens)
         if warm_up:
@@ -153,13 +158,6 @@ class ModelRunner:
         self._packer = Packer(self.buckets, *sizes, streams_always=self.programs.streams_always)
 
     # Sizes --------------------------------------------------------------------------------------------------------
-
-    def _make_host_pool(self) -> HostPool | None:
-        if not self.num_host_blocks:
-            return None
-        programs = self.programs
-        slots = programs.abstract_blocks(num_slots_for(self.num_host_blocks))
-        return HostPool(slots, memory_for(programs.target, is_streamed=programs.stream is not None), programs.get)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -178,8 +176,8 @@ class ModelRunner:
 
     @property
     def host_bytes_per_block(self) -> int:
-        """Bytes of one block over this process's devices, and so in this host's memory."""
-        return self.bytes_per_block * len(self.mesh.local_devices) // self.mesh.size
+        """Bytes of one block in this host's memory: of the parts of this process's devices."""
+        return self.programs.host_bytes_per_block * len(self.mesh.local_devices) // self.mesh.size
 
     @property
     def num_window_blocks(self) -> int:
@@ -323,8 +321,11 @@ class ModelRunner:
 
     def _run(self, step: PackedStep) -> Float[Array, "tokens hidden_size"]:
         """Enqueue the program of a step over the loaded inputs. Returns hidden states, valid until the next pass."""
-        key = "forward" if step.streamed is None else "stream", step.bucket
-        self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state)
+        key, streamed = ("forward", step.bucket), ()
+        if step.streamed is not None:
+            assert self.programs.stream is not None
+            key, streamed = ("stream", step.bucket), self.programs.stream.take_inputs()
+        self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state, *streamed)
         return hidden[0] if hidden else self._state.hidden
 
     def forget_pool(self) -> None:
@@ -378,6 +379,17 @@ class ModelRunner:
             src[: len(wave)] = [copy.src for copy in wave]
             dst[: len(wave)] = [copy.dst for copy in wave]
             self.cache = self.programs.get(("copy", size))(self.cache, src, dst)
+
+
+def _make_host_pool(programs: Programs, num_host_blocks: int) -> HostPool | None:
+    if not num_host_blocks:
+        return None
+    memory = memory_for(programs.target, is_streamed=programs.stream is not None)
+    if programs.streams_by_dma:
+        memory = DmaSlots
+    elif is_narrowed(programs.config):
+        memory = for_narrow_blocks(memory)
+    return HostPool(programs.host_slots(num_host_blocks), memory, programs.get)
 
 
 def copy_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:

@@ -13,7 +13,7 @@ from jpaged.device.backends import Backend
 from jpaged.device.backends.hopper import HopperBackend
 from jpaged.device.backends.tpu import TpuBackend
 from jpaged.device.backends.xla import XlaBackend
-from jpaged.device.kv.layout import heads_of_pool, kv_dtype
+from jpaged.device.kv.layout import heads_of_pool, kv_dtype, pool_block_size
 from jpaged.device.kv.pinned import why_no_pinned_memory
 from jpaged.models.checkpoint.config import ModelConfig
 from pallas_kernels import best_implementation, block_pool_shape
@@ -38,6 +38,7 @@ class Target:
         pool_bytes: bytes of the block pool at most; None leaves that to ``memory_fraction``.
         host_pool_bytes: bytes of the host pool at most.
         addresses_host_memory: whether devices read and write pinned memory of the host at its own addresses.
+        calls_back: whether programs can call back, and so let the host start copies.
         streamed_dtypes: the ``kv_cache_dtype`` of pools into which blocks on the host can be streamed.
         compiler_options: options of XLA, by name.
     """
@@ -54,6 +55,7 @@ class Target:
     pool_bytes: int | None = None
     host_pool_bytes: int = 4 * GIB
     addresses_host_memory: bool = False
+    calls_back: bool = True
     streamed_dtypes: tuple[str, ...] = ("auto", "int8", "fp8")
     compiler_options: tuple[tuple[str, Any], ...] = ()
 
@@ -97,7 +99,7 @@ TARGETS = {
             streamed_dtypes=("auto", "int8"),  # XLA copies a pool of fp8 to write to it
         ),
         Target(platform="gpu", compiler_options=_GPU_OPTIONS, addresses_host_memory=True),
-        Target(platform="tpu", streamed_dtypes=()),  # its programs cannot call back
+        Target(platform="tpu", calls_back=False, streamed_dtypes=("auto",)),
     )
 }
 """Every platform that the engine has defaults for."""
@@ -110,8 +112,8 @@ def why_no_streaming(config: EngineConfig) -> str | None:
         return reason
     if target is not None and config.kv_cache_dtype not in target.streamed_dtypes:
         allowed = ", ".join(map(repr, target.streamed_dtypes))
-        allowed = f"{allowed}, not {config.kv_cache_dtype!r}" if allowed else "none"
-        return f"a {target.platform.upper()} streams blocks of kv_cache_dtype {allowed}"
+        streamed = f"a {target.platform.upper()} streams blocks of kv_cache_dtype {allowed}"
+        return f"{streamed}, not {config.kv_cache_dtype!r}"
     if config.tensor_parallel_size > 1:
         return f"tensor_parallel_size={config.tensor_parallel_size}: blocks are streamed from the host to one device"
     return None
@@ -161,7 +163,7 @@ def choose_backend(model: ModelConfig, config: EngineConfig, dtype: jax.typing.D
         own = BACKENDS[kernels_here()]("", mesh.size)
         heads = own.pool_heads(num_kv_heads, head_dim)
         # Each device runs the kernels over its own heads.
-        pool = block_pool_shape(1, model.num_layers, heads[0] // mesh.size, config.block_size, heads[1])
+        pool = block_pool_shape(1, model.num_layers, heads[0] // mesh.size, pool_block_size(model, config), heads[1])
         queries = (1, model.num_heads // mesh.size, head_dim)
         reason = why_not_here(queries, jnp.dtype(dtype), pool, stored)
         choice = best_implementation(reason, num_devices=1)

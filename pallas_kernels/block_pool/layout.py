@@ -75,9 +75,14 @@ def is_scales(pool: BlockPool | KvScales) -> bool:
     return pool.ndim == 4
 
 
-def num_blocks_of(pool: BlockPool | KvScales) -> int:
-    """Blocks of a pool, or of its scales."""
+def num_blocks_of(pool: Real[Array, "num_blocks num_layers *rest"]) -> int:
+    """Blocks of a pool, of its sides, or of the scales of either."""
     return pool.shape[0]
+
+
+def block_size_of(pool: Real[Array, "num_blocks num_layers *heads block_size head_dim"]) -> int:
+    """Tokens of a block of a pool, or of its sides."""
+    return pool.shape[-2]
 
 
 def blocks_shape(pool: BlockPool | KvScales, num_blocks: int) -> tuple[int, ...]:
@@ -97,10 +102,9 @@ def matrix_of(
     return ((block * num_layers + layer) * 2 + which) * num_kv_heads + kv_head
 
 
-def as_sides(pool: BlockPool) -> Real[Array, "sides num_kv_heads block_size head_dim"]:
-    """The pool as one array for each block, layer, and K or V."""
-    shape = shape_of(pool)
-    return pool.reshape(-1, shape.num_kv_heads, shape.block_size, shape.head_dim)
+def as_sides(pool: BlockPool | KvScales) -> Real[Array, "sides num_kv_heads *block_size_and_head_dim"]:
+    """A pool, or its scales, as one array for each block, layer, and K or V."""
+    return pool.reshape(-1, *pool.shape[KV_HEAD_AXIS:])
 
 
 def as_layers(pool: BlockPool | KvScales) -> BlockPool | KvScales:

@@ -14,9 +14,11 @@ from pallas_kernels.block_pool.layout import (
     KvScales,
     LayerIndex,
     Scales,
+    block_size_of,
+    num_blocks_of,
     shape_of,
 )
-from pallas_kernels.block_pool.quantization import quantize, to_stored
+from pallas_kernels.block_pool.quantization import Stored, StoredScales, quantize, to_stored
 
 TOKENS_RESCALED_AT_ONCE = 4096
 """Tokens of the blocks that one pass rescales: the 256 blocks of a large decode batch, if a block holds 16."""
@@ -31,16 +33,7 @@ def write_kv_xla(
 ) -> BlockPool:
     """Store one layer's K and V of this step's tokens; arguments and result as for ``write_kv``."""
     blocks, offsets = jnp.divmod(slots, shape_of(pool).block_size)
-    return _write_tokens(pool, layer, blocks, offsets, jnp.stack([k, v], axis=1).astype(pool.dtype))
-
-
-def _write_tokens(
-    pool: BlockPool,
-    layer: LayerIndex,
-    blocks: Int[Array, " tokens"],
-    offsets: Int[Array, " tokens"],
-    kv: Real[Array, "tokens 2 num_kv_heads head_dim"],
-) -> BlockPool:
+    kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
     pool = pool.at[blocks, layer, :, :, offsets].set(kv, mode="drop", wrap_negative_indices=False)
     # XLA fuses the write of a single token into each of its readers, and copies the pool for each.
     return lax.optimization_barrier(pool) if len(kv) == 1 else pool
@@ -55,25 +48,34 @@ def write_kv_quantized_xla(
     slots: Int[Array, " tokens"],
 ) -> tuple[BlockPool, KvScales]:
     """Store K and V in a quantised pool; arguments and result as for ``write_kv_quantized``."""
-    shape = shape_of(pool)
-    if len(k) == 1:  # a second one that is dropped: the barrier of ``_write_tokens`` is not enough for two writes
-        k, v = jnp.repeat(k, 2, axis=0), jnp.repeat(v, 2, axis=0)
-        slots = jnp.append(slots, shape.num_blocks * shape.block_size)
-    stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)
-    blocks, offsets = jnp.divmod(slots, shape.block_size)
+    return write_quantized(pool, kv_scales, layer, jnp.stack([k, v], axis=1), slots)
+
+
+def write_quantized(
+    pool: Stored,
+    scales: StoredScales,
+    layer: LayerIndex,
+    values: Float[Array, "tokens *heads head_dim"],
+    slots: Int[Array, " tokens"],
+) -> tuple[Stored, StoredScales]:
+    """Store tokens in a quantised pool, or in its sides; arguments as for ``quantize``, and the rest as it says."""
+    if len(values) == 1:  # a second one is dropped: the barrier of ``write_kv_xla`` is not enough for two writes
+        values, slots = jnp.repeat(values, 2, axis=0), jnp.append(slots, len(pool) * block_size_of(pool))
+    stored, scales, old, new = quantize(pool, scales, layer, values, slots)
+    blocks, offsets = jnp.divmod(slots, block_size_of(pool))
     is_first = jnp.diff(blocks, prepend=-1) != 0
-    has_grown = is_first & ((old > 0) & (new > old)).any(axis=(1, 2))
+    has_grown = is_first & ((old > 0) & (new > old)).any(axis=tuple(range(1, old.ndim)))
     pool = _rescale(pool, layer, blocks, has_grown, old / new)
-    return _write_tokens(pool, layer, blocks, offsets, stored), kv_scales
+    return pool.at[blocks, layer, ..., offsets, :].set(stored, mode="drop", wrap_negative_indices=False), scales
 
 
 def _rescale(
-    pool: BlockPool,
+    pool: Stored,
     layer: LayerIndex,
     blocks: Int[Array, " tokens"],
     is_rescaled: Bool[Array, " tokens"],
-    ratios: Float32[Array, "tokens 2 num_kv_heads"],
-) -> BlockPool:
+    ratios: Float32[Array, "tokens *heads"],
+) -> Stored:
     """Multiply the stored numbers of one layer of the marked blocks, each marked once.
 
     Each token of a decode step has a block of its own. The tokens of a long prompt, however, share few blocks that
@@ -81,9 +83,9 @@ def _rescale(
     that hold as many tokens as the call writes, so most calls need no pass, or one. A single pass over all blocks runs
     without a loop, whose condition a GPU's host would have to wait for.
     """
-    num_tokens, (num_blocks, _, _, block_size, _) = blocks.size, shape_of(pool)
+    num_tokens, num_blocks, block_size = blocks.size, num_blocks_of(pool), block_size_of(pool)
 
-    def rescale(pool: BlockPool, blocks: BlockIds, ratios: Float32[Array, "blocks 2 num_kv_heads"]) -> BlockPool:
+    def rescale(pool: Stored, blocks: BlockIds, ratios: Float32[Array, "blocks *heads"]) -> Stored:
         stored = pool.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
         stored = to_stored(stored.astype(jnp.float32) * ratios[..., None, None], pool.dtype)
         return pool.at[blocks, layer].set(stored, mode="drop", wrap_negative_indices=False)
@@ -95,7 +97,7 @@ def _rescale(
     most_passes = -(-num_tokens // per_pass)
     (marked,) = jnp.nonzero(is_rescaled, size=most_passes * per_pass, fill_value=num_tokens)
 
-    def rescale_some(index: Int[Array, ""], pool: BlockPool) -> BlockPool:
+    def rescale_some(index: Int[Array, ""], pool: Stored) -> Stored:
         tokens = lax.dynamic_slice_in_dim(marked, index * per_pass, per_pass)
         return rescale(
             pool, blocks.at[tokens].get(mode="fill", fill_value=num_blocks), ratios.at[tokens].get(mode="clip")

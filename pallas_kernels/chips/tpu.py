@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
@@ -55,6 +56,11 @@ def _chip(info: pltpu.TpuInfo) -> Chip:
         hbm_bytes_per_s=info.mem_bw_bytes_per_second,
         bf16_flops_per_s=info.bf16_ops_per_second,
     )
+
+
+def in_hbm(array: Array, interpret: pltpu.InterpretParams | None) -> Array:
+    """An array that kernels find in HBM: the compiler may otherwise move a small one, even while copies fill it."""
+    return array if interpret else pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 
 def sublanes_of(dtype: DTypeLike) -> int:

@@ -12,13 +12,16 @@ import pytest
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Streamed
 from jpaged.contract.rows import host_cell
+from jpaged.device.backends.xla import XlaBackend
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
 from jpaged.device.kv.layout import keeps_activations
 from jpaged.device.kv.pages import PageCapacity
+from jpaged.device.kv.sizing import check_way_to_stream
 from jpaged.device.kv.stream import HostStream, Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.programs import kept_programs
 from jpaged.device.target import TARGETS, placement_note, why_no_streaming
 from jpaged.models import OPTConfig
 from jpaged.models.spec import attend_from
@@ -138,6 +141,34 @@ def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_confi
         np.testing.assert_allclose(kept_logprobs, computed, atol=1e-5)
 
 
+def test_steps_over_quantised_activations_are_those_over_exact_ones_but_for_rounding():
+    """Pages on the host and on the device. Older numbers in the rest of a page are no part of a scale."""
+    first, results, tables = 46, [], [[46, 47, 48, 49], [50, 51, 52, 53]]
+    sizes = {"num_blocks": 60, "block_size": 16, "num_host_blocks": 4, "offload_cache": "activations"}
+    exact, rounded = (make_streaming(model_config=MHA, kv_cache_dtype=kind, **sizes) for kind in ("auto", "int8"))
+    for runner, has_older_numbers in ((exact, False), (rounded, False), (rounded, True)):
+        assert runner.programs.keeps_activations
+        assert runner.num_window_blocks < first
+        if has_older_numbers:
+            older = {jnp.dtype(jnp.int8): 127, jnp.dtype(jnp.float32): jnp.nan}
+            runner.cache = jax.tree.map(lambda array, older=older: array.at[:].set(older[array.dtype]), runner.cache)
+        for start, stop in ((0, 16), (16, 37)):
+            run(runner, [Chunk(i, PROMPTS[i][start:stop], start, 37, tables[i]) for i in range(2)])
+        out = []
+        for step in range(4):  # the third fills a page
+            cells = [[host_cell(0), *tables[0][1:]], [host_cell(0), host_cell(1), *tables[1][2:]]]
+            streamed = Streamed(np.array([3, 0, 2], np.int32), np.array([0, 1], np.int32))
+            to_host = (BlockCopy(46, 3), BlockCopy(50, 0), BlockCopy(51, 2)) if step == 0 else ()
+            chunks = [Chunk(i, [5 + step], 37 + step, 37, cells[i]) for i in range(2)]
+            if step == 3:  # a chunk of a prompt beside a decode
+                chunks[1] = Chunk(1, PROMPTS[2][:11], 40, 51, cells[1])
+            out.append(run(runner, chunks, streamed, to_host)[1])
+        results.append(np.array(out))
+    assert not np.array_equal(*results[:2])
+    np.testing.assert_allclose(*results[:2], atol=0.02)
+    np.testing.assert_array_equal(*results[1:])
+
+
 def test_a_context_that_both_pools_cannot_hold_is_refused_with_the_arithmetic():
     sizes: dict[str, Any] = {"num_blocks": 8, "num_host_blocks": 4}  # a window of 3 blocks holds 4 streamed ones
     assert make_streaming(**sizes, max_model_len=65).max_streamed_blocks >= 4
@@ -174,17 +205,15 @@ def test_activations_are_kept_where_they_are_smaller():
     others: list[dict[str, Any]] = [{"offload_cache": "kv"}, {"kv_cache_dtype": "int8"}, {"block_size": 15}]
     for other in [*others, {"kv_placement": "auto"}]:
         assert not keeps_activations(MHA, EngineConfig(**host | other))
+    asked: dict[str, Any] = {"kv_cache_dtype": "int8", "offload_cache": "activations"}
+    assert keeps_activations(MHA, EngineConfig(**host | asked)), "as asked for: K and V would be rounded twice"
     with pytest.raises(ValueError, match=r"hidden_size is 16 and its K have \[32\] features"):
         make_streaming(offload_cache="activations")
     with pytest.raises(ValueError, match="it needs an even block_size, max_burst=1"):
         make_streaming(model_config=MHA, offload_cache="activations", block_size=15, max_burst=2)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"kv_cache_dtype": "int8"}, {"model_config": MHA, "offload_cache": "activations"}],
-    ids=["kv", "int8", "pages"],
-)
+@pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "int8"}], ids=["kv", "int8"])
 def test_a_step_that_streams_allocates_nothing_of_the_pools_size(settings):
     runner = make_streaming(num_blocks=8192, num_host_blocks=512, **settings)
     for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
@@ -192,6 +221,19 @@ def test_a_step_that_streams_allocates_nothing_of_the_pools_size(settings):
         assert memory is not None
         assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 8
         assert memory.alias_size_in_bytes >= runner.cache.pool.nbytes, "the donated pool is written in place"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_step_over_pages_allocates_nothing_of_the_pools_size(dtype, kv_cache_dtype):
+    settings: dict[str, Any] = {"offload_cache": "activations", "kv_cache_dtype": kv_cache_dtype, "block_size": 16}
+    runner = make_streaming(dtype, MHA, num_blocks=16384, num_host_blocks=512, **settings)
+    pool_bytes = sum(array.nbytes for array in jax.tree.leaves(runner.cache))
+    for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
+        memory = runner.programs.get(("stream", bucket)).memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes < pool_bytes / 8
+        assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
 
 
 def test_a_step_that_fails_leaves_no_blocks_to_the_next():
@@ -242,9 +284,17 @@ def test_what_cannot_stream_is_refused(settings, match):
         make_streaming(**settings)
 
 
-def test_a_tpu_streams_nothing(monkeypatch):
+def test_a_tpu_streams_blocks_of_its_own_type(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert why_no_streaming(EngineConfig(kv_placement="host")) == "a TPU streams blocks of kv_cache_dtype none"
+    assert why_no_streaming(EngineConfig(kv_placement="host")) is None
+    reason = why_no_streaming(EngineConfig(kv_placement="host", kv_cache_dtype="int8"))
+    assert reason == "a TPU streams blocks of kv_cache_dtype 'auto', not 'int8'"
+
+
+def test_a_tpu_streams_with_no_other_backend_than_its_own():
+    config, target = EngineConfig(kv_placement="host"), TARGETS["tpu"]
+    with pytest.raises(ValueError, match="so the backend pallas_tpu streams, but xla does not; use kv_placement="):
+        check_way_to_stream(MODEL, config, jnp.bfloat16, target, XlaBackend("as asked"))
 
 
 def test_a_gpu_streams_nothing_without_its_driver(monkeypatch):
@@ -262,7 +312,7 @@ def test_programs_for_blocks_of_activations_are_not_those_for_blocks_of_k_and_v(
         runners = [make_streaming(offload_cache=kind, **settings) for kind in ("kv", "activations")]
         for runner in runners:
             runner.programs.target = TARGETS["gpu"]
-        caches = [runner.programs._program_cache() for runner in runners]
+        caches = [kept_programs(runner.programs) for runner in runners]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     kept, computed = [cache._directory for cache in caches if cache is not None]

@@ -31,6 +31,7 @@ INVALID = {
     "host_memory_bytes": [*NOT_INTEGERS, -1, 2**63],
     "kv_placement": [None, "disk", True],
     "offload_cache": [None, "both", 1],
+    "offload_dtype": [None, "fp8", 8],
     "weight_placement": [None, "auto", True],
 }
 
@@ -54,6 +55,7 @@ VALID = {
     "host_memory_bytes": [None, 0, 2**63 - 1],
     "kv_placement": ["device", "auto", "host"],
     "offload_cache": ["auto", "kv", "activations"],
+    "offload_dtype": ["auto", "int8"],
     "weight_placement": ["device", "host"],
 }
 

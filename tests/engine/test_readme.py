@@ -147,6 +147,13 @@ def test_divergence_of_8_bit_pools_is_that_of_the_result_file():
     pools = json.loads((RESULTS / "kv_quantization.json").read_text())["pools"]
     said = f"{pools['int8']['mean']:.4f} for int8 and {pools['fp8']['mean']:.4f} for fp8"
     assert said in (DOCS / "serving.md").read_text()
+    said = f"have a mean KL divergence of {pools['int8 on the host']['decodes']:.4f} nats"
+    assert said in (DOCS / "offload.md").read_text()
+    kept, computed = (
+        {name: f"{pools[name + of]['mean']:.4f}" for name in ("int8", "fp8")} for of in ("", ", activations")
+    )
+    said = f"from {kept['int8']} to {computed['int8']} nats in int8, and from {kept['fp8']} to {computed['fp8']} in fp8"
+    assert said in " ".join((DOCS / "offload.md").read_text().split())
 
 
 def test_readme_is_short():

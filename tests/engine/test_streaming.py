@@ -122,6 +122,23 @@ def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
     assert outputs(computed, PROMPTS, **params) == expected, "which now start from blocks on the host"
 
 
+def test_tokens_over_quantised_activations_do_not_depend_on_the_batch_the_chunks_or_where_blocks_lie():
+    model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
+    settings = {"kv_cache_dtype": "int8", "offload_cache": "activations", "max_burst": 1, "num_host_blocks": 24}
+    config = dataclasses.replace(SIZES, num_blocks=48, **settings)
+    runner = keep_few_sizes(
+        ModelRunner(nnx.clone(enlarged(tiny_model(model_config))), model_config, config, make_mesh(1))
+    )
+    assert runner.programs.keeps_activations
+    params: dict[str, Any] = {"max_tokens": 9, "temperature": 1.0}
+    engine = Engine(runner, config)
+    together = outputs(engine, PROMPTS, **params)
+    assert engine.blocks.stats().num_blocks_swapped_out > 0
+    assert outputs(engine, PROMPTS, **params) == together, "which now start from blocks on the host"
+    other = Engine(runner, dataclasses.replace(config, max_num_batched_tokens=11, enable_prefix_caching=False))
+    assert outputs(other, PROMPTS[:1], **params) == together[:1]
+
+
 def test_a_module_that_cannot_be_streamed_is_refused_before_it_is_copied():
     with pytest.raises(ValueError, match="blocks are streamed from the host to one device"):
         module_loader(engine_model(), ENGINE_MODEL, SIZES, make_mesh(2))

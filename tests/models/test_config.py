@@ -31,6 +31,7 @@ INVALID = {
     "host_memory_bytes": [False, 1e9, "4GiB", math.inf, -1, 10**400],
     "kv_placement": [None, True, "", "disk", ["host"]],
     "offload_cache": [None, True, "", "both", ["kv"]],
+    "offload_dtype": [None, True, "", "fp8", 8, ["int8"]],
     "weight_placement": [None, True, "", "auto", ["host"]],
 }
 
@@ -54,6 +55,7 @@ VALID = {
     "host_memory_bytes": [None, 0, 1 << 40],
     "kv_placement": ["device", "auto", "host"],
     "offload_cache": ["auto", "kv", "activations"],
+    "offload_dtype": ["auto", "int8"],
     "weight_placement": ["device", "host"],
 }
 

@@ -54,6 +54,9 @@ class Backend:
     name: ClassVar[str]
     """The implementation of ``pallas_kernels.paged_attention``."""
 
+    streams_by_dma: ClassVar[bool] = False
+    """Whether kernels stream blocks from the host, in place of callbacks."""
+
     def pool_heads(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         """KV heads and head_dim of the pool, for a model's over all devices."""
         return num_kv_heads, head_dim

@@ -19,6 +19,7 @@ class TpuBackend(Backend):
     """Kernels for TPUs, each device with heads of its own."""
 
     name: ClassVar[str] = "pallas_tpu"
+    streams_by_dma: ClassVar[bool] = True
 
     def pool_heads(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         return pool_rows(num_kv_heads, head_dim, self.name, self.num_devices)

@@ -1,6 +1,7 @@
-"""Slots for blocks in host memory, and the ways between them and the device pool: one interface, two ways.
+"""Slots for blocks in host memory, and the ways between them and the device pool: one interface.
 
-The copy engine of a GPU copies blocks in place (``PinnedSlots``). Elsewhere blocks are staged (``StagedMemory``).
+The copy engine of a GPU copies blocks in place (``PinnedSlots``). Elsewhere blocks are staged (``StagedMemory``),
+unless a TPU streams them (``dma.DmaSlots``).
 """
 
 import math
@@ -52,11 +53,13 @@ class Arrival(NamedTuple):
 
     Args:
         copies: their slots and their blocks.
-        moving: the copies in flight; an array of the blocks if they are staged.
+        moving: the copies in flight.
+        blocks: an array of the blocks, once they are there, if they are staged.
     """
 
     copies: tuple[BlockCopy, ...]
     moving: Any
+    blocks: Any = None
 
 
 class Source(NamedTuple):
@@ -78,9 +81,11 @@ class HostMemory(Protocol):
 
     Attributes:
         is_staged: whether blocks in flight take device memory. A call moves ``MOVE_SIZES[-1]`` of them at most then.
+        most_staged: most blocks in flight at once, if they are staged.
     """
 
     is_staged: bool
+    most_staged: int
 
     def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Moving:
         """Copy blocks (src) to slots (dst). Programs that are enqueued later may overwrite the blocks."""
@@ -120,18 +125,19 @@ class StagedMemory:
     """
 
     is_staged = True
+    most_staged = 2 * MOVE_SIZES[-1]  # one batch is copied while another is gathered or written
 
     def __init__(self, slots: jax.ShapeDtypeStruct, program: Program) -> None:
         assert slots.sharding is not None
         self._shape, self._sharding = slots.shape, slots.sharding
         self._program = program
-        local_shape = _local_shape(slots)
-        self._slots = {device: np.zeros(local_shape, slots.dtype) for device in _local_devices(slots)}
+        shape = local_shape(slots)
+        self._slots = {device: np.zeros(shape, slots.dtype) for device in _local_devices(slots)}
         self._leaving: list[tuple[list[int], Any]] = []  # in the order in which they are to be written
 
     def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Moving:
         self._settle(0)
-        blocks: Any = self._program(("gather", size_for(copies)))(cache, _padded([copy.src for copy in copies], 0))
+        blocks: Any = self._program(("gather", size_for(copies)))(cache, padded([copy.src for copy in copies], 0))
         blocks = jax.device_put(blocks, self._sharding.with_memory_kind("pinned_host"))
         self._leaving.append(([copy.dst for copy in copies], blocks))
         return blocks
@@ -141,15 +147,15 @@ class StagedMemory:
         slots = [copy.src for copy in copies]
         awaited = [number for number, (stored, _) in enumerate(self._leaving, 1) if not set(stored).isdisjoint(slots)]
         self._settle(max(awaited, default=0))
-        padded = _padded(slots, slots[0])
+        rows = padded(slots, slots[0])
         # Indexing copies: a later store does not change what is in flight.
-        parts = [jax.device_put(array[padded], device) for device, array in self._slots.items()]
-        shape = (len(padded), *self._shape[1:])
-        return Arrival(tuple(copies), jax.make_array_from_single_device_arrays(shape, self._sharding, parts))
+        parts = [jax.device_put(array[rows], device) for device, array in self._slots.items()]
+        blocks = jax.make_array_from_single_device_arrays((len(rows), *self._shape[1:]), self._sharding, parts)
+        return Arrival(tuple(copies), blocks, blocks)
 
     def land(self, cache: KVCache, arrival: Arrival) -> tuple[KVCache, Array]:
-        blocks = _padded([copy.dst for copy in arrival.copies], 0)
-        return self._program(("scatter", len(blocks)))(cache, blocks, arrival.moving)
+        blocks = padded([copy.dst for copy in arrival.copies], 0)
+        return self._program(("scatter", len(blocks)))(cache, blocks, arrival.blocks)
 
     def forget(self) -> None:
         self._leaving.clear()
@@ -175,25 +181,25 @@ class Copying:
     """
 
     def __init__(self, token: Int[Array, " devices"], parts: Sequence[Timed]) -> None:
-        self._token: Any = token  # its stub lacks is_ready
-        self._parts = parts
+        self.token: Any = token  # its stub lacks is_ready
+        self.parts = parts
 
     def is_ready(self) -> bool:
         """Whether the copies are over. Raises the error of a program that could not start them."""
-        if not self._token.is_ready():
+        if not self.token.is_ready():
             return False
-        self._token.block_until_ready()  # nothing else may take the token, and so its error
-        return all(part.is_over() for part in self._parts)
+        self.token.block_until_ready()  # nothing else may take the token, and so its error
+        return all(part.is_over() for part in self.parts)
 
     def block_until_ready(self) -> None:
         """Wait until the copies are over."""
-        self._token.block_until_ready()
-        for part in self._parts:
+        self.token.block_until_ready()
+        for part in self.parts:
             part.wait()
 
     def seconds(self) -> float:
         """The duration of copies that are over, on the device that took longest."""
-        return max(part.seconds() for part in self._parts)
+        return max(part.seconds() for part in self.parts)
 
 
 class PinnedSlots:
@@ -210,9 +216,14 @@ class PinnedSlots:
         program: not used; a program that calls back cannot be kept.
         allocate: makes the memory of one device: of bytes, unit, device.
         new_copier: makes the copier of one device.
+
+    Attributes:
+        parts: the slots of each device, by its number.
+        latest: the copies that started last; None if there are none.
     """
 
     is_staged = False
+    most_staged = 0
 
     def __init__(
         self,
@@ -222,22 +233,23 @@ class PinnedSlots:
         new_copier: Callable[[], Copier] = CopyEngine,
     ) -> None:
         del program
-        self._slot_bytes = math.prod(_local_shape(slots)[1:]) * slots.dtype.itemsize
-        self._parts: dict[int, _Part] = {}
+        self._slot_bytes = math.prod(local_shape(slots)[1:]) * slots.dtype.itemsize
+        self.parts: dict[int, Part] = {}
         for device in _local_devices(slots):
             memory = allocate(slots.shape[0] * self._slot_bytes, self._slot_bytes, device)
-            self._parts[device.local_hardware_id] = _Part(memory, self._slot_bytes, new_copier())
-        self._latest: Copying | None = None
+            self.parts[device.local_hardware_id] = Part(memory, self._slot_bytes, new_copier())
+        self.latest: Copying | None = None
         assert isinstance(slots.sharding, jax.sharding.NamedSharding)
         mesh, split = slots.sharding.mesh, slots.sharding.spec
         on_devices = partial(jax.shard_map, mesh=mesh, in_specs=(split,), check_vma=False)
         tokens = P(mesh.axis_names)
-        self._store = jax.jit(on_devices(partial(_call, self._parts, _Part.store), out_specs=tokens))
-        self._load = jax.jit(on_devices(partial(_call, self._parts, _Part.load), out_specs=tokens))
-        land = on_devices(partial(_call_in_place, self._parts, _Part.land), out_specs=(split, tokens))
+        self._store = jax.jit(on_devices(partial(_call, self.parts, Part.store), out_specs=tokens))
+        self._load = jax.jit(on_devices(partial(_call, self.parts, Part.load), out_specs=tokens))
+        land = on_devices(partial(_call_in_place, self.parts, Part.land), out_specs=(split, tokens))
         self._land = jax.jit(land, donate_argnums=0)
 
-    def store(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Copying:
+    def store(self, cache: KVCache | Array, copies: Sequence[BlockCopy]) -> Copying:
+        """``HostMemory.store``; an array of blocks may stand for a cache."""
         return self._start(self._store, cache, copies)
 
     def request(self, cache: KVCache, copies: Sequence[BlockCopy]) -> Arrival:
@@ -249,33 +261,39 @@ class PinnedSlots:
 
     def source(self) -> Source:
         """The slots as programs of the one device read them. Programs wait for what was stored before."""
-        [part] = self._parts.values()
+        [part] = self.parts.values()
         return Source(part.memory.address, self._slot_bytes, part.memory.piece_bytes // self._slot_bytes)
 
     def forget(self) -> None:
         with suppress(RuntimeError):  # of the step that failed
-            if self._latest is not None:
-                self._latest.block_until_ready()  # no copy may write to a pool that is gone
-        for part in self._parts.values():
+            if self.latest is not None:
+                self.latest.block_until_ready()  # no copy may write to a pool that is gone
+        self.latest = None
+        for part in self.parts.values():
             part.moves.clear()
 
     def wait(self) -> None:
-        for part in self._parts.values():
+        for part in self.parts.values():
             part.memory.wait()
 
-    def _start(self, program: Callable[[KVCache], Array], cache: KVCache, copies: Sequence[BlockCopy]) -> Copying:
+    def _start(self, program: Callable[..., Array], arrays: KVCache | Array, copies: Sequence[BlockCopy]) -> Copying:
+        timed = self.announce(copies)
+        self.latest = Copying(program(arrays), timed)
+        return self.latest
+
+    def announce(self, copies: Sequence[BlockCopy]) -> list[Timed]:
+        """Name the copies that the next program starts. Returns the list that the program fills."""
         timed: list[Timed] = []
-        for part in self._parts.values():
+        for part in self.parts.values():
             part.moves.append((copies, timed))
-        self._latest = Copying(program(cache), timed)
-        return self._latest
+        return timed
 
 
 _STORES, _LOADS = 0, 1  # buffers of a copier
 
 
 @dataclass(eq=False)
-class _Part:
+class Part:
     """The slots of one device. The methods but the last run in its programs.
 
     Args:
@@ -300,15 +318,21 @@ class _Part:
         self.copier.wait(stream, _STORES)
 
     def load(self, stream: int | None, arrays: Sequence[Any]) -> None:
+        self.pool_address = pointer_of(arrays[0])
+        self.fill(stream, arrays)
+
+    def fill(self, stream: int | None, arrays: Sequence[Any]) -> None:
         copies, timed = self.moves.popleft()
         places = self._places(arrays, [(copy.dst, copy.src) for copy in copies])
         strided = [Strided(slot, width, block, width, width, 1) for block, slot, width in places]
-        self.pool_address = pointer_of(arrays[0])
         timed.append(self.copier.start_timed(stream, _LOADS, strided))
 
     def land(self, stream: int | None, arrays: Sequence[Any]) -> None:
         if pointer_of(arrays[0]) != self.pool_address:
             raise RuntimeError("this version of JAX does not write to a donated pool in place: use num_host_blocks=0")
+        self.wait_for_loads(stream)
+
+    def wait_for_loads(self, stream: int | None) -> None:
         self.copier.wait(stream, _LOADS)
 
     def _places(self, arrays: Sequence[Any], pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -321,11 +345,11 @@ class _Part:
                 at += width
 
 
-_Method = Callable[[_Part, int | None, Sequence[Any]], None]
+_Method = Callable[[Part, int | None, Sequence[Any]], None]
 _TOKEN = jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
-def _called(parts: dict[int, _Part], method: _Method) -> Callable[..., None]:
+def _called(parts: dict[int, Part], method: _Method) -> Callable[..., None]:
     """A callback that calls a method for the device whose program runs it, with the arrays of the cache."""
 
     def run(context: Any, out: Any, *arrays: Any) -> None:
@@ -336,12 +360,12 @@ def _called(parts: dict[int, _Part], method: _Method) -> Callable[..., None]:
     return run
 
 
-def _call(parts: dict[int, _Part], method: _Method, cache: KVCache) -> Int[Array, " 1"]:
+def _call(parts: dict[int, Part], method: _Method, cache: KVCache) -> Int[Array, " 1"]:
     """A program that calls back and reads the cache, as XLA sees it."""
     return buffer_callback(_called(parts, method), _TOKEN)(*jax.tree.leaves(cache))
 
 
-def _call_in_place(parts: dict[int, _Part], method: _Method, cache: KVCache) -> tuple[KVCache, Int[Array, " 1"]]:
+def _call_in_place(parts: dict[int, Part], method: _Method, cache: KVCache) -> tuple[KVCache, Int[Array, " 1"]]:
     """A program that calls back and changes the cache, as XLA sees it."""
     arrays, tree = jax.tree.flatten(cache)
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
@@ -379,7 +403,8 @@ def size_for(blocks: Sequence[object]) -> int:
     return next(size for size in MOVE_SIZES if size >= len(blocks))
 
 
-def _padded(ids: Sequence[int], padding: int) -> Int32[np.ndarray, " n"]:
+def padded(ids: Sequence[int], padding: int) -> Int32[np.ndarray, " n"]:
+    """The ids of blocks or slots, as the program that moves so many takes them."""
     padded = np.full(size_for(ids), padding, np.int32)
     padded[: len(ids)] = ids
     return padded
@@ -393,7 +418,7 @@ def _local_devices(slots: jax.ShapeDtypeStruct) -> list[Any]:
     return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
 
 
-def _local_shape(slots: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+def local_shape(slots: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     """The part of the slots that one device holds."""
     assert slots.sharding is not None
     return slots.sharding.shard_shape(slots.shape)

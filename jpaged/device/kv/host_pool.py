@@ -18,6 +18,7 @@ from jaxtyping import Int32
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Direction, Link, Transferred, fit_link
+from jpaged.device.kv.dma import DmaSlots
 from jpaged.device.kv.host_memory import (
     MOVE_SIZES,
     Arrival,
@@ -26,14 +27,16 @@ from jpaged.device.kv.host_memory import (
     Moving,
     PinnedSlots,
     Program,
+    StagedMemory,
     size_for,
 )
+from jpaged.device.kv.narrow_slots import NarrowSlots
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.stream import BlockStream
 from jpaged.device.target import Target
 
-MAX_STAGED_BLOCKS = 2 * MOVE_SIZES[-1]
-"""Most blocks staged in device memory at once, if any: one batch is copied while another is gathered or written."""
+MAX_STAGED_BLOCKS = StagedMemory.most_staged
+"""Most blocks that staged memory stages at once."""
 
 _MOST_UNSEEN = 0.2  # share of a transfer's time in which its end may lie, to count as observed
 _MOST_KEPT = 64  # transfers noted: a process that follows another one never takes them
@@ -59,8 +62,8 @@ class HostPool:
     """Blocks in host memory, sharded like the device pool.
 
     The copies of a step surround its forward pass: ``start`` before it, ``finish`` after it. Neither waits for the
-    copies of this step, unless they exceed ``MAX_STAGED_BLOCKS``. ``start`` waits for copies of earlier steps where
-    the limit demands it.
+    copies of this step, unless they exceed ``HostMemory.most_staged``. ``start`` waits for copies of earlier steps
+    where the limit demands it.
 
     Args:
         slots: bits of the host's slots for blocks as one array: shape, dtype and device sharding. ``num_slots_for``
@@ -104,9 +107,9 @@ class HostPool:
         self.bytes_from_host += len(from_host) * self._bytes_per_block
         return cache
 
-    def stream(self, stream: HostStream, blocks: Int32[np.ndarray, " streamed"]) -> None:
+    def stream(self, stream: BlockStream, blocks: Int32[np.ndarray, " streamed"]) -> None:
         """Name the blocks that the program enqueued next streams. Call it after ``start``."""
-        assert isinstance(self._memory, PinnedSlots)  # ``memory_for`` a runner that streams
+        assert isinstance(self._memory, PinnedSlots | NarrowSlots | DmaSlots)  # others do not stream
         stream.load(self._memory.source(), blocks + _NUM_SCRATCH)
         self.bytes_from_host += len(blocks) * self._bytes_per_block
 
@@ -168,7 +171,7 @@ class HostPool:
         for batch in self._batches(from_host):
             if self._memory.is_staged:
                 # By numbers alone: all processes run the same programs in the same order.
-                while self._num_arriving() + size_for(batch) > MAX_STAGED_BLOCKS:
+                while self._num_arriving() + size_for(batch) > self._memory.most_staged:
                     cache = self._land(cache)
                 self._make_room(size_for(batch))
             arrival = self._memory.request(cache, batch)
@@ -200,7 +203,7 @@ class HostPool:
 
     def _make_room(self, num_blocks: int) -> None:
         """Wait for copies, the oldest first, until so many more blocks may be staged."""
-        while self._staged and self._num_staged() + num_blocks > MAX_STAGED_BLOCKS:
+        while self._staged and self._num_staged() + num_blocks > self._memory.most_staged:
             _, is_over = self._staged.popleft()
             started = time.perf_counter()
             jax.block_until_ready(is_over)

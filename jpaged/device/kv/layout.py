@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -43,11 +43,10 @@ class PoolLayout:
             scales_bytes = 4 * math.prod(kv_scales_shape(1, self.num_layers, self.num_kv_heads))
         return math.prod(shape) * self.dtype.itemsize + scales_bytes
 
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of K and V of one layer of a block, without scales, over all devices."""
+    def layer_bytes(self, dtype: jnp.dtype) -> int:
+        """Bytes of one layer of a block, in a type that need not be the pool's, without scales, over all devices."""
         shape = block_pool_shape(1, 1, self.num_kv_heads, self.block_size, self.head_dim)
-        return math.prod(shape) * self.dtype.itemsize
+        return math.prod(shape) * dtype.itemsize
 
     def allocate(self, num_blocks: int, sharding: jax.sharding.Sharding | None = None) -> KVCache:
         """A cache of so many blocks."""
@@ -105,7 +104,7 @@ def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
         )
     expected = {
         "kv_placement='host'": config.kv_placement == "host",
-        "kv_cache_dtype='auto'": config.kv_cache_dtype == "auto",
+        "offload_dtype='auto'": config.offload_dtype == "auto",
         "an even block_size": config.block_size % 2 == 0,
         "max_burst=1": config.max_burst in (None, 1),
     }
@@ -114,8 +113,19 @@ def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
 
 
 def keeps_activations(model: ModelConfig, config: EngineConfig) -> bool:
-    """Whether blocks hold the inputs of each layer, from which every step computes K and V (``kv/pages.py``)."""
-    return config.offload_cache != "kv" and why_no_activations(model, config) is None
+    """Whether blocks hold the inputs of each layer, from which every step computes K and V (``kv/pages.py``).
+
+    "auto" decides so in unquantised pools alone. There K and V change by no more than the rounding of a product. Inputs
+    halve the bytes of an 8-bit pool too, but their own rounding adds to that of K and V. So a caller asks for these.
+    """
+    if config.offload_cache == "kv" or (config.offload_cache == "auto" and config.kv_cache_dtype != "auto"):
+        return False
+    return why_no_activations(model, config) is None
+
+
+def pool_block_size(model: ModelConfig, config: EngineConfig) -> int:
+    """Tokens whose K and V a block of the pool holds, or half of those whose activations it holds."""
+    return config.block_size // 2 if keeps_activations(model, config) else config.block_size
 
 
 def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: Backend) -> PoolLayout:
@@ -129,6 +139,28 @@ def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: B
     """
     num_kv_heads, head_dim = backend.pool_heads(*heads_of_pool(model.layer_specs, backend.num_devices))
     stored = kv_dtype(config.kv_cache_dtype, dtype)
-    # A block of activations lies in the place of a block with half of its tokens.
-    block_size = config.block_size // 2 if keeps_activations(model, config) else config.block_size
-    return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, block_size, stored)
+    return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, pool_block_size(model, config), stored)
+
+
+def host_layout(layout: PoolLayout, config: EngineConfig) -> PoolLayout:
+    """The layout of blocks in the host pool: that of the device's pool, or of an 8-bit one.
+
+    Args:
+        layout: the layout of the device's pool.
+        config: the engine's settings.
+    """
+    return replace(layout, dtype=KV_DTYPES[config.offload_dtype]) if is_narrowed(config) else layout
+
+
+def is_narrowed(config: EngineConfig) -> bool:
+    """Whether blocks are rounded to 8 bits on their way to the host (``kv/narrow.py``)."""
+    return config.offload_dtype != "auto"
+
+
+def why_not_narrowed(config: EngineConfig) -> str | None:
+    """The reason why blocks cannot be rounded on their way to the host; None if they can."""
+    if config.kv_cache_dtype != "auto":
+        return f"kv_cache_dtype={config.kv_cache_dtype!r} has 8 bits already, and its blocks move as they are"
+    if config.offload_cache == "activations":
+        return "offload_cache='activations' keeps the inputs of layers, and only K and V are rounded"
+    return "kv_placement other than 'device' streams blocks as they are" if config.kv_placement != "device" else None

@@ -160,7 +160,7 @@ class KVCache:
         run = partial(scatter_blocks, implementation=implementation, interpret=interpret)
         if self.kv_scales is None:
             return type(self)(run(self.pool, blocks, lax.bitcast_convert_type(data, self.pool.dtype)))
-        stored, scales = unpack_blocks(data, self.pool)
+        stored, scales = unpack_blocks(data, self.pool.dtype, self.pool.shape[1:])
         return type(self)(run(self.pool, blocks, stored), run(self.kv_scales, blocks, scales))
 
 
@@ -182,12 +182,11 @@ def pack_blocks(
 
 
 def unpack_blocks(
-    packed: UInt8[Array, "n num_layers 2 num_kv_heads bytes"],
-    pool: Real[Array, "num_blocks num_layers 2 num_kv_heads block_size head_dim"],
+    packed: UInt8[Array, "n num_layers 2 num_kv_heads bytes"], dtype: jax.typing.DTypeLike, shape: tuple[int, ...]
 ) -> tuple[
     Real[Array, "n num_layers 2 num_kv_heads block_size head_dim"], Float32[Array, "n num_layers 2 num_kv_heads"]
 ]:
-    """Undo ``pack_blocks``: the stored values and the scales of blocks of this pool."""
+    """Undo ``pack_blocks``: the stored values and the scales of blocks of this type and shape."""
     values, scales = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
-    stored = lax.bitcast_convert_type(values, pool.dtype).reshape(len(packed), *pool.shape[1:])
+    stored = lax.bitcast_convert_type(values, jnp.dtype(dtype)).reshape(len(packed), *shape)
     return stored, lax.bitcast_convert_type(scales, jnp.float32)

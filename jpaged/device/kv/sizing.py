@@ -8,11 +8,14 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
+from jpaged.device.backends import Backend
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, keeps_activations, pool_layout
 from jpaged.device.kv.streaming import most_blocks_on_host, window_for
 from jpaged.device.target import Target, choose_backend, target_of
 from jpaged.models import ModelConfig
+from pallas_kernels import block_pool_shape
+from pallas_kernels.block_pool.tpu import why_no_slots
 
 GUESSED_WORKSPACE = 1 / 32
 """Share of an accelerator's memory that a step takes besides weights and pool, until its programs say how much."""
@@ -162,10 +165,11 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
         ValueError: a pool or a context that does not fit, even if weights and workspace took no memory.
     """
     target, backend = target_of(mesh), choose_backend(model, config, dtype, mesh)
-    bytes_per_block = pool_layout(model, config, dtype, backend).block_bytes
+    layout = pool_layout(model, config, dtype, backend)
+    bytes_per_block = layout.block_bytes
     max_blocks = -(-(config.max_model_len or model.max_model_len) // config.block_size)
     useful_blocks = config.max_num_seqs * max_blocks
-    local_bytes = bytes_per_block * len(mesh.local_devices) // mesh.size
+    local_bytes = host_layout(layout, config).block_bytes * len(mesh.local_devices) // mesh.size
     num_host_blocks = num_host_blocks_for(config, target, local_bytes, useful_blocks=useful_blocks)
     if config.num_blocks is not None:
         check_blocks_fit(config.num_blocks, bytes_per_block, mesh, target)
@@ -179,7 +183,38 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
         useful_blocks=useful_blocks + 1,
     )
     if config.kv_placement != "device":
+        check_way_to_stream(model, config, dtype, target, backend)
         check_streamed_context(model, config, num_blocks, num_host_blocks)
+
+
+def check_way_to_stream(
+    model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, target: Target, backend: Backend
+) -> None:
+    """Check that programs of a backend can stream blocks of a model's pool, by callbacks or by DMA.
+
+    Args:
+        model: shape of the model.
+        config: the engine's settings, with ``kv_placement`` other than "device".
+        dtype: type of the activations.
+        target: target of the devices.
+        backend: the backend.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if not backend.streams_by_dma:
+        if target.calls_back:
+            return
+        reason = f"programs here cannot call back, so the backend pallas_tpu streams, but {backend.name} does not;"
+    elif keeps_activations(model, config):
+        reason = "the backend pallas_tpu streams no activations; use offload_cache='kv', or"
+    else:
+        layout = pool_layout(model, config, dtype, backend)
+        shape = block_pool_shape(1, layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        if (why := why_no_slots(shape, layout.dtype)) is None:
+            return
+        reason = f"the backend pallas_tpu does not stream {why};"
+    raise ValueError(f"kv_placement={config.kv_placement!r} cannot be had: {reason} use kv_placement='device'")
 
 
 def check_streamed_context(model: ModelConfig, config: EngineConfig, num_blocks: int, num_host_blocks: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,71 @@ class Window:
         return self.places(layer, slots // block_size) * block_size + slots % block_size
 
 
+class Stream(Protocol):
+    """Fills the window, inside a program that calls ``start`` and ``wait`` for each layer."""
+
+    @property
+    def window(self) -> Window:
+        """The cells."""
+        ...
+
+    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> tuple[KVCache, Any]:
+        """Start to fill the cells of a layer. The first layer comes first.
+
+        Args:
+            cache: the cache.
+            layer: the layer.
+            first_cell: the first of the neighbouring cells to fill.
+            after: the token of the start before, and an array that depends on every earlier reader of the cells.
+
+        Returns:
+            The cache, and a token for ``wait``.
+        """
+        ...
+
+    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> tuple[KVCache, T]:
+        """Wait until the cells of a layer are filled.
+
+        Args:
+            cache: the cache.
+            layer: the layer.
+            arrays: arrays that every later reader and writer of the pool takes, and returned for them.
+            after: the token of the layer, then arrays that come first.
+        """
+        ...
+
+
+class BlockStream(Protocol):
+    """Streams blocks into the window, for the programs that are traced with it.
+
+    A program finds the blocks that ``load`` named last before it was enqueued. Programs are enqueued in the order of
+    these calls.
+    """
+
+    window: Window
+
+    @property
+    def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The last arguments of a program."""
+        ...
+
+    def load(self, source: Any, slots: Int32[np.ndarray, " streamed"]) -> None:
+        """Name the blocks of the program that is enqueued next, by their slots."""
+        ...
+
+    def take_inputs(self) -> tuple[Array, ...]:
+        """The last arguments of the program that is enqueued next."""
+        ...
+
+    def given(self, *inputs: Array) -> Stream:
+        """The stream inside a program that has these inputs."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what was named for programs that did not run, and wait for the copies of one that failed."""
+        ...
+
+
 class _Load(NamedTuple):
     """The blocks of one program: runs of slots, each by its first slot and its number of slots."""
 
@@ -77,15 +142,14 @@ class _Load(NamedTuple):
 
 
 class HostStream:
-    """Streams blocks into the window, for the programs that are traced with it.
-
-    A program calls ``start`` and ``wait`` for each layer, and finds the blocks that ``load`` named last before it was
-    enqueued. Programs are enqueued in the order of these calls.
+    """Streams blocks by callbacks, which start the copies; see ``BlockStream`` and ``Stream``.
 
     Args:
         window: the cells.
         copier: copies.
     """
+
+    inputs = ()
 
     def __init__(self, window: Window, copier: Copier) -> None:
         self.window = window
@@ -99,6 +163,13 @@ class HostStream:
         assert len(slots) <= self.window.num_cells // NUM_BUFFERS
         self._loaded.append(_Load(source, tuple(_runs(slots, source.slots_per_piece))))
 
+    def take_inputs(self) -> tuple[Array, ...]:
+        return ()
+
+    def given(self, *inputs: Array) -> "HostStream":
+        del inputs
+        return self
+
     def forget(self) -> None:
         """Drop what was named for programs that did not run, and wait for the copies of one that failed."""
         self._loaded.clear()
@@ -110,18 +181,7 @@ class HostStream:
     # XLA does not know that the cells change: for XLA, these callbacks only read the pool. So whatever reads or writes
     # the pool after a callback takes the callback's result, and a callback takes the result of every earlier reader.
 
-    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> Token:
-        """Start to fill the cells of a layer. The first layer comes first.
-
-        Args:
-            cache: the cache.
-            layer: the layer.
-            first_cell: the first of the neighbouring cells to fill.
-            after: the result of the start before, and an array that depends on every earlier reader of the cells.
-
-        Returns:
-            A result for ``wait``.
-        """
+    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> tuple[KVCache, Token]:
         leaves = jax.tree.leaves(cache)
         widths = [_bytes_of_cell(leaf) for leaf in leaves]
 
@@ -135,17 +195,9 @@ class HostStream:
             copies = list(self._copies(layer, first_cell, widths))
             self._copier.start(stream_of(context), layer % NUM_BUFFERS, copies)
 
-        return buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(*leaves, *after)
+        return cache, buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(*leaves, *after)
 
-    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> T:
-        """Wait until the cells of a layer are filled.
-
-        Args:
-            cache: the cache.
-            layer: the layer.
-            arrays: arrays that every later reader and writer of the pool takes, and returned for them.
-            after: results that come first.
-        """
+    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> tuple[KVCache, T]:
         leaves, (passed, tree) = jax.tree.leaves(cache), jax.tree.flatten(arrays)
 
         def run(context: Any, out: Any, *arrays: Any) -> None:
@@ -156,7 +208,7 @@ class HostStream:
         shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in passed]
         aliases = {len(leaves) + i: i for i in range(len(passed))}
         waited = buffer_callback(run, shapes, input_output_aliases=aliases)(*leaves, *passed, *after)
-        return jax.tree.unflatten(tree, waited)
+        return cache, jax.tree.unflatten(tree, waited)
 
     def _require_in_place(self, leaves: Sequence[Any]) -> None:
         """Raise RuntimeError if the program moved the pool: the cells would be elsewhere."""

@@ -8,9 +8,9 @@ from jaxtyping import Array, Int
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity, locate_pages, read_inputs, write_inputs
+from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity, locate_pages, read_inputs, write_computed, write_inputs
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import NUM_BUFFERS, HostStream, Window
+from jpaged.device.kv.stream import NUM_BUFFERS, Stream, Window
 from jpaged.models.spec import LayerSpec, Source
 
 
@@ -24,13 +24,13 @@ class StreamingAttend(PagedAttend):
     """
 
     def __init__(
-        self, cache: KVCache, rows: Rows, backend: Backend, stream: HostStream, starts: Int[Array, " rows"]
+        self, cache: KVCache, rows: Rows, backend: Backend, stream: Stream, starts: Int[Array, " rows"]
     ) -> None:
         super().__init__(cache.as_layers(), rows, backend)
         self._stream = stream
         self._window = stream.window
         self._starts = starts
-        self._arriving = stream.start(self._cache, 0, self._first_cell(0), starts)
+        self._cache, self._arriving = stream.start(self._cache, 0, self._first_cell(0), starts)
 
     @property
     def cache(self) -> KVCache:
@@ -64,9 +64,11 @@ class StreamingAttend(PagedAttend):
         after = [self._arriving, q]
         if layer + 1 < self._window.num_layers:
             # The layer before has read the same cells.
-            self._arriving = self._stream.start(self._cache, layer + 1, self._first_cell(layer + 1), *after)
+            first_cell = self._first_cell(layer + 1)
+            self._cache, self._arriving = self._stream.start(self._cache, layer + 1, first_cell, *after)
             after.append(self._arriving)
-        return self._stream.wait(self._cache, layer, arrays, *after)
+        self._cache, arrays = self._stream.wait(self._cache, layer, arrays, *after)
+        return arrays
 
     def _attend_in_view(
         self, spec: LayerSpec, q: Array, k: Array, v: Array, rows: Rows, head_arrays: HeadArrays
@@ -86,7 +88,7 @@ class RecomputingAttend(StreamingAttend):
     """
 
     def __init__(
-        self, cache: KVCache, rows: Rows, backend: Backend, stream: HostStream, starts: Int[Array, " rows"]
+        self, cache: KVCache, rows: Rows, backend: Backend, stream: Stream, starts: Int[Array, " rows"]
     ) -> None:
         self._most = most_pages(stream.window, len(cache.pool))
         self._source: Source | None = None
@@ -126,17 +128,22 @@ class RecomputingAttend(StreamingAttend):
 
     def _compute(self, layer: int, source: Source) -> None:
         """Fill the computed cells with K and V of the inputs of all pages, ``PAGES_AT_ONCE`` at a time."""
-        block_size, (pages, positions, num_pages, _) = self._cache.block_size, self._pages
+        block_size, (pages, *details, num_pages, _) = self._cache.block_size, self._pages
         pages = jnp.where(pages < 0, self._first_cell(layer) - 1 - pages, self._window.places(layer, pages))
         size = min(PAGES_AT_ONCE, len(pages))
         offsets = jnp.arange(2 * block_size, dtype=jnp.int32)
 
         def compute(number: Int[Array, ""], cache: KVCache) -> KVCache:
             first = jnp.minimum(number * size, len(pages) - size)  # the last ones may be computed twice
-            own_pages, own_positions = (jax.lax.dynamic_slice(x, (first,), (size,)) for x in (pages, positions))
-            inputs = read_inputs(cache, own_pages).astype(source.inputs.dtype)
-            k, v = source.project(inputs, (own_positions[:, None] + offsets[None, :]).reshape(-1))
-            slots = (self._window.first + 2 * first) * block_size + jnp.arange(len(inputs), dtype=jnp.int32)
+            own_pages, positions, num_tokens = (
+                jax.lax.dynamic_slice(array, (first,), (size,)) for array in (pages, *details)
+            )
+            inputs = read_inputs(cache, own_pages, source.inputs.dtype)
+            k, v = source.project(inputs, (positions[:, None] + offsets[None, :]).reshape(-1))
+            first_block = self._window.first + 2 * first
+            if cache.kv_scales is not None:
+                return write_computed(cache, first_block, k, v, num_tokens)
+            slots = first_block * block_size + jnp.arange(len(inputs), dtype=jnp.int32)
             return self._backend.write(cache, 0, k, v, slots)
 
         self._cache = jax.lax.fori_loop(0, -(-num_pages // size), compute, self._cache)

@@ -15,12 +15,15 @@ from tqdm import tqdm
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
+from jpaged.device.kv.dma import DmaStream, abstract_slots, lower_move
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
-from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool
-from jpaged.device.kv.layout import keeps_activations, pool_layout
+from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slots_for
+from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
+from jpaged.device.kv.narrow import gather_for_host, scatter_from_host
+from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.stream import BlockStream, HostStream
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
@@ -76,14 +79,16 @@ class Programs:
         self.target = target_of(mesh)
         graphdef, weights, tree = split_model(model)
         self.weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in weights]
-        self._model_identity = model_identity(model)
+        self.model_identity = model_identity(model)
         self.dtype = dtype_of(model)
         self.backend = backend
         self._layout = pool_layout(model_config, config, self.dtype, backend)
+        self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
+        self.host_bytes_per_block = self._host_layout.block_bytes
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
-        self.stream: HostStream | None = None
+        self.stream: BlockStream | None = None
         self._num_streamable = 0  # blocks on the host
         self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
         """Sizes of the copying programs: a step copies one block for each row at most."""
@@ -104,10 +109,8 @@ class Programs:
 
     def open_window(self, num_host_blocks: int) -> None:
         """Give blocks of the pool to a window, through which so many blocks of the host are streamed."""
-        self._num_streamable, layout = num_host_blocks, self._layout
-        window = window_for(num_host_blocks, self.num_blocks, layout.num_layers, with_pages=self.keeps_activations)
-        copier = CopyEngine() if has_copy_engine(self.target) else PlainCopier()
-        self.stream = HostStream(window, copier)
+        self._num_streamable = num_host_blocks
+        self.stream = _new_stream(self, num_host_blocks)
 
     @property
     def most_pages(self) -> PageCapacity | None:
@@ -130,8 +133,15 @@ class Programs:
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
-        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them."""
-        return () if has_copy_engine(self.target) else ("gather", "scatter")
+        """Kinds of the programs that move blocks between the pools; none where a copy engine moves them as they are."""
+        if self.streams_by_dma:
+            return "store", "restore"
+        return () if has_copy_engine(self.target) and not is_narrowed(self.config) else ("gather", "scatter")
+
+    @property
+    def streams_by_dma(self) -> bool:
+        """Whether programs stream blocks by DMA, and move whole blocks so too."""
+        return self.config.kv_placement != "device" and self.backend.streams_by_dma
 
     @property
     def max_burst(self) -> int:
@@ -150,10 +160,12 @@ class Programs:
         keys: list[tuple] = [("stream" if is_streaming else "forward", self.buckets[-1])]
         keys += [("copy", max(self.copy_sizes)), ("sample", SampleSizes(self.config.max_num_seqs), None)]
         # Of some pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        total = 6 * PAGES_AT_ONCE * self._layout.layer_bytes if self.keeps_activations and not is_streaming else 0
-        if has_host_pool(self.config, self.target) and self.move_kinds:
+        has_pages = self.keeps_activations and not is_streaming
+        total = 6 * PAGES_AT_ONCE * self._layout.layer_bytes(self.dtype) if has_pages else 0
+        if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
-            total += 2 * MAX_STAGED_BLOCKS * self.bytes_per_block // self.mesh.size
+            most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
+            total += 2 * most_staged * self.host_bytes_per_block // self.mesh.size
         with InterruptsWait() as interrupts:
             for key in keys:
                 interrupts.check()
@@ -186,7 +198,7 @@ class Programs:
         # and its own cache finds programs by these numbers too. Ours does not lower what it finds.
         keys = [key for key in self.all_keys(with_host_pool=with_host_pool) if key not in self._compiled]
         threads = ThreadPoolExecutor(max_workers=num_cores())
-        kept = self._program_cache()
+        kept = kept_programs(self)
         with InterruptsWait() as interrupts:
             try:
                 if kept is not None:
@@ -224,23 +236,6 @@ class Programs:
             keys += [(kind, size) for kind in self.move_kinds for size in MOVE_SIZES]
         return list(dict.fromkeys(keys))
 
-    def _program_cache(self) -> ProgramCache | None:
-        """The cache that keeps programs between runs; None where they are not kept."""
-        if not self.target.keeps_programs:
-            return None
-        weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
-        sizes = (
-            self.num_blocks,
-            self.config.block_size,
-            self._layout,
-            self.max_model_len,
-            self.max_burst,
-            self.buckets,
-        )
-        choices = self.model_config, self.backend, self.config.kv_cache_dtype, self.target
-        devices = list(self.mesh.devices.flat)
-        return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
-
     def __len__(self) -> int:
         return len(self._compiled)
 
@@ -262,6 +257,7 @@ class Programs:
 
     def _lower_kind(self, kind: str, *sizes: Any) -> jax.stages.Lowered:
         weights, cache, state = self.weights, self.abstract_cache(), self._abstract_state()
+        as_stored = self.backend, is_narrowed(self.config)
         match kind:
             case "load":
                 (bucket,) = sizes
@@ -272,53 +268,46 @@ class Programs:
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
-                return self._jit(self._pass_of(bucket), bucket, None, donate=(1, 2)).lower(weights, cache, state)
+                return _jit(self._pass_of(bucket), bucket, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
+                assert self.stream is not None
                 (bucket,) = sizes
-                return self._jit(self._pass_of(bucket), bucket, self.stream, donate=(1, 2)).lower(weights, cache, state)
+                method = _jit(self._pass_of(bucket), bucket, self.stream, donate=(1, 2))
+                return method.lower(weights, cache, state, *self.stream.inputs)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":
                 sample_sizes, num_top = sizes
                 packed = self._abstract((sample_sizes.packed_size,), jnp.int32), self._abstract((), jnp.int32)
-                method = self._jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
+                method = _jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
                 return method.lower(weights, state.latest, state.columns, state.sample_hidden, *packed)
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
                 rows = self._abstract((SCORE_ROWS,), jnp.int32)
-                return self._jit(self.steps.score, num_top).lower(weights, hidden, rows, rows)
+                return _jit(self.steps.score, num_top).lower(weights, hidden, rows, rows)
             case "beam":
                 rows, num_candidates, num_biases = sizes
                 empty = empty_beam_inputs(rows, num_candidates, num_biases)
                 packed = self._abstract(pack_beam_inputs(empty).shape, jnp.int32)
-                return self._jit(self.steps.beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
+                return _jit(self.steps.beam, num_candidates, empty).lower(weights, state.sample_hidden, packed)
             case "copy":
                 blocks = self._abstract((sizes[0],), jnp.int32)
                 return jax.jit(self.backend.copy, donate_argnums=0).lower(cache, blocks, blocks)
             case "gather":
                 blocks, sharding = self._abstract((sizes[0],), jnp.int32), pool_sharding(self.mesh)
-                return jax.jit(self.backend.gather, out_shardings=sharding).lower(cache, blocks)
+                return _jit(gather_for_host, *as_stored, out_shardings=sharding).lower(cache, blocks)
             case "scatter":
                 blocks, data = self._abstract((sizes[0],), jnp.int32), self.abstract_blocks(sizes[0])
-                return jax.jit(self._landed(self.backend.scatter), donate_argnums=0).lower(cache, blocks, data)
+                return _jit(scatter_from_host, *as_stored, donate=(0,)).lower(cache, blocks, data)
+            case "store" | "restore":
+                blocks, slots = self._abstract((sizes[0],), jnp.int32), self.host_slots(self._num_streamable)
+                return lower_move(kind, cache, slots, blocks, is_interpreted=self.backend.interpret)
             case _:
                 raise AssertionError(kind)
 
-    @staticmethod
-    def _landed(write: Callable[..., KVCache]) -> Callable[..., tuple[KVCache, jax.Array]]:
-        """A function that writes blocks and returns the cache, and a number that is ready when they are written."""
-
-        def run(cache: KVCache, blocks: jax.Array, *args: jax.Array) -> tuple[KVCache, jax.Array]:
-            return write(cache, blocks, *args), blocks.sum()
-
-        return run
-
     def _pass_of(self, bucket: Bucket) -> Callable:
         return self.steps.decode if bucket.is_decode else self.steps.forward
-
-    def _jit(self, method: Callable, *static: object, donate: tuple[int, ...] = ()):
-        return jax.jit(partial(method, *static), donate_argnums=donate)
 
     def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
@@ -332,11 +321,42 @@ class Programs:
     def _abstract_state(self) -> StepState:
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
 
+    def host_slots(self, num_host_blocks: int) -> jax.ShapeDtypeStruct:
+        """The shape of the slots of a host pool of so many blocks."""
+        blocks = self.abstract_blocks(num_slots_for(num_host_blocks))
+        return abstract_slots(blocks, self.abstract_cache(), self.backend) if self.streams_by_dma else blocks
+
     def abstract_blocks(self, num_blocks: int) -> jax.ShapeDtypeStruct:
-        """The shape of the bits of blocks outside of the pool."""
-        cache = jax.eval_shape(partial(self._layout.allocate, 1))
+        """The shape of the bits of blocks on the host."""
+        cache = jax.eval_shape(partial(self._host_layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
+
+
+def kept_programs(programs: Programs) -> ProgramCache | None:
+    """The cache that keeps these programs between runs; None where they are not kept."""
+    if not programs.target.keeps_programs:
+        return None
+    config, weights = programs.config, [(x.shape, str(x.dtype), str(x.sharding)) for x in programs.weights]
+    pools = programs.num_blocks, config.block_size, programs._layout, programs._host_layout, programs._num_streamable
+    sizes = *pools, programs.max_model_len, programs.max_burst, programs.buckets
+    choices = programs.model_config, programs.backend, config.kv_cache_dtype, programs.target
+    devices = list(programs.mesh.devices.flat)
+    return program_cache_for(programs.model_identity, devices, str(programs.mesh), weights, sizes, choices)
+
+
+def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
+    """The stream of some programs, and the window for so many blocks of the host."""
+    num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
+    window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages)
+    if programs.streams_by_dma:
+        slots = programs.host_slots(num_host_blocks)
+        return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)
+    return HostStream(window, CopyEngine() if has_copy_engine(programs.target) else PlainCopier())
+
+
+def _jit(method: Callable, *static: object, donate: tuple[int, ...] = (), **options: Any) -> Any:
+    return jax.jit(partial(method, *static), donate_argnums=donate, **options)
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, list[jax.Array], Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jpaged.device.backends import Backend, Rows
 from jpaged.device.kv.attend import PagedAttend
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import HostStream
+from jpaged.device.kv.stream import BlockStream
 from jpaged.device.kv.streaming import RecomputingAttend, StreamingAttend
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
 from jpaged.device.sampling.columns import SampleInputs, SampleSizes, rows_from, unpack_draws
@@ -57,10 +57,11 @@ class Steps:
     def forward(
         self,
         bucket: Bucket,
-        stream: HostStream | None,
+        stream: BlockStream | None,
         weights: list[Array],
         cache: KVCache,
         state: StepState,
+        *streamed: Array,
     ) -> tuple[KVCache, StepState, Float[Array, "tokens hidden_size"]]:
         """Run a forward pass over the loaded inputs. Returns the hidden states of all tokens too.
 
@@ -68,6 +69,7 @@ class Steps:
             bucket: sizes of the step.
             stream: brings the blocks that are on the host; None if there are none.
             weights, cache, state: the arrays.
+            streamed: inputs of the stream.
         """
         inputs = state.step_inputs(bucket, self.block_size)
         model = self._merge(weights)
@@ -76,17 +78,18 @@ class Steps:
             attend = PagedAttend(cache, rows, self.backend)
         else:
             streaming = RecomputingAttend if self.keeps_activations else StreamingAttend
-            attend = streaming(cache, rows, self.backend, stream, inputs.stream_starts)
+            attend = streaming(cache, rows, self.backend, stream.given(*streamed), inputs.stream_starts)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 
     def decode(
         self,
         bucket: Bucket,
-        stream: HostStream | None,
+        stream: BlockStream | None,
         weights: list[Array],
         cache: KVCache,
         state: StepState,
+        *streamed: Array,
     ) -> tuple[KVCache, StepState]:
         """Run forward passes and plain sampling, as many as loaded, each fed with the tokens drawn before.
 
@@ -95,7 +98,7 @@ class Steps:
         num_steps = state.num_steps(bucket)
 
         def step(before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
-            cache, state, hidden = self.forward(bucket, stream, weights, *before)
+            cache, state, hidden = self.forward(bucket, stream, weights, *before, *streamed)
 
             def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
                 tokens = self._sample(weights, state.sample_hidden, state.sample_inputs(bucket), None)

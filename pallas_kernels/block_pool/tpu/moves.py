@@ -33,8 +33,9 @@ def copy_blocks_tpu(
     """
     num_blocks = num_blocks_of(pool)
 
-    def copy(index: Array, src: Ref, dst: Ref, pool: Ref) -> _Move:
-        return _Move(dst[index], pool.at[_clip(src[index], num_blocks)], pool.at[_clip(dst[index], num_blocks)])
+    def copy(index: Array, src: Ref, dst: Ref, pool: Ref) -> Move:
+        source, target = pool.at[_clip(src[index], num_blocks)], pool.at[_clip(dst[index], num_blocks)]
+        return Move(_is_written(dst[index], num_blocks), source, target)
 
     return _into_pool(pool, (src, dst), (), copy, "copy_blocks", interpret)
 
@@ -44,10 +45,10 @@ def gather_blocks_tpu(pool: BlockPool, blocks: BlockIds, *, interpret: pltpu.Int
     num_blocks = num_blocks_of(pool)
 
     def body(blocks: Ref, pool: Ref, out: Ref, semaphores: Ref) -> None:
-        def move(index: Array) -> _Move:
-            return _Move(jnp.int32(1), pool.at[_clip(blocks[index], num_blocks)], out.at[index])
+        def move(index: Array) -> Move:
+            return Move(True, pool.at[_clip(blocks[index], num_blocks)], out.at[index])
 
-        _run_moves(blocks.shape[0], move, semaphores, num_blocks)
+        run_moves(blocks.shape[0], move, semaphores)
 
     return _call(body, (blocks,), (pool,), blocks_shape(pool, len(blocks)), {}, "gather_blocks", interpret)
 
@@ -62,18 +63,24 @@ def scatter_blocks_tpu(
     """
     num_blocks = num_blocks_of(pool)
 
-    def copy(index: Array, blocks: Ref, data: Ref, pool: Ref) -> _Move:
-        return _Move(blocks[index], data.at[index], pool.at[_clip(blocks[index], num_blocks)])
+    def copy(index: Array, blocks: Ref, data: Ref, pool: Ref) -> Move:
+        target = pool.at[_clip(blocks[index], num_blocks)]
+        return Move(_is_written(blocks[index], num_blocks), data.at[index], target)
 
     return _into_pool(pool, (blocks,), (data.astype(pool.dtype),), copy, "scatter_blocks", interpret)
 
 
-class _Move(NamedTuple):
-    """The move of a block; the kernel skips it unless the destination is one of the pool's blocks from 1."""
+class Move(NamedTuple):
+    """The move of a block; the kernel skips it unless ``is_made``."""
 
-    destination: Array
+    is_made: Array | bool
     source: Ref
     target: Ref
+
+
+def _is_written(block: Array, num_blocks: int) -> Array:
+    """Whether the kernels write a block: block 0 stays as it is."""
+    return (block > 0) & (block < num_blocks)
 
 
 def _clip(block: Array, num_blocks: int) -> Array:
@@ -84,25 +91,24 @@ def _into_pool(
     pool: BlockPool,
     ids: tuple[BlockIds, ...],
     data: tuple[Blocks, ...],
-    copy: Callable[..., _Move],
+    copy: Callable[..., Move],
     name: str,
     interpret: pltpu.InterpretParams | None,
 ) -> BlockPool:
     def body(*refs: Ref) -> None:
         *given, _, out, semaphores = refs
-        _run_moves(ids[0].size, lambda index: copy(index, *given, out), semaphores, num_blocks_of(pool))
+        run_moves(ids[0].size, lambda index: copy(index, *given, out), semaphores)
 
     aliases = {len(ids) + len(data): 0}
     return _call(body, ids, (*data, pool), pool.shape, aliases, name, interpret)
 
 
-def _run_moves(count: int, move_of: Callable[[Array], _Move], semaphores: Ref, num_blocks: int) -> None:
+def run_moves(count: int, move_of: Callable[[Array], Move], semaphores: Ref) -> None:
     """Make all moves, up to ``COPIES_IN_FLIGHT`` at a time."""
 
-    def copy(index: Array) -> tuple[Array, Any]:
+    def copy(index: Array) -> tuple[Array | bool, Any]:
         move = move_of(index)
-        is_made = (move.destination > 0) & (move.destination < num_blocks)
-        return is_made, pltpu.make_async_copy(
+        return move.is_made, pltpu.make_async_copy(
             move.source, move.target, semaphores.at[lax.rem(index, jnp.int32(COPIES_IN_FLIGHT))]
         )
 

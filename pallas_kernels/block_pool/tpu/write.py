@@ -20,7 +20,7 @@ from pallas_kernels.block_pool.layout import BlockPool, KvScales, LayerIndex, is
 from pallas_kernels.block_pool.quantization import quantize
 from pallas_kernels.chips import here
 from pallas_kernels.chips.memory import Ref, round_up
-from pallas_kernels.chips.tpu import LANES
+from pallas_kernels.chips.tpu import LANES, in_hbm
 
 WRITE_BUFFERS = 3
 """Blocks in VMEM: one that arrives, one that is merged, one that leaves."""
@@ -92,7 +92,7 @@ def write_kv_quantized_tpu(
     dispatch.refuse(None if interpret else here.why_no_tpu(), "implementation='xla' takes it")
     if k.size == 0:
         return pool, kv_scales
-    stored, kv_scales, old, new = quantize(pool, kv_scales, layer, k, v, slots)
+    stored, kv_scales, old, new = quantize(pool, kv_scales, layer, jnp.stack([k, v], axis=1), slots)
     ratios = jnp.where((old > 0) & (new > old), old / new, 1)
     # bfloat16 holds 8-bit numbers exactly.
     return _write_all(pool, layer, stored.astype(jnp.bfloat16), ratios, slots, interpret), kv_scales
@@ -176,7 +176,7 @@ def _write(
         input_output_aliases={2 + len(given): 0},
         interpret=interpret or False,
         name="write_kv",
-    )(jnp.stack([layer, pieces.count]), pieces.fields, *given, pool)
+    )(jnp.stack([layer, pieces.count]), pieces.fields, *given, in_hbm(pool, interpret))
 
 
 class _Rescaling(NamedTuple):

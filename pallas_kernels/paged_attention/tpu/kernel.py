@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.block_pool.layout import BlockPool
 from pallas_kernels.chips.memory import Ref
-from pallas_kernels.chips.tpu import LANES
+from pallas_kernels.chips.tpu import LANES, in_hbm
 from pallas_kernels.paged_attention.tpu.launch import TABLE_PIECE, Launch
 from pallas_kernels.paged_attention.tpu.stream import (
     OUTPUT_SLOTS,
@@ -238,6 +238,7 @@ def attend_packed(
     Returns:
         The outputs, packed like the queries, and the pool with the new K and V, if there are new ones.
     """
+    inputs = inputs._replace(pool=in_hbm(inputs.pool, interpret))
     fields = [name for name, x in inputs._asdict().items() if x is not None]
 
     def body(*refs: Ref) -> None:
