@@ -123,7 +123,7 @@ def measure_rates(runner: ModelRunner) -> Rates:
         runner.execute(plan)
         return runner.cache.pool
 
-    num_bytes = num_blocks * runner.bytes_per_block
+    num_bytes = num_blocks * runner.host_bytes_per_block
     return Rates(num_bytes / _best_s(move), pinned_bytes_per_s, num_bytes)
 
 

@@ -42,7 +42,7 @@ def add_options(group: Any) -> None:
     add("--num-steps", type=int, default=32, metavar="N", help="decode steps that are timed (default: %(default)s)")
     add("--length", type=int, default=500_000, metavar="N", help="long: tokens of the sequence (default: %(default)s)")
     add("--pool-gib", type=float, default=10.0, metavar="X", help="long: device pool (default: %(default)s)")
-    variants = "host: as the engine chooses; activations, kv: on the host; device (default: host device)"
+    variants = "host: as the engine chooses; activations, kv, int8: on the host; device (default: host device)"
     add("--placements", nargs="+", choices=VARIANTS, default=["host", "device"], help=variants)
     memory = "most host memory for KV: batches of the paper that need more become smaller (default: %(default)s)"
     add("--host-memory-gib", type=float, default=96.0, metavar="X", help=memory)
@@ -57,6 +57,7 @@ VARIANTS = {
     "host": Variant("host", {"kv_placement": "host"}),
     "activations": Variant("activations", {"kv_placement": "host", "offload_cache": "activations"}),
     "kv": Variant("kv", {"kv_placement": "host", "offload_cache": "kv"}),
+    "int8": Variant("int8", {"kv_placement": "host", "offload_dtype": "int8"}),
     "device": Variant("device", {"kv_placement": "device", "num_host_blocks": 0}),
 }
 

@@ -35,7 +35,7 @@ def run(runner: ModelRunner, chunks: list[Chunk], **moves: Any) -> tuple[list[in
     return result.token_ids.tolist(), result.scores.logprobs
 
 
-def test_steps_over_streamed_blocks_equal_those_over_resident_blocks():
+def test_decodes_over_streamed_blocks_equal_those_over_resident_blocks():
     """Two rows: one with both of its full blocks on the host, and one with one block there. The blocks then return."""
     tables = [[18, 19, 20], [21, 22, 23]]
     streamed = Streamed(np.array([5, 0, 2], np.int32), np.array([0, 2], np.int32))
@@ -54,8 +54,7 @@ def test_steps_over_streamed_blocks_equal_those_over_resident_blocks():
         if is_streaming:  # nothing but the window and the host is read: the blocks are gone
             assert runner.num_window_blocks < 18
             runner.cache = type(runner.cache)(runner.cache.pool.at[gone].set(jnp.nan))
-        chunks = [Chunk(0, [6], 21, 21, cells[0]), Chunk(1, [6, 7, 8], 21, 24, cells[1])]
-        out.append(run(runner, chunks, **moves))
+        out.append(run(runner, [Chunk(i, [6], 21, 21, cells[i]) for i in range(2)], **moves))
         if is_streaming:
             runner.execute(make_plan(from_host=(BlockCopy(5, 18), BlockCopy(0, 19), BlockCopy(2, 21))))
             np.testing.assert_array_equal(runner.cache.pool[gone], before)
@@ -100,6 +99,8 @@ def test_the_link_is_measured_by_copies_of_padding_alone():
             {"kv_cache_dtype": "int8"},
             "pallas_tpu does not stream a pool of int8: slots hold blocks without scales; use",
         ),
+        ({"offload_dtype": "int8"}, "pallas_tpu streams blocks as they are; use offload_dtype='auto', or use kv_pl"),
+        ({"num_host_blocks": 100_000}, "pallas_tpu streams 98304 blocks at most, not num_host_blocks=100000; use"),
         ({"block_size": 12}, "does not stream block_size 12: expected a multiple of 8 for float32; use kv_placement="),
     ],
 )

@@ -4,11 +4,14 @@ import math
 import re
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bench.report import CONFIGS
-from bench.tpu.compiler import TOPOLOGIES, mesh_in, why_no_compiler
+from bench.tpu.compiler import TOPOLOGIES, mesh_in, mesh_of, why_no_compiler
 from jpaged.config import EngineConfig
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.programs import Programs
@@ -16,6 +19,7 @@ from jpaged.device.target import choose_backend
 from jpaged.models import ModelConfig, fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import TENSOR_AXIS
+from pallas_kernels.block_pool.tpu import MOST_SLOTS, slots_for, start_layer_tpu, wait_layer_tpu
 from tests.support.tiny import tiny_config
 
 pytestmark = [
@@ -24,6 +28,9 @@ pytestmark = [
 ]
 
 SMALL = tiny_config(num_heads=4, num_kv_heads=2, head_dim=128, hidden_size=512, vocab_size=512, num_layers=3)
+
+SMALL_POOL = ((4096, 1, 2, 2, 16, 128), jnp.bfloat16)
+"""A pool of one layer."""
 
 
 def wide() -> ModelConfig:
@@ -54,13 +61,14 @@ def bytes_of(array) -> int:
 
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 @pytest.mark.parametrize(
-    ("config", "num_blocks", "num_host_blocks"),
-    [(SMALL, 4096, 512), (wide(), 32 * 1024, 2048)],
+    ("is_small", "num_blocks", "num_host_blocks"),
+    [(True, 4096, 512), (False, 32 * 1024, 2048)],
     ids=["small", "blocks of llama3-8b, 4 GiB of them with all layers"],
 )
 def test_a_decode_starts_the_copies_of_the_next_layer_before_it_waits_for_those_of_this_one(
-    config, num_blocks, num_host_blocks, generation
+    is_small, num_blocks, num_host_blocks, generation
 ):
+    config = SMALL if is_small else wide()
     programs = programs_of(config, generation, num_blocks, num_host_blocks)
     pool = programs.abstract_cache().pool
     compiled = programs.lower(("stream", Bucket(16, 16), None)).compile()
@@ -94,3 +102,21 @@ def test_whole_blocks_move_in_place_and_without_staging(generation):
     memory = programs.lower(("store", 32)).compile().memory_analysis()
     assert memory.host_alias_size_in_bytes >= bytes_of(programs.host_slots(512)), "the slots are written in place"
     assert memory.temp_size_in_bytes + memory.host_temp_size_in_bytes == 0
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_a_launch_takes_the_most_slots_there_may_be(generation):
+    def run(layers, slots, named, after):
+        layers, semaphore = start_layer_tpu(layers, slots, named, 1, 4)
+        return wait_layer_tpu(layers, named, semaphore, after)
+
+    pool, named = SMALL_POOL, ((1 + MOST_SLOTS,), jnp.int32)
+    slots = slots_for(jax.ShapeDtypeStruct((1, 2, *pool[0][2:]), pool[1]), MOST_SLOTS)
+    mesh = mesh_of(generation)
+    on_device = NamedSharding(mesh, PartitionSpec())
+    arguments = [jax.ShapeDtypeStruct(*x, sharding=on_device) for x in (pool, named, ((8, 128), jnp.float32))]
+    in_host = jax.ShapeDtypeStruct(slots.shape, slots.dtype, sharding=on_device.with_memory_kind("pinned_host"))
+    arguments.insert(1, in_host)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(run, donate_argnums=0).lower(*arguments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20

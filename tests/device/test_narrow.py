@@ -124,7 +124,6 @@ def test_rounding_allocates_no_more_than_a_few_batches(monkeypatch):
         ({"kv_cache_dtype": "fp8"}, "offload_dtype='int8' cannot be had: kv_cache_dtype='fp8' has 8 bits already"),
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype='int8' has 8 bits already, .*; use offload_dtype='auto'"),
         ({"offload_cache": "activations"}, "offload_cache='activations' keeps the inputs of layers"),
-        ({"kv_placement": "host"}, "kv_placement other than 'device' streams blocks as they are"),
     ],
 )
 def test_what_is_8_bits_wide_or_no_k_and_v_is_not_rounded(settings, match):

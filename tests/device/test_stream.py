@@ -1,6 +1,7 @@
 """Blocks on the host that a step streams through its window: the same tokens as with all blocks on the device."""
 
 import dataclasses
+from fractions import Fraction
 from typing import Any
 from unittest import mock
 
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Streamed
@@ -16,8 +19,9 @@ from jpaged.device.backends.xla import XlaBackend
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
 from jpaged.device.kv.layout import keeps_activations
 from jpaged.device.kv.pages import PageCapacity
+from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.sizing import check_way_to_stream
-from jpaged.device.kv.stream import HostStream, Window, _runs
+from jpaged.device.kv.stream import WIDENED_AT_ONCE, HostStream, Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
@@ -26,6 +30,7 @@ from jpaged.device.target import TARGETS, placement_note, why_no_streaming
 from jpaged.models import OPTConfig
 from jpaged.models.spec import attend_from
 from jpaged.request import SamplingParams
+from pallas_kernels.block_pool.quantization import dequantize_blocks, quantize_blocks
 from tests.support.plans import Chunk, Sample, make_plan
 from tests.support.tiny import TINY, make_runner
 
@@ -53,21 +58,31 @@ def run(runner: ModelRunner, chunks, streamed=None, to_host=()) -> tuple[list[in
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_cache_dtype"),
-    [(jnp.bfloat16, "auto"), (jnp.float32, "int8")],
+    ("dtype", "settings"),
+    [
+        (jnp.bfloat16, {}),
+        (jnp.float32, {"kv_cache_dtype": "int8"}),
+        (jnp.bfloat16, {"offload_dtype": "int8"}),
+        (jnp.float32, {"offload_dtype": "int8"}),
+    ],
 )
-def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_the_device(dtype, kv_cache_dtype):
-    """Three rows in one step: all full blocks on the host, some of them, and none."""
+def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_the_device(dtype, settings, monkeypatch):
+    """Three rows in one step: all full blocks on the host, some of them, and none. Narrow blocks come in batches."""
+    monkeypatch.setattr("jpaged.device.kv.stream.WIDENED_AT_ONCE", 3)
     num_on_host, rows = [5, 2, 0], range(3)
     first = 1 + 36  # the window ends before
     tables = [[first + 6 * row + i for i in range(6)] for row in rows]
     results = []
     for is_streaming in (False, True):
-        runner = make_streaming(dtype, kv_cache_dtype=kv_cache_dtype)
+        runner = make_streaming(dtype, **settings)
         window = runner.num_window_blocks
         assert window < first
         run(runner, [Chunk(i, PROMPTS[i][:20], 0, 40, tables[i]) for i in rows])
         run(runner, [Chunk(i, PROMPTS[i][20:], 20, 40, tables[i]) for i in rows])
+        left = jnp.array([b for row in rows for b in tables[row][: num_on_host[row]]])
+        if "offload_dtype" in settings and not is_streaming:
+            pool = runner.cache.pool
+            runner.cache = KVCache(pool.at[left].set(dequantize_blocks(*quantize_blocks(pool[left]), dtype)))
         out = []
         for step in range(3):
             to_host, streamed, cells = (), None, [list(table) for table in tables]
@@ -79,8 +94,7 @@ def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_t
                         to_host += tuple(BlockCopy(b, s) for b, s in zip(tables[row], slots[row], strict=False))
                 streamed = Streamed(np.array([*slots[0], *slots[1]], np.int32), np.array([0, 5, 7], np.int32))
             if is_streaming and step == 1:  # nothing but the window and the host is read: the blocks are gone
-                gone = jnp.array([b for row in rows for b in tables[row][: num_on_host[row]]])
-                runner.cache = jax.tree.map(lambda array, gone=gone: array.at[gone].set(99), runner.cache)
+                runner.cache = jax.tree.map(lambda array, gone=left: array.at[gone].set(99), runner.cache)
             chunks = [Chunk(i, [5 + step], 40 + step, 40, cells[i]) for i in rows]
             if step == 2:  # a chunk of a prompt among decodes
                 chunks[0] = Chunk(0, [5, 6, 7], 42, 45, cells[0])
@@ -203,6 +217,7 @@ def test_activations_are_kept_where_they_are_smaller():
     assert keeps_activations(OPT, EngineConfig(**host))
     assert not keeps_activations(MODEL, EngineConfig(**host)), "grouped queries: K and V have fewer features"
     others: list[dict[str, Any]] = [{"offload_cache": "kv"}, {"kv_cache_dtype": "int8"}, {"block_size": 15}]
+    others.append({"offload_dtype": "int8"})
     for other in [*others, {"kv_placement": "auto"}]:
         assert not keeps_activations(MHA, EngineConfig(**host | other))
     asked: dict[str, Any] = {"kv_cache_dtype": "int8", "offload_cache": "activations"}
@@ -213,7 +228,9 @@ def test_activations_are_kept_where_they_are_smaller():
         make_streaming(model_config=MHA, offload_cache="activations", block_size=15, max_burst=2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "int8"}], ids=["kv", "int8"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"kv_cache_dtype": "int8"}, {"offload_dtype": "int8"}], ids=["kv", "int8", "narrow"]
+)
 def test_a_step_that_streams_allocates_nothing_of_the_pools_size(settings):
     runner = make_streaming(num_blocks=8192, num_host_blocks=512, **settings)
     for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
@@ -272,6 +289,23 @@ def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
     assert most_pages(Window(2, 4), 1000).num_streamed == 0
 
 
+@pytest.mark.parametrize("share", [Fraction(132, 256), Fraction(132, 512), Fraction(2052, 4096)])
+@pytest.mark.parametrize("num_layers", [1, 3, 32])
+@given(num_host_blocks=st.integers(1, 5000), num_blocks=st.integers(4, 10**6))
+def test_a_window_for_narrow_blocks_holds_them_as_they_arrive_and_widened(
+    share, num_layers, num_host_blocks, num_blocks
+):
+    window = window_for(num_host_blocks, num_blocks, num_layers, with_pages=False, share=share)
+    number, size, num_cells = window.batches
+    assert number * (size + 2 * num_cells) <= window.num_cells <= num_layers * (num_blocks - 1) // 2
+    assert size * share <= num_cells
+    if window.num_blocks < (num_blocks - 1) // 2:
+        assert number * size >= num_host_blocks
+    elif window.num_cells > 10:
+        assert number * size > 0.9 * (window.num_cells / (1 + 2 * share)) - 3
+    assert size <= 3 * WIDENED_AT_ONCE
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -294,7 +328,7 @@ def test_a_tpu_streams_blocks_of_its_own_type(monkeypatch):
 def test_a_tpu_streams_with_no_other_backend_than_its_own():
     config, target = EngineConfig(kv_placement="host"), TARGETS["tpu"]
     with pytest.raises(ValueError, match="so the backend pallas_tpu streams, but xla does not; use kv_placement="):
-        check_way_to_stream(MODEL, config, jnp.bfloat16, target, XlaBackend("as asked"))
+        check_way_to_stream(MODEL, config, jnp.bfloat16, target, XlaBackend("as asked"), 24)
 
 
 def test_a_gpu_streams_nothing_without_its_driver(monkeypatch):
@@ -324,10 +358,11 @@ def test_without_a_placement_on_the_host_there_is_no_window():
     assert runner.num_window_blocks == runner.max_streamed_blocks == 0
 
 
-def test_runs_end_where_slots_are_not_neighbours_and_where_a_piece_ends():
+def test_runs_end_where_slots_are_not_neighbours_and_where_a_piece_or_a_batch_ends():
     slots = np.array([5, 6, 7, 8, 9, 3, 4, 12, 11], np.int32)
-    assert list(_runs(slots, 8)) == [(5, 3), (8, 2), (3, 2), (12, 1), (11, 1)]
-    assert list(_runs(slots[:0], 8)) == []
+    assert list(_runs(slots, 8, 9)) == [(5, 3), (8, 2), (3, 2), (12, 1), (11, 1)]
+    assert list(_runs(slots, 8, 2)) == [(5, 2), (7, 1), (8, 1), (9, 1), (3, 1), (4, 1), (12, 1), (11, 1)]
+    assert list(_runs(slots[:0], 8, 9)) == []
 
 
 def test_a_plain_copy_moves_strided_rows():

@@ -23,13 +23,14 @@ PROMPTS = [[(5 + i) * j % 23 for j in range(length)] for i, length in enumerate(
 
 
 @cache
-def rounding_runner() -> ModelRunner:
-    config = replace(ENGINE_SIZES, offload_dtype="int8")
+def rounding_runner(kv_placement: str = "device") -> ModelRunner:
+    config = replace(ENGINE_SIZES, offload_dtype="int8", kv_placement=kv_placement)
     return keep_few_sizes(ModelRunner(nnx.clone(engine_model()), ENGINE_MODEL, config, make_mesh(1)))
 
 
-def make_engine(**settings: Any) -> Engine:
-    return Engine(rounding_runner(), replace(rounding_runner().config, **settings))
+def make_engine(kv_placement: str = "device", **settings: Any) -> Engine:
+    runner = rounding_runner(kv_placement)
+    return Engine(runner, replace(runner.config, **settings))
 
 
 def logprobs_of(engine: Engine, prompts: list[list[int]]) -> np.ndarray:
@@ -63,3 +64,10 @@ def test_a_prefix_comes_back_from_the_host_with_close_log_probabilities():
     logprobs_of(engine, [[3 + i % 20 for i in range(40)]])  # takes the blocks of the prefix
     assert_close_but_rounded(logprobs_of(engine, PROMPTS[:1]), expected)
     assert engine.blocks.stats().host_hit_tokens > 0
+
+
+def test_streamed_requests_have_close_log_probabilities():
+    engine = make_engine("host")
+    assert_close_but_rounded(logprobs_of(engine, PROMPTS), logprobs_of(tiny_engine(), PROMPTS))
+    assert engine.stats().bytes_from_host > 0
+    assert engine.blocks.stats().num_host_used == 0

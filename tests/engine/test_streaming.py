@@ -63,6 +63,19 @@ def test_tokens_do_not_depend_on_where_blocks_lie(kind, num_usable, temperature)
     assert outputs(engine, PROMPTS, **params) == expected, "which now start from blocks on the host"
 
 
+@pytest.mark.starts_first
+def test_tokens_are_the_same_where_programs_copy_blocks_by_dma():
+    """As on a TPU, in Pallas's interpreter. All full blocks of the longer prompt are on the host."""
+    sizes = dataclasses.replace(SIZES, block_size=8, attention_implementation="pallas_tpu", interpret=True)
+    dma = keep_few_sizes(ModelRunner(nnx.clone(engine_model()), ENGINE_MODEL, sizes, make_mesh(1)))
+    assert dma.programs.streams_by_dma
+    prompts, params = [PROMPTS[0][:30], PROMPTS[1]], {"max_tokens": 4, "temperature": 0}
+    engine = Engine(dma, dataclasses.replace(sizes, num_blocks=1 + dma.num_window_blocks + 4))
+    expected = outputs(tiny_engine(), prompts, **params)
+    assert outputs(engine, prompts, **params) == expected
+    assert engine.blocks.stats().num_blocks_swapped_out >= 3
+
+
 def test_a_failed_step_and_an_abort_change_no_token(monkeypatch):
     params: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
     expected = outputs(tiny_engine(), PROMPTS, **params)

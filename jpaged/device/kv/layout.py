@@ -163,4 +163,4 @@ def why_not_narrowed(config: EngineConfig) -> str | None:
         return f"kv_cache_dtype={config.kv_cache_dtype!r} has 8 bits already, and its blocks move as they are"
     if config.offload_cache == "activations":
         return "offload_cache='activations' keeps the inputs of layers, and only K and V are rounded"
-    return "kv_placement other than 'device' streams blocks as they are" if config.kv_placement != "device" else None
+    return None

@@ -3,12 +3,14 @@
 A narrow block is the bytes of an int8 pool's block, with the scales among them (``pool.pack_blocks``).
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt, UInt8
 
 from jpaged.device.backends import Backend
-from jpaged.device.kv.pool import Blocks, KVCache, bits_of, pack_blocks, unpack_blocks
+from jpaged.device.kv.pool import SCALE_BYTES, Blocks, KVCache, bits_of, pack_blocks, unpack_blocks
 from pallas_kernels.block_pool.quantization import dequantize_blocks, quantize_blocks
 
 NarrowBlocks = UInt8[Array, "n num_layers 2 num_kv_heads bytes"]
@@ -32,6 +34,13 @@ def widen(
     """The values of narrow blocks, in the type and shape of this pool's."""
     stored, scales = unpack_blocks(narrow, jnp.int8, like.shape[1:])
     return dequantize_blocks(stored, scales, like.dtype)
+
+
+def narrow_in(cells: Float[Array, "cells 1 2 num_kv_heads block_size head_dim"], num_blocks: int) -> NarrowBlocks:
+    """Narrow blocks of one layer that lie side by side in the memory of some cells, from the first byte on."""
+    *heads, block_size, head_dim = cells.shape[1:]
+    shape = (num_blocks, *heads, block_size * head_dim + SCALE_BYTES)
+    return lax.bitcast_convert_type(cells, jnp.uint8).reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def gather_for_host(backend: Backend, is_narrowed: bool, cache: KVCache, blocks: Int[Array, " n"]) -> Blocks:

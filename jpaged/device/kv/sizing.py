@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Protocol
 
 import jax
@@ -10,12 +11,12 @@ from jax.sharding import Mesh
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.layout import host_layout, keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
 from jpaged.device.kv.streaming import most_blocks_on_host, window_for
 from jpaged.device.target import Target, choose_backend, target_of
 from jpaged.models import ModelConfig
 from pallas_kernels import block_pool_shape
-from pallas_kernels.block_pool.tpu import why_no_slots
+from pallas_kernels.block_pool.tpu import MOST_SLOTS, why_no_slots
 
 GUESSED_WORKSPACE = 1 / 32
 """Share of an accelerator's memory that a step takes besides weights and pool, until its programs say how much."""
@@ -183,12 +184,18 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
         useful_blocks=useful_blocks + 1,
     )
     if config.kv_placement != "device":
-        check_way_to_stream(model, config, dtype, target, backend)
-        check_streamed_context(model, config, num_blocks, num_host_blocks)
+        check_way_to_stream(model, config, dtype, target, backend, num_host_blocks)
+        share = Fraction(host_layout(layout, config).block_bytes, bytes_per_block)
+        check_streamed_context(model, config, num_blocks, num_host_blocks, share)
 
 
 def check_way_to_stream(
-    model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTypeLike, target: Target, backend: Backend
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: jax.typing.DTypeLike,
+    target: Target,
+    backend: Backend,
+    num_host_blocks: int,
 ) -> None:
     """Check that programs of a backend can stream blocks of a model's pool, by callbacks or by DMA.
 
@@ -198,6 +205,7 @@ def check_way_to_stream(
         dtype: type of the activations.
         target: target of the devices.
         backend: the backend.
+        num_host_blocks: blocks of the host pool.
 
     Raises:
         ValueError: they cannot.
@@ -206,8 +214,12 @@ def check_way_to_stream(
         if target.calls_back:
             return
         reason = f"programs here cannot call back, so the backend pallas_tpu streams, but {backend.name} does not;"
+    elif num_host_blocks > MOST_SLOTS:
+        reason = f"the backend pallas_tpu streams {MOST_SLOTS} blocks at most, not num_host_blocks={num_host_blocks};"
     elif keeps_activations(model, config):
         reason = "the backend pallas_tpu streams no activations; use offload_cache='kv', or"
+    elif is_narrowed(config):
+        reason = "the backend pallas_tpu streams blocks as they are; use offload_dtype='auto', or"
     else:
         layout = pool_layout(model, config, dtype, backend)
         shape = block_pool_shape(1, layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_dim)
@@ -217,7 +229,9 @@ def check_way_to_stream(
     raise ValueError(f"kv_placement={config.kv_placement!r} cannot be had: {reason} use kv_placement='device'")
 
 
-def check_streamed_context(model: ModelConfig, config: EngineConfig, num_blocks: int, num_host_blocks: int) -> None:
+def check_streamed_context(
+    model: ModelConfig, config: EngineConfig, num_blocks: int, num_host_blocks: int, share: Fraction
+) -> None:
     """Check that both pools together hold the context asked for.
 
     Args:
@@ -225,12 +239,13 @@ def check_streamed_context(model: ModelConfig, config: EngineConfig, num_blocks:
         config: the engine's settings, with ``kv_placement`` other than "device".
         num_blocks: blocks of the device's pool.
         num_host_blocks: blocks of the host pool.
+        share: as for ``window_for``.
 
     Raises:
         ValueError: no block can be streamed, or ``max_model_len`` is longer than what the pools hold.
     """
     with_pages = keeps_activations(model, config)
-    window = window_for(num_host_blocks, num_blocks, len(model.layer_specs), with_pages=with_pages)
+    window = window_for(num_host_blocks, num_blocks, len(model.layer_specs), with_pages=with_pages, share=share)
     on_host = most_blocks_on_host(window, num_host_blocks, num_blocks, with_pages=with_pages)
     if on_host == 0:
         raise ValueError(

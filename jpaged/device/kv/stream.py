@@ -8,10 +8,12 @@ Cells of even layers and of odd layers lie apart: while one layer attends, the c
 """
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +37,23 @@ Token = Int[Array, " 1"]
 WINDOW_START = 1
 """The first block of the window: block 0 is padding."""
 
+WIDENED_AT_ONCE = 256
+"""Cells of narrow blocks that are widened at once: their temporaries are small, and a GPU is busy."""
+
+
+class Batches(NamedTuple):
+    """The blocks that a layer streams at most, in batches that arrive in whole cells.
+
+    Args:
+        number: batches.
+        size: blocks of a batch, side by side.
+        num_cells: cells that a batch fills as it arrives.
+    """
+
+    number: int
+    size: int
+    num_cells: int
+
 
 @dataclass(frozen=True)
 class Window:
@@ -42,18 +61,43 @@ class Window:
 
     A cell is a block of the pool's view with one layer (``KVCache.as_layers``).
 
+    Narrow blocks (``kv/narrow.py``) arrive in less than a cell each. They are then widened, into the first cells.
+
     Args:
         num_blocks: blocks of the window.
         num_layers: layers of the pool.
+        share: part of a cell that a block takes as it arrives.
     """
 
     num_blocks: int
     num_layers: int
+    share: Fraction = Fraction(1)
 
     @property
     def num_cells(self) -> int:
         """Cells of the window."""
         return self.num_blocks * self.num_layers
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether blocks arrive narrow."""
+        return self.share < 1
+
+    @property
+    def batches(self) -> Batches:
+        """The most blocks that a layer streams."""
+        if not self.is_narrow:
+            return Batches(1, self.num_cells // NUM_BUFFERS, self.num_cells // NUM_BUFFERS)
+        wanted = max(int(self.num_cells / (1 + NUM_BUFFERS * self.share)) // WIDENED_AT_ONCE, 1)
+        found = [self._in_batches(number) for number in (max(wanted - 1, 1), wanted)]
+        return max(found, key=lambda batches: batches.number * batches.size)
+
+    def _in_batches(self, number: int) -> Batches:
+        """The largest of so many batches, with a cell for each block beside those in which it arrives."""
+        most, share = self.num_cells // number, self.share
+        sizes = range(1, most + 1)
+        size = bisect_right(sizes, most, key=lambda size: size + NUM_BUFFERS * math.ceil(size * share))
+        return Batches(number, size, math.ceil(size * share))
 
     @property
     def first(self) -> int:
@@ -67,6 +111,13 @@ class Window:
     def slots(self, layer: int, slots: Int[Array, " tokens"], block_size: int) -> Int[Array, " tokens"]:
         """Slots of the view, for slots of the pool. Padding stays in block 0, of any layer."""
         return self.places(layer, slots // block_size) * block_size + slots % block_size
+
+
+def num_cells_for(num_blocks: int, share: Fraction) -> int:
+    """Cells of a window that holds so many narrow blocks."""
+    number = max(num_blocks // WIDENED_AT_ONCE, 1)
+    size = -(-num_blocks // number)
+    return number * (size + NUM_BUFFERS * math.ceil(size * share))
 
 
 class Stream(Protocol):
@@ -160,8 +211,8 @@ class HostStream:
 
     def load(self, source: Source, slots: Int32[np.ndarray, " streamed"]) -> None:
         """Name the blocks of the program that is enqueued next, by their slots."""
-        assert len(slots) <= self.window.num_cells // NUM_BUFFERS
-        self._loaded.append(_Load(source, tuple(_runs(slots, source.slots_per_piece))))
+        assert len(slots) <= self.window.num_cells
+        self._loaded.append(_Load(source, tuple(_runs(slots, source.slots_per_piece, self.window.batches.size))))
 
     def take_inputs(self) -> tuple[Array, ...]:
         return ()
@@ -220,6 +271,8 @@ class HostStream:
     def _copies(self, layer: int, first_cell: int, widths: Sequence[int]) -> Iterator[Strided]:
         """The copies of a layer: a slot holds all layers of K and V, then all layers of their scales, if there are any.
 
+        A slot of a narrow block holds all layers, each with its scales.
+
         Args:
             layer: the layer.
             first_cell: the first cell to fill.
@@ -227,11 +280,14 @@ class HostStream:
         """
         assert self._running is not None
         (start, pitch, _), runs = self._running
-        for address, width in zip(self._addresses, widths, strict=True):
-            dst = address + first_cell * width
+        batches = self.window.batches
+        for address, cell_bytes in zip(self._addresses, widths, strict=True):
+            width, number = int(cell_bytes * self.window.share), 0
             for first, num_slots in runs:
+                batch, place = divmod(number, batches.size)
+                dst = address + (first_cell + batch * batches.num_cells) * cell_bytes + place * width
                 yield Strided(start + layer * width + first * pitch, pitch, dst, width, width, num_slots)
-                dst += num_slots * width
+                number += num_slots
             start += self.window.num_layers * width
 
 
@@ -240,10 +296,11 @@ def _bytes_of_cell(layers: Any) -> int:
     return math.prod(layers.shape[1:]) * layers.dtype.itemsize
 
 
-def _runs(slots: Int32[np.ndarray, " streamed"], slots_per_piece: int) -> Iterator[tuple[int, int]]:
-    """Divide slots into runs of neighbours in one piece: the first slot of each, and its slots."""
+def _runs(slots: Int32[np.ndarray, " streamed"], slots_per_piece: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Divide slots into runs of neighbours in one piece and in one batch: the first slot of each, and its slots."""
     if len(slots) == 0:
         return
-    is_first = (np.diff(slots) != 1) | (slots[1:] % slots_per_piece == 0)
+    begins_batch = np.arange(1, len(slots)) % batch == 0
+    is_first = (np.diff(slots) != 1) | (slots[1:] % slots_per_piece == 0) | begins_batch
     for start, stop in pairwise([0, *(np.flatnonzero(is_first) + 1).tolist(), len(slots)]):
         yield int(slots[start]), stop - start

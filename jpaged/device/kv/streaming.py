@@ -1,6 +1,7 @@
 """Attention over blocks on the host, which a step streams: those of the next layer arrive while this layer runs."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.attend import PagedAttend
 from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity, locate_pages, read_inputs, write_computed, write_inputs
 from jpaged.device.kv.pool import KVCache
-from jpaged.device.kv.stream import NUM_BUFFERS, Stream, Window
+from jpaged.device.kv.stream import NUM_BUFFERS, Stream, Window, num_cells_for
 from jpaged.models.spec import LayerSpec, Source
 
 
@@ -37,7 +38,7 @@ class StreamingAttend(PagedAttend):
         return self._cache.as_blocks(self._window.num_layers)
 
     def _first_cell(self, layer: int) -> int:
-        """The first cell that the streamed blocks of a layer fill."""
+        """The first cell that the streamed blocks of a layer fill as they arrive."""
         return self._window.first + layer % NUM_BUFFERS * most_streamed_blocks(self._window)
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
@@ -46,12 +47,16 @@ class StreamingAttend(PagedAttend):
         self._starts, slots = self._receive(layer, q, (self._starts, self._rows.slots))
         self._rows = self._rows._replace(slots=slots)
         tables = self._rows.block_tables
-        cells = self._first_cell(layer) + self._starts[:, None] - 1 - tables
+        cells = self._take_in(layer) + self._starts[:, None] - 1 - tables
         rows = self._rows._replace(
             block_tables=jnp.where(tables < 0, cells, window.places(layer, tables)),
             slots=window.slots(layer, slots, self._cache.block_size),
         )
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
+
+    def _take_in(self, layer: int) -> int:
+        """Make cells hold the blocks of a layer that have arrived, as attention reads them. Returns the first cell."""
+        return self._first_cell(layer)
 
     def _receive[T](self, layer: int, q: Array, arrays: T) -> T:
         """Let the blocks of the next layer come, and wait for those of this layer.
@@ -152,7 +157,9 @@ class RecomputingAttend(StreamingAttend):
 # Windows ----------------------------------------------------------------------------------------------------------
 
 
-def window_for(num_host_blocks: int, num_blocks: int, num_layers: int, *, with_pages: bool) -> Window:
+def window_for(
+    num_host_blocks: int, num_blocks: int, num_layers: int, *, with_pages: bool, share: Fraction = Fraction(1)
+) -> Window:
     """Size a window so that one step streams all blocks of the host pool, unless that takes too much of the pool.
 
     Args:
@@ -160,16 +167,19 @@ def window_for(num_host_blocks: int, num_blocks: int, num_layers: int, *, with_p
         num_blocks: blocks of the device's pool, of which a window takes half at most, and three quarters for pages.
         num_layers: layers of a block.
         with_pages: whether blocks hold activations.
+        share: part of a cell that a block takes as it arrives.
     """
     num_cells, most = NUM_BUFFERS * num_host_blocks, (num_blocks - 1) // 2
     if with_pages:  # K and V of a page take two cells
         num_cells, most = (2 + NUM_BUFFERS) * num_host_blocks + 2 * num_blocks, 3 * (num_blocks - 1) // 4
-    return Window(min(-(-num_cells // num_layers), most), num_layers)
+    if share < 1:  # narrow blocks are widened into cells of their own
+        num_cells = num_cells_for(num_host_blocks, share)
+    return Window(min(-(-num_cells // num_layers), most), num_layers, share)
 
 
 def most_streamed_blocks(window: Window) -> int:
     """Most blocks of K and V on the host that one step streams."""
-    return window.num_cells // NUM_BUFFERS
+    return window.batches.number * window.batches.size
 
 
 def most_blocks_on_host(window: Window, num_host_blocks: int, num_blocks: int, *, with_pages: bool) -> int:

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -156,12 +157,11 @@ class Programs:
 
     def workspace_bytes(self) -> int:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
-        is_streaming = self.streams_always and self.stream is not None  # the window is opened once the pool has a size
-        keys: list[tuple] = [("stream" if is_streaming else "forward", self.buckets[-1])]
-        keys += [("copy", max(self.copy_sizes)), ("sample", SampleSizes(self.config.max_num_seqs), None)]
-        # Of some pages of a layer: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        has_pages = self.keeps_activations and not is_streaming
-        total = 6 * PAGES_AT_ONCE * self._layout.layer_bytes(self.dtype) if has_pages else 0
+        # The window is opened once the pool has a size.
+        kind = "stream" if self.streams_always and self.stream is not None else "forward"
+        keys: list[tuple] = [(kind, self.buckets[-1]), ("copy", max(self.copy_sizes))]
+        keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
+        total = 0 if kind == "stream" else _num_copied_cells(self) * self._layout.layer_bytes(self.dtype)
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
@@ -345,10 +345,21 @@ def kept_programs(programs: Programs) -> ProgramCache | None:
     return program_cache_for(programs.model_identity, devices, str(programs.mesh), weights, sizes, choices)
 
 
+def _num_copied_cells(programs: Programs) -> int:
+    """Cells whose content a streaming layer has in temporaries at once."""
+    if programs.keeps_activations:
+        # Of some pages: the inputs, K and V, and both of these as a kernel and a product lay them out.
+        return 6 * PAGES_AT_ONCE
+    window = None if programs.stream is None else programs.stream.window
+    # A batch as it arrives, and widened.
+    return 0 if window is None or not window.is_narrow else 2 * window.batches.size
+
+
 def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
     """The stream of some programs, and the window for so many blocks of the host."""
     num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
-    window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages)
+    share = Fraction(programs.host_bytes_per_block, programs.bytes_per_block)
+    window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages, share=share)
     if programs.streams_by_dma:
         slots = programs.host_slots(num_host_blocks)
         return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)

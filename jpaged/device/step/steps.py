@@ -16,6 +16,7 @@ from jpaged.device.kv.attend import PagedAttend
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import BlockStream
 from jpaged.device.kv.streaming import RecomputingAttend, StreamingAttend
+from jpaged.device.kv.widening import WideningAttend
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
 from jpaged.device.sampling.columns import SampleInputs, SampleSizes, rows_from, unpack_draws
 from jpaged.device.sampling.draw import SampledTokens, sample
@@ -77,7 +78,8 @@ class Steps:
         if stream is None:
             attend = PagedAttend(cache, rows, self.backend)
         else:
-            streaming = RecomputingAttend if self.keeps_activations else StreamingAttend
+            plain = WideningAttend if stream.window.is_narrow else StreamingAttend
+            streaming = RecomputingAttend if self.keeps_activations else plain
             attend = streaming(cache, rows, self.backend, stream.given(*streamed), inputs.stream_starts)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
