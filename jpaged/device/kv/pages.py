@@ -171,6 +171,8 @@ def _logical(tables: Int[Array, "rows max_blocks"]) -> Int[Array, "1 max_blocks"
 def write_inputs(layers: KVCache, slots: Int[Array, " tokens"], inputs: Float[Array, "tokens hidden_size"]) -> KVCache:
     """Store the inputs of each token at its slot: ``page * 2 * block_size + offset``."""
     shape, sides = shape_of(layers.pool), jax.tree.map(as_sides, layers)
+    if len(inputs) == 1:  # a second one is dropped: XLA copies the pool for the write of a single token
+        inputs, slots = jnp.repeat(inputs, 2, axis=0), jnp.append(slots, len(sides.pool) * shape.block_size)
     by_head = inputs.reshape(len(inputs), shape.num_kv_heads, shape.head_dim)
     if layers.kv_scales is None:
         places = slots // shape.block_size, slice(None), slots % shape.block_size
