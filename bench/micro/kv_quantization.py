@@ -34,7 +34,6 @@ from jpaged.device.backends import Rows
 from jpaged.device.kv.attend import PagedAttend
 from jpaged.device.kv.layout import PoolLayout, is_narrowed, kv_dtype, pool_layout
 from jpaged.device.kv.narrow import narrow_bits, widen_bits
-from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import Window
 from jpaged.device.kv.streaming import RecomputingAttend
@@ -258,7 +257,7 @@ class Forced:
         num_pages = rows.block_tables.size
         stream = NoStream(_window_of(num_pages, self._config))
         starts = jnp.zeros(len(rows.kv_lens), jnp.int32)
-        return RecomputingAttend(PageSizes(0, num_pages), cache, rows, self._backend, stream, starts)
+        return RecomputingAttend(cache, rows, self._backend, stream, starts)
 
 
 class NoStream:
@@ -283,8 +282,8 @@ class NoStream:
 
 
 def _window_of(num_pages: int, config: ModelConfig) -> Window:
-    """The window for K and V of so many pages, of two cells each."""
-    return Window(-(-2 * num_pages // config.num_layers), config.num_layers)
+    """The window for K and V of so many pages and of block 0, of two cells each."""
+    return Window(-(-2 * (num_pages + 1) // config.num_layers), config.num_layers)
 
 
 def with_a_kv_head_for_each_query_head(config: ModelConfig, model: nnx.Module) -> tuple[ModelConfig, nnx.Module]:

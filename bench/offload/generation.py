@@ -136,6 +136,13 @@ def _best_s(run: Callable[[], Any]) -> float:
     return min(times)
 
 
+def keep_sizes(runner: ModelRunner, works: Sequence[Work]) -> None:
+    """Leave a runner the largest step, and the decodes of some works: all others would only be compiled."""
+    decodes = [bucket for bucket in runner.buckets if bucket.is_decode]
+    kept = {next((bucket for bucket in decodes if bucket.num_rows >= work.num_seqs), decodes[-1]) for work in works}
+    runner.buckets[:] = [*(bucket for bucket in decodes if bucket in kept), runner.buckets[-1]]
+
+
 def generate(llm: LLM, shapes: Shapes, work: Work, seed: int) -> tuple[Generation, list[list[int]]]:
     """Run a batch to its end, greedily.
 
@@ -285,7 +292,7 @@ def run_variants(
         results.append(result)
         try:
             # No name here holds an engine, whose memory the next one takes.
-            for found in _Runs.start(shapes, config, variant, repeats, is_profiled, table, expected).run(works):
+            for found in _Runs.start(shapes, config, variant, works, repeats, is_profiled, table, expected).run(works):
                 result |= found
                 keep(results)
         except Exception as error:  # the others may still be measured
@@ -307,9 +314,13 @@ class _Runs:
     expected: dict[Work, list[list[int]]]
 
     @classmethod
-    def start(cls, shapes: Shapes, config: EngineConfig, variant: Variant, *others: Any) -> "_Runs":
-        """Start the engine of a variant; the others are the last fields."""
+    def start(
+        cls, shapes: Shapes, config: EngineConfig, variant: Variant, works: Sequence[Work], *others: Any
+    ) -> "_Runs":
+        """Start the engine of a variant for some works; the others are the last fields."""
         llm = shapes.start(replace(config, **variant.changes))
+        keep_sizes(llm.engine.runner, works)
+        llm.engine.runner.warm_up(use_tqdm=False)
         variant.tune(llm.engine)
         return cls(llm, shapes, variant.name, *others)
 
@@ -326,7 +337,7 @@ class _Runs:
 
     def _run(self, work: Work, rates: Rates | None, seed: int) -> dict[str, Any]:
         seeds = itertools.count(seed, MOST_SEQS)  # no prompt is found in the prefix cache
-        # A first run compiles programs. Long prompts need no run of their own: chunks of all sizes are in a short one.
+        # A first run makes CUDA graphs, and compiles what the sizes do not tell. It needs no long prompts.
         generate(self.llm, self.shapes, replace(work, prompt_len=min(work.prompt_len, SHORT_LEN)), next(seeds))
         done = [generate(self.llm, self.shapes, work, next(seeds)) for _ in range(self.repeats)]
         busy = asdict(measure_busy(self.llm, self.shapes, work, next(seeds))) if self.is_profiled else None

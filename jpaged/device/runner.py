@@ -158,7 +158,7 @@ class ModelRunner:
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
         sizes = len(self._state.latest), self.max_blocks, model_config.vocab_size
-        self._packer = Packer(self.buckets, *sizes, config.block_size, self.programs.most_pages)
+        self._packer = Packer(self.buckets, *sizes, streams_always=self.programs.streams_always)
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -327,7 +327,7 @@ class ModelRunner:
         key, streamed = ("forward", step.bucket), ()
         if step.streamed is not None:
             assert self.programs.stream is not None
-            key, streamed = ("stream", step.bucket, step.pages), self.programs.stream.take_inputs()
+            key, streamed = ("stream", step.bucket), self.programs.stream.take_inputs()
         self.cache, self._state, *hidden = self.programs.get(key)(self._weights, self.cache, self._state, *streamed)
         return hidden[0] if hidden else self._state.hidden
 

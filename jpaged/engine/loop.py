@@ -14,7 +14,7 @@ from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
 from jpaged.host.blocks.manager import BlockManager
-from jpaged.host.offload.placement import Placement
+from jpaged.host.offload.placement import BLOCKS_MOVED_TOGETHER, Placement
 from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
@@ -297,7 +297,8 @@ def _placement(runner: ModelRunner, config: EngineConfig) -> Placement:
             f"kv_placement={config.kv_placement!r}: the runner streams no blocks from the host; build it with this "
             "kv_placement and a host pool"
         )
-    return Placement(config.kv_placement, runner.num_window_blocks, runner.max_streamed_blocks)
+    window = runner.num_window_blocks, runner.max_streamed_blocks
+    return Placement(config.kv_placement, *window, num_together=BLOCKS_MOVED_TOGETHER)
 
 
 def _num_host_blocks(runner: ModelRunner, config: EngineConfig) -> int:

@@ -66,13 +66,18 @@ class Streaming:
         members = self.members
         if not members:
             return
-        num_left = self._num_window_left(members)
-        if self._blocks.placement.kind == "auto" and not is_short:
-            num_left = min(num_left, self._num_lacking(members, waiting))
+        num_left, num_together = self._num_window_left(members), 1
+        if not is_short:
+            num_lacking = self._num_lacking(members, waiting)
+            if self._blocks.placement.kind == "auto":
+                num_left = min(num_left, num_lacking)
+            elif num_lacking == 0:
+                num_together = self._blocks.placement.num_together
         for _, seq in members:
             holding = self._holding(seq)
             first = len(holding.host_blocks)
-            num_moved = self._move_out(seq, min(seq.num_known // self._blocks.block_size - first, num_left))
+            num_full = min(seq.num_known // self._blocks.block_size - first, num_left)
+            num_moved = self._move_out(seq, num_full // num_together * num_together)
             if num_moved > 0:
                 assert seq.row is not None
                 self._rows.change_from(seq.row, first)

@@ -34,7 +34,9 @@ def write_kv_xla(
     """Store one layer's K and V of this step's tokens; arguments and result as for ``write_kv``."""
     blocks, offsets = jnp.divmod(slots, shape_of(pool).block_size)
     kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
-    return pool.at[blocks, layer, :, :, offsets].set(kv, mode="drop", wrap_negative_indices=False)
+    pool = pool.at[blocks, layer, :, :, offsets].set(kv, mode="drop", wrap_negative_indices=False)
+    # XLA fuses the write of a single token into each of its readers, and copies the pool for each.
+    return lax.optimization_barrier(pool) if len(kv) == 1 else pool
 
 
 def write_kv_quantized_xla(
@@ -57,6 +59,8 @@ def write_quantized(
     slots: Int[Array, " tokens"],
 ) -> tuple[Stored, StoredScales]:
     """Store tokens in a quantised pool, or in its sides; arguments as for ``quantize``, and the rest as it says."""
+    if len(values) == 1:  # a second one is dropped: the barrier of ``write_kv_xla`` is not enough for two writes
+        values, slots = jnp.repeat(values, 2, axis=0), jnp.append(slots, len(pool) * block_size_of(pool))
     stored, scales, old, new = quantize(pool, scales, layer, values, slots)
     blocks, offsets = jnp.divmod(slots, block_size_of(pool))
     is_first = jnp.diff(blocks, prepend=-1) != 0

@@ -77,13 +77,13 @@ def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offloa
         "--num-seqs",
         "3",
         "--contexts",
-        "40",
+        "140",
         "--num-steps",
         "6",
         "--repeats",
         "2",
         "--num-blocks",
-        "64",
+        "160",
         "--busy",
     )
     lines, report = run_offload("decode", *options, "--max-num-batched-tokens", "32")
@@ -97,8 +97,8 @@ def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offloa
             best, work = run["best"], run["work"]
             assert run["are_tokens_equal"]
             assert best["num_steps"] >= 6
-            # The middle of the steps lies in the third or the fourth block.
-            assert best["kv_bytes"] / variant["bytes_per_block"] / work["num_seqs"] in (2, 3)
+            # The middle of the steps lies in the tenth or the eleventh block.
+            assert best["kv_bytes"] / variant["bytes_per_block"] / work["num_seqs"] in (9, 10)
             assert len(run["step_ms"]) == 2
             assert 0 < run["busy"]["computing"] <= 1
             assert run["busy"]["copying"] == 0, "a CPU has no copies of its own"
@@ -109,7 +109,7 @@ def test_decodes_are_measured_by_both_placements_with_the_same_tokens(run_offloa
     assert on_host["predicted"]["kv_ms"] >= on_host["predicted"]["planned_ms"] > 0
     assert on_device["predicted"] is None
     assert (tmp_path / "offload" / "result.png").exists()
-    assert sum(line.startswith("host: 3 x 40") for line in lines) == 1
+    assert sum(line.startswith("host: 3 x 140") for line in lines) == 1
 
 
 def test_activations_bring_half_of_the_bytes_of_k_and_v(run_offload, tmp_path):

@@ -71,7 +71,7 @@ def test_a_decode_starts_the_copies_of_the_next_layer_before_it_waits_for_those_
     config = SMALL if is_small else wide()
     programs = programs_of(config, generation, num_blocks, num_host_blocks)
     pool = programs.abstract_cache().pool
-    compiled = programs.lower(("stream", Bucket(16, 16), None)).compile()
+    compiled = programs.lower(("stream", Bucket(16, 16))).compile()
     memory = compiled.memory_analysis()
     assert memory.host_argument_size_in_bytes >= programs.bytes_per_block * num_host_blocks
     assert memory.host_temp_size_in_bytes == 0
@@ -88,7 +88,7 @@ def test_a_decode_starts_the_copies_of_the_next_layer_before_it_waits_for_those_
 def test_a_chunk_streams_in_place_too():
     programs = programs_of(SMALL, "v5e", 4096, 512)
     pool_bytes = bytes_of(programs.abstract_cache().pool)
-    memory = programs.lower(("stream", Bucket(64, 16), None)).compile().memory_analysis()
+    memory = programs.lower(("stream", Bucket(64, 16))).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes / 20
 

@@ -18,7 +18,7 @@ from jpaged.device.kv.sizing import num_blocks_that_fit
 from jpaged.device.runner import ModelRunner, copy_waves
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.program_cache import ProgramCache
-from jpaged.device.step.programs import Programs
+from jpaged.device.step.programs import Programs, kept_programs
 from jpaged.device.target import TARGETS
 from jpaged.engine.loop import Engine
 from jpaged.request import CompletionOutput, SamplingParams
@@ -467,10 +467,10 @@ def test_programs_are_kept_apart_by_what_they_depend_on(tmp_path, settings, is_s
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     try:
         runners = make_runner(), make_runner(**settings)
-        assert [runner.programs._program_cache() for runner in runners] == [None, None], "on a CPU"
+        assert [kept_programs(runner.programs) for runner in runners] == [None, None], "on a CPU"
         for runner in runners:
             runner.programs.target = TARGETS["gpu"]
-        caches = [runner.programs._program_cache() for runner in runners]
+        caches = [kept_programs(runner.programs) for runner in runners]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert None not in caches

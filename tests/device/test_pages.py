@@ -10,7 +10,7 @@ import pytest
 from jpaged.device.backends import Rows
 from jpaged.device.kv import pages
 from jpaged.device.kv.layout import PoolLayout, kv_dtype
-from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs
+from jpaged.device.kv.pages import PageCapacity, locate_pages, read_inputs
 from jpaged.device.kv.pool import KVCache
 
 BLOCK_SIZE, NUM_HEADS, HEAD_DIM = 4, 2, 8
@@ -50,7 +50,7 @@ def test_inputs_are_read_as_they_were_written_within_the_pools_rounding(setting,
     bound = ERRORS[setting] * largest_of_sides(np.asarray(inputs))
     # A number that is rounded for each scale in turn is off by a whole step at most, in place of half a step.
     assert (np.abs(found - inputs) <= 2 * bound).all()
-    np.testing.assert_array_equal(found[:8], read_inputs(cache, slice(5, 6), jnp.float32))
+    np.testing.assert_array_equal(found[:8], read_inputs(cache, jnp.array([5]), jnp.float32))
     others = np.delete(np.asarray(cache.pool.astype(jnp.float32)), [3, 5], axis=0)
     assert not others.any()
 
@@ -77,7 +77,7 @@ def test_k_and_v_from_quantised_inputs_are_those_of_the_inputs_within_the_bound(
     inputs, weights = random(16, HIDDEN), random(HIDDEN, HIDDEN, seed=3)
     cache = write_inputs(layers(setting), 2 * BLOCK_SIZE + jnp.arange(16), inputs)
     with jax.default_matmul_precision("highest"):
-        exact, k = inputs @ weights, read_inputs(cache, slice(1, 3), jnp.float32) @ weights
+        exact, k = inputs @ weights, read_inputs(cache, jnp.arange(1, 3), jnp.float32) @ weights
     by_head = k.reshape(-1, NUM_HEADS, HEAD_DIM)
     cache = write_computed(cache, 6, by_head, by_head, jnp.array([8, 8]))
     stored, scales = cache.pool[6:10, 0, 0], cache.kv_scales[6:10, 0, 0]
@@ -90,11 +90,16 @@ def test_k_and_v_from_quantised_inputs_are_those_of_the_inputs_within_the_bound(
 
 @pytest.mark.parametrize("is_whole_pool", [False, True])
 def test_each_page_is_located_with_its_position_and_its_tokens(is_whole_pool):
-    """Two rows, one with a page on the host; the window is blocks 1 to 4."""
-    tables = jnp.array([[-1, 7, 0], [6, 5, 0]], jnp.int32)
-    rows = Rows(None, tables, jnp.array([13, 16], jnp.int32), jnp.array([0, 1, 2], jnp.int32))
-    found = locate_pages(PageSizes(2, 5, is_whole_pool), rows, jnp.array([0, 0], jnp.int32), 8, 4, 100)
-    assert found.num_tokens[:2].tolist() == [8, 0]
-    places = zip(found.positions[2:].tolist(), found.num_tokens[2:].tolist(), strict=True)
-    by_block = dict(zip(found.resident.tolist(), places, strict=True))
-    assert [by_block[block] for block in (7, 6, 5, 0)] == [(8, 5), (0, 8), (8, 8), (0, 0)]
+    """Rows, the first with a page on the host; the window is blocks 1 to 4. A third shares the pages of the second."""
+    tables = jnp.array([[-1, 7, 0], [6, 5, 0], [6, 5, 0]][: 3 if is_whole_pool else 2], jnp.int32)
+    lens = jnp.array([13, 16, 16][: len(tables)], jnp.int32)
+    rows = Rows(None, tables, lens, jnp.arange(len(tables) + 1, dtype=jnp.int32))
+    most = PageCapacity(2, 4 if is_whole_pool else 5)
+    found = locate_pages(most, rows, jnp.zeros(len(tables), jnp.int32), 8, 4, 100)
+    assert found.num_pages == (5 if is_whole_pool else 4)
+    places = zip(found.positions.tolist(), found.num_tokens.tolist(), strict=True)
+    by_block = dict(zip(found.pages.tolist(), places, strict=True))
+    assert [by_block[block] for block in (-1, 7, 6, 5, 0)] == [(0, 8), (8, 5), (0, 8), (8, 8), (0, 0)]
+    ranks = {block: found.pages.tolist().index(block) for block in (-1, 7, 6, 5)}
+    computed = [[100 + 2 * ranks[block] + half for block in row for half in (0, 1)] for row in ((-1, 7), (6, 5))]
+    assert found.tables[:2, :4].tolist() == computed

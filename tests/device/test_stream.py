@@ -18,13 +18,14 @@ from jpaged.contract.rows import host_cell
 from jpaged.device.backends.xla import XlaBackend
 from jpaged.device.kv.copy_engine import PlainCopier, Strided
 from jpaged.device.kv.layout import keeps_activations
-from jpaged.device.kv.pages import PageSizes, page_sizes_for
+from jpaged.device.kv.pages import PageCapacity
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.sizing import check_way_to_stream
 from jpaged.device.kv.stream import WIDENED_AT_ONCE, HostStream, Window, _runs
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
 from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.programs import kept_programs
 from jpaged.device.target import TARGETS, placement_note, why_no_streaming
 from jpaged.models import OPTConfig
 from jpaged.models.spec import attend_from
@@ -227,23 +228,13 @@ def test_activations_are_kept_where_they_are_smaller():
         make_streaming(model_config=MHA, offload_cache="activations", block_size=15, max_burst=2)
 
 
-def test_sizes_of_pages_are_few_and_hold_all_but_no_more_than_fit():
-    most = PageSizes(1000, 200)
-    decodes = {page_sizes_for(n, 3, most, is_decode=True) for n in range(1, 1001)}
-    assert len(decodes) < 25
-    for n in (0, 1, 5, 63, 64, 65, 150, 200):
-        sizes = page_sizes_for(5 * n, n, most, is_decode=True)
-        assert 5 * n <= sizes.num_streamed <= min(1.25 * 5 * n + 16, 1000)
-        assert n <= sizes.num_resident <= min(max(2 * n, 16), 200)
-        assert page_sizes_for(n, n, most, is_decode=False).num_streamed in (0, 16, 64, 256)
-    assert page_sizes_for(900, 190, most, is_decode=False) == most
-
-
-@pytest.mark.parametrize("offload_dtype", ["auto", "int8"])
-def test_a_step_that_streams_allocates_nothing_of_the_pools_size(offload_dtype):
-    runner = make_streaming(num_blocks=4096, num_host_blocks=512, offload_dtype=offload_dtype)
-    for bucket in (Bucket(4, 4), Bucket(64, 4)):
-        memory = runner.programs.get(("stream", bucket, None)).memory_analysis()
+@pytest.mark.parametrize(
+    "settings", [{}, {"kv_cache_dtype": "int8"}, {"offload_dtype": "int8"}], ids=["kv", "int8", "narrow"]
+)
+def test_a_step_that_streams_allocates_nothing_of_the_pools_size(settings):
+    runner = make_streaming(num_blocks=8192, num_host_blocks=512, **settings)
+    for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
+        memory = runner.programs.get(("stream", bucket)).memory_analysis()
         assert memory is not None
         assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 8
         assert memory.alias_size_in_bytes >= runner.cache.pool.nbytes, "the donated pool is written in place"
@@ -253,10 +244,10 @@ def test_a_step_that_streams_allocates_nothing_of_the_pools_size(offload_dtype):
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_a_step_over_pages_allocates_nothing_of_the_pools_size(dtype, kv_cache_dtype):
     settings: dict[str, Any] = {"offload_cache": "activations", "kv_cache_dtype": kv_cache_dtype, "block_size": 16}
-    runner = make_streaming(dtype, MHA, num_blocks=4096, num_host_blocks=512, **settings)
+    runner = make_streaming(dtype, MHA, num_blocks=16384, num_host_blocks=512, **settings)
     pool_bytes = sum(array.nbytes for array in jax.tree.leaves(runner.cache))
-    for bucket in (Bucket(4, 4), Bucket(64, 4)):
-        memory = runner.programs.get(("stream", bucket, PageSizes(16, 16))).memory_analysis()
+    for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
+        memory = runner.programs.get(("stream", bucket)).memory_analysis()
         assert memory is not None
         assert memory.temp_size_in_bytes < pool_bytes / 8
         assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
@@ -294,7 +285,7 @@ def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
     # Pages: two cells of K and V for every page, and two parts for those on the host.
     assert window_for(100, 1000, 40, with_pages=True) == Window(60, 40)
     assert window_for(10**6, 1000, 4, with_pages=True) == Window(749, 4)
-    assert most_pages(Window(60, 40), 1000) == PageSizes((60 * 40 - 2 * 940) // 4, 940)
+    assert most_pages(Window(60, 40), 1000) == PageCapacity((60 * 40 - 2 * 940) // 4, 940)
     assert most_pages(Window(2, 4), 1000).num_streamed == 0
 
 
@@ -355,7 +346,7 @@ def test_programs_for_blocks_of_activations_are_not_those_for_blocks_of_k_and_v(
         runners = [make_streaming(offload_cache=kind, **settings) for kind in ("kv", "activations")]
         for runner in runners:
             runner.programs.target = TARGETS["gpu"]
-        caches = [runner.programs._program_cache() for runner in runners]
+        caches = [kept_programs(runner.programs) for runner in runners]
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     kept, computed = [cache._directory for cache in caches if cache is not None]

@@ -122,7 +122,9 @@ class Episode:
         if num_host_blocks and seed % 3 > 0:
             kind, num_window_blocks = draw.choice(["auto", "host"]), draw.randint(1, 6)
             num_blocks = max(num_blocks // draw.randint(1, 4), 1)
-            placement = Placement(kind, num_window_blocks, num_window_blocks * draw.choice([1, 4, 16]))
+            placement = Placement(
+                kind, num_window_blocks, num_window_blocks * draw.choice([1, 4, 16]), 1 + num_window_blocks % 2
+            )
         self.device = make_device(
             1 + placement.num_window_blocks + num_blocks,
             block_size=block_size,

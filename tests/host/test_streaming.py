@@ -16,10 +16,17 @@ WINDOW = 2
 
 
 def make(
-    num_blocks: int = 6, *, num_host_blocks: int = 64, kind: str = "host", most: int = 64, budget: int = 16, **settings
+    num_blocks: int = 6,
+    *,
+    num_host_blocks: int = 64,
+    kind: str = "host",
+    most: int = 64,
+    budget: int = 16,
+    num_together: int = 1,
+    **settings,
 ) -> FakeDevice:
     """A device with so many blocks of 4 tokens beside the window."""
-    placement = Placement(kind, WINDOW, most)
+    placement = Placement(kind, WINDOW, most, num_together)
     return make_device(
         1 + WINDOW + num_blocks, num_host_blocks=num_host_blocks, budget=budget, placement=placement, **settings
     )
@@ -58,6 +65,13 @@ def test_a_block_moves_in_the_plan_after_the_one_that_fills_it():
     assert changes[1][0] == host_cell(0), "the cell names the first streamed block of the row"
     assert changes[5][0] == host_cell(1)
     assert all(block > WINDOW for cells in changes for block in cells if block >= 0), "the window is no sequence's"
+
+
+@pytest.mark.parametrize(("num_blocks", "moved"), [(8, [0] * 8 + [2] + [0] * 7 + [2] + [0]), (1, [0, 0, 0, 0, 1])])
+def test_blocks_move_in_pairs_unless_the_device_lacks_blocks(num_blocks, moved):
+    device = make(num_blocks, num_together=2)
+    group = add(device, "a", 1, max_tokens=len(moved), ignore_eos=True)
+    assert [len(plan.to_host) for plan in finish_all(device, group)] == moved
 
 
 @pytest.mark.parametrize("is_cached", [True, False])

@@ -22,24 +22,21 @@ from pallas_kernels.block_pool.layout import as_sides, shape_of
 from pallas_kernels.block_pool.quantization import quantize_as_written
 from pallas_kernels.block_pool.xla import write_quantized
 
-LEAST_PAGES = 16
-"""The smallest size of a step over pages: fewer take about as long, and each size is compiled."""
+PAGES_AT_ONCE = 128
+"""Pages whose K and V one product computes: enough to be bound by computation, and little padding."""
 
 
-@dataclass(frozen=True, order=True)
-class PageSizes:
-    """Static sizes of a step over pages; there may be fewer.
+@dataclass(frozen=True, slots=True)
+class PageCapacity:
+    """Most pages of one step.
 
     Args:
         num_streamed: pages on the host.
-        num_resident: pages on the device.
-        is_whole_pool: whether the pages on the device are block 0 and all blocks behind the window, each once. Rows
-            that share pages may otherwise count more of them than there are.
+        num_resident: pages on the device, block 0 included.
     """
 
     num_streamed: int
     num_resident: int
-    is_whole_pool: bool = False
 
     @property
     def num_computed(self) -> int:
@@ -47,55 +44,31 @@ class PageSizes:
         return 2 * (self.num_streamed + self.num_resident)
 
 
-def page_sizes_for(num_streamed: int, num_resident: int, most: PageSizes, *, is_decode: bool) -> PageSizes:
-    """The sizes of the step that takes so many pages: few different ones, since a program is compiled for each.
-
-    Args:
-        num_streamed: pages on the host.
-        num_resident: pages on the device, those that rows share counted for each.
-        most: the largest sizes, which fit the window; ``num_resident`` are all blocks beside the window.
-        is_decode: whether the step has no chunks of prompts.
-    """
-    if is_decode:
-        unit = max(1 << max(num_streamed.bit_length() - 3, 0), LEAST_PAGES)  # four sizes between two powers of two
-        sizes = -(-num_streamed // unit) * unit, _power_from(num_resident, 2)
-    else:
-        sizes = _power_from(num_streamed, 4), _power_from(num_resident, 4)
-    assert num_streamed <= most.num_streamed
-    is_whole_pool = num_resident > most.num_resident
-    return PageSizes(min(sizes[0], most.num_streamed), min(sizes[1], most.num_resident), is_whole_pool)
-
-
-def _power_from(number: int, base: int) -> int:
-    power = LEAST_PAGES
-    while power < number:
-        power *= base
-    return power if number else 0
-
-
 class Pages(NamedTuple):
     """The pages of a step: those on the host, then those on the device, each part in the order of the rows.
 
     Args:
+        pages: ``host_cell`` of their ranks for the pages on the host, then blocks; block 0 for padding.
         positions: position of each page's first token in its sequence.
         num_tokens: tokens of each page; 0 for padding.
-        resident: the pages on the device; block 0 for padding.
+        num_pages: pages that are no padding.
         tables: the computed blocks of each row, by their cells.
     """
 
+    pages: Int[Array, " pages"]
     positions: Int[Array, " pages"]
     num_tokens: Int[Array, " pages"]
-    resident: Int[Array, " resident"]
+    num_pages: Int[Array, ""]
     tables: Int[Array, "rows max_blocks"]
 
 
 def locate_pages(
-    sizes: PageSizes, rows: Rows, starts: Int[Array, " rows"], page_size: int, window_size: int, first_computed: int
+    most: PageCapacity, rows: Rows, starts: Int[Array, " rows"], page_size: int, window_size: int, first_computed: int
 ) -> Pages:
     """Find the pages of a step.
 
     Args:
-        sizes: the static sizes.
+        most: the sizes of the results.
         rows: the rows; their block tables have a cell for each page, ``host_cell`` for those on the host.
         starts: first streamed page of each row.
         page_size: tokens of a page.
@@ -104,24 +77,30 @@ def locate_pages(
     """
     tables = rows.block_tables
     num_on_host = jnp.sum(tables < 0, axis=1, dtype=jnp.int32)
-    if sizes.is_whole_pool:
-        resident = _whole_pool(sizes.num_resident, rows, page_size, window_size)
-    else:
-        num_resident = -(-rows.kv_lens // page_size) - num_on_host
-        resident = _those_of_rows(sizes.num_resident, rows, num_on_host, num_resident, page_size)
-    ranks = jnp.where(tables < 0, starts[:, None] - 1 - tables, sizes.num_streamed + resident.ranks)
+    num_streamed, num_resident = jnp.sum(num_on_host), jnp.sum(-(-rows.kv_lens // page_size) - num_on_host)
+    # Rows that share pages may count more of them than the pool has.
+    of_rows = _those_of_rows(most.num_resident, rows, num_on_host, page_size)
+    of_pool = _whole_pool(most.num_resident, rows, page_size, window_size)
+    is_whole_pool = num_resident > most.num_resident
+    resident = jax.tree.map(lambda pool, own: jnp.where(is_whole_pool, pool, own), of_pool, of_rows)
+    num_resident = jnp.minimum(num_resident, most.num_resident)
+    ranks = jnp.where(tables < 0, starts[:, None] - 1 - tables, num_streamed + resident.ranks)
     computed = first_computed + 2 * ranks[:, :, None] + jnp.arange(2, dtype=jnp.int32)[None, None, :]
     is_used = _logical(tables) * page_size < rows.kv_lens[:, None]
 
-    rank = jnp.arange(sizes.num_streamed, dtype=jnp.int32)
+    rank = jnp.arange(most.num_streamed + most.num_resident, dtype=jnp.int32)
+    is_streamed = rank < num_streamed
+    index = jnp.clip(rank - num_streamed, 0, most.num_resident - 1)
     # Rows without pages on the host have any start: they own no rank.
-    owns = (starts[:, None] <= rank[None, :]) & (rank[None, :] < (starts + num_on_host)[:, None])
-    streamed_positions = jnp.sum(jnp.where(owns, rank[None, :] - starts[:, None], 0), axis=0) * page_size
-    streamed_tokens = jnp.where(owns.any(axis=0), page_size, 0)  # blocks on the host are full
+    streamed = rank[: most.num_streamed]
+    owns = (starts[:, None] <= streamed[None, :]) & (streamed[None, :] < (starts + num_on_host)[:, None])
+    streamed_positions = jnp.sum(jnp.where(owns, streamed[None, :] - starts[:, None], 0), axis=0) * page_size
+    streamed_positions = jnp.pad(streamed_positions, (0, most.num_resident))
     return Pages(
-        positions=jnp.concatenate([streamed_positions, resident.positions]),
-        num_tokens=jnp.concatenate([streamed_tokens, resident.num_tokens]),
-        resident=resident.blocks,
+        pages=jnp.where(is_streamed, -1 - rank, resident.blocks[index]),  # as ``host_cell``
+        positions=jnp.where(is_streamed, streamed_positions, resident.positions[index]),
+        num_tokens=jnp.where(is_streamed, page_size, resident.num_tokens[index]),  # blocks on the host are full
+        num_pages=num_streamed + num_resident,
         tables=jnp.where(is_used[:, :, None], computed, 0).reshape(len(tables), -1),
     )
 
@@ -146,11 +125,11 @@ def _those_of_rows(
     size: int,
     rows: Rows,
     num_on_host: Int[Array, " rows"],
-    num_resident: Int[Array, " rows"],
     page_size: int,
 ) -> _Resident:
     """The pages of the rows, one row after the other."""
     tables = rows.block_tables
+    num_resident = -(-rows.kv_lens // page_size) - num_on_host
     ends = jnp.cumsum(num_resident, dtype=jnp.int32)
     first_resident = ends - num_resident
     rank = jnp.arange(size, dtype=jnp.int32)
@@ -192,6 +171,8 @@ def _logical(tables: Int[Array, "rows max_blocks"]) -> Int[Array, "1 max_blocks"
 def write_inputs(layers: KVCache, slots: Int[Array, " tokens"], inputs: Float[Array, "tokens hidden_size"]) -> KVCache:
     """Store the inputs of each token at its slot: ``page * 2 * block_size + offset``."""
     shape, sides = shape_of(layers.pool), jax.tree.map(as_sides, layers)
+    if len(inputs) == 1:  # a second one is dropped: XLA copies the pool for the write of a single token
+        inputs, slots = jnp.repeat(inputs, 2, axis=0), jnp.append(slots, len(sides.pool) * shape.block_size)
     by_head = inputs.reshape(len(inputs), shape.num_kv_heads, shape.head_dim)
     if layers.kv_scales is None:
         places = slots // shape.block_size, slice(None), slots % shape.block_size
@@ -205,7 +186,7 @@ def write_inputs(layers: KVCache, slots: Int[Array, " tokens"], inputs: Float[Ar
 
 
 def read_inputs(
-    layers: KVCache, pages: Int[Array, " pages"] | slice, dtype: jax.typing.DTypeLike
+    layers: KVCache, pages: Int[Array, " pages"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "inputs hidden_size"]:
     """The inputs of all tokens of some pages. A quantised pool's values are exact in bfloat16 and float32."""
     shape, stored = shape_of(layers.pool), layers.pool[pages]
@@ -219,7 +200,7 @@ def read_inputs(
 
 def write_computed(
     layers: KVCache,
-    first_block: int,
+    first_block: Int[Array, ""],
     k: Float[Array, "tokens num_kv_heads head_dim"],
     v: Float[Array, "tokens num_kv_heads head_dim"],
     num_tokens: Int[Array, " pages"],

@@ -3,12 +3,13 @@
 from dataclasses import replace
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.pages import PageSizes, locate_pages, read_inputs, write_computed, write_inputs
+from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity, locate_pages, read_inputs, write_computed, write_inputs
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import NUM_BUFFERS, Stream, Window, num_cells_for
 from jpaged.models.spec import LayerSpec, Source
@@ -88,44 +89,34 @@ class RecomputingAttend(StreamingAttend):
     K and V of all pages fill cells of the window, are attended to, and are then forgotten.
 
     Args:
-        sizes: the static sizes of the step.
         cache, rows, backend, stream, starts: as for ``StreamingAttend``, with pages in place of blocks.
     """
 
     def __init__(
-        self,
-        sizes: PageSizes,
-        cache: KVCache,
-        rows: Rows,
-        backend: Backend,
-        stream: Stream,
-        starts: Int[Array, " rows"],
+        self, cache: KVCache, rows: Rows, backend: Backend, stream: Stream, starts: Int[Array, " rows"]
     ) -> None:
-        self._sizes = sizes
+        self._most = most_pages(stream.window, len(cache.pool))
         self._source: Source | None = None
         super().__init__(cache, rows, backend, stream, starts)
         places = self._window.num_blocks, self._window.first
-        self._pages = locate_pages(sizes, rows, starts, 2 * cache.block_size, *places)
+        self._pages = locate_pages(self._most, rows, starts, 2 * cache.block_size, *places)
 
     def take_source(self, source: Source) -> None:
         """Keep the source of the next layer's K and V."""
         self._source = source
 
     def _first_cell(self, layer: int) -> int:
-        return self._window.first + self._sizes.num_computed + layer % NUM_BUFFERS * self._sizes.num_streamed
+        return self._window.first + self._most.num_computed + layer % NUM_BUFFERS * self._most.num_streamed
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
-        layer, window, num_streamed = spec.layer, self._window, self._sizes.num_streamed
+        layer, window = spec.layer, self._window
         assert self._rows.slots is not None
         source = self._require_source(layer)
         slots, self._pages = self._receive(layer, q, (self._rows.slots, self._pages))
         self._rows = self._rows._replace(slots=slots)
         page_slots = window.slots(layer, slots, 2 * self._cache.block_size)
         self._cache = write_inputs(self._cache, page_slots, source.inputs)
-        first_cell = self._first_cell(layer)
-        if num_streamed:
-            self._compute(source, slice(num_streamed), slice(first_cell, first_cell + num_streamed))
-        self._compute(source, slice(num_streamed, None), window.places(layer, self._pages.resident))
+        self._compute(layer, source)
         # K and V of the step's own tokens are among those computed.
         rows = self._rows._replace(block_tables=self._pages.tables, slots=None)
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
@@ -140,24 +131,27 @@ class RecomputingAttend(StreamingAttend):
             )
         return source
 
-    def _compute(self, source: Source, some: slice, places: Int[Array, " pages"] | slice) -> None:
-        """Fill the cells of some pages with K and V of their inputs.
+    def _compute(self, layer: int, source: Source) -> None:
+        """Fill the computed cells with K and V of the inputs of all pages, ``PAGES_AT_ONCE`` at a time."""
+        block_size, (pages, *details, num_pages, _) = self._cache.block_size, self._pages
+        pages = jnp.where(pages < 0, self._first_cell(layer) - 1 - pages, self._window.places(layer, pages))
+        size = min(PAGES_AT_ONCE, len(pages))
+        offsets = jnp.arange(2 * block_size, dtype=jnp.int32)
 
-        Args:
-            source: the source of the layer's K and V.
-            some: the pages, among those of the step.
-            places: blocks of the view that hold the inputs.
-        """
-        block_size, positions = self._cache.block_size, self._pages.positions[some]
-        inputs = read_inputs(self._cache, places, source.inputs.dtype)
-        offsets = jnp.arange(2 * block_size, dtype=jnp.int32)[None, :]
-        k, v = source.project(inputs, (positions[:, None] + offsets).reshape(-1))
-        first_block = self._window.first + 2 * (some.start or 0)
-        if self._cache.kv_scales is not None:
-            self._cache = write_computed(self._cache, first_block, k, v, self._pages.num_tokens[some])
-            return
-        slots = first_block * block_size + jnp.arange(len(inputs), dtype=jnp.int32)
-        self._cache = self._backend.write(self._cache, 0, k, v, slots)
+        def compute(number: Int[Array, ""], cache: KVCache) -> KVCache:
+            first = jnp.minimum(number * size, len(pages) - size)  # the last ones may be computed twice
+            own_pages, positions, num_tokens = (
+                jax.lax.dynamic_slice(array, (first,), (size,)) for array in (pages, *details)
+            )
+            inputs = read_inputs(cache, own_pages, source.inputs.dtype)
+            k, v = source.project(inputs, (positions[:, None] + offsets[None, :]).reshape(-1))
+            first_block = self._window.first + 2 * first
+            if cache.kv_scales is not None:
+                return write_computed(cache, first_block, k, v, num_tokens)
+            slots = first_block * block_size + jnp.arange(len(inputs), dtype=jnp.int32)
+            return self._backend.write(cache, 0, k, v, slots)
+
+        self._cache = jax.lax.fori_loop(0, -(-num_pages // size), compute, self._cache)
 
 
 # Windows ----------------------------------------------------------------------------------------------------------
@@ -194,10 +188,10 @@ def most_blocks_on_host(window: Window, num_host_blocks: int, num_blocks: int, *
     return min(num_host_blocks, pages.num_streamed if with_pages else most_streamed_blocks(window))
 
 
-def most_pages(window: Window, num_blocks: int) -> PageSizes:
+def most_pages(window: Window, num_blocks: int) -> PageCapacity:
     """Most pages of one step: in all blocks of the pool beside the window, and as many on the host as it then holds.
 
     K and V of a page take two cells. A page on the host takes one cell of each part besides.
     """
     num_resident = num_blocks - window.num_blocks
-    return PageSizes(max((window.num_cells - 2 * num_resident) // (2 + NUM_BUFFERS), 0), num_resident)
+    return PageCapacity(max((window.num_cells - 2 * num_resident) // (2 + NUM_BUFFERS), 0), num_resident)

@@ -10,7 +10,6 @@ from jaxtyping import Int32
 
 from jpaged.contract.plan import BeamSelect, BlockCopy, PromptScore, StepPlan
 from jpaged.contract.rows import COLUMNS, NO_INTS, RowChanges
-from jpaged.device.kv.pages import PageSizes, page_sizes_for
 from jpaged.device.sampling.beams import make_beam_inputs, num_candidates_of, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes, pack_draws
 from jpaged.device.step.inputs import Bucket, bucket_for
@@ -123,7 +122,6 @@ class PackedStep:
         beams: searches; None without.
         scores: pieces of prompts to score.
         streamed: blocks on the host that the program streams; None for a program that streams none.
-        pages: sizes of the program if blocks hold activations.
     """
 
     to_host: tuple[BlockCopy, ...]
@@ -138,7 +136,6 @@ class PackedStep:
     beams: PackedBeams | None = None
     scores: tuple[PackedScores, ...] = ()
     streamed: Int32[np.ndarray, " streamed"] | None = None
-    pages: PageSizes | None = None
 
 
 class Packer:
@@ -149,8 +146,7 @@ class Packer:
         num_rows: rows of the table, the padding row, which is the last, included.
         max_blocks: width of a block table.
         vocab_size: the model's vocabulary.
-        page_size: tokens of a block.
-        most_pages: sizes of the largest step if blocks hold activations; None if they hold K and V.
+        streams_always: whether programs stream even if a plan names no blocks.
     """
 
     def __init__(
@@ -159,16 +155,15 @@ class Packer:
         num_rows: int,
         max_blocks: int,
         vocab_size: int,
-        page_size: int = 1,
-        most_pages: PageSizes | None = None,
+        *,
+        streams_always: bool = False,
     ) -> None:
         self.buckets = buckets
         self.padding_row = num_rows - 1
         self._num_rows = num_rows
         self._max_blocks = max_blocks
         self._vocab_size = vocab_size
-        self._page_size = page_size
-        self._most_pages = most_pages
+        self._streams_always = streams_always
         self._num_cells = num_rows * max_blocks  # of all block tables: the place of padding, which is dropped
         self._layouts = {bucket: step_layout(bucket) for bucket in buckets}
         self._change_layout = change_layout(num_rows)
@@ -199,19 +194,14 @@ class Packer:
             samples,
             _pack_beams(plan.beams, num_draws, bucket) if plan.beams else None,
             tuple([self._pack_scores(plan, piece) for piece in plan.prompt_scores]),
-            *self._pack_streamed(plan, bucket),
+            self._pack_streamed(plan),
         )
 
-    def _pack_streamed(
-        self, plan: StepPlan, bucket: Bucket
-    ) -> tuple[Int32[np.ndarray, " streamed"] | None, PageSizes | None]:
-        """The blocks that the program streams, and its sizes if blocks hold activations: it then streams always."""
-        blocks = None if plan.streamed is None else plan.streamed.blocks
-        if self._most_pages is None:
-            return blocks, None
-        blocks = NO_INTS if blocks is None else blocks
-        num_resident = int((-(-plan.chunks.stops // self._page_size)).sum()) - len(blocks)
-        return blocks, page_sizes_for(len(blocks), num_resident, self._most_pages, is_decode=bucket.is_decode)
+    def _pack_streamed(self, plan: StepPlan) -> Int32[np.ndarray, " streamed"] | None:
+        """The blocks that the program streams; None if it cannot stream."""
+        if plan.streamed is not None:
+            return plan.streamed.blocks
+        return NO_INTS if self._streams_always and plan.num_steps == 1 else None
 
     def _pack_inputs(
         self, plan: StepPlan, bucket: Bucket, *, draws: bool, with_changes: bool

@@ -22,7 +22,7 @@ from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slo
 from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
 from jpaged.device.kv.narrow import gather_for_host, scatter_from_host
 from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
-from jpaged.device.kv.pages import PageSizes
+from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import BlockStream, HostStream
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
@@ -82,7 +82,7 @@ class Programs:
         self.target = target_of(mesh)
         graphdef, weights, tree = split_model(model)
         self.weights = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in weights]
-        self._model_identity = model_identity(model)
+        self.model_identity = model_identity(model)
         self.dtype = dtype_of(model)
         self.backend = backend
         self._layout = pool_layout(model_config, config, self.dtype, backend)
@@ -97,7 +97,7 @@ class Programs:
         """Sizes of the copying programs: a step copies one block for each row at most."""
         self.keeps_activations = keeps_activations(model_config, config)
         """Whether blocks hold activations: every step then streams, and computes K and V."""
-        self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size)
+        self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size, self.keeps_activations)
         self.resize(num_blocks, max_model_len)
 
     def resize(self, num_blocks: int, max_model_len: int) -> None:
@@ -116,8 +116,8 @@ class Programs:
         self.stream = _new_stream(self, num_host_blocks)
 
     @property
-    def most_pages(self) -> PageSizes | None:
-        """Sizes of the largest step over pages; None if blocks hold K and V."""
+    def most_pages(self) -> PageCapacity | None:
+        """Most pages of one step; None if blocks hold K and V."""
         if self.stream is None or not self.keeps_activations:
             return None
         return most_pages(self.stream.window, self.num_blocks)
@@ -128,6 +128,11 @@ class Programs:
         if (pages := self.most_pages) is not None:
             return pages.num_streamed
         return 0 if self.stream is None else most_streamed_blocks(self.stream.window)
+
+    @property
+    def streams_always(self) -> bool:
+        """Whether every pass streams. Few others would run, and each size of a step is compiled once then."""
+        return self.config.kv_placement == "host"
 
     @property
     def move_kinds(self) -> tuple[str, ...]:
@@ -144,8 +149,8 @@ class Programs:
     @property
     def max_burst(self) -> int:
         """Steps that a plan may have."""
-        always_streams = self.config.weight_placement == "host" or self.keeps_activations
-        return self.config.max_burst or (1 if always_streams else self.target.max_burst)
+        is_bound_by_link = self.config.weight_placement == "host" or self.streams_always
+        return self.config.max_burst or (1 if is_bound_by_link else self.target.max_burst)
 
     @property
     def max_blocks(self) -> int:
@@ -154,9 +159,11 @@ class Programs:
 
     def workspace_bytes(self) -> int:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
-        keys: list[tuple] = [("forward", self.buckets[-1]), ("copy", max(self.copy_sizes))]
+        # The window is opened once the pool has a size.
+        kind = "stream" if self.streams_always and self.stream is not None else "forward"
+        keys: list[tuple] = [(kind, self.buckets[-1]), ("copy", max(self.copy_sizes))]
         keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
-        total = _num_copied_cells(self) * self._layout.layer_bytes(self.dtype)
+        total = 0 if kind == "stream" else _num_copied_cells(self) * self._layout.layer_bytes(self.dtype)
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
@@ -193,11 +200,12 @@ class Programs:
         # and its own cache finds programs by these numbers too. Ours does not lower what it finds.
         keys = [key for key in self.all_keys(with_host_pool=with_host_pool) if key not in self._compiled]
         threads = ThreadPoolExecutor(max_workers=num_cores())
-        kept = self._program_cache()
+        kept = kept_programs(self)
         with InterruptsWait() as interrupts:
             try:
                 if kept is not None:
-                    self._compiled |= (loaded := kept.load_all(keys, threads))
+                    keepable = [key for key in keys if key[0] != "stream"]  # the others call back into this process
+                    self._compiled |= (loaded := kept.load_all(keepable, threads))
                     self.num_loaded += len(loaded)
                 jobs: dict[Future[tuple[jax.stages.Compiled, bool]], tuple] = {}
                 for key in keys:
@@ -209,7 +217,7 @@ class Programs:
                 for job in tqdm(as_completed(jobs), **bar, disable=not (use_tqdm and jobs)):
                     interrupts.check()
                     self._compiled[jobs[job]], can_be_saved = job.result()
-                    if kept is not None and can_be_saved:
+                    if kept is not None and can_be_saved and jobs[job][0] != "stream":
                         saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
                 for save in saves:
                     save.result()
@@ -221,26 +229,14 @@ class Programs:
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
         """The keys of all programs that plain requests need."""
-        # Programs that stream are compiled when they are needed: those of pages have many sizes.
-        passes = [] if self.keeps_activations else self.buckets
-        keys: list[tuple] = [("forward", bucket) for bucket in reversed(passes)]
+        kind = "stream" if self.streams_always else "forward"
+        keys: list[tuple] = [(kind, bucket) for bucket in reversed(self.buckets)]
         keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
         keys += [("load", bucket) for bucket in self.buckets]
         keys += [("enter",), ("read",), *(("copy", size) for size in self.copy_sizes)]
         if with_host_pool:
             keys += [(kind, size) for kind in self.move_kinds for size in MOVE_SIZES]
         return list(dict.fromkeys(keys))
-
-    def _program_cache(self) -> ProgramCache | None:
-        """The cache that keeps programs between runs; None where they are not kept."""
-        if not self.target.keeps_programs:
-            return None
-        weights = [(x.shape, str(x.dtype), str(x.sharding)) for x in self.weights]
-        pools = self.num_blocks, self.config.block_size, self._layout, self._host_layout
-        sizes = *pools, self.max_model_len, self.max_burst, self.buckets, self._num_streamable
-        choices = self.model_config, self.backend, self.config.kv_cache_dtype, self.target
-        devices = list(self.mesh.devices.flat)
-        return program_cache_for(self._model_identity, devices, str(self.mesh), weights, sizes, choices)
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -274,11 +270,11 @@ class Programs:
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
             case "forward":
                 (bucket,) = sizes
-                return _jit(self._pass_of(bucket), bucket, None, None, donate=(1, 2)).lower(weights, cache, state)
+                return _jit(self._pass_of(bucket), bucket, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
                 assert self.stream is not None
-                bucket, pages = sizes
-                method = _jit(self._pass_of(bucket), bucket, self.stream, pages, donate=(1, 2))
+                (bucket,) = sizes
+                method = _jit(self._pass_of(bucket), bucket, self.stream, donate=(1, 2))
                 return method.lower(weights, cache, state, *self.stream.inputs)
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
@@ -339,11 +335,23 @@ class Programs:
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
 
 
+def kept_programs(programs: Programs) -> ProgramCache | None:
+    """The cache that keeps these programs between runs; None where they are not kept."""
+    if not programs.target.keeps_programs:
+        return None
+    config, weights = programs.config, [(x.shape, str(x.dtype), str(x.sharding)) for x in programs.weights]
+    pools = programs.num_blocks, config.block_size, programs._layout, programs._host_layout, programs._num_streamable
+    sizes = *pools, programs.max_model_len, programs.max_burst, programs.buckets
+    choices = programs.model_config, programs.backend, config.kv_cache_dtype, programs.target
+    devices = list(programs.mesh.devices.flat)
+    return program_cache_for(programs.model_identity, devices, str(programs.mesh), weights, sizes, choices)
+
+
 def _num_copied_cells(programs: Programs) -> int:
     """Cells whose content a streaming layer has in temporaries at once."""
     if programs.keeps_activations:
-        # Of all pages: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        return 6 * programs.max_streamed_blocks
+        # Of some pages: the inputs, K and V, and both of these as a kernel and a product lay them out.
+        return 6 * PAGES_AT_ONCE
     window = None if programs.stream is None else programs.stream.window
     # A batch as it arrives, and widened.
     return 0 if window is None or not window.is_narrow else 2 * window.batches.size

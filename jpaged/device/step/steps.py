@@ -13,7 +13,6 @@ from jaxtyping import Array, Float, Int
 
 from jpaged.device.backends import Backend, Rows
 from jpaged.device.kv.attend import PagedAttend
-from jpaged.device.kv.pages import PageSizes
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import BlockStream
 from jpaged.device.kv.streaming import RecomputingAttend, StreamingAttend
@@ -41,6 +40,7 @@ class Steps:
         mesh: the devices.
         backend: attends.
         block_size: tokens of a block.
+        keeps_activations: whether blocks hold activations in place of K and V.
         max_burst: steps that a decode may have.
     """
 
@@ -49,6 +49,7 @@ class Steps:
     mesh: jax.sharding.Mesh
     backend: Backend
     block_size: int
+    keeps_activations: bool
     max_burst: int
 
     def _merge(self, weights: list[Array]) -> Any:
@@ -58,7 +59,6 @@ class Steps:
         self,
         bucket: Bucket,
         stream: BlockStream | None,
-        pages: PageSizes | None,
         weights: list[Array],
         cache: KVCache,
         state: StepState,
@@ -69,7 +69,6 @@ class Steps:
         Args:
             bucket: sizes of the step.
             stream: brings the blocks that are on the host; None if there are none.
-            pages: sizes of the step if blocks hold activations; None if they hold K and V.
             weights, cache, state: the arrays.
             streamed: inputs of the stream.
         """
@@ -78,12 +77,10 @@ class Steps:
         rows = Rows(inputs.slots, inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
         if stream is None:
             attend = PagedAttend(cache, rows, self.backend)
-        elif pages is None:
-            kind = WideningAttend if stream.window.is_narrow else StreamingAttend
-            attend = kind(cache, rows, self.backend, stream.given(*streamed), inputs.stream_starts)
         else:
-            given = stream.given(*streamed)
-            attend = RecomputingAttend(pages, cache, rows, self.backend, given, inputs.stream_starts)
+            plain = WideningAttend if stream.window.is_narrow else StreamingAttend
+            streaming = RecomputingAttend if self.keeps_activations else plain
+            attend = streaming(cache, rows, self.backend, stream.given(*streamed), inputs.stream_starts)
         hidden = model(inputs.token_ids, inputs.positions, inputs.prompt_lens, attend)
         return attend.cache, self._replicate(state.with_sample_hidden(hidden[inputs.sample_tokens])), hidden
 
@@ -91,7 +88,6 @@ class Steps:
         self,
         bucket: Bucket,
         stream: BlockStream | None,
-        pages: PageSizes | None,
         weights: list[Array],
         cache: KVCache,
         state: StepState,
@@ -104,7 +100,7 @@ class Steps:
         num_steps = state.num_steps(bucket)
 
         def step(before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
-            cache, state, hidden = self.forward(bucket, stream, pages, weights, *before, *streamed)
+            cache, state, hidden = self.forward(bucket, stream, weights, *before, *streamed)
 
             def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
                 tokens = self._sample(weights, state.sample_hidden, state.sample_inputs(bucket), None)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from jpaged.request import SamplingParams
 
+BLOCKS_MOVED_TOGETHER = 8
+"""Blocks that one copy should span: the driver starts a copy in about the time of one block of a layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -18,11 +21,14 @@ class Placement:
             device.
         num_window_blocks: device blocks of the window, from block 1 on; no sequence takes them.
         max_streamed_blocks: host blocks that one step can stream at most.
+        num_together: blocks of a sequence that move to the host at once, unless the device lacks blocks: neighbours
+            there, which every step copies in one piece.
     """
 
     kind: str = "device"
     num_window_blocks: int = 0
     max_streamed_blocks: int = 0
+    num_together: int = 1
 
 
 KV_ON_DEVICE = Placement()

@@ -181,16 +181,20 @@ class LlamaAttention(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend_from(Source(x, self._project), attend, self.spec, q, k, v)
+        out = attend_from(self._source(x), attend, self.spec, q, k, v)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
-    def _project(
-        self, x: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
-    ) -> tuple[Array, Array]:
-        config = self.config
-        k, v = (split_heads(projected, config.head_dim) for projected in QKV.project(self, x, ("k_proj", "v_proj")))
-        cos, sin = config.rope.cos_sin(positions, jnp.zeros_like(positions))
-        return rotate(self.k_norm(k) if config.qk_norm else k, cos, sin), v
+    def _source(self, x: Float[Array, "tokens hidden_size"]) -> Source:
+        config, project = self.config, QKV.select(self, ("k_proj", "v_proj"))
+
+        def project_kv(
+            inputs: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
+        ) -> tuple[Array, Array]:
+            k, v = (split_heads(projected, config.head_dim) for projected in project(inputs))
+            cos, sin = config.rope.cos_sin(positions, jnp.zeros_like(positions))
+            return rotate(self.k_norm(k) if config.qk_norm else k, cos, sin), v
+
+        return Source(x, project_kv)
 
 
 class LlamaMLP(nnx.Module):

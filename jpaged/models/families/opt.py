@@ -105,15 +105,20 @@ class OPTAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens hidden_size"], attend: Attend) -> Float[Array, "tokens hidden_size"]:
         q, k, v = (split_heads(projected, self.head_dim) for projected in QKV.project(self, x))
-        out = attend_from(Source(x, self._project), attend, self.spec, q, k, v)
+        out = attend_from(self._source(x), attend, self.spec, q, k, v)
         return self.out_proj(out.reshape(x.shape))
 
-    def _project(
-        self, x: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
-    ) -> tuple[Array, Array]:
-        del positions  # the embeddings have them
-        k, v = (split_heads(projected, self.head_dim) for projected in QKV.project(self, x, ("k_proj", "v_proj")))
-        return k, v
+    def _source(self, x: Float[Array, "tokens hidden_size"]) -> Source:
+        project = QKV.select(self, ("k_proj", "v_proj"))
+
+        def project_kv(
+            inputs: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
+        ) -> tuple[Array, Array]:
+            del positions  # the embeddings have them
+            k, v = (split_heads(projected, self.head_dim) for projected in project(inputs))
+            return k, v
+
+        return Source(x, project_kv)
 
 
 class OPTDecoderLayer(nnx.Module):

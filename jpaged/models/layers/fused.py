@@ -18,6 +18,9 @@ from jpaged.sharding import is_on_host, moved
 Path = tuple[Any, ...]
 """The path of a parameter in a model's state."""
 
+Projection = Callable[[Float[Array, "tokens in_features"]], list[Float[Array, "tokens _"]]]
+"""Projects tokens by each of some parts."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -74,18 +77,23 @@ class FusedLinear(nnx.Module):
         self.bias = nnx.data(bias)
         self.columns = columns
 
-    def __call__(
-        self, x: Float[Array, "tokens in_features"], parts: Sequence[str] | None = None
-    ) -> list[Float[Array, "tokens _"]]:
-        """Project by all parts, or by the named ones only, in the order of the columns."""
-        kernel, bias, columns = self.kernel[...], None if self.bias is None else self.bias[...], self.columns
-        if parts is not None:
-            kernel, bias = columns.select(kernel, parts), None if bias is None else columns.select(bias, parts)
-            columns = columns.cut(parts)
-        out = x @ kernel
-        if bias is not None:
-            out = out + bias[None]
-        return columns.split(out)
+    def __call__(self, x: Float[Array, "tokens in_features"]) -> list[Float[Array, "tokens _"]]:
+        """Project by all parts, in the order of the columns."""
+        return self.columns.split(_affine(x, self.kernel[...], None if self.bias is None else self.bias[...]))
+
+    def select(self, parts: Sequence[str]) -> Projection:
+        """A projection by the named parts only. Their columns are copied by this call, and not by that projection."""
+        columns = self.columns
+        kernel = columns.select(self.kernel[...], parts)
+        bias = None if self.bias is None else columns.select(self.bias[...], parts)
+        return lambda x: columns.cut(parts).split(_affine(x, kernel, bias))
+
+
+def _affine(
+    x: Float[Array, "tokens in_features"], kernel: Float[Array, "in_features features"], bias: Array | None
+) -> Float[Array, "tokens features"]:
+    out = x @ kernel
+    return out if bias is None else out + bias[None]
 
 
 @dataclass(frozen=True)
@@ -102,13 +110,17 @@ class Fusible:
     name: str
     parts: tuple[str, ...]
 
-    def project(
-        self, module: nnx.Module, x: Float[Array, "tokens in_features"], parts: Sequence[str] | None = None
-    ) -> list[Float[Array, "tokens _"]]:
-        """Project ``x`` by each part of ``module``, or by the named ones only."""
+    def project(self, module: nnx.Module, x: Float[Array, "tokens in_features"]) -> list[Float[Array, "tokens _"]]:
+        """Project ``x`` by each part of ``module``."""
         if hasattr(module, self.name):
-            return getattr(module, self.name)(x, parts)
-        return [getattr(module, part)(x) for part in parts or self.parts]
+            return getattr(module, self.name)(x)
+        return [getattr(module, part)(x) for part in self.parts]
+
+    def select(self, module: nnx.Module, parts: Sequence[str]) -> Projection:
+        """The projection by the named parts of ``module`` only."""
+        if hasattr(module, self.name):
+            return getattr(module, self.name).select(parts)
+        return lambda x: [getattr(module, part)(x) for part in parts]
 
     def fuse(self, module: nnx.Module) -> None:
         """Join the parts of ``module``, unless they are joined already or differ in sharding."""
