@@ -86,7 +86,7 @@ class EngineConfig:
         optional(integer(1, MAX_BURST)),
         "most steps of a multi-step decode, which runs while no request can be admitted; tokens are streamed in groups "
         "of as many",
-        unset="4 on an accelerator, 1 on a CPU",
+        unset="4 on an accelerator, 1 on a CPU, and 1 with KV or weights in host memory",
     )
     preemption: str = setting(
         "auto",
