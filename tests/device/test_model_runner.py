@@ -428,7 +428,7 @@ def test_a_fraction_of_memory_too_small_for_a_block_is_refused():
 @pytest.mark.usefixtures("nothing_kept_by_jax")
 def test_a_second_start_loads_its_programs_without_tracing_them(monkeypatch, tmp_path):
     kept = ProgramCache(tmp_path / "kept", jax.devices()[:1])
-    monkeypatch.setattr(Programs, "_program_cache", lambda self: kept)
+    monkeypatch.setattr("jpaged.device.step.programs.kept_programs", lambda programs: kept)
     first = make_runner(**FEW_PROGRAMS, warm_up=True, max_burst=2)
     monkeypatch.setattr(Programs, "lower", lambda self, key: pytest.fail(f"{key} was traced"))
     second = make_runner(**FEW_PROGRAMS, warm_up=True, max_burst=2)

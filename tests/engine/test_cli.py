@@ -509,7 +509,11 @@ def test_interrupt_stops_the_answer_and_keeps_what_there_is(run, monkeypatch, ll
 
 
 def test_interrupt_at_the_prompt_ends_the_conversation(run, monkeypatch):
+    messages = ["hi"]
+
     def interrupted(_):
+        if messages:
+            return messages.pop()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
