@@ -32,11 +32,29 @@ def write_kv_xla(
     slots: Int[Array, " tokens"],
 ) -> BlockPool:
     """Store one layer's K and V of this step's tokens; arguments and result as for ``write_kv``."""
-    blocks, offsets = jnp.divmod(slots, shape_of(pool).block_size)
-    kv = jnp.stack([k, v], axis=1).astype(pool.dtype)
-    pool = pool.at[blocks, layer, :, :, offsets].set(kv, mode="drop", wrap_negative_indices=False)
-    # XLA fuses the write of a single token into each of its readers, and copies the pool for each.
-    return lax.optimization_barrier(pool) if len(kv) == 1 else pool
+    return write_tokens(pool, layer, jnp.stack([k, v], axis=1), slots)
+
+
+def write_tokens(
+    pool: Stored, layer: LayerIndex, values: Real[Array, "tokens *heads head_dim"], slots: Int[Array, " tokens"]
+) -> Stored:
+    """Store tokens as they are in a pool of any type, or in its sides; see ``write_kv_xla``."""
+    values, slots = _beside_another(pool, values, slots)
+    blocks, offsets = jnp.divmod(slots, block_size_of(pool))
+    values = values.astype(pool.dtype)
+    return pool.at[blocks, layer, ..., offsets, :].set(values, mode="drop", wrap_negative_indices=False)
+
+
+def _beside_another(
+    pool: Stored, values: Real[Array, "tokens *heads head_dim"], slots: Int[Array, " tokens"]
+) -> tuple[Real[Array, "two_or_more *heads head_dim"], Int[Array, " two_or_more"]]:
+    """The tokens to write, a single one beside another that is dropped.
+
+    XLA would fuse the write of a single token into each of its readers, and copy the pool for each.
+    """
+    if len(values) != 1:
+        return values, slots
+    return jnp.repeat(values, 2, axis=0), jnp.append(slots, num_blocks_of(pool) * block_size_of(pool))
 
 
 def write_kv_quantized_xla(
@@ -58,15 +76,14 @@ def write_quantized(
     values: Float[Array, "tokens *heads head_dim"],
     slots: Int[Array, " tokens"],
 ) -> tuple[Stored, StoredScales]:
-    """Store tokens in a quantised pool, or in its sides; arguments as for ``quantize``, and the rest as it says."""
-    if len(values) == 1:  # a second one is dropped: the barrier of ``write_kv_xla`` is not enough for two writes
-        values, slots = jnp.repeat(values, 2, axis=0), jnp.append(slots, len(pool) * block_size_of(pool))
+    """Round and store tokens in a quantised pool, or in its sides; arguments as for ``quantize``."""
+    values, slots = _beside_another(pool, values, slots)
     stored, scales, old, new = quantize(pool, scales, layer, values, slots)
-    blocks, offsets = jnp.divmod(slots, block_size_of(pool))
+    blocks = slots // block_size_of(pool)
     is_first = jnp.diff(blocks, prepend=-1) != 0
     has_grown = is_first & ((old > 0) & (new > old)).any(axis=tuple(range(1, old.ndim)))
     pool = _rescale(pool, layer, blocks, has_grown, old / new)
-    return pool.at[blocks, layer, ..., offsets, :].set(stored, mode="drop", wrap_negative_indices=False), scales
+    return write_tokens(pool, layer, stored, slots), scales
 
 
 def _rescale(

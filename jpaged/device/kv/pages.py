@@ -20,7 +20,7 @@ from jpaged.device.backends import Rows
 from jpaged.device.kv.pool import KVCache
 from pallas_kernels.block_pool.layout import as_sides, shape_of
 from pallas_kernels.block_pool.quantization import quantize_as_written
-from pallas_kernels.block_pool.xla import write_quantized
+from pallas_kernels.block_pool.xla import write_quantized, write_tokens
 
 PAGES_AT_ONCE = 128
 """Pages whose K and V one product computes: enough to be bound by computation, and little padding."""
@@ -170,18 +170,13 @@ def _logical(tables: Int[Array, "rows max_blocks"]) -> Int[Array, "1 max_blocks"
 
 def write_inputs(layers: KVCache, slots: Int[Array, " tokens"], inputs: Float[Array, "tokens hidden_size"]) -> KVCache:
     """Store the inputs of each token at its slot: ``page * 2 * block_size + offset``."""
-    shape, sides = shape_of(layers.pool), jax.tree.map(as_sides, layers)
-    if len(inputs) == 1:  # a second one is dropped: XLA copies the pool for the write of a single token
-        inputs, slots = jnp.repeat(inputs, 2, axis=0), jnp.append(slots, len(sides.pool) * shape.block_size)
+    shape, sides = shape_of(layers.pool), jax.tree.map(lambda array: as_sides(array)[:, None], layers)
     by_head = inputs.reshape(len(inputs), shape.num_kv_heads, shape.head_dim)
-    if layers.kv_scales is None:
-        places = slots // shape.block_size, slice(None), slots % shape.block_size
-        written = KVCache(sides.pool.at[places].set(by_head.astype(layers.pool.dtype), mode="drop"))
+    if sides.kv_scales is None:
+        written = KVCache(write_tokens(sides.pool, 0, by_head, slots))
     else:
-        pool, scales = write_quantized(sides.pool[:, None], sides.kv_scales[:, None], 0, by_head, slots)
-        written = KVCache(pool, scales)
-    # XLA would fuse the write of a single token into each of its readers, and copy the pool for each. A reshape after
-    # the barrier would be fused into the next write, which then writes to a copy.
+        written = KVCache(*write_quantized(sides.pool, sides.kv_scales, 0, by_head, slots))
+    # A reshape after the barrier would be fused into the next write, which then writes to a copy.
     return lax.optimization_barrier(jax.tree.map(lambda array, like: array.reshape(like.shape), written, layers))
 
 
