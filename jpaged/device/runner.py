@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Protocol
 
 import jax
@@ -143,8 +142,8 @@ class ModelRunner:
         if config.kv_placement != "device":
             target = self.programs.target
             check_way_to_stream(model_config, config, self.dtype, target, backend, self.num_host_blocks)
-            share = Fraction(self.programs.host_bytes_per_block, self.bytes_per_block)
-            check_streamed_context(model_config, config, self.num_blocks, self.num_host_blocks, share)
+            sizes = self.num_blocks, self.num_host_blocks
+            check_streamed_context(model_config, config, *sizes, self.programs.share_on_host)
             self.programs.open_window(self.num_host_blocks)
         self.host_pool = _make_host_pool(self.programs, self.num_host_blocks)
         self.profile: MachineProfile | None = None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -150,6 +151,11 @@ def host_layout(layout: PoolLayout, config: EngineConfig) -> PoolLayout:
         config: the engine's settings.
     """
     return replace(layout, dtype=KV_DTYPES[config.offload_dtype]) if is_narrowed(config) else layout
+
+
+def share_on_host(layout: PoolLayout, config: EngineConfig) -> Fraction:
+    """The bytes of a block in the host pool, as a part of those in the device's; arguments of ``host_layout``."""
+    return Fraction(host_layout(layout, config).block_bytes, layout.block_bytes)
 
 
 def is_narrowed(config: EngineConfig) -> bool:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout, share_on_host
 from jpaged.device.kv.streaming import most_blocks_on_host, window_for
 from jpaged.device.target import Target, choose_backend, target_of
 from jpaged.models import ModelConfig
@@ -185,7 +185,7 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
     )
     if config.kv_placement != "device":
         check_way_to_stream(model, config, dtype, target, backend, num_host_blocks)
-        share = Fraction(host_layout(layout, config).block_bytes, bytes_per_block)
+        share = share_on_host(layout, config)
         check_streamed_context(model, config, num_blocks, num_host_blocks, share)
 
 

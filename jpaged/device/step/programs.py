@@ -4,7 +4,6 @@ import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.dma import DmaStream, abstract_slots, lower_move
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slots_for
-from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout
+from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout, share_on_host
 from jpaged.device.kv.narrow import gather_for_host, scatter_from_host
 from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity
@@ -89,6 +88,7 @@ class Programs:
         self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
         self.host_bytes_per_block = self._host_layout.block_bytes
+        self.share_on_host = share_on_host(self._layout, config)
         grid = self.target.least_rows, self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.stream: BlockStream | None = None
@@ -204,8 +204,7 @@ class Programs:
         with InterruptsWait() as interrupts:
             try:
                 if kept is not None:
-                    keepable = [key for key in keys if key[0] != "stream"]  # the others call back into this process
-                    self._compiled |= (loaded := kept.load_all(keepable, threads))
+                    self._compiled |= (loaded := kept.load_all([key for key in keys if _can_be_kept(key)], threads))
                     self.num_loaded += len(loaded)
                 jobs: dict[Future[tuple[jax.stages.Compiled, bool]], tuple] = {}
                 for key in keys:
@@ -217,7 +216,7 @@ class Programs:
                 for job in tqdm(as_completed(jobs), **bar, disable=not (use_tqdm and jobs)):
                     interrupts.check()
                     self._compiled[jobs[job]], can_be_saved = job.result()
-                    if kept is not None and can_be_saved and jobs[job][0] != "stream":
+                    if kept is not None and can_be_saved and _can_be_kept(jobs[job]):
                         saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
                 for save in saves:
                     save.result()
@@ -347,6 +346,11 @@ def kept_programs(programs: Programs) -> ProgramCache | None:
     return program_cache_for(programs.model_identity, devices, str(programs.mesh), weights, sizes, choices)
 
 
+def _can_be_kept(key: tuple) -> bool:
+    """Whether a later process may run the program of a key: those that stream may call back into this one."""
+    return key[0] != "stream"
+
+
 def _num_copied_cells(programs: Programs) -> int:
     """Cells whose content a streaming layer has in temporaries at once."""
     if programs.keeps_activations:
@@ -360,8 +364,8 @@ def _num_copied_cells(programs: Programs) -> int:
 def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
     """The stream of some programs, and the window for so many blocks of the host."""
     num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
-    share = Fraction(programs.host_bytes_per_block, programs.bytes_per_block)
-    window = window_for(num_host_blocks, programs.num_blocks, num_layers, with_pages=with_pages, share=share)
+    sizes = num_host_blocks, programs.num_blocks, num_layers
+    window = window_for(*sizes, with_pages=with_pages, share=programs.share_on_host)
     if programs.streams_by_dma:
         slots = programs.host_slots(num_host_blocks)
         return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)
