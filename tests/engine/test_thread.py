@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
@@ -36,6 +37,20 @@ class Served:
 
     def add(self, name: str, length: int = 5, **params) -> None:
         self.thread.add(self.request(name, length, **params), is_streamed=True).result(TIMEOUT_S)
+
+    def add_and_hold(self, name: str, **params) -> Callable[[], None]:
+        """Add a request whose step waits once it has begun, and the thread with it. Returns what lets both go on."""
+        step, has_begun, may_go_on = self.engine.step, threading.Event(), threading.Event()
+
+        def held() -> StepOutput:
+            has_begun.set()
+            assert may_go_on.wait(TIMEOUT_S)
+            return step()
+
+        self.engine.step = held
+        self.add(name, **params)
+        assert has_begun.wait(TIMEOUT_S)
+        return may_go_on.set
 
     def result(self, name: str) -> RequestOutput:
         self.wait_until(lambda: name in self.results)
@@ -183,19 +198,11 @@ def test_a_pin_whose_steps_fail_ends_with_an_error(monkeypatch):
 
 def test_an_error_that_ends_the_thread_reaches_every_caller(monkeypatch):
     served = Served()
-    entered, go_on = threading.Event(), threading.Event()
     step = served.engine.step
-
-    def deadly():
-        entered.set()
-        assert go_on.wait(TIMEOUT_S)
-        raise SystemExit("the thread is killed")
-
-    monkeypatch.setattr(served.engine, "step", deadly)
-    served.add("a")
-    assert entered.wait(TIMEOUT_S)
+    monkeypatch.setattr(served.engine, "step", mock.Mock(side_effect=SystemExit("the thread is killed")))
+    go_on = served.add_and_hold("a")
     waiting = served.thread.call(lambda engine: engine.stats())
-    go_on.set()
+    go_on()
     with pytest.raises(EngineDeadError, match="SystemExit: the thread is killed"):
         waiting.result(TIMEOUT_S)
     assert served.thread.join(TIMEOUT_S)
@@ -221,17 +228,7 @@ def test_an_order_that_fails_is_its_callers_error_alone():
 
 def test_a_step_that_hangs_is_seen_and_compilation_is_none(monkeypatch):
     with serving() as served:
-        entered, go_on = threading.Event(), threading.Event()
-        step = served.engine.step
-
-        def hanging():
-            entered.set()
-            assert go_on.wait(TIMEOUT_S)
-            return step()
-
-        monkeypatch.setattr(served.engine, "step", hanging)
-        served.add("a")
-        assert entered.wait(TIMEOUT_S)
+        go_on = served.add_and_hold("a")
         assert served.thread.health().state is HealthState.OK
         monkeypatch.setattr(module, "HANGS_AFTER_S", -1.0)
         health = served.thread.health()
@@ -240,7 +237,7 @@ def test_a_step_that_hangs_is_seen_and_compilation_is_none(monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(served.engine.runner.programs.compiling, "is_running", True)
             assert served.thread.health().state is HealthState.COMPILING
-        go_on.set()
+        go_on()
         served.result("a")
         served.thread.call(lambda engine: None).result(TIMEOUT_S)
         assert served.thread.health().state is HealthState.OK
@@ -261,19 +258,9 @@ def test_draining_finishes_the_requests_and_takes_no_more():
 
 def test_shutting_down_aborts_the_requests():
     served = Served()
-    entered, go_on = threading.Event(), threading.Event()
-    step = served.engine.step
-
-    def waiting():
-        entered.set()
-        assert go_on.wait(TIMEOUT_S)
-        return step()
-
-    served.engine.step = waiting
-    served.add("a", max_tokens=40)
-    assert entered.wait(TIMEOUT_S)
+    go_on = served.add_and_hold("a", max_tokens=40)
     served.thread.close()
-    go_on.set()
+    go_on()
     assert served.thread.shutdown(TIMEOUT_S)
     assert served.results["a"].outputs[0].finish_reason is FinishReason.ABORT
     assert served.results["a"].error == "the engine was shut down"
