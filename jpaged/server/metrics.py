@@ -11,6 +11,9 @@ from time import monotonic
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from jpaged.async_llm import AsyncLLM
 from jpaged.engine.health import HealthState
@@ -58,6 +61,7 @@ TTFT = [
 PER_TOKEN = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
 LATENCY = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680]
 STEP_TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+ANSWER = [0.1, 0.5, 1, 5, 30, 120]
 SHORT = [0.001, 0.0025, 0.005]
 
 
@@ -232,7 +236,7 @@ class Metrics(Collector):
         self._answers[handler, method, f"{status // 100}xx"] += 1
         if handler not in self._answer_s:
             name, help_ = "http_request_duration_seconds", "seconds from a request over HTTP to the end of the answer"
-            self._answer_s[handler] = Histogram(name, help_, LATENCY)
+            self._answer_s[handler] = Histogram(name, help_, ANSWER)
         self._answer_s[handler].observe(seconds)
 
     @asynccontextmanager
@@ -341,6 +345,15 @@ class Metrics(Collector):
         family = GaugeMetricFamily(name, help_, labels=[*self._labels, *labels])
         family.add_metric([*self._labels.values(), *labels.values()], 1)
         return family
+
+
+def metrics_route(metrics: Metrics) -> Route:
+    """``/metrics``, for Prometheus."""
+
+    async def show(request: Request) -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+    return Route("/metrics", show)
 
 
 def own_version() -> str:

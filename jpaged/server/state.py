@@ -13,7 +13,9 @@ from jpaged.async_llm import AsyncLLM
 from jpaged.engine.prompts import TokensPrompt
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import SamplingParams
+from jpaged.server.dashboard.feed import Feed
 from jpaged.server.errors import ApiError, refusals
+from jpaged.server.metrics import Metrics
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
 from jpaged.server.tokens import TextCodec
@@ -72,6 +74,8 @@ class Server:
         calls: the open calls by id; written here alone.
         codec: text to token ids and back.
         pulse: keeps silent streams open.
+        metrics: counts what happens.
+        feed: shows the dashboard what happens.
     """
 
     def __init__(self, llm: AsyncLLM, settings: ServerSettings) -> None:
@@ -82,6 +86,8 @@ class Server:
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
         self.pulse = Pulse(settings.keep_alive_s)
+        self.metrics = Metrics(llm, self.model_name)
+        self.feed = Feed(llm, self.metrics, self.model_name)
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:

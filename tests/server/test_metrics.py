@@ -13,7 +13,7 @@ from jpaged import LLM, AsyncLLM, FinishReason, RequestOutputKind, SamplingParam
 from jpaged.engine.outputs import FirstToken, StepOutput
 from jpaged.request import CompletionDelta
 from jpaged.server.histograms import Histogram, Recent, one_two_five
-from jpaged.server.metrics import Metrics
+from jpaged.server.metrics import CONTENT_TYPE, Metrics
 from tests.support.tiny import tiny_engine
 
 EXPRESSIONS = """
@@ -84,8 +84,12 @@ async def idle(llm: AsyncLLM) -> None:
 
 def samples(metrics: Metrics) -> dict[str, float]:
     """Values by name, and by name and the label that tells samples of one family apart."""
+    return samples_of(metrics.text().decode())
+
+
+def samples_of(text: str) -> dict[str, float]:
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(metrics.text().decode()):
+    for family in text_string_to_metric_families(text):
         for sample in family.samples:
             extra = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
             found["/".join([sample.name, *extra.values()])] = sample.value
@@ -251,3 +255,23 @@ def test_quantiles_weigh_values_by_how_often_they_were_seen():
 def test_bounds_of_counts_end_at_the_context():
     assert one_two_five(64) == [1, 2, 5, 10, 20, 50]
     assert one_two_five(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+
+
+def test_answers_are_counted_by_route_and_class_of_status(served):
+    before = values(served)
+    for path in ("/v1/models", "/v1/models/none", "/nowhere/1", "/nowhere/2"):
+        served.wire.get(path)
+    served.wire.request("PROPFIND", "/nowhere")
+    after = values(served)
+    gained = {name: count - before.get(name, 0) for name, count in after.items() if name.startswith("http_requests")}
+    assert gained["http_requests_total//v1/models/GET/2xx"] == 1
+    assert gained["http_requests_total//v1/models/{model:path}/GET/4xx"] == 1
+    assert gained["http_requests_total/other/GET/4xx"] == 2
+    assert gained["http_requests_total/other/other/4xx"] == 1
+    assert after["http_request_duration_seconds_count//v1/models"] >= 1
+
+
+def values(served) -> dict[str, float]:
+    answer = served.wire.get("/metrics")
+    assert answer.headers["content-type"] == CONTENT_TYPE
+    return samples_of(answer.text)

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from jpaged.async_llm import AsyncLLM
-from jpaged.engine.health import EngineDeadError
+from jpaged.engine.health import EngineDeadError, HealthState
 from jpaged.engine.snapshot import EngineSnapshot, RequestSnapshot
 from jpaged.server.errors import ApiError
 from jpaged.server.metrics import Metrics, own_version
@@ -91,7 +91,7 @@ class Feed:
 
     async def _frames(self, viewer: _Viewer) -> AsyncGenerator[bytes]:
         try:
-            while viewer in self._viewers:
+            while viewer in self._viewers or viewer.frame is not None:
                 await viewer.is_woken.wait()
                 viewer.is_woken.clear()
                 frame, viewer.frame, viewer.num_missed = viewer.frame, None, 0
@@ -111,13 +111,14 @@ class Feed:
                 await self._task
 
     async def _broadcast(self) -> None:
-        """Give frames to the viewers until there are none."""
+        """Give frames to the viewers until there are none, or until the engine has ended."""
         while self._viewers:
+            is_last = self._llm.health().state in (HealthState.STOPPED, HealthState.DEAD)
             frame = orjson.dumps(await self._picture(), option=orjson.OPT_APPEND_NEWLINE)
             for viewer in list(self._viewers):
                 viewer.num_missed += viewer.frame is not None
                 viewer.frame = frame
-                if viewer.num_missed > MAX_UNREAD:
+                if is_last or viewer.num_missed > MAX_UNREAD:
                     self._viewers.discard(viewer)
                 viewer.is_woken.set()
             await asyncio.sleep(PERIOD_S)

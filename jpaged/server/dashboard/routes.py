@@ -24,7 +24,10 @@ PAGES = {
     "/dashboard/chart.js": ("chart.js", "text/javascript"),
     "/dashboard/page.css": ("page.css", "text/css"),
 }
-"""The files by their paths. They hold nothing secret: a browser loads them before anyone has given a key."""
+"""The files by their paths."""
+
+OPEN_PATHS = frozenset(PAGES)
+"""Paths that need no key: a browser loads them before anyone has given one, and nothing in them is secret."""
 
 
 def dashboard_routes(feed: Feed) -> list[Route]:
