@@ -120,9 +120,10 @@ OPT = OPTConfig(
 )
 
 
-@pytest.mark.parametrize("model_config", [MHA, OPT], ids=["llama", "opt"])
-def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_config):
+@pytest.mark.parametrize(("model_config", "pages_at_once"), [(MHA, (512, 64)), (OPT, (5, 2))], ids=["llama", "opt"])
+def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_config, pages_at_once, monkeypatch):
     """Three rows in one step: pages on the host and on the device, on the device only, and on the host only."""
+    monkeypatch.setattr("jpaged.device.kv.streaming.PAGES_AT_ONCE", pages_at_once)
     rows, first, tables = range(3), 46, [[46, 47, 48, 49], [50, 51, 52, 53], [54, 55, 56, 57]]
     kept = make_runner(model_config=model_config, max_num_batched_tokens=64)
     pages = make_streaming(model_config=model_config, num_blocks=60, block_size=16, num_host_blocks=4)

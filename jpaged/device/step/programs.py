@@ -355,7 +355,7 @@ def _num_copied_cells(programs: Programs) -> int:
     """Cells whose content a streaming layer has in temporaries at once."""
     if programs.keeps_activations:
         # Of some pages: the inputs, K and V, and both of these as a kernel and a product lay them out.
-        return 6 * PAGES_AT_ONCE
+        return 6 * max(PAGES_AT_ONCE)
     window = None if programs.stream is None else programs.stream.window
     # A batch as it arrives, and widened.
     return 0 if window is None or not window.is_narrow else 2 * window.batches.size
