@@ -286,7 +286,8 @@ class Admission:
             limit = getattr(limits, name)
             if num + of_request > limit and of_key + of_request > limit // num_lanes:
                 what = name.removeprefix("max_waiting_")
-                raise _too_many(f"{num} {what} wait, of at most {limit}", name, self._drain_s(self.num_waiting_sequences))
+                wait_s = self._drain_s(self.num_waiting_sequences)
+                raise _too_many(f"{num} {what} wait, of at most {limit}", name, wait_s)
 
     def _lane(self, key: ApiKey) -> _Lane:
         lane = self._lanes.setdefault(key.name, _Lane(key))

@@ -5,7 +5,8 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from jpaged.server.errors import ApiError
 
@@ -63,6 +64,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._num_body_bytes = 0
         self._body_began = 0.0
+        self._running: RequestResponseCycle | None = None  # the request that is served; later ones wait
 
     # The connection -----------------------------------------------------------------------------------------------
 
@@ -76,6 +78,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_write_timer()
+        self._disconnect()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -116,6 +119,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._phase, self._num_head_bytes, self._num_body_bytes = _Phase.BODY, 0, 0
         super().on_headers_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_message_complete(self) -> None:
         self._stop_timer()
         self._phase = _Phase.NOTHING
@@ -123,7 +130,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._phase is _Phase.BODY and not self.pipeline:  # answered before its body had come, which is not wanted
+        if self._phase is _Phase.BODY and self.cycle.response_complete:  # the rest of its body is not wanted
             self.transport.close()
         if self.transport.is_closing():
             self._expect_reader()
@@ -167,9 +174,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._write_timer = self.loop.call_later(self.limits.write_s, self.transport.abort)
 
     def _refuse(self, error: ApiError) -> None:
-        """Send an error, unless a response is under way, and close the connection."""
+        """Send an error, unless the response to an earlier request is due, and close the connection."""
         self._stop_timer()
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        running = self._running
+        if running is None or running.response_complete or (running is self.cycle and not running.response_started):
             body = error.body()
             headers = {
                 "content-type": "application/json",
@@ -179,8 +187,15 @@ class GuardedProtocol(HttpToolsProtocol):
             }
             lines = [f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items()]
             self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+        self._disconnect()
         self.transport.close()
         self._expect_reader()
+
+    def _disconnect(self) -> None:
+        """Tell the request that is served of the end; uvicorn tells the last one that came."""
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def _head_too_large(self) -> ApiError:
         return ApiError(431, f"the headers have more than {self.limits.head_bytes} bytes", code="headers_too_large")

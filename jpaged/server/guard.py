@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jpaged.server.errors import CANCELLED_STATUS, ApiError
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
+from jpaged.server.settings import ServerSettings
 
 LONGEST_LOGGED = 200
 """Characters of one value in the log."""
@@ -47,6 +48,14 @@ class GuardRules:
     hosts: Collection[str] | None
     max_body_bytes: int
     max_pending_bytes: int
+
+
+def guard_rules(settings: ServerSettings) -> GuardRules:
+    """The rules that the settings give. ``/live`` tells nothing but that the server runs."""
+    open_paths = {"/live", "/metrics"} if settings.metrics_without_key else {"/live"}
+    hosts = {"localhost", "127.0.0.1", "[::1]", settings.host.lower()}
+    is_any = settings.insecure or settings.unix_socket is not None
+    return GuardRules(open_paths, None if is_any else hosts, settings.max_body_bytes, settings.max_pending_bytes)
 
 
 class Guard:

@@ -49,9 +49,7 @@ class ApiKey:
         None, _LIMIT, "sequences that may wait and run at once", unset="what the queue holds"
     )
     requests_per_minute: int | None = setting(None, _LIMIT, "requests a minute", unset="no limit")
-    tokens_per_minute: int | None = setting(
-        None, _LIMIT, "tokens of prompts and outputs a minute", unset="no limit"
-    )
+    tokens_per_minute: int | None = setting(None, _LIMIT, "tokens of prompts and outputs a minute", unset="no limit")
     salt: str = setting("", Rule(str, lambda x: isinstance(x, str), "a string"), "salt of its prefixes, made here")
 
     def __post_init__(self) -> None:

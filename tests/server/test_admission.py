@@ -46,7 +46,7 @@ class Line:
             self._stacks.pop(name).close()
 
     def start(self, *names: str) -> None:
-        started = {name: None for name in names}
+        started = dict.fromkeys(names)
         self.admission.note(StepOutput(started=started))  # pyright: ignore[reportArgumentType]
 
     def finish(self, name: str, num_tokens: int = 5) -> None:

@@ -191,7 +191,9 @@ def test_ids_are_ours_and_the_clients_is_sent_back():
     assert ask(guarded(), headers={"x-request-id": "my-id_1.0"}).json()["id"] != response.json()["id"]
 
 
-@pytest.mark.parametrize("given", [b"", b"a b", b"a\r\nset-cookie: x", b"\x00", "😀".encode(), b"x" * 65536, b"http://x"])
+@pytest.mark.parametrize(
+    "given", [b"", b"a b", b"a\r\nset-cookie: x", b"\x00", "😀".encode(), b"x" * 65536, b"http://x"]
+)
 def test_an_id_that_is_not_valid_is_replaced(given):
     response = ask(guarded(), headers=[("x-request-id", given)])
     assert response.headers["x-request-id"] == response.json()["id"]

@@ -93,7 +93,7 @@ def test_keys_and_salts_keep_cached_prompts_apart(tmp_path):
     ],
 )
 def test_a_file_that_is_not_valid_is_refused_without_a_word_of_the_key(tmp_path, text):
-    with pytest.raises(ValueError, match="key|entry|name|weight") as caught:
+    with pytest.raises(ValueError, match=r"key|entry|name|weight") as caught:
         ring(tmp_path, text)
     assert SECRET not in str(caught.value)
     assert "sk-" not in str(caught.value)
