@@ -37,7 +37,7 @@ async def completions(request: Request) -> Answer:
         token_ids = await server.codec.encode(texts, add_special_tokens=body.add_special_tokens is not False)
     elif body.echo:
         texts = [await server.codec.decode(each) for each in token_ids]
-    call = Call(f"cmpl-{uuid4().hex}", token_ids, params, body.priority or 0, body.cache_salt)
+    call = Call(f"cmpl-{uuid4().hex}", token_ids, params, body.priority or 0, body.cache_salt, request.state.key)
     return Answer(server, call, CompletionForm(server, call, body, texts), body, body.headers())
 
 

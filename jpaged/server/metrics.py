@@ -2,9 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from time import monotonic
 
@@ -89,13 +89,16 @@ class Metrics(Collector):
     Args:
         llm: the engine; the metrics listen to its steps from now on.
         model_name: the name that clients call the model by.
+        num_queued: sequences that wait before the engine, now.
 
     Attributes:
+        num_queued: as given.
         ttft, itl: seconds to the first token, and between tokens, in the last minute.
     """
 
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+    def __init__(self, llm: AsyncLLM, model_name: str, num_queued: Callable[[], int] = lambda: 0) -> None:
         self._llm = llm
+        self.num_queued = num_queued
         self._labels = {"model_name": model_name, "engine": "0"}
         self._running: dict[str, _Running] = {}
         self._num_prompt_tokens = self._num_cached_tokens = self._num_ignored_params = 0
@@ -278,6 +281,7 @@ class Metrics(Collector):
 
     def _engine_state(self) -> Iterator[Metric]:
         stats, config = self._llm.latest_stats, self._llm.engine.config
+        stats = replace(stats, num_waiting=stats.num_waiting + self.num_queued())
         usage = stats.num_used_blocks / max(stats.num_blocks, 1)
         for name in ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"):  # the second in older dashboards
             yield self._gauge(name, "used blocks / blocks, from 0 to 1", usage)

@@ -12,7 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from jpaged import LLM, AsyncLLM, FinishReason, RequestOutputKind, SamplingParams
 from jpaged.engine.outputs import FirstToken, StepOutput
 from jpaged.request import CompletionDelta
+from jpaged.server import ServerSettings, create_app
+from jpaged.server.admission import Demand
+from jpaged.server.errors import ApiError
 from jpaged.server.histograms import Histogram, Recent, one_two_five
+from jpaged.server.keys import ANONYMOUS
 from jpaged.server.metrics import CONTENT_TYPE, Metrics
 from tests.support.tiny import tiny_engine
 
@@ -275,3 +279,20 @@ def values(served) -> dict[str, float]:
     answer = served.wire.get("/metrics")
     assert answer.headers["content-type"] == CONTENT_TYPE
     return samples_of(answer.text)
+
+
+def test_requests_that_wait_before_the_engine_count_as_waiting_and_refusals_by_their_code(served):
+    async def run() -> dict[str, float]:
+        app = create_app(served.llm, ServerSettings(max_waiting_sequences=1))
+        server, fills_the_engine = app.state.server, Demand("0", 1, num_sequences=1000)
+        with (
+            server.admission.queue(ANONYMOUS, [fills_the_engine]),
+            server.admission.queue(ANONYMOUS, [Demand("1", 1)]),
+        ):
+            with pytest.raises(ApiError), server.admission.queue(ANONYMOUS, [Demand("2", 1)]):
+                pass
+            return samples(server.metrics)
+
+    found = served.run(run())
+    assert found["vllm:num_requests_waiting"] == 1
+    assert found["vllm:admission_rejections_total/max_waiting_sequences"] == 1

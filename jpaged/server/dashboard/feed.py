@@ -136,6 +136,7 @@ class Feed:
             "time": time(),
             "health": health.state.value,
             "stats": asdict(stats),
+            "queued": self._metrics.num_queued(),
             "ttft": self._metrics.ttft.quantiles(0.5, 0.99),
             "itl": self._metrics.itl.quantiles(0.5, 0.99),
             "pool": None if snapshot is None else _pool(snapshot),

@@ -90,7 +90,8 @@ function showNow() {
   showHealth(frame.health, HEALTH[frame.health] ?? "bad");
   tell("rate", rate === null ? "–" : count(rate));
   tell("running", count(stats.num_running));
-  tell("waiting", stats.num_waiting ? `${count(stats.num_waiting)} waiting` : "none waiting");
+  const numWaiting = stats.num_waiting + frame.queued;
+  tell("waiting", numWaiting ? `${count(numWaiting)} waiting` : "none waiting");
   tell("ttft", seconds(frame.ttft[0]));
   tell("ttft-high", `p99 ${seconds(frame.ttft[1])}`);
   tell("itl", seconds(frame.itl[0]));
@@ -170,7 +171,8 @@ function showRequests() {
     if (body.contains(focused)) focused.focus();
   }
   find("idle").hidden = total > 0;
-  tell("requests-note", total > requests.length ? `the first ${count(requests.length)} of ${count(total)}` : count(total));
+  const shownNote = total > requests.length ? `the first ${count(requests.length)} of ${count(total)}` : count(total);
+  tell("requests-note", frame.queued ? `${shownNote}, and ${count(frame.queued)} in the queue before them` : shownNote);
 }
 
 function makeRow(id) {
