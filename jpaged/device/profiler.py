@@ -20,8 +20,11 @@ from jpaged.models import ModelConfig
 SHORT_CHUNKS = 8
 """Short chunks in the place of a long one; the difference of their times is what context adds."""
 
-NUM_CALLS = 4
-"""Projections that are timed together, so that the time to enqueue one is hidden."""
+PROJECTED_S = 0.2
+"""Projections are timed together for so long, or once: a device lowers its clock only under lasting work."""
+
+MOST_CALLS = 256
+"""Most projections that are timed together."""
 
 FEW = 8
 """The smaller projection has this fraction of a step's tokens."""
@@ -106,17 +109,25 @@ def measure_profile(runner: Measurable) -> MachineProfile:
 
 
 def _measure_projections(runner: Measurable) -> tuple[tuple[int, float], ...]:
-    """Time the projections of one layer to K and V, of a few tokens and of a step's tokens."""
+    """Time the projections of one layer to K and V, of a few tokens and of a step's tokens.
+
+    Factors are random: products of zeros need less power, and run faster on a GPU that lowers its clock to save it.
+    """
     model, most = runner.model_config, runner.buckets[-1].num_tokens
     width, device = 2 * model.num_kv_heads * model.head_dim, runner.mesh.devices.flat[0]
-    weight = jnp.zeros((model.hidden_size, width), runner.dtype, device=device)
+    weight = _random((model.hidden_size, width), runner.dtype, device)
     project = jax.jit(lambda hidden, weight: hidden @ weight)
     rates = []
     for num_tokens in sorted({max(most // FEW, 1), most}):
-        hidden = jnp.zeros((num_tokens, model.hidden_size), runner.dtype, device=device)
+        hidden = _random((num_tokens, model.hidden_size), runner.dtype, device)
         flops = 2 * num_tokens * model.hidden_size * width
-        rates.append((num_tokens, flops / _time(NUM_CALLS, project, hidden, weight)))
+        num_calls = min(max(int(PROJECTED_S / _time(1, project, hidden, weight)), 1), MOST_CALLS)
+        rates.append((num_tokens, flops / _time(num_calls, project, hidden, weight)))
     return tuple(rates)
+
+
+def _random(shape: tuple[int, ...], dtype: jnp.dtype, device: Any) -> jax.Array:
+    return jax.device_put(jax.random.normal(jax.random.key(0), shape, dtype), device)
 
 
 def _measure_token_read(runner: Measurable) -> float:

@@ -64,6 +64,7 @@ class RequestStream:
 
     Attributes:
         num_cached_tokens: prompt tokens from the prefix cache; 0 before the first token.
+        on_arrival: called when there is something to read, for a consumer that calls ``read_now``.
     """
 
     def __init__(self, request: Request, close: Callable[[str], None], max_unread_tokens: int) -> None:
@@ -71,6 +72,7 @@ class RequestStream:
         self.prompt = request.prompt
         self.prompt_token_ids = request.prompt_token_ids
         self.num_cached_tokens = 0
+        self.on_arrival: Callable[[], None] | None = None
         self._kind = request.params.output_kind
         self._close = close
         self._max_unread_tokens = max_unread_tokens
@@ -105,6 +107,25 @@ class RequestStream:
                 self._reader = None
         return self._read()
 
+    def read_now(self) -> tuple[list[CompletionDelta], RequestOutput | None]:
+        """The deltas that were not read, and the result if it is there; without waiting.
+
+        For a consumer of many streams, which has no use for a ``RequestOutput`` of every step.
+
+        Raises:
+            EngineDeadError: the engine has ended.
+        """
+        deltas, end = self._unread, self._end
+        self._unread, self._end, self._num_unread_tokens = [], None, 0
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self._completions[delta.index].finish_reason = delta.finish_reason
+        if end is not None:
+            self._is_over = True
+        if isinstance(end, BaseException):
+            raise end
+        return deltas, end
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -118,6 +139,12 @@ class RequestStream:
         self._end, self._is_over = None, True
         self._wake()
         if is_open:
+            self._close(self.request_id)
+
+    def give_up(self, error: str) -> None:
+        """End a request that is unfinished. Its consumer gets what it has not read, and ``FinishReason.ABORT``."""
+        if not self._is_over and self._end is None:
+            self.break_off(FinishReason.ABORT, error)
             self._close(self.request_id)
 
     def _read(self) -> RequestOutput:
@@ -193,6 +220,8 @@ class RequestStream:
         self.finish(self._output(outputs, error=error))
 
     def _wake(self) -> None:
+        if self.on_arrival is not None:
+            self.on_arrival()
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 

@@ -71,10 +71,13 @@ def shared(dtype=jnp.float32, model_config=MODEL, **settings) -> ModelRunner:
     return runner
 
 
-def shared_with_pages(dtype=jnp.float32, model_config=MHA, kv_cache_dtype="auto") -> ModelRunner:
+def shared_with_pages(
+    dtype=jnp.float32, model_config=MHA, *, kv_cache_dtype="auto", pool_sizes=(32768, 512)
+) -> ModelRunner:
     """The one runner of these settings whose pages hold activations of 16 tokens."""
-    sizes = {"num_blocks": 16384, "num_host_blocks": 4, "block_size": 16, "offload_cache": "activations"}
-    return shared(dtype, model_config, kv_cache_dtype=kv_cache_dtype, **sizes)
+    num_blocks, num_host_blocks = pool_sizes
+    sizes = {"num_blocks": num_blocks, "num_host_blocks": num_host_blocks, "block_size": 16}
+    return shared(dtype, model_config, kv_cache_dtype=kv_cache_dtype, offload_cache="activations", **sizes)
 
 
 def check_that_nothing_of_the_pools_size_is_allocated(runner: ModelRunner) -> None:
@@ -146,13 +149,20 @@ def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_t
         assert resident.tolist() == streamed.tolist(), "the same numbers in the same order: the same bits"
 
 
-@pytest.mark.parametrize("model_config", [MHA, OPT], ids=["llama", "opt"])
-def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_config):
+@pytest.mark.parametrize(
+    ("model_config", "pages_at_once", "pool_sizes"),
+    [(MHA, (512, 64), (32768, 512)), (OPT, (5, 2), (60, 4))],
+    ids=["llama", "opt"],
+)
+def test_k_and_v_computed_from_activations_equal_those_that_are_kept(
+    model_config, pages_at_once, pool_sizes, monkeypatch
+):
     """Three rows in one step: pages on the host and on the device, on the device only, and on the host only."""
-    rows, first = range(3), 16000
+    monkeypatch.setattr("jpaged.device.kv.streaming.PAGES_AT_ONCE", pages_at_once)
+    rows, first = range(3), pool_sizes[0] - 14
     tables = [[first + 4 * row + i for i in range(4)] for row in rows]
     kept = keep_few_sizes(make_runner(model_config=model_config, max_num_batched_tokens=64))
-    pages = shared_with_pages(model_config=model_config)
+    pages = shared_with_pages(model_config=model_config, pool_sizes=pool_sizes)
     assert pages.programs.keeps_activations
     assert pages.num_window_blocks < first
     assert pages.max_streamed_blocks >= 3
@@ -184,7 +194,7 @@ def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_confi
 
 def test_steps_over_quantised_activations_are_those_over_exact_ones_but_for_rounding():
     """Pages on the host and on the device. Older numbers in the rest of a page are no part of a scale."""
-    first, results = 16000, []
+    first, results = 32760, []
     tables = [[first + 4 * row + i for i in range(4)] for row in range(2)]
     exact, rounded = (shared_with_pages(kv_cache_dtype=kind) for kind in ("auto", "int8"))
     for runner, has_older_numbers in ((exact, False), (rounded, False), (rounded, True)):

@@ -22,8 +22,8 @@ from pallas_kernels.block_pool.layout import as_sides, shape_of
 from pallas_kernels.block_pool.quantization import quantize_as_written
 from pallas_kernels.block_pool.xla import write_quantized, write_tokens
 
-PAGES_AT_ONCE = 128
-"""Pages whose K and V one product computes: enough to be bound by computation, and little padding."""
+PAGES_AT_ONCE = 512, 64
+"""Pages whose K and V one product computes: many, as long as there are so many, and then few, with little padding."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -132,14 +133,13 @@ class RecomputingAttend(StreamingAttend):
         return source
 
     def _compute(self, layer: int, source: Source) -> None:
-        """Fill the computed cells with K and V of the inputs of all pages, ``PAGES_AT_ONCE`` at a time."""
+        """Fill the computed cells with K and V of the inputs of all pages, as many at a time as ``PAGES_AT_ONCE``."""
         block_size, (pages, *details, num_pages, _) = self._cache.block_size, self._pages
         pages = jnp.where(pages < 0, self._first_cell(layer) - 1 - pages, self._window.places(layer, pages))
-        size = min(PAGES_AT_ONCE, len(pages))
         offsets = jnp.arange(2 * block_size, dtype=jnp.int32)
 
-        def compute(number: Int[Array, ""], cache: KVCache) -> KVCache:
-            first = jnp.minimum(number * size, len(pages) - size)  # the last ones may be computed twice
+        def compute(first: Int[Array, ""], size: int, number: Int[Array, ""], cache: KVCache) -> KVCache:
+            first = jnp.minimum(first + number * size, len(pages) - size)  # the last ones may be computed twice
             own_pages, positions, num_tokens = (
                 jax.lax.dynamic_slice(array, (first,), (size,)) for array in (pages, *details)
             )
@@ -151,7 +151,13 @@ class RecomputingAttend(StreamingAttend):
             slots = first_block * block_size + jnp.arange(len(inputs), dtype=jnp.int32)
             return self._backend.write(cache, 0, k, v, slots)
 
-        self._cache = jax.lax.fori_loop(0, -(-num_pages // size), compute, self._cache)
+        sizes = [size for size in PAGES_AT_ONCE if size < len(pages)] or [len(pages)]
+        first = jnp.zeros((), jnp.int32)
+        for size in sizes:
+            num_left = num_pages - first
+            num_products = -(-num_left // size) if size == sizes[-1] else num_left // size
+            self._cache = jax.lax.fori_loop(0, num_products, partial(compute, first, size), self._cache)
+            first += num_products * size
 
 
 # Windows ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""The response to a call: opened, awaited and sent, unless the client leaves before."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+import orjson
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from jpaged.engine.request_stream import RequestStream
+from jpaged.request import RequestOutput
+from jpaged.server.errors import ApiError, refusals
+from jpaged.server.protocol.sampling import GenerationBody
+from jpaged.server.sse import ChunkForm, Encoder, EventStream, check_end, send_events
+from jpaged.server.state import Call, Server
+
+
+class Form(ChunkForm, Protocol):
+    """The form of the responses of one call."""
+
+    def whole(self, results: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The response to a request that is not streamed."""
+        ...
+
+
+class Answer:
+    """An ASGI response that computes what it sends. A client that leaves ends the computation.
+
+    Args:
+        server: the server.
+        call: the work.
+        form: the form of the result.
+        body: the request.
+        headers: headers of the response.
+    """
+
+    def __init__(
+        self, server: Server, call: Call, form: Form, body: GenerationBody, headers: Mapping[str, str]
+    ) -> None:
+        self._server = server
+        self._call = call
+        self._form = form
+        self._body = body
+        self._headers = dict(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with until_client_leaves(receive):
+                if self._body.is_streamed:
+                    await self._stream(send)
+                else:
+                    response = await self._whole()
+                    await response(scope, receive, send)
+        except ClientDisconnect:
+            return
+
+    async def _whole(self) -> Response:
+        async with self._server.open(self._call) as streams:
+            with refusals():
+                results = [await _last(stream) for stream in streams]
+            for result in results:
+                check_end(result)
+        return Response(orjson.dumps(self._form.whole(results)), 200, self._headers, "application/json")
+
+    async def _stream(self, send: Send) -> None:
+        options = self._body.stream_options
+        events = EventStream(send, self._headers)
+        with self._server.pulse.watching(events):
+            try:
+                async with self._server.open(self._call) as streams:
+                    encoder = Encoder(
+                        self._form,
+                        streams,
+                        self._call.params.n,
+                        include_usage=bool(options and options.include_usage),
+                        tells_usage_always=bool(options and options.continuous_usage_stats),
+                        hides_tokens=self._body.token_limit == 0,
+                    )
+                    with refusals():
+                        await send_events(events, streams, encoder)
+            except ApiError as error:
+                await events.fail(error)
+
+
+async def _last(stream: RequestStream) -> RequestOutput:
+    """The only output of a stream that has one."""
+    return [output async for output in stream][-1]
+
+
+@asynccontextmanager
+async def until_client_leaves(receive: Receive) -> AsyncGenerator[None]:
+    """Cancel the block when the client closes its connection. The body of the request has been read before.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
+    task: Any = asyncio.current_task()
+    has_left = False
+
+    def leave(watch: asyncio.Future[None]) -> None:
+        nonlocal has_left
+        has_left = True
+        task.cancel()
+
+    watch = asyncio.ensure_future(_disconnected(receive))
+    watch.add_done_callback(leave)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if has_left and task.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watch.remove_done_callback(leave)
+        watch.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,251 @@
+"""The server's state: the one object that every route shares."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from time import monotonic, time
+from typing import Any
+
+from starlette.requests import Request
+
+from jpaged.async_llm import AsyncLLM
+from jpaged.engine.prompts import TokensPrompt
+from jpaged.engine.request_stream import RequestStream
+from jpaged.request import SamplingParams
+from jpaged.server.admission import Admission, Demand, Limits, Ticket
+from jpaged.server.dashboard.feed import Feed
+from jpaged.server.errors import ApiError, refusals
+from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
+from jpaged.server.metrics import Metrics
+from jpaged.server.settings import ServerSettings
+from jpaged.server.sse import Pulse
+from jpaged.server.tokens import TextCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The work that one HTTP request asks of the engine: each prompt is a request of its own there.
+
+    Args:
+        call_id: the id in the response.
+        prompts: the prompts as token ids.
+        params: sampling parameters of all of them.
+        priority: lower is served first.
+        cache_salt: prompts of a key share cached KV only under equal salts; None shares with all that have none.
+        key: the key under which it is asked for.
+    """
+
+    call_id: str
+    prompts: list[list[int]]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+    key: ApiKey = ANONYMOUS
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The engine's id of each prompt."""
+        return [f"{self.call_id}-{i}" for i in range(len(self.prompts))]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run at once, over all prompts."""
+        return len(self.prompts) * self.params.num_sequences
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def allowed_priority(self) -> int:
+        """The priority that its key may have."""
+        return self.key.priority(self.priority)
+
+    @property
+    def demands(self) -> list[Demand]:
+        """The size of each prompt's request."""
+        num_sequences, max_tokens, priority = self.params.num_sequences, self.params.max_tokens, self.allowed_priority
+        pairs = zip(self.request_ids, self.prompts, strict=True)
+        return [Demand(each, len(prompt), num_sequences, max_tokens, priority) for each, prompt in pairs]
+
+    def prompt(self, i: int) -> TokensPrompt:
+        """The i-th prompt, as the engine takes it."""
+        prompt: TokensPrompt = {"prompt_token_ids": self.prompts[i]}
+        if (salt := self.key.cache_salt(self.cache_salt)) is not None:
+            prompt["cache_salt"] = salt
+        return prompt
+
+
+class Server:
+    """Opens calls to the engine. Its methods are for the thread of the event loop.
+
+    Args:
+        llm: the engine.
+        settings: the settings.
+        keys: the keys.
+
+    Attributes:
+        admission: the queue before the engine.
+        created: the start of the server, in seconds since 1970.
+        calls: the open calls by id; written here alone.
+        codec: text to token ids and back.
+        pulse: keeps silent streams open.
+        metrics: counts what happens.
+        feed: shows the dashboard what happens.
+    """
+
+    def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.keys = keys
+        self.model_name = settings.served_model_name
+        self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting_sequences)
+        self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
+        llm.listen(self.admission.note)
+        self.created = int(time())
+        self.calls: dict[str, Call] = {}
+        self.codec = TextCodec(llm)
+        self.pulse = Pulse(settings.keep_alive_s)
+        self.feed = Feed(llm, self.metrics, self.model_name)
+
+    @asynccontextmanager
+    async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
+        """Give a call to the engine; the streams of its prompts are open until the block is left.
+
+        Every call passes through here.
+
+        Raises:
+            ApiError: 400 if the engine refuses a prompt, 429 if the queue is full, 503 if the engine takes none, 408 if
+                the call does not start in time, 504 if it does not end in time.
+        """
+        self._check_sizes(call)
+        if self.admission.has_queue:
+            await self._check_fits(call)
+        end = None if (limit := self.settings.request_timeout_s) is None else asyncio.get_running_loop().time() + limit
+        with self.admission.queue(call.key, call.demands) as tickets:
+            streams = await self._open_all(call, tickets, end)
+            self.calls[call.call_id] = call
+            try:
+                with _ending(streams, end):
+                    yield streams
+            finally:
+                del self.calls[call.call_id]
+                for stream in streams:
+                    stream.close()
+
+    async def _check_fits(self, call: Call) -> None:
+        """Refuse a call that can never fit, before it waits."""
+        longest = max(range(len(call.prompts)), key=lambda i: len(call.prompts[i]))
+        with _refusals():
+            request = await self.llm.in_background(
+                lambda: self.llm.engine.prompts.read(call.request_ids[longest], call.prompt(longest), call.params, 0)
+            )
+            await self.llm.ask(lambda engine: engine.scheduler.check(request))
+
+    def _check_sizes(self, call: Call) -> None:
+        settings, params = self.settings, call.params
+        if call.num_sequences > settings.max_sequences:
+            raise ApiError(
+                400, f"the request has {call.num_sequences} sequences: at most {settings.max_sequences} are taken"
+            )
+        limit = self.llm.max_model_len
+        num_outputs = min(params.max_tokens or limit, limit) * params.n * len(call.prompts)
+        entries = 0 if params.logprobs is None else num_outputs * (params.logprobs + 1)
+        entries += 0 if params.prompt_logprobs is None else call.num_prompt_tokens * (params.prompt_logprobs + 1)
+        if entries > settings.max_logprobs_entries:
+            raise ApiError(
+                400,
+                f"the request asks for up to {entries} log-probabilities: at most {settings.max_logprobs_entries} are "
+                "returned; lower logprobs, max_tokens, n or the number of prompts",
+            )
+
+    async def _open_all(self, call: Call, tickets: Sequence[Ticket], end: float | None) -> list[RequestStream]:
+        """The streams of all prompts, once it is their turn; none is left open if one is refused."""
+        try:
+            async with asyncio.timeout_at(end):
+                with _refusals():
+                    return await self._gather(call, tickets)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the request waited for {self.settings.request_timeout_s:g} s: try again", code="queue_timeout"
+            ) from None
+
+    async def _gather(self, call: Call, tickets: Sequence[Ticket]) -> list[RequestStream]:
+        options = {"priority": call.allowed_priority, "arrived": monotonic()}
+
+        async def open_one(i: int) -> RequestStream:
+            await tickets[i].turn
+            return await self.llm.open(call.prompt(i), call.params, tickets[i].demand.request_id, **options)
+
+        opening = [asyncio.ensure_future(open_one(i)) for i in range(len(tickets))]
+        try:
+            return await asyncio.gather(*opening)
+        except BaseException:
+            for each in opening:
+                each.cancel()
+            for result in await asyncio.gather(*opening, return_exceptions=True):
+                if isinstance(result, RequestStream):
+                    result.close()
+            raise
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a request for another model.
+
+        Raises:
+            ApiError: 404.
+        """
+        if name is not None and name != self.model_name:
+            raise ApiError(404, f"the model {name[:200]!r} is not served here", code="model_not_found", param="model")
+
+
+def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:
+    """The limits of the queue: a few requests wait in the engine, so that no place there stays empty."""
+    config = llm.engine.config
+    return Limits(
+        settings.max_waiting_sequences,
+        settings.max_waiting_tokens,
+        num_places=config.max_num_seqs + max(1, config.max_num_seqs // 16),
+        max_unstarted_tokens=2 * config.token_budget,
+    )
+
+
+def _refusals() -> AbstractContextManager[None]:
+    return refusals(SamplingParams.__dataclass_fields__)
+
+
+@contextmanager
+def _ending(streams: Sequence[RequestStream], end: float | None) -> Iterator[None]:
+    """End the streams at a time of the loop's clock.
+
+    Raises:
+        ApiError: 504, the block failed because they were ended.
+    """
+    if end is None:
+        yield
+        return
+    is_late = False
+
+    def expire() -> None:
+        nonlocal is_late
+        is_late = True
+        for stream in streams:
+            stream.give_up("it took too long")
+
+    timer = asyncio.get_running_loop().call_at(end, expire)
+    try:
+        yield
+    except ApiError as error:
+        if not is_late:
+            raise
+        headers = {"x-should-retry": "false"}
+        raise ApiError(504, "the request took too long", code="request_timeout", headers=headers) from error
+    finally:
+        timer.cancel()
+
+
+def server_of(request: Request) -> Server:
+    """The server that serves a request."""
+    server: Any = request.app.state.server
+    return server
