@@ -1,5 +1,7 @@
 """The application: every route and every middleware, in one place."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.applications import Starlette
@@ -9,9 +11,13 @@ from starlette.routing import Route
 
 from jpaged.async_llm import AsyncLLM
 from jpaged.server.completions import completions
+from jpaged.server.counting import Counting
+from jpaged.server.dashboard.routes import OPEN_PATHS, dashboard_routes
 from jpaged.server.errors import HANDLERS
 from jpaged.server.guard import Guard, guard_rules
+from jpaged.server.health import health_routes, report_of
 from jpaged.server.keys import KeyRing
+from jpaged.server.metrics import metrics_route
 from jpaged.server.models import list_models, show_model
 from jpaged.server.settings import ServerSettings
 from jpaged.server.state import Server
@@ -29,17 +35,28 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
         ValueError: the keys cannot be read.
     """
     keys = KeyRing.load(settings.api_key_file) if keys is None else keys
+    server = Server(llm, settings, keys)
     routes = [
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", show_model),
         Route("/v1/completions", completions, methods=["POST"]),
+        metrics_route(server.metrics),
+        *health_routes(lambda: report_of(llm)),
+        *dashboard_routes(server.feed),
     ]
-    middleware = [Middleware(Guard, rules=guard_rules(settings), keys=keys)]
-    if settings.allowed_origins:
-        middleware.insert(0, Middleware(CORSMiddleware, **_cors(settings)))
-    app = Starlette(routes=routes, exception_handlers=HANDLERS, middleware=middleware)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with server.metrics.watching():
+            yield
+        await server.feed.close()
+
+    guard = Middleware(Guard, rules=guard_rules(settings, OPEN_PATHS), keys=keys)
+    cors = [Middleware(CORSMiddleware, **_cors(settings))] if settings.allowed_origins else []
+    middleware = [Middleware(Counting, metrics=server.metrics), *cors, guard]
+    app = Starlette(routes=routes, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect is built from the Host header
-    app.state.server = Server(llm, settings, keys)
+    app.state.server = server
     return app
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from time import time
+from time import monotonic, time
 from typing import Any
 
 from starlette.requests import Request
@@ -14,8 +14,10 @@ from jpaged.engine.prompts import TokensPrompt
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import SamplingParams
 from jpaged.server.admission import Admission, Demand, Limits, Ticket
+from jpaged.server.dashboard.feed import Feed
 from jpaged.server.errors import ApiError, refusals
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
+from jpaged.server.metrics import Metrics
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
 from jpaged.server.tokens import TextCodec
@@ -90,19 +92,23 @@ class Server:
         calls: the open calls by id; written here alone.
         codec: text to token ids and back.
         pulse: keeps silent streams open.
+        metrics: counts what happens.
+        feed: shows the dashboard what happens.
     """
 
     def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
         self.llm = llm
         self.settings = settings
         self.keys = keys
-        self.admission = Admission(_limits(llm, settings))
-        llm.listen(self.admission.note)
         self.model_name = settings.served_model_name
+        self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting_sequences)
+        self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
+        llm.listen(self.admission.note)
         self.created = int(time())
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
         self.pulse = Pulse(settings.keep_alive_s)
+        self.feed = Feed(llm, self.metrics, self.model_name)
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
@@ -167,11 +173,11 @@ class Server:
             ) from None
 
     async def _gather(self, call: Call, tickets: Sequence[Ticket]) -> list[RequestStream]:
+        options = {"priority": call.allowed_priority, "arrived": monotonic()}
+
         async def open_one(i: int) -> RequestStream:
             await tickets[i].turn
-            return await self.llm.open(
-                call.prompt(i), call.params, tickets[i].demand.request_id, priority=call.allowed_priority
-            )
+            return await self.llm.open(call.prompt(i), call.params, tickets[i].demand.request_id, **options)
 
         opening = [asyncio.ensure_future(open_one(i)) for i in range(len(tickets))]
         try:
