@@ -15,7 +15,7 @@ from jpaged.server.counting import Counting
 from jpaged.server.dashboard.routes import OPEN_PATHS, dashboard_routes
 from jpaged.server.errors import HANDLERS
 from jpaged.server.guard import Guard, guard_rules
-from jpaged.server.health import health_routes, report_of
+from jpaged.server.health import health_routes
 from jpaged.server.keys import KeyRing
 from jpaged.server.metrics import metrics_route
 from jpaged.server.models import list_models, show_model
@@ -41,7 +41,7 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
         Route("/v1/models/{model:path}", show_model),
         Route("/v1/completions", completions, methods=["POST"]),
         metrics_route(server.metrics),
-        *health_routes(lambda: report_of(llm)),
+        *health_routes(server.report),
         *dashboard_routes(server.feed),
     ]
 
