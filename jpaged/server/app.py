@@ -15,10 +15,11 @@ from jpaged.server.counting import Counting
 from jpaged.server.dashboard.routes import OPEN_PATHS, dashboard_routes
 from jpaged.server.errors import HANDLERS
 from jpaged.server.guard import Guard, guard_rules
-from jpaged.server.health import health_routes, report_of
+from jpaged.server.health import health_routes
 from jpaged.server.keys import KeyRing
 from jpaged.server.metrics import metrics_route
 from jpaged.server.models import list_models, show_model
+from jpaged.server.prefixes import list_prefixes, pin_prefix, show_prefix, unpin_prefix
 from jpaged.server.settings import ServerSettings
 from jpaged.server.state import Server
 
@@ -40,8 +41,12 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", show_model),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/prefixes", pin_prefix, methods=["POST"]),
+        Route("/v1/prefixes", list_prefixes),
+        Route("/v1/prefixes/{prefix_id}", show_prefix),
+        Route("/v1/prefixes/{prefix_id}", unpin_prefix, methods=["DELETE"]),
         metrics_route(server.metrics),
-        *health_routes(lambda: report_of(llm)),
+        *health_routes(server.report),
         *dashboard_routes(server.feed),
     ]
 
@@ -50,6 +55,7 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
         async with server.metrics.watching():
             yield
         await server.feed.close()
+        server.prefixes.close()
 
     guard = Middleware(Guard, rules=guard_rules(settings, OPEN_PATHS), keys=keys)
     cors = [Middleware(CORSMiddleware, **_cors(settings))] if settings.allowed_origins else []

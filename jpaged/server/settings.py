@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jpaged.rules import FLAG, Rule, check_all, documented, integer, number_above, optional, setting
+from jpaged.rules import FLAG, Rule, check_all, documented, integer, number, number_above, optional, setting
 
 _NAME = Rule(
     str,
@@ -42,6 +42,11 @@ class ServerSettings:
         1 << 20,
         integer(1, 1 << 40),
         "most log-probabilities that one request may ask for, over all of its tokens and their alternatives",
+    )
+    max_prefixes: int = setting(16, integer(0, 1 << 16), "most prefixes that one key may pin")
+    max_pinned_fraction: float = setting(0.25, number(0, 1), "fraction of the blocks that all pinned prefixes may take")
+    max_prefix_ttl_s: float = setting(
+        3600.0, _SECONDS, "seconds that a prefix stays pinned, unless its request asks for fewer"
     )
     host: str = setting("127.0.0.1", _WORD, "address to bind; any other than this machine's own needs keys")
     port: int = setting(8000, integer(0, 65535), "port to bind; 0 is one that is free")

@@ -16,8 +16,10 @@ from jpaged.request import SamplingParams
 from jpaged.server.admission import Admission, Demand, Limits, Ticket
 from jpaged.server.dashboard.feed import Feed
 from jpaged.server.errors import ApiError, refusals
+from jpaged.server.health import Report, report_of
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
 from jpaged.server.metrics import Metrics
+from jpaged.server.pinning import Prefixes
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
 from jpaged.server.tokens import TextCodec
@@ -94,6 +96,7 @@ class Server:
         pulse: keeps silent streams open.
         metrics: counts what happens.
         feed: shows the dashboard what happens.
+        prefixes: the prefixes that clients have pinned.
     """
 
     def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
@@ -104,11 +107,17 @@ class Server:
         self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting_sequences)
         self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
         llm.listen(self.admission.note)
+        self.prefixes = Prefixes(llm, settings, self.admission)
         self.created = int(time())
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
         self.pulse = Pulse(settings.keep_alive_s)
         self.feed = Feed(llm, self.metrics, self.model_name)
+
+    def report(self) -> Report:
+        """The health now; a server that drains takes no requests."""
+        report = report_of(self.llm)
+        return report._replace(is_ready=report.is_ready and not self.admission.is_closed)
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
