@@ -16,7 +16,7 @@ from jpaged.server.counting import Counting
 from jpaged.server.dashboard.routes import OPEN_PATHS, dashboard_routes
 from jpaged.server.errors import HANDLERS
 from jpaged.server.guard import Guard, guard_rules
-from jpaged.server.health import health_routes, report_of
+from jpaged.server.health import health_routes
 from jpaged.server.keys import KeyRing
 from jpaged.server.metrics import metrics_route
 from jpaged.server.models import list_models, show_model
@@ -48,7 +48,7 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
         Route("/v1/prefixes/{prefix_id}", show_prefix),
         Route("/v1/prefixes/{prefix_id}", unpin_prefix, methods=["DELETE"]),
         metrics_route(server.metrics),
-        *health_routes(lambda: report_of(llm)),
+        *health_routes(server.report),
         *dashboard_routes(server.feed),
     ]
 

@@ -16,6 +16,7 @@ from jpaged.request import SamplingParams
 from jpaged.server.admission import Admission, Demand, Limits, Ticket
 from jpaged.server.dashboard.feed import Feed
 from jpaged.server.errors import ApiError, refusals
+from jpaged.server.health import Report, report_of
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
 from jpaged.server.metrics import Metrics
 from jpaged.server.pinning import Prefixes
@@ -117,6 +118,11 @@ class Server:
         self.codec = TextCodec(llm)
         self.pulse = Pulse(settings.keep_alive_s)
         self.feed = Feed(llm, self.metrics, self.model_name)
+
+    def report(self) -> Report:
+        """The health now; a server that drains takes no requests."""
+        report = report_of(self.llm)
+        return report._replace(is_ready=report.is_ready and not self.admission.is_closed)
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
