@@ -100,7 +100,7 @@ class Server:
         metrics: counts what happens.
         feed: shows the dashboard what happens.
         prefixes: the prefixes that clients have pinned.
-        tracing: makes traces; None if nobody wants them.
+        tracing: makes traces; None if none are asked for.
     """
 
     def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
