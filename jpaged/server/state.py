@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import time
 from typing import Any
+from uuid import uuid4
 
 from starlette.requests import Request
 
@@ -14,8 +15,10 @@ from jpaged.engine.prompts import TokensPrompt
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import SamplingParams
 from jpaged.server.errors import ApiError, refusals
+from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
+from jpaged.server.template import ChatTemplate
 from jpaged.server.tokens import TextCodec
 
 
@@ -24,11 +27,12 @@ class Call:
     """The work that one HTTP request asks of the engine: each prompt is a request of its own there.
 
     Args:
-        call_id: the id in the response.
+        call_id: the id in the response, of 128 random bits.
         prompts: the prompts as token ids.
         params: sampling parameters of all of them.
         priority: lower is served first.
         cache_salt: prompts share cached KV only under equal salts; None shares with all that have none.
+        client_id: the id that the client gave it in the header ``x-request-id``.
     """
 
     call_id: str
@@ -36,6 +40,7 @@ class Call:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    client_id: str | None = None
 
     @property
     def request_ids(self) -> list[str]:
@@ -71,6 +76,7 @@ class Server:
         created: the start of the server, in seconds since 1970.
         calls: the open calls by id; written here alone.
         codec: text to token ids and back.
+        template: conversations to token ids.
         pulse: keeps silent streams open.
     """
 
@@ -81,7 +87,29 @@ class Server:
         self.created = int(time())
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
+        self.template = ChatTemplate(llm, self.codec)
         self.pulse = Pulse(settings.keep_alive_s)
+
+    def make_call(
+        self, request: Request, kind: str, prompts: list[list[int]], params: SamplingParams, body: GenerationBody
+    ) -> Call:
+        """The call for a request.
+
+        Args:
+            request: the request.
+            kind: beginning of the call's id.
+            prompts: the prompts as token ids.
+            params: sampling parameters of all of them.
+            body: the body of the request.
+        """
+        return Call(
+            f"{kind}-{uuid4().hex}",
+            prompts,
+            params,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
+            client_id=request.headers.get("x-request-id"),
+        )
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
@@ -135,6 +163,13 @@ class Server:
                 if isinstance(result, RequestStream):
                     result.close()
             raise
+
+    async def cancel(self, request: Request, call_id: str) -> bool:
+        """End unfinished calls that have an id, be it the server's or the client's. Returns whether there was any."""
+        calls = [call for call in self.calls.values() if call_id in (call.call_id, call.client_id)]
+        with refusals():
+            ended = [await self.llm.abort(call.request_ids) for call in calls]
+        return any(ended)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.
