@@ -141,6 +141,12 @@ class RequestStream:
         if is_open:
             self._close(self.request_id)
 
+    def give_up(self, error: str) -> None:
+        """End a request that is unfinished. Its consumer gets what it has not read, and ``FinishReason.ABORT``."""
+        if not self._is_over and self._end is None:
+            self.break_off(FinishReason.ABORT, error)
+            self._close(self.request_id)
+
     def _read(self) -> RequestOutput:
         deltas, end = self._unread, self._end
         self._unread, self._end, self._num_unread_tokens = [], None, 0

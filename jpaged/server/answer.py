@@ -58,8 +58,8 @@ class Answer:
         async with self._server.open(self._call) as streams:
             with refusals():
                 results = [await _last(stream) for stream in streams]
-        for result in results:
-            check_end(result)
+            for result in results:
+                check_end(result)
         return Response(orjson.dumps(self._form.whole(results)), 200, self._headers, "application/json")
 
     async def _stream(self, send: Send) -> None:

@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass
 
-from jpaged.rules import FLAG, Rule, check_all, documented, integer, number_above, setting
+from jpaged.rules import FLAG, Rule, check_all, documented, integer, number, number_above, optional, setting
 
 _NAME = Rule(
     str,
     lambda name: isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable(),
     "a name of 1 to 200 printable characters",
 )
+_WORD = Rule(str, lambda word: isinstance(word, str) and word != "", "a string that is not empty")
+_ORIGINS = Rule(
+    list,
+    lambda origins: isinstance(origins, list | tuple) and all(isinstance(each, str) and each for each in origins),
+    "a list of origins, each like https://example.org",
+)
+_SECONDS = number_above(0, 86400)
 
 
 @documented
@@ -35,6 +42,42 @@ class ServerSettings:
         1 << 20,
         integer(1, 1 << 40),
         "most log-probabilities that one request may ask for, over all of its tokens and their alternatives",
+    )
+    max_prefixes: int = setting(16, integer(0, 1 << 16), "most prefixes that one key may pin")
+    max_pinned_fraction: float = setting(0.25, number(0, 1), "fraction of the blocks that all pinned prefixes may take")
+    max_prefix_ttl_s: float = setting(
+        3600.0, _SECONDS, "seconds that a prefix stays pinned, unless its request asks for fewer"
+    )
+    host: str = setting("127.0.0.1", _WORD, "address to bind; any other than this machine's own needs keys")
+    port: int = setting(8000, integer(0, 65535), "port to bind; 0 is one that is free")
+    unix_socket: str | None = setting(
+        None, optional(_WORD), "path of a socket to bind instead of an address", unset="none"
+    )
+    api_key_file: str | None = setting(
+        None, optional(_WORD), "TOML file of API keys; the variable JPAGED_API_KEY has more", unset="none"
+    )
+    insecure: bool = setting(False, FLAG, "serve other machines without keys")
+    allowed_origins: list[str] | tuple[str, ...] = setting(  # noqa: RUF009
+        (), _ORIGINS, "origins whose pages may ask from a browser", unset="none; may be given several times"
+    )
+    metrics_without_key: bool = setting(False, FLAG, "let /metrics be read without a key")
+    max_body_bytes: int = setting(32 << 20, integer(1, 1 << 34), "most bytes of the body of a request")
+    max_pending_bytes: int = setting(256 << 20, integer(1, 1 << 40), "most bytes of the bodies of all requests")
+    max_connections: int = setting(4096, integer(1, 1 << 20), "most connections at once")
+    head_timeout_s: float = setting(10.0, _SECONDS, "seconds for the headers of a request")
+    body_timeout_s: float = setting(30.0, _SECONDS, "seconds for the body of a request, and one more for each 64 KiB")
+    write_timeout_s: float = setting(60.0, _SECONDS, "seconds after which a client that does not read is cut off")
+    idle_timeout_s: float = setting(30.0, _SECONDS, "seconds after which a connection without a request is closed")
+    max_waiting_sequences: int = setting(4096, integer(1, 1 << 24), "most sequences that wait for the engine")
+    max_waiting_tokens: int = setting(1 << 22, integer(1, 1 << 40), "most prompt tokens that wait for the engine")
+    request_timeout_s: float | None = setting(
+        None, optional(_SECONDS), "seconds after which a request is ended", unset="no limit"
+    )
+    drain_timeout_s: float = setting(
+        30.0, _SECONDS, "seconds that running requests get to end when the server is told to"
+    )
+    max_failed_steps: int = setting(
+        12, integer(3, 1 << 20), "failed steps of the engine in a row after which the server ends with an error"
     )
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
 """The server's state: the one object that every route shares."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from time import time
+from time import monotonic, time
 from typing import Any
 from uuid import uuid4
 
@@ -14,7 +14,13 @@ from jpaged.async_llm import AsyncLLM
 from jpaged.engine.prompts import TokensPrompt
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import SamplingParams
+from jpaged.server.admission import Admission, Demand, Limits, Ticket
+from jpaged.server.dashboard.feed import Feed
 from jpaged.server.errors import ApiError, refusals
+from jpaged.server.health import Report, report_of
+from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
+from jpaged.server.metrics import Metrics
+from jpaged.server.pinning import Prefixes
 from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
@@ -31,7 +37,8 @@ class Call:
         prompts: the prompts as token ids.
         params: sampling parameters of all of them.
         priority: lower is served first.
-        cache_salt: prompts share cached KV only under equal salts; None shares with all that have none.
+        cache_salt: prompts of a key share cached KV only under equal salts; None shares with all that have none.
+        key: the key under which it is asked for.
         client_id: the id that the client gave it in the header ``x-request-id``.
     """
 
@@ -40,6 +47,7 @@ class Call:
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    key: ApiKey = ANONYMOUS
     client_id: str | None = None
 
     @property
@@ -57,11 +65,23 @@ class Call:
         """Tokens of all prompts."""
         return sum(map(len, self.prompts))
 
+    @property
+    def allowed_priority(self) -> int:
+        """The priority that its key may have."""
+        return self.key.priority(self.priority)
+
+    @property
+    def demands(self) -> list[Demand]:
+        """The size of each prompt's request."""
+        num_sequences, max_tokens, priority = self.params.num_sequences, self.params.max_tokens, self.allowed_priority
+        pairs = zip(self.request_ids, self.prompts, strict=True)
+        return [Demand(each, len(prompt), num_sequences, max_tokens, priority) for each, prompt in pairs]
+
     def prompt(self, i: int) -> TokensPrompt:
         """The i-th prompt, as the engine takes it."""
         prompt: TokensPrompt = {"prompt_token_ids": self.prompts[i]}
-        if self.cache_salt is not None:
-            prompt["cache_salt"] = self.cache_salt
+        if (salt := self.key.cache_salt(self.cache_salt)) is not None:
+            prompt["cache_salt"] = salt
         return prompt
 
 
@@ -71,24 +91,40 @@ class Server:
     Args:
         llm: the engine.
         settings: the settings.
+        keys: the keys.
 
     Attributes:
+        admission: the queue before the engine.
         created: the start of the server, in seconds since 1970.
         calls: the open calls by id; written here alone.
         codec: text to token ids and back.
         template: conversations to token ids.
         pulse: keeps silent streams open.
+        metrics: counts what happens.
+        feed: shows the dashboard what happens.
+        prefixes: the prefixes that clients have pinned.
     """
 
-    def __init__(self, llm: AsyncLLM, settings: ServerSettings) -> None:
+    def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
         self.llm = llm
         self.settings = settings
+        self.keys = keys
         self.model_name = settings.served_model_name
+        self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting_sequences)
+        self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
+        llm.listen(self.admission.note)
+        self.prefixes = Prefixes(llm, settings, self.admission)
         self.created = int(time())
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
         self.template = ChatTemplate(llm, self.codec)
         self.pulse = Pulse(settings.keep_alive_s)
+        self.feed = Feed(llm, self.metrics, self.model_name)
+
+    def report(self) -> Report:
+        """The health now; a server that drains takes no requests."""
+        report = report_of(self.llm)
+        return report._replace(is_ready=report.is_ready and not self.admission.is_closed)
 
     def make_call(
         self, request: Request, kind: str, prompts: list[list[int]], params: SamplingParams, body: GenerationBody
@@ -108,6 +144,7 @@ class Server:
             params,
             priority=body.priority or 0,
             cache_salt=body.cache_salt,
+            key=request.state.key,
             client_id=request.headers.get("x-request-id"),
         )
 
@@ -118,18 +155,32 @@ class Server:
         Every call passes through here.
 
         Raises:
-            ApiError: 400 if the engine refuses a prompt, 503 if it takes none.
+            ApiError: 400 if the engine refuses a prompt, 429 if the queue is full, 503 if the engine takes none, 408 if
+                the call does not start in time, 504 if it does not end in time.
         """
         self._check_sizes(call)
-        with refusals(SamplingParams.__dataclass_fields__):
-            streams = await self._open_all(call)
-        self.calls[call.call_id] = call
-        try:
-            yield streams
-        finally:
-            del self.calls[call.call_id]
-            for stream in streams:
-                stream.close()
+        if self.admission.has_queue:
+            await self._check_fits(call)
+        end = None if (limit := self.settings.request_timeout_s) is None else asyncio.get_running_loop().time() + limit
+        with self.admission.queue(call.key, call.demands) as tickets:
+            streams = await self._open_all(call, tickets, end)
+            self.calls[call.call_id] = call
+            try:
+                with _ending(streams, end):
+                    yield streams
+            finally:
+                del self.calls[call.call_id]
+                for stream in streams:
+                    stream.close()
+
+    async def _check_fits(self, call: Call) -> None:
+        """Refuse a call that can never fit, before it waits."""
+        longest = max(range(len(call.prompts)), key=lambda i: len(call.prompts[i]))
+        with _refusals():
+            request = await self.llm.in_background(
+                lambda: self.llm.engine.prompts.read(call.request_ids[longest], call.prompt(longest), call.params, 0)
+            )
+            await self.llm.ask(lambda engine: engine.scheduler.check(request))
 
     def _check_sizes(self, call: Call) -> None:
         settings, params = self.settings, call.params
@@ -148,12 +199,25 @@ class Server:
                 "returned; lower logprobs, max_tokens, n or the number of prompts",
             )
 
-    async def _open_all(self, call: Call) -> list[RequestStream]:
-        """The streams of all prompts; none is left open if one is refused."""
-        opening = [
-            asyncio.ensure_future(self.llm.open(call.prompt(i), call.params, request_id, priority=call.priority))
-            for i, request_id in enumerate(call.request_ids)
-        ]
+    async def _open_all(self, call: Call, tickets: Sequence[Ticket], end: float | None) -> list[RequestStream]:
+        """The streams of all prompts, once it is their turn; none is left open if one is refused."""
+        try:
+            async with asyncio.timeout_at(end):
+                with _refusals():
+                    return await self._gather(call, tickets)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the request waited for {self.settings.request_timeout_s:g} s: try again", code="queue_timeout"
+            ) from None
+
+    async def _gather(self, call: Call, tickets: Sequence[Ticket]) -> list[RequestStream]:
+        options = {"priority": call.allowed_priority, "arrived": monotonic()}
+
+        async def open_one(i: int) -> RequestStream:
+            await tickets[i].turn
+            return await self.llm.open(call.prompt(i), call.params, tickets[i].demand.request_id, **options)
+
+        opening = [asyncio.ensure_future(open_one(i)) for i in range(len(tickets))]
         try:
             return await asyncio.gather(*opening)
         except BaseException:
@@ -165,8 +229,13 @@ class Server:
             raise
 
     async def cancel(self, request: Request, call_id: str) -> bool:
-        """End unfinished calls that have an id, be it the server's or the client's. Returns whether there was any."""
-        calls = [call for call in self.calls.values() if call_id in (call.call_id, call.client_id)]
+        """End unfinished calls of the request's own key that have an id, the server's or the client's.
+
+        Returns:
+            Whether there was any.
+        """
+        own = [call for call in self.calls.values() if call.key.name == request.state.key.name]
+        calls = [call for call in own if call_id in (call.call_id, call.client_id)]
         with refusals():
             ended = [await self.llm.abort(call.request_ids) for call in calls]
         return any(ended)
@@ -179,6 +248,51 @@ class Server:
         """
         if name is not None and name != self.model_name:
             raise ApiError(404, f"the model {name[:200]!r} is not served here", code="model_not_found", param="model")
+
+
+def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:
+    """The limits of the queue: a few requests wait in the engine, so that no place there stays empty."""
+    config = llm.engine.config
+    return Limits(
+        settings.max_waiting_sequences,
+        settings.max_waiting_tokens,
+        num_places=config.max_num_seqs + max(1, config.max_num_seqs // 16),
+        max_unstarted_tokens=2 * config.token_budget,
+    )
+
+
+def _refusals() -> AbstractContextManager[None]:
+    return refusals(SamplingParams.__dataclass_fields__)
+
+
+@contextmanager
+def _ending(streams: Sequence[RequestStream], end: float | None) -> Iterator[None]:
+    """End the streams at a time of the loop's clock.
+
+    Raises:
+        ApiError: 504, the block failed because they were ended.
+    """
+    if end is None:
+        yield
+        return
+    is_late = False
+
+    def expire() -> None:
+        nonlocal is_late
+        is_late = True
+        for stream in streams:
+            stream.give_up("it took too long")
+
+    timer = asyncio.get_running_loop().call_at(end, expire)
+    try:
+        yield
+    except ApiError as error:
+        if not is_late:
+            raise
+        headers = {"x-should-retry": "false"}
+        raise ApiError(504, "the request took too long", code="request_timeout", headers=headers) from error
+    finally:
+        timer.cancel()
 
 
 def server_of(request: Request) -> Server:

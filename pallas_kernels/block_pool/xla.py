@@ -105,6 +105,7 @@ def _rescale(
     def rescale(pool: Stored, blocks: BlockIds, ratios: Float32[Array, "blocks *heads"]) -> Stored:
         stored = pool.at[blocks, layer].get(mode="clip", wrap_negative_indices=False)
         stored = to_stored(stored.astype(jnp.float32) * ratios[..., None, None], pool.dtype)
+        stored = lax.optimization_barrier(stored)  # a write fused with its own read would copy the pool
         return pool.at[blocks, layer].set(stored, mode="drop", wrap_negative_indices=False)
 
     per_pass = -(-max(num_tokens, TOKENS_RESCALED_AT_ONCE) // block_size)

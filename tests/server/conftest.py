@@ -72,7 +72,7 @@ class Served:
     def client(self, **settings) -> httpx.AsyncClient:
         """A client of another application over the same engine, in process; to be used in the server's loop."""
         transport = httpx.ASGITransport(create_app(self.llm, ServerSettings(**settings)))
-        return httpx.AsyncClient(transport=transport, base_url="http://server", timeout=TIMEOUT_S)
+        return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=TIMEOUT_S)
 
     @contextmanager
     def held(self) -> Iterator[threading.Event]:

@@ -97,7 +97,7 @@ def test_silent_streams_get_comments_before_their_first_token(served):
     app = create_app(served.llm, ServerSettings(keep_alive_s=0.01))
     body = json.dumps({"prompt": PROMPT, "max_tokens": 2, "stream": True}).encode()
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1"}
-    scope["headers"] = [(b"content-type", b"application/json")]
+    scope["headers"] = [(b"host", b"localhost"), (b"content-type", b"application/json")]
 
     async def task():
         sent = asyncio.Queue()
