@@ -1,5 +1,6 @@
 """The application: every route and every middleware, in one place."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -25,6 +26,7 @@ from jpaged.server.prefixes import list_prefixes, pin_prefix, show_prefix, unpin
 from jpaged.server.settings import ServerSettings
 from jpaged.server.state import Server
 from jpaged.server.tokenization import detokenize, tokenize, tokenizer_info
+from jpaged.server.trace_context import TraceContext
 
 
 def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = None) -> Starlette:
@@ -64,10 +66,13 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
             yield
         await server.feed.close()
         server.prefixes.close()
+        if server.tracing is not None:
+            await asyncio.to_thread(server.tracing.shutdown)
 
     guard = Middleware(Guard, rules=guard_rules(settings, OPEN_PATHS), keys=keys)
     cors = [Middleware(CORSMiddleware, **_cors(settings))] if settings.allowed_origins else []
-    middleware = [Middleware(Counting, metrics=server.metrics), *cors, guard]
+    traces = [Middleware(TraceContext)] if server.tracing is not None else []
+    middleware = [Middleware(Counting, metrics=server.metrics), *cors, guard, *traces]
     app = Starlette(routes=routes, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect is built from the Host header
     app.state.server = server

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import monotonic, time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from starlette.requests import Request
@@ -26,6 +26,9 @@ from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
 from jpaged.server.template import ChatTemplate
 from jpaged.server.tokens import TextCodec
+
+if TYPE_CHECKING:
+    from jpaged.server.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ class Server:
         metrics: counts what happens.
         feed: shows the dashboard what happens.
         prefixes: the prefixes that clients have pinned.
+        tracing: makes traces; None if none are asked for.
     """
 
     def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
@@ -114,6 +118,7 @@ class Server:
         self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
         llm.listen(self.admission.note)
         self.prefixes = Prefixes(llm, settings, self.admission)
+        self.tracing = _tracing(llm, settings)
         self.created = int(time())
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
@@ -217,10 +222,14 @@ class Server:
             await tickets[i].turn
             return await self.llm.open(call.prompt(i), call.params, tickets[i].demand.request_id, **options)
 
+        if self.tracing is not None:
+            self.tracing.open(call.request_ids)
         opening = [asyncio.ensure_future(open_one(i)) for i in range(len(tickets))]
         try:
             return await asyncio.gather(*opening)
         except BaseException:
+            if self.tracing is not None:
+                self.tracing.close(call.request_ids)
             for each in opening:
                 each.cancel()
             for result in await asyncio.gather(*opening, return_exceptions=True):
@@ -259,6 +268,18 @@ def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:
         num_places=config.max_num_seqs + max(1, config.max_num_seqs // 16),
         max_unstarted_tokens=2 * config.token_budget,
     )
+
+
+def _tracing(llm: AsyncLLM, settings: ServerSettings) -> "Tracing | None":
+    if settings.otlp_traces_endpoint is None:
+        return None
+    try:
+        from jpaged.server.tracing import Tracing, batches_to
+    except ModuleNotFoundError as error:
+        raise ValueError(f"otlp_traces_endpoint needs {error.name}: pip install 'jpaged[otel]'") from None
+    tracing = Tracing(batches_to(settings.otlp_traces_endpoint), settings.served_model_name)
+    llm.listen(tracing.listen)
+    return tracing
 
 
 def _refusals() -> AbstractContextManager[None]:
