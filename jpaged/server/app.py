@@ -15,7 +15,7 @@ from jpaged.server.cancel import cancel
 from jpaged.server.chat import chat
 from jpaged.server.completions import completions
 from jpaged.server.counting import Counting
-from jpaged.server.dashboard.routes import OPEN_PATHS, dashboard_routes
+from jpaged.server.dashboard.routes import OPEN_PATHS, feed_route, page_routes
 from jpaged.server.errors import HANDLERS
 from jpaged.server.guard import Guard, guard_rules
 from jpaged.server.health import health_routes
@@ -57,7 +57,8 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
         Route("/v1/prefixes/{prefix_id}", unpin_prefix, methods=["DELETE"]),
         metrics_route(server.metrics),
         *health_routes(server.report),
-        *dashboard_routes(server.feed),
+        *page_routes(),
+        feed_route(server.feed),
     ]
 
     @asynccontextmanager

@@ -11,6 +11,7 @@ from uuid import uuid4
 from starlette.requests import Request
 
 from jpaged.async_llm import AsyncLLM
+from jpaged.engine.health import HealthState
 from jpaged.engine.prompts import TokensPrompt
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import SamplingParams
@@ -129,7 +130,9 @@ class Server:
     def report(self) -> Report:
         """The health now; a server that drains takes no requests."""
         report = report_of(self.llm)
-        return report._replace(is_ready=report.is_ready and not self.admission.is_closed)
+        if report.is_ready and self.admission.is_closed:
+            return report._replace(body={"state": HealthState.DRAINING.value}, is_ready=False)
+        return report
 
     def make_call(
         self, request: Request, kind: str, prompts: list[list[int]], params: SamplingParams, body: GenerationBody
