@@ -1,5 +1,6 @@
 """The application: every route and every middleware, in one place."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from starlette.routing import Route
 from jpaged.async_llm import AsyncLLM
 from jpaged.server.completions import completions
 from jpaged.server.counting import Counting
-from jpaged.server.dashboard.routes import OPEN_PATHS, dashboard_routes
+from jpaged.server.dashboard.routes import OPEN_PATHS, feed_route, page_routes
 from jpaged.server.errors import HANDLERS
 from jpaged.server.guard import Guard, guard_rules
 from jpaged.server.health import health_routes
@@ -22,6 +23,7 @@ from jpaged.server.models import list_models, show_model
 from jpaged.server.prefixes import list_prefixes, pin_prefix, show_prefix, unpin_prefix
 from jpaged.server.settings import ServerSettings
 from jpaged.server.state import Server
+from jpaged.server.trace_context import TraceContext
 
 
 def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = None) -> Starlette:
@@ -47,7 +49,8 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
         Route("/v1/prefixes/{prefix_id}", unpin_prefix, methods=["DELETE"]),
         metrics_route(server.metrics),
         *health_routes(server.report),
-        *dashboard_routes(server.feed),
+        *page_routes(),
+        feed_route(server.feed),
     ]
 
     @asynccontextmanager
@@ -56,10 +59,13 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
             yield
         await server.feed.close()
         server.prefixes.close()
+        if server.tracing is not None:
+            await asyncio.to_thread(server.tracing.shutdown)
 
     guard = Middleware(Guard, rules=guard_rules(settings, OPEN_PATHS), keys=keys)
     cors = [Middleware(CORSMiddleware, **_cors(settings))] if settings.allowed_origins else []
-    middleware = [Middleware(Counting, metrics=server.metrics), *cors, guard]
+    traces = [Middleware(TraceContext)] if server.tracing is not None else []
+    middleware = [Middleware(Counting, metrics=server.metrics), *cors, guard, *traces]
     app = Starlette(routes=routes, exception_handlers=HANDLERS, middleware=middleware, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect is built from the Host header
     app.state.server = server

@@ -25,6 +25,7 @@ from jpaged.async_llm import AsyncLLM
 from jpaged.engine.health import HealthState
 from jpaged.server.app import create_app
 from jpaged.server.connections import ConnectionLimits, limited
+from jpaged.server.dashboard.routes import OPEN_PATHS, page_routes
 from jpaged.server.errors import HANDLERS, ApiError
 from jpaged.server.guard import Guard, guard_rules
 from jpaged.server.health import Startup, health_routes
@@ -256,8 +257,8 @@ def _loading_app(startup: Startup, settings: ServerSettings, keys: KeyRing) -> A
         return ApiError(503, "the model is being loaded: try again later", code="loading", headers=headers).response()
 
     app = Starlette(
-        routes=health_routes(startup.report),
-        middleware=[Middleware(Guard, rules=guard_rules(settings), keys=keys)],
+        routes=[*health_routes(startup.report), *page_routes()],
+        middleware=[Middleware(Guard, rules=guard_rules(settings, OPEN_PATHS), keys=keys)],
         exception_handlers=HANDLERS | {404: refuse},
     )
     app.router.redirect_slashes = False

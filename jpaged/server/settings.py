@@ -61,6 +61,9 @@ class ServerSettings:
         (), _ORIGINS, "origins whose pages may ask from a browser", unset="none; may be given several times"
     )
     metrics_without_key: bool = setting(False, FLAG, "let /metrics be read without a key")
+    otlp_traces_endpoint: str | None = setting(
+        None, optional(_WORD), "URL of an OpenTelemetry collector that gets traces, over HTTP", unset="no traces"
+    )
     max_body_bytes: int = setting(32 << 20, integer(1, 1 << 34), "most bytes of the body of a request")
     max_pending_bytes: int = setting(256 << 20, integer(1, 1 << 40), "most bytes of the bodies of all requests")
     max_connections: int = setting(4096, integer(1, 1 << 20), "most connections at once")

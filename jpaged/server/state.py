@@ -5,11 +5,12 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import monotonic, time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
 from jpaged.async_llm import AsyncLLM
+from jpaged.engine.health import HealthState
 from jpaged.engine.prompts import TokensPrompt
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import SamplingParams
@@ -23,6 +24,9 @@ from jpaged.server.pinning import Prefixes
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
 from jpaged.server.tokens import TextCodec
+
+if TYPE_CHECKING:
+    from jpaged.server.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,7 @@ class Server:
         metrics: counts what happens.
         feed: shows the dashboard what happens.
         prefixes: the prefixes that clients have pinned.
+        tracing: makes traces; None if none are asked for.
     """
 
     def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
@@ -108,6 +113,7 @@ class Server:
         self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
         llm.listen(self.admission.note)
         self.prefixes = Prefixes(llm, settings, self.admission)
+        self.tracing = _tracing(llm, settings)
         self.created = int(time())
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
@@ -117,7 +123,9 @@ class Server:
     def report(self) -> Report:
         """The health now; a server that drains takes no requests."""
         report = report_of(self.llm)
-        return report._replace(is_ready=report.is_ready and not self.admission.is_closed)
+        if report.is_ready and self.admission.is_closed:
+            return report._replace(body={"state": HealthState.DRAINING.value}, is_ready=False)
+        return report
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
@@ -188,10 +196,14 @@ class Server:
             await tickets[i].turn
             return await self.llm.open(call.prompt(i), call.params, tickets[i].demand.request_id, **options)
 
+        if self.tracing is not None:
+            self.tracing.open(call.request_ids)
         opening = [asyncio.ensure_future(open_one(i)) for i in range(len(tickets))]
         try:
             return await asyncio.gather(*opening)
         except BaseException:
+            if self.tracing is not None:
+                self.tracing.close(call.request_ids)
             for each in opening:
                 each.cancel()
             for result in await asyncio.gather(*opening, return_exceptions=True):
@@ -218,6 +230,18 @@ def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:
         num_places=config.max_num_seqs + max(1, config.max_num_seqs // 16),
         max_unstarted_tokens=2 * config.token_budget,
     )
+
+
+def _tracing(llm: AsyncLLM, settings: ServerSettings) -> "Tracing | None":
+    if settings.otlp_traces_endpoint is None:
+        return None
+    try:
+        from jpaged.server.tracing import Tracing, batches_to
+    except ModuleNotFoundError as error:
+        raise ValueError(f"otlp_traces_endpoint needs {error.name}: pip install 'jpaged[otel]'") from None
+    tracing = Tracing(batches_to(settings.otlp_traces_endpoint), settings.served_model_name)
+    llm.listen(tracing.listen)
+    return tracing
 
 
 def _refusals() -> AbstractContextManager[None]:

@@ -280,13 +280,24 @@ function take(line) {
 
 class Refused extends Error {}
 
+// A server that loads its model has no feed yet, but health that tells how far it is.
+async function showProgress(status, headers) {
+  const health = await (await fetch("/health", { headers })).json();
+  const isLoading = health.state === "loading" || health.state === "compiling";
+  showHealth(health.state ?? `status ${status}`, isLoading ? "warn" : "bad");
+  const unit = health.state === "loading" ? (number) => bytes(number) : count;
+  tell("progress", isLoading && health.of ? `${unit(health.done)} of ${unit(health.of)}` : "");
+}
+
 async function readFeed() {
   const key = sessionStorage.getItem(KEY);
-  const response = await fetch("/dashboard/feed", { headers: key ? { Authorization: `Bearer ${key}` } : {} });
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const response = await fetch("/dashboard/feed", { headers });
   if (response.status === 401 || response.status === 403) throw new Refused();
-  if (!response.ok) throw new Error(`status ${response.status}`);
   find("key-form").hidden = true;
   find("forget").hidden = !key;
+  if (!response.ok) return showProgress(response.status, headers);
+  tell("progress", "");
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -303,7 +314,6 @@ async function follow() {
   for (;;) {
     try {
       await readFeed();
-      showHealth("no feed", "bad");
     } catch (error) {
       if (error instanceof Refused) return askForKey();
       showHealth("unreachable", "bad");

@@ -30,15 +30,19 @@ OPEN_PATHS = frozenset(PAGES)
 """Paths that need no key: a browser loads them before anyone has given one, and nothing in them is secret."""
 
 
-def dashboard_routes(feed: Feed) -> list[Route]:
-    """The page, open to all, and its feed, which wants a key where others do."""
+def page_routes() -> list[Route]:
+    """The page, which also tells the progress of a server that loads."""
+    return [_page(path, name, media_type) for path, (name, media_type) in PAGES.items()]
 
-    async def show_feed(request: Request) -> Response:
+
+def feed_route(feed: Feed) -> Route:
+    """The feed, which wants a key where others do."""
+
+    async def show(request: Request) -> Response:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no", **SECURITY_HEADERS}
         return StreamingResponse(feed.open(), media_type="application/x-ndjson", headers=headers)
 
-    pages = [_page(path, name, media_type) for path, (name, media_type) in PAGES.items()]
-    return [*pages, Route("/dashboard/feed", show_feed)]
+    return Route("/dashboard/feed", show)
 
 
 def _page(path: str, name: str, media_type: str) -> Route:
