@@ -10,6 +10,7 @@ import uvicorn
 
 from jpaged import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from jpaged.server import ServerSettings, create_app
+from jpaged.server.run import uvicorn_config
 from jpaged.server.state import Server
 from tests.support.tiny import with_few_sizes
 
@@ -30,7 +31,8 @@ class Served:
         self.llm = AsyncLLM.from_llm(llm)
         self.app = create_app(self.llm, ServerSettings())
         self.server: Server = self.app.state.server
-        config = uvicorn.Config(self.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn_config(self.app, ServerSettings())
+        config.port, config.timeout_graceful_shutdown = 0, 1
         self._uvicorn = uvicorn.Server(config)
         self._serving = asyncio.run_coroutine_threadsafe(self._uvicorn._serve(), self._loop)
         self.run(self._started())

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jpaged.server.protocol.completions import CompletionBody
 from tests.server.bystander import PROMPT as BYSTANDERS_PROMPT
 from tests.server.bystander import bystander
 from tests.server.conftest import Served
@@ -196,12 +197,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-NAMES = st.sampled_from(
-    "prompt n best_of use_beam_search length_penalty early_stopping temperature top_p top_k min_p presence_penalty "
-    "frequency_penalty repetition_penalty stop stop_token_ids include_stop_str_in_output ignore_eos min_tokens "
-    "bad_words allowed_token_ids skip_special_tokens prompt_logprobs logit_bias seed stream stream_options priority "
-    "cache_salt add_special_tokens return_token_ids user echo logprobs model response_format tools".split()
-)
+NAMES = st.sampled_from([*CompletionBody.model_fields, "response_format", "tools", "chat_template"])
 
 
 @settings(max_examples=150)
