@@ -11,6 +11,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from jpaged.async_llm import AsyncLLM
+from jpaged.server.cancel import cancel
+from jpaged.server.chat import chat
 from jpaged.server.completions import completions
 from jpaged.server.counting import Counting
 from jpaged.server.dashboard.routes import OPEN_PATHS, feed_route, page_routes
@@ -23,6 +25,7 @@ from jpaged.server.models import list_models, show_model
 from jpaged.server.prefixes import list_prefixes, pin_prefix, show_prefix, unpin_prefix
 from jpaged.server.settings import ServerSettings
 from jpaged.server.state import Server
+from jpaged.server.tokenization import detokenize, tokenize, tokenizer_info
 from jpaged.server.trace_context import TraceContext
 
 
@@ -43,6 +46,11 @@ def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = N
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", show_model),
         Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/requests/{call_id}/cancel", cancel, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenizer_info),
         Route("/v1/prefixes", pin_prefix, methods=["POST"]),
         Route("/v1/prefixes", list_prefixes),
         Route("/v1/prefixes/{prefix_id}", show_prefix),

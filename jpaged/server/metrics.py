@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from jpaged.async_llm import AsyncLLM
 from jpaged.engine.health import HealthState
 from jpaged.engine.outputs import FirstToken, StepOutput
 from jpaged.engine.stats import STATISTICS, VLLM_NAMES
-from jpaged.request import FinishReason, RequestOutput
+from jpaged.request import CompletionDelta, FinishReason, RequestOutput
 from jpaged.server.histograms import Histogram, Recent, one_two_five
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -157,20 +157,7 @@ class Metrics(Collector):
         if output.num_tokens:
             self._step_tokens.observe(output.num_tokens)
             self._step_s.observe(output.seconds)
-        gained: dict[str, int] = {}
-        for delta in output.deltas:
-            num_tokens = len(delta.token_ids)
-            if num_tokens > gained.get(delta.request_id, 0):
-                gained[delta.request_id] = num_tokens
-        # Requests of one step mostly waited for the same time: each distinct wait is observed once.
-        waits: Counter[tuple[float, int]] = Counter()
-        for request_id, num_tokens in gained.items():
-            if (running := self._running.get(request_id)) is not None:
-                waits[running.last, num_tokens] += 1
-                running.last, running.is_streamed = now, True
-        for (last, num_tokens), count in waits.items():
-            self._itl.observe((now - last) / num_tokens, count)
-            self.itl.add((now - last) / num_tokens, count)
+        self._note_gaps(output.deltas, now)
         for request_id, first in output.started.items():
             self._start(request_id, first, now)
         for result in output.finished:
@@ -178,6 +165,28 @@ class Metrics(Collector):
         for request_id in output.failed:
             self._running.pop(request_id, None)
             self._ends[FinishReason.ERROR.value] += 1
+
+    def _note_gaps(self, deltas: Iterable[CompletionDelta], now: float) -> None:
+        """Observe the time since each request last gained tokens, a token.
+
+        A step has hundreds of deltas, and its requests mostly waited for the same time: runs of them are observed once.
+        """
+        running, last, num_tokens, count = self._running, now, 1, 0
+        for delta in deltas:
+            each = running.get(delta.request_id)
+            if each is None or each.last == now:  # another completion of the request was observed
+                continue
+            if each.last != last or len(delta.token_ids) != num_tokens:
+                self._observe_gap(now - last, num_tokens, count)
+                last, num_tokens, count = each.last, len(delta.token_ids), 0
+            count += 1
+            each.last, each.is_streamed = now, True
+        self._observe_gap(now - last, num_tokens, count)
+
+    def _observe_gap(self, seconds: float, num_tokens: int, count: int) -> None:
+        if count and num_tokens:
+            self._itl.observe(seconds / num_tokens, count)
+            self.itl.add(seconds / num_tokens, count)
 
     def _start(self, request_id: str, first: FirstToken, now: float) -> None:
         self._ttft.observe(now - first.arrived)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from dataclasses import dataclass
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from starlette.requests import Request
 
@@ -21,8 +22,10 @@ from jpaged.server.health import Report, report_of
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
 from jpaged.server.metrics import Metrics
 from jpaged.server.pinning import Prefixes
+from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
+from jpaged.server.template import ChatTemplate
 from jpaged.server.tokens import TextCodec
 
 if TYPE_CHECKING:
@@ -34,12 +37,13 @@ class Call:
     """The work that one HTTP request asks of the engine: each prompt is a request of its own there.
 
     Args:
-        call_id: the id in the response.
+        call_id: the id in the response, of 128 random bits.
         prompts: the prompts as token ids.
         params: sampling parameters of all of them.
         priority: lower is served first.
         cache_salt: prompts of a key share cached KV only under equal salts; None shares with all that have none.
         key: the key under which it is asked for.
+        client_id: the id that the client gave it in the header ``x-request-id``.
     """
 
     call_id: str
@@ -48,6 +52,7 @@ class Call:
     priority: int = 0
     cache_salt: str | None = None
     key: ApiKey = ANONYMOUS
+    client_id: str | None = None
 
     @property
     def request_ids(self) -> list[str]:
@@ -97,6 +102,7 @@ class Server:
         created: the start of the server, in seconds since 1970.
         calls: the open calls by id; written here alone.
         codec: text to token ids and back.
+        template: conversations to token ids.
         pulse: keeps silent streams open.
         metrics: counts what happens.
         feed: shows the dashboard what happens.
@@ -117,6 +123,7 @@ class Server:
         self.created = int(time())
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
+        self.template = ChatTemplate(llm, self.codec)
         self.pulse = Pulse(settings.keep_alive_s)
         self.feed = Feed(llm, self.metrics, self.model_name)
 
@@ -126,6 +133,28 @@ class Server:
         if report.is_ready and self.admission.is_closed:
             return report._replace(body={"state": HealthState.DRAINING.value}, is_ready=False)
         return report
+
+    def make_call(
+        self, request: Request, kind: str, prompts: list[list[int]], params: SamplingParams, body: GenerationBody
+    ) -> Call:
+        """The call for a request.
+
+        Args:
+            request: the request.
+            kind: beginning of the call's id.
+            prompts: the prompts as token ids.
+            params: sampling parameters of all of them.
+            body: the body of the request.
+        """
+        return Call(
+            f"{kind}-{uuid4().hex}",
+            prompts,
+            params,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
+            key=request.state.key,
+            client_id=request.headers.get("x-request-id"),
+        )
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
@@ -210,6 +239,18 @@ class Server:
                 if isinstance(result, RequestStream):
                     result.close()
             raise
+
+    async def cancel(self, request: Request, call_id: str) -> bool:
+        """End unfinished calls of the request's own key that have an id, the server's or the client's.
+
+        Returns:
+            Whether there was any.
+        """
+        own = [call for call in self.calls.values() if call.key.name == request.state.key.name]
+        calls = [call for call in own if call_id in (call.call_id, call.client_id)]
+        with refusals():
+            ended = [await self.llm.abort(call.request_ids) for call in calls]
+        return any(ended)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

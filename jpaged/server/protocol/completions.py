@@ -15,6 +15,7 @@ class CompletionBody(GenerationBody):
     prompt: Any
     echo: bool | None = None
     logprobs: int | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def token_limit(self) -> int | None:
