@@ -26,7 +26,6 @@ from jpaged.engine.health import HealthState
 from jpaged.server.app import create_app
 from jpaged.server.connections import ConnectionLimits, limited
 from jpaged.server.dashboard.routes import OPEN_PATHS, page_routes
-from jpaged.server.dashboard.routes import OPEN_PATHS, page_routes
 from jpaged.server.errors import HANDLERS, ApiError
 from jpaged.server.guard import Guard, guard_rules
 from jpaged.server.health import Startup, health_routes
