@@ -203,6 +203,11 @@ class Admission:
         """Whether a request that arrives now has to wait."""
         return bool(self._ring)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return sum([len(lane.waiting) for lane in self._ring])
+
     # For the engine -----------------------------------------------------------------------------------------------
 
     def note(self, output: StepOutput) -> None:
