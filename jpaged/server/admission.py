@@ -205,6 +205,11 @@ class Admission:
             for ticket in tickets:
                 self._leave(ticket)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return sum([len(lane.waiting) for lane in self._ring])
+
     # For the engine -----------------------------------------------------------------------------------------------
 
     def note(self, output: StepOutput) -> None:

@@ -117,7 +117,7 @@ class Server:
         self.settings = settings
         self.keys = keys
         self.model_name = settings.served_model_name
-        self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting_sequences)
+        self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting)
         self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
         llm.listen(self.admission.note)
         self.prefixes = Prefixes(llm, settings, self.admission)
