@@ -106,18 +106,20 @@ class AsyncLLM:
         *,
         priority: int = 0,
         max_unread_tokens: int = MAX_UNREAD_TOKENS,
+        arrived: float | None = None,
     ) -> RequestStream:
         """Queue a request. Returns once it is accepted, with the stream of its outputs, which has to be closed.
 
         Args:
             prompt, sampling_params, request_id, priority: as for ``generate``.
             max_unread_tokens: a consumer that leaves more tokens unread gets an end with ``FinishReason.ABORT``.
+            arrived: when the request was made, of ``time.monotonic``; None is now.
 
         Raises:
             ValueError: as ``generate``.
             EngineDeadError: as ``generate``.
         """
-        arrived = monotonic()
+        arrived = monotonic() if arrived is None else arrived
         request_id = f"request-{uuid4().hex}" if request_id is None else request_id
         if not isinstance(request_id, str) or not request_id:
             raise ValueError(f"request_id={request_id!r} is not valid: expected a non-empty string")

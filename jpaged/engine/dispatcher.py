@@ -119,9 +119,9 @@ class Dispatcher:
             except Exception:
                 _log.exception("a listener failed")
         streams = self._streams
-        for request_id, num_cached_tokens in output.started.items():
+        for request_id, first in output.started.items():
             if (stream := streams.get(request_id)) is not None:
-                stream.num_cached_tokens = num_cached_tokens
+                stream.num_cached_tokens = first.num_cached_tokens
         for delta in output.deltas:
             stream = streams.get(delta.request_id)
             if stream is not None and not stream.take(delta):

@@ -227,6 +227,7 @@ class Engine:
         A step that fails or is interrupted costs the running requests a recomputation, but no token.
         """
         self.failed_step = ()
+        num_tokens = 0
         with InterruptsWait() as interrupts:
             if self.outputs.unread:  # an error left them
                 self.outputs.read()
@@ -242,6 +243,7 @@ class Engine:
                             self._in_flight.append(self.runner.enqueue(ahead))
                         result = self.runner.fetch(self._in_flight[0])
                     step = self._in_flight.pop(0)
+                    num_tokens = step.plan.num_tokens * step.plan.num_steps
                     touched = self.scheduler.update(step.plan, result)
                 except BaseException:
                     self.failed_step = tuple([group.request.request_id for group in self.scheduler.line.running])
@@ -257,7 +259,7 @@ class Engine:
                 self.outputs.read()
             if self._in_flight and not self.scheduler.has_unfinished:
                 self._drop_in_flight()
-        return self.outputs.take()
+        return dataclasses.replace(self.outputs.take(), num_tokens=num_tokens)
 
     def take(self) -> StepOutput:
         """The output that no step has returned yet: that of aborts."""

@@ -4,12 +4,37 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import NamedTuple
 
 from jpaged.contract.result import TokenScores
 from jpaged.engine.detokenizer import Detokenizer, Tokenizer
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup
-from jpaged.request import CompletionDelta, CompletionOutput, FinishReason, Logprob, RequestOutput, RequestTimes
+from jpaged.request import (
+    CompletionDelta,
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestOutput,
+    RequestTimes,
+)
+
+
+class FirstToken(NamedTuple):
+    """The first token of a request. Times are of ``time.monotonic``.
+
+    Args:
+        request: the request.
+        num_cached_tokens: prompt tokens from the prefix cache.
+        arrived: when the request was made.
+        first_scheduled: when its first step was planned.
+    """
+
+    request: Request
+    num_cached_tokens: int
+    arrived: float
+    first_scheduled: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +45,21 @@ class StepOutput:
         deltas: new tokens and text of each completion of a streamed request.
         finished: results of the requests that ended.
         failed: by request id, errors that ended requests whose text could not be made.
-        started: by request id, prompt tokens from the prefix cache of streamed requests with a first token.
+        started: by request id, the requests that got their first token.
+        num_tokens: tokens that the step computed, those of prompts and those of decodes.
+        seconds: time that the step took, if the engine thread made it.
     """
 
     deltas: list[CompletionDelta] = field(default_factory=list)
     finished: list[RequestOutput] = field(default_factory=list)
     failed: dict[str, Exception] = field(default_factory=dict)
-    started: dict[str, int] = field(default_factory=dict)
+    started: dict[str, FirstToken] = field(default_factory=dict)
+    num_tokens: int = 0
+    seconds: float = 0.0
 
     @property
     def is_empty(self) -> bool:
-        return not (self.deltas or self.finished or self.failed or self.started)
+        return not (self.deltas or self.finished or self.failed or self.started or self.num_tokens)
 
 
 @dataclass(slots=True)
@@ -135,8 +164,8 @@ class Outputs:
         if not any(seq.num_outputs for seq in group.sequences):
             return  # it ended without one
         answer.first_token = monotonic()
-        if answer.is_streamed:
-            self._output.started[group.request.request_id] = group.num_cached_tokens or 0
+        first = FirstToken(group.request, group.num_cached_tokens or 0, answer.arrived, group.first_scheduled)
+        self._output.started[group.request.request_id] = first
 
     def note_all(self) -> None:
         """Remember all groups: it is unknown which of them gained tokens."""

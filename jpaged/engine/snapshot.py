@@ -1,12 +1,14 @@
 """A picture of the engine between two steps: every block of the pool, and every unfinished request."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jpaged.engine.loop import Engine
 from jpaged.engine.stats import EngineStats
+from jpaged.host.blocks.tier import BlockTier
 from jpaged.host.sequence import SequenceGroup
 
 
@@ -51,16 +53,14 @@ class EngineSnapshot:
     """The pool and the requests at one moment.
 
     Args:
-        blocks: the ``BlockUse`` of each physical block of the device's pool, a byte each.
-        num_host_used, num_host_cached: blocks of the host pool that are held, and that are cached.
+        blocks, host_blocks: the ``BlockUse`` of each physical block of the device's and the host's pool, a byte each.
         requests: the unfinished requests, those that run first, in the order in which they are served.
         pins: by id, the blocks of each pinned prefix that is computed.
         stats: the statistics.
     """
 
     blocks: bytes
-    num_host_used: int
-    num_host_cached: int
+    host_blocks: bytes
     requests: list[RequestSnapshot]
     pins: dict[str, list[int]]
     stats: EngineStats
@@ -73,25 +73,23 @@ def take_snapshot(engine: Engine) -> EngineSnapshot:
     pins = {pin_id: list(engine.blocks.block_table(pin.sequences[0].seq_id)) for pin_id, pin in held.items()}
     groups = [group for group in (*scheduler.line.running, *scheduler.line.waiting) if not group.is_pin]
     return EngineSnapshot(
-        blocks=_uses(engine, [block for table in pins.values() for block in table]),
-        num_host_used=stats.num_host_used_blocks,
-        num_host_cached=stats.num_host_cached_blocks,
+        blocks=_uses(engine.blocks.tiers.device, [block for table in pins.values() for block in table]),
+        host_blocks=_uses(engine.blocks.tiers.host),
         requests=[_picture(engine, group) for group in groups],
         pins=pins,
         stats=stats,
     )
 
 
-def _uses(engine: Engine, pinned: list[int]) -> bytes:
-    tier = engine.blocks.tiers.device
+def _uses(tier: BlockTier, pinned: Sequence[int] = ()) -> bytes:
     usable = slice(tier.blocks.start, tier.blocks.stop)
     holders = np.array(tier.ref_counts[usable])
-    uses = np.full(engine.blocks.num_blocks, BlockUse.RESERVED, np.uint8)
-    is_cached = np.zeros(engine.blocks.num_blocks, bool)
+    uses = np.full(tier.blocks.stop, BlockUse.RESERVED, np.uint8)
+    is_cached = np.zeros(tier.blocks.stop, bool)
     is_cached[list(tier.cache.blocks)] = True
     free = np.where(is_cached[usable], BlockUse.CACHED, BlockUse.FREE)
     uses[usable] = np.select([holders > 1, holders == 1], [BlockUse.SHARED, BlockUse.PRIVATE], free)
-    uses[pinned] = BlockUse.PINNED
+    uses[list(pinned)] = BlockUse.PINNED
     return uses.tobytes()
 
 

@@ -183,7 +183,7 @@ class Gauge(Metric):
     """A state."""
 
 
-_VLLM_NAMES = {
+VLLM_NAMES = {
     "num_running": "vllm:num_requests_running",
     "num_waiting": "vllm:num_requests_waiting",
     "num_preemptions": "vllm:num_preemptions",
@@ -191,6 +191,7 @@ _VLLM_NAMES = {
     "prefix_queried_tokens": "vllm:prefix_cache_queries",
     "prefix_hit_tokens": "vllm:prefix_cache_hits",
 }
+"""The names that vLLM has for statistics; the others are "jpaged:" and their own."""
 
 
 def metrics_of(stats: EngineStats) -> list[Metric]:
@@ -198,5 +199,5 @@ def metrics_of(stats: EngineStats) -> list[Metric]:
     metrics: list[Metric] = [Gauge("vllm:kv_cache_usage_perc", {}, stats.num_used_blocks / max(stats.num_blocks, 1))]
     for name, each in STATISTICS.items():
         cls = Counter if each.kind == "counter" else Gauge
-        metrics.append(cls(_VLLM_NAMES.get(name, f"jpaged:{name}"), {}, getattr(stats, name)))
+        metrics.append(cls(VLLM_NAMES.get(name, f"jpaged:{name}"), {}, getattr(stats, name)))
     return metrics

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any
@@ -237,7 +238,7 @@ class EngineThread:
 
     def _step(self) -> None:
         """Make one step and deliver its output."""
-        self._step_began = monotonic()
+        began = self._step_began = monotonic()
         try:
             output = self._engine.step()
         except Exception as error:
@@ -248,7 +249,7 @@ class EngineThread:
         self._num_failures, self._error = 0, None
         for pin_id in [pin_id for pin_id in self._pins if self._engine.is_pinned(pin_id)]:
             self._pins.pop(pin_id).set_result(None)
-        self._hand_over(output)
+        self._hand_over(replace(output, seconds=self._step_ended - began))
         if self._step_ended - self._stats_read > STATS_EVERY_S:
             self._read_stats()
 

@@ -152,11 +152,18 @@ class Admission:
     Args:
         limits: the limits.
         clock: seconds, as of ``time.monotonic``.
+        on_rejection: told the code of each error that refuses a request.
     """
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Callable[[], float] = monotonic,
+        on_rejection: Callable[[str], None] = lambda code: None,
+    ) -> None:
         self.limits = limits
         self._clock = clock
+        self._on_rejection = on_rejection
         self._lanes: dict[str, _Lane] = {}
         self._ring: list[_Lane] = []  # the lanes that wait, the one whose turn it is first
         self._in_engine: dict[str, Ticket] = {}
@@ -180,7 +187,11 @@ class Admission:
             ApiError: 429, the queue is full or the key has reached a limit; 400, the key's limit is below what is asked
                 for; 503, the server is draining.
         """
-        tickets = self._enter(key, demands)
+        try:
+            tickets = self._enter(key, demands)
+        except ApiError as error:
+            self._on_rejection(error.code or "other")
+            raise
         try:
             yield tickets
         finally:

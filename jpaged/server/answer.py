@@ -1,7 +1,7 @@
 """The response to a call: opened, awaited and sent, unless the client leaves before."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
@@ -33,18 +33,15 @@ class Answer:
         server: the server.
         call: the work.
         form: the form of the result.
-        body: the request.
-        headers: headers of the response.
+        body: the body of the request.
     """
 
-    def __init__(
-        self, server: Server, call: Call, form: Form, body: GenerationBody, headers: Mapping[str, str]
-    ) -> None:
+    def __init__(self, server: Server, call: Call, form: Form, body: GenerationBody) -> None:
         self._server = server
         self._call = call
         self._form = form
         self._body = body
-        self._headers = dict(headers)
+        self._headers = body.headers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

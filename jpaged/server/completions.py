@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from time import time
 from typing import Any
-from uuid import uuid4
 
 from starlette.requests import Request
 
@@ -37,8 +36,8 @@ async def completions(request: Request) -> Answer:
         token_ids = await server.codec.encode(texts, add_special_tokens=body.add_special_tokens is not False)
     elif body.echo:
         texts = [await server.codec.decode(each) for each in token_ids]
-    call = Call(f"cmpl-{uuid4().hex}", token_ids, params, body.priority or 0, body.cache_salt, request.state.key)
-    return Answer(server, call, CompletionForm(server, call, body, texts), body, body.headers())
+    call = server.make_call(request, "cmpl", token_ids, params, body)
+    return Answer(server, call, CompletionForm(server, call, body, texts), body)
 
 
 class CompletionForm:

@@ -85,7 +85,7 @@ def refusals(names: Iterable[str] = ()) -> Iterator[None]:
         param = first[0] if first is not None and first[0] in set(names) else None
         raise ApiError(400, message, param=param) from error
     except EngineDeadError as error:
-        raise ApiError(503, f"no answer can be computed: {error}", code="engine_dead") from error
+        raise ApiError(503, "no answer can be computed: the engine has ended", code="engine_dead") from error
 
 
 async def _answer_api_error(request: Request, error: Any) -> Response:

@@ -50,9 +50,9 @@ class GuardRules:
     max_pending_bytes: int
 
 
-def guard_rules(settings: ServerSettings) -> GuardRules:
-    """The rules that the settings give. ``/live`` tells nothing but that the server runs."""
-    open_paths = {"/live", "/metrics"} if settings.metrics_without_key else {"/live"}
+def guard_rules(settings: ServerSettings, pages: Collection[str] = ()) -> GuardRules:
+    """The rules that the settings give. ``/live`` tells nothing but that the server runs, and pages hold no secret."""
+    open_paths = {"/live", *pages, *(["/metrics"] if settings.metrics_without_key else [])}
     hosts = {"localhost", "127.0.0.1", "[::1]", settings.host.lower()}
     is_any = settings.insecure or settings.unix_socket is not None
     return GuardRules(open_paths, None if is_any else hosts, settings.max_body_bytes, settings.max_pending_bytes)

@@ -50,6 +50,9 @@ class ApiKey:
     )
     requests_per_minute: int | None = setting(None, _LIMIT, "requests a minute", unset="no limit")
     tokens_per_minute: int | None = setting(None, _LIMIT, "tokens of prompts and outputs a minute", unset="no limit")
+    max_pinned_tokens: int | None = setting(
+        None, _LIMIT, "tokens of the prefixes that it may pin", unset="what the server has for all"
+    )
     salt: str = setting("", Rule(str, lambda x: isinstance(x, str), "a string"), "salt of its prefixes, made here")
 
     def __post_init__(self) -> None:

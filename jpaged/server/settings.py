@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jpaged.rules import FLAG, Rule, check_all, documented, integer, number_above, optional, setting
+from jpaged.rules import FLAG, Rule, check_all, documented, integer, number, number_above, optional, setting
 
 _NAME = Rule(
     str,
@@ -43,6 +43,11 @@ class ServerSettings:
         integer(1, 1 << 40),
         "most log-probabilities that one request may ask for, over all of its tokens and their alternatives",
     )
+    max_prefixes: int = setting(16, integer(0, 1 << 16), "most prefixes that one key may pin")
+    max_pinned_fraction: float = setting(0.25, number(0, 1), "fraction of the blocks that all pinned prefixes may take")
+    max_prefix_ttl_s: float = setting(
+        3600.0, _SECONDS, "seconds that a prefix stays pinned, unless its request asks for fewer"
+    )
     host: str = setting("127.0.0.1", _WORD, "address to bind; any other than this machine's own needs keys")
     port: int = setting(8000, integer(0, 65535), "port to bind; 0 is one that is free")
     unix_socket: str | None = setting(
@@ -56,6 +61,9 @@ class ServerSettings:
         (), _ORIGINS, "origins whose pages may ask from a browser", unset="none; may be given several times"
     )
     metrics_without_key: bool = setting(False, FLAG, "let /metrics be read without a key")
+    otlp_traces_endpoint: str | None = setting(
+        None, optional(_WORD), "URL of an OpenTelemetry collector that gets traces, over HTTP", unset="no traces"
+    )
     max_body_bytes: int = setting(32 << 20, integer(1, 1 << 34), "most bytes of the body of a request")
     max_pending_bytes: int = setting(256 << 20, integer(1, 1 << 40), "most bytes of the bodies of all requests")
     max_connections: int = setting(4096, integer(1, 1 << 20), "most connections at once")

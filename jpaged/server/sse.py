@@ -1,6 +1,7 @@
 """Streamed responses: deltas of the engine to server-sent events, at a few microseconds each."""
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,8 @@ from jpaged.server.protocol.results import usage, without_tokens
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+
+_log = logging.getLogger(__name__)
 
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -280,7 +283,8 @@ def check_end(result: RequestOutput) -> None:
     """
     reasons = {output.finish_reason for output in result.outputs}
     if FinishReason.ERROR in reasons:
-        raise ApiError(500, f"the request failed: {result.error}", code="engine_error")
+        _log.error("request %s failed: %s", result.request_id, result.error)
+        raise ApiError(500, "the request failed, and the server's log says why", code="engine_error")
     if FinishReason.ABORT in reasons:
         if result.error is None:
             raise ApiError(CANCELLED_STATUS, "the request was cancelled", code="cancelled")

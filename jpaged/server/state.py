@@ -4,21 +4,32 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from time import time
-from typing import Any
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from starlette.requests import Request
 
 from jpaged.async_llm import AsyncLLM
+from jpaged.engine.health import HealthState
 from jpaged.engine.prompts import TokensPrompt
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import SamplingParams
 from jpaged.server.admission import Admission, Demand, Limits, Ticket
+from jpaged.server.dashboard.feed import Feed
 from jpaged.server.errors import ApiError, refusals
+from jpaged.server.health import Report, report_of
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
+from jpaged.server.metrics import Metrics
+from jpaged.server.pinning import Prefixes
+from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
+from jpaged.server.template import ChatTemplate
 from jpaged.server.tokens import TextCodec
+
+if TYPE_CHECKING:
+    from jpaged.server.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +37,13 @@ class Call:
     """The work that one HTTP request asks of the engine: each prompt is a request of its own there.
 
     Args:
-        call_id: the id in the response.
+        call_id: the id in the response, of 128 random bits.
         prompts: the prompts as token ids.
         params: sampling parameters of all of them.
         priority: lower is served first.
         cache_salt: prompts of a key share cached KV only under equal salts; None shares with all that have none.
         key: the key under which it is asked for.
+        client_id: the id that the client gave it in the header ``x-request-id``.
     """
 
     call_id: str
@@ -40,6 +52,7 @@ class Call:
     priority: int = 0
     cache_salt: str | None = None
     key: ApiKey = ANONYMOUS
+    client_id: str | None = None
 
     @property
     def request_ids(self) -> list[str]:
@@ -89,20 +102,59 @@ class Server:
         created: the start of the server, in seconds since 1970.
         calls: the open calls by id; written here alone.
         codec: text to token ids and back.
+        template: conversations to token ids.
         pulse: keeps silent streams open.
+        metrics: counts what happens.
+        feed: shows the dashboard what happens.
+        prefixes: the prefixes that clients have pinned.
+        tracing: makes traces; None if none are asked for.
     """
 
     def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
         self.llm = llm
         self.settings = settings
         self.keys = keys
-        self.admission = Admission(_limits(llm, settings))
-        llm.listen(self.admission.note)
         self.model_name = settings.served_model_name
+        self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting_sequences)
+        self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
+        llm.listen(self.admission.note)
+        self.prefixes = Prefixes(llm, settings, self.admission)
+        self.tracing = _tracing(llm, settings)
         self.created = int(time())
         self.calls: dict[str, Call] = {}
         self.codec = TextCodec(llm)
+        self.template = ChatTemplate(llm, self.codec)
         self.pulse = Pulse(settings.keep_alive_s)
+        self.feed = Feed(llm, self.metrics, self.model_name)
+
+    def report(self) -> Report:
+        """The health now; a server that drains takes no requests."""
+        report = report_of(self.llm)
+        if report.is_ready and self.admission.is_closed:
+            return report._replace(body={"state": HealthState.DRAINING.value}, is_ready=False)
+        return report
+
+    def make_call(
+        self, request: Request, kind: str, prompts: list[list[int]], params: SamplingParams, body: GenerationBody
+    ) -> Call:
+        """The call for a request.
+
+        Args:
+            request: the request.
+            kind: beginning of the call's id.
+            prompts: the prompts as token ids.
+            params: sampling parameters of all of them.
+            body: the body of the request.
+        """
+        return Call(
+            f"{kind}-{uuid4().hex}",
+            prompts,
+            params,
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt,
+            key=request.state.key,
+            client_id=request.headers.get("x-request-id"),
+        )
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
@@ -167,22 +219,38 @@ class Server:
             ) from None
 
     async def _gather(self, call: Call, tickets: Sequence[Ticket]) -> list[RequestStream]:
+        options = {"priority": call.allowed_priority, "arrived": monotonic()}
+
         async def open_one(i: int) -> RequestStream:
             await tickets[i].turn
-            return await self.llm.open(
-                call.prompt(i), call.params, tickets[i].demand.request_id, priority=call.allowed_priority
-            )
+            return await self.llm.open(call.prompt(i), call.params, tickets[i].demand.request_id, **options)
 
+        if self.tracing is not None:
+            self.tracing.open(call.request_ids)
         opening = [asyncio.ensure_future(open_one(i)) for i in range(len(tickets))]
         try:
             return await asyncio.gather(*opening)
         except BaseException:
+            if self.tracing is not None:
+                self.tracing.close(call.request_ids)
             for each in opening:
                 each.cancel()
             for result in await asyncio.gather(*opening, return_exceptions=True):
                 if isinstance(result, RequestStream):
                     result.close()
             raise
+
+    async def cancel(self, request: Request, call_id: str) -> bool:
+        """End unfinished calls of the request's own key that have an id, the server's or the client's.
+
+        Returns:
+            Whether there was any.
+        """
+        own = [call for call in self.calls.values() if call.key.name == request.state.key.name]
+        calls = [call for call in own if call_id in (call.call_id, call.client_id)]
+        with refusals():
+            ended = [await self.llm.abort(call.request_ids) for call in calls]
+        return any(ended)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.
@@ -203,6 +271,18 @@ def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:
         num_places=config.max_num_seqs + max(1, config.max_num_seqs // 16),
         max_unstarted_tokens=2 * config.token_budget,
     )
+
+
+def _tracing(llm: AsyncLLM, settings: ServerSettings) -> "Tracing | None":
+    if settings.otlp_traces_endpoint is None:
+        return None
+    try:
+        from jpaged.server.tracing import Tracing, batches_to
+    except ModuleNotFoundError as error:
+        raise ValueError(f"otlp_traces_endpoint needs {error.name}: pip install 'jpaged[otel]'") from None
+    tracing = Tracing(batches_to(settings.otlp_traces_endpoint), settings.served_model_name)
+    llm.listen(tracing.listen)
+    return tracing
 
 
 def _refusals() -> AbstractContextManager[None]:

@@ -1,11 +1,17 @@
 """Text and token ids: tokenising within bounds, outside of the event loop."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from jpaged.async_llm import AsyncLLM
 from jpaged.server.errors import ApiError, refusals
+
+_PRINTED = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+BYTE_LETTERS = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+"""The letters by which byte-level tokenizers, since GPT-2, write bytes."""
 
 
 class TextCodec:
@@ -17,6 +23,7 @@ class TextCodec:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
+        self._bytes: dict[int, list[int]] = {}  # of tokens that were asked for
 
     @property
     def tokenizer(self) -> Any:
@@ -34,18 +41,16 @@ class TextCodec:
         """Characters above which no text fits the context: each of its tokens would have to be the longest."""
         return self._llm.max_model_len * max(map(len, self.tokenizer.get_vocab()))
 
-    def check(self, text: str, param: str = "prompt") -> None:
-        """Refuse a text that is empty or cannot fit, before it is tokenised.
+    def check_length(self, num_characters: int, param: str) -> None:
+        """Refuse a text that cannot fit, before it is tokenised.
 
         Raises:
             ApiError: 400.
         """
-        if not text:
-            raise ApiError(400, f"{param} is empty: give at least one character", param=param)
-        if len(text) > self.max_characters:
+        if num_characters > self.max_characters:
             raise ApiError(
                 400,
-                f"{param} has {len(text)} characters: at most {self.max_characters} can fit the context of "
+                f"{param} has {num_characters} characters: at most {self.max_characters} can fit the context of "
                 f"{self._llm.max_model_len} tokens",
                 code="context_length_exceeded",
                 param=param,
@@ -59,7 +64,9 @@ class TextCodec:
         """
         tokenizer = self.tokenizer
         for text in texts:
-            self.check(text)
+            if not text:
+                raise ApiError(400, "prompt is empty: give at least one character", param="prompt")
+            self.check_length(len(text), "prompt")
         return await self._llm.in_background(
             lambda: [list(tokenizer.encode(text, add_special_tokens=add_special_tokens)) for text in texts]
         )
@@ -68,6 +75,33 @@ class TextCodec:
         """The text of one token; without a tokenizer its id, as vLLM writes it."""
         tokenizer = self._llm.tokenizer
         return f"token_id:{token_id}" if tokenizer is None else tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def bytes_of(self, token_id: int, text: str) -> list[int]:
+        """The bytes of a token, of which ``text`` has a replacement where they are a part of a character."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = list(self._exact_bytes(token_id) or text.encode())
+        return found
+
+    def _exact_bytes(self, token_id: int) -> bytes | None:
+        tokenizer = self._llm.tokenizer
+        token = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token_id)
+        if not isinstance(token, str) or token_id in self._added_ids:
+            return None
+        if self._is_byte_level and all(letter in BYTE_LETTERS for letter in token):
+            return bytes(BYTE_LETTERS[letter] for letter in token)
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+        return bytes.fromhex(byte[1]) if byte else None
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(getattr(self._llm.tokenizer, "added_tokens_decoder", ()))
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        """Whether each letter of a token stands for a byte."""
+        backend = getattr(self._llm.tokenizer, "backend_tokenizer", None)
+        return backend is not None and "ByteLevel" in repr(backend.decoder)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids.

@@ -7,6 +7,7 @@ import pytest
 from jpaged import LLM, SamplingParams
 from jpaged.device.processes import join_processes
 from tests.support.byte_tokenizer import save_tokenizer
+from tests.support.tiny import with_few_sizes
 from tests.support.two_processes import SETTINGS, greedy_tokens, outputs_of_every_kind, run_two, save_tiny_checkpoint
 
 JOIN = """
@@ -15,6 +16,7 @@ from jpaged.device.processes import join_processes
 join_processes("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
 from unittest import mock
 from tests.support.byte_tokenizer import save_tokenizer
+from tests.support.tiny import with_few_sizes
 from tests.support.two_processes import SETTINGS, greedy_tokens, outputs_of_every_kind
 from jpaged import LLM
 from jpaged.device.runner import ModelRunner
@@ -54,6 +56,7 @@ def interrupted_at(number):
 with fail_at(3):  # in both processes
     llm = LLM(sys.argv[3], tensor_parallel_size=4, **SETTINGS)
     if llm.is_leader:
+        with_few_sizes(llm)
         try:
             greedy_tokens(llm)
         except RuntimeError as error:
@@ -73,6 +76,7 @@ with fail_at(3):  # in both processes
         llm.follow()
 llm = LLM(sys.argv[3], tensor_parallel_size=4, **SETTINGS)
 if llm.is_leader:
+    with_few_sizes(llm)
     found.append(greedy_tokens(llm))
     llm.close()
     try:
@@ -106,7 +110,7 @@ def test_two_processes_give_the_tokens_of_one_and_stay_together_whatever_happens
     leader, follower = run_two(lambda port, i: ["-c", EVERYTHING, port, i, str(checkpoint)])
     assert (leader.returncode, follower.returncode) == (0, 0), leader.stderr[-2000:] + follower.stderr[-2000:]
     *found, of_every_kind, num_swaps, again, closed = json.loads(leader.stdout.splitlines()[-1])
-    alone = LLM(checkpoint, **SETTINGS)
+    alone = with_few_sizes(LLM(checkpoint, **SETTINGS))
     tokens = greedy_tokens(alone)
     assert found == ["on purpose", tokens, "interrupted", tokens]
     assert of_every_kind == outputs_of_every_kind(alone)

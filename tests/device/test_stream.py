@@ -2,6 +2,7 @@
 
 import dataclasses
 from fractions import Fraction
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -32,17 +33,60 @@ from jpaged.models.spec import attend_from
 from jpaged.request import SamplingParams
 from pallas_kernels.block_pool.quantization import dequantize_blocks, quantize_blocks
 from tests.support.plans import Chunk, Sample, make_plan
-from tests.support.tiny import TINY, make_runner
+from tests.support.tiny import TINY, keep_few_sizes, make_runner
 
 GREEDY = SamplingParams(temperature=0)
 BLOCK_SIZE = 8
 MODEL = dataclasses.replace(TINY, num_layers=3)
+MHA = dataclasses.replace(MODEL, num_heads=2, hidden_size=32)
+OPT = OPTConfig(
+    architecture="OPTForCausalLM",
+    vocab_size=23,
+    hidden_size=32,
+    intermediate_size=32,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    word_embed_proj_dim=32,
+)
 PROMPTS = [list(np.random.default_rng(i).integers(1, 23, 40)) for i in range(3)]
 
 
 def make_streaming(dtype=jnp.float32, model_config=MODEL, **settings) -> ModelRunner:
-    sizes = {"num_blocks": 64, "num_host_blocks": 24, "kv_placement": "host", "max_num_batched_tokens": 64}
-    return make_runner(dtype, model_config=model_config, has_own_programs=True, **sizes | settings)
+    """A runner whose pool is large, so that the same runner can show that nothing of the pool's size is allocated."""
+    sizes = {"num_blocks": 8192, "num_host_blocks": 24, "kv_placement": "host", "max_num_batched_tokens": 64}
+    runner = make_runner(dtype, model_config=model_config, has_own_programs=True, **sizes | settings)
+    return keep_few_sizes(runner)
+
+
+_made_once = cache(make_streaming)
+
+
+def shared(dtype=jnp.float32, model_config=MODEL, **settings) -> ModelRunner:
+    """The one runner of these settings, its pools empty: its programs are compiled once a process."""
+    runner = _made_once(dtype, model_config, **settings)
+    runner.forget_pool()
+    return runner
+
+
+def shared_with_pages(
+    dtype=jnp.float32, model_config=MHA, *, kv_cache_dtype="auto", pool_sizes=(32768, 512)
+) -> ModelRunner:
+    """The one runner of these settings whose pages hold activations of 16 tokens."""
+    num_blocks, num_host_blocks = pool_sizes
+    sizes = {"num_blocks": num_blocks, "num_host_blocks": num_host_blocks, "block_size": 16}
+    return shared(dtype, model_config, kv_cache_dtype=kv_cache_dtype, offload_cache="activations", **sizes)
+
+
+def check_that_nothing_of_the_pools_size_is_allocated(runner: ModelRunner) -> None:
+    pool_bytes = sum(array.nbytes for array in jax.tree.leaves(runner.cache))
+    for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
+        memory = runner.programs.get(("stream", bucket)).memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes < pool_bytes / 8
+        assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
 
 
 def sample(chunk: int, position: int) -> Sample:
@@ -74,7 +118,7 @@ def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_t
     tables = [[first + 6 * row + i for i in range(6)] for row in rows]
     results = []
     for is_streaming in (False, True):
-        runner = make_streaming(dtype, **settings)
+        runner = shared(dtype, **settings)
         window = runner.num_window_blocks
         assert window < first
         run(runner, [Chunk(i, PROMPTS[i][:20], 0, 40, tables[i]) for i in rows])
@@ -105,28 +149,20 @@ def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_t
         assert resident.tolist() == streamed.tolist(), "the same numbers in the same order: the same bits"
 
 
-MHA = dataclasses.replace(MODEL, num_heads=2, hidden_size=32)
-OPT = OPTConfig(
-    architecture="OPTForCausalLM",
-    vocab_size=23,
-    hidden_size=32,
-    intermediate_size=32,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    word_embed_proj_dim=32,
+@pytest.mark.parametrize(
+    ("model_config", "pages_at_once", "pool_sizes"),
+    [(MHA, (512, 64), (32768, 512)), (OPT, (5, 2), (60, 4))],
+    ids=["llama", "opt"],
 )
-
-
-@pytest.mark.parametrize(("model_config", "pages_at_once"), [(MHA, (512, 64)), (OPT, (5, 2))], ids=["llama", "opt"])
-def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_config, pages_at_once, monkeypatch):
+def test_k_and_v_computed_from_activations_equal_those_that_are_kept(
+    model_config, pages_at_once, pool_sizes, monkeypatch
+):
     """Three rows in one step: pages on the host and on the device, on the device only, and on the host only."""
     monkeypatch.setattr("jpaged.device.kv.streaming.PAGES_AT_ONCE", pages_at_once)
-    rows, first, tables = range(3), 46, [[46, 47, 48, 49], [50, 51, 52, 53], [54, 55, 56, 57]]
-    kept = make_runner(model_config=model_config, max_num_batched_tokens=64)
-    pages = make_streaming(model_config=model_config, num_blocks=60, block_size=16, num_host_blocks=4)
+    rows, first = range(3), pool_sizes[0] - 14
+    tables = [[first + 4 * row + i for i in range(4)] for row in rows]
+    kept = keep_few_sizes(make_runner(model_config=model_config, max_num_batched_tokens=64))
+    pages = shared_with_pages(model_config=model_config, pool_sizes=pool_sizes)
     assert pages.programs.keeps_activations
     assert pages.num_window_blocks < first
     assert pages.max_streamed_blocks >= 3
@@ -142,9 +178,9 @@ def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_confi
                 cells[0][0], cells[2][:2] = host_cell(0), [host_cell(0), host_cell(1)]
                 streamed = Streamed(np.array([3, 0, 2], np.int32), np.array([0, 0, 1], np.int32))
                 if step == 0:
-                    to_host = (BlockCopy(46, 3), BlockCopy(54, 0), BlockCopy(55, 2))
+                    to_host = (BlockCopy(first, 3), BlockCopy(first + 8, 0), BlockCopy(first + 9, 2))
                 if step == 1:  # nothing but the window and the host is read: the blocks are gone
-                    gone = jnp.array([46, 54, 55])
+                    gone = jnp.array([first, first + 8, first + 9])
                     runner.cache = dataclasses.replace(runner.cache, pool=runner.cache.pool.at[gone].set(jnp.nan))
             chunks = [Chunk(i, [5 + step], 32 + step, 32, cells[i]) for i in rows]
             if step == 2:  # a chunk of a prompt among decodes
@@ -158,9 +194,9 @@ def test_k_and_v_computed_from_activations_equal_those_that_are_kept(model_confi
 
 def test_steps_over_quantised_activations_are_those_over_exact_ones_but_for_rounding():
     """Pages on the host and on the device. Older numbers in the rest of a page are no part of a scale."""
-    first, results, tables = 46, [], [[46, 47, 48, 49], [50, 51, 52, 53]]
-    sizes = {"num_blocks": 60, "block_size": 16, "num_host_blocks": 4, "offload_cache": "activations"}
-    exact, rounded = (make_streaming(model_config=MHA, kv_cache_dtype=kind, **sizes) for kind in ("auto", "int8"))
+    first, results = 32760, []
+    tables = [[first + 4 * row + i for i in range(4)] for row in range(2)]
+    exact, rounded = (shared_with_pages(kv_cache_dtype=kind) for kind in ("auto", "int8"))
     for runner, has_older_numbers in ((exact, False), (rounded, False), (rounded, True)):
         assert runner.programs.keeps_activations
         assert runner.num_window_blocks < first
@@ -173,7 +209,7 @@ def test_steps_over_quantised_activations_are_those_over_exact_ones_but_for_roun
         for step in range(4):  # the third fills a page
             cells = [[host_cell(0), *tables[0][1:]], [host_cell(0), host_cell(1), *tables[1][2:]]]
             streamed = Streamed(np.array([3, 0, 2], np.int32), np.array([0, 1], np.int32))
-            to_host = (BlockCopy(46, 3), BlockCopy(50, 0), BlockCopy(51, 2)) if step == 0 else ()
+            to_host = (BlockCopy(first, 3), BlockCopy(first + 4, 0), BlockCopy(first + 5, 2)) if step == 0 else ()
             chunks = [Chunk(i, [5 + step], 37 + step, 37, cells[i]) for i in range(2)]
             if step == 3:  # a chunk of a prompt beside a decode
                 chunks[1] = Chunk(1, PROMPTS[2][:11], 40, 51, cells[1])
@@ -230,32 +266,24 @@ def test_activations_are_kept_where_they_are_smaller():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"kv_cache_dtype": "int8"}, {"offload_dtype": "int8"}], ids=["kv", "int8", "narrow"]
+    "settings",
+    [{}, {"kv_cache_dtype": "int8"}, {"offload_dtype": "int8", "num_host_blocks": 512}],
+    ids=["kv", "int8", "narrow"],
 )
 def test_a_step_that_streams_allocates_nothing_of_the_pools_size(settings):
-    runner = make_streaming(num_blocks=8192, num_host_blocks=512, **settings)
-    for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
-        memory = runner.programs.get(("stream", bucket)).memory_analysis()
-        assert memory is not None
-        assert memory.temp_size_in_bytes < runner.cache.pool.nbytes / 8
-        assert memory.alias_size_in_bytes >= runner.cache.pool.nbytes, "the donated pool is written in place"
+    check_that_nothing_of_the_pools_size_is_allocated(shared(**settings))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_a_step_over_pages_allocates_nothing_of_the_pools_size(dtype, kv_cache_dtype):
-    settings: dict[str, Any] = {"offload_cache": "activations", "kv_cache_dtype": kv_cache_dtype, "block_size": 16}
-    runner = make_streaming(dtype, MHA, num_blocks=16384, num_host_blocks=512, **settings)
-    pool_bytes = sum(array.nbytes for array in jax.tree.leaves(runner.cache))
-    for bucket in (Bucket(1, 1), Bucket(4, 4), Bucket(64, 4)):
-        memory = runner.programs.get(("stream", bucket)).memory_analysis()
-        assert memory is not None
-        assert memory.temp_size_in_bytes < pool_bytes / 8
-        assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
+    runner = shared_with_pages(dtype, kv_cache_dtype=kv_cache_dtype)
+    assert runner.programs.keeps_activations
+    check_that_nothing_of_the_pools_size_is_allocated(runner)
 
 
 def test_a_step_that_fails_leaves_no_blocks_to_the_next():
-    runner = make_streaming()
+    runner = shared()
     assert runner.host_pool is not None
     assert runner.programs.stream is not None
     runner.host_pool.stream(runner.programs.stream, np.array([1, 2], np.int32))
@@ -265,7 +293,7 @@ def test_a_step_that_fails_leaves_no_blocks_to_the_next():
     streamed = Streamed(np.array([3], np.int32), np.array([0], np.int32))
     cells = [host_cell(0), 41]
     token_ids, _ = run(runner, [Chunk(0, [5], 8, 8, cells)], streamed, to_host=(BlockCopy(40, 3),))
-    other = make_streaming()
+    other = shared()
     run(other, [Chunk(0, PROMPTS[0][:8], 0, 8, table)])
     assert token_ids == run(other, [Chunk(0, [5], 8, 8, table)])[0]
 

@@ -359,7 +359,7 @@ def test_the_tpu_kernel_interpreted_gives_the_tokens_of_the_portable_path(max_bu
     tokens = []
     for kernel in ({"attention_implementation": "xla"}, {"attention_implementation": "pallas_tpu", "interpret": True}):
         config = EngineConfig(**sizes, **kernel, max_burst=max_burst, tensor_parallel_size=num_devices)
-        llm = LLM.from_model(model, model_config, config, warm_up=False, use_tqdm=False)
+        llm = with_few_sizes(LLM.from_model(model, model_config, config, warm_up=False, use_tqdm=False))
         is_tpu = llm.engine.runner.programs.backend.name == "pallas_tpu"
         rows_of_device = llm.engine.runner.cache.pool.addressable_shards[0].data.shape[3:]
         assert rows_of_device == ((1, 16, 128) if is_tpu else (max(2 // num_devices, 1), 16, 64))

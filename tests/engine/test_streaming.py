@@ -115,18 +115,25 @@ def test_an_engine_streams_only_with_a_runner_that_can():
         tiny_engine(kv_placement="auto")
 
 
+@cache
+def runner_over_many_heads(**settings) -> ModelRunner:
+    """A runner whose blocks hold activations in host memory; hidden states are smaller than their K and V."""
+    model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
+    config = dataclasses.replace(SIZES, **settings, max_burst=1)
+    model = nnx.clone(enlarged(tiny_model(model_config)))
+    return keep_few_sizes(ModelRunner(model, model_config, config, make_mesh(1)))
+
+
+def engine_over_many_heads(**settings) -> Engine:
+    runner = runner_over_many_heads(**settings)
+    return Engine(runner, runner.config)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
     """Activations, from which K and V are computed in every step; two engines over one model."""
-    model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
-    model = enlarged(tiny_model(model_config))
-    engines = []
-    for placement in ("device", "host"):
-        config = dataclasses.replace(SIZES, num_blocks=48, num_host_blocks=24, kv_placement=placement, max_burst=1)
-        engines.append(
-            Engine(keep_few_sizes(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1))), config)
-        )
-    kept, computed = engines
+    sizes = {"num_blocks": 48, "num_host_blocks": 24}
+    kept, computed = (engine_over_many_heads(kv_placement=placement, **sizes) for placement in ("device", "host"))
     assert computed.runner.programs.keeps_activations
     params = {"max_tokens": 20, "temperature": temperature}
     expected = outputs(kept, PROMPTS, **params)
@@ -136,12 +143,9 @@ def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
 
 
 def test_tokens_over_quantised_activations_do_not_depend_on_the_batch_the_chunks_or_where_blocks_lie():
-    model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
-    settings = {"kv_cache_dtype": "int8", "offload_cache": "activations", "max_burst": 1, "num_host_blocks": 24}
-    config = dataclasses.replace(SIZES, num_blocks=48, **settings)
-    runner = keep_few_sizes(
-        ModelRunner(nnx.clone(enlarged(tiny_model(model_config))), model_config, config, make_mesh(1))
-    )
+    sizes = {"num_blocks": 48, "num_host_blocks": 24}
+    runner = runner_over_many_heads(kv_cache_dtype="int8", offload_cache="activations", **sizes)
+    config = runner.config
     assert runner.programs.keeps_activations
     params: dict[str, Any] = {"max_tokens": 9, "temperature": 1.0}
     engine = Engine(runner, config)
@@ -159,13 +163,9 @@ def test_a_module_that_cannot_be_streamed_is_refused_before_it_is_copied():
 
 def test_requests_that_share_pages_may_hold_more_of_them_than_there_are():
     """Eight sequences of one prompt: their rows have 56 pages, and 31 blocks are beside the window."""
-    model_config = tiny_config(num_heads=2, num_kv_heads=2, hidden_size=32, max_position_embeddings=64)
-    model, tokens = enlarged(tiny_model(model_config)), []
+    tokens = []
     for placement in ("device", "host"):
-        config = dataclasses.replace(
-            SIZES, num_blocks=120, num_host_blocks=8, kv_placement=placement, max_burst=1, max_num_seqs=8
-        )
-        engine = Engine(keep_few_sizes(ModelRunner(nnx.clone(model), model_config, config, make_mesh(1))), config)
+        engine = engine_over_many_heads(num_blocks=120, num_host_blocks=8, kv_placement=placement, max_num_seqs=8)
         params = SamplingParams(n=8, seed=1, max_tokens=3, temperature=1.0, ignore_eos=True)
         engine.add(engine.make_request("shared", {"prompt_token_ids": PROMPTS[0][:26]}, params))
         while engine.has_unfinished:

@@ -1,8 +1,10 @@
 """One server over the model in the box for all tests: a real one, in the event loop of a thread."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -13,8 +15,16 @@ from jpaged.server import ServerSettings, create_app
 from jpaged.server.state import Server
 from tests.support.tiny import with_few_sizes
 
-TIMEOUT_S = 600
+TIMEOUT_S = 120
 """Only a failing test waits for so long."""
+
+
+def events(content: bytes) -> list[dict]:
+    """The chunks of a stream, which has to end with [DONE]; comments are left out."""
+    blocks = [block for block in content.decode().split("\n\n") if block and not block.startswith(":")]
+    assert all(block.startswith("data: ") for block in blocks)
+    assert blocks[-1] == "data: [DONE]"
+    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
 
 
 class Served:
@@ -34,8 +44,8 @@ class Served:
         self._uvicorn = uvicorn.Server(config)
         self._serving = asyncio.run_coroutine_threadsafe(self._uvicorn._serve(), self._loop)
         self.run(self._started())
-        port = self._uvicorn.servers[0].sockets[0].getsockname()[1]
-        self.base_url = f"http://127.0.0.1:{port}"
+        self.address: tuple[str, int] = self._uvicorn.servers[0].sockets[0].getsockname()
+        self.base_url = f"http://127.0.0.1:{self.address[1]}"
         self.wire = httpx.Client(base_url=self.base_url, timeout=TIMEOUT_S, trust_env=False)
 
     async def _started(self) -> None:
@@ -63,6 +73,22 @@ class Served:
         """A client of another application over the same engine, in process; to be used in the server's loop."""
         transport = httpx.ASGITransport(create_app(self.llm, ServerSettings(**settings)))
         return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=TIMEOUT_S)
+
+    @contextmanager
+    def held(self) -> Iterator[threading.Event]:
+        """An engine that makes no step before the event is set, or the block is left."""
+        go_on, is_held = threading.Event(), threading.Event()
+
+        def hold(engine) -> None:
+            is_held.set()
+            go_on.wait(TIMEOUT_S)
+
+        self.llm._thread.call(hold)
+        try:
+            assert is_held.wait(TIMEOUT_S)
+            yield go_on
+        finally:
+            go_on.set()
 
     def post(self, path: str, **body) -> httpx.Response:
         return self.wire.post(path, json=body)

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from tqdm import tqdm
 
 from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
@@ -36,6 +35,7 @@ from jpaged.device.step.table import StepState
 from jpaged.device.target import target_of
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
+from jpaged.progress import counted
 from jpaged.sharding import pool_sharding, replicated
 
 
@@ -212,12 +212,14 @@ class Programs:
                     if key not in self._compiled:
                         jobs[threads.submit(self._compile, self.lower(key))] = key
                 saves: list[Future[None]] = []
-                bar = {"total": len(jobs), "desc": "Compiling", "unit": "program"}
-                for job in tqdm(as_completed(jobs), **bar, disable=not (use_tqdm and jobs)):
-                    interrupts.check()
-                    self._compiled[jobs[job]], can_be_saved = job.result()
-                    if kept is not None and can_be_saved and _can_be_kept(jobs[job]):
-                        saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
+                bar = {"label": "Compiling", "unit": "program", "is_shown": use_tqdm and bool(jobs)}
+                with counted("compiling", len(jobs), **bar) as count:
+                    for job in as_completed(jobs):
+                        interrupts.check()
+                        self._compiled[jobs[job]], can_be_saved = job.result()
+                        if kept is not None and can_be_saved and _can_be_kept(jobs[job]):
+                            saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
+                        count(1)
                 for save in saves:
                     save.result()
             finally:  # an interruption does not wait for programs whose compilation has not begun

@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from jpaged.interrupts import InterruptsWait
 from jpaged.models.checkpoint.config import ModelConfig, read_json
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
 from jpaged.models.layers.kv_copies import KVCopies
+from jpaged.progress import counted
 from jpaged.sharding import is_on_host, moved
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -70,16 +70,15 @@ def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool
         _check_tensors(path, flat, stored, copies)
         num_bytes = {name: t.size * jnp.dtype(_DTYPES[t.dtype]).itemsize for name, t in stored.items()}
         total = sum(num_bytes[hf_name(where)] for where, _ in flat)
-        bar = stack.enter_context(
-            tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm)
-        )
+        label = {"label": "Loading weights", "unit": "B", "is_shown": use_tqdm}
+        count = stack.enter_context(counted("loading", total, **label))
         interrupts = stack.enter_context(InterruptsWait())
         loaded = []
         for where, variable in flat:
             interrupts.check()
             name = hf_name(where)
             loaded.append((where, variable.replace(_load_tensor(stored[name], is_transposed(where), variable, copies))))
-            bar.update(num_bytes[name])
+            count(num_bytes[name])
     return nnx.from_flat_state(loaded)
 
 

@@ -42,6 +42,15 @@ async def read_body[T: Body](request: Request, kind: type[T], *, is_strict: bool
     Raises:
         ApiError: 415 for another content type, 400 for a body that is not what the model says.
     """
+    return parse(kind, await read_fields(request), is_strict=is_strict)
+
+
+async def read_fields(request: Request) -> dict[str, Any]:
+    """The fields of a JSON object.
+
+    Raises:
+        ApiError: 415 for another content type, 400 for another body.
+    """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(415, f"content-type is {reprlib.repr(content_type)}: expected application/json")
@@ -53,29 +62,29 @@ async def read_body[T: Body](request: Request, kind: type[T], *, is_strict: bool
         raise ApiError(400, "the body is not a JSON object")
     if len(fields) > MAX_FIELDS:
         raise ApiError(400, f"the body has {len(fields)} fields: at most {MAX_FIELDS} are taken")
-    body = parse(kind, fields)
-    if is_strict and body.ignored:
-        names = ", ".join(reprlib.repr(name) for name in body.ignored[:_MAX_NAMED])
-        raise ApiError(400, f"unknown fields: {names}", code="unknown_parameter")
-    return body
+    return fields
 
 
-def parse[T: Body](kind: type[T], fields: dict[str, Any]) -> T:
+def parse[T: Body](kind: type[T], fields: dict[str, Any], *, is_strict: bool) -> T:
     """A model of fields.
 
     Raises:
         ApiError: 400, with the first field that is wrong.
     """
     try:
-        return kind.model_validate(fields)
+        body = kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        # Members of unions and the messages' tags stand in the location too: the name and the numbers are enough.
+        # Members of unions stand in the location too: the name and the numbers are enough.
         where = "".join(f"[{part}]" if isinstance(part, int) else "" for part in first["loc"][1:])
         param = str(first["loc"][0]) if first["loc"] else None
         got = "" if first["type"] == "missing" else f"={reprlib.repr(first['input'])}"
         message = first["msg"].removeprefix("Value error, ")
         raise ApiError(400, f"{param}{where}{got} is not valid: {message}", param=param) from None
+    if is_strict and body.ignored:
+        names = ", ".join(reprlib.repr(name) for name in body.ignored[:_MAX_NAMED])
+        raise ApiError(400, f"unknown fields: {names}", code="unknown_parameter")
+    return body
 
 
 def ignored_header(body: Body) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Parts of responses: log-probabilities and usage, as OpenAI's clients read them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,11 @@ LEAST_LOGPROB = -9999.0
 
 TokenLogprobs = Sequence[tuple[int, dict[int, Logprob] | None]]
 """Tokens with the log-probabilities at their positions; None where nothing precedes the token."""
+
+ChosenLogprobs = Iterable[tuple[int, dict[int, Logprob]]]
+"""Tokens with the log-probabilities at their positions."""
+
+BytesOf = Callable[[int, str], list[int]]
 
 
 def usage(num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
@@ -68,6 +73,26 @@ def completion_logprobs(tokens: TokenLogprobs, text_offset: int, decode: Any) ->
         offsets.append(text_offset)
         text_offset += len(texts[-1])
     return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+
+
+def chat_logprobs(tokens: ChosenLogprobs, num_top: int, bytes_of: BytesOf) -> dict[str, Any]:
+    """The log-probabilities of ``/v1/chat/completions``.
+
+    Args:
+        tokens: the tokens.
+        num_top: alternatives of each token.
+        bytes_of: the bytes of a token of which the id and the text are given.
+    """
+
+    def entry(token_id: int, logprob: Logprob) -> dict[str, Any]:
+        text = token_text(token_id, logprob)
+        return {"token": text, "logprob": finite(logprob.logprob), "bytes": bytes_of(token_id, text)}
+
+    content = []
+    for token_id, entries in tokens:
+        best = [entry(*each) for each in entries.items() if each[1].rank <= num_top][:num_top]
+        content.append(entry(token_id, entries[token_id]) | {"top_logprobs": best})
+    return {"content": content, "refusal": None}
 
 
 def prompt_logprobs(entries: Sequence[dict[int, Logprob] | None]) -> list[dict[str, Any] | None]:

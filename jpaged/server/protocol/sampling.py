@@ -83,7 +83,6 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     priority: Count | None = None
     cache_salt: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$")] | None = None
-    add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     user: str | None = None
 

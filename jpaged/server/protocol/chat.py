@@ -1,0 +1,109 @@
+"""The body of ``/v1/chat/completions``, and its messages."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from jpaged.server.errors import ApiError
+from jpaged.server.protocol.sampling import GenerationBody
+
+MAX_MESSAGES = 2048
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_TEXT_FIELDS = "name", "tool_call_id", "reasoning_content"
+
+
+class ChatOptions(GenerationBody):
+    """The fields that say how messages become a prompt."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_MESSAGES)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    reasoning_effort: str | None = None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as the model's chat template takes them: contents are texts.
+
+        Raises:
+            ApiError: 400 for a message of another form.
+        """
+        return [_message(i, message) for i, message in enumerate(self.messages)]
+
+    def template_options(self, known: frozenset[str]) -> dict[str, Any]:
+        """The arguments of the chat template.
+
+        Args:
+            known: names that the request may set.
+
+        Raises:
+            ApiError: 400 for a name that it may not set.
+        """
+        kwargs: dict[str, Any] = dict(self.chat_template_kwargs or {})
+        if unknown := sorted(kwargs.keys() - known):
+            raise ApiError(
+                400,
+                f"chat_template_kwargs has {unknown[0][:64]!r}: the template of this model takes "
+                f"{', '.join(sorted(known)) or 'none'}",
+                param="chat_template_kwargs",
+            )
+        if self.reasoning_effort is not None and "reasoning_effort" in known:
+            kwargs.setdefault("reasoning_effort", self.reasoning_effort)
+        continues = bool(self.continue_final_message)
+        adds = not continues if self.add_generation_prompt is None else self.add_generation_prompt
+        return {"chat_template_kwargs": kwargs, "continue_final_message": continues, "add_generation_prompt": adds}
+
+
+class ChatBody(ChatOptions):
+    """The body of ``/v1/chat/completions``."""
+
+    max_completion_tokens: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives of each token; None asks for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs goes with logprobs=true only", param="top_logprobs")
+
+
+def _message(i: int, message: dict[str, Any]) -> dict[str, Any]:
+    role = message.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ApiError(400, f"messages[{i}].role is not valid: expected one of {', '.join(_ROLES)}", param="messages")
+    fields: dict[str, Any] = {"role": _ROLES[role], "content": _text(i, message.get("content"))}
+    given = message | {"reasoning_content": message.get("reasoning_content") or message.get("reasoning")}
+    for name in _TEXT_FIELDS:
+        if (value := given.get(name)) is not None:
+            if not isinstance(value, str):
+                raise ApiError(400, f"messages[{i}].{name} is not valid: expected a text", param="messages")
+            fields[name] = value
+    if tool_calls := message.get("tool_calls"):
+        if not isinstance(tool_calls, list) or not all(isinstance(each, dict) for each in tool_calls):
+            raise ApiError(400, f"messages[{i}].tool_calls is not valid: expected a list of objects", param="messages")
+        fields["tool_calls"] = tool_calls
+    return fields
+
+
+def _text(i: int, content: Any) -> str:
+    """The content of message ``i`` as one text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ApiError(400, f"messages[{i}].content is not valid: expected a text or a list of parts", param="messages")
+    texts: list[str] = []
+    for part in content:
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text:
+            raise ApiError(400, f"messages[{i}].content has a part that is no text: send text alone", param="messages")
+        texts.append(part["text"])
+    return "\n".join(texts)

@@ -1,0 +1,124 @@
+"""Streamed completions: the same as the whole ones, event by event."""
+
+import asyncio
+import json
+
+import pytest
+
+from jpaged.server import ServerSettings, create_app
+from tests.server.conftest import events
+
+PROMPT = "def add(a, b):"
+
+
+def stream(served, path="/v1/completions", **body):
+    body = {"temperature": 0, "stream": True} | body
+    if path == "/v1/completions":
+        body = {"prompt": PROMPT} | body
+    with served.wire.stream("POST", path, json=body) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["x-accel-buffering"] == "no"
+        return events(response.read())
+
+
+def joined(chunks, num_choices):
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    return ["".join(each["text"] for each in choices if each["index"] == i) for i in range(num_choices)]
+
+
+def ends(chunks):
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    return {choice["index"]: choice["finish_reason"] for choice in choices}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"max_tokens": 9},
+        {"max_tokens": 9, "echo": True},
+        {"max_tokens": 0, "echo": True},
+        {"prompt": [PROMPT, "import os", "class"], "n": 2, "temperature": 1, "seed": 3, "max_tokens": 5},
+        {"max_tokens": 40, "stop": ["return", "\n"]},
+        {"use_beam_search": True, "n": 2, "max_tokens": 4},
+    ],
+    ids=str,
+)
+def test_joined_events_are_the_whole_completion(served, body):
+    chunks = stream(served, **body)
+    whole = served.complete(
+        body.get("prompt", PROMPT), **{key: value for key, value in body.items() if key != "prompt"}
+    )
+    texts = [each["text"] for each in whole["choices"]]
+    assert joined(chunks, len(texts)) == texts
+    assert ends(chunks) == {each["index"]: each["finish_reason"] for each in whole["choices"]}
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_streamed_logprobs_and_ids_are_those_of_the_whole(served):
+    chunks = stream(served, max_tokens=6, logprobs=2, return_token_ids=True)
+    [whole] = served.complete(PROMPT, max_tokens=6, logprobs=2, return_token_ids=True)["choices"]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert [each for choice in choices for each in choice["token_ids"]] == whole["token_ids"]
+    parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    for name in ("tokens", "text_offset"):
+        assert [each for part in parts for each in part[name]] == whole["logprobs"][name]
+    values = [each for part in parts for each in part["token_logprobs"]]
+    assert values == pytest.approx(whole["logprobs"]["token_logprobs"], abs=1e-4)
+
+
+def test_usage_comes_last_or_always(served):
+    plain = stream(served, max_tokens=4)
+    assert not any("usage" in chunk for chunk in plain)
+    last = stream(served, max_tokens=4, stream_options={"include_usage": True})
+    assert [chunk["usage"] for chunk in last[:-1]] == [None] * (len(last) - 1)
+    assert last[-1]["choices"] == []
+    assert last[-1]["usage"]["completion_tokens"] == 4
+    always = stream(served, max_tokens=4, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    assert [chunk["usage"]["completion_tokens"] for chunk in always] == [1, 2, 3, 4, 4]
+
+
+def test_chat_begins_with_its_role_and_ends_with_a_reason(served):
+    messages = [{"role": "user", "content": "def f(x):"}]
+    chunks = stream(served, "/v1/chat/completions", messages=messages, max_tokens=5, ignore_eos=True)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert all("role" not in delta for delta in deltas[1:])
+    whole = served.post("/v1/chat/completions", messages=messages, max_tokens=5, temperature=0, ignore_eos=True).json()[
+        "choices"
+    ][0]
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["message"]["content"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == whole["finish_reason"]
+
+
+def test_silent_streams_get_comments_before_their_first_token(served):
+    app = create_app(served.llm, ServerSettings(keep_alive_s=0.01))
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 2, "stream": True}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1"}
+    scope["headers"] = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+
+    async def task():
+        sent = asyncio.Queue()
+        received = asyncio.Queue()
+        received.put_nowait({"type": "http.request", "body": body})
+        with served.held() as go_on:
+            answering = asyncio.ensure_future(app(scope, received.get, sent.put))
+            assert (await sent.get())["status"] == 200
+            content = (await sent.get())["body"]
+            go_on.set()
+            await answering
+        while not sent.empty():
+            content += sent.get_nowait()["body"]
+        return content
+
+    content = served.run(task())
+    assert content.startswith(b": keep-alive\n\n")
+    assert ends(events(content)) == {0: "length"}
+
+
+def test_refused_streams_have_a_status(served):
+    response = served.post("/v1/completions", prompt=[10**6], stream=True)
+    assert response.status_code == 400
+    assert json.loads(response.content)["error"]["message"]

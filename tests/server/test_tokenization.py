@@ -1,0 +1,40 @@
+"""/tokenize, /detokenize and /tokenizer_info agree with the tokenizer."""
+
+
+def test_text_goes_there_and_back(served):
+    text = "def f(x):\n    return x"
+    body = served.post("/tokenize", prompt=text, return_token_strs=True).json()
+    ids = list(served.llm.tokenizer.encode(text))
+    assert (body["tokens"], body["count"]) == (ids, len(ids))
+    assert body["max_model_len"] == served.llm.max_model_len
+    assert body["token_strs"] == served.llm.tokenizer.convert_ids_to_tokens(ids)
+    assert served.post("/detokenize", tokens=ids).json() == {"prompt": text}
+
+
+def test_conversations_are_tokenised_as_chats_are(served):
+    messages = [{"role": "user", "content": "hello"}]
+    chat = served.post("/v1/chat/completions", messages=messages, max_tokens=1, return_token_ids=True).json()
+    assert served.post("/tokenize", messages=messages).json()["tokens"] == chat["prompt_token_ids"]
+
+
+def test_the_tokenizer_is_described(served):
+    info = served.wire.get("/tokenizer_info").json()
+    assert info["eos_token"] == served.llm.tokenizer.eos_token
+    assert info["chat_template"] == served.llm.tokenizer.chat_template
+
+
+def test_mistakes_are_400(served):
+    mistakes = [
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": ""}),
+        ("/tokenize", {"prompt": "a" * 10_000_000}),
+        ("/tokenize", {"messages": [{"role": "x"}]}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [10**6]}),
+        ("/detokenize", {"tokens": [True]}),
+        ("/detokenize", {"tokens": [1] * (served.llm.max_model_len + 1)}),
+    ]
+    for path, fields in mistakes:
+        response = served.post(path, **fields)
+        assert response.status_code == 400, (path, fields, response.text)
+        assert response.json()["error"]["type"] == "invalid_request_error"
