@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0; 2 for a mistake of the caller's; 130 after Ctrl-C; 141 when stdout is closed.
+        The exit status: 0; 1 if a server has lost its engine; 2 for a mistake of the caller's; 130 after Ctrl-C; 141
+        when stdout is closed.
 
     Raises:
         ValueError, OSError, NotImplementedError: a mistake of the caller's, with ``--debug``.
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         by_hand = args.coordinator_address, args.num_processes, args.process_id
         if args.distributed or any(value is not None for value in by_hand):
             join(args)
-        import_module(f"jpaged.cli.{args.command}").run(args)
+        status = import_module(f"jpaged.cli.{args.command}").run(args)
         sys.stdout.flush()
     except Followed:
         return 0
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = one_line(error)
         note(f"jpaged: error: {as_typed(message) if _is_ours(error) else f'{message} (--debug shows where)'}")
         return 2
-    return 0
+    return status or 0
 
 
 def _quieten_libtpu() -> None:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from jpaged.config import EngineConfig
 from jpaged.request import MAX_LOGPROBS, BeamSearchParams, SamplingParams
 from jpaged.rules import Setting, settings_of
+from jpaged.server.settings import ServerSettings
 
 GENERATE_MAX_TOKENS = 128
 CHAT_MAX_TOKENS = 512
@@ -26,6 +27,11 @@ ENGINE_OPTIONS = tuple(
     # A command sets the sizes of a step itself, has --no-prefix-caching, and draws the seeds of its requests.
     if name not in ("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "seed")
 )
+SERVING_OPTIONS = tuple(name for name in settings_of(EngineConfig) if name != "enable_prefix_caching")
+"""Settings of an engine that computes requests of many clients."""
+
+SERVER_OPTIONS = tuple(settings_of(ServerSettings))
+BATCH_OPTIONS = "served_model_name", "strict_params", "max_prompts", "max_sequences", "max_logprobs_entries"
 SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "stop",
@@ -37,6 +43,8 @@ _EPILOG = """\
 examples:
   jpaged generate "def fibonacci(n):"
   jpaged chat --model ~/models/Llama-3.2-1B-Instruct
+  jpaged serve --model ~/models/Llama-3.2-1B-Instruct
+  jpaged batch requests.jsonl results.jsonl
   jpaged info --json
 
 Text goes to stdout. Errors go to stderr, and so do progress and rates if stderr is a terminal. Exit status:
@@ -86,6 +94,36 @@ cache.
 """
 
 
+_SERVE = """\
+Serve a model over HTTP, under the names of OpenAI's API: /v1/completions, /v1/chat/completions and more. All
+programs are compiled before the first request, and kept for the next start; meanwhile /health tells the progress.
+
+SIGTERM and Ctrl-C take no more requests and let those finish that run; a second one ends them. SIGHUP reads the
+file of keys again. The exit status is 1 if the engine is lost.
+"""
+
+_SERVE_EXAMPLES = """\
+examples:
+  jpaged serve
+  curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "def add(a, b):"}'
+"""
+
+_BATCH = """\
+Compute the requests of a file and write their results to another one, both in the format of OpenAI's batches: one
+JSON object on each line. A request has "custom_id", "method", "url" (/v1/completions or /v1/chat/completions) and
+"body". Its result has the same custom_id and the response, or the error; results come in the order in which they
+are done.
+
+After Ctrl-C the results that are done stay. The same command goes on from there, and computes again what failed for
+a reason that was not the request's.
+"""
+
+_BATCH_EXAMPLES = """\
+examples:
+  echo '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "def "}}' > in.jsonl
+  jpaged batch in.jsonl out.jsonl
+"""
+
 _METAVARS = {int: "N", float: "X", str: "NAME", list: "TEXT"}
 
 
@@ -126,12 +164,13 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"jpaged {version('jpaged')}")
-    commands = parser.add_subparsers(dest="command", metavar="{generate,chat,info}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{generate,chat,serve,batch,info}", required=True)
 
     def add_command(name: str, help_: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        arguments = {"generate": " PROMPT", "batch": " IN OUT"}
         return commands.add_parser(
             name,
-            usage=f"jpaged {name} [OPTIONS]{' PROMPT' if name == 'generate' else ''}",
+            usage=f"jpaged {name} [OPTIONS]{arguments.get(name, '')}",
             help=help_,
             description=description,
             epilog=epilog,
@@ -147,13 +186,19 @@ def make_parser() -> argparse.ArgumentParser:
     chat = add_command("chat", "talk to a model made for conversation", _CHAT)
     chat.add_argument("--system", metavar="TEXT", help="instructions that come before the conversation")
     _add_sampling_options(chat, CHAT_MAX_TOKENS)
+    serve = add_command("serve", "serve a model over HTTP, under OpenAI's names", _SERVE, _SERVE_EXAMPLES)
+    _add_server_options(serve, SERVER_OPTIONS)
+    batch = add_command("batch", "compute a file of requests", _BATCH, _BATCH_EXAMPLES)
+    batch.add_argument("source", metavar="IN", help="file of requests")
+    batch.add_argument("destination", metavar="OUT", help="file of results; one that is there is continued")
+    _add_server_options(batch, BATCH_OPTIONS)
     info = add_command("info", "show the machine, the model and the KV cache", _INFO)
     info.add_argument("--json", action="store_true", help="print one JSON object")
-    for command in (generate, chat, info):
-        _add_engine_options(command)
+    for command in (generate, chat, serve, batch, info):
+        _add_engine_options(command, SERVING_OPTIONS if command in (serve, batch) else ENGINE_OPTIONS)
         _add_process_options(command)
         command.add_argument("--debug", action="store_true", help="show where an error was raised: Python's traceback")
-    for command in (generate, chat):
+    for command in (generate, chat, serve, batch):
         command.add_argument(
             "--no-prefix-caching", action="store_true", help="do not reuse the KV of equal beginnings of prompts"
         )
@@ -190,7 +235,10 @@ def _as_option(name: str) -> str:
 
 
 _PROCESSES = "coordinator_address", "num_processes", "process_id"
-_SETTINGS = (*ENGINE_OPTIONS, *SAMPLING_OPTIONS, *COMPLETION_OPTIONS, *BEAM_OPTIONS, *_PROCESSES, "use_beam_search")
+_SETTINGS = (
+    *SERVING_OPTIONS, *SERVER_OPTIONS, *SAMPLING_OPTIONS, *COMPLETION_OPTIONS, *BEAM_OPTIONS, *_PROCESSES,
+    "use_beam_search",
+)  # fmt: skip
 _SETTING = re.compile(rf"(?<![\w/.-])({'|'.join(_SETTINGS)})\b(?:=('?)([^\s,:;)]+)\2)?")
 
 
@@ -210,7 +258,7 @@ def as_typed(message: str) -> str:
     return _SETTING.sub(option, message).replace("expected None or ", "expected ")
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def _add_engine_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     group = parser.add_argument_group("model and engine")
     group.add_argument(
         "--model",
@@ -218,9 +266,16 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face checkpoint: config.json, *.safetensors, tokenizer (default: the small model in the package)",
     )
     settings = settings_of(EngineConfig)
-    for name in ENGINE_OPTIONS:
+    for name in names:
         each = settings[name]
         _add(group, each, shown="" if each.rule.type is bool else each.shown_default, default=each.default)
+
+
+def _add_server_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    group, settings = parser.add_argument_group("server"), settings_of(ServerSettings)
+    for name in names:
+        each = settings[name]
+        _add(group, each, shown="" if each.rule.type is bool else each.shown_default, default=None)
 
 
 def _add_process_options(parser: argparse.ArgumentParser) -> None:
@@ -275,9 +330,18 @@ def _add_beam_options(parser: argparse.ArgumentParser) -> None:
 # From options to settings ---------------------------------------------------------------------------------------------
 
 
-def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+def engine_settings(args: argparse.Namespace, names: Iterable[str] = ENGINE_OPTIONS) -> dict[str, Any]:
     """The settings of the engine that options set."""
-    return {name: getattr(args, name) for name in ENGINE_OPTIONS}
+    return {name: getattr(args, name) for name in names}
+
+
+def server_settings(args: argparse.Namespace, names: Iterable[str]) -> ServerSettings:
+    """The settings of the server that options set.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    return ServerSettings(**_given(args, names))
 
 
 def sampling_params(args: argparse.Namespace, max_tokens: int, more: Sequence[str] = ()) -> SamplingParams:

@@ -2,11 +2,13 @@
 
 import argparse
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from jpaged.cli.options import engine_settings
+from jpaged.cli.options import SERVING_OPTIONS, engine_settings
 
 if TYPE_CHECKING:
+    from jpaged.async_llm import AsyncLLM
     from jpaged.llm import LLM
 
 MAX_BATCHED_TOKENS = 512
@@ -39,6 +41,39 @@ def load(args: argparse.Namespace, *, max_num_seqs: int) -> "LLM":
         llm.follow()
         raise Followed
     return llm
+
+
+def load_for_many(args: argparse.Namespace) -> "AsyncLLM":
+    """The engine for the requests of many clients, all programs compiled.
+
+    Raises:
+        Followed: another process leads, and has ended.
+    """
+    from jpaged.async_llm import AsyncLLM
+    from jpaged.llm import LLM
+
+    llm = LLM(
+        args.model,
+        enable_prefix_caching=not args.no_prefix_caching,
+        use_tqdm=sys.stderr.isatty(),
+        **engine_settings(args, SERVING_OPTIONS),
+    )
+    if not llm.is_leader:
+        llm.follow()
+        raise Followed
+    return AsyncLLM.from_llm(llm)
+
+
+def check_extra() -> None:
+    """Check that the libraries of the server are there.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    try:
+        import_module("jpaged.server.run")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed, which a server needs: pip install 'jpaged[serve]'") from error
 
 
 def join(args: argparse.Namespace) -> None:

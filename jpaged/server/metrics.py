@@ -89,7 +89,7 @@ class Metrics(Collector):
     Args:
         llm: the engine; the metrics listen to its steps from now on.
         model_name: the name that clients call the model by.
-        num_queued: sequences that wait before the engine, now.
+        num_queued: requests that wait before the engine, now.
 
     Attributes:
         num_queued: as given.

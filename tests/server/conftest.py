@@ -4,14 +4,16 @@ import asyncio
 import json
 import threading
 from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 
 from jpaged import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from jpaged.server import ServerSettings, create_app
+from jpaged.server.run import uvicorn_config
 from jpaged.server.state import Server
 from tests.support.tiny import with_few_sizes
 
@@ -40,17 +42,27 @@ class Served:
         self.llm = AsyncLLM.from_llm(llm)
         self.app = create_app(self.llm, ServerSettings())
         self.server: Server = self.app.state.server
-        config = uvicorn.Config(self.app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-        self._uvicorn = uvicorn.Server(config)
-        self._serving = asyncio.run_coroutine_threadsafe(self._uvicorn._serve(), self._loop)
-        self.run(self._started())
-        self.address: tuple[str, int] = self._uvicorn.servers[0].sockets[0].getsockname()
+        self._exits = ExitStack()
+        self.address = self._exits.enter_context(self.serving(self.app))
         self.base_url = f"http://127.0.0.1:{self.address[1]}"
         self.wire = httpx.Client(base_url=self.base_url, timeout=TIMEOUT_S, trust_env=False)
 
-    async def _started(self) -> None:
-        while not self._uvicorn.started:
-            await asyncio.sleep(0.01)
+    @contextmanager
+    def serving(self, app: Starlette) -> Iterator[tuple[str, int]]:
+        """Serve an application from the loop of server and engine; the address is good until the block is left."""
+        config = uvicorn_config(app, ServerSettings())
+        config.port, config.timeout_graceful_shutdown = 0, 1
+        server = uvicorn.Server(config)
+
+        async def started() -> None:
+            while not server.started:
+                await asyncio.sleep(0.01)
+
+        serving = asyncio.run_coroutine_threadsafe(server._serve(), self._loop)
+        self.run(started())
+        yield server.servers[0].sockets[0].getsockname()
+        server.should_exit = True
+        serving.result(TIMEOUT_S)
 
     def run[T](self, work: Awaitable[T]) -> T:
         """The result of a coroutine that runs in the server's loop."""
@@ -107,8 +119,7 @@ class Served:
 
     def close(self) -> None:
         self.wire.close()
-        self._uvicorn.should_exit = True
-        self._serving.result(TIMEOUT_S)
+        self._exits.close()
         self.llm.shutdown()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -186,8 +186,8 @@ def test_a_browser_shows_requests_and_with_whom_one_shares(served, page, tmp_pat
         assert page.text_content("#model") == served.server.model_name
         page.click("#rows tr:nth-child(2)")
         page.wait_for_selector("#sharers li")
-        assert "blocks" in page.text_content("#sharers li")
-        assert page.text_content("#detail-title") == page.text_content("#rows tr:nth-child(2) td")
+        assert "1 block" in page.text_content("#sharers li")
+        assert page.text_content("#detail-title") == page.get_attribute("#rows tr:nth-child(2) td", "title")
         page.hover("#device", position={"x": 4, "y": 4})
         assert page.text_content("#tip") == "Block 0: reserved"
         private = page.evaluate("() => document.querySelector('#legend li b').textContent")

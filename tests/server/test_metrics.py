@@ -5,10 +5,12 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import jpaged
 from jpaged import LLM, AsyncLLM, FinishReason, RequestOutputKind, SamplingParams
 from jpaged.engine.outputs import FirstToken, StepOutput
 from jpaged.request import CompletionDelta
@@ -296,3 +298,13 @@ def test_requests_that_wait_before_the_engine_count_as_waiting_and_refusals_by_t
     found = served.run(run())
     assert found["vllm:num_requests_waiting"] == 1
     assert found["vllm:admission_rejections_total/max_waiting_sequences"] == 1
+
+
+def test_the_page_on_monitoring_names_families_that_are_there(served):
+    page = (Path(jpaged.__file__).parent / "docs" / "monitoring.md").read_text()
+    served.complete("x = 1", max_tokens=2)
+    found = samples_of(served.wire.get("/metrics").text)
+    names = {name.split("/")[0] for name in found}
+    asked = set(re.findall(r"`((?:vllm:|jpaged:|http_)\w+)`", page)) - {"vllm:admission_rejections_total"}
+    assert len(asked) > 15
+    assert not {name for name in asked if name not in names and f"{name}_count" not in names}

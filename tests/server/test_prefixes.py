@@ -73,6 +73,21 @@ def test_a_pinned_prefix_is_listed_found_and_unpinned(served):
     served.run(run())
 
 
+def test_the_first_messages_of_conversations_are_pinned(served):
+    system = {"role": "system", "content": PREFIX}
+
+    async def run() -> None:
+        async with clients(served) as [client]:
+            made = await client.post("/v1/prefixes", json={"messages": [system]})
+            assert made.status_code == 201, made.text
+            assert made.json()["tokens"] == len(served.llm.tokenizer.encode(PREFIX))
+            body = {"messages": [system, {"role": "user", "content": "x = 1"}], "max_tokens": 1}
+            usage = (await client.post("/v1/chat/completions", json=body)).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] >= made.json()["tokens"] // 16 * 16 > 0
+
+    served.run(run())
+
+
 def test_a_prefix_expires_after_its_time(served):
     async def run() -> None:
         async with clients(served) as [client]:
@@ -152,6 +167,8 @@ def test_a_key_has_its_own_quota_of_tokens(served, tmp_path):
         ({"prompt": ""}, "prompt"),
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": None}, "prompt"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages"),
         ({"prompt": [10**9]}, None),
         ({"ttl": 0}, "ttl"),
         ({"ttl": -1}, "ttl"),

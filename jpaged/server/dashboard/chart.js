@@ -19,12 +19,13 @@ function ceiling(value) {
   return [1, 2, 5, 10].map((k) => k * power).find((bound) => bound >= value * 0.999);
 }
 
-// points: [time, value or null] of each line, by the line's class. format: a value in words.
-export function drawChart(element, now, lines, format, { isFilled = false } = {}) {
+// lines: [time, value or null] of each point, by the line's class. format: a value in words. least: the least value
+// that the axis reaches.
+export function drawChart(element, now, lines, format, { isFilled = false, least = 0.001 } = {}) {
   const [width, height] = [element.clientWidth, element.clientHeight];
   if (!width) return;
   const values = Object.values(lines).flatMap((points) => points.map(([, value]) => value ?? 0));
-  const top = ceiling(Math.max(...values, 1e-6));
+  const top = ceiling(Math.max(...values, least));
   const x = (time) => LEFT + (1 - (now - time) / SPAN_S) * (width - LEFT);
   const y = (value) => TOP + (1 - value / top) * (height - TOP - BOTTOM);
   const drawn = [];

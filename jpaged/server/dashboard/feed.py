@@ -99,6 +99,9 @@ class Feed:
                     yield frame
         finally:
             self._viewers.discard(viewer)
+            if not self._viewers and self._task is not None:
+                self._task.cancel()
+                self._task = None
 
     async def close(self) -> None:
         """End the feed of every viewer."""

@@ -11,6 +11,8 @@ const HEALTH = { ok: "good", compiling: "warn", draining: "warn" };
 const find = (id) => document.getElementById(id);
 const tell = (id, text) => { find(id).textContent = text; };
 const count = (number) => Math.round(number).toLocaleString("en");
+const blocks = (number) => `${count(number)} ${number === 1 ? "block" : "blocks"}`;
+const short = (id) => (id.length > 28 ? `${id.slice(0, 16)}…${id.slice(-10)}` : id);
 const percent = (number) => `${number.toFixed(number < 10 ? 1 : 0)} %`;
 
 function seconds(value) {
@@ -112,7 +114,7 @@ function showHealth(state, className) {
 
 function showCharts() {
   const line = (read) => history.map((point) => [point.time, read(point)]);
-  drawChart(find("rate-chart"), frame.time, { p50: line((point) => point.rate) }, count, { isFilled: true });
+  drawChart(find("rate-chart"), frame.time, { p50: line((point) => point.rate) }, count, { isFilled: true, least: 10 });
   for (const name of ["ttft", "itl"]) {
     const lines = { p99: line((point) => point[name][1]), p50: line((point) => point[name][0]) };
     drawChart(find(`${name}-chart`), frame.time, lines, seconds);
@@ -152,10 +154,10 @@ function showRequests() {
   for (const id of [...rows.keys()]) if (!kept.has(id)) rows.delete(id);
   const shown = requests.map((request) => {
     const row = rows.get(request.id) ?? makeRow(request.id);
-    const blocks = new Set(request.tables.flat());
-    const shared = [...blocks].filter((block) => pool.blocks[block] >= "4").length;
+    const held = new Set(request.tables.flat());
+    const shared = [...held].filter((block) => pool.blocks[block] >= "4").length;
     const cached = request.cached === null ? "–" : count(request.cached);
-    const numbers = [count(request.prompt), cached, count(request.output), count(blocks.size), count(shared)];
+    const numbers = [count(request.prompt), cached, count(request.output), count(held.size), count(shared)];
     const badge = row.children[1].firstChild;
     badge.textContent = request.state;
     badge.className = `badge ${request.state === "running" ? "good" : request.state === "preempted" ? "warn" : ""}`;
@@ -171,14 +173,14 @@ function showRequests() {
     if (body.contains(focused)) focused.focus();
   }
   find("idle").hidden = total > 0;
-  const shownNote = total > requests.length ? `the first ${count(requests.length)} of ${count(total)}` : count(total);
-  tell("requests-note", frame.queued ? `${shownNote}, and ${count(frame.queued)} in the queue before them` : shownNote);
+  const inEngine = total > requests.length ? `the first ${count(requests.length)} of ${count(total)}` : count(total);
+  tell("requests-note", frame.queued ? `${inEngine} in the engine, ${count(frame.queued)} more queue` : inEngine);
 }
 
 function makeRow(id) {
   const row = make("tr");
   row.tabIndex = 0;
-  const name = make("td", { text: id });
+  const name = make("td", { text: short(id) });
   name.title = id;
   const state = make("td");
   state.append(make("span", { className: "badge" }));
@@ -214,7 +216,7 @@ function showDetail() {
   request.tables.forEach((table, i) => {
     maps[i].table = table;
     const private_ = table.filter((block) => pool.blocks[block] === "3").length;
-    maps[i].title.textContent = `Sequence ${i}: ${count(table.length)} blocks, ${count(private_)} of them its own`;
+    maps[i].title.textContent = `Sequence ${i}: ${blocks(table.length)}, ${count(private_)} of them its own`;
     maps[i].map.draw(table.map((block) => pool.blocks[block]).join(""));
   });
   showSharers(request);
@@ -240,7 +242,8 @@ function showSharers(request) {
     const item = make("li");
     const button = make("button");
     button.type = "button";
-    button.append(make("span", { text: name }), make("span", { className: "muted", text: `${count(number)} blocks` }));
+    button.append(make("span", { text: short(name) }), make("span", { className: "muted", text: blocks(number) }));
+    button.title = name;
     button.disabled = !ids.has(name);
     button.addEventListener("click", () => choose(name));
     item.append(button);

@@ -40,6 +40,7 @@ _REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
 """Fields that would change the answer, why they are refused, and the values that change nothing."""
 
 Count = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+CacheSalt = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$")]
 Ids = Annotated[list[int], Field(max_length=1 << 20)]
 
 
@@ -82,7 +83,7 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Count | None = None
-    cache_salt: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$")] | None = None
+    cache_salt: CacheSalt | None = None
     return_token_ids: bool | None = None
     user: str | None = None
 

@@ -1,0 +1,29 @@
+"""``jpaged batch``: computes a file of requests."""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from jpaged.cli import start
+from jpaged.cli.options import BATCH_OPTIONS, server_settings
+from jpaged.cli.terminal import note
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    start.check_extra()
+    from jpaged.server.batch import Batch, run_batch
+
+    settings = server_settings(args, BATCH_OPTIONS)
+    if args.is_leader:
+        batch = Batch.open(Path(args.source), Path(args.destination))
+        if not batch.waiting:
+            note(f"all {batch.num_lines} requests are done")
+            return
+    llm = start.load_for_many(args)
+    try:
+        asyncio.run(run_batch(llm, batch, settings, use_tqdm=sys.stderr.isatty()))
+    finally:
+        llm.shutdown()
+        note(f"{batch.num_done} of {batch.num_lines} requests are done, {batch.num_failed} of them with an error")
