@@ -56,7 +56,7 @@ def test_messages_are_bounded_and_of_the_known_forms(served):
         [message | {"content": {"text": "x"}}],
         [message | {"content": [7]}],
         [message | {"content": [{"type": "text", "text": 7}]}],
-        [message | {"content": "x" * 10**7}],
+        [message | {"content": "x" * 7_000_000}],
         [message | {"content": "\ud800"}],
         [message | {"name": 7}],
         [message | {"tool_calls": "x"}],
@@ -135,7 +135,7 @@ def test_tokens_are_bounded(served):
     limit, size = served.llm.max_model_len, len(served.llm.tokenizer)
     for tokens in ([-1], [size], [2**31], [2**63], [1.5], [True], ["1"], None, "x", [[1]], [1] * (limit + 1)):
         refused(served, "/detokenize", {"tokens": tokens})
-    for prompt in (None, 7, ["x"], "x" * 10**7, "\U0001f600" * 10**6, "\ud800"):
+    for prompt in (None, 7, ["x"], "x" * 7_000_000, "\U0001f600" * 500_000, "\ud800"):
         refused(served, "/tokenize", {"prompt": prompt})
 
 
@@ -147,7 +147,7 @@ def test_prefixes_are_bounded(served):
         {"prompt": [-1]},
         {"prompt": [2**63]},
         {"prompt": []},
-        {"prompt": "x" * 10**7},
+        {"prompt": "x" * 7_000_000},
         {"prompt": "x", "ttl": -1},
         {"prompt": "x", "ttl": 0},
         {"prompt": "x", "ttl": True},
@@ -184,6 +184,7 @@ def test_no_body_makes_the_server_fail(running, path, fields, messages):
     if response.status_code >= 400:
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
-        assert not [secret for secret in ("Traceback", "site-packages", ".py", "0x7f") if secret in error["message"]]
+        for secret in ("Traceback", "site-packages", ".py", "0x7f"):
+            assert secret not in error["message"] or secret in json.dumps(body)
     if response.status_code == 201:
         assert running.wire.delete(response.headers["location"]).status_code == 200
