@@ -143,6 +143,13 @@ class Ticket:
     def rank(self) -> tuple[int, int]:
         return self.demand.priority, self.number
 
+    def refuse(self, error: ApiError) -> bool:
+        """Let whoever awaits its turn get an error. Returns False, without effect, if the turn has come."""
+        if self.turn.done():
+            return False
+        self.turn.set_exception(error)
+        return True
+
 
 class Admission:
     """The queue before the engine: bounded, fair among keys by deficit round robin, first come first served in a key.
@@ -199,9 +206,9 @@ class Admission:
                 self._leave(ticket)
 
     @property
-    def has_queue(self) -> bool:
-        """Whether a request that arrives now has to wait."""
-        return bool(self._ring)
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return sum([len(lane.waiting) for lane in self._ring])
 
     # For the engine -----------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.access_log = False  # the guard has a log of its own
         self._phase = _Phase.HEAD
         self._timer: asyncio.TimerHandle | None = None  # of the phase
         self._write_timer: asyncio.TimerHandle | None = None

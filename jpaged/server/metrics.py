@@ -27,6 +27,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 """Methods that label a metric; others are "other"."""
 
+PROBES = frozenset({"/live", "/health", "/ping", "/ready", "/version", "/metrics"})
+"""Routes whose answers are not counted: machines ask them all the time."""
+
 UNKNOWN = "other"
 """The label of a path that is no route, and of a method that is none of HTTP's."""
 
@@ -89,7 +92,7 @@ class Metrics(Collector):
     Args:
         llm: the engine; the metrics listen to its steps from now on.
         model_name: the name that clients call the model by.
-        num_queued: sequences that wait before the engine, now.
+        num_queued: requests that wait before the engine, now.
 
     Attributes:
         num_queued: as given.
@@ -235,7 +238,7 @@ class Metrics(Collector):
         self._num_ignored_params += num_params
 
     def answered(self, handler: str | None, method: str, status: int, seconds: float) -> None:
-        """Count an answer over HTTP.
+        """Count an answer over HTTP, unless its route is one of ``PROBES``.
 
         Args:
             handler: the path of the route, as it was declared; None if no route took the request.
@@ -243,6 +246,8 @@ class Metrics(Collector):
             status: the answer's status.
             seconds: time from the request to the end of the answer.
         """
+        if handler in PROBES:
+            return
         handler = UNKNOWN if handler is None else handler
         method = method if method in METHODS else UNKNOWN
         self._answers[handler, method, f"{status // 100}xx"] += 1
@@ -280,6 +285,12 @@ class Metrics(Collector):
         yield from self._health()
         yield self._counter("vllm:prompt_tokens", "tokens of prompts, computed or found", self._num_prompt_tokens)
         yield self._counter("vllm:prompt_tokens_cached", "those from the prefix cache", self._num_cached_tokens)
+        sources = Counter(
+            local_compute=self._num_prompt_tokens - self._num_cached_tokens,
+            local_cache_hit=self._num_cached_tokens,
+            external_kv_transfer=0,
+        )
+        yield self._counters("vllm:prompt_tokens_by_source", "tokens of prompts, by origin", "source", sources)
         yield self._counters("vllm:request_success", "requests that ended", "finished_reason", self._ends)
         yield self._counters("vllm:admission_rejections", "requests that were not admitted", "reason", self._rejections)
         yield self._counter("jpaged:ignored_params", "parameters that mean nothing here", self._num_ignored_params)

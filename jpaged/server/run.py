@@ -144,7 +144,7 @@ class _Life:
         self._door = _Door(_loading_app(self._startup, settings, keys))
         self._stop = asyncio.Event()  # drain
         self._stop_now = asyncio.Event()
-        self.config = _uvicorn_config(self._door, settings)
+        self.config = uvicorn_config(self._door, settings)
         self.is_stuck = False
 
     async def run(self) -> int:
@@ -265,7 +265,8 @@ def _loading_app(startup: Startup, settings: ServerSettings, keys: KeyRing) -> A
     return app
 
 
-def _uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+    """The settings of uvicorn: connections are bounded, and no header of a client names its address."""
     limits = ConnectionLimits(
         head_s=settings.head_timeout_s,
         body_s=settings.body_timeout_s,
@@ -278,8 +279,8 @@ def _uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
-        access_log=False,  # the guard has a log of its own
-        proxy_headers=False,  # any client could name an address
+        access_log=False,
+        proxy_headers=False,
         server_header=False,
         timeout_keep_alive=round(settings.idle_timeout_s),
     )

@@ -64,7 +64,9 @@ class ServerSettings:
     otlp_traces_endpoint: str | None = setting(
         None, optional(_WORD), "URL of an OpenTelemetry collector that gets traces, over HTTP", unset="no traces"
     )
-    max_body_bytes: int = setting(32 << 20, integer(1, 1 << 34), "most bytes of the body of a request")
+    max_body_bytes: int = setting(
+        8 << 20, integer(1, 1 << 34), "most bytes of the body of a request; all others wait while it is parsed"
+    )
     max_pending_bytes: int = setting(256 << 20, integer(1, 1 << 40), "most bytes of the bodies of all requests")
     max_connections: int = setting(4096, integer(1, 1 << 20), "most connections at once")
     head_timeout_s: float = setting(10.0, _SECONDS, "seconds for the headers of a request")

@@ -14,10 +14,12 @@ from jpaged.async_llm import AsyncLLM
 from jpaged.engine.health import HealthState
 from jpaged.engine.prompts import TokensPrompt
 from jpaged.engine.request_stream import RequestStream
+from jpaged.host.capacity import Capacity, width_name
+from jpaged.request import Request as EngineRequest
 from jpaged.request import SamplingParams
 from jpaged.server.admission import Admission, Demand, Limits, Ticket
 from jpaged.server.dashboard.feed import Feed
-from jpaged.server.errors import ApiError, refusals
+from jpaged.server.errors import CANCELLED_STATUS, ApiError, refusals
 from jpaged.server.health import Report, report_of
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
 from jpaged.server.metrics import Metrics
@@ -115,13 +117,14 @@ class Server:
         self.settings = settings
         self.keys = keys
         self.model_name = settings.served_model_name
-        self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting_sequences)
+        self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting)
         self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
         llm.listen(self.admission.note)
         self.prefixes = Prefixes(llm, settings, self.admission)
         self.tracing = _tracing(llm, settings)
         self.created = int(time())
         self.calls: dict[str, Call] = {}
+        self._waiting: dict[str, tuple[Call, list[Ticket]]] = {}  # calls that are not open yet
         self.codec = TextCodec(llm)
         self.template = ChatTemplate(llm, self.codec)
         self.pulse = Pulse(settings.keep_alive_s)
@@ -167,11 +170,14 @@ class Server:
                 the call does not start in time, 504 if it does not end in time.
         """
         self._check_sizes(call)
-        if self.admission.has_queue:
-            await self._check_fits(call)
+        self._check_fits(call)
         end = None if (limit := self.settings.request_timeout_s) is None else asyncio.get_running_loop().time() + limit
         with self.admission.queue(call.key, call.demands) as tickets:
-            streams = await self._open_all(call, tickets, end)
+            self._waiting[call.call_id] = call, tickets
+            try:
+                streams = await self._open_all(call, tickets, end)
+            finally:
+                del self._waiting[call.call_id]
             self.calls[call.call_id] = call
             try:
                 with _ending(streams, end):
@@ -181,14 +187,21 @@ class Server:
                 for stream in streams:
                     stream.close()
 
-    async def _check_fits(self, call: Call) -> None:
-        """Refuse a call that can never fit, before it waits."""
-        longest = max(range(len(call.prompts)), key=lambda i: len(call.prompts[i]))
+    def _check_fits(self, call: Call) -> None:
+        """Refuse a call that can never fit, before it waits. It asks for nothing that a step may hold up.
+
+        The engine counts the blocks of pinned prefixes too, when it is the call's turn.
+        """
+        engine, params, longest = self.llm.engine, call.params, max(call.prompts, key=len)
+        most, blocks = engine.config.max_num_seqs, engine.blocks
+        capacity = Capacity(
+            blocks.num_blocks - 1 + blocks.num_host_blocks, 0, blocks.block_size, self.llm.max_model_len
+        )
         with _refusals():
-            request = await self.llm.in_background(
-                lambda: self.llm.engine.prompts.read(call.request_ids[longest], call.prompt(longest), call.params, 0)
-            )
-            await self.llm.ask(lambda engine: engine.scheduler.check(request))
+            if params.num_sequences > most:
+                name = width_name(params)
+                raise ValueError(f"{name}={params.num_sequences} is more than max_num_seqs={most}: lower {name}")
+            capacity.check(EngineRequest(call.call_id, None, longest, params, None))
 
     def _check_sizes(self, call: Call) -> None:
         settings, params = self.settings, call.params
@@ -246,11 +259,18 @@ class Server:
         Returns:
             Whether there was any.
         """
-        own = [call for call in self.calls.values() if call.key.name == request.state.key.name]
-        calls = [call for call in own if call_id in (call.call_id, call.client_id)]
+
+        def is_meant(call: Call) -> bool:
+            return call.key.name == request.state.key.name and call_id in (call.call_id, call.client_id)
+
+        error = ApiError(CANCELLED_STATUS, "the request was cancelled", code="cancelled")
+        waiting = [tickets for call, tickets in self._waiting.values() if is_meant(call)]
+        refused = [ticket.refuse(error) for tickets in waiting for ticket in tickets]
+        has_any = any(refused)
         with refusals():
-            ended = [await self.llm.abort(call.request_ids) for call in calls]
-        return any(ended)
+            for call in [call for call in self.calls.values() if is_meant(call)]:
+                has_any |= await self.llm.abort(call.request_ids)
+        return has_any
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

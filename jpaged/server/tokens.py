@@ -1,7 +1,7 @@
 """Text and token ids: tokenising within bounds, outside of the event loop."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,9 @@ _PRINTED = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *r
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
 BYTE_LETTERS = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 """The letters by which byte-level tokenizers, since GPT-2, write bytes."""
+
+PIECE_CHARACTERS = 1 << 16
+"""Characters of several texts that are tokenised at once."""
 
 
 class TextCodec:
@@ -67,9 +70,12 @@ class TextCodec:
             if not text:
                 raise ApiError(400, "prompt is empty: give at least one character", param="prompt")
             self.check_length(len(text), "prompt")
-        return await self._llm.in_background(
-            lambda: [list(tokenizer.encode(text, add_special_tokens=add_special_tokens)) for text in texts]
-        )
+        token_ids: list[list[int]] = []
+        for some in _pieces(texts):  # the texts of other requests have their turn between two pieces
+            token_ids += await self._llm.in_background(
+                lambda some=some: [list(tokenizer.encode(each, add_special_tokens=add_special_tokens)) for each in some]
+            )
+        return token_ids
 
     def decode_one(self, token_id: int) -> str:
         """The text of one token; without a tokenizer its id, as vLLM writes it."""
@@ -116,3 +122,14 @@ class TextCodec:
             return await self._llm.in_background(
                 lambda: tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
             )
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts, each time one and those after it that are no more than ``PIECE_CHARACTERS`` together."""
+    start = num_characters = 0
+    for end, text in enumerate(texts):
+        if end > start and num_characters + len(text) > PIECE_CHARACTERS:
+            yield texts[start:end]
+            start, num_characters = end, 0
+        num_characters += len(text)
+    yield texts[start:]

@@ -136,6 +136,18 @@ def write_kv_hopper(
     return _write(pool, jnp.int32(layer), k, v, slots, shape=shape, interpret=interpret)
 
 
+def _joined(
+    k: Float[Array, "tokens num_kv_heads head_dim"], v: Float[Array, "tokens num_kv_heads head_dim"]
+) -> Float[Array, "tokens ..."]:
+    """K and V of each token side by side, in one array, so that one fusion computes both."""
+    if len(k) == 1:
+        # A new array. XLA passes a contiguous part of a larger array on by its address, which may lack the alignment of
+        # a kernel's operand.
+        return jnp.stack([k, v], axis=1)
+    # Neighbouring features of one product, which XLA then passes on as they are.
+    return jnp.concatenate([x.reshape(len(x), -1) for x in (k, v)], axis=1)
+
+
 @partial(jax.jit, static_argnames=("shape", "interpret"))
 def _write(
     pool: BlockPool,
@@ -149,9 +161,7 @@ def _write(
 ) -> BlockPool:
     is_written = (slots >= shape.block_size) & (slots < shape_of(pool).num_blocks * shape.block_size)
     slots = jnp.where(is_written, slots, NOWHERE).astype(jnp.int32)
-    # One array, so that one fusion computes K and V. It is a new array. XLA passes a part of a larger array on by its
-    # address, which may lack the alignment of a kernel's operand.
-    pieces = jnp.stack([k, v], axis=1).astype(pool.dtype).reshape(-1, *k.shape[1:])
+    pieces = _joined(k, v).astype(pool.dtype).reshape(-1, *k.shape[1:])
     sides = jax.new_ref(as_sides(pool))
 
     def body(pieces: Ref, slots: Ref, layer: Ref, sides: Ref, staged: Ref, landed: Ref) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jpaged.device.kv import copy_engine
-from jpaged.device.kv.copy_engine import CopyEngine, Strided
+from jpaged.device.kv.copy_engine import STRIDED, Copies, CopyEngine, strided
 
 PROGRAMS = 7
 """The handle of the programs' stream."""
@@ -101,15 +101,17 @@ def driver(monkeypatch):
     return driver
 
 
-def copy_of(src: np.ndarray, dst: np.ndarray) -> Strided:
-    return Strided(src.ctypes.data, src.strides[0], dst.ctypes.data, dst.strides[0], dst.shape[1], len(dst))
+def copy_of(src: np.ndarray, dst: np.ndarray) -> Copies:
+    return strided(src.ctypes.data, src.strides[0], dst.ctypes.data, dst.strides[0], dst.shape[1], len(dst))
 
 
 def test_copies_wait_for_the_program_and_the_program_for_the_copies(driver):
     engine, host, device = CopyEngine(), np.arange(12, dtype=np.uint8).reshape(3, 4), np.zeros((3, 4), np.uint8)
     is_ready, seen = [False], []
     driver.streams[PROGRAMS].append(lambda: is_ready[0])
-    timed = engine.start_timed(PROGRAMS, 0, [copy_of(host[:, 1:3], device[:, :2]), copy_of(host[:1], device[:1])])
+    timed = engine.start_timed(
+        PROGRAMS, 0, np.concatenate([copy_of(host[:, 1:3], device[:, :2]), copy_of(host[:1], device[:1])])
+    )
     driver.streams[PROGRAMS].append(lambda: seen.append(device.copy()) or True)
     engine.wait(PROGRAMS, 0)
     driver.streams[PROGRAMS].append(lambda: seen.append(device.copy()) or True)
@@ -130,8 +132,8 @@ def test_copies_wait_for_the_program_and_the_program_for_the_copies(driver):
 def test_copies_run_in_the_order_of_their_starts(driver):
     """A load sees what a store has written before."""
     engine, pool, slots = CopyEngine(), np.array([[1], [2]], np.uint8), np.zeros((1, 1), np.uint8)
-    engine.start(PROGRAMS, 0, [copy_of(pool[:1], slots)])
-    engine.start(PROGRAMS, 1, [copy_of(slots, pool[1:])])
+    engine.start(PROGRAMS, 0, copy_of(pool[:1], slots))
+    engine.start(PROGRAMS, 1, copy_of(slots, pool[1:]))
     driver.run()
     assert pool.tolist() == [[1], [1]]
 
@@ -139,15 +141,15 @@ def test_copies_run_in_the_order_of_their_starts(driver):
 def test_the_host_waits_for_all_copies(driver):
     engine, src, dst = CopyEngine(), np.array([[1], [2]], np.uint8), np.zeros((2, 1), np.uint8)
     engine.finish()
-    engine.start(PROGRAMS, 0, [copy_of(src[:1], dst[:1])])
-    engine.start(PROGRAMS, 1, [copy_of(src[1:], dst[1:])])
+    engine.start(PROGRAMS, 0, copy_of(src[:1], dst[:1]))
+    engine.start(PROGRAMS, 1, copy_of(src[1:], dst[1:]))
     assert not dst.any()
     engine.finish()
     assert dst.tolist() == [[1], [2]]
 
 
 def test_events_of_observed_copies_are_destroyed_with_them(driver):
-    timed = CopyEngine().start_timed(PROGRAMS, 0, [])
+    timed = CopyEngine().start_timed(PROGRAMS, 0, np.empty(0, STRIDED))
     assert not driver.destroyed
     del timed
     assert len(driver.destroyed) == 2

@@ -1,6 +1,5 @@
 """Slots in host memory: whatever is in flight, a slot is read as it was stored last, in either kind of memory."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Transferred
 from jpaged.device.kv import host_memory
-from jpaged.device.kv.copy_engine import PlainCopier, Strided, Timed
+from jpaged.device.kv.copy_engine import Copies, PlainCopier, Timed
 from jpaged.device.kv.host_memory import PinnedSlots, StagedMemory
 from jpaged.device.kv.host_pool import HostPool, num_slots_for
 from jpaged.device.kv.narrow_slots import for_narrow_blocks
@@ -33,13 +32,13 @@ class LateCopier:
     """Stands for a copy engine: copies start when a test says so, or when a program waits for them."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[int, list[Strided], Late]] = []
+        self.waiting: list[tuple[int, Copies, Late]] = []
 
-    def start(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> None:
+    def start(self, stream: int | None, buffer: int, copies: Copies) -> None:
         self.start_timed(stream, buffer, copies)
 
-    def start_timed(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> Timed:
-        self.waiting.append((buffer, list(copies), late := Late(self)))
+    def start_timed(self, stream: int | None, buffer: int, copies: Copies) -> Timed:
+        self.waiting.append((buffer, copies, late := Late(self)))
         return late
 
     def wait(self, stream: int | None, buffer: int) -> None:

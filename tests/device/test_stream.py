@@ -17,7 +17,7 @@ from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy, Streamed
 from jpaged.contract.rows import host_cell
 from jpaged.device.backends.xla import XlaBackend
-from jpaged.device.kv.copy_engine import PlainCopier, Strided
+from jpaged.device.kv.copy_engine import PlainCopier, strided
 from jpaged.device.kv.layout import keeps_activations
 from jpaged.device.kv.pages import PageCapacity
 from jpaged.device.kv.pool import KVCache
@@ -389,14 +389,18 @@ def test_without_a_placement_on_the_host_there_is_no_window():
 
 def test_runs_end_where_slots_are_not_neighbours_and_where_a_piece_or_a_batch_ends():
     slots = np.array([5, 6, 7, 8, 9, 3, 4, 12, 11], np.int32)
-    assert list(_runs(slots, 8, 9)) == [(5, 3), (8, 2), (3, 2), (12, 1), (11, 1)]
-    assert list(_runs(slots, 8, 2)) == [(5, 2), (7, 1), (8, 1), (9, 1), (3, 1), (4, 1), (12, 1), (11, 1)]
-    assert list(_runs(slots[:0], 8, 9)) == []
+
+    def runs_of(slots: np.ndarray, batch: int) -> list[tuple[int, int]]:
+        firsts, lengths = _runs(slots, 8, batch)
+        return list(zip(firsts.tolist(), lengths.tolist(), strict=True))
+
+    assert runs_of(slots, 9) == [(5, 3), (8, 2), (3, 2), (12, 1), (11, 1)]
+    assert runs_of(slots, 2) == [(5, 2), (7, 1), (8, 1), (9, 1), (3, 1), (4, 1), (12, 1), (11, 1)]
+    assert runs_of(slots[:0], 9) == []
 
 
 def test_a_plain_copy_moves_strided_rows():
     src, dst = np.arange(24, dtype=np.uint8).reshape(4, 6), np.zeros((3, 3), np.uint8)
-    copy = Strided(src.ctypes.data + 1, 6, dst.ctypes.data, 3, 2, 3)
-    PlainCopier().start(None, 0, [copy])
+    PlainCopier().start(None, 0, strided(src.ctypes.data + 1, 6, dst.ctypes.data, 3, 2, 3))
     assert dst[:, :2].tolist() == src[:3, 1:3].tolist()
     assert dst[:, 2].tolist() == [0] * 3

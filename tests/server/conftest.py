@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 
 from jpaged import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from jpaged.server import ServerSettings, create_app
+from jpaged.server.run import uvicorn_config
 from jpaged.server.state import Server
 from tests.support.tiny import with_few_sizes
 
@@ -49,7 +50,8 @@ class Served:
     @contextmanager
     def serving(self, app: Starlette) -> Iterator[tuple[str, int]]:
         """Serve an application from the loop of server and engine; the address is good until the block is left."""
-        config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn_config(app, ServerSettings())
+        config.port, config.timeout_graceful_shutdown = 0, 1
         server = uvicorn.Server(config)
 
         async def started() -> None:

@@ -5,10 +5,12 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import jpaged
 from jpaged import LLM, AsyncLLM, FinishReason, RequestOutputKind, SamplingParams
 from jpaged.engine.outputs import FirstToken, StepOutput
 from jpaged.request import CompletionDelta
@@ -49,6 +51,12 @@ vllm:cache_config_info
 vllm:gpu_cache_usage_perc + rate(vllm:time_per_output_token_seconds_sum[5m])
 vllm:gpu_prefix_cache_hits_total / vllm:gpu_prefix_cache_queries_total
 sum(rate(http_requests_total{status="5xx"}[5m]))
+sum by (handler) (rate(http_request_duration_seconds_sum[5m])) / sum(rate(http_request_duration_seconds_count[5m]))
+sum(vllm:num_requests_waiting_by_reason{reason="capacity"})
+sum(rate(vllm:iteration_tokens_total_sum[5m])) / (sum(rate(vllm:iteration_tokens_total_count[5m])) > 0)
+sum(rate(vllm:prompt_tokens_by_source_total{source="local_compute"}[5m]))
+sum(rate(vllm:request_prompt_tokens_sum[5m])) / (sum(rate(vllm:request_prompt_tokens_count[5m])) > 0)
+sum(rate(vllm:request_generation_tokens_sum[5m])) / (sum(rate(vllm:request_generation_tokens_count[5m])) > 0)
 """
 """Queries in the form that vLLM's dashboards for Grafana have, with every name that they read."""
 
@@ -144,6 +152,8 @@ def test_a_request_is_counted_once_whether_it_is_streamed_or_not(params):
             assert found[f"vllm:request_{name}_time_seconds_count"] == 2, name
         assert found["vllm:prompt_tokens_total"] == 2 * len(PROMPT["prompt_token_ids"])
         assert found["vllm:prompt_tokens_cached_total"] == 5  # of the second prompt, all but the last
+        assert found["vllm:prompt_tokens_by_source_total/local_cache_hit"] == 5
+        assert found["vllm:prompt_tokens_by_source_total/local_compute"] == 2 * len(PROMPT["prompt_token_ids"]) - 5
         assert found["vllm:request_prompt_tokens_sum"] == 2 * len(PROMPT["prompt_token_ids"])
         assert found["vllm:request_generation_tokens_sum"] == 20
         assert found["vllm:request_max_num_generation_tokens_sum"] == 10
@@ -263,7 +273,7 @@ def test_bounds_of_counts_end_at_the_context():
 
 def test_answers_are_counted_by_route_and_class_of_status(served):
     before = values(served)
-    for path in ("/v1/models", "/v1/models/none", "/nowhere/1", "/nowhere/2"):
+    for path in ("/v1/models", "/v1/models/none", "/nowhere/1", "/nowhere/2", "/health", "/ready"):
         served.wire.get(path)
     served.wire.request("PROPFIND", "/nowhere")
     after = values(served)
@@ -272,6 +282,7 @@ def test_answers_are_counted_by_route_and_class_of_status(served):
     assert gained["http_requests_total//v1/models/{model:path}/GET/4xx"] == 1
     assert gained["http_requests_total/other/GET/4xx"] == 2
     assert gained["http_requests_total/other/other/4xx"] == 1
+    assert sum(gained.values()) == 5
     assert after["http_request_duration_seconds_count//v1/models"] >= 1
 
 
@@ -296,3 +307,13 @@ def test_requests_that_wait_before_the_engine_count_as_waiting_and_refusals_by_t
     found = served.run(run())
     assert found["vllm:num_requests_waiting"] == 1
     assert found["vllm:admission_rejections_total/max_waiting_sequences"] == 1
+
+
+def test_the_page_on_monitoring_names_families_that_are_there(served):
+    page = (Path(jpaged.__file__).parent / "docs" / "monitoring.md").read_text()
+    served.complete("x = 1", max_tokens=2)
+    found = samples_of(served.wire.get("/metrics").text)
+    names = {name.split("/")[0] for name in found}
+    asked = set(re.findall(r"`((?:vllm:|jpaged:|http_)\w+)`", page)) - {"vllm:admission_rejections_total"}
+    assert len(asked) > 15
+    assert not {name for name in asked if name not in names and f"{name}_count" not in names}

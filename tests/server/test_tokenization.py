@@ -27,7 +27,7 @@ def test_mistakes_are_400(served):
     mistakes = [
         ("/tokenize", {}),
         ("/tokenize", {"prompt": ""}),
-        ("/tokenize", {"prompt": "a" * 10_000_000}),
+        ("/tokenize", {"prompt": "a" * 7_000_000}),
         ("/tokenize", {"messages": [{"role": "x"}]}),
         ("/detokenize", {"tokens": [-1]}),
         ("/detokenize", {"tokens": [10**6]}),
@@ -38,3 +38,19 @@ def test_mistakes_are_400(served):
         response = served.post(path, **fields)
         assert response.status_code == 400, (path, fields, response.text)
         assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_texts_of_others_are_tokenised_between_those_of_a_large_request(served, monkeypatch):
+    texts = ["x" * 30, "y" * 30, "z" * 70, "a", "b" * 90, "c" * 20]
+    codec, llm, pieces = served.server.codec, served.llm, []
+    in_background = llm.in_background
+
+    def noted(work):
+        pieces.append(work)
+        return in_background(work)
+
+    whole = served.run(codec.encode(texts))
+    monkeypatch.setattr("jpaged.server.tokens.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(llm, "in_background", noted)
+    assert served.run(codec.encode(texts)) == whole
+    assert len(pieces) == 4

@@ -7,32 +7,34 @@ of its own against that of the program.
 import ctypes
 import time
 import weakref
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import jax
+import numpy as np
+from jaxtyping import Integer
 
 from jpaged.device.kv.pinned import call_driver
 
+STRIDED = np.dtype([(name, np.uint64) for name in ("src", "src_pitch", "dst", "dst_pitch", "width", "num_rows")])
+"""Copies of rows of bytes at equal distances, from host memory to device memory or back.
 
-class Strided(NamedTuple):
-    """Rows of bytes at equal distances, copied from host memory to device memory or back.
+src, src_pitch: address of the first row, and bytes from one row to the next one.
+dst, dst_pitch: the same of the copy.
+width, num_rows: bytes of a row, and rows.
+"""
 
-    Args:
-        src: address of the first row.
-        src_pitch: bytes from one row to the next one there.
-        dst: address of the first row of the copy.
-        dst_pitch: bytes from one row to the next one there.
-        width: bytes of a row.
-        num_rows: rows.
-    """
+Copies = np.ndarray[tuple[int], np.dtype[np.void]]
+"""Copies of type ``STRIDED``: a step may start thousands of them for each layer."""
 
-    src: int
-    src_pitch: int
-    dst: int
-    dst_pitch: int
-    width: int
-    num_rows: int
+
+def strided(*columns: Integer[np.ndarray, " copies"] | int) -> Copies:
+    """Copies by the columns of ``STRIDED``, in its order; a number is that of all copies."""
+    assert len(columns) == len(STRIDED.names or ())
+    copies: Any = np.empty(np.broadcast_shapes((1,), *map(np.shape, columns)), STRIDED)
+    for name, column in zip(STRIDED.names or (), columns, strict=True):
+        copies[name] = column
+    return copies
 
 
 class Timed(Protocol):
@@ -59,11 +61,11 @@ class Copier(Protocol):
         buffer: number of the buffer that the copies read or fill.
     """
 
-    def start(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> None:
+    def start(self, stream: int | None, buffer: int, copies: Copies) -> None:
         """Start copies once the program has come to this point."""
         ...
 
-    def start_timed(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> Timed:
+    def start_timed(self, stream: int | None, buffer: int, copies: Copies) -> Timed:
         """Start copies as ``start`` does, for a host that observes them."""
         ...
 
@@ -87,14 +89,13 @@ def stream_of(context: Any) -> int | None:
 class PlainCopier:
     """Copies at once, for devices whose memory is the machine's."""
 
-    def start(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> None:
+    def start(self, stream: int | None, buffer: int, copies: Copies) -> None:
         del stream, buffer
-        for copy in copies:
-            for row in range(copy.num_rows):
-                src, dst = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
-                ctypes.memmove(dst, src, copy.width)
+        for src, src_pitch, dst, dst_pitch, width, num_rows in copies.tolist():
+            for row in range(num_rows):
+                ctypes.memmove(dst + row * dst_pitch, src + row * src_pitch, width)
 
-    def start_timed(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> Timed:
+    def start_timed(self, stream: int | None, buffer: int, copies: Copies) -> Timed:
         started = time.perf_counter()
         self.start(stream, buffer, copies)
         return _Past(time.perf_counter() - started)
@@ -131,11 +132,11 @@ class CopyEngine:
         self._reached: dict[int, ctypes.c_void_p] = {}
         self._copied: dict[int, ctypes.c_void_p] = {}
 
-    def start(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> None:
+    def start(self, stream: int | None, buffer: int, copies: Copies) -> None:
         self._reach(stream, buffer)
         self._copy(buffer, copies)
 
-    def start_timed(self, stream: int | None, buffer: int, copies: Sequence[Strided]) -> Timed:
+    def start_timed(self, stream: int | None, buffer: int, copies: Copies) -> Timed:
         self._reach(stream, buffer)
         first, last = _new_event(), _new_event()
         call_driver("cuEventRecord", first, self._stream)
@@ -162,9 +163,9 @@ class CopyEngine:
         call_driver("cuEventRecord", self._reached[buffer], ctypes.c_void_p(stream))
         call_driver("cuStreamWaitEvent", self._stream, self._reached[buffer], ctypes.c_uint(0))
 
-    def _copy(self, buffer: int, copies: Sequence[Strided]) -> None:
-        for copy in copies:
-            call_driver("cuMemcpy2DAsync_v2", ctypes.byref(_described(copy)), self._stream)
+    def _copy(self, buffer: int, copies: Copies) -> None:
+        for described in _described(copies):
+            call_driver("cuMemcpy2DAsync_v2", ctypes.byref(described), self._stream)
         call_driver("cuEventRecord", self._copied[buffer], self._stream)
 
 
@@ -196,34 +197,42 @@ _UNIFIED = 4  # CU_MEMORYTYPE_UNIFIED: the address says whose memory it is
 
 
 class _Copy2D(ctypes.Structure):
-    """CUDA_MEMCPY2D, as the driver defines it."""
+    """CUDA_MEMCPY2D, as the driver defines it. Addresses are numbers."""
 
     _fields_ = [
         ("srcXInBytes", ctypes.c_size_t),
         ("srcY", ctypes.c_size_t),
         ("srcMemoryType", ctypes.c_uint),
-        ("srcHost", ctypes.c_void_p),
+        ("srcHost", ctypes.c_size_t),
         ("srcDevice", ctypes.c_uint64),
-        ("srcArray", ctypes.c_void_p),
+        ("srcArray", ctypes.c_size_t),
         ("srcPitch", ctypes.c_size_t),
         ("dstXInBytes", ctypes.c_size_t),
         ("dstY", ctypes.c_size_t),
         ("dstMemoryType", ctypes.c_uint),
-        ("dstHost", ctypes.c_void_p),
+        ("dstHost", ctypes.c_size_t),
         ("dstDevice", ctypes.c_uint64),
-        ("dstArray", ctypes.c_void_p),
+        ("dstArray", ctypes.c_size_t),
         ("dstPitch", ctypes.c_size_t),
         ("WidthInBytes", ctypes.c_size_t),
         ("Height", ctypes.c_size_t),
     ]
 
 
-def _described(copy: Strided) -> _Copy2D:
-    described = _Copy2D()
-    described.srcMemoryType, described.srcDevice, described.srcPitch = _UNIFIED, copy.src, copy.src_pitch
-    described.dstMemoryType, described.dstDevice, described.dstPitch = _UNIFIED, copy.dst, copy.dst_pitch
-    described.WidthInBytes, described.Height = copy.width, copy.num_rows
-    return described
+_FIELDS = {"src": "srcDevice", "src_pitch": "srcPitch", "dst": "dstDevice", "dst_pitch": "dstPitch"} | {
+    "width": "WidthInBytes",
+    "num_rows": "Height",
+}
+"""Columns of ``STRIDED`` -> fields of ``_Copy2D``."""
+
+
+def _described(copies: Copies) -> Iterable[_Copy2D]:
+    """Copies as the driver takes them: one by one in Python would take as long as the copies."""
+    described: Any = np.zeros(len(copies), np.dtype(_Copy2D))
+    described["srcMemoryType"] = described["dstMemoryType"] = _UNIFIED
+    for column, name in _FIELDS.items():
+        described[name] = copies[column]
+    return (_Copy2D * len(copies)).from_buffer(described) if len(copies) else ()
 
 
 def _new_event(flags: int = 0) -> ctypes.c_void_p:

@@ -6,7 +6,7 @@ unless a TPU streams them (``dma.DmaSlots``).
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Int, Int32, Int64
 
 from jpaged.contract.plan import BlockCopy
-from jpaged.device.kv.copy_engine import Copier, CopyEngine, PlainCopier, Strided, Timed, stream_of
+from jpaged.device.kv.copy_engine import Copier, CopyEngine, PlainCopier, Timed, stream_of, strided
 from jpaged.device.kv.pinned import PinnedMemory, pointer_of, why_no_pinned_memory
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import Target
@@ -312,9 +312,8 @@ class Part:
 
     def store(self, stream: int | None, arrays: Sequence[Any]) -> None:
         copies, timed = self.moves.popleft()
-        places = self._places(arrays, [(copy.src, copy.dst) for copy in copies])
-        strided = [Strided(block, width, slot, width, width, 1) for block, slot, width in places]
-        timed.append(self.copier.start_timed(stream, _STORES, strided))
+        cells, slots, widths = self._places(arrays, [(copy.src, copy.dst) for copy in copies])
+        timed.append(self.copier.start_timed(stream, _STORES, strided(cells, widths, slots, widths, widths, 1)))
         self.copier.wait(stream, _STORES)
 
     def load(self, stream: int | None, arrays: Sequence[Any]) -> None:
@@ -323,9 +322,8 @@ class Part:
 
     def fill(self, stream: int | None, arrays: Sequence[Any]) -> None:
         copies, timed = self.moves.popleft()
-        places = self._places(arrays, [(copy.dst, copy.src) for copy in copies])
-        strided = [Strided(slot, width, block, width, width, 1) for block, slot, width in places]
-        timed.append(self.copier.start_timed(stream, _LOADS, strided))
+        cells, slots, widths = self._places(arrays, [(copy.dst, copy.src) for copy in copies])
+        timed.append(self.copier.start_timed(stream, _LOADS, strided(slots, widths, cells, widths, widths, 1)))
 
     def land(self, stream: int | None, arrays: Sequence[Any]) -> None:
         if pointer_of(arrays[0]) != self.pool_address:
@@ -335,14 +333,15 @@ class Part:
     def wait_for_loads(self, stream: int | None) -> None:
         self.copier.wait(stream, _LOADS)
 
-    def _places(self, arrays: Sequence[Any], pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-        """The pieces of blocks and slots: the address in the cache, the address in the slot, and the bytes."""
-        rows = [(pointer_of(array), math.prod(array.shape[1:]) * array.dtype.itemsize) for array in arrays]
-        for block, slot in pairs:
-            at = self.memory.address + slot * self.slot_bytes
-            for address, width in rows:
-                yield address + block * width, at, width
-                at += width
+    def _places(
+        self, arrays: Sequence[Any], pairs: Sequence[tuple[int, int]]
+    ) -> tuple[Int64[np.ndarray, " pieces"], Int64[np.ndarray, " pieces"], Int64[np.ndarray, " pieces"]]:
+        """The pieces of blocks and slots: addresses in the cache, addresses in the slots, and bytes."""
+        blocks, slots = np.array(pairs, np.int64).reshape(-1, 2, 1).swapaxes(0, 1)
+        widths = np.array([math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays], np.int64)
+        cells = np.array([pointer_of(array) for array in arrays], np.int64) + blocks * widths
+        pieces = self.memory.address + slots * self.slot_bytes + np.cumsum(widths) - widths
+        return cells.reshape(-1), pieces.reshape(-1), np.tile(widths, len(blocks))
 
 
 _Method = Callable[[Part, int | None, Sequence[Any]], None]

@@ -10,20 +10,19 @@ Cells of even layers and of odd layers lie apart: while one layer attends, the c
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Int, Int32, Int64
 
-from jpaged.device.kv.copy_engine import Copier, Strided, stream_of
+from jpaged.device.kv.copy_engine import Copier, Copies, stream_of, strided
 from jpaged.device.kv.host_memory import Source
 from jpaged.device.kv.pinned import pointer_of
 from jpaged.device.kv.pool import KVCache
@@ -186,10 +185,17 @@ class BlockStream(Protocol):
 
 
 class _Load(NamedTuple):
-    """The blocks of one program: runs of slots, each by its first slot and its number of slots."""
+    """The blocks of one program, as runs of slots.
+
+    Args:
+        source: the slots.
+        firsts: first slot of each run.
+        lengths: slots of each run.
+    """
 
     source: Source
-    runs: tuple[tuple[int, int], ...]
+    firsts: Int64[np.ndarray, " runs"]
+    lengths: Int64[np.ndarray, " runs"]
 
 
 class HostStream:
@@ -212,7 +218,7 @@ class HostStream:
     def load(self, source: Source, slots: Int32[np.ndarray, " streamed"]) -> None:
         """Name the blocks of the program that is enqueued next, by their slots."""
         assert len(slots) <= self.window.num_cells
-        self._loaded.append(_Load(source, tuple(_runs(slots, source.slots_per_piece, self.window.batches.size))))
+        self._loaded.append(_Load(source, *_runs(slots, source.slots_per_piece, self.window.batches.size)))
 
     def take_inputs(self) -> tuple[Array, ...]:
         return ()
@@ -243,8 +249,7 @@ class HostStream:
                 self._running = self._loaded.popleft()
                 self._addresses = [pointer_of(array) for array in pool]
             self._require_in_place(pool)
-            copies = list(self._copies(layer, first_cell, widths))
-            self._copier.start(stream_of(context), layer % NUM_BUFFERS, copies)
+            self._copier.start(stream_of(context), layer % NUM_BUFFERS, self._copies(layer, first_cell, widths))
 
         return cache, buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(*leaves, *after)
 
@@ -268,7 +273,7 @@ class HostStream:
                 "this version of JAX does not write to a donated pool in place: use kv_placement='device'"
             )
 
-    def _copies(self, layer: int, first_cell: int, widths: Sequence[int]) -> Iterator[Strided]:
+    def _copies(self, layer: int, first_cell: int, widths: Sequence[int]) -> Copies:
         """The copies of a layer: a slot holds all layers of K and V, then all layers of their scales, if there are any.
 
         A slot of a narrow block holds all layers, each with its scales.
@@ -279,16 +284,17 @@ class HostStream:
             widths: bytes of a cell, in each array of the cache.
         """
         assert self._running is not None
-        (start, pitch, _), runs = self._running
+        (start, pitch, _), firsts, lengths = self._running
         batches = self.window.batches
+        batch, place = np.divmod(np.cumsum(lengths) - lengths, batches.size)
+        copies = []
         for address, cell_bytes in zip(self._addresses, widths, strict=True):
-            width, number = int(cell_bytes * self.window.share), 0
-            for first, num_slots in runs:
-                batch, place = divmod(number, batches.size)
-                dst = address + (first_cell + batch * batches.num_cells) * cell_bytes + place * width
-                yield Strided(start + layer * width + first * pitch, pitch, dst, width, width, num_slots)
-                number += num_slots
+            width = int(cell_bytes * self.window.share)
+            src = start + layer * width + firsts * pitch
+            dst = address + (first_cell + batch * batches.num_cells) * cell_bytes + place * width
+            copies.append(strided(src, pitch, dst, width, width, lengths))
             start += self.window.num_layers * width
+        return np.concatenate(copies)
 
 
 def _bytes_of_cell(layers: Any) -> int:
@@ -296,11 +302,11 @@ def _bytes_of_cell(layers: Any) -> int:
     return math.prod(layers.shape[1:]) * layers.dtype.itemsize
 
 
-def _runs(slots: Int32[np.ndarray, " streamed"], slots_per_piece: int, batch: int) -> Iterator[tuple[int, int]]:
+def _runs(
+    slots: Int32[np.ndarray, " streamed"], slots_per_piece: int, batch: int
+) -> tuple[Int64[np.ndarray, " runs"], Int64[np.ndarray, " runs"]]:
     """Divide slots into runs of neighbours in one piece and in one batch: the first slot of each, and its slots."""
-    if len(slots) == 0:
-        return
-    begins_batch = np.arange(1, len(slots)) % batch == 0
-    is_first = (np.diff(slots) != 1) | (slots[1:] % slots_per_piece == 0) | begins_batch
-    for start, stop in pairwise([0, *(np.flatnonzero(is_first) + 1).tolist(), len(slots)]):
-        yield int(slots[start]), stop - start
+    is_first = np.arange(len(slots)) % batch == 0
+    is_first[1:] |= (np.diff(slots) != 1) | (slots[1:] % slots_per_piece == 0)
+    starts = np.flatnonzero(is_first)
+    return slots[starts].astype(np.int64), np.diff(starts, append=len(slots))

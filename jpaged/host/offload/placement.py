@@ -5,8 +5,11 @@ from dataclasses import dataclass
 
 from jpaged.request import SamplingParams
 
-BLOCKS_MOVED_TOGETHER = 8
-"""Blocks that one copy should span: the driver starts a copy in about the time of one block of a layer."""
+BYTES_OF_COPY = 1 << 19
+"""Bytes that one copy should span: the driver starts a copy in the time in which the link moves a tenth of them."""
+
+LEAST_TOGETHER, MOST_TOGETHER = 8, 32
+"""Blocks that one copy spans, at least and at most: a sequence keeps as many on the device until they move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,15 @@ class Placement:
 
 
 KV_ON_DEVICE = Placement()
+
+
+def blocks_moved_together(layer_bytes: int) -> int:
+    """Blocks of a sequence that should move to the host at once.
+
+    Args:
+        layer_bytes: bytes of one layer of a block there.
+    """
+    return min(max(-(-BYTES_OF_COPY // layer_bytes), LEAST_TOGETHER), MOST_TOGETHER)
 
 
 def can_stream(params: SamplingParams) -> bool:

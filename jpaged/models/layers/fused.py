@@ -47,9 +47,11 @@ class Columns:
 
     def split(self, joined: Shaped[Array | np.ndarray, "*rest features"]) -> list[Any]:
         """Undo ``join``."""
+        bounds = list(pairwise(accumulate((size // self.num_shares for size in self.sizes), initial=0)))
+        if self.num_shares == 1:  # XLA then sees through a later join of neighbours
+            return [joined[..., start:stop] for start, stop in bounds]
         rest = joined.shape[:-1]
         shares = joined.reshape(*rest, self.num_shares, -1)
-        bounds = pairwise(accumulate((size // self.num_shares for size in self.sizes), initial=0))
         return [shares[..., start:stop].reshape(*rest, -1) for start, stop in bounds]
 
     def cut(self, names: Sequence[str]) -> "Columns":

@@ -173,8 +173,8 @@ function showRequests() {
     if (body.contains(focused)) focused.focus();
   }
   find("idle").hidden = total > 0;
-  const shownNote = total > requests.length ? `the first ${count(requests.length)} of ${count(total)}` : count(total);
-  tell("requests-note", frame.queued ? `${shownNote}, and ${count(frame.queued)} in the queue before them` : shownNote);
+  const inEngine = total > requests.length ? `the first ${count(requests.length)} of ${count(total)}` : count(total);
+  tell("requests-note", frame.queued ? `${inEngine} in the engine, ${count(frame.queued)} more queue` : inEngine);
 }
 
 function makeRow(id) {

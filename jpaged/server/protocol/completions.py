@@ -58,4 +58,5 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(_is_int(each) for each in value)
+    # A body has millions of them, and the event loop waits: all types at once take a tenth of the time.
+    return isinstance(value, list) and set(map(type, value)) == {int}

@@ -1,0 +1,47 @@
+"""Steps through the real GPU compiler, for a GPU that is not there: no step copies the pool."""
+
+import math
+
+import jax
+import pytest
+
+from jpaged.device.step.inputs import Bucket
+from tests.support.gpu_aot import absent_h200, compiled, programs_on, why_no_compiler
+
+pytestmark = [
+    pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler())),
+    pytest.mark.usefixtures("nothing_kept_by_jax"),  # it cannot be loaded for devices that are not there
+]
+
+HOST = {"kv_placement": "host"}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    with absent_h200() as mesh:
+        yield mesh
+
+
+@pytest.mark.parametrize("bucket", [Bucket(16, 16), Bucket(512, 32)], ids=["decodes", "chunks"])
+@pytest.mark.parametrize(
+    ("shapes", "settings"),
+    [
+        ("llama3-8b", {}),
+        ("llama3-8b", {"kv_cache_dtype": "int8"}),
+        ("llama3-8b", {"kv_cache_dtype": "fp8"}),
+        ("llama3-8b", HOST),
+        ("llama3-8b", HOST | {"kv_cache_dtype": "int8"}),
+        ("llama3-8b", HOST | {"kv_cache_dtype": "fp8"}),
+        ("llama3-8b", HOST | {"offload_dtype": "int8"}),
+        ("opt-6.7b", HOST),
+        ("opt-6.7b", HOST | {"offload_cache": "activations", "kv_cache_dtype": "int8"}),
+    ],
+    ids=lambda value: "-".join(value.values()) or "device" if isinstance(value, dict) else value,
+)
+def test_no_step_copies_the_pool(mesh, shapes, settings, bucket):
+    is_streamed = "kv_placement" in settings
+    programs = programs_on(mesh, shapes, 20_000, 2048 * is_streamed, **settings)
+    pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(programs.abstract_cache()))
+    memory = compiled(programs, "stream" if is_streamed else "forward", bucket).memory_analysis()
+    assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
+    assert memory.temp_size_in_bytes < pool_bytes / 4
