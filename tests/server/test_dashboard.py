@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import shutil
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 
 import pytest
 
@@ -13,6 +13,7 @@ from jpaged.engine.snapshot import BlockUse
 from jpaged.server.dashboard import feed as feed_module
 from jpaged.server.dashboard.feed import MAX_VIEWERS
 from jpaged.server.dashboard.routes import OPEN_PATHS, PAGES
+from tests.server.conftest import TIMEOUT_S
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
@@ -36,6 +37,20 @@ async def frames(served, until) -> list[dict]:
     return seen
 
 
+async def frame_of(served, *prompts: str) -> dict:
+    """A frame in which a request for each prompt runs, under the ids "a", "b" and so on; they end afterwards."""
+    names = "abcdefgh"[: len(prompts)]
+    while True:  # until no request ended before the frame was made
+        async with AsyncExitStack() as stack:
+            for name, prompt in zip(names, prompts, strict=True):
+                stream = await stack.enter_async_context(await served.llm.open(prompt, LONG, name))
+                await anext(stream)
+            frame = (await frames(served, lambda frame: frame["pool"]))[-1]
+        await served.idle()
+        if [request["state"] for request in frame["pool"]["requests"]] == ["running"] * len(names):
+            return frame
+
+
 def test_the_page_and_its_files_come_with_a_strict_policy(served):
     for path, (_, media_type) in PAGES.items():
         answer = served.wire.get(path)
@@ -55,13 +70,7 @@ def test_the_page_and_its_files_come_with_a_strict_policy(served):
 def test_a_frame_shows_each_block_and_who_holds_it(served, quick):
     async def run() -> tuple[dict, dict]:
         pinned = await served.llm.pin_prefix(PREFIX)
-        async with (
-            await served.llm.open(PREFIX + "x", LONG, "a") as first,
-            await served.llm.open(PREFIX + "x = 1", LONG, "b") as second,
-        ):
-            await anext(first)
-            await anext(second)
-            running = (await frames(served, lambda frame: frame["pool"]))[-1]
+        running = await frame_of(served, PREFIX + "x", PREFIX + "x = 1")
         await served.llm.unpin(pinned)
         await served.idle()
         return running, (await frames(served, lambda frame: frame["pool"]))[-1]
@@ -161,6 +170,7 @@ def page():
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
+        page.set_default_timeout(TIMEOUT_S * 1000)
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -170,34 +180,39 @@ def page():
 
 
 @pytest.mark.browser
-def test_a_browser_shows_requests_and_with_whom_one_shares(served, page, tmp_path):
-    params = {"temperature": 0, "max_tokens": 500, "ignore_eos": True, "stream": True}
-    hostile = "<img src=x onerror=alert(1)>"
-    with (
-        served.wire.stream("POST", "/v1/completions", json={"prompt": [PREFIX + "x", PREFIX + "y"], **params}) as first,
-        served.wire.stream("POST", "/v1/completions", json={"prompt": PREFIX, "user": hostile, **params}) as second,
-    ):
-        lines = first.iter_lines(), second.iter_lines()
-        for each in lines:
-            next(each)
-        page.goto(served.base_url)
-        page.wait_for_selector("#rows tr:nth-child(3)")
-        assert page.text_content("#health") == "ok"
-        assert page.text_content("#model") == served.server.model_name
-        page.click("#rows tr:nth-child(2)")
-        page.wait_for_selector("#sharers li")
-        assert "1 block" in page.text_content("#sharers li")
-        assert page.text_content("#detail-title") == page.get_attribute("#rows tr:nth-child(2) td", "title")
-        page.hover("#device", position={"x": 4, "y": 4})
-        assert page.text_content("#tip") == "Block 0: reserved"
-        private = page.evaluate("() => document.querySelector('#legend li b').textContent")
-        assert int(private) > 0
-        page.screenshot(path=os.environ.get("DASHBOARD_SCREENSHOT", tmp_path / "dashboard.png"), full_page=True)
-    page.wait_for_function("() => document.querySelectorAll('#rows tr').length === 0")
+def test_a_browser_follows_the_feed(served, page):
+    page.goto(served.base_url)
+    page.wait_for_selector("#main:not([hidden])")
+    assert page.text_content("#health") == "ok"
+    assert page.text_content("#model") == served.server.model_name
     assert page.is_visible("#idle")
+    page.hover("#device", position={"x": 4, "y": 4})
+    assert page.text_content("#tip") == "Block 0: reserved"
     page.goto("about:blank")  # the feed ends
     while served.run(viewers(served)):
         pass
+
+
+@pytest.mark.browser
+def test_a_browser_shows_requests_and_with_whom_one_shares(served, page, quick, tmp_path):
+    frame = served.run(frame_of(served, PREFIX + "x", PREFIX + "y", "z"))
+    hostile = "<img src=x onerror=alert(1)>"
+    frame["pool"]["requests"][2]["id"] = frame["model"] = hostile
+    page.route("**/dashboard/feed", lambda route: route.fulfill(status=200, body=json.dumps(frame) + "\n"))
+    page.goto(served.base_url)
+    page.wait_for_selector("#rows tr:nth-child(3)")
+    page.click("#rows tr:nth-child(2)")
+    assert page.text_content("#detail-title") == "b"
+    [sharer] = page.locator("#sharers li").all_text_contents()
+    assert sharer.startswith("a")
+    page.click("#sharers button")
+    assert page.text_content("#detail-title") == "a"
+    [number] = page.locator("#legend li b").all_text_contents()[:1]
+    assert int(number) == frame["pool"]["blocks"].count("3")
+    assert page.text_content("#model") == hostile
+    assert page.get_attribute("#rows tr:nth-child(3) td", "title") == hostile
+    assert page.locator("img").count() == 0
+    page.screenshot(path=os.environ.get("DASHBOARD_SCREENSHOT", tmp_path / "dashboard.png"), full_page=True)
 
 
 async def viewers(served) -> int:
