@@ -200,15 +200,18 @@ def test_large_bodies_are_refused_before_they_have_come(served):
 
 def test_a_reader_that_never_reads_is_given_up(served):
     """The engine is done with it, and its place is another's, while the client still has not read a byte."""
-    body = httpx.Request("POST", "http://x", json=LONG | {"stream": True}).content
+    body = httpx.Request("POST", "http://x", json=LONG | {"stream": True, "max_tokens": 99}).content
     connection = connect(served)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.sendall(head(content_length=len(body)) + body)
 
+    def is_there() -> bool:
+        return any(ticket.demand.max_tokens == 99 for ticket in served.server.admission._in_engine.values())
+
     async def has_come_and_gone() -> None:
-        tickets, is_there = served.server.admission._in_engine, False
-        while not is_there or any(each.demand.max_tokens == LONG["max_tokens"] for each in tickets.values()):
-            is_there |= any(each.demand.max_tokens == LONG["max_tokens"] for each in tickets.values())
+        while not is_there():
+            await asyncio.sleep(0)
+        while is_there():
             await asyncio.sleep(0)
 
     served.run(has_come_and_gone())
