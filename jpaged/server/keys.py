@@ -80,7 +80,7 @@ class KeyRing:
     Only digests are kept. Under a name, the salt of cached KV stays the same when the key is changed.
 
     Args:
-        path: a TOML file, with a table for each key; see ``docs/serving.md``.
+        path: a TOML file, with a table for each key; see ``docs/keys.md``.
         environment: variables, of which ``KEYS_VARIABLE`` is read.
     """
 

@@ -283,13 +283,17 @@ class Server:
 
 
 def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:
-    """The limits of the queue: a few requests wait in the engine, so that no place there stays empty."""
+    """The limits of the queue.
+
+    A few requests wait in the engine, so that no row stays empty, and prompts of a few steps, since two are planned
+    before the server learns what has started.
+    """
     config = llm.engine.config
     return Limits(
         settings.max_waiting_sequences,
         settings.max_waiting_tokens,
         num_places=config.max_num_seqs + max(1, config.max_num_seqs // 16),
-        max_unstarted_tokens=2 * config.token_budget,
+        max_unstarted_tokens=4 * config.token_budget,
     )
 
 

@@ -69,7 +69,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "WEIRD"])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "WEIRD"])
 def test_every_path_and_method_needs_a_key(path, method):
     guard = guarded(KEY)
     url = httpx.URL("http://127.0.0.1:8000", raw_path=path.encode())

@@ -2,9 +2,12 @@
 
 import hashlib
 import logging
+import re
+from pathlib import Path
 
 import pytest
 
+import jpaged
 from jpaged.server.keys import ANONYMOUS, KEYS_VARIABLE, ApiKey, KeyRing
 
 SECRET = "sk-a-secret-key"
@@ -126,3 +129,11 @@ def test_keys_rotate(tmp_path, caplog):
 def test_a_limit_out_of_range_is_refused():
     with pytest.raises(ValueError, match="requests_per_minute=0 is not valid"):
         ApiKey("alice", requests_per_minute=0)
+
+
+def test_the_example_of_the_documents_is_valid(tmp_path):
+    page = (Path(jpaged.__file__).parent / "docs/keys.md").read_text()
+    [example] = re.findall(r"```toml\n(.*?)```", page, re.S)
+    alice = ring(tmp_path, example).find(b"sk-a-long-random-text")
+    assert alice is not None
+    assert (alice.weight, alice.tokens_per_minute) == (2, 200_000)
