@@ -34,7 +34,7 @@ class ChatTemplate:
     @cached_property
     def variables(self) -> frozenset[str]:
         """Variables of the template that a request may set."""
-        from jinja2 import Environment, meta
+        from jinja2 import Environment, TemplateSyntaxError, meta
 
         template = getattr(self._llm.tokenizer, "chat_template", None)
         if not isinstance(template, str):
@@ -42,7 +42,10 @@ class ChatTemplate:
         # The extensions that Hugging Face's templates may use; "generation" marks spans and is of no matter here.
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
         template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
-        names = meta.find_undeclared_variables(environment.parse(template))
+        try:
+            names = meta.find_undeclared_variables(environment.parse(template))
+        except TemplateSyntaxError:  # a tag of an extension that is unknown here
+            return frozenset()
         return frozenset(name for name in names if not _NOT_FOR_REQUESTS.fullmatch(name))
 
     @cached_property
@@ -90,9 +93,11 @@ class ChatTemplate:
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """A value of JSON with each of its texts changed, but no name of a field."""
+    """A value of JSON with each of its texts changed, names of fields included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
         return [_mapped(each, change) for each in value]
-    return {name: _mapped(each, change) for name, each in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {change(name): _mapped(each, change) for name, each in value.items()}
+    return value

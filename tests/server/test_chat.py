@@ -72,6 +72,18 @@ def test_text_of_a_control_token_is_read_as_text(served):
     assert served.llm.tokenizer.decode(ids) == f"a{special}b\n"
 
 
+def test_tool_calls_are_not_nested_without_end(served):
+    call: dict = {"name": "f"}
+    for _ in range(900):
+        call = {"function": call}
+    message = {"role": "assistant", "content": "x", "tool_calls": [call]}
+    response = served.post("/v1/chat/completions", messages=[message], max_tokens=1)
+    assert response.status_code == 400
+    assert "nested" in response.json()["error"]["message"]
+    message["tool_calls"] = [{"function": {"name": "f", "arguments": {"a": [1]}}}]
+    assert served.post("/v1/chat/completions", messages=[message], max_tokens=1).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -8,6 +8,8 @@ from jpaged.server.errors import ApiError
 from jpaged.server.protocol.sampling import GenerationBody
 
 MAX_MESSAGES = 2048
+MAX_NESTING = 64
+"""Most levels of lists and objects in the tool calls of a message."""
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _TEXT_FIELDS = "name", "tool_call_id", "reasoning_content"
@@ -88,8 +90,13 @@ def _message(i: int, message: dict[str, Any]) -> dict[str, Any]:
                 raise ApiError(400, f"messages[{i}].{name} is not valid: expected a text", param="messages")
             fields[name] = value
     if tool_calls := message.get("tool_calls"):
-        if not isinstance(tool_calls, list) or not all(isinstance(each, dict) for each in tool_calls):
-            raise ApiError(400, f"messages[{i}].tool_calls is not valid: expected a list of objects", param="messages")
+        is_list = isinstance(tool_calls, list) and all(isinstance(each, dict) for each in tool_calls)
+        if not is_list or not _is_shallow(tool_calls, MAX_NESTING):
+            raise ApiError(
+                400,
+                f"messages[{i}].tool_calls is not valid: expected a list of objects, nested at most {MAX_NESTING} deep",
+                param="messages",
+            )
         fields["tool_calls"] = tool_calls
     return fields
 
@@ -107,3 +114,10 @@ def _text(i: int, content: Any) -> str:
             raise ApiError(400, f"messages[{i}].content has a part that is no text: send text alone", param="messages")
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def _is_shallow(value: Any, most: int) -> bool:
+    """Whether a value of JSON has at most so many levels."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return not isinstance(value, list) or (most > 0 and all(_is_shallow(each, most - 1) for each in value))
