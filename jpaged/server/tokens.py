@@ -16,6 +16,12 @@ BYTE_LETTERS = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for 
 PIECE_CHARACTERS = 1 << 16
 """Characters of several texts that are tokenised at once."""
 
+LONG_TOKEN = 8
+"""Characters of a token, in a text that has few tokens."""
+
+SPARE_TOKENS = 64
+"""The end of a text that is cut may have some tokens more than the whole text has there."""
+
 
 class TextCodec:
     """Turns text into token ids and back, in the background.
@@ -73,9 +79,26 @@ class TextCodec:
         token_ids: list[list[int]] = []
         for some in _pieces(texts):  # the texts of other requests have their turn between two pieces
             token_ids += await self._llm.in_background(
-                lambda some=some: [list(tokenizer.encode(each, add_special_tokens=add_special_tokens)) for each in some]
+                lambda some=some: [self._encode(each, tokenizer, add_special_tokens) for each in some]
             )
         return token_ids
+
+    def _encode(self, text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text. Of one that is far too long, only the beginning is tokenised."""
+        length = self._llm.max_model_len
+        beginning = text[: length * LONG_TOKEN]
+        token_ids = list(tokenizer.encode(beginning, add_special_tokens=add_special_tokens))
+        if len(beginning) == len(text):
+            return token_ids
+        if len(token_ids) > length + SPARE_TOKENS:
+            raise ApiError(
+                400,
+                f"the prompt has {len(text)} characters, of which {len(beginning)} are {len(token_ids)} tokens: "
+                f"max_model_len={length} is less",
+                code="context_length_exceeded",
+                param="prompt",
+            )
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def decode_one(self, token_id: int) -> str:
         """The text of one token; without a tokenizer its id, as vLLM writes it."""

@@ -177,6 +177,7 @@ def ends(monkeypatch) -> None:
 
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr("jpaged.server.run.logging.shutdown", lambda: None)
+    monkeypatch.setattr("jpaged.server.run.GRACE_S", 0.1)
 
 
 @pytest.mark.usefixtures("ends")

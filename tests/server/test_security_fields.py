@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged.server.protocol.completions import CompletionBody
+from jpaged.server.tokens import LONG_TOKEN
 from tests.server.bystander import PROMPT as BYSTANDERS_PROMPT
 from tests.server.bystander import bystander
 from tests.server.conftest import Served
@@ -171,11 +172,12 @@ def test_a_long_text_is_refused_before_it_is_tokenised(served):
             refused(served, {"prompt": text})
             refused(served, {"prompt": ["x", text]}, "prompt")
         assert set(tokenised) <= {len(BYSTANDERS_PROMPT)}
-        for text in ("x", "\u0300", "\U0001f600"):
-            refused(served, {"prompt": text * limit}, "max_model_len")
+        for text in ("x = ", "\u0300", "\U0001f600"):
+            refused(served, {"prompt": text * (limit // len(text))}, "max_model_len")
     finally:
         del served.llm.tokenizer.encode
-    assert tokenised.count(limit) == 3
+    assert max(tokenised) == LONG_TOKEN * served.llm.max_model_len
+    assert tokenised.count(max(tokenised)) == 3
     assert all(name.startswith("jpaged-prompts") for name in threads)
 
 
