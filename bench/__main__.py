@@ -27,6 +27,7 @@ class Benchmark:
 
 BENCHMARKS = {
     "serving": Benchmark("bench.serving.command", "throughput, step latency, start-up and waste of the whole engine"),
+    "serve": Benchmark("bench.http.command", "the HTTP server under load, in a long run, and under invalid requests"),
     "sharing": Benchmark("bench.serving.sharing", "blocks saved by sharing, beside the paper's figure 15"),
     "offload": Benchmark("bench.offload.command", "KV in host memory: restores of preempted requests"),
     "kernels": Benchmark("bench.kernels.command", "attention kernels: speed, correctness (--check), sizes (--tune)"),

@@ -44,7 +44,7 @@ def load(args: argparse.Namespace, *, max_num_seqs: int) -> "LLM":
 
 
 def load_for_many(args: argparse.Namespace) -> "AsyncLLM":
-    """The engine for the requests of many clients, all programs compiled.
+    """The engine for the requests of many clients.
 
     Raises:
         Followed: another process leads, and has ended.
