@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jpaged.config import EngineConfig
     from jpaged.device.kv.pool import KVCache
     from jpaged.device.processes import join_processes
+    from jpaged.engine.vllm_names import AsyncEngineArgs, EngineArgs
     from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
     from jpaged.llm import LLM, PinnedPrefix
     from jpaged.request import (
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "LLM": "jpaged.llm",
+    "AsyncEngineArgs": "jpaged.engine.vllm_names",
     "AsyncLLM": "jpaged.async_llm",
     "BeamSearchParams": "jpaged.request",
     "BlockManager": "jpaged.host.blocks.manager",
     "CompletionDelta": "jpaged.request",
     "CompletionOutput": "jpaged.request",
+    "EngineArgs": "jpaged.engine.vllm_names",
     "EngineConfig": "jpaged.config",
     "FinishReason": "jpaged.request",
     "KVCache": "jpaged.device.kv.pool",
@@ -45,11 +48,13 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
     "AsyncLLM",
     "BeamSearchParams",
     "BlockManager",
     "CompletionDelta",
     "CompletionOutput",
+    "EngineArgs",
     "EngineConfig",
     "FinishReason",
     "KVCache",

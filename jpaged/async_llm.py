@@ -17,6 +17,7 @@ from jpaged.engine.prompts import Prompt, TokensPrompt
 from jpaged.engine.request_stream import MAX_UNREAD_TOKENS, RequestStream
 from jpaged.engine.snapshot import EngineSnapshot, take_snapshot
 from jpaged.engine.stats import EngineStats
+from jpaged.engine.vllm_names import EngineArgs
 from jpaged.llm import LLM, PinnedPrefix
 from jpaged.request import RequestOutput, SamplingParams
 
@@ -64,6 +65,11 @@ class AsyncLLM:
         self = cls.__new__(cls)
         self._serve(llm.hand_over())
         return self
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
+        """``AsyncLLM`` with the arguments of an ``EngineArgs``, by vLLM's name."""
+        return cls(**engine_args.settings)
 
     def _serve(self, engine: Engine) -> None:
         self._engine = engine  # read only: its parts that never change

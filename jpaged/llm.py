@@ -55,8 +55,7 @@ class LLM:
     Args:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer); None is the small model in the package.
         tokenizer: the directory of a tokenizer other than the checkpoint's.
-        warm_up: whether to compile every program now, behind a progress bar; otherwise each is compiled when it is
-            first needed. None: now on an accelerator, later on a CPU.
+        warm_up: whether to compile every program now, or each when first needed. None: now, except on a CPU.
         use_tqdm: whether to show progress while loading and compiling.
 
     Raises:
@@ -330,6 +329,10 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """``tokenizer``, by vLLM's name."""
         return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of a call without any, by vLLM's name."""
+        return SamplingParams()
 
     def get_metrics(self) -> list[Metric]:
         """``stats`` as vLLM's list of metrics, under its names where it has them."""

@@ -1,8 +1,12 @@
 """Arguments of vLLM's LLM: taken where they mean something here, otherwise refused with what to use instead."""
 
+import argparse
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, Concatenate, NamedTuple
+from typing import Any, Concatenate, NamedTuple, Self
+
+from jpaged.config import EngineConfig
+from jpaged.rules import settings_of
 
 _ANY = object()
 
@@ -54,6 +58,7 @@ _FOREIGN = {
     "download_dir": _Foreign(_HUB, (None,)),
     "hf_token": _Foreign(_HUB, (None,)),
     "hf_overrides": _Foreign("LLM.from_model takes a ModelConfig", (None,)),
+    "generation_config": _Foreign("SamplingParams has the defaults of sampling", (None, "vllm")),
     "load_format": _Foreign("*.safetensors are read", ("auto", "safetensors")),
     "quantization": _Foreign("kv_cache_dtype has an 8-bit KV cache; weights are not quantised", (None,)),
     "cpu_offload_gb": _Foreign("weight_placement='host' keeps weights in host memory", (0, 0.0)),
@@ -112,3 +117,34 @@ def takes_vllm_names[**P](method: Callable[Concatenate[Any, P], None]) -> Callab
         method(self, *args, **to_own_names(settings))  # pyright: ignore[reportCallIssue] (the names that P has)
 
     return construct
+
+
+class EngineArgs:
+    """Arguments of ``LLM`` by name, kept for ``AsyncLLM.from_engine_args``.
+
+    Args:
+        model: as for ``LLM``.
+        settings: other arguments of ``LLM``, which checks them.
+    """
+
+    def __init__(self, model: str | None = None, **settings: Any) -> None:
+        self.settings = {"model": model, **settings}
+
+    @staticmethod
+    def add_cli_args[ParserT: argparse._ActionsContainer](parser: ParserT) -> ParserT:
+        """Add an option for ``model`` and for each setting of the engine to a parser, or to a group of one."""
+        parser.add_argument("--model", help="checkpoint directory")
+        for name, each in settings_of(EngineConfig).items():
+            is_flag = each.rule.type is bool
+            form: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if is_flag else {"type": each.rule.type}
+            help_ = f"{each.help} (default: {each.shown_default})".replace("%", "%%")
+            parser.add_argument(f"--{name.replace('_', '-')}", default=each.default, help=help_, **form)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Self:
+        """The arguments that a parser with ``add_cli_args`` has read."""
+        return cls(**{name: getattr(args, name) for name in ("model", *settings_of(EngineConfig))})
+
+
+AsyncEngineArgs = EngineArgs

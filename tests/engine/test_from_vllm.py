@@ -1,5 +1,6 @@
 """Code written for vLLM's LLM: its names, its parameters and its results mean here what they mean there."""
 
+import argparse
 import re
 from dataclasses import replace
 from functools import cache
@@ -9,7 +10,16 @@ from typing import Any
 import pytest
 
 import jpaged
-from jpaged import LLM, AsyncLLM, BeamSearchParams, EngineConfig, FinishReason, SamplingParams
+from jpaged import (
+    LLM,
+    AsyncEngineArgs,
+    AsyncLLM,
+    BeamSearchParams,
+    EngineArgs,
+    EngineConfig,
+    FinishReason,
+    SamplingParams,
+)
 from jpaged.engine.detokenizer import Detokenizer
 from jpaged.engine.loop import Engine
 from jpaged.engine.stats import STATISTICS, Counter, Gauge
@@ -67,6 +77,7 @@ def test_names_with_a_meaning_here_are_taken(given, own):
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 .* tensor_parallel_size"),
         ({"enable_lora": True}, "enable_lora=True .* merge them"),
         ({"tokenizer_mode": "slow"}, "tokenizer_mode='slow' .* LLM.from_model"),
+        ({"generation_config": "auto"}, "generation_config='auto' .* SamplingParams has"),
         ({"revision": "main"}, "revision='main' .* hf download"),
         ({"gpu_memory_utilization": 0.5, "memory_fraction": 0.5}, "vLLM's name of memory_fraction: give one"),
     ],
@@ -307,6 +318,28 @@ def test_a_search_has_its_sequences_with_the_prompt():
         assert sequence.tokens == found.prompt_token_ids + output.token_ids
         assert sequence.cum_logprob == output.cumulative_logprob
     assert found.finished
+
+
+def test_arguments_of_a_command_line_make_an_engine(monkeypatch):
+    made = []
+    monkeypatch.setattr(LLM, "__init__", lambda self, **settings: made.append(settings))
+    monkeypatch.setattr(AsyncLLM, "__init__", lambda self, **settings: made.append(settings))
+    parser = argparse.ArgumentParser()
+    group = EngineArgs.add_cli_args(parser.add_argument_group("engine"))
+    group.set_defaults(model="a-checkpoint")
+    args = parser.parse_args(["--max-num-seqs", "8", "--memory-fraction", "0.5", "--no-enable-prefix-caching"])
+    LLM(**vars(args))
+    AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+    assert made[0] == made[1]
+    assert made[0].pop("model") == "a-checkpoint"
+    assert EngineConfig(**made[0]) == EngineConfig(max_num_seqs=8, memory_fraction=0.5, enable_prefix_caching=False)
+    AsyncLLM.from_engine_args(AsyncEngineArgs(enforce_eager=True))
+    assert made[2] == {"model": None, "enforce_eager": True}
+    parser.format_help()
+
+
+def test_the_default_parameters_are_those_of_a_call_without_any():
+    assert llm().get_default_sampling_params() == SamplingParams()
 
 
 def test_examples_of_the_page_run(monkeypatch, capsys):
