@@ -141,8 +141,8 @@ class AsyncLLM:
             Whether any of them was unfinished.
         """
         request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
-        ended = [await asyncio.wrap_future(self._thread.abort(each)) for each in request_ids]
-        return any(ended)
+        aborts = [asyncio.wrap_future(self._thread.abort(each)) for each in request_ids]  # between the same two steps
+        return any(await asyncio.gather(*aborts))
 
     # The engine ---------------------------------------------------------------------------------------------------
 

@@ -163,4 +163,9 @@ def _num_common(a: str, b: str) -> int:
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest ending of ``text`` that begins ``stop``."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    n = min(len(stop) - 1, len(text))
+    while n and (n := stop.rfind(text[-1], 0, n) + 1):  # other beginnings end in another character
+        if text.endswith(stop[:n]):
+            return n
+        n -= 1
+    return 0

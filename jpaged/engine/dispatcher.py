@@ -38,6 +38,7 @@ class Dispatcher:
         self._request_ids: set[str] = set()  # in use
         self._streams: dict[str, RequestStream] = {}  # of the requests that the engine has
         self._ended: list[asyncio.Future[None]] = []  # the tasks that wait for the end
+        self._num_outputs = 0  # distributed so far
         self.thread = EngineThread(engine, self._hand_over, self._note_end)
 
     @property
@@ -119,12 +120,13 @@ class Dispatcher:
             except Exception:
                 _log.exception("a listener failed")
         streams = self._streams
+        self._num_outputs += 1
         for request_id, first in output.started.items():
             if (stream := streams.get(request_id)) is not None:
                 stream.num_cached_tokens = first.num_cached_tokens
         for delta in output.deltas:
             stream = streams.get(delta.request_id)
-            if stream is not None and not stream.take(delta):
+            if stream is not None and not stream.take(delta, self._num_outputs):
                 self._drop(delta.request_id)
         for result in output.finished:
             if (stream := streams.get(result.request_id)) is not None:

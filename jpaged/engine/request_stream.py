@@ -60,9 +60,11 @@ class RequestStream:
     Args:
         request: the request.
         close: ends the request, by its id, when its consumer needs no more.
-        max_unread_tokens: a consumer that leaves more tokens unread gets an end with ``FinishReason.ABORT``.
+        max_unread_tokens: a consumer that leaves more tokens unread gets an end with ``FinishReason.ABORT``. One step
+            may bring more, since no consumer can read in its middle.
 
     Attributes:
+        max_unread_tokens: as given.
         num_cached_tokens: prompt tokens from the prefix cache; 0 before the first token.
         on_arrival: called when there is something to read, for a consumer that calls ``read_now``.
     """
@@ -75,10 +77,11 @@ class RequestStream:
         self.on_arrival: Callable[[], None] | None = None
         self._kind = request.params.output_kind
         self._close = close
-        self._max_unread_tokens = max_unread_tokens
+        self.max_unread_tokens = max_unread_tokens
         self._completions = {index: _Completion() for index in range(request.params.n)}
         self._unread: list[CompletionDelta] = []
         self._num_unread_tokens = 0
+        self._unread_since = 0  # the step of the first unread delta
         self._end: RequestOutput | BaseException | None = None  # not read
         self._is_over = False  # nothing is left to read
         self._reader: asyncio.Future[None] | None = None
@@ -190,16 +193,22 @@ class RequestStream:
 
     # For the hand-over --------------------------------------------------------------------------------------------
 
-    def take(self, delta: CompletionDelta) -> bool:
-        """Take a delta. Returns False if the consumer has left too much unread: the stream has ended then."""
+    def take(self, delta: CompletionDelta, step: int) -> bool:
+        """Take a delta that step number ``step`` brought.
+
+        Returns:
+            False if the consumer has left too much unread: the stream has ended then.
+        """
+        if not self._unread:
+            self._unread_since = step
         self._unread.append(delta)
         self._num_unread_tokens += len(delta.token_ids)
         self._wake()
-        if self._num_unread_tokens <= self._max_unread_tokens:
+        if self._num_unread_tokens <= self.max_unread_tokens or step == self._unread_since:
             return True
         self.break_off(
             FinishReason.ABORT,
-            f"{self._num_unread_tokens} tokens were not read: at most {self._max_unread_tokens} wait",
+            f"{self._num_unread_tokens} tokens were not read: at most {self.max_unread_tokens} wait",
         )
         return False
 

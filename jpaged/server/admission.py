@@ -174,6 +174,7 @@ class Admission:
         self._lanes: dict[str, _Lane] = {}
         self._ring: list[_Lane] = []  # the lanes that wait, the one whose turn it is first
         self._in_engine: dict[str, Ticket] = {}
+        self._left: dict[str, Ticket] = {}  # that had started, and whose tokens are not charged yet
         self._num_arrived = 0
         self._is_closed = False
         self._empty: list[asyncio.Future[None]] = []  # who waits until nothing is left
@@ -218,14 +219,16 @@ class Admission:
             if (ticket := self._in_engine.get(request_id)) is not None:
                 self._start(ticket)
         for result in output.finished:
-            if (ticket := self._in_engine.get(result.request_id)) is not None:
+            ticket = self._in_engine.get(result.request_id) or self._left.pop(result.request_id, None)
+            if ticket is not None:
                 lens = [len(each.token_ids) for each in result.outputs]
                 self._charge(ticket.lane, "tokens_per_minute", sum(lens))
                 self._output_len += (sum(lens) / max(len(lens), 1) - self._output_len) / 16
-                self._leave(ticket)
+                self._leave(ticket, is_finished=True)
         for request_id in output.failed:
+            self._left.pop(request_id, None)
             if (ticket := self._in_engine.get(request_id)) is not None:
-                self._leave(ticket)
+                self._leave(ticket, is_finished=True)
         self._admit()
 
     # Draining -----------------------------------------------------------------------------------------------------
@@ -380,14 +383,21 @@ class Admission:
             ticket.is_started = True
             self._num_unstarted_tokens -= ticket.demand.num_tokens
 
-    def _leave(self, ticket: Ticket) -> None:
+    def _take_back_credit(self, lane: _Lane) -> None:
+        """Leave a lane the credit for its first request: that for a request which has left is not for others."""
+        lane.credit = min(lane.credit, lane.waiting[0].cost if lane.waiting else 0)
+
+    def _leave(self, ticket: Ticket, *, is_finished: bool = False) -> None:
         """Forget a request, wherever it is. A second call does nothing."""
         if not ticket.is_admitted:
             if ticket in ticket.lane.waiting:
                 self._dequeue(ticket)
                 ticket.lane.num_sequences -= ticket.demand.num_sequences
+                self._take_back_credit(ticket.lane)
         elif self._in_engine.get(ticket.demand.request_id) is ticket:
             del self._in_engine[ticket.demand.request_id]
+            if ticket.is_started and not is_finished:
+                self._left[ticket.demand.request_id] = ticket
             self._start(ticket)
             self.num_placed_sequences -= ticket.demand.num_sequences
             ticket.lane.num_sequences -= ticket.demand.num_sequences

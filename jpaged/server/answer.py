@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import RequestOutput
-from jpaged.server.errors import ApiError, refusals
+from jpaged.server.errors import ApiError, engine_deaths
 from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.sse import ChunkForm, Encoder, EventStream, check_end, send_events
 from jpaged.server.state import Call, Server
@@ -42,6 +42,7 @@ class Answer:
         self._form = form
         self._body = body
         self._headers = body.headers()
+        server.metrics.ignored(len(body.ignored))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -56,11 +57,19 @@ class Answer:
 
     async def _whole(self) -> Response:
         async with self._server.open(self._call) as streams:
-            with refusals():
+            with engine_deaths():
                 results = [await _last(stream) for stream in streams]
             for result in results:
                 check_end(result)
-        return Response(orjson.dumps(self._form.whole(results)), 200, self._headers, "application/json")
+        params = self._call.params
+        if params.logprobs is None and params.prompt_logprobs is None:
+            content = self._content(results)
+        else:  # may take seconds
+            content = await asyncio.to_thread(self._content, results)
+        return Response(content, 200, self._headers, "application/json")
+
+    def _content(self, results: Sequence[RequestOutput]) -> bytes:
+        return orjson.dumps(self._form.whole(results))
 
     async def _stream(self, send: Send) -> None:
         options = self._body.stream_options
@@ -76,7 +85,7 @@ class Answer:
                         tells_usage_always=bool(options and options.continuous_usage_stats),
                         hides_tokens=self._body.token_limit == 0,
                     )
-                    with refusals():
+                    with engine_deaths():
                         await send_events(events, streams, encoder)
             except ApiError as error:
                 await events.fail(error)
@@ -95,12 +104,13 @@ async def until_client_leaves(receive: Receive) -> AsyncGenerator[None]:
         ClientDisconnect: the client left.
     """
     task: Any = asyncio.current_task()
-    has_left = False
+    has_left = is_over = False
 
     def leave(watch: asyncio.Future[None]) -> None:
         nonlocal has_left
-        has_left = True
-        task.cancel()
+        if not is_over:  # or the callback was on its way when the block ended
+            has_left = True
+            task.cancel()
 
     watch = asyncio.ensure_future(_disconnected(receive))
     watch.add_done_callback(leave)
@@ -111,7 +121,7 @@ async def until_client_leaves(receive: Receive) -> AsyncGenerator[None]:
             raise ClientDisconnect from None
         raise
     finally:
-        watch.remove_done_callback(leave)
+        is_over = True
         watch.cancel()
 
 

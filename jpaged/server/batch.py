@@ -8,6 +8,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -97,7 +98,8 @@ async def run_batch(llm: AsyncLLM, batch: Batch, settings: ServerSettings, *, us
         settings: the settings of the server, as far as they say which requests are taken.
         use_tqdm: show how far it is.
     """
-    app = create_app(llm, settings, KeyRing.load(None, {}))
+    queue = dict.fromkeys(("max_waiting_sequences", "max_waiting_tokens"), 1 << 24)  # bounded by ``places``
+    app = create_app(llm, replace(settings, **queue), KeyRing.load(None, {}))
     places = asyncio.Semaphore(llm.engine.config.max_num_seqs + NUM_WAITING)
     waiting, first_lines = set(batch.waiting), {}
     bar = tqdm(total=batch.num_lines, initial=batch.num_done, unit="request", disable=not use_tqdm)

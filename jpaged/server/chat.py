@@ -1,7 +1,7 @@
 """``/v1/chat/completions``: the next message of a conversation."""
 
 from collections.abc import Sequence
-from time import time
+from time import monotonic, time
 from typing import Any
 
 from starlette.requests import Request
@@ -18,10 +18,12 @@ async def chat(request: Request) -> Answer:
     """Answer a conversation."""
     server = server_of(request)
     body = await read_body(request, ChatBody, is_strict=server.settings.strict_params)
+    arrived = monotonic()
     body.check()
     server.check_model(body.model)
     params = body.params(body.num_logprobs)
-    call = server.make_call(request, "chatcmpl", [await server.template.render(body)], params, body)
+    token_ids = await server.template.render(body)
+    call = server.make_call(request, "chatcmpl", [token_ids], params, body, arrived)
     return Answer(server, call, ChatForm(server, call, body), body)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from time import time
+from time import monotonic, time
 from typing import Any
 
 from starlette.requests import Request
@@ -24,6 +24,7 @@ async def completions(request: Request) -> Answer:
     """Continue prompts."""
     server = server_of(request)
     body = await read_body(request, CompletionBody, is_strict=server.settings.strict_params)
+    arrived = monotonic()
     body.check()
     server.check_model(body.model)
     params = body.params(body.logprobs)
@@ -36,7 +37,7 @@ async def completions(request: Request) -> Answer:
         token_ids = await server.codec.encode(texts, add_special_tokens=body.add_special_tokens is not False)
     elif body.echo:
         texts = [await server.codec.decode(each) for each in token_ids]
-    call = server.make_call(request, "cmpl", token_ids, params, body)
+    call = server.make_call(request, "cmpl", token_ids, params, body, arrived)
     return Answer(server, call, CompletionForm(server, call, body, texts), body)
 
 

@@ -4,6 +4,7 @@ from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jpaged.server.errors import CANCELLED_STATUS
 from jpaged.server.metrics import Metrics
 
 
@@ -23,7 +24,7 @@ class Counting:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = monotonic(), 0
+        began, status = monotonic(), CANCELLED_STATUS  # that of a client which left before it had an answer
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -33,7 +34,10 @@ class Counting:
 
         try:
             await self._app(scope, receive, note)
+        except Exception:
+            status = 500
+            raise
         finally:
             # The path that the route was declared with: the path of the request would make a series of its own.
             handler = getattr(scope.get("route"), "path", None)
-            self._metrics.answered(handler, scope["method"], status or 500, monotonic() - began)
+            self._metrics.answered(handler, scope["method"], status, monotonic() - began)

@@ -78,12 +78,24 @@ def refusals(names: Iterable[str] = ()) -> Iterator[None]:
         ApiError: 400 for a ValueError, 503 for an engine that takes no requests.
     """
     try:
-        yield
+        with engine_deaths():
+            yield
     except ValueError as error:
         message = str(error)
         first = re.match(r"\w+", message)
         param = first[0] if first is not None and first[0] in set(names) else None
         raise ApiError(400, message, param=param) from error
+
+
+@contextmanager
+def engine_deaths() -> Iterator[None]:
+    """Turn the error of an engine that has ended into that of the API.
+
+    Raises:
+        ApiError: 503.
+    """
+    try:
+        yield
     except EngineDeadError as error:
         raise ApiError(503, "no answer can be computed: the engine has ended", code="engine_dead") from error
 

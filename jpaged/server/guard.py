@@ -61,8 +61,8 @@ def guard_rules(settings: ServerSettings, pages: Collection[str] = ()) -> GuardR
 class Guard:
     """ASGI middleware: refuses requests without a valid key, from foreign pages, or with bodies that are too large.
 
-    It sets ``request.state.key`` and ``request.state.request_id``, a new id; a valid ``X-Request-Id`` of the client is
-    sent back, and otherwise that new id.
+    It sets ``request.state.key``, ``request.state.request_id``, a new id, and ``request.state.client_id``, a valid
+    ``X-Request-Id`` of the client or None. The client's id is sent back, and otherwise the new one.
 
     Args:
         app: the app.
@@ -87,7 +87,7 @@ class Guard:
     async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         passage = _Passage(self, scope, receive, send)
         state: dict[str, Any] = scope.setdefault("state", {})
-        state["request_id"] = passage.request_id
+        state["request_id"], state["client_id"] = passage.request_id, passage.client_id
         try:
             state["key"] = passage.key = self._check(scope["path"], passage.headers)
             self._check_body(passage.headers)
@@ -95,7 +95,7 @@ class Guard:
         except ApiError as error:
             await passage.answer(error)
         except ClientDisconnect:
-            passage.status = passage.status or CANCELLED_STATUS
+            pass  # no client is there to read an answer
         except Exception:
             _log.exception("request %s failed", passage.request_id)
             if passage.status:
@@ -180,7 +180,8 @@ class _Passage:
         self.num_bytes = 0  # of the body
         given = self.headers.getlist("x-request-id")
         is_valid = len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) is not None
-        self._shown_id = given[0] if is_valid else self.request_id
+        self.client_id = given[0] if is_valid else None
+        self._shown_id = self.client_id or self.request_id
         self._guard = guard
         self._scope, self._receive, self._send = scope, receive, send
         self._began = monotonic()
@@ -214,7 +215,7 @@ class _Passage:
             escaped(str(client[0])),
             escaped(self._scope["method"]),
             escaped(self._scope["path"]),
-            self.status,
+            self.status or CANCELLED_STATUS,
             (monotonic() - self._began) * 1000,
             "-" if self.key is None else self.key.name,
             self.request_id if self._shown_id == self.request_id else f"{self.request_id} of {self._shown_id}",

@@ -1,19 +1,19 @@
 """The server's state: the one object that every route shares."""
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from time import monotonic, time
+from time import time
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from starlette.requests import Request
 
 from jpaged.async_llm import AsyncLLM
 from jpaged.engine.health import HealthState
 from jpaged.engine.prompts import TokensPrompt
-from jpaged.engine.request_stream import RequestStream
+from jpaged.engine.request_stream import MAX_UNREAD_TOKENS, RequestStream
 from jpaged.host.capacity import Capacity, width_name
 from jpaged.request import Request as EngineRequest
 from jpaged.request import SamplingParams
@@ -39,9 +39,10 @@ class Call:
     """The work that one HTTP request asks of the engine: each prompt is a request of its own there.
 
     Args:
-        call_id: the id in the response, of 128 random bits.
+        call_id: the id in the response, of 128 random bits, which are the request's in the log.
         prompts: the prompts as token ids.
         params: sampling parameters of all of them.
+        arrived: when its body had come, of ``time.monotonic``.
         priority: lower is served first.
         cache_salt: prompts of a key share cached KV only under equal salts; None shares with all that have none.
         key: the key under which it is asked for.
@@ -51,6 +52,7 @@ class Call:
     call_id: str
     prompts: list[list[int]]
     params: SamplingParams
+    arrived: float
     priority: int = 0
     cache_salt: str | None = None
     key: ApiKey = ANONYMOUS
@@ -138,7 +140,13 @@ class Server:
         return report
 
     def make_call(
-        self, request: Request, kind: str, prompts: list[list[int]], params: SamplingParams, body: GenerationBody
+        self,
+        request: Request,
+        kind: str,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        body: GenerationBody,
+        arrived: float,
     ) -> Call:
         """The call for a request.
 
@@ -148,15 +156,17 @@ class Server:
             prompts: the prompts as token ids.
             params: sampling parameters of all of them.
             body: the body of the request.
+            arrived: when the body had come, of ``time.monotonic``.
         """
         return Call(
-            f"{kind}-{uuid4().hex}",
+            f"{kind}-{request.state.request_id}",
             prompts,
             params,
+            arrived,
             priority=body.priority or 0,
             cache_salt=body.cache_salt,
             key=request.state.key,
-            client_id=request.headers.get("x-request-id"),
+            client_id=request.state.client_id,
         )
 
     @asynccontextmanager
@@ -232,7 +242,8 @@ class Server:
             ) from None
 
     async def _gather(self, call: Call, tickets: Sequence[Ticket]) -> list[RequestStream]:
-        options = {"priority": call.allowed_priority, "arrived": monotonic()}
+        # Nobody reads before all are open: until then, a stream may bring what it has.
+        options = {"priority": call.allowed_priority, "arrived": call.arrived, "max_unread_tokens": sys.maxsize}
 
         async def open_one(i: int) -> RequestStream:
             await tickets[i].turn
@@ -242,7 +253,7 @@ class Server:
             self.tracing.open(call.request_ids)
         opening = [asyncio.ensure_future(open_one(i)) for i in range(len(tickets))]
         try:
-            return await asyncio.gather(*opening)
+            streams = await asyncio.gather(*opening)
         except BaseException:
             if self.tracing is not None:
                 self.tracing.close(call.request_ids)
@@ -252,6 +263,9 @@ class Server:
                 if isinstance(result, RequestStream):
                     result.close()
             raise
+        for stream in streams:
+            stream.max_unread_tokens = MAX_UNREAD_TOKENS
+        return streams
 
     async def cancel(self, request: Request, call_id: str) -> bool:
         """End unfinished calls of the request's own key that have an id, the server's or the client's.

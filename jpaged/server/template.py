@@ -53,6 +53,11 @@ class ChatTemplate:
         tokens: Mapping[int, Any] = getattr(self._codec.tokenizer, "added_tokens_decoder", {})
         return {str(token): token_id for token_id, token in tokens.items() if token.special}
 
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._special_texts, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
     async def render(self, body: ChatOptions) -> list[int]:
         """The token ids of a conversation.
 
@@ -69,14 +74,13 @@ class ChatTemplate:
     def _render(self, messages: Sequence[dict[str, Any]], options: Mapping[str, Any]) -> list[int]:
         """Render, with a mark in place of every special text of a message, which is then encoded as plain text."""
         tokenizer, specials = self._codec.tokenizer, self._special_texts
-        pattern = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or r"(?!)")
         nonce, found = secrets.token_hex(8), []
 
         def mark(match: re.Match[str]) -> str:
             found.append(match[0])
             return f"\ue000{nonce}{len(found) - 1}\ue001"
 
-        marked = _mapped(messages, lambda text: pattern.sub(mark, text))
+        marked = _mapped(messages, lambda text: self._special_pattern.sub(mark, text))
         text, token_ids = render_chat(tokenizer, marked, **options)
         if not found:
             return token_ids

@@ -7,7 +7,6 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jpaged.server.errors import ApiError
 from jpaged.server.protocol.body import Body, ignored_header, parse, read_body, read_fields
 from jpaged.server.protocol.chat import ChatOptions
 from jpaged.server.state import server_of
@@ -49,7 +48,7 @@ async def tokenize(request: Request) -> Response:
         "count": len(token_ids),
         "max_model_len": server.llm.max_model_len,
         "tokens": token_ids,
-        "token_strs": server.codec.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None,
+        "token_strs": await server.codec.tokens_of(token_ids) if body.return_token_strs else None,
     }
     return Response(orjson.dumps(content), 200, ignored_header(body), "application/json")
 
@@ -59,8 +58,6 @@ async def detokenize(request: Request) -> Response:
     server = server_of(request)
     body = await read_body(request, DetokenizeBody, is_strict=server.settings.strict_params)
     server.check_model(body.model)
-    if len(body.tokens) > server.llm.max_model_len:
-        raise ApiError(400, f"tokens has {len(body.tokens)} ids: at most {server.llm.max_model_len} are taken")
     text = await server.codec.decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
     return Response(orjson.dumps({"prompt": text}), 200, ignored_header(body), "application/json")
 
@@ -76,6 +73,4 @@ async def tokenizer_info(request: Request) -> Response:
         "vocab_size": len(tokenizer),
         "chat_template": template if isinstance(template, str) else None,
     }
-    return Response(
-        orjson.dumps({"eos_token": None, "bos_token": None, "pad_token": None} | content), 200, {}, "application/json"
-    )
+    return Response(orjson.dumps(content), media_type="application/json")

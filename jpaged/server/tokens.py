@@ -132,12 +132,19 @@ class TextCodec:
         backend = getattr(self._llm.tokenizer, "backend_tokenizer", None)
         return backend is not None and "ByteLevel" in repr(backend.decoder)
 
+    async def tokens_of(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens of ids as the vocabulary writes them."""
+        tokenizer = self.tokenizer
+        return await self._llm.in_background(lambda: tokenizer.convert_ids_to_tokens(list(token_ids)))
+
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids.
 
         Raises:
-            ApiError: 400 for ids out of the vocabulary.
+            ApiError: 400 for ids out of the vocabulary, or more than fit the context.
         """
+        if len(token_ids) > self._llm.max_model_len:
+            raise ApiError(400, f"{len(token_ids)} token ids are given: at most {self._llm.max_model_len} are taken")
         tokenizer, size = self.tokenizer, len(self.tokenizer)
         if any(not 0 <= token_id < size for token_id in token_ids):
             raise ApiError(400, f"expected token ids from 0 to {size - 1}", param="tokens")

@@ -215,11 +215,11 @@ def test_a_read_that_is_cancelled_loses_nothing():
         await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="another task reads"):
             await anext(stream)
-        stream.take(CompletionDelta("a", 0, "b", [2]))
+        stream.take(CompletionDelta("a", 0, "b", [2]), 1)
         reader.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reader
-        stream.take(CompletionDelta("a", 0, "c", [3]))
+        stream.take(CompletionDelta("a", 0, "c", [3]), 2)
         output = await anext(stream)
         assert (output.outputs[0].text, output.outputs[0].token_ids, output.has_more) == ("bc", [2, 3], True)
 
@@ -379,3 +379,16 @@ def test_it_is_made_with_the_arguments_of_an_llm():
     assert inspect.signature(AsyncLLM.__init__) == inspect.signature(LLM.__init__)
     with pytest.raises(ValueError, match="block_size=0"):
         AsyncLLM(block_size=0, use_tqdm=False)
+
+
+def test_one_step_may_bring_more_than_may_be_left_unread():
+    async def run():
+        stream = RequestStream(Request("a", "x", [1], replace(GREEDY, output_kind=DELTA, n=2), 0), lambda name: None, 3)
+        assert stream.take(CompletionDelta("a", 0, "b", [2, 2]), 1)
+        assert stream.take(CompletionDelta("a", 1, "c", [3, 3]), 1)
+        assert (await anext(stream)).has_more
+        assert stream.take(CompletionDelta("a", 0, "b", [2, 2]), 2)
+        assert not stream.take(CompletionDelta("a", 1, "c", [3, 3]), 3)
+        assert {output.finish_reason for output in (await anext(stream)).outputs} == {"abort"}
+
+    asyncio.run(run())

@@ -340,3 +340,36 @@ def test_a_closed_queue_serves_those_that_wait():
         await empty
 
     in_loop(test)
+
+
+def test_the_tokens_of_a_request_count_though_its_client_leaves():
+    def test(line: Line) -> None:
+        short = ApiKey("short", tokens_per_minute=60)
+        line.enter("a", short, num_tokens=30)
+        line.start("a")
+        line.leave("a")
+        assert not line.admission._in_engine
+        line.finish("a", num_tokens=90)
+        assert refusal(line, "b", short).headers["retry-after"] == "60"
+        line.finish("a", num_tokens=90)  # another one of this name
+        line.clock.now += 61
+        line.enter("b", short)
+
+    in_loop(test)
+
+
+def test_a_key_keeps_no_credit_of_requests_that_leave_the_queue():
+    def test(line: Line) -> None:
+        line.enter("fills", num_sequences=2)
+        line.enter("a", BOB)
+        line.enter("b", BOB)
+        line.enter("large", num_tokens=900)
+        line.enter("small", num_tokens=10, max_tokens=1)
+        line.leave("fills")
+        assert line.admitted == ["fills", "a"]
+        lane = line.tickets["large"].lane
+        assert lane.credit > 11
+        line.leave("large")
+        assert lane.credit == 11
+
+    in_loop(test, num_places=1, max_waiting_tokens=10_000)

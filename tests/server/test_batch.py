@@ -116,6 +116,14 @@ def test_failures_of_the_server_are_computed_again_and_errors_of_requests_are_no
     assert after["b"] == before["b"]
 
 
+def test_no_request_of_a_batch_is_refused_for_want_of_room_in_the_queue(served, files):
+    source, destination, write, results = files
+    write(*[line(str(i), body=BODY | {"n": 8, "temperature": 1}) for i in range(4)])
+    batch = Batch.open(source, destination)
+    served.run(run_batch(served.llm, batch, ServerSettings(max_waiting_sequences=1, max_waiting_tokens=1)))
+    assert [each["response"]["status_code"] for each in results()] == [200] * 4
+
+
 def test_results_of_other_requests_are_not_overwritten(files):
     source, destination, write, _ = files
     write(line("a"))

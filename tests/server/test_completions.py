@@ -217,3 +217,24 @@ def test_only_the_served_model_is_served(served):
     for response in (served.wire.get("/v1/models/other/one"), served.post("/v1/completions", prompt="a", model="x")):
         assert response.status_code == 404
         assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_the_id_of_an_answer_is_that_of_the_log(served):
+    response = served.post("/v1/completions", prompt=PROMPT, max_tokens=1)
+    assert response.json()["id"] == f"cmpl-{response.headers['x-request-id']}"
+
+
+def test_a_mistake_of_ours_is_no_mistake_of_the_client(served, monkeypatch):
+    def fail(result) -> None:
+        raise ValueError("a secret of ours")
+
+    monkeypatch.setattr("jpaged.server.answer.check_end", fail)
+    response = served.post("/v1/completions", prompt=PROMPT, max_tokens=1)
+    assert response.status_code == 500
+    assert "secret" not in response.text
+
+
+def test_ids_that_cannot_fit_are_refused_before_they_become_text(served, monkeypatch):
+    monkeypatch.setattr(served.server.llm, "in_background", None)
+    response = served.post("/v1/completions", prompt=[1] * (served.llm.max_model_len + 1), echo=True)
+    assert response.status_code == 400

@@ -16,7 +16,8 @@ from jpaged.engine.outputs import FirstToken, StepOutput
 from jpaged.request import CompletionDelta
 from jpaged.server import ServerSettings, create_app
 from jpaged.server.admission import Demand
-from jpaged.server.errors import ApiError
+from jpaged.server.counting import Counting
+from jpaged.server.errors import CANCELLED_STATUS, ApiError
 from jpaged.server.histograms import Histogram, Recent, one_two_five
 from jpaged.server.keys import ANONYMOUS
 from jpaged.server.metrics import CONTENT_TYPE, Metrics
@@ -284,6 +285,35 @@ def test_answers_are_counted_by_route_and_class_of_status(served):
     assert gained["http_requests_total/other/other/4xx"] == 1
     assert sum(gained.values()) == 5
     assert after["http_request_duration_seconds_count//v1/models"] >= 1
+
+
+def test_clients_that_leave_before_their_answer_are_no_failures_of_the_server():
+    answered = []
+
+    class Seen:
+        def answered(self, handler, method, status, seconds) -> None:
+            answered.append(status)
+
+    async def silent(scope, receive, send) -> None:
+        pass
+
+    async def failing(scope, receive, send) -> None:
+        raise RuntimeError
+
+    async def run() -> None:
+        scope = {"type": "http", "method": "GET"}
+        await Counting(silent, Seen())(scope, None, None)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(RuntimeError):
+            await Counting(failing, Seen())(scope, None, None)  # pyright: ignore[reportArgumentType]
+
+    asyncio.run(run())
+    assert answered == [CANCELLED_STATUS, 500]
+
+
+def test_ignored_parameters_are_counted(served):
+    before = values(served)["jpaged:ignored_params_total"]
+    served.complete("x", max_tokens=1, foo=1, bar=2)
+    assert values(served)["jpaged:ignored_params_total"] - before == 2
 
 
 def values(served) -> dict[str, float]:
