@@ -69,8 +69,8 @@ def report_of(llm: AsyncLLM) -> Report:
 def health_routes(report: Callable[[], Report]) -> list[Route]:
     """The routes of health, for a server that starts and for one that serves.
 
-    ``/live`` says that the process answers, ``/health`` and ``/ping`` that requests get their tokens, and ``/ready``
-    that new ones are taken.
+    ``/live`` says that the process answers. ``/health`` and ``/ping`` say that requests get their tokens, ``/ready``
+    that new requests are taken.
 
     Args:
         report: the health now.

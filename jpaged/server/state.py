@@ -299,7 +299,7 @@ class Server:
 def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:
     """The limits of the queue.
 
-    A few requests wait in the engine, so that no row stays empty, and prompts of a few steps, since two are planned
+    A few requests wait in the engine, so that no row stays empty. Their prompts fill a few steps: two steps are planned
     before the server learns what has started.
     """
     config = llm.engine.config

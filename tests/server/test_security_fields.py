@@ -65,6 +65,7 @@ def test_counts_are_bounded(served):
     refused(served, {"logit_bias": {str(i): 1.0 for i in range(1025)}})
     refused(served, {"n": 65, "use_beam_search": True}, "beam width")
     refused(served, {"bad_words": ["x"] * 1025})
+    refused(served, {"bad_words": ["x" * 300] * 20})
     refused(served, {"stop_token_ids": [1] * 1025})
     refused(served, {"max_tokens": -1})
     refused(served, {"min_tokens": -1})

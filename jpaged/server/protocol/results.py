@@ -45,8 +45,8 @@ def finite(logprob: float) -> float:
 def completion_logprobs(tokens: TokenLogprobs, text_offset: int, decode: Any) -> dict[str, Any]:
     """The log-probabilities of ``/v1/completions``.
 
-    ``top_logprobs`` is keyed by text. Of tokens with the same text, the most probable one stays, so that a chosen token
-    is the greatest entry only if no other token is more probable.
+    ``top_logprobs`` is keyed by text. Where tokens have the same text, the most probable token stays. The chosen token
+    is thus the greatest entry only if no other token is more probable.
 
     Args:
         tokens: the tokens.

@@ -9,8 +9,8 @@ from jpaged.request import MAX_LOGIT_BIAS, RequestOutputKind, SamplingParams
 from jpaged.server.errors import ApiError, refusals
 from jpaged.server.protocol.body import Body, ignored_header
 
-MAX_STOP_CHARACTERS = 4096
-"""Most characters of all stop strings together."""
+MAX_CHARACTERS = 4096
+"""Most characters of all stop strings together, and of all bad words, which every prompt of a request tokenises."""
 
 _SAMPLING = (
     "n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "temperature", "top_p", "top_k", "min_p",
@@ -123,9 +123,10 @@ class GenerationBody(Body):
             raise ApiError(400, "prompt_logprobs does not go with stream=true", param="prompt_logprobs")
         if self.stream and self.best_of is not None and self.best_of != (self.n or 1) and not self.use_beam_search:
             raise ApiError(400, "best_of with stream=true has to be equal to n", param="best_of")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if sum(map(len, stop)) > MAX_STOP_CHARACTERS:
-            raise ApiError(400, f"stop has more than {MAX_STOP_CHARACTERS} characters", param="stop")
+        for name in ("stop", "bad_words"):
+            texts = getattr(self, name) or ()
+            if sum(map(len, texts)) > MAX_CHARACTERS:
+                raise ApiError(400, f"{name} has more than {MAX_CHARACTERS} characters", param=name)
 
     def params(self, logprobs: int | None) -> SamplingParams:
         """The sampling parameters. Where no token is asked for, one is generated, and is to be hidden.
