@@ -1,6 +1,7 @@
 """The response to a call: opened, awaited and sent, unless the client leaves before."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
@@ -12,10 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import RequestOutput
-from jpaged.server.errors import ApiError, engine_deaths
+from jpaged.server.errors import ApiError, engine_deaths, own_mistake
 from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.sse import ChunkForm, Encoder, EventStream, check_end, send_events
 from jpaged.server.state import Call, Server
+
+_log = logging.getLogger(__name__)
 
 
 class Form(ChunkForm, Protocol):
@@ -89,6 +92,9 @@ class Answer:
                         await send_events(events, streams, encoder)
             except ApiError as error:
                 await events.fail(error)
+            except Exception:
+                _log.exception("call %s failed", self._call.call_id)
+                await events.fail(own_mistake())
 
 
 async def _last(stream: RequestStream) -> RequestOutput:

@@ -67,6 +67,11 @@ class ApiError(Exception):
         return Response(self.body(), self.status, self.headers, "application/json")
 
 
+def own_mistake() -> ApiError:
+    """The error for a failure of the server, of which the client learns nothing more."""
+    return ApiError(500, "the server failed, and its log says why")
+
+
 @contextmanager
 def refusals(names: Iterable[str] = ()) -> Iterator[None]:
     """Turn the errors of the engine's own checks into those of the API.
@@ -110,7 +115,7 @@ async def _answer_http_error(request: Request, error: Any) -> Response:
 
 
 async def _answer_a_mistake_of_ours(request: Request, error: Any) -> Response:
-    return ApiError(500, "the server failed, and its log says why").response()
+    return own_mistake().response()
 
 
 async def _answer_a_client_that_left(request: Request, error: Any) -> Response:

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jpaged.server.errors import CANCELLED_STATUS, ApiError
+from jpaged.server.errors import CANCELLED_STATUS, ApiError, own_mistake
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
 from jpaged.server.settings import ServerSettings
 
@@ -100,7 +100,7 @@ class Guard:
             _log.exception("request %s failed", passage.request_id)
             if passage.status:
                 raise  # a part of the response is sent: the connection is closed
-            await passage.answer(ApiError(500, "the server failed, and its log says why"))
+            await passage.answer(own_mistake())
         finally:
             self._num_pending_bytes -= passage.num_bytes
             passage.log()

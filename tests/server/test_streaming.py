@@ -122,3 +122,18 @@ def test_refused_streams_have_a_status(served):
     response = served.post("/v1/completions", prompt=[10**6], stream=True)
     assert response.status_code == 400
     assert json.loads(response.content)["error"]["message"]
+
+
+def test_a_failure_within_a_stream_is_told_without_its_text(served, monkeypatch, caplog):
+    async def fail(events, streams, encoder) -> None:
+        await events.write(b"data: {}\n\n")
+        raise ValueError("a secret of ours")
+
+    monkeypatch.setattr("jpaged.server.answer.send_events", fail)
+    response = served.post("/v1/completions", prompt="x", max_tokens=1, stream=True)
+    assert response.status_code == 200
+    first, error, rest = response.text.split("\n\n")
+    assert (first, rest) == ("data: {}", "")
+    assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+    assert "a secret of ours" in caplog.text
