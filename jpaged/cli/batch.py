@@ -22,8 +22,14 @@ def run(args: argparse.Namespace) -> None:
             note(f"all {batch.num_lines} requests are done")
             return
     llm = start.load_for_many(args)
+
+    async def compute() -> None:
+        try:
+            await run_batch(llm, batch, settings, use_tqdm=sys.stderr.isatty())
+        finally:
+            await llm.drain(0)  # while the loop runs, which gets the output of the step that runs
+
     try:
-        asyncio.run(run_batch(llm, batch, settings, use_tqdm=sys.stderr.isatty()))
+        asyncio.run(compute())
     finally:
-        llm.shutdown()
         note(f"{batch.num_done} of {batch.num_lines} requests are done, {batch.num_failed} of them with an error")

@@ -150,7 +150,8 @@ class _Parser(argparse.ArgumentParser):
     def _explain(self, unknown: list[str]) -> str:
         options = [each.partition("=")[0] for each in unknown if each.startswith("-")]
         if not options:
-            return f"{unknown[0]!r} is one argument too many: a text of several words needs quotes"
+            remedy = "a text of several words needs quotes" if "generate" in self.prog else "--model names a checkpoint"
+            return f"{unknown[0]!r} is one argument too many: {remedy}"
         similar = get_close_matches(options[0].replace("_", "-"), self._option_string_actions, n=1)
         return f"unknown option {options[0]}" + (f": did you mean {similar[0]}?" if similar else "")
 

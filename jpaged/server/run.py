@@ -90,7 +90,7 @@ def check_exposure(settings: ServerSettings, keys: KeyRing) -> None:
         return
     raise ValueError(
         f"host={settings.host!r} lets other machines ask, and there is no key: give keys by api_key_file or by the "
-        f"variable {KEYS_VARIABLE}, bind 127.0.0.1, or set insecure"
+        f"variable {KEYS_VARIABLE}, bind 127.0.0.1, or set insecure=True"
     )
 
 
@@ -294,13 +294,7 @@ def _bound(settings: ServerSettings) -> Iterator[socket.socket]:
     """A socket that is bound to the address."""
     path = settings.unix_socket
     if path is None:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with listener:
-            listener.bind(address)
+        with _bound_port(settings.host, settings.port) as listener:
             yield listener
         return
     with socket.socket(socket.AF_UNIX) as probe:
@@ -311,12 +305,33 @@ def _bound(settings: ServerSettings) -> Iterator[socket.socket]:
         before = os.umask(0o177)
         try:
             listener.bind(path)
+        except OSError as error:
+            raise OSError(f"unix_socket={path} cannot be bound: {error.strerror}") from error
         finally:
             os.umask(before)
         try:
             yield listener
         finally:
             _remove(settings)
+
+
+def _bound_port(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise OSError(
+            f"host={host}, port={port} cannot be bound: {error.strerror} (port=0 takes a port that is free)"
+        ) from error
+    return listener
 
 
 def _remove(settings: ServerSettings) -> None:

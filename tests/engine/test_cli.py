@@ -317,7 +317,8 @@ def test_unknown_usage_is_argparse_own_error(argv, capsys):
         (["generate", "x", "--max_tokens=4"], "unknown option --max_tokens: did you mean --max-tokens?"),
         (["generate", "x", "--temp", "3"], "unknown option --temp"),
         (["chat", "--zzz"], "unknown option --zzz (jpaged chat --help shows all)"),
-        (["generate", "def", "f"], "'f' is one argument too many"),
+        (["generate", "def", "f"], "'f' is one argument too many: a text of several words needs quotes"),
+        (["serve", "a-directory"], "'a-directory' is one argument too many: --model names a checkpoint"),
     ],
 )
 def test_unknown_options_suggest_the_nearest(argv, message, capsys):

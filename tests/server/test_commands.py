@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from time import sleep
 
 import httpx
 import pytest
@@ -67,11 +68,40 @@ def test_batch_writes_results_and_computes_nothing_twice(checkpoint, tmp_path, c
     assert destination.read_text() == results
 
 
+def test_an_interrupted_batch_ends_quietly_and_says_what_is_done(checkpoint, tmp_path):
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        {"custom_id": f"{i}", "method": "POST", "url": "/v1/completions", "body": {"prompt": "abc", "ignore_eos": True}}
+        for i in range(5000)
+    ]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    command = ["batch", str(source), str(destination), "--model", str(checkpoint), *SIZES]
+    process = subprocess.Popen([sys.executable, "-m", "jpaged", *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not (destination.exists() and destination.stat().st_size):
+            sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        log = process.communicate()[1]
+        assert process.returncode == 130
+        num_done = len(destination.read_text().splitlines())
+        assert log == f"{num_done} of 5000 requests are done, 0 of them with an error\n"
+        assert 0 < num_done < 5000
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["serve", "--port", "70000"], "--port 70000 is not valid: expected an integer from 0 to 65535"),
         (["serve", "--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines ask, and there is no key"),
+        (["serve", "--host", "0.0.0.0"], "bind 127.0.0.1, or set --insecure"),
+        (
+            ["serve", "--host", "192.0.2.1", "--port", "8011", "--insecure"],
+            "--host 192.0.2.1, --port 8011 cannot be bound",
+        ),
+        (["serve", "--unix-socket", "/nowhere/x"], "--unix-socket /nowhere/x cannot be bound: No such file"),
         (["batch", "/nowhere", "/tmp/out"], "No such file or directory: '/nowhere'"),
     ],
 )
