@@ -10,8 +10,8 @@ from jpaged.cli.options import BATCH_OPTIONS, server_settings
 from jpaged.cli.terminal import note
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command."""
+def run(args: argparse.Namespace) -> int:
+    """Run the command. Returns the exit status: 1 if requests were lost to failures of the engine."""
     start.check_extra()
     from jpaged.server.batch import Batch, run_batch
 
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> None:
         batch = Batch.open(Path(args.source), Path(args.destination))
         if not batch.waiting:
             note(f"all {batch.num_lines} requests are done")
-            return
+            return 0
     llm = start.load_for_many(args)
 
     async def compute() -> None:
@@ -33,3 +33,6 @@ def run(args: argparse.Namespace) -> None:
         asyncio.run(compute())
     finally:
         note(f"{batch.num_done} of {batch.num_lines} requests are done, {batch.num_failed} of them with an error")
+        if batch.num_lost:
+            note(f"{batch.num_lost} of the errors are failures of the engine: run the command again to compute them")
+    return 1 if batch.num_lost else 0

@@ -36,6 +36,7 @@ class Batch:
         num_lines: requests.
         num_done: requests with a result.
         num_failed: results that are errors.
+        num_lost: those of them that are the server's own failures, which another run computes again.
         waiting: numbers of the lines without a result, in order.
     """
 
@@ -44,6 +45,7 @@ class Batch:
         self.num_lines = 0
         self.num_done = len(kept)
         self.num_failed = sum(kept.values())
+        self.num_lost = 0
         self.waiting: list[int] = []
         for number, line in _lines_of(source):
             self.num_lines += 1
@@ -85,6 +87,7 @@ class Batch:
         response = result["response"]
         self.num_done += 1
         self.num_failed += response is None or response["status_code"] >= 400
+        self.num_lost += response is not None and response["status_code"] >= 500
         with self._destination.open("ab") as file:
             file.write(orjson.dumps(result) + b"\n")
 

@@ -84,11 +84,25 @@ def test_an_interrupted_batch_ends_quietly_and_says_what_is_done(checkpoint, tmp
         log = process.communicate()[1]
         assert process.returncode == 130
         num_done = len(destination.read_text().splitlines())
-        assert log == f"{num_done} of 5000 requests are done, 0 of them with an error\n"
+        assert f"{num_done} of 5000 requests are done, 0 of them with an error\n" in log
+        assert "Traceback" not in log
         assert 0 < num_done < 5000
     finally:
         process.kill()
         process.wait()
+
+
+def test_batch_tells_of_requests_that_the_engine_lost(checkpoint, tmp_path, capsys, monkeypatch):
+    source, destination = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = {"prompt": "abc", "max_tokens": 3}
+    source.write_text(json.dumps({"custom_id": "a", "url": "/v1/completions", "body": body}))
+    command = ["batch", str(source), str(destination), "--model", str(checkpoint), *SIZES]
+    with monkeypatch.context() as patch:
+        patch.setattr("jpaged.server.answer.check_end", lambda result: 1 / 0)
+        assert cli.main(command) == 1
+    assert "1 of the errors are failures of the engine" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert "1 of 1 requests are done, 0 of them with an error" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
