@@ -28,6 +28,9 @@ class TokensPrompt(TypedDict):
 
 Prompt = str | TextPrompt | TokensPrompt
 
+Bans = tuple[Sequence[int], tuple[tuple[int, ...], ...]]
+"""The tokens that are never drawn, and the sequences of tokens that are not drawn one after the other."""
+
 
 class PromptReader:
     """Makes requests of prompts: checks them against the vocabulary, and tokenises text.
@@ -40,6 +43,7 @@ class PromptReader:
     def __init__(self, tokenizer: Tokenizer | None, model_config: ModelConfig) -> None:
         self._tokenizer = tokenizer
         self._model_config = model_config
+        self._latest_bans: tuple[Any, Bans] = None, ((), ())
 
     def read(self, request_id: str, prompt: Prompt, params: SamplingParams | None, priority: int) -> Request:
         """Make a request.
@@ -81,10 +85,19 @@ class PromptReader:
             banned_sequences=banned_sequences,
         )
 
-    def _bans(self, params: SamplingParams) -> tuple[Sequence[int], tuple[tuple[int, ...], ...]]:
-        """The tokens that are never drawn, and the sequences of tokens that are not drawn one after the other."""
-        if not params.bad_words and params.allowed_token_ids is None:
+    def _bans(self, params: SamplingParams) -> Bans:
+        """The bans of some parameters; those of many prompts of one call are found once."""
+        bad_words, allowed = params.bad_words, params.allowed_token_ids
+        if not bad_words and allowed is None:
             return (), ()
+        asked = tuple(bad_words or ()), None if allowed is None else tuple(allowed)
+        latest, bans = self._latest_bans
+        if asked != latest:
+            bans = self._find_bans(params)
+            self._latest_bans = asked, bans
+        return bans
+
+    def _find_bans(self, params: SamplingParams) -> Bans:
         if params.bad_words and self._tokenizer is None:
             raise ValueError("bad_words needs a tokenizer, and this model has none: use logit_bias")
         words = [self._token_ids_of(word) for word in params.bad_words or ()]

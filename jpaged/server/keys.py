@@ -58,6 +58,9 @@ class ApiKey:
     def __post_init__(self) -> None:
         check_all(self)
 
+    def __repr__(self) -> str:
+        return f"ApiKey({self.name!r})"  # the salt is a secret
+
     def priority(self, asked: int) -> int:
         """The priority that a request gets which asks for one."""
         return max(asked, self.min_priority)

@@ -173,6 +173,15 @@ def test_bans_that_leave_no_token_are_refused():
         generate("x", allowed_token_ids=[99999])
 
 
+def test_prompts_of_one_call_share_their_bans():
+    read, allowed = llm().engine.prompts.read, [3, 4]
+    first, second = (read(name, "x", SamplingParams(allowed_token_ids=allowed), 0) for name in "ab")
+    assert first.banned_token_ids is second.banned_token_ids
+    allowed.append(5)
+    third = read("c", "x", SamplingParams(allowed_token_ids=allowed), 0)
+    assert set(second.banned_token_ids) - set(third.banned_token_ids) == {5}
+
+
 def test_a_stop_string_is_included_on_demand_and_named():
     text = generate("def f(x):").text
     stop = text[5:8]

@@ -72,6 +72,7 @@ def test_keys_and_salts_keep_cached_prompts_apart(tmp_path):
     again = ring(tmp_path, f'[alice]\nkey = "{SECRET}"\n').find(SECRET.encode())
     assert again is not None
     assert again.salt != alice.salt  # no other process can guess a salt
+    assert alice.salt not in repr(alice)
 
 
 @pytest.mark.parametrize(
