@@ -16,6 +16,12 @@ MAX_PIPELINED = 16
 LEAST_BYTES_PER_S = 1 << 16
 """A body gets a second more for so many bytes."""
 
+LINGER_BYTES, LINGER_S = 1 << 20, 2.0
+"""The rest of a body that no response waits for is read as far as this, and then the connection is cut.
+
+A peer that still sends when the connection closes may lose the response.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
@@ -42,6 +48,7 @@ class _Phase(enum.Enum):
     HEAD = 0
     BODY = 1
     NOTHING = 2
+    END = 3  # of the connection: the response is sent, and the rest of the body is dropped
 
 
 class _TooLarge(Exception):
@@ -84,6 +91,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
+            return
+        if self._phase is _Phase.END:
+            self._num_body_bytes += len(data)
+            if self._num_body_bytes > LINGER_BYTES:
+                self.transport.close()
             return
         if self._phase is _Phase.BODY:
             self._num_body_bytes += len(data)
@@ -131,8 +143,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._phase is _Phase.BODY and self.cycle.response_complete:  # the rest of its body is not wanted
-            self.transport.close()
+        if self._phase is _Phase.BODY and self.cycle.response_complete:
+            self._linger()
         if self.transport.is_closing():
             self._expect_reader()
 
@@ -168,6 +180,16 @@ class GuardedProtocol(HttpToolsProtocol):
             self._timer = self.loop.call_later(wait_s, self._end_late_body)
         else:
             self._refuse(ApiError(408, f"the body did not come within {self.limits.body_s:g} s"))
+
+    def _linger(self) -> None:
+        """Close the connection once the peer has the response: it still sends a body that nobody wants."""
+        self._stop_timer()
+        self._unset_keepalive_if_required()
+        self._phase, self._num_body_bytes = _Phase.END, 0
+        self.flow.resume_reading()
+        if not self.transport.is_closing():
+            self.transport.write_eof()
+            self._timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def _expect_reader(self) -> None:
         """Give the peer a while to read what waits for it, before the connection is cut."""

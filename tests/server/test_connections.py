@@ -274,6 +274,15 @@ def test_a_response_before_the_body_closes_the_connection():
         peer.send_until_closed(b"4\r\nabcd\r\n" * 1000)
 
 
+def test_a_response_before_the_body_reaches_a_peer_that_still_sends():
+    with serving() as port:
+        peer = Peer(port).send(HEAD % b"early" + b"Content-Length: 1000000\r\n\r\n")
+        assert peer.read_head().startswith(b"HTTP/1.1 200")  # the response is complete
+        for _ in range(10):
+            peer.send(b"x" * 50_000)
+        assert peer.read() == b"early"
+
+
 def test_a_client_that_never_reads_is_cut_off():
     app = App()
     with serving(app, write_s=SHORT_S) as port:
