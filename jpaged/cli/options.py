@@ -48,8 +48,8 @@ examples:
   jpaged info --json
 
 Text goes to stdout. Errors go to stderr, and so do progress and rates if stderr is a terminal. Exit status:
-0; 2 after a mistake in the options, the prompt or the checkpoint (1 and a traceback with --debug); 130 after
-Ctrl-C.
+0; 2 after a mistake in the options, the prompt or the checkpoint (1 and a traceback with --debug); 1 if the
+engine fails a server or a batch; 130 after Ctrl-C, which ends a server with 0.
 On a GPU the command takes 95% of the memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. Compiled
 programs are kept for the next run, in the directory that jpaged info names.
 """

@@ -86,7 +86,7 @@ def refusals(names: Iterable[str] = ()) -> Iterator[None]:
         with engine_deaths():
             yield
     except ValueError as error:
-        message = str(error)
+        message = str(error).replace("expected None or ", "expected null or ")  # clients write JSON
         first = re.match(r"\w+", message)
         param = first[0] if first is not None and first[0] in set(names) else None
         raise ApiError(400, message, param=param) from error

@@ -179,6 +179,7 @@ def test_mistakes_are_400_and_name_the_field(served, fields, param):
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert error["message"]
+    assert "None" not in error["message"]
 
 
 @pytest.mark.parametrize(
