@@ -60,9 +60,11 @@ class Batch:
         Results of the server's own failures are dropped, to be computed again.
 
         Raises:
-            ValueError: the file of results has others than those of these requests.
+            ValueError: the file of results has others than those of these requests, or there is no such directory.
             OSError: a file cannot be read or written.
         """
+        if not destination.parent.is_dir():
+            raise ValueError(f"{destination} cannot be written: there is no directory {destination.parent}")
         ids = {result_id(number, line) for number, line in _lines_of(source)}
         lines, kept = [], {}
         if destination.exists() and os.path.samefile(source, destination):

@@ -1,5 +1,6 @@
 """The server's own settings: default, check and help of each."""
 
+import re
 from dataclasses import dataclass
 
 from jpaged.rules import FLAG, Rule, check_all, documented, integer, number, number_above, optional, setting
@@ -10,9 +11,16 @@ _NAME = Rule(
     "a name of 1 to 200 printable characters",
 )
 _WORD = Rule(str, lambda word: isinstance(word, str) and word != "", "a string that is not empty")
+
+
+def _is_origin(origin: object) -> bool:
+    """Whether browsers may send this as an origin; "*" stands for all of them."""
+    return isinstance(origin, str) and re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin) is not None
+
+
 _ORIGINS = Rule(
     list,
-    lambda origins: isinstance(origins, list | tuple) and all(isinstance(each, str) and each for each in origins),
+    lambda origins: isinstance(origins, list | tuple) and all(map(_is_origin, origins)),
     "a list of origins, each like https://example.org",
 )
 _SECONDS = number_above(0, 86400)

@@ -134,3 +134,5 @@ def test_results_of_other_requests_are_not_overwritten(files):
         assert destination.read_text() == text
     with pytest.raises(ValueError, match="is the file of the requests"):
         Batch.open(source, source)
+    with pytest.raises(ValueError, match=r"cannot be written: there is no directory .*none"):
+        Batch.open(source, destination.parent / "none" / "out.jsonl")

@@ -141,3 +141,10 @@ def test_every_setting_of_the_server_is_an_option():
     args = make_parser().parse_args(["serve", "--insecure", "--drain-timeout-s", "2.5", *origins])
     expected = ServerSettings(insecure=True, drain_timeout_s=2.5, allowed_origins=["http://a", "http://b"])
     assert server_settings(args, SERVER_OPTIONS) == expected
+
+
+@pytest.mark.parametrize("origin", ["example.org", "https://", "https://example.org/", "", None])
+def test_an_origin_that_no_browser_sends_is_refused(origin):
+    assert ServerSettings(allowed_origins=["*", "https://example.org:8443"])
+    with pytest.raises(ValueError, match=r"a list of origins, each like https://example\.org"):
+        ServerSettings(allowed_origins=[origin])
