@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +22,17 @@ FORMS = {
     "prompts": {"prompt": [PROMPT, "import"], "stream": True},
 }
 
+KILLED = """
+import json, socket, sys
+port, number, body = json.loads(sys.argv[1])
+head = f"POST /v1/completions HTTP/1.1\\r\\nhost: localhost\\r\\ncontent-type: application/json\\r\\n"
+streams = [socket.create_connection(("127.0.0.1", port)) for _ in range(number)]
+for stream in streams:
+    stream.sendall(f"{head}content-length: {len(body)}\\r\\n\\r\\n{body}".encode())
+sys.stdin.read()
+"""
+"""A client that streams many responses, and reads none."""
+
 
 def send(served: Served, body: dict) -> socket.socket:
     """Send a request and read nothing of the response."""
@@ -29,6 +43,24 @@ def send(served: Served, body: dict) -> socket.socket:
     return connection
 
 
+async def num_steps_until_free(served: Served, leave: Callable[[], None]) -> int:
+    """Let clients leave once one has a token; the steps that begin between their leaving and the last free block."""
+
+    def state(engine) -> tuple[int, int, bool]:
+        has_tokens = any(seq.num_outputs for group in engine.scheduler.line.running for seq in group.sequences)
+        stats = engine.stats()
+        return stats.num_steps, stats.num_used_blocks, has_tokens
+
+    while not (await served.llm.ask(state))[2]:
+        pass
+    leave()
+    await until(lambda: not served.server.calls)
+    before = served.llm.engine.scheduler.stats().num_steps
+    while (now := await served.llm.ask(state))[1]:
+        pass
+    return now[0] - before
+
+
 async def until(is_true: Callable[[], bool]) -> None:
     while not is_true():
         await asyncio.sleep(0.001)
@@ -36,23 +68,18 @@ async def until(is_true: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_client_that_leaves_frees_its_blocks_within_two_steps(served, form):
-    def state(engine) -> tuple[int, int, bool]:
-        has_tokens = any(seq.num_outputs for group in engine.scheduler.line.running for seq in group.sequences)
-        stats = engine.stats()
-        return stats.num_steps, stats.num_used_blocks, has_tokens
-
-    async def task() -> int:
-        while not (await served.llm.ask(state))[2]:
-            pass
-        connection.close()
-        await until(lambda: not served.server.calls)
-        before = served.llm.engine.scheduler.stats().num_steps
-        while (now := await served.llm.ask(state))[1]:
-            pass
-        return now[0] - before
-
     connection = send(served, ENDLESS | form)
-    assert served.run(task()) <= 2
+    assert served.run(num_steps_until_free(served, connection.close)) <= 2
+
+
+def test_a_killed_client_with_200_streams_frees_all_blocks_within_two_steps(served):
+    request = json.dumps([served.address[1], 200, json.dumps(ENDLESS | {"stream": True})])
+    server = served.server
+    with subprocess.Popen([sys.executable, "-c", KILLED, request], stdin=subprocess.PIPE) as client:
+        with served.held():  # none ends before the last has come
+            served.run(until(lambda: len(server._waiting) + len(server.calls) == 200))
+        assert served.run(num_steps_until_free(served, client.kill)) <= 2
+        assert client.wait() == -signal.SIGKILL
 
 
 def test_a_client_that_leaves_before_its_request_is_accepted_leaves_nothing(served):
