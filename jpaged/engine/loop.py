@@ -14,7 +14,7 @@ from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
 from jpaged.host.blocks.manager import BlockManager
-from jpaged.host.offload.placement import Placement, blocks_moved_together
+from jpaged.host.offload.placement import KV_ON_DEVICE, Placement, blocks_moved_together
 from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
@@ -299,9 +299,15 @@ def _placement(runner: ModelRunner, config: EngineConfig) -> Placement:
             f"kv_placement={config.kv_placement!r}: the runner streams no blocks from the host; build it with this "
             "kv_placement and a host pool"
         )
-    window = runner.num_window_blocks, runner.max_streamed_blocks
-    layer_bytes = runner.host_bytes_per_block // runner.model_config.num_layers
-    return Placement(config.kv_placement, *window, num_together=blocks_moved_together(layer_bytes))
+    if config.kv_placement == "device":
+        return KV_ON_DEVICE
+    layer_bytes, max_blocks = runner.host_bytes_per_block // runner.model_config.num_layers, runner.programs.max_blocks
+    return Placement(
+        config.kv_placement,
+        runner.num_window_blocks,
+        runner.max_streamed_blocks,
+        num_together=blocks_moved_together(layer_bytes, max_blocks),
+    )
 
 
 def _num_host_blocks(runner: ModelRunner, config: EngineConfig) -> int:

@@ -182,7 +182,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(ApiError(408, f"the body did not come within {self.limits.body_s:g} s"))
 
     def _linger(self) -> None:
-        """Close the connection once the peer has the response: it still sends a body that nobody wants."""
+        """Close the connection once the peer has the response: the rest of the body is not wanted."""
         self._stop_timer()
         self._unset_keepalive_if_required()
         self._phase, self._num_body_bytes = _Phase.END, 0

@@ -59,7 +59,7 @@ class ApiKey:
         check_all(self)
 
     def __repr__(self) -> str:
-        return f"ApiKey({self.name!r})"  # the salt is a secret
+        return f"ApiKey(name={self.name!r})"  # the salt is a secret
 
     def priority(self, asked: int) -> int:
         """The priority that a request gets which asks for one."""

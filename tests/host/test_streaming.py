@@ -5,7 +5,7 @@ import pytest
 
 from jpaged.contract.rows import host_cell
 from jpaged.host.blocks.manager import BlockManager
-from jpaged.host.offload.placement import Placement, end_of_chunk, has_room
+from jpaged.host.offload.placement import Placement, blocks_moved_together, end_of_chunk, has_room
 from jpaged.host.sequence import SequenceGroup, SequenceState
 from jpaged.request import Request, SamplingParams
 from tests.support.fake_device import FakeDevice
@@ -302,3 +302,10 @@ def test_a_sequence_starts_alone_or_where_others_leave_room():
 @pytest.mark.parametrize(("start", "budget", "stop"), [(0, 10, 8), (8, 8, 16), (8, 3, 11), (0, 4, 4)])
 def test_a_chunk_ends_with_a_block_if_it_reaches_one(start, budget, stop):
     assert end_of_chunk(start, budget, 4) == stop
+
+
+def test_as_many_blocks_move_together_as_one_copy_should_span_within_a_share_of_a_context():
+    assert blocks_moved_together(1 << 16, 1000) == 8
+    assert blocks_moved_together(1 << 15, 1000) == 16
+    assert blocks_moved_together(1 << 10, 160) == 20, "an eighth of the context"
+    assert blocks_moved_together(1 << 10, 10) == 8

@@ -8,8 +8,11 @@ from jpaged.request import SamplingParams
 BYTES_OF_COPY = 1 << 19
 """Bytes that one copy should span: the driver starts a copy in the time in which the link moves a tenth of them."""
 
-LEAST_TOGETHER, MOST_TOGETHER = 8, 32
-"""Blocks that one copy spans, at least and at most: a sequence keeps as many on the device until they move."""
+LEAST_TOGETHER = 8
+"""Blocks that one copy spans at least."""
+
+SHARE_TOGETHER = 8
+"""A sequence keeps this fraction of its context on the device at most, until the blocks move together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,14 @@ class Placement:
 KV_ON_DEVICE = Placement()
 
 
-def blocks_moved_together(layer_bytes: int) -> int:
+def blocks_moved_together(layer_bytes: int, max_blocks: int) -> int:
     """Blocks of a sequence that should move to the host at once.
 
     Args:
         layer_bytes: bytes of one layer of a block there.
+        max_blocks: most blocks of a sequence.
     """
-    return min(max(-(-BYTES_OF_COPY // layer_bytes), LEAST_TOGETHER), MOST_TOGETHER)
+    return max(min(-(-BYTES_OF_COPY // layer_bytes), max_blocks // SHARE_TOGETHER), LEAST_TOGETHER)
 
 
 def can_stream(params: SamplingParams) -> bool:
