@@ -1,10 +1,10 @@
 """``/v1/requests/{id}/cancel``: the end of a request that its sender wants no more."""
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from jpaged.server.errors import ApiError
+from jpaged.server.json_response import OrjsonResponse
 from jpaged.server.state import server_of
 
 
@@ -14,4 +14,4 @@ async def cancel(request: Request) -> Response:
     call_id = request.path_params["call_id"]
     if not await server_of(request).cancel(request, call_id):
         raise ApiError(404, f"no unfinished request has the id {call_id[:128]!r}", code="request_not_found")
-    return Response(orjson.dumps({"id": call_id, "cancelled": True}), media_type="application/json")
+    return OrjsonResponse({"id": call_id, "cancelled": True})

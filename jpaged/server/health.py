@@ -4,13 +4,13 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, NamedTuple
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from jpaged.async_llm import AsyncLLM
 from jpaged.progress import Progress, watched
+from jpaged.server.json_response import OrjsonResponse
 from jpaged.server.metrics import own_version
 
 
@@ -101,4 +101,4 @@ def health_routes(report: Callable[[], Report]) -> list[Route]:
 
 def _answer(body: dict[str, Any], *, is_good: bool) -> Response:
     headers = {"cache-control": "no-store"}
-    return Response(orjson.dumps(body), 200 if is_good else 503, headers, "application/json")
+    return OrjsonResponse(body, 200 if is_good else 503, headers)

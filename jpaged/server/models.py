@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jpaged.server.json_response import OrjsonResponse
 from jpaged.server.state import Server, server_of
 
 
@@ -24,11 +24,11 @@ def _card(server: Server) -> dict[str, Any]:
 async def list_models(request: Request) -> Response:
     """List the one model."""
     content = {"object": "list", "data": [_card(server_of(request))]}
-    return Response(orjson.dumps(content), media_type="application/json")
+    return OrjsonResponse(content)
 
 
 async def show_model(request: Request) -> Response:
     """Describe a model."""
     server = server_of(request)
     server.check_model(request.path_params["model"])
-    return Response(orjson.dumps(_card(server)), media_type="application/json")
+    return OrjsonResponse(_card(server))

@@ -2,12 +2,12 @@
 
 from typing import Annotated, Any
 
-import orjson
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from jpaged.server.answer import until_client_leaves
+from jpaged.server.json_response import OrjsonResponse
 from jpaged.server.protocol.body import Body, ignored_header, parse, read_fields
 from jpaged.server.protocol.chat import ChatOptions
 from jpaged.server.protocol.completions import prompts_of
@@ -46,7 +46,7 @@ async def pin_prefix(request: Request) -> Response:
     async with until_client_leaves(request.receive):
         prefix = await server.prefixes.pin(request.state.key, token_ids, body.cache_salt, body.ttl)
     headers = ignored_header(body) | {"location": f"/v1/prefixes/{prefix.prefix_id}"}
-    return Response(orjson.dumps(prefix.card()), 201, headers, "application/json")
+    return OrjsonResponse(prefix.card(), 201, headers)
 
 
 async def _read(server: Server, body: PrefixBody | ChatPrefixBody) -> list[int]:
@@ -64,13 +64,13 @@ async def _read(server: Server, body: PrefixBody | ChatPrefixBody) -> list[int]:
 async def list_prefixes(request: Request) -> Response:
     """List the prefixes of the key."""
     cards = [each.card() for each in server_of(request).prefixes.owned_by(request.state.key)]
-    return Response(orjson.dumps({"object": "list", "data": cards}), media_type="application/json")
+    return OrjsonResponse({"object": "list", "data": cards})
 
 
 async def show_prefix(request: Request) -> Response:
     """Describe a prefix."""
     prefix = server_of(request).prefixes.find(request.state.key, request.path_params["prefix_id"])
-    return Response(orjson.dumps(prefix.card()), media_type="application/json")
+    return OrjsonResponse(prefix.card())
 
 
 async def unpin_prefix(request: Request) -> Response:
@@ -79,4 +79,4 @@ async def unpin_prefix(request: Request) -> Response:
     prefix = prefixes.find(request.state.key, request.path_params["prefix_id"])
     await prefixes.unpin(prefix)
     content = {"id": prefix.prefix_id, "object": "prefix", "deleted": True}
-    return Response(orjson.dumps(content), media_type="application/json")
+    return OrjsonResponse(content)

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any
 
-import orjson
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jpaged.server.json_response import OrjsonResponse
 from jpaged.server.protocol.body import Body, ignored_header, parse, read_body, read_fields
 from jpaged.server.protocol.chat import ChatOptions
 from jpaged.server.state import server_of
@@ -50,7 +50,7 @@ async def tokenize(request: Request) -> Response:
         "tokens": token_ids,
         "token_strs": await server.codec.tokens_of(token_ids) if body.return_token_strs else None,
     }
-    return Response(orjson.dumps(content), 200, ignored_header(body), "application/json")
+    return OrjsonResponse(content, 200, ignored_header(body))
 
 
 async def detokenize(request: Request) -> Response:
@@ -59,7 +59,7 @@ async def detokenize(request: Request) -> Response:
     body = await read_body(request, DetokenizeBody, is_strict=server.settings.strict_params)
     server.check_model(body.model)
     text = await server.codec.decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
-    return Response(orjson.dumps({"prompt": text}), 200, ignored_header(body), "application/json")
+    return OrjsonResponse({"prompt": text}, 200, ignored_header(body))
 
 
 async def tokenizer_info(request: Request) -> Response:
@@ -73,4 +73,4 @@ async def tokenizer_info(request: Request) -> Response:
         "vocab_size": len(tokenizer),
         "chat_template": template if isinstance(template, str) else None,
     }
-    return Response(orjson.dumps(content), media_type="application/json")
+    return OrjsonResponse(content)
