@@ -219,7 +219,11 @@ class _Copy2D(ctypes.Structure):
     ]
 
 
-_FIELDS = {"src": "srcDevice", "src_pitch": "srcPitch", "dst": "dstDevice", "dst_pitch": "dstPitch"} | {
+_FIELDS = {
+    "src": "srcDevice",
+    "src_pitch": "srcPitch",
+    "dst": "dstDevice",
+    "dst_pitch": "dstPitch",
     "width": "WidthInBytes",
     "num_rows": "Height",
 }
