@@ -17,7 +17,7 @@ LEAST_BYTES_PER_S = 1 << 16
 """A body gets a second more for so many bytes."""
 
 LINGER_BYTES, LINGER_S = 1 << 20, 2.0
-"""The rest of a body that no response waits for is read as far as this, and then the connection is cut.
+"""The rest of a body whose response is sent is read as far as this, and then the connection is closed.
 
 A peer that still sends when the connection closes may lose the response.
 """
@@ -48,7 +48,7 @@ class _Phase(enum.Enum):
     HEAD = 0
     BODY = 1
     NOTHING = 2
-    END = 3  # of the connection: the response is sent, and the rest of the body is dropped
+    REST = 3  # of a body whose response is sent: it is dropped
 
 
 class _TooLarge(Exception):
@@ -92,12 +92,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._phase is _Phase.END:
-            self._num_body_bytes += len(data)
-            if self._num_body_bytes > LINGER_BYTES:
-                self.transport.close()
-            return
-        if self._phase is _Phase.BODY:
+        if self._phase in (_Phase.BODY, _Phase.REST):
             self._num_body_bytes += len(data)
         else:
             self._num_head_bytes += len(data)
@@ -106,6 +101,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if self._phase is _Phase.HEAD and self._num_head_bytes > self.limits.head_bytes:
             self._refuse(self._head_too_large())
+        elif self._phase is _Phase.REST and self._num_body_bytes > LINGER_BYTES:
+            self.transport.close()
         elif self._phase is not _Phase.NOTHING and self._timer is None:
             self._await_phase()
 
@@ -122,6 +119,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()
         self._phase = _Phase.HEAD
 
     def on_headers_complete(self) -> None:
@@ -138,13 +136,17 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._stop_timer()
-        self._phase = _Phase.NOTHING
+        is_rest, self._phase = self._phase is _Phase.REST, _Phase.NOTHING
         super().on_message_complete()
+        if is_rest:  # the bytes have stopped uvicorn's timer
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._phase is _Phase.BODY and self.cycle.response_complete:
-            self._linger()
+            self._drop_rest()
         if self.transport.is_closing():
             self._expect_reader()
 
@@ -181,14 +183,11 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self._refuse(ApiError(408, f"the body did not come within {self.limits.body_s:g} s"))
 
-    def _linger(self) -> None:
-        """Close the connection once the peer has the response: the rest of the body is not wanted."""
+    def _drop_rest(self) -> None:
+        """Read the rest of a body that is not wanted, and keep the connection for the next request."""
         self._stop_timer()
-        self._unset_keepalive_if_required()
-        self._phase, self._num_body_bytes = _Phase.END, 0
-        self.flow.resume_reading()
+        self._phase, self._num_body_bytes = _Phase.REST, 0
         if not self.transport.is_closing():
-            self.transport.write_eof()
             self._timer = self.loop.call_later(LINGER_S, self.transport.close)
 
     def _expect_reader(self) -> None:

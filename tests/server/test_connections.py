@@ -283,6 +283,14 @@ def test_a_response_before_the_body_reaches_a_peer_that_still_sends():
         assert peer.read() == b"early"
 
 
+def test_a_connection_serves_on_after_a_body_that_nothing_waited_for():
+    with serving() as port:
+        peer = Peer(port).send(HEAD % b"early" + b"Content-Length: 100000\r\n\r\n")
+        assert peer.read_response().endswith(b"early")
+        peer.send(b"x" * 100_000 + GET % b"")
+        assert peer.read_response().endswith(b"0")
+
+
 def test_a_client_that_never_reads_is_cut_off():
     app = App()
     with serving(app, write_s=SHORT_S) as port:
