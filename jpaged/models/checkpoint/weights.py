@@ -1,6 +1,7 @@
 """The reader of safetensors into sharded arrays, and the writer of a model's weights as a checkpoint."""
 
 import json
+import logging
 import math
 from collections import Counter
 from contextlib import ExitStack
@@ -26,8 +27,18 @@ from jpaged.models.layers.kv_copies import KVCopies
 from jpaged.progress import counted
 from jpaged.sharding import is_on_host, moved
 
+log = logging.getLogger(__name__)
+
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Supported dtypes, by their name in safetensors."""
+
+_PROJECTION = "lm_head.weight"
+
+_EMBEDDINGS = "embed_tokens.weight", "wte.weight"
+"""Last parts of the embedding's name, to which the projection is tied."""
+
+_BUFFERS = ".inv_freq", ".cos_cached", ".sin_cached", ".masked_bias", ".attn.bias", ".position_ids"
+"""Endings of tensors that follow from the configuration, so that a model computes them."""
 
 
 class _Stored(NamedTuple):
@@ -102,6 +113,29 @@ def stored_dtype(path: Path) -> str:
     return _DTYPES[dtype]
 
 
+def is_untied(path: Path) -> bool:
+    """Whether a checkpoint stores an output projection other than its embedding.
+
+    Rows are compared until two differ, so that an untied projection is found at once.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    if not any(path.glob("*.safetensors*")):
+        return False
+    with ExitStack() as stack:
+        stored = _open_tensors(path, stack)
+        embedding = next((tensor for name, tensor in stored.items() if name.endswith(_EMBEDDINGS)), None)
+        projection = stored.get(_PROJECTION)
+        if embedding is None or projection is None:
+            return False
+        if embedding.shape != projection.shape:
+            return True
+        num_rows, step = embedding.shape[0], 4096
+        rows = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+        return not all(np.array_equal(embedding.slices[some], projection.slices[some]) for some in rows)
+
+
 def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype: Dtype | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` in the form that transformers and ``load_model`` read.
 
@@ -165,25 +199,24 @@ def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
 
 
 def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies) -> None:
-    """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights.
+    """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights of its layers.
 
-    Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``.
+    Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``. A tied
+    embedding may be stored under the name of the projection alone: safetensors' save_model keeps one of two names.
     """
     expected = {hf_name(where): (where, variable) for where, variable in flat}
     for name in list(stored):
         if name not in expected and f"model.{name}" in expected:
             stored[f"model.{name}"] = stored.pop(name)
+    if _PROJECTION in stored and _PROJECTION not in expected:
+        projection, embedding = stored.pop(_PROJECTION), next(name for name in expected if name.endswith(_EMBEDDINGS))
+        stored.setdefault(embedding, projection)
     if missing := sorted(expected.keys() - stored.keys()):
         raise ValueError(
             f"{path}: {len(missing)} of {len(expected)} tensors are missing from the safetensors files, "
             f"the first is {missing[0]!r}: the download is incomplete or config.json belongs to another model"
         )
-    unexpected = sorted(name for name in stored.keys() - expected.keys() if not _is_redundant(name, stored, expected))
-    if unexpected:
-        raise ValueError(
-            f"{stored[unexpected[0]].file}: {len(unexpected)} tensors are not part of the model that config.json "
-            f"describes, the first is {unexpected[0]!r}: correct config.json or remove them"
-        )
+    _check_unread(path, stored, expected)
     for name, (where, variable) in expected.items():
         tensor = stored[name]
         shape = copies.shape_without(variable.shape, variable.logical_axes)
@@ -200,19 +233,32 @@ def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _S
             )
 
 
-def _is_redundant(name: str, stored: dict[str, _Stored], expected: dict[str, Any]) -> bool:
-    """Whether a tensor without a parameter in the model is redundant: a buffer, or a copy of a tied embedding."""
-    if name.endswith(".rotary_emb.inv_freq"):
-        return True
-    if name != "lm_head.weight":
-        return False
-    tied = next(other for other in expected if other.endswith(".embed_tokens.weight"))
-    if not np.array_equal(stored[name].slices[:], stored[tied].slices[:]):
+def _check_unread(path: Path, stored: dict[str, _Stored], expected: dict[str, Any]) -> None:
+    """Warn of tensors that the model does not read.
+
+    Raises:
+        ValueError: a tensor belongs to a layer, or to a module that the model has. The model would compute something
+            else without that tensor.
+    """
+    unread = sorted(name for name in stored.keys() - expected.keys() if not name.endswith(_BUFFERS))
+    layers = tuple({prefix for name in expected if (prefix := _layers_prefix(name))})
+    modules = {name.rpartition(".")[0] for name in (*expected, _PROJECTION)}
+    needed = [name for name in unread if name.startswith(layers) or name.rpartition(".")[0] in modules]
+    if needed:
         raise ValueError(
-            f"{stored[name].file}: lm_head.weight differs from {tied}, but config.json ties them: "
-            "set tie_word_embeddings to false, or remove lm_head.weight"
+            f"{stored[needed[0]].file}: {len(needed)} tensors are not part of the model that config.json "
+            f"describes, the first is {needed[0]!r}: correct config.json or remove them"
         )
-    return True
+    if unread:
+        shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        log.warning("%s: %d tensors are not part of the model and are not read: %s", path, len(unread), shown)
+
+
+def _layers_prefix(name: str) -> str:
+    """Return the part of a parameter's name before the number of its layer; "" outside of layers."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+    return "".join(f"{part}." for part in parts[:number])
 
 
 def _load_tensor(stored: _Stored, transpose: bool, variable: Any, copies: KVCopies) -> jax.Array:
