@@ -109,7 +109,7 @@ def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...],
     """Return the sharding of a parameter whose axes carry these names.
 
     A vocabulary that the mesh does not divide is replicated. Sizes like 50,257 are common, and no other array depends
-    on the split of the vocabulary. Experts are split as wholes if the mesh divides their number, or else by their width.
+    on the split of the vocabulary. The mesh splits experts by number, or by width if it does not divide the number.
     """
     parts = mesh.shape[TENSOR_AXIS]
     named = tuple(zip(shape, logical_axes, strict=True))

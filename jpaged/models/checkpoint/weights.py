@@ -1,10 +1,11 @@
 """The reader of safetensors into sharded arrays, and the writer of a model's weights as a checkpoint."""
 
 import json
+import logging
 import math
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +24,22 @@ from jpaged.models.checkpoint.config import ModelConfig, read_json
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
 from jpaged.models.layers.kv_copies import KVCopies
-from jpaged.models.layers.spelling import Index, Piece, Spelling, spelling_in
+from jpaged.models.layers.spelling import Index, Spelling, Whole, spelling_in
 from jpaged.progress import counted
 from jpaged.sharding import is_on_host, moved
 
+log = logging.getLogger(__name__)
+
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Supported dtypes, by their name in safetensors."""
+
+_PROJECTION = "lm_head.weight"
+
+_EMBEDDINGS = "embed_tokens.weight", "wte.weight"
+"""Last parts of the embedding's name, to which the projection is tied."""
+
+_BUFFERS = ".inv_freq", ".cos_cached", ".sin_cached", ".masked_bias", ".attn.bias", ".position_ids"
+"""Endings of tensors that follow from the configuration, so that a model computes them."""
 
 
 class _Stored(NamedTuple):
@@ -49,32 +60,6 @@ class _Stored(NamedTuple):
         return self.size * jnp.dtype(_DTYPES[self.dtype]).itemsize
 
 
-@dataclass(frozen=True)
-class _Own:
-    """The spelling of a parameter that a checkpoint stores in one tensor of its own.
-
-    Args:
-        leaf: name of the tensor in its module.
-        axes: the parameter is the tensor transposed by these axes.
-    """
-
-    leaf: str
-    axes: tuple[int, ...]
-    decode = None
-
-    def assembled_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(shape[axis] for axis in self.axes)  # the identity, or two axes that change places
-
-    def shapes(self, module: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        return {f"{module}.{self.leaf}": self.assembled_shape(shape)}
-
-    def read(self, module: str, shape: tuple[int, ...], piece: Piece, index: Index) -> np.ndarray:
-        return piece(f"{module}.{self.leaf}")[index]
-
-    def write(self, module: str, param: np.ndarray) -> dict[str, np.ndarray]:
-        return {f"{module}.{self.leaf}": param.transpose(self.axes)}
-
-
 def _module(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path[:-1]))
 
@@ -87,7 +72,7 @@ def _spellings(path: tuple[Any, ...], metadata: dict[str, Any], ndim: int) -> tu
     if (spellings := metadata.get("spellings")) is not None:
         return spellings
     leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
-    return (_Own(leaf, (1, 0) if path[-1] == "kernel" else tuple(range(ndim))),)
+    return (Whole(leaf, (1, 0) if path[-1] == "kernel" else tuple(range(ndim))),)
 
 
 def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool = True) -> nnx.State:
@@ -135,6 +120,29 @@ def stored_dtype(path: Path) -> str:
             f"{path}: the weights are stored as {dtype}, which is not supported: expected one of {', '.join(_DTYPES)}"
         )
     return _DTYPES[dtype]
+
+
+def is_untied(path: Path) -> bool:
+    """Whether a checkpoint stores an output projection other than its embedding.
+
+    Rows are compared until two differ, so that an untied projection is found at once.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    if not any(path.glob("*.safetensors*")):
+        return False
+    with ExitStack() as stack:
+        stored = _open_tensors(path, stack)
+        embedding = next((tensor for name, tensor in stored.items() if name.endswith(_EMBEDDINGS)), None)
+        projection = stored.get(_PROJECTION)
+        if embedding is None or projection is None:
+            return False
+        if embedding.shape != projection.shape:
+            return True
+        num_rows, step = embedding.shape[0], 4096
+        rows = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+        return not all(np.array_equal(embedding.slices[some], projection.slices[some]) for some in rows)
 
 
 def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype: Dtype | None = None) -> None:
@@ -204,32 +212,32 @@ def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
 def _check_tensors(
     path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies
 ) -> list[tuple[Spelling, tuple[str, ...]]]:
-    """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights.
+    """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights of its layers.
 
-    Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``.
+    Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``. A tied
+    embedding may be stored under the name of the projection alone: safetensors' save_model keeps one of two names.
 
     Returns:
         for each parameter, the spelling that the checkpoint uses, and the names of the tensors.
     """
     _complete_names(flat, stored)
-    chosen, expected = [], {}
+    chosen: list[tuple[Spelling, tuple[str, ...]]] = []
+    expected: dict[str, tuple[int, ...]] = {}
     for where, variable in flat:
         module, shape = _module(where), copies.shape_without(variable.shape, variable.logical_axes)
         spelling = spelling_in(_spellings(where, variable.get_metadata(), len(shape)), module, shape, stored)
         shapes = spelling.shapes(module, shape)
         chosen.append((spelling, tuple(shapes)))
         expected |= shapes
+    if _PROJECTION in stored and _PROJECTION not in expected:
+        projection, embedding = stored.pop(_PROJECTION), next(name for name in expected if name.endswith(_EMBEDDINGS))
+        stored.setdefault(embedding, projection)
     if missing := sorted(expected.keys() - stored.keys()):
         raise ValueError(
             f"{path}: {len(missing)} of {len(expected)} tensors are missing from the safetensors files, "
             f"the first is {missing[0]!r}: the download is incomplete or config.json belongs to another model"
         )
-    unexpected = sorted(name for name in stored.keys() - expected.keys() if not _is_redundant(name, stored, expected))
-    if unexpected:
-        raise ValueError(
-            f"{stored[unexpected[0]].file}: {len(unexpected)} tensors are not part of the model that config.json "
-            f"describes, the first is {unexpected[0]!r}: correct config.json or remove them"
-        )
+    _check_unread(path, stored, expected)
     for name, shape in expected.items():
         tensor = stored[name]
         if tensor.shape != shape:
@@ -262,24 +270,35 @@ def _is_in(name: str, modules: set[str]) -> bool:
     return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
 
 
-def _is_redundant(name: str, stored: dict[str, _Stored], expected: dict[str, Any]) -> bool:
-    """Whether a tensor without a parameter in the model is redundant: a buffer, or a copy of a tied embedding."""
-    if name.endswith(".rotary_emb.inv_freq"):
-        return True
-    if name != "lm_head.weight":
-        return False
-    tied = next(other for other in expected if other.endswith(".embed_tokens.weight"))
-    if not np.array_equal(stored[name].slices[:], stored[tied].slices[:]):
+def _check_unread(path: Path, stored: dict[str, _Stored], expected: dict[str, Any]) -> None:
+    """Warn of tensors that the model does not read.
+
+    Raises:
+        ValueError: a tensor belongs to a layer, or to a module that the model has. The model would compute something
+            else without that tensor.
+    """
+    unread = sorted(name for name in stored.keys() - expected.keys() if not name.endswith(_BUFFERS))
+    layers = tuple({prefix for name in expected if (prefix := _layers_prefix(name))})
+    modules = {name.rpartition(".")[0] for name in (*expected, _PROJECTION)}
+    needed = [name for name in unread if name.startswith(layers) or name.rpartition(".")[0] in modules]
+    if needed:
         raise ValueError(
-            f"{stored[name].file}: lm_head.weight differs from {tied}, but config.json ties them: "
-            "set tie_word_embeddings to false, or remove lm_head.weight"
+            f"{stored[needed[0]].file}: {len(needed)} tensors are not part of the model that config.json "
+            f"describes, the first is {needed[0]!r}: correct config.json or remove them"
         )
-    return True
+    if unread:
+        shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        log.warning("%s: %d tensors are not part of the model and are not read: %s", path, len(unread), shown)
 
 
-def _load_param(
-    spelling: Spelling, module: str, slices: dict[str, Any], variable: Any, copies: KVCopies
-) -> jax.Array:
+def _layers_prefix(name: str) -> str:
+    """Return the part of a parameter's name before the number of its layer; "" outside of layers."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+    return "".join(f"{part}." for part in parts[:number])
+
+
+def _load_param(spelling: Spelling, module: str, slices: dict[str, Any], variable: Any, copies: KVCopies) -> jax.Array:
     """Send each device its part; the device transposes and converts it. The call blocks: host copies cannot pile up.
 
     If KV heads are copied, each device gets the whole tensor, which is small: the projections of few KV heads.
@@ -287,13 +306,15 @@ def _load_param(
     dtype, sharding = variable.dtype, moved(variable.get_value(), to_host=False).sharding
     copied = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
     shape = copies.shape_without(variable.shape, variable.logical_axes)
-    # Not even the devices of a decoded parameter get parts: a block of numbers could span two of them.
+    # A decoded parameter is split after its numbers are decoded: the part of a device may start within a block of them.
     spec = P() if copied or spelling.decode else P(*(_padded(sharding.spec, len(shape))[a] for a in spelling.axes))
-    array = jax.make_array_from_callback(
-        spelling.assembled_shape(shape),
-        NamedSharding(sharding.mesh, spec),
-        lambda index: spelling.read(module, shape, slices.__getitem__, index),
-    )
+    placed = NamedSharding(sharding.mesh, spec)
+
+    def read(index: Index | None) -> np.ndarray:
+        assert index is not None
+        return spelling.read(module, shape, slices.__getitem__, index)
+
+    array = jax.make_array_from_callback(spelling.assembled_shape(shape), placed, read)
     if spelling.axes != tuple(range(len(shape))) or spelling.decode or copied or array.dtype != dtype:
         array = _convert(array, spelling, dtype, sharding, copies, copied)
     return moved(jax.block_until_ready(array), to_host=is_on_host(variable.get_value()))

@@ -107,9 +107,7 @@ class Experts(nnx.Module):
         self.names = tuple(shapes)
         self.gated = gated
 
-    def __call__(
-        self, x: Float[Array, "tokens hidden_size"], routes: Routes
-    ) -> Float[Array, "tokens hidden_size"]:
+    def __call__(self, x: Float[Array, "tokens hidden_size"], routes: Routes) -> Float[Array, "tokens hidden_size"]:
         """Compute the weighted sum of the outputs of each token's experts."""
         weights = Weights(**{name: getattr(self, name)[...] for name in self.names})
         is_few = 2 * routes.experts.size <= len(weights.down)
@@ -162,7 +160,7 @@ def _dense(
     routes: Routes, num_experts: int
 ) -> tuple[Bool[Array, "tokens num_experts"], Float[Array, "tokens num_experts"]]:
     """Return for every expert and token whether the token chose the expert, and the factor."""
-    is_pair = routes.experts[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)
+    is_pair = jax.nn.one_hot(routes.experts, num_experts, dtype=bool)
     return is_pair.any(axis=1), jnp.sum(jnp.where(is_pair, routes.weights[:, :, None], 0), axis=1)
 
 

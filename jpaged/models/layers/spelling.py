@@ -95,8 +95,8 @@ class PerExpert:
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """One tensor for all experts, whose axes are the parameter's, in another order or with two of them joined.
+class Whole:
+    """One tensor, whose axes are the parameter's, in another order or with two of them joined.
 
     Args:
         name: name of the tensor in its module.
