@@ -1,5 +1,6 @@
 """The registry of architectures, and the loader of a checkpoint's configuration and model."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -19,7 +20,7 @@ from jpaged.models.checkpoint.config import (
     read_eos_token_ids,
     read_json,
 )
-from jpaged.models.checkpoint.weights import load_state, stored_dtype
+from jpaged.models.checkpoint.weights import is_untied, load_state, stored_dtype
 from jpaged.models.families import llama, opt
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
@@ -27,6 +28,8 @@ from jpaged.models.layers.kv_copies import KVCopies, kv_copies
 from jpaged.models.layers.rope import check_spelled_parameters
 from jpaged.models.layers.streamed import layers_path, placed
 from jpaged.sharding import check_divisible, is_on_host, moved, param_sharding
+
+log = logging.getLogger(__name__)
 
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
@@ -43,7 +46,8 @@ SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name
 def load_config(path: str | Path) -> ModelConfig:
     """Read the configuration of a Hugging Face checkpoint directory.
 
-    If config.json names no dtype, the headers of the weight files are read too.
+    If config.json names no dtype, the headers of the weight files are read too. Where config.json ties the embeddings
+    but the files hold two that differ, the configuration has them untied, as in transformers 5.24.
 
     Args:
         path: directory with config.json and, optionally, generation_config.json.
@@ -69,13 +73,21 @@ def load_config(path: str | Path) -> ModelConfig:
     try:
         check_spelled_parameters(raw)
         hf = parse_hf_config(raw, model_types[architectures[0]])
-        return config_class.from_hf(hf, common_fields(raw, hf, dtype, eos_token_ids))
+        config = config_class.from_hf(hf, common_fields(raw, hf, dtype, eos_token_ids))
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{config_path} cannot be used ({type(error).__name__}: {error}): correct it or download it again"
         ) from error
+    if config.tie_word_embeddings and is_untied(config_path.parent):
+        log.warning(
+            "%s ties the embeddings, but the weight files hold two that differ: both are used. "
+            "Set tie_word_embeddings to false to silence this",
+            config_path,
+        )
+        config = replace(config, tie_word_embeddings=False)
+    return config
 
 
 def abstract_model(
