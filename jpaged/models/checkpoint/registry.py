@@ -21,7 +21,7 @@ from jpaged.models.checkpoint.config import (
     read_json,
 )
 from jpaged.models.checkpoint.weights import is_untied, load_state, stored_dtype
-from jpaged.models.families import llama, opt
+from jpaged.models.families import granite, llama, olmo2, opt, starcoder2
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
     (opt.MODEL_TYPES, opt.OPTConfig, opt.OPTForCausalLM),
+    (granite.MODEL_TYPES, granite.GraniteConfig, granite.GraniteForCausalLM),
+    (olmo2.MODEL_TYPES, olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM),
+    (starcoder2.MODEL_TYPES, starcoder2.Starcoder2Config, starcoder2.Starcoder2ForCausalLM),
 )
 
 _CONSTANTS = {"scale": 1, "bias": 0}

@@ -24,6 +24,7 @@ from jpaged.models.checkpoint.config import ModelConfig, read_json
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
 from jpaged.models.layers.kv_copies import KVCopies
+from jpaged.models.layers.spelling import Index, Spelling, Whole, spelling_in
 from jpaged.progress import counted
 from jpaged.sharding import is_on_host, moved
 
@@ -54,16 +55,24 @@ class _Stored(NamedTuple):
         """The number of elements."""
         return math.prod(self.shape)
 
-
-def hf_name(path: tuple[Any, ...]) -> str:
-    """Return the Hugging Face name of the parameter at ``path`` in a model's state."""
-    *modules, leaf = path
-    return ".".join([*map(str, modules), "bias" if leaf == "bias" else "weight"])
+    @property
+    def num_bytes(self) -> int:
+        return self.size * jnp.dtype(_DTYPES[self.dtype]).itemsize
 
 
-def is_transposed(path: tuple[Any, ...]) -> bool:
-    """Whether the checkpoint stores this parameter transposed: PyTorch projections are [out, in], ours [in, out]."""
-    return path[-1] == "kernel"
+def _module(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path[:-1]))
+
+
+def _spellings(path: tuple[Any, ...], metadata: dict[str, Any], ndim: int) -> tuple[Spelling, ...]:
+    """Return the ways in which checkpoints store the parameter at ``path``.
+
+    PyTorch's projections are [out, in], and ours are [in, out].
+    """
+    if (spellings := metadata.get("spellings")) is not None:
+        return spellings
+    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+    return (Whole(leaf, (1, 0) if path[-1] == "kernel" else tuple(range(ndim))),)
 
 
 def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool = True) -> nnx.State:
@@ -78,18 +87,18 @@ def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool
     flat = allocation_order(nnx.to_flat_state(state))
     with ExitStack() as stack:
         stored = _open_tensors(path, stack)
-        _check_tensors(path, flat, stored, copies)
-        num_bytes = {name: t.size * jnp.dtype(_DTYPES[t.dtype]).itemsize for name, t in stored.items()}
-        total = sum(num_bytes[hf_name(where)] for where, _ in flat)
+        chosen = _check_tensors(path, flat, stored, copies)
+        num_bytes = [sum(stored[name].num_bytes for name in names) for _, names in chosen]
+        total = sum(num_bytes)
         label = {"label": "Loading weights", "unit": "B", "is_shown": use_tqdm}
         count = stack.enter_context(counted("loading", total, **label))
         interrupts = stack.enter_context(InterruptsWait())
         loaded = []
-        for where, variable in flat:
+        for (where, variable), (spelling, names), size in zip(flat, chosen, num_bytes, strict=True):
             interrupts.check()
-            name = hf_name(where)
-            loaded.append((where, variable.replace(_load_tensor(stored[name], is_transposed(where), variable, copies))))
-            count(num_bytes[name])
+            slices = {name: stored[name].slices for name in names}
+            loaded.append((where, variable.replace(_load_param(spelling, _module(where), slices, variable, copies))))
+            count(size)
     return nnx.from_flat_state(loaded)
 
 
@@ -148,12 +157,14 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for where, tensor in separate_params(model):
-        if where[-2] in QKV.parts[1:]:
-            count = tensor.shape[-1] // (config.num_kv_heads * config.head_dim)
+    for where, tensor, metadata in separate_params(model):
+        if where[-2] in (*QKV.parts[1:], "k_norm"):  # OLMo 2 norms all heads of K at once, others each head
+            count = max(tensor.shape[-1] // (config.num_kv_heads * config.head_dim), 1)
             tensor = KVCopies(count, config.head_dim).drop(tensor)
         tensor = tensor.astype(tensor.dtype if dtype is None else jnp.dtype(dtype))
-        tensors[hf_name(where)] = np.ascontiguousarray(tensor.T if is_transposed(where) else tensor)
+        spelling = _spellings(where, metadata, tensor.ndim)[0]
+        written = spelling.write(_module(where), tensor)
+        tensors |= {name: np.ascontiguousarray(value) for name, value in written.items()}
     stored_dtype = next(iter(tensors.values())).dtype.name
     text = json.dumps(replace(config, dtype=stored_dtype).to_hf(), indent=2)
     (path / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -198,16 +209,26 @@ def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
     return tensors
 
 
-def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies) -> None:
+def _check_tensors(
+    path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies
+) -> list[tuple[Spelling, tuple[str, ...]]]:
     """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights of its layers.
 
     Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``. A tied
     embedding may be stored under the name of the projection alone: safetensors' save_model keeps one of two names.
+
+    Returns:
+        for each parameter, the spelling that the checkpoint uses, and the names of the tensors.
     """
-    expected = {hf_name(where): (where, variable) for where, variable in flat}
-    for name in list(stored):
-        if name not in expected and f"model.{name}" in expected:
-            stored[f"model.{name}"] = stored.pop(name)
+    _complete_names(flat, stored)
+    chosen: list[tuple[Spelling, tuple[str, ...]]] = []
+    expected: dict[str, tuple[int, ...]] = {}
+    for where, variable in flat:
+        module, shape = _module(where), copies.shape_without(variable.shape, variable.logical_axes)
+        spelling = spelling_in(_spellings(where, variable.get_metadata(), len(shape)), module, shape, stored)
+        shapes = spelling.shapes(module, shape)
+        chosen.append((spelling, tuple(shapes)))
+        expected |= shapes
     if _PROJECTION in stored and _PROJECTION not in expected:
         projection, embedding = stored.pop(_PROJECTION), next(name for name in expected if name.endswith(_EMBEDDINGS))
         stored.setdefault(embedding, projection)
@@ -217,10 +238,8 @@ def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _S
             f"the first is {missing[0]!r}: the download is incomplete or config.json belongs to another model"
         )
     _check_unread(path, stored, expected)
-    for name, (where, variable) in expected.items():
+    for name, shape in expected.items():
         tensor = stored[name]
-        shape = copies.shape_without(variable.shape, variable.logical_axes)
-        shape = shape[::-1] if is_transposed(where) else shape
         if tensor.shape != shape:
             raise ValueError(
                 f"{tensor.file}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
@@ -231,6 +250,24 @@ def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _S
                 f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not supported: "
                 f"expected one of {', '.join(_DTYPES)}"
             )
+    return chosen
+
+
+def _complete_names(flat: list[tuple[Any, Any]], stored: dict[str, _Stored]) -> None:
+    """Give the tensors of a bare decoder, or of Mixtral as transformers renames it, the names of the parameters."""
+    modules = {_module(where) for where, _ in flat}
+    for name in list(stored):
+        renamed = name.replace(".mlp.", ".block_sparse_moe.")
+        for other in (renamed, f"model.{name}", f"model.{renamed}"):
+            if not _is_in(name, modules) and _is_in(other, modules):
+                stored[other] = stored.pop(name)
+                break
+
+
+def _is_in(name: str, modules: set[str]) -> bool:
+    """Whether a tensor belongs to one of some modules: its name starts with that of the module."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
 
 
 def _check_unread(path: Path, stored: dict[str, _Stored], expected: dict[str, Any]) -> None:
@@ -261,29 +298,41 @@ def _layers_prefix(name: str) -> str:
     return "".join(f"{part}." for part in parts[:number])
 
 
-def _load_tensor(stored: _Stored, transpose: bool, variable: Any, copies: KVCopies) -> jax.Array:
-    """Send each device its slice; the device transposes and converts it. The call blocks: host copies cannot pile up.
+def _load_param(spelling: Spelling, module: str, slices: dict[str, Any], variable: Any, copies: KVCopies) -> jax.Array:
+    """Send each device its part; the device transposes and converts it. The call blocks: host copies cannot pile up.
 
     If KV heads are copied, each device gets the whole tensor, which is small: the projections of few KV heads.
     """
     dtype, sharding = variable.dtype, moved(variable.get_value(), to_host=False).sharding
-    axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
-    spec = P() if axes else P(*reversed(sharding.spec)) if transpose else sharding.spec
+    copied = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
+    shape = copies.shape_without(variable.shape, variable.logical_axes)
+    # A decoded parameter is split after its numbers are decoded: the part of a device may start within a block of them.
+    spec = P() if copied or spelling.decode else P(*(_padded(sharding.spec, len(shape))[a] for a in spelling.axes))
     placed = NamedSharding(sharding.mesh, spec)
-    array = jax.make_array_from_callback(stored.shape, placed, lambda index: stored.slices[index])
-    if transpose or axes or array.dtype != dtype:
-        array = _convert(array, transpose, dtype, sharding, copies, axes)
+
+    def read(index: Index | None) -> np.ndarray:
+        assert index is not None
+        return spelling.read(module, shape, slices.__getitem__, index)
+
+    array = jax.make_array_from_callback(spelling.assembled_shape(shape), placed, read)
+    if spelling.axes != tuple(range(len(shape))) or spelling.decode or copied or array.dtype != dtype:
+        array = _convert(array, spelling, dtype, sharding, copies, copied)
     return moved(jax.block_until_ready(array), to_host=is_on_host(variable.get_value()))
+
+
+def _padded(spec: P, ndim: int) -> tuple[Any, ...]:
+    return (*spec, *(None,) * (ndim - len(spec)))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _convert(
     array: jax.Array,
-    transpose: bool,
+    spelling: Spelling,
     dtype: Any,
     sharding: NamedSharding,
     copies: KVCopies,
-    axes: tuple[str | None, ...],
+    copied: tuple[str | None, ...],
 ) -> jax.Array:
-    array = (array.T if transpose else array).astype(dtype)
-    return jax.lax.with_sharding_constraint(copies.make(array, axes), sharding)
+    array = spelling.decode(array, dtype) if spelling.decode else array
+    array = array.transpose(spelling.axes).astype(dtype)
+    return jax.lax.with_sharding_constraint(copies.make(array, copied), sharding)
