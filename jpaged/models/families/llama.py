@@ -1,7 +1,7 @@
 """The Llama family: Llama, Mistral, Qwen2 and Qwen3, which differ in biases, head norms and windows."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -43,6 +43,9 @@ class LlamaConfig(ModelConfig):
         sliding_windows: window of each layer in tokens, None for full attention; empty if no layer has a window.
     """
 
+    model_types: ClassVar[dict[str, str]] = MODEL_TYPES
+    """Architectures of the family, with their ``model_type``."""
+
     rms_norm_eps: float
     rope: Rope
     hidden_act: str = "silu"
@@ -54,8 +57,9 @@ class LlamaConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.architecture not in MODEL_TYPES:
-            raise ValueError(f"architecture={self.architecture!r} is not of the Llama family: {', '.join(MODEL_TYPES)}")
+        if self.architecture not in self.model_types:
+            known = ", ".join(self.model_types)
+            raise ValueError(f"architecture={self.architecture!r} is not of the Llama family: {known}")
         check_activation(self.hidden_act)
         require(is_positive(self.rms_norm_eps), "rms_norm_eps", self.rms_norm_eps, "a small number above 0")
         if self.rope.head_dim != self.head_dim:
@@ -88,23 +92,14 @@ class LlamaConfig(ModelConfig):
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "LlamaConfig":
         family = MODEL_TYPES[common["architecture"]]
-        head_dim = getattr(hf, "head_dim", None)
-        if head_dim is None:
-            head_dim = hf.hidden_size // hf.num_attention_heads
         attention_bias = bool(getattr(hf, "attention_bias", False))
         windows: tuple[int | None, ...] = ()
         if family == "mistral" and hf.sliding_window is not None:
             windows = (hf.sliding_window,) * hf.num_hidden_layers
         elif family in ("qwen2", "qwen3"):
-            windows = tuple(_window_of(kind, hf.sliding_window) for kind in hf.layer_types)
+            windows = layer_windows(hf, hf.sliding_window)
         return cls(
-            **common,
-            intermediate_size=hf.intermediate_size,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=head_dim,
-            rms_norm_eps=hf.rms_norm_eps,
-            rope=Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
-            hidden_act=hf.hidden_act,
+            **shared_from_hf(hf, common),
             qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
             o_bias=family in ("llama", "qwen3") and attention_bias,
             mlp_bias=family == "llama" and bool(hf.mlp_bias),
@@ -115,8 +110,23 @@ class LlamaConfig(ModelConfig):
     def to_hf(self) -> dict[str, Any]:
         family = MODEL_TYPES[self.architecture]
         window = next(filter(None, self.sliding_windows), None)
-        values = {
-            **self.common_hf(family),
+        values = self.shared_hf()
+        match family:
+            case "llama":
+                values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+            case "mistral":
+                values |= {"sliding_window": window}
+            case _:
+                values |= {"use_sliding_window": window is not None, "sliding_window": window}
+                values |= {"layer_types": self.layer_types}
+        if family == "qwen3":
+            values["attention_bias"] = self.qkv_bias
+        return values
+
+    def shared_hf(self) -> dict[str, Any]:
+        """Return the part of ``to_hf`` that every architecture has."""
+        return {
+            **self.common_hf(self.model_types[self.architecture]),
             "intermediate_size": self.intermediate_size,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
@@ -124,18 +134,33 @@ class LlamaConfig(ModelConfig):
             "rope_parameters": self.rope.to_hf(),
             "hidden_act": self.hidden_act,
         }
-        match family:
-            case "llama":
-                values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
-            case "mistral":
-                values |= {"sliding_window": window}
-            case _:
-                kinds = ["full_attention" if w is None else "sliding_attention" for w in self.sliding_windows]
-                values |= {"use_sliding_window": window is not None, "sliding_window": window}
-                values |= {"layer_types": kinds or ["full_attention"] * self.num_layers}
-        if family == "qwen3":
-            values["attention_bias"] = self.qkv_bias
-        return values
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The entries of config.json's ``layer_types``."""
+        windows = self.sliding_windows or (None,) * self.num_layers
+        return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def shared_from_hf(hf: Any, common: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of ``LlamaConfig`` that every architecture has."""
+    head_dim = getattr(hf, "head_dim", None)
+    if head_dim is None:
+        head_dim = hf.hidden_size // hf.num_attention_heads
+    return {
+        **common,
+        "intermediate_size": hf.intermediate_size,
+        "num_kv_heads": hf.num_key_value_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": hf.rms_norm_eps,
+        "rope": Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
+        "hidden_act": hf.hidden_act,
+    }
+
+
+def layer_windows(hf: Any, sliding_window: int | None) -> tuple[int | None, ...]:
+    """Return the window of each layer by config.json's ``layer_types``."""
+    return tuple(_window_of(kind, sliding_window) for kind in hf.layer_types)
 
 
 def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
@@ -218,7 +243,15 @@ class LlamaDecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(hidden, epsilon, dtype=dtype, rngs=rngs)
         self.self_attn = LlamaAttention(config, layer, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(hidden, epsilon, dtype=dtype, rngs=rngs)
+        self.add_feed_forward(config, layer, dtype=dtype, rngs=rngs)
+
+    def add_feed_forward(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        """Make the feed-forward part of a layer, under the name that checkpoints give it."""
+        del layer
         self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
+
+    def feed_forward(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens hidden_size"]:
+        return self.mlp(x)
 
     def __call__(
         self,
@@ -231,14 +264,16 @@ class LlamaDecoderLayer(nnx.Module):
         """Return the residual stream and its last addend, which the next norm adds as it reads the sum."""
         x, normed = self.input_layernorm.add(x, branch)
         x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, cos, sin, attend))
-        return x, self.mlp(normed)
+        return x, self.feed_forward(normed)
 
 
 class LlamaModel(nnx.Module):
+    layer_class: ClassVar[Any] = LlamaDecoderLayer
+
     def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.embed_tokens = embed(config.vocab_size, config.hidden_size, "vocab", dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            [LlamaDecoderLayer(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_layers)]
+            [self.layer_class(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
@@ -252,9 +287,11 @@ class LlamaForCausalLM(nnx.Module):
         rngs: source of the initial weights: normal with deviation 0.02, norms 1, biases 0.
     """
 
+    model_class: ClassVar[Any] = LlamaModel
+
     def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
+        self.model = self.model_class(config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = linear(
                 config.hidden_size, config.vocab_size, None, "vocab", bias=False, dtype=dtype, rngs=rngs
