@@ -202,7 +202,8 @@ class SamplingParams:
         optional(
             Rule(list, _is_strings, f"a non-empty string, or a list or tuple of them, at most {MAX_STOP_STRINGS}")
         ),
-        "text that ends the completion, and is no part of it unless ``include_stop_str_in_output``",
+        "text that ends the completion, and is no part of it unless ``include_stop_str_in_output``; may be a special "
+        "token",
         beams=lambda value: not value,
         unset="none; may be given several times",
     )
@@ -397,6 +398,7 @@ class Request:
         priority: lower is served first and preempted last; among equals, the first to arrive.
         banned_token_ids: tokens that are never drawn.
         banned_sequences: token ids whose last may not follow the others in the output; of two tokens or more.
+        special_stops: stop strings that are special tokens, by the ids of these.
         arrived: time of arrival, of ``time.monotonic``; None is the time at which the engine takes it.
         terms: limits settled by ``Scheduler.check``; None until then.
     """
@@ -410,5 +412,6 @@ class Request:
     priority: int = 0
     banned_token_ids: Sequence[int] = ()
     banned_sequences: tuple[tuple[int, ...], ...] = ()
+    special_stops: Mapping[int, str] = field(default_factory=dict)
     arrived: float | None = field(default=None, compare=False)
     terms: Terms | None = field(default=None, compare=False, repr=False)

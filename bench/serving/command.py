@@ -7,10 +7,11 @@
     python -m bench serving --random-weights llama3-8b --workloads decode prefill32 sharegpt1000 \\
         --decode-batches 1 32 256 --max-num-seqs 1024 --no-breakdown --name serving_llama3-8b_1024rows
 
-Columns: the figure measured here; the best figure of the peers; the ratio (above 1: better than the peer); the floor;
-the fraction of the floor reached. The floor is the least time that bytes and FLOPs take at this device's own rates,
-measured in the same run; that of a throughput is for the steps it took. A breakdown divides a step's time: kernels by
-kind, from a profile; gaps, in which no kernel runs; and the host's own work, which runs beside the device.
+Columns: the figure measured here; the best figure of the peers; the ratio (above 1: better than the peer); the floor
+and the fraction of it reached; the same for the floor in turn. The floor is the least time that bytes and FLOPs take at
+this device's own rates, measured in the same run; that of a throughput is for the steps it took. No program overlaps
+all of them. In turn, attention reads blocks while no product runs. A breakdown divides a step's time: kernels by kind,
+from a profile; gaps, in which no kernel runs; and the host's own work, which runs beside the device.
 
 Prints figures as they come and all of them in the end, and keeps ``bench/results/serving_NAME_DEVICE.json`` current. A
 workload that fails or runs out of time is recorded, and the next one runs. The exit status is 1 if any failed.

@@ -50,7 +50,7 @@ class Floor:
         return 2 * num_tokens * self.layer_bytes / self.weight_item_bytes / self.limits.matmul_flops_per_s
 
     def run_s(self, num_steps: int, num_blocks: int, num_tokens: int) -> float:
-        """Seconds of several steps.
+        """Seconds of several steps whose reads and products all overlap, as those of no program do.
 
         Args:
             num_steps: steps, each of which reads the weights.
@@ -59,6 +59,11 @@ class Floor:
         """
         num_bytes = num_steps * self.read_weight_bytes + num_blocks * self.bytes_per_block
         return max(num_bytes / self.limits.read_bytes_per_s, self.compute_s(num_tokens))
+
+    def run_in_turn_s(self, num_steps: int, num_blocks: int, num_tokens: int) -> float:
+        """Seconds of several steps whose attention reads blocks while no product runs; arguments as of ``run_s``."""
+        attention_s = num_blocks * self.bytes_per_block / self.limits.read_bytes_per_s
+        return self.run_s(num_steps, 0, num_tokens) + attention_s
 
 
 @dataclass(slots=True)
@@ -82,6 +87,7 @@ class Figures:
         *,
         lower_is_better: bool,
         floor: float | None = None,
+        floor_in_turn: float | None = None,
         peer_name: str | None = None,
         **extra: Any,
     ) -> None:
@@ -91,7 +97,8 @@ class Figures:
             name: name of the figure.
             value: the measured value.
             lower_is_better: whether less is better.
-            floor: the limit, in the unit of the figure.
+            floor: the limit, in the unit of the figure, if reads and products overlap.
+            floor_in_turn: the limit if attention and products take turns.
             peer_name: name of the peers' figure, if it differs.
             extra: further fields of the report.
         """
@@ -106,6 +113,8 @@ class Figures:
             "ratio_to_peer": _how_good(value, peer, lower_is_better),
             "floor": floor,
             "fraction_of_floor": _how_good(value, floor, lower_is_better),
+            "floor_in_turn": floor_in_turn,
+            "fraction_of_floor_in_turn": _how_good(value, floor_in_turn, lower_is_better),
             **extra,
         }
         self.save()
@@ -140,12 +149,14 @@ class Figures:
 
     def _print(self, name: str) -> None:
         figure = self.report["figures"][name]
-        of_floor = figure["fraction_of_floor"]
-        cells = [figure[key] for key in ("value", "peer", "ratio_to_peer", "floor")]
-        print(_FIGURES.row(name, *cells, None if of_floor is None else f"{of_floor:.0%}"), flush=True)
+        cells = [figure[key] for key in ("value", "peer", "ratio_to_peer")]
+        for kind in ("floor", "floor_in_turn"):
+            share = figure[f"fraction_of_{kind}"]
+            cells += [figure[kind], None if share is None else f"{share:.0%}"]
+        print(_FIGURES.row(name, *cells), flush=True)
 
 
-_FIGURES = Table("", "here", "peer", "ratio", "floor", "of it", first=44)
+_FIGURES = Table("", "here", "peer", "ratio", "floor", "of it", "in turn", "of it", first=44)
 
 
 def host_line(host_us: dict[str, float]) -> str:

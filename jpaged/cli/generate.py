@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jpaged.cli import start
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     params = generate_params(args)
     prompt = sys.stdin.read() if args.prompt == "-" and args.is_leader else args.prompt
     if not prompt:
-        raise ValueError("the prompt is empty: give at least one character")
+        _check_empty_prompt(args)
     llm = start.load(args, max_num_seqs=params.num_sequences)
     if args.max_tokens is None:
         params = cap(params, llm.max_model_len)
@@ -41,6 +42,16 @@ def run(args: argparse.Namespace) -> None:
             note(f"[{answer}; --seed {params.seed} repeats it]" if params.temperature else f"[{answer}]")
     else:
         _print_whole(llm, prompt, params)
+
+
+def _check_empty_prompt(args: argparse.Namespace) -> None:
+    """Refuse an empty prompt before the weights are read, unless the tokenizer begins a text with a token."""
+    from jpaged.engine.loading import load_tokenizer
+    from jpaged.llm import DEMO_MODEL
+
+    path = DEMO_MODEL if args.model is None else Path(args.model)
+    if path.is_dir() and not ((tokenizer := load_tokenizer(path)) and tokenizer.encode("")):
+        raise ValueError("the prompt is empty: give at least one character")
 
 
 def _print_whole(llm: "LLM", prompt: str, params: SamplingParams) -> None:

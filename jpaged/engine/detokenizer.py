@@ -107,10 +107,17 @@ class Detokenizer:
             after = before  # or every further token would decode an endless row of special tokens again
         self._state = after
 
-    def finish(self) -> None:
-        """Turn what is held back into text: no more tokens come."""
+    def finish(self, *, may_stop: bool = False, ending: str = "") -> None:
+        """Turn what is held back into text: no more tokens come.
+
+        Args:
+            may_stop: whether a stop string in that text ends it.
+            ending: ends the text unless a stop string did, or the text ends so.
+        """
         if not self.is_stopped:
-            self._state = self._decoded(self._state, is_last=True, may_stop=False)
+            state = self._decoded(self._state, is_last=True, may_stop=may_stop)
+            is_ended = state.stop is not None or state.text.endswith(ending)
+            self._state = state if is_ended else state._replace(text=state.text + ending)
 
     def num_decided(self, *, is_last: bool) -> int:
         """Number of characters of ``text`` that no later token can take back.
@@ -127,9 +134,10 @@ class Detokenizer:
         before, after = self._text_of(state.ids[: state.num_read]), self._text_of(state.ids)
         before = before[:-1] if state.is_open else before
         is_open = after.endswith(REPLACEMENT) and not is_last
-        if is_open:
-            if len(state.ids) - state.num_read <= MAX_CHARACTER_TOKENS:
-                return state
+        is_held = is_open and len(state.ids) - state.num_read <= MAX_CHARACTER_TOKENS
+        if is_held:
+            after = after.rstrip(REPLACEMENT)  # later tokens change the replacements alone
+        elif is_open:
             after = after[:-1]  # a character may begin at the last replacement; the earlier ones are text
         if after == before:
             return state
@@ -137,6 +145,8 @@ class Detokenizer:
         start = len(before) if after.startswith(before) else _num_common(before, after)
         text = state.text + after[start:]
         end, stop = self._find_stop(text, len(state.text)) if may_stop and self._stop_strings else (None, None)
+        if is_held and stop is None:
+            return state
         ids = state.ids[state.num_read :]
         return _State(text[:end], state.num_tokens, ids, len(ids), is_open, stop)
 

@@ -13,6 +13,7 @@ from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
+from jpaged.engine.token_texts import end_token_ids
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.offload.placement import KV_ON_DEVICE, Placement, blocks_moved_together
 from jpaged.host.offload.profile import learn
@@ -70,7 +71,10 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.token_budget,
             max_model_len=runner.max_model_len,
-            eos_token_ids=runner.model_config.eos_token_ids,
+            eos_token_ids=(
+                *runner.model_config.eos_token_ids,
+                *end_token_ids(tokenizer, runner.model_config.vocab_size),
+            ),
             max_burst=min(config.max_burst or runner.max_burst, runner.max_burst),
             step_sizes=[(size.num_tokens, size.num_rows) for size in runner.buckets if not size.is_decode],
             preemption=config.preemption,

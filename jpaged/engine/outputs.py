@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from jpaged.contract.result import TokenScores
 from jpaged.engine.detokenizer import Detokenizer, Tokenizer
+from jpaged.engine.token_texts import TokenTexts
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup
 from jpaged.request import (
@@ -123,7 +124,7 @@ class Outputs:
         """The requests without a result, by id; written here alone."""
         self.unread: dict[str, _Answer] = {}  # the part of them that gained tokens
         self._output = StepOutput()  # not taken yet
-        self._texts: dict[int, str] = {}  # of single tokens
+        self._texts = None if tokenizer is None else TokenTexts(tokenizer)
 
     @property
     def groups(self) -> list[SequenceGroup]:
@@ -270,7 +271,19 @@ class Outputs:
                     self._scheduler.finish(group, seq, FinishReason.STOP)
                     break
         if seq.finish_reason is not None:
-            detokenizer.finish()
+            self._finish_text(group, seq, detokenizer)
+
+    def _finish_text(self, group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer) -> None:
+        """Turn the rest of a sequence into text, in which a stop string may be complete."""
+        params, special_stop = group.request.params, _special_stop(group, seq)
+        is_hidden = special_stop is not None and params.skip_special_tokens
+        is_complete = seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        detokenizer.finish(
+            may_stop=is_complete and bool(params.stop) and seq.num_outputs >= params.min_tokens,
+            ending=special_stop or "" if is_hidden and params.include_stop_str_in_output else "",
+        )
+        if detokenizer.is_stopped:
+            self._scheduler.finish(group, seq, FinishReason.STOP)
 
     # Results ------------------------------------------------------------------------------------------------------
 
@@ -339,11 +352,7 @@ class Outputs:
         return found | {token_id: chosen}
 
     def _decode_one(self, token_id: int) -> str | None:
-        if self._tokenizer is None:
-            return None
-        if token_id not in self._texts:
-            self._texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return self._texts[token_id]
+        return None if self._texts is None else self._texts.text(token_id)
 
 
 def _stop_reason(group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer | None) -> int | str | None:
@@ -353,4 +362,11 @@ def _stop_reason(group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer |
     if detokenizer is not None and detokenizer.is_stopped:
         return detokenizer.stop
     last = seq.token_ids[-1]
-    return last if last in (group.request.params.stop_token_ids or ()) else None
+    return last if last in (group.request.params.stop_token_ids or ()) else _special_stop(group, seq)
+
+
+def _special_stop(group: SequenceGroup, seq: Sequence) -> str | None:
+    """The stop string that a sequence ended with as a special token."""
+    if seq.finish_reason is not FinishReason.STOP or not group.request.special_stops:
+        return None
+    return group.request.special_stops.get(seq.token_ids[-1])

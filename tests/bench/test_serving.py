@@ -191,6 +191,8 @@ def test_floors_are_bytes_over_bandwidth_and_flops_over_rate():
     assert tied.compute_s(num_tokens=7) == pytest.approx(2 * 7 * 450 / 1e12)
     assert untied.run_s(num_steps=5, num_blocks=11, num_tokens=1) == pytest.approx((5 * 900 + 11 * 64) / 1e9)
     assert untied.run_s(num_steps=1, num_blocks=0, num_tokens=10**6) == pytest.approx(untied.compute_s(10**6))
+    reads_and_products = untied.run_in_turn_s(num_steps=1, num_blocks=11, num_tokens=10**6)
+    assert reads_and_products == pytest.approx(untied.compute_s(10**6) + 11 * 64 / 1e9)
 
 
 def test_ratios_and_fractions_are_above_one_where_we_are_better(capsys):
@@ -201,16 +203,17 @@ def test_ratios_and_fractions_are_above_one_where_we_are_better(capsys):
         {"slow": {"time": 9.0}, "peer": {"time": 6.0, "rate_of_peer": 50.0}},
         lambda: saved.append(len(report["figures"])),
     )
-    figures.add("time", 4.0, lower_is_better=True, floor=3.0)
+    figures.add("time", 4.0, lower_is_better=True, floor=3.0, floor_in_turn=3.6)
     figures.add("rate", 100.0, lower_is_better=False, floor=125.0, peer_name="rate_of_peer", num_steps=7)
     figures.add("alone", 1.0, lower_is_better=True)
     assert saved == [1, 2, 3]
     time_, rate, alone = report["figures"].values()
     assert (time_["ratio_to_peer"], time_["fraction_of_floor"]) == (pytest.approx(1.5), pytest.approx(0.75))
+    assert time_["fraction_of_floor_in_turn"] == pytest.approx(0.9)
     assert (rate["ratio_to_peer"], rate["fraction_of_floor"]) == (pytest.approx(2), pytest.approx(0.8))
     assert (rate["peer"], rate["num_steps"]) == (50, 7)
     assert (alone["peer"], alone["ratio_to_peer"], alone["floor"], alone["fraction_of_floor"]) == (None,) * 4
-    assert capsys.readouterr().out.splitlines()[0].split() == ["time", "4", "6", "1.5", "3", "75%"]
+    assert capsys.readouterr().out.splitlines()[0].split() == ["time", "4", "6", "1.5", "3", "75%", "3.6", "90%"]
 
 
 def test_stopwatch_times_calls_and_leaves_no_trace():

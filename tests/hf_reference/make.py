@@ -50,6 +50,7 @@ _SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 128,
+    "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,
 }
@@ -175,6 +176,34 @@ CASES = {
             **_rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
         },
         dtype=torch.bfloat16,
+    "smollm3": Case(
+        "smollm3",
+        {
+            "num_hidden_layers": 5,
+            "intermediate_size": 20,
+            "head_dim": 12,
+            "no_rope_layers": [1, 0, 1, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 24,
+        },
+        dtype=torch.bfloat16,
+    ),
+    "granite": Case(
+        "granite",
+        {
+            "head_dim": 12,
+            "attention_bias": True,
+            "embedding_multiplier": 1.7,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 1.3,
+        },
+    ),
+    "olmo2": Case("olmo2", {"hidden_size": 48, "num_key_value_heads": 1, "head_dim": None}, dtype=torch.bfloat16),
+    "starcoder2": Case(
+        "starcoder2",
+        {"sliding_window": 24, "head_dim": 12, "norm_epsilon": 1e-3, "tie_word_embeddings": False},
+        dtype=torch.float16,
     ),
     "opt": Case("opt", _OPT),
     "opt_post_norm": Case("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ def _weights(rng, num_experts=6, ffn=5, hidden=8, *, bias):
 
 def _one_by_one(x, routes, weights):
     """The definition: a loop over tokens and over the experts of each."""
-    gate_up, down, gate_up_bias, down_bias = (None if w is None else np.asarray(w, np.float64) for w in weights)
+    arrays: list[Any] = [None if w is None else np.asarray(w, np.float64) for w in weights]
+    gate_up, down, gate_up_bias, down_bias = arrays
     out = np.zeros(x.shape)
     for token, (experts, factors) in enumerate(zip(*map(np.asarray, routes), strict=True)):
         for e, factor in zip(experts, factors, strict=True):

@@ -21,7 +21,7 @@ from jpaged.models.checkpoint.config import (
     read_json,
 )
 from jpaged.models.checkpoint.weights import is_untied, load_state, stored_dtype
-from jpaged.models.families import llama, mixtral, opt, qwen_moe
+from jpaged.models.families import granite, llama, mixtral, olmo2, opt, qwen_moe, starcoder2
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
@@ -36,6 +36,9 @@ _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (mixtral.MODEL_TYPES, mixtral.MixtralConfig, mixtral.MixtralForCausalLM),
     (opt.MODEL_TYPES, opt.OPTConfig, opt.OPTForCausalLM),
     (qwen_moe.MODEL_TYPES, qwen_moe.QwenMoeConfig, qwen_moe.QwenMoeForCausalLM),
+    (granite.MODEL_TYPES, granite.GraniteConfig, granite.GraniteForCausalLM),
+    (olmo2.MODEL_TYPES, olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM),
+    (starcoder2.MODEL_TYPES, starcoder2.Starcoder2Config, starcoder2.Starcoder2ForCausalLM),
 )
 
 _CONSTANTS = {"scale": 1, "bias": 0}

@@ -158,8 +158,8 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for where, tensor, metadata in separate_params(model):
-        if where[-2] in QKV.parts[1:]:
-            count = tensor.shape[-1] // (config.num_kv_heads * config.head_dim)
+        if where[-2] in (*QKV.parts[1:], "k_norm"):  # OLMo 2 norms all heads of K at once, others each head
+            count = max(tensor.shape[-1] // (config.num_kv_heads * config.head_dim), 1)
             tensor = KVCopies(count, config.head_dim).drop(tensor)
         tensor = tensor.astype(tensor.dtype if dtype is None else jnp.dtype(dtype))
         spelling = _spellings(where, metadata, tensor.ndim)[0]

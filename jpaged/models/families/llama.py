@@ -1,4 +1,7 @@
-"""The Llama family: Llama, Mistral, Qwen2 and Qwen3, which differ in biases, head norms and windows."""
+"""The Llama family: architectures that differ from Llama in biases, norms of heads, windows and unrotated layers.
+
+Other families reuse its parts: a family's decoder layer names the attention and the feed-forward layer that it has.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,7 +22,7 @@ from jpaged.models.layers.common import (
     to_vocab,
 )
 from jpaged.models.layers.fused import GATE_UP, QKV
-from jpaged.models.layers.rope import Dynamic, LongRope, Rope, rotate
+from jpaged.models.layers.rope import Angles, Rope, rotate
 from jpaged.models.spec import Attend, LayerSpec, Source, attend_from
 
 MODEL_TYPES = {
@@ -27,16 +30,18 @@ MODEL_TYPES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
-    """A model of the Llama family.
+    """A model of the Llama family. The configurations of families that reuse its layers derive from it.
 
     Args:
         rms_norm_eps: addend to the mean square in every norm.
         rope: rotary embedding, with the same ``head_dim``.
+        rope_layers: whether each layer rotates its queries and keys; empty if all layers do (SmolLM3).
         hidden_act: name in ``ACTIVATIONS``.
         qkv_bias, o_bias, mlp_bias: whether those projections have a bias.
         qk_norm: whether queries and keys are normalised per head before the rotation (Qwen3).
@@ -45,9 +50,13 @@ class LlamaConfig(ModelConfig):
 
     model_types: ClassVar[dict[str, str]] = MODEL_TYPES
     """Architectures of the family, with their ``model_type``."""
+    epsilon_name: ClassVar[str] = "rms_norm_eps"
+    activation_name: ClassVar[str] = "hidden_act"
+    """Names of ``rms_norm_eps`` and ``hidden_act`` in config.json."""
 
     rms_norm_eps: float
     rope: Rope
+    rope_layers: tuple[bool, ...] = ()
     hidden_act: str = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
@@ -61,7 +70,7 @@ class LlamaConfig(ModelConfig):
             known = ", ".join(self.model_types)
             raise ValueError(f"architecture={self.architecture!r} is not of the Llama family: {known}")
         check_activation(self.hidden_act)
-        require(is_positive(self.rms_norm_eps), "rms_norm_eps", self.rms_norm_eps, "a small number above 0")
+        require(is_positive(self.rms_norm_eps), self.epsilon_name, self.rms_norm_eps, "a small number above 0")
         if self.rope.head_dim != self.head_dim:
             raise ValueError(f"rope.head_dim={self.rope.head_dim} differs from head_dim={self.head_dim}")
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
@@ -69,14 +78,25 @@ class LlamaConfig(ModelConfig):
         for window in self.sliding_windows:
             is_window = window is None or is_count(window)
             require(is_window, "sliding_window", window, f"null (full attention) or an integer from 1 to {MAX_INT}")
+        if self.rope_layers and len(self.rope_layers) != self.num_layers:
+            raise ValueError(
+                f"rope_layers has {len(self.rope_layers)} entries: expected one for each of {self.num_layers}"
+            )
 
     @property
     def max_model_len(self) -> int:
         return self.rope.max_model_len
 
     @property
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """The rotary embedding of each layer; None for a layer without one."""
+        if not self.rope_layers:
+            return (self.rope,) * self.num_layers
+        return tuple(self.rope if rotates else None for rotates in self.rope_layers)
+
+    @property
     def shows_sources(self) -> bool:
-        return not isinstance(self.rope.scaling, Dynamic | LongRope)  # their K depends on the prompt's length
+        return all(rope is None or rope.is_static for rope in self.layer_ropes)
 
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
@@ -94,17 +114,18 @@ class LlamaConfig(ModelConfig):
         family = MODEL_TYPES[common["architecture"]]
         attention_bias = bool(getattr(hf, "attention_bias", False))
         windows: tuple[int | None, ...] = ()
-        if family == "mistral" and hf.sliding_window is not None:
+        if family == "mistral":
             windows = (hf.sliding_window,) * hf.num_hidden_layers
-        elif family in ("qwen2", "qwen3"):
-            windows = layer_windows(hf, hf.sliding_window)
+        elif family != "llama":
+            windows = layer_windows(hf, hf.sliding_window if hf.use_sliding_window else None)
         return cls(
-            **shared_from_hf(hf, common),
+            **cls.shared_from_hf(hf, common),
             qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
-            o_bias=family in ("llama", "qwen3") and attention_bias,
-            mlp_bias=family == "llama" and bool(hf.mlp_bias),
+            o_bias=family in ("llama", "qwen3", "smollm3") and attention_bias,
+            mlp_bias=family in ("llama", "smollm3") and bool(hf.mlp_bias),
             qk_norm=family == "qwen3",
             sliding_windows=() if all(window is None for window in windows) else windows,
+            rope_layers=_rope_layers(hf) if family == "smollm3" else (),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -121,7 +142,26 @@ class LlamaConfig(ModelConfig):
                 values |= {"layer_types": self.layer_types}
         if family == "qwen3":
             values["attention_bias"] = self.qkv_bias
+        if family == "smollm3":
+            values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+            values["no_rope_layers"] = [int(rope is not None) for rope in self.layer_ropes]
         return values
+
+    @classmethod
+    def shared_from_hf(cls, hf: Any, common: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields that every architecture has; the arguments are those of ``from_hf``."""
+        head_dim = getattr(hf, "head_dim", None)
+        if head_dim is None:
+            head_dim = hf.hidden_size // hf.num_attention_heads
+        return {
+            **common,
+            "intermediate_size": hf.intermediate_size,
+            "num_kv_heads": hf.num_key_value_heads,
+            "head_dim": head_dim,
+            "rms_norm_eps": getattr(hf, cls.epsilon_name),
+            "rope": Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
+            "hidden_act": getattr(hf, cls.activation_name),
+        }
 
     def shared_hf(self) -> dict[str, Any]:
         """Return the part of ``to_hf`` that every architecture has."""
@@ -130,9 +170,9 @@ class LlamaConfig(ModelConfig):
             "intermediate_size": self.intermediate_size,
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
-            "rms_norm_eps": self.rms_norm_eps,
+            self.epsilon_name: self.rms_norm_eps,
             "rope_parameters": self.rope.to_hf(),
-            "hidden_act": self.hidden_act,
+            self.activation_name: self.hidden_act,
         }
 
     @property
@@ -142,25 +182,15 @@ class LlamaConfig(ModelConfig):
         return ["full_attention" if window is None else "sliding_attention" for window in windows]
 
 
-def shared_from_hf(hf: Any, common: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of ``LlamaConfig`` that every architecture has."""
-    head_dim = getattr(hf, "head_dim", None)
-    if head_dim is None:
-        head_dim = hf.hidden_size // hf.num_attention_heads
-    return {
-        **common,
-        "intermediate_size": hf.intermediate_size,
-        "num_kv_heads": hf.num_key_value_heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": hf.rms_norm_eps,
-        "rope": Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
-        "hidden_act": hf.hidden_act,
-    }
-
-
 def layer_windows(hf: Any, sliding_window: int | None) -> tuple[int | None, ...]:
     """Return the window of each layer by config.json's ``layer_types``."""
     return tuple(_window_of(kind, sliding_window) for kind in hf.layer_types)
+
+
+def _rope_layers(hf: Any) -> tuple[bool, ...]:
+    """Return SmolLM3's ``no_rope_layers``, in which 1 stands for a layer that rotates; empty if all layers do."""
+    rotates = tuple(bool(entry) for entry in hf.no_rope_layers[: hf.num_hidden_layers])
+    return () if all(rotates) else rotates
 
 
 def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
@@ -193,31 +223,41 @@ class LlamaAttention(nnx.Module):
             self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.config = config
         self.spec = config.layer_specs[layer]
+        self.rope = config.layer_ropes[layer]
 
     def __call__(
         self,
         x: Float[Array, "tokens hidden_size"],
-        cos: Float[Array, "tokens half"],
-        sin: Float[Array, "tokens half"],
+        angles: Angles | None,
         attend: Attend,
     ) -> Float[Array, "tokens hidden_size"]:
-        config = self.config
-        q, k, v = (split_heads(projected, config.head_dim) for projected in QKV.project(self, x))
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend_from(self._source(x), attend, self.spec, q, k, v)
+        q, k, v = QKV.project(self, x)
+        q, k = self._rotated(q, "q_norm", angles), self._rotated(k, "k_norm", angles)
+        out = attend_from(self._source(x), attend, self.spec, q, k, split_heads(v, self.config.head_dim))
         return self.o_proj(out.reshape(x.shape[0], -1))
 
+    def _rotated(
+        self, projected: Float[Array, "tokens features"], norm: str, angles: Angles | None
+    ) -> Float[Array, "tokens heads head_dim"]:
+        """Split queries or keys into heads, norm them by the module called ``norm`` if there is one, and rotate."""
+        heads = self._normed_heads(projected, getattr(self, norm, None))
+        return heads if angles is None else rotate(heads, *angles)
+
+    def _normed_heads(
+        self, projected: Float[Array, "tokens features"], norm: Any
+    ) -> Float[Array, "tokens heads head_dim"]:
+        heads = split_heads(projected, self.config.head_dim)
+        return heads if norm is None else norm(heads)
+
     def _source(self, x: Float[Array, "tokens hidden_size"]) -> Source:
-        config, project = self.config, QKV.select(self, ("k_proj", "v_proj"))
+        project = QKV.select(self, ("k_proj", "v_proj"))
 
         def project_kv(
             inputs: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
         ) -> tuple[Array, Array]:
-            k, v = (split_heads(projected, config.head_dim) for projected in project(inputs))
-            cos, sin = config.rope.cos_sin(positions, jnp.zeros_like(positions))
-            return rotate(self.k_norm(k) if config.qk_norm else k, cos, sin), v
+            k, v = project(inputs)
+            angles = None if self.rope is None else self.rope.cos_sin(positions, jnp.zeros_like(positions))
+            return self._rotated(k, "k_norm", angles), split_heads(v, self.config.head_dim)
 
         return Source(x, project_kv)
 
@@ -238,17 +278,23 @@ class LlamaMLP(nnx.Module):
 
 
 class LlamaDecoderLayer(nnx.Module):
-    def __init__(self, config: LlamaConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    """A layer that norms the inputs of its parts. Other families set the classes of these parts."""
+
+    attention_class: ClassVar[Any] = LlamaAttention
+    mlp_class: ClassVar[Any] = LlamaMLP
+    norm_class: ClassVar[Any] = RMSNorm
+
+    def __init__(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         hidden, epsilon = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(hidden, epsilon, dtype=dtype, rngs=rngs)
-        self.self_attn = LlamaAttention(config, layer, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(hidden, epsilon, dtype=dtype, rngs=rngs)
+        self.input_layernorm = self.norm_class(hidden, epsilon, dtype=dtype, rngs=rngs)
+        self.self_attn = self.attention_class(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = self.norm_class(hidden, epsilon, dtype=dtype, rngs=rngs)
         self.add_feed_forward(config, layer, dtype=dtype, rngs=rngs)
 
     def add_feed_forward(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         """Make the feed-forward part of a layer, under the name that checkpoints give it."""
         del layer
-        self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = self.mlp_class(config, dtype=dtype, rngs=rngs)
 
     def feed_forward(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens hidden_size"]:
         return self.mlp(x)
@@ -257,29 +303,31 @@ class LlamaDecoderLayer(nnx.Module):
         self,
         x: Float[Array, "tokens hidden_size"],
         branch: Float[Array, "tokens hidden_size"] | None,
-        cos: Float[Array, "tokens half"],
-        sin: Float[Array, "tokens half"],
+        angles: Angles | None,
         attend: Attend,
     ) -> tuple[Float[Array, "tokens hidden_size"], Float[Array, "tokens hidden_size"]]:
         """Return the residual stream and its last addend, which the next norm adds as it reads the sum."""
         x, normed = self.input_layernorm.add(x, branch)
-        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, cos, sin, attend))
+        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, angles, attend))
         return x, self.feed_forward(normed)
 
 
 class LlamaModel(nnx.Module):
     layer_class: ClassVar[Any] = LlamaDecoderLayer
+    norm_class: ClassVar[Any] = RMSNorm
 
-    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Any, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.embed_tokens = embed(config.vocab_size, config.hidden_size, "vocab", dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             [self.layer_class(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = self.norm_class(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
 
 class LlamaForCausalLM(nnx.Module):
     """A decoder of the Llama family. Parameters are named as in Hugging Face checkpoints.
+
+    A family that reuses it sets ``model_class``, and overrides ``embed`` and ``logits`` where those differ.
 
     Args:
         config: the model's shape.
@@ -289,7 +337,7 @@ class LlamaForCausalLM(nnx.Module):
 
     model_class: ClassVar[Any] = LlamaModel
 
-    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Any, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.config = config
         self.model = self.model_class(config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
@@ -312,12 +360,17 @@ class LlamaForCausalLM(nnx.Module):
             prompt_lens: length of the prompt of each token's sequence (see ``Rope.cos_sin``).
             attend: attention, called once per layer; it knows the sequence of each token.
         """
-        x, branch = self.model.embed_tokens(token_ids), None
-        cos, sin = self.config.rope.cos_sin(positions, prompt_lens)
-        for layer in self.model.layers:
-            x, branch = layer(x, branch, cos, sin, attend)
+        x, branch = self.embed(token_ids), None
+        ropes = self.config.layer_ropes
+        angles = {rope: rope.cos_sin(positions, prompt_lens) for rope in dict.fromkeys(ropes) if rope is not None}
+        for layer, rope in zip(self.model.layers, ropes, strict=True):
+            x, branch = layer(x, branch, angles.get(rope), attend)
         _, normed = self.model.norm.add(x, branch)
         return normed
+
+    def embed(self, token_ids: Int32[Array, "tokens"]) -> Float[Array, "tokens hidden_size"]:
+        """Return the residual stream before the first layer."""
+        return self.model.embed_tokens(token_ids)
 
     def logits(self, hidden: Float[Array, "rows hidden_size"]) -> Float[Array, "rows vocab"]:
         """Compute the logits of the next token, in float32."""

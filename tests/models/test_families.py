@@ -1,0 +1,63 @@
+"""Families beside Llama and OPT: over two devices and back to a checkpoint, and every option that changes numbers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jpaged.models import fuse_projections, load_config, load_model, save_checkpoint
+from jpaged.sharding import make_mesh
+from tests.support.oracles import HF_REFERENCE, load_reference, teacher_forced_logits
+
+CASES = ["smollm3", "granite", "olmo2", "starcoder2"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_devices_equal_hugging_face_and_save_what_it_saved(case, tmp_path):
+    """The model runs with joined projections, as in the engine; its KV heads are copied if there is one."""
+    config, run = load_config(HF_REFERENCE / case), load_reference(case)[70]
+    model = load_model(HF_REFERENCE / case, config, "float32", make_mesh(2), use_tqdm=False)
+    fuse_projections(model)
+    [rows] = teacher_forced_logits(model, [run.prompt], [70], padded_len=70)
+    logprobs = np.asarray(jax.nn.log_softmax(rows[:-1]))
+    got = np.take_along_axis(logprobs, run.prompt[1:, None], 1)[:, 0]
+    np.testing.assert_allclose(got, run.prompt_logprobs, atol=1e-4, rtol=0)
+
+    save_checkpoint(model, config, tmp_path, dtype=config.dtype)
+    expected, written = load_file(HF_REFERENCE / case / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(written[name], value)
+    assert load_config(tmp_path) == config
+
+
+def _edited(tmp_path, case, **changes):
+    """A directory with the config.json of a case, with ``changes`` made to it."""
+    values = json.loads((HF_REFERENCE / case / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 0]}, "rope_layers has 2 entries: expected one for each of 5"),
+        ("smollm3", {"use_sliding_window": False}, "layer_types asks for sliding_attention, but no sliding_window"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling=0 is not valid: expected a number above 0"),
+        ("granite", {"residual_multiplier": -1.0}, r"residual_multiplier=-1\.0 is not valid"),
+        ("starcoder2", {"norm_epsilon": 0.0}, r"norm_epsilon=0\.0 is not valid"),
+        ("starcoder2", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported"),
+    ],
+)
+def test_option_that_cannot_be_followed_is_refused(case, changes, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"(?s)config\.json: .*{message}"):
+        load_config(_edited(tmp_path, case, **changes))
+
+
+def test_layers_without_rotary_embedding_follow_from_an_interval(tmp_path):
+    path = _edited(tmp_path, "smollm3", no_rope_layers=None, no_rope_layer_interval=2, layer_types=None)
+    config = load_config(path)
+    assert [rope is not None for rope in config.layer_ropes] == [True, False, True, False, True]
+    assert [spec.sliding_window for spec in config.layer_specs] == [None, 24, None, 24, None]
