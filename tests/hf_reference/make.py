@@ -176,6 +176,7 @@ CASES = {
             **_rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
         },
         dtype=torch.bfloat16,
+    ),
     "smollm3": Case(
         "smollm3",
         {

@@ -11,15 +11,14 @@ from jpaged.models.families.llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
-    shared_from_hf,
 )
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.moe import ActivatedGate, Experts, Router, check_experts, expert_widths, route
-from jpaged.models.layers.spelling import PerExpert, Whole
+from jpaged.models.layers.spelling import PerExpert, Spelling, Whole
 
 MODEL_TYPES = {"MixtralForCausalLM": "mixtral"}
 
-_SPELLINGS = {
+_SPELLINGS: dict[str, tuple[Spelling, ...]] = {
     "gate_up": (PerExpert(("w1", "w3")), Whole("gate_up_proj", (0, 1, 2, 3), joined=1)),
     "down": (PerExpert(("w2",), is_transposed=True), Whole("down_proj", (0, 2, 1))),
 }
@@ -50,7 +49,7 @@ class MixtralConfig(LlamaConfig):
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "MixtralConfig":
         window = hf.sliding_window
         return cls(
-            **shared_from_hf(hf, common),
+            **cls.shared_from_hf(hf, common),
             sliding_windows=() if window is None else (window,) * hf.num_hidden_layers,
             num_experts=hf.num_local_experts,
             top_k=hf.num_experts_per_tok,

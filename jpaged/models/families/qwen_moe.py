@@ -15,15 +15,14 @@ from jpaged.models.families.llama import (
     LlamaMLP,
     LlamaModel,
     layer_windows,
-    shared_from_hf,
 )
 from jpaged.models.layers.common import Dtype, linear
 from jpaged.models.layers.moe import ActivatedGate, Experts, Router, check_experts, expert_widths, route
-from jpaged.models.layers.spelling import PerExpert, Whole
+from jpaged.models.layers.spelling import PerExpert, Spelling, Whole
 
 MODEL_TYPES = {"Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"}
 
-_SPELLINGS = {
+_SPELLINGS: dict[str, tuple[Spelling, ...]] = {
     "gate_up": (PerExpert(("gate_proj", "up_proj")), Whole("gate_up_proj", (0, 1, 2, 3), joined=1)),
     "down": (PerExpert(("down_proj",), is_transposed=True), Whole("down_proj", (0, 2, 1))),
 }
@@ -73,7 +72,7 @@ class QwenMoeConfig(LlamaConfig):
         step = hf.decoder_sparse_step
         require(is_count(step), "decoder_sparse_step", step, f"an integer from 1 to {MAX_INT}")
         return cls(
-            **shared_from_hf(hf, common),
+            **cls.shared_from_hf(hf, common),
             qkv_bias=bool(hf.qkv_bias if is_second else hf.attention_bias),
             o_bias=not is_second and bool(hf.attention_bias),
             qk_norm=not is_second,
