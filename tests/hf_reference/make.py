@@ -72,6 +72,8 @@ _OPT = {
     "eos_token_id": None,
 }
 
+_EXPERTS = {"head_dim": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20}
+
 CASES = {
     "llama_mha": Case(
         "llama", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}
@@ -136,6 +138,45 @@ CASES = {
         },
     ),
     "qwen3": Case("qwen3", {"head_dim": 20, "num_attention_heads": 4, "num_key_value_heads": 1}, dtype=torch.bfloat16),
+    "mixtral": Case(
+        "mixtral",
+        {**_EXPERTS, "num_local_experts": 7, "num_experts_per_tok": 2, "sliding_window": 24, "num_hidden_layers": 3},
+        dtype=torch.bfloat16,
+    ),
+    "qwen2_moe": Case(
+        "qwen2_moe",
+        {
+            **_EXPERTS,
+            "num_hidden_layers": 5,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 4,
+        },
+        dtype=torch.bfloat16,
+    ),
+    "qwen3_moe": Case(
+        "qwen3_moe",
+        {**_EXPERTS, "num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "norm_topk_prob": True},
+        dtype=torch.bfloat16,
+    ),
+    "gpt_oss": Case(
+        "gpt_oss",
+        {
+            **_EXPERTS,
+            "num_hidden_layers": 5,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 24,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+        },
+        dtype=torch.bfloat16,
+    ),
     "smollm3": Case(
         "smollm3",
         {
@@ -180,6 +221,10 @@ def _randomise(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
             value = 0.15 * noise
+        elif name.endswith("sinks"):
+            value = noise
+        elif "experts" in name:  # [experts, out, in], and gpt-oss [experts, in, out]
+            value = 1.5 / math.sqrt(parameter.shape[1 if model.config.model_type == "gpt_oss" else 2]) * noise
         elif "norm" in name:
             value = 1 + 0.2 * noise
         elif "embed_positions" in name:

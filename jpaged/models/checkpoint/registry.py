@@ -21,19 +21,21 @@ from jpaged.models.checkpoint.config import (
     read_json,
 )
 from jpaged.models.checkpoint.weights import is_untied, load_state, stored_dtype
-from jpaged.models.families import granite, llama, olmo2, opt, starcoder2
+from jpaged.models.families import granite, llama, mixtral, olmo2, opt, qwen_moe, starcoder2
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
 from jpaged.models.layers.rope import check_spelled_parameters
 from jpaged.models.layers.streamed import layers_path, placed
-from jpaged.sharding import check_divisible, is_on_host, moved, param_sharding
+from jpaged.sharding import TENSOR_AXIS, check_divisible, is_on_host, moved, param_sharding
 
 log = logging.getLogger(__name__)
 
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
+    (mixtral.MODEL_TYPES, mixtral.MixtralConfig, mixtral.MixtralForCausalLM),
     (opt.MODEL_TYPES, opt.OPTConfig, opt.OPTForCausalLM),
+    (qwen_moe.MODEL_TYPES, qwen_moe.QwenMoeConfig, qwen_moe.QwenMoeForCausalLM),
     (granite.MODEL_TYPES, granite.GraniteConfig, granite.GraniteForCausalLM),
     (olmo2.MODEL_TYPES, olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM),
     (starcoder2.MODEL_TYPES, starcoder2.Starcoder2Config, starcoder2.Starcoder2ForCausalLM),
@@ -104,7 +106,7 @@ def abstract_model(
     Raises:
         ValueError: the mesh does not divide the model's heads or feed-forward width.
     """
-    check_divisible(mesh, num_heads=config.num_heads, intermediate_size=config.intermediate_size)
+    check_divisible(mesh, num_heads=config.num_heads, **config.widths(mesh.shape[TENSOR_AXIS]))
     config = replace(config, num_kv_heads=config.num_kv_heads * kv_copies(config, mesh).count)
     model = nnx.eval_shape(lambda: _model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     layers = layers_path(model, config.num_layers) if weight_placement == "host" else None

@@ -289,7 +289,15 @@ class LlamaDecoderLayer(nnx.Module):
         self.input_layernorm = self.norm_class(hidden, epsilon, dtype=dtype, rngs=rngs)
         self.self_attn = self.attention_class(config, layer, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = self.norm_class(hidden, epsilon, dtype=dtype, rngs=rngs)
+        self.add_feed_forward(config, layer, dtype=dtype, rngs=rngs)
+
+    def add_feed_forward(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        """Make the feed-forward part of a layer, under the name that checkpoints give it."""
+        del layer
         self.mlp = self.mlp_class(config, dtype=dtype, rngs=rngs)
+
+    def feed_forward(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens hidden_size"]:
+        return self.mlp(x)
 
     def __call__(
         self,
@@ -301,7 +309,7 @@ class LlamaDecoderLayer(nnx.Module):
         """Return the residual stream and its last addend, which the next norm adds as it reads the sum."""
         x, normed = self.input_layernorm.add(x, branch)
         x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, angles, attend))
-        return x, self.mlp(normed)
+        return x, self.feed_forward(normed)
 
 
 class LlamaModel(nnx.Module):
