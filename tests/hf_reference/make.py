@@ -72,6 +72,8 @@ _OPT = {
     "eos_token_id": None,
 }
 
+_EXPERTS = {"head_dim": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20}
+
 CASES = {
     "llama_mha": Case(
         "llama", {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}
@@ -136,6 +138,45 @@ CASES = {
         },
     ),
     "qwen3": Case("qwen3", {"head_dim": 20, "num_attention_heads": 4, "num_key_value_heads": 1}, dtype=torch.bfloat16),
+    "mixtral": Case(
+        "mixtral",
+        {**_EXPERTS, "num_local_experts": 7, "num_experts_per_tok": 2, "sliding_window": 24, "num_hidden_layers": 3},
+        dtype=torch.bfloat16,
+    ),
+    "qwen2_moe": Case(
+        "qwen2_moe",
+        {
+            **_EXPERTS,
+            "num_hidden_layers": 5,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "max_window_layers": 4,
+        },
+        dtype=torch.bfloat16,
+    ),
+    "qwen3_moe": Case(
+        "qwen3_moe",
+        {**_EXPERTS, "num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "norm_topk_prob": True},
+        dtype=torch.bfloat16,
+    ),
+    "gpt_oss": Case(
+        "gpt_oss",
+        {
+            **_EXPERTS,
+            "num_hidden_layers": 5,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 24,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=32, truncate=False),
+        },
+        dtype=torch.bfloat16,
+    ),
     "smollm3": Case(
         "smollm3",
         {
@@ -165,6 +206,44 @@ CASES = {
         {"sliding_window": 24, "head_dim": 12, "norm_epsilon": 1e-3, "tie_word_embeddings": False},
         dtype=torch.float16,
     ),
+    "gemma2": Case(
+        "gemma2",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 20,
+            "head_dim": 12,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.5,
+            "final_logit_softcapping": 6.0,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "num_hidden_layers": 5,
+            "intermediate_size": 20,
+            "num_key_value_heads": 1,
+            "head_dim": 12,
+            "sliding_window": 24,
+            "layer_types": [
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+            ],
+            "query_pre_attn_scalar": 9,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        dtype=torch.bfloat16,
+    ),
     "opt": Case("opt", _OPT),
     "opt_post_norm": Case("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
 }
@@ -180,8 +259,12 @@ def _randomise(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
             value = 0.15 * noise
+        elif name.endswith("sinks"):
+            value = noise
+        elif "experts" in name:  # [experts, out, in], and gpt-oss [experts, in, out]
+            value = 1.5 / math.sqrt(parameter.shape[1 if model.config.model_type == "gpt_oss" else 2]) * noise
         elif "norm" in name:
-            value = 1 + 0.2 * noise
+            value = (0 if model.config.model_type.startswith("gemma") else 1) + 0.2 * noise  # Gemma adds 1
         elif "embed_positions" in name:
             value = 1.5 * noise
         elif "embed" in name:

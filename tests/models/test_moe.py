@@ -1,11 +1,21 @@
 """Mixture of experts: routing, every way to compute the experts, and their parameters in checkpoints."""
 
+import json
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
+from jpaged.models import load_config, load_model, random_model, save_checkpoint
 from jpaged.models.layers.moe import ActivatedGate, Weights, all_experts, chosen_experts, route
+from jpaged.sharding import make_mesh
+from tests.support.oracles import HF_REFERENCE, load_reference, teacher_forced_logits
 
 GATED = ActivatedGate("silu")
 
@@ -20,7 +30,8 @@ def _weights(rng, num_experts=6, ffn=5, hidden=8, *, bias):
 
 def _one_by_one(x, routes, weights):
     """The definition: a loop over tokens and over the experts of each."""
-    gate_up, down, gate_up_bias, down_bias = (None if w is None else np.asarray(w, np.float64) for w in weights)
+    arrays: list[Any] = [None if w is None else np.asarray(w, np.float64) for w in weights]
+    gate_up, down, gate_up_bias, down_bias = arrays
     out = np.zeros(x.shape)
     for token, (experts, factors) in enumerate(zip(*map(np.asarray, routes), strict=True)):
         for e, factor in zip(experts, factors, strict=True):
@@ -79,3 +90,112 @@ def test_equal_logits_choose_distinct_experts():
     routes = route(jnp.zeros((2, 5)), 3, is_normalized=True)
     assert all(len(set(row.tolist())) == 3 for row in np.asarray(routes.experts))
     np.testing.assert_allclose(routes.weights, np.full((2, 3), 1 / 3), rtol=1e-6)
+
+
+# Checkpoints and several devices --------------------------------------------------------------------------------------
+
+
+@cache
+def _load(case, tensor_parallel_size=1, path=None):
+    path = path or HF_REFERENCE / case
+    return load_model(path, load_config(path), "float32", make_mesh(tensor_parallel_size), use_tqdm=False)
+
+
+def _leaves(model):
+    return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_saved_checkpoint_has_the_tensors_of_hugging_face(case, tmp_path):
+    save_checkpoint(_load(case), load_config(HF_REFERENCE / case), tmp_path, dtype="bfloat16")
+    expected, written = load_file(HF_REFERENCE / case / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(written[name], value)
+
+
+def _stack(tensors, parts):
+    """The tensors as transformers 5 holds them: all experts of a layer in one, gate and up joined."""
+    gate, up, down = parts
+    stacked = {}
+    for name, value in tensors.items():
+        if ".experts." not in name:
+            stacked[name.replace(".block_sparse_moe.", ".mlp.")] = value
+        elif name.endswith(f".0.{down}.weight"):
+            module = name.removesuffix(f".0.{down}.weight")
+            num_experts = sum(other.startswith(module) for other in tensors) // 3
+            matrices = {p: [tensors[f"{module}.{e}.{p}.weight"] for e in range(num_experts)] for p in parts}
+            module = module.replace(".block_sparse_moe.", ".mlp.")
+            pairs = zip(matrices[gate], matrices[up], strict=True)
+            stacked[f"{module}.gate_up_proj"] = np.stack([np.concatenate(pair) for pair in pairs])
+            stacked[f"{module}.down_proj"] = np.stack(matrices[down])
+    return stacked
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 4])
+@pytest.mark.parametrize(
+    ("case", "parts"), [("mixtral", ("w1", "w3", "w2")), ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"))]
+)
+def test_experts_stacked_in_one_tensor_are_the_same_weights(case, parts, tensor_parallel_size, tmp_path):
+    (tmp_path / "config.json").write_bytes((HF_REFERENCE / case / "config.json").read_bytes())
+    stacked = _stack(load_file(HF_REFERENCE / case / "model.safetensors"), parts)
+    save_file(stacked, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = _leaves(_load(case, tensor_parallel_size, tmp_path))
+    for path, value in _leaves(_load(case)).items():
+        if tensor_parallel_size == 1 or {"k_proj", "v_proj"}.isdisjoint(path):  # KV heads are copied over 4 devices
+            np.testing.assert_array_equal(found[path], value)
+
+
+def test_missing_expert_is_named(tmp_path):
+    (tmp_path / "config.json").write_bytes((HF_REFERENCE / "mixtral" / "config.json").read_bytes())
+    tensors = load_file(HF_REFERENCE / "mixtral" / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.3.w3.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.block_sparse_moe\.experts\.3\.w3\.weight'"):
+        _load("mixtral", 1, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor_parallel_size", "share"),
+    [
+        ("qwen2_moe", 2, (3, 2, 12, 32)),  # whole experts
+        ("mixtral", 2, (7, 2, 10, 32)),  # 7 experts: each device holds half the width of all
+        ("mixtral", 4, (7, 2, 5, 32)),
+    ],
+)
+def test_several_devices_give_the_logits_of_one(case, tensor_parallel_size, share):
+    run = load_reference(case)[33]
+    one, many = (
+        teacher_forced_logits(_load(case, size), [run.prompt], [33], padded_len=33)
+        for size in (1, tensor_parallel_size)
+    )
+    np.testing.assert_allclose(one, many, atol=1e-4, rtol=0)
+    state = nnx.to_flat_state(nnx.state(_load(case, tensor_parallel_size)))
+    [gate_up, *_] = [v[...] for path, v in state if path[-1] == "gate_up"]
+    assert {shard.data.shape for shard in gate_up.addressable_shards} == {share}
+
+
+def test_width_that_devices_cannot_split_is_refused_only_if_they_split_it():
+    config = load_config(HF_REFERENCE / "mixtral")
+    with pytest.raises(ValueError, match="intermediate_size=21 cannot be split over tensor_parallel_size=2"):
+        random_model(replace(config, intermediate_size=21), "float32", make_mesh(2), 0)
+    random_model(replace(config, intermediate_size=21, num_experts=6), "float32", make_mesh(2), 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("mixtral", {"num_experts_per_tok": 8}, "num_experts_per_tok=8 is not valid: .* to num_experts=7"),
+        ("mixtral", {"num_local_experts": 0}, "num_experts=0 is not valid"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 is not valid"),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, "expert_size=0 is not valid"),
+    ],
+)
+def test_config_that_cannot_work_is_refused(case, changes, message, tmp_path):
+    values = json.loads((HF_REFERENCE / case / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"(?s)config\.json.*{message}"):
+        load_config(tmp_path)

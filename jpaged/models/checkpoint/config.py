@@ -115,6 +115,11 @@ class ModelConfig:
             for layer in range(self.num_layers)
         )
 
+    def widths(self, num_devices: int) -> dict[str, int]:
+        """Return the widths of feed-forward layers that so many devices split, by name."""
+        del num_devices
+        return {"intermediate_size": self.intermediate_size}
+
     def prefix_salt(self, prompt_len: int) -> bytes:
         """Return a salt that separates prompts whose equal tokens differ in KV.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
+from jpaged.models.checkpoint.config import MAX_INT, is_count, require
 from jpaged.models.layers.common import ACTIVATIONS, Dtype, with_axes
 from jpaged.models.layers.spelling import Spelling
 
@@ -26,6 +27,18 @@ class Routes(NamedTuple):
 
     experts: Int32[Array, "tokens top_k"]
     weights: Float[Array, "tokens top_k"]
+
+
+def check_experts(num_experts: int, top_k: int) -> None:
+    """Raise ValueError for numbers of experts, of a layer and of a token, that no model can have."""
+    require(is_count(num_experts), "num_experts", num_experts, f"an integer from 1 to {MAX_INT}")
+    expected = f"an integer from 1 to num_experts={num_experts}"
+    require(is_count(top_k) and top_k <= num_experts, "num_experts_per_tok", top_k, expected)
+
+
+def expert_widths(num_devices: int, num_experts: int, **width: int) -> dict[str, int]:
+    """Return the named width of an expert if devices split experts by width; see ``param_sharding``."""
+    return width if num_experts % num_devices else {}
 
 
 def route(logits: Float[Array, "tokens num_experts"], top_k: int, *, is_normalized: bool) -> Routes:
@@ -72,9 +85,7 @@ class Experts(nnx.Module):
     No expert has a capacity, and no token is dropped. A token's output does not depend on other tokens.
 
     Args:
-        num_experts: experts of the layer.
-        hidden_size: features of a token.
-        ffn: width of an expert.
+        shape: experts of the layer, features of a token, width of an expert.
         gated: see ``Gated``.
         bias: whether the projections have biases.
         spellings: name of a parameter -> ways in which checkpoints store it.
@@ -83,9 +94,7 @@ class Experts(nnx.Module):
 
     def __init__(
         self,
-        num_experts: int,
-        hidden_size: int,
-        ffn: int,
+        shape: tuple[int, int, int],
         *,
         gated: Gated,
         spellings: dict[str, tuple[Spelling, ...]],
@@ -93,6 +102,7 @@ class Experts(nnx.Module):
         dtype: Dtype,
         rngs: nnx.Rngs,
     ) -> None:
+        num_experts, hidden_size, ffn = shape
         normal, zeros = nnx.initializers.normal(0.02), nnx.initializers.zeros
         shapes = {
             "gate_up": (normal, (num_experts, 2, ffn, hidden_size), ("experts", None, "ffn", None)),
@@ -101,8 +111,8 @@ class Experts(nnx.Module):
         if bias:
             shapes["gate_up_bias"] = zeros, (num_experts, 2, ffn), ("experts", None, "ffn")
             shapes["down_bias"] = zeros, (num_experts, hidden_size), ("experts", None)
-        for name, (init, shape, axes) in shapes.items():
-            value = with_axes(init, *axes)(rngs.params(), shape, dtype)
+        for name, (init, sizes, axes) in shapes.items():
+            value = with_axes(init, *axes)(rngs.params(), sizes, dtype)
             setattr(self, name, nnx.Param(value, spellings=spellings[name]))
         self.names = tuple(shapes)
         self.gated = gated
