@@ -13,8 +13,7 @@ from jpaged.host.pins import Pins
 from jpaged.host.roster import Roster
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.request import FinishReason
-from jpaged.results import NO_CONTINUATION, NOT_FINITE
+from jpaged.request import NO_CONTINUATION, NOT_FINITE, FinishReason
 
 
 class Outcome:

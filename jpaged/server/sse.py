@@ -11,8 +11,7 @@ import orjson
 from starlette.types import Send
 
 from jpaged.engine.request_stream import RequestStream
-from jpaged.request import CompletionDelta, FinishReason, RequestOutput
-from jpaged.results import NO_CONTINUATION, NOT_FINITE
+from jpaged.request import NO_CONTINUATION, NOT_FINITE, CompletionDelta, FinishReason, RequestOutput
 from jpaged.server.errors import CANCELLED_STATUS, ApiError
 from jpaged.server.protocol.results import usage, without_tokens
 
