@@ -19,6 +19,7 @@ from jpaged.engine.loop import Engine
 from jpaged.engine.progress import run_with_bar
 from jpaged.engine.prompts import Prompt, as_sampling_params
 from jpaged.engine.stats import EngineStats, Metric, metrics_of
+from jpaged.engine.tokenizers import load_tokenizer
 from jpaged.engine.vllm_names import takes_vllm_names
 from jpaged.models import ModelConfig
 from jpaged.request import BeamSearchParams, CompletionDelta, RequestOutput, SamplingParams
@@ -94,7 +95,8 @@ class LLM:
     ):
         given = locals()
         config = EngineConfig(**{name: given[name] for name in settings_of(EngineConfig)})
-        self._serve(load_checkpoint(_directory_of(model), config, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
+        source = _directory_of(model), config, None if tokenizer is None else _load_tokenizer(Path(tokenizer))
+        self._serve(load_checkpoint(*source, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
     def from_model(
@@ -262,11 +264,7 @@ class LLM:
             prompts, priority, use_tqdm: as for ``generate``.
             params: one for all prompts, or one each.
 
-        Returns:
-            One result per prompt, in order. Its ``outputs`` are the ``beam_width`` best sequences, best first.
-
-        Raises:
-            ValueError: as ``generate``.
+        Returns, Raises: as ``generate``. The ``outputs`` of a result are its ``beam_width`` best sequences, best first.
         """
         return self.generate(prompts, as_sampling_params(params), priority=priority, use_tqdm=use_tqdm)
 
@@ -355,3 +353,11 @@ def _directory_of(model: object) -> Path:
             "serves a module in memory"
         )
     return DEMO_MODEL if model is None else Path(model)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a directory that a caller named. Raises ValueError if it has none."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(f"tokenizer={str(path)!r} is no directory with a tokenizer: give one, or None")
+    return tokenizer

@@ -218,6 +218,44 @@ CASES = {
         {"sliding_window": 24, "head_dim": 12, "norm_epsilon": 1e-3, "tie_word_embeddings": False},
         dtype=torch.float16,
     ),
+    "gemma2": Case(
+        "gemma2",
+        {
+            "num_hidden_layers": 3,
+            "intermediate_size": 20,
+            "head_dim": 12,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.5,
+            "final_logit_softcapping": 6.0,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "num_hidden_layers": 5,
+            "intermediate_size": 20,
+            "num_key_value_heads": 1,
+            "head_dim": 12,
+            "sliding_window": 24,
+            "layer_types": [
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+            ],
+            "query_pre_attn_scalar": 9,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        dtype=torch.bfloat16,
+    ),
     "opt": Case("opt", _OPT),
     "opt_post_norm": Case("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
 }
@@ -238,7 +276,7 @@ def _randomise(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
         elif "experts" in name:  # [experts, out, in], and gpt-oss [experts, in, out]
             value = 1.5 / math.sqrt(parameter.shape[1 if model.config.model_type == "gpt_oss" else 2]) * noise
         elif "norm" in name:
-            value = 1 + 0.2 * noise
+            value = (0 if model.config.model_type.startswith("gemma") else 1) + 0.2 * noise  # Gemma adds 1
         elif "embed_positions" in name:
             value = 1.5 * noise
         elif "embed" in name:

@@ -74,7 +74,7 @@ def _spellings(path: tuple[Any, ...], metadata: dict[str, Any], ndim: int) -> tu
     """
     if (spellings := metadata.get("spellings")) is not None:
         return spellings
-    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+    leaf = "weight" if path[-1] in ("kernel", "scale", "scale_less_one", "embedding") else path[-1]
     return (Whole(leaf, (1, 0) if path[-1] == "kernel" else tuple(range(ndim))),)
 
 
@@ -261,11 +261,16 @@ def _check_tensors(
 
 
 def _complete_names(flat: list[tuple[Any, Any]], stored: dict[str, _Stored]) -> None:
-    """Give the tensors of a bare decoder, or of Mixtral as transformers renames it, the names of the parameters."""
+    """Give tensors the names of the parameters.
+
+    Other names have the tensors of a bare decoder, of the text part of a model of several modalities, and of Mixtral as
+    transformers renames it.
+    """
     modules = {_module(where) for where, _ in flat}
     for name in list(stored):
-        renamed = name.replace(".mlp.", ".block_sparse_moe.")
-        for other in (renamed, f"model.{name}", f"model.{renamed}"):
+        text = name.replace("language_model.", "", 1)
+        renamed = text.replace(".mlp.", ".block_sparse_moe.")
+        for other in (text, renamed, f"model.{text}", f"model.{renamed}"):
             if not _is_in(name, modules) and _is_in(other, modules):
                 stored[other] = stored.pop(name)
                 break
