@@ -21,7 +21,7 @@ from jpaged.models.checkpoint.config import (
     read_json,
 )
 from jpaged.models.checkpoint.weights import is_untied, load_state, stored_dtype
-from jpaged.models.families import gemma, granite, llama, mixtral, olmo2, opt, qwen_moe, starcoder2
+from jpaged.models.families import gemma, gpt_oss, granite, llama, mixtral, olmo2, opt, qwen_moe, starcoder2
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
+    (gpt_oss.MODEL_TYPES, gpt_oss.GptOssConfig, gpt_oss.GptOssForCausalLM),
     (mixtral.MODEL_TYPES, mixtral.MixtralConfig, mixtral.MixtralForCausalLM),
     (opt.MODEL_TYPES, opt.OPTConfig, opt.OPTForCausalLM),
     (qwen_moe.MODEL_TYPES, qwen_moe.QwenMoeConfig, qwen_moe.QwenMoeForCausalLM),

@@ -20,6 +20,7 @@ from jpaged.models.layers.common import (
     linear,
     split_heads,
     to_vocab,
+    with_axes,
 )
 from jpaged.models.layers.fused import GATE_UP, QKV
 from jpaged.models.layers.rope import Angles, Rope, rotate
@@ -234,6 +235,9 @@ class LlamaAttention(nnx.Module):
             self.k_norm = self.head_norm_class(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.config = config
         self.spec = config.layer_specs[layer]
+        if self.spec.sinks:
+            init = with_axes(nnx.initializers.normal(0.02), "heads")
+            self.sinks = nnx.Param(init(rngs.params(), (config.num_heads,), dtype))
         self.rope = config.layer_ropes[layer]
 
     def __call__(
@@ -244,7 +248,9 @@ class LlamaAttention(nnx.Module):
     ) -> Float[Array, "tokens hidden_size"]:
         q, k, v = QKV.project(self, x)
         q, k = self._rotated(q, "q_norm", angles), self._rotated(k, "k_norm", angles)
-        out = attend_from(self._source(x), attend, self.spec, q, k, split_heads(v, self.config.head_dim))
+        v = split_heads(v, self.config.head_dim)
+        sinks = self.sinks[...].astype(jnp.float32) if self.spec.sinks else None
+        out = attend_from(self._source(x), attend, self.spec, q, k, v, sinks)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
     def _rotated(
