@@ -86,6 +86,7 @@ class LLM:
         offload_cache: str = "auto",
         offload_dtype: str = "auto",
         weight_placement: str = "device",
+        generation_config: str = "auto",
         seed: int = 0,
         tensor_parallel_size: int = 1,
         attention_implementation: str | None = None,
@@ -209,7 +210,7 @@ class LLM:
         Args:
             prompts: strings, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``, one or many. With a "cache_salt"
                 a prompt shares cached KV only with prompts of the same salt.
-            sampling_params: one for all prompts, or one each; None is ``SamplingParams()``.
+            sampling_params: one for all prompts, or one each; None is ``get_default_sampling_params()``.
             priority: one for all prompts, or one each: lower is served first and preempted last.
             use_tqdm: whether to show progress, with the rate of tokens.
 
@@ -329,8 +330,8 @@ class LLM:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters of a call without any, by vLLM's name."""
-        return SamplingParams()
+        """The parameters of a call without any, by vLLM's name: see ``generation_config``."""
+        return self.engine.default_params
 
     def get_metrics(self) -> list[Metric]:
         """``stats`` as vLLM's list of metrics, under its names where it has them."""

@@ -58,7 +58,6 @@ _FOREIGN = {
     "download_dir": _Foreign(_HUB, (None,)),
     "hf_token": _Foreign(_HUB, (None,)),
     "hf_overrides": _Foreign("LLM.from_model takes a ModelConfig", (None,)),
-    "generation_config": _Foreign("SamplingParams has the defaults of sampling", (None, "vllm")),
     "load_format": _Foreign("*.safetensors are read", ("auto", "safetensors")),
     "quantization": _Foreign("kv_cache_dtype has an 8-bit KV cache; weights are not quantised", (None,)),
     "cpu_offload_gb": _Foreign("weight_placement='host' keeps weights in host memory", (0, 0.0)),
@@ -85,7 +84,8 @@ _FOREIGN = {
     "attention_backend": _Foreign("attention_implementation names the kernel", (None,)),
 }
 
-_DTYPES = {"half": "float16", "float": "float32"}
+_VALUES = {"dtype": {"half": "float16", "float": "float32"}, "generation_config": {"vllm": "none"}}
+"""Values of settings by vLLM's names."""
 
 
 def to_own_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +104,9 @@ def to_own_names(settings: Mapping[str, Any]) -> dict[str, Any]:
             is_harmless = _ANY in foreign.harmless or any(value is each or value == each for each in foreign.harmless)
             if not is_harmless:
                 raise ValueError(f"{name}={value!r} is a setting of vLLM that jpaged has not: {foreign.instead}")
-    if own.get("dtype") in _DTYPES:
-        own["dtype"] = _DTYPES[own["dtype"]]
+    for name, values in _VALUES.items():
+        if isinstance(own.get(name), str):
+            own[name] = values.get(own[name], own[name])
     return own
 
 
