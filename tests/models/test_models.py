@@ -210,7 +210,7 @@ def test_given_magnitude_wins_over_the_computed_one():
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(
         ValueError,
-        match="does not exist, and nothing is downloaded by name: expected a Hugging Face checkpoint directory",
+        match=r"does not exist: expected a Hugging Face checkpoint directory .*, or for LLM and --model a repository",
     ):
         load_config(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"has no config\.json"):

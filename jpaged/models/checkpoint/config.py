@@ -181,8 +181,11 @@ def find_config(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        kind = "is a file" if path.exists() else "does not exist, and nothing is downloaded by name"
-        raise ValueError(f"{path} {kind}: expected a Hugging Face checkpoint directory (config.json, *.safetensors)")
+        kind = "is a file" if path.exists() else "does not exist"
+        raise ValueError(
+            f"{path} {kind}: expected a Hugging Face checkpoint directory (config.json, *.safetensors), or for LLM and "
+            "--model a repository of the hub, ORG/NAME"
+        )
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path} is not a checkpoint directory: it has no config.json. "
