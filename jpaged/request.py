@@ -6,6 +6,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from jpaged.results import (
+    NO_CONTINUATION,
+    NOT_FINITE,
     CompletionDelta,
     CompletionOutput,
     FinishReason,
@@ -35,6 +37,8 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_N",
     "MAX_STOP_STRINGS",
+    "NOT_FINITE",
+    "NO_CONTINUATION",
     "BeamSearchParams",
     "CompletionDelta",
     "CompletionOutput",

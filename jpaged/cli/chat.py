@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jpaged.cli import start
-from jpaged.cli.options import CHAT_MAX_TOKENS, cap, sampling_params
+from jpaged.cli.options import CHAT_MAX_TOKENS, as_typed, cap, sampling_params
 from jpaged.cli.terminal import Answer, end_line, note, one_line, show
 from jpaged.request import FinishReason, SamplingParams
 
@@ -128,7 +128,10 @@ def _answer(llm: "LLM", talk: _Conversation, message: str, params: SamplingParam
     answer, params = Answer(), cap(params, room)
     with suppress(KeyboardInterrupt):  # what there is of the answer stays
         show("", llm.stream({"prompt_token_ids": asked.token_ids}, params), answer)
-    if not answer.token_ids:
+    if answer.error is not None:
+        end_line(answer.text)
+        note(f"[{as_typed(answer.error)}]")
+    if not answer.token_ids or answer.error is not None:
         return talk
     end_line(answer.text)
     if answer.finish_reason is FinishReason.LENGTH:

@@ -1,7 +1,6 @@
 """``jpaged info``: what a machine and a checkpoint offer, without reading weights or allocating a KV cache."""
 
 import argparse
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jpaged.cli.options import engine_settings
+from jpaged.cli.terminal import to_json
 from jpaged.config import EngineConfig
 from jpaged.device.kv.host_memory import has_copy_engine
 from jpaged.device.kv.host_pool import num_host_blocks_for
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is left to others
     info = gather_info(args.model, EngineConfig(**engine_settings(args)))
     if args.is_leader:
-        print(json.dumps(asdict(info)) if args.json else info)
+        print(to_json(asdict(info)) if args.json else info)
 
 
 def gather_info(path: str | Path | None, config: EngineConfig) -> Info:

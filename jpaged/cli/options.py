@@ -57,8 +57,8 @@ programs are kept for the next run, in the directory that jpaged info names.
 _GENERATE = """\
 Continue PROMPT and print it together with its continuation, token by token as they come. With -n above 1 each
 completion is printed whole, after the prompt and under a header, when it is complete. --json prints the result
-alone: an object whose "outputs" hold text, token_ids, finish_reason ("stop" or "length"), log-probabilities and
-the score of a beam search.
+alone: an object whose "outputs" hold text, token_ids, finish_reason ("stop", "length" or "error"), log-probabilities
+and the score of a beam search. A number that JSON cannot say is null.
 
 Text is drawn at random, and differs from one run to the next; on a terminal the seed that repeats it is shown.
 With --temperature 0 the likeliest token is taken at every step, so the same prompt always gives the same text.

@@ -156,7 +156,7 @@ class Engine:
             group = self.scheduler.abort(request_id, reason)
             if group is None:
                 return False
-            self.outputs.answers[request_id].error = error
+            group.error = error
             self.outputs.note([group])
             self.outputs.read()
         return True

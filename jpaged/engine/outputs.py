@@ -93,7 +93,6 @@ class _Answer:
         is_watched: whether tokens become text before the request ends, for deltas or to find stop strings.
         arrived: when the request was made, of ``time.monotonic``.
         first_token: when the step of its first token had ended.
-        error: why the engine ended it.
         progress: decoding state by sequence id.
     """
 
@@ -103,7 +102,6 @@ class _Answer:
     is_watched: bool
     arrived: float
     first_token: float | None = None
-    error: str | None = None
     progress: dict[int, _Progress] = field(default_factory=dict)
 
 
@@ -195,7 +193,14 @@ class Outputs:
             if answer.is_streamed and answer.is_ranked:
                 self._output.deltas.extend(
                     CompletionDelta(
-                        request_id, o.index, o.text, o.token_ids, o.finish_reason, o.stop_reason, o.logprobs
+                        request_id,
+                        o.index,
+                        o.text,
+                        o.token_ids,
+                        o.finish_reason,
+                        o.stop_reason,
+                        o.logprobs,
+                        error=_error(group, o.finish_reason),
                     )
                     for o in result.outputs
                 )
@@ -231,10 +236,12 @@ class Outputs:
         if group.request.params.logprobs is not None:
             progress.logprobs += self._new_logprobs(seq, len(progress.logprobs), group.request.params.logprobs)
             logprobs = progress.logprobs[len(progress.logprobs) - len(new_ids) :] if new_ids else []
-        if seq.finish_reason is None:
+        if (reason := seq.finish_reason) is None:
             return CompletionDelta(request_id, seq.index, text, new_ids, None, None, logprobs)
         stop_reason = _stop_reason(group, seq, progress.detokenizer)
-        return CompletionDelta(request_id, seq.index, text, new_ids, seq.finish_reason, stop_reason, logprobs)
+        return CompletionDelta(
+            request_id, seq.index, text, new_ids, reason, stop_reason, logprobs, error=_error(group, reason)
+        )
 
     def _new_logprobs(self, seq: Sequence, start: int, num_top: int) -> list[dict[int, Logprob]]:
         """The log-probabilities of the output tokens of a sequence, from output token ``start`` on."""
@@ -302,7 +309,7 @@ class Outputs:
             num_cached_tokens=group.num_cached_tokens or 0,
             num_preemptions=group.num_preemptions,
             times=RequestTimes(answer.arrived, group.first_scheduled, answer.first_token, monotonic()),
-            error=answer.error,
+            error=group.error,
         )
 
     def _completion(self, answer: _Answer, seq: Sequence) -> CompletionOutput:
@@ -353,6 +360,11 @@ class Outputs:
 
     def _decode_one(self, token_id: int) -> str | None:
         return None if self._texts is None else self._texts.text(token_id)
+
+
+def _error(group: SequenceGroup, reason: FinishReason | None) -> str | None:
+    """The explanation of an end that is no completion's own."""
+    return group.error if reason in (FinishReason.ABORT, FinishReason.ERROR) else None
 
 
 def _stop_reason(group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer | None) -> int | str | None:

@@ -318,9 +318,10 @@ class Scheduler:
         self.drop()
         if self.rows.num_restless:
             self.outcome.settle_chunks(plan)
+        touched: dict[SequenceGroup, None] = {}
         if plan.prompt_scores:
-            self.outcome.take_prompt_scores(plan, result)
-        touched = dict.fromkeys(self.outcome.take_tokens(plan, result))
+            touched |= dict.fromkeys(self.outcome.take_prompt_scores(plan, result))
+        touched |= dict.fromkeys(self.outcome.take_tokens(plan, result))
         if self.blocks.enable_prefix_caching:
             self.outcome.note_decoded(plan)
         if plan.beams:

@@ -1,17 +1,19 @@
 """Families beside Llama and OPT: over two devices and back to a checkpoint, and every option that changes numbers."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from jpaged.models import fuse_projections, load_config, load_model, save_checkpoint
 from jpaged.sharding import make_mesh
 from tests.support.oracles import HF_REFERENCE, load_reference, teacher_forced_logits
 
-CASES = ["smollm3", "granite", "olmo2", "starcoder2"]
+CASES = ["smollm3", "granite", "olmo2", "starcoder2", "gemma2", "gemma3"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -47,6 +49,11 @@ def _edited(tmp_path, case, **changes):
         ("smollm3", {"use_sliding_window": False}, "layer_types asks for sliding_attention, but no sliding_window"),
         ("granite", {"logits_scaling": 0}, "logits_scaling=0 is not valid: expected a number above 0"),
         ("granite", {"residual_multiplier": -1.0}, r"residual_multiplier=-1\.0 is not valid"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, r"attn_logit_softcapping=0\.0 is not valid"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar=0 is not valid"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not valid"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, r"attn_logit_softcapping=30\.0 is not valid: expected null"),
+        ("gemma3", {"sliding_window": None}, "layer_types asks for sliding_attention, but no sliding_window"),
         ("starcoder2", {"norm_epsilon": 0.0}, r"norm_epsilon=0\.0 is not valid"),
         ("starcoder2", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported"),
     ],
@@ -61,3 +68,34 @@ def test_layers_without_rotary_embedding_follow_from_an_interval(tmp_path):
     config = load_config(path)
     assert [rope is not None for rope in config.layer_ropes] == [True, False, True, False, True]
     assert [spec.sliding_window for spec in config.layer_specs] == [None, 24, None, 24, None]
+
+
+def test_global_layers_of_gemma3_have_the_other_rope_and_the_context_counts_its_scaling():
+    config = load_config(HF_REFERENCE / "gemma3")
+    thetas = [rope.theta for rope in config.layer_ropes]
+    assert thetas == [100.0, 100.0, 10000.0, 100.0, 100.0]
+    assert config.max_model_len == 128  # not 128 * factor
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_text_part_of_a_multimodal_checkpoint_is_the_text_model(prefix, tmp_path):
+    case = HF_REFERENCE / "gemma3"
+    text = json.loads((case / "config.json").read_text())
+    del text["architectures"], text["eos_token_id"]
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "eos_token_id": [5, 6], "vision_config": {}}))
+    tensors = load_file(case / "model.safetensors")
+    named = {name.replace("model.", prefix, 1): value for name, value in tensors.items()}
+    save_file({**named, "vision_tower.x.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+
+    config, expected = load_config(tmp_path), load_config(case)
+    assert config == replace(expected, eos_token_ids=(5, 6))
+    models = [load_model(path, expected, "float32", make_mesh(), use_tqdm=False) for path in (case, tmp_path)]
+    for one, other in zip(*(jax.tree.leaves(nnx.state(model)) for model in models), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_text_part_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Gemma3ForConditionalGeneration"], "text_config": 1}')
+    with pytest.raises(ValueError, match=r"config\.json: text_config=1 is not valid"):
+        load_config(tmp_path)

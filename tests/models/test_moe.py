@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jpaged.models import load_config, load_model, random_model, save_checkpoint
 from jpaged.models.layers.moe import ActivatedGate, Weights, all_experts, chosen_experts, route
+from jpaged.models.layers.mxfp4 import decode_mxfp4
 from jpaged.sharding import make_mesh
 from tests.support.oracles import HF_REFERENCE, load_reference, teacher_forced_logits
 
@@ -105,7 +106,7 @@ def _leaves(model):
     return {path: np.asarray(v[...]) for path, v in nnx.to_flat_state(nnx.state(model))}
 
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+MIXTURES = ("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe")
 
 
 @pytest.mark.parametrize("case", MIXTURES)
@@ -164,6 +165,8 @@ def test_missing_expert_is_named(tmp_path):
         ("qwen2_moe", 2, (3, 2, 12, 32)),  # whole experts
         ("mixtral", 2, (7, 2, 10, 32)),  # 7 experts: each device holds half the width of all
         ("mixtral", 4, (7, 2, 5, 32)),
+        ("gpt_oss", 2, (3, 2, 20, 32)),
+        ("gpt_oss_mxfp4", 4, (5, 2, 16, 32)),  # the share of a device starts within a block of MXFP4
     ],
 )
 def test_several_devices_give_the_logits_of_one(case, tensor_parallel_size, share):
@@ -192,6 +195,9 @@ def test_width_that_devices_cannot_split_is_refused_only_if_they_split_it():
         ("mixtral", {"num_local_experts": 0}, "num_experts=0 is not valid"),
         ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 is not valid"),
         ("qwen3_moe", {"moe_intermediate_size": 0}, "expert_size=0 is not valid"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, r"swiglu_limit=0\.0"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ("mixtral", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
     ],
 )
 def test_config_that_cannot_work_is_refused(case, changes, message, tmp_path):
@@ -199,3 +205,48 @@ def test_config_that_cannot_work_is_refused(case, changes, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=rf"(?s)config\.json.*{message}"):
         load_config(tmp_path)
+
+
+# MXFP4 ----------------------------------------------------------------------------------------------------------------
+
+FP4_VALUES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+
+
+def test_blocks_of_mxfp4_hold_the_numbers_of_its_definition():
+    codes = np.concatenate([np.arange(16), np.arange(16)[::-1]])  # every code, of which a byte holds two
+    blocks = (codes[0::2] | codes[1::2] << 4).astype(np.uint8)[None]
+    values = np.array([*FP4_VALUES, *(-value for value in FP4_VALUES)])[codes]
+    for exponent in (-125, -3, 0, 1, 127 - 3):
+        scales = np.array([exponent + 127], np.uint8)
+        found = decode_mxfp4(jnp.asarray(blocks), jnp.asarray(scales), jnp.float32)
+        np.testing.assert_array_equal(found, (values * 2.0**exponent).astype(np.float32))
+    assert np.isnan(decode_mxfp4(jnp.asarray(blocks), jnp.array([255], jnp.uint8), jnp.float32)).all()
+
+
+def test_each_block_of_mxfp4_has_its_own_scale_and_place():
+    blocks = np.full((2, 3, 16), 0x2A, np.uint8)  # -1 and then 1
+    scales = np.arange(127, 133, dtype=np.uint8).reshape(2, 3)
+    found = decode_mxfp4(jnp.asarray(blocks), jnp.asarray(scales), jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    assert found.shape == (2, 96)
+    expected = np.repeat(2.0 ** np.arange(6).reshape(2, 3), 32, axis=1) * np.tile([-1, 1], 48)[None]
+    np.testing.assert_array_equal(found.astype(jnp.float32), expected)
+
+
+def test_experts_in_mxfp4_are_written_as_numbers_and_load_back_equal(tmp_path):
+    model, config = _load("gpt_oss_mxfp4"), load_config(HF_REFERENCE / "gpt_oss_mxfp4")
+    assert config.dtype == "bfloat16"
+    save_checkpoint(model, config, tmp_path, dtype="bfloat16")
+    before, after = _leaves(model), _leaves(_load("gpt_oss_mxfp4", 1, tmp_path))
+    for path, value in before.items():
+        np.testing.assert_array_equal(value, after[path])
+
+
+def test_packed_experts_of_another_type_are_refused(tmp_path):
+    (tmp_path / "config.json").write_bytes((HF_REFERENCE / "gpt_oss_mxfp4" / "config.json").read_bytes())
+    tensors = load_file(HF_REFERENCE / "gpt_oss_mxfp4" / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    tensors[name] = tensors[name].astype(np.int8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name} is stored as I8, .*: expected one of U8"):
+        _load("gpt_oss_mxfp4", 1, tmp_path)

@@ -18,6 +18,9 @@ DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
 MAX_INT = engine_config.MAX_SLOTS
 """Sizes, positions and token ids are int32 on the device."""
 
+_DECODED = {("gpt_oss", "mxfp4")}
+"""Model types and their quantisations that the reader of weights decodes."""
+
 _FLOAT32 = np.finfo(np.float32)
 
 
@@ -215,7 +218,8 @@ def parse_hf_config(raw: dict[str, Any], model_type: str) -> Any:
     Raises:
         ValueError: the weights are quantised, or transformers refuses the content.
     """
-    if (quantization := raw.get("quantization_config")) is not None:
+    quantization = raw.get("quantization_config")
+    if quantization is not None and (model_type, _method(quantization)) not in _DECODED:
         raise ValueError(f"quantised weights ({quantization}) are not supported: use the original ones")
     if raw.get("model_type", model_type) != model_type:
         raise ValueError(
@@ -234,6 +238,10 @@ def parse_hf_config(raw: dict[str, Any], model_type: str) -> Any:
         )
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"refused by transformers, correct it or download it again: {error}") from error
+
+
+def _method(quantization: Any) -> Any:
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
 def read_eos_token_ids(path: Path) -> tuple[int, ...] | None:

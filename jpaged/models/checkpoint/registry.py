@@ -21,7 +21,7 @@ from jpaged.models.checkpoint.config import (
     read_json,
 )
 from jpaged.models.checkpoint.weights import is_untied, load_state, stored_dtype
-from jpaged.models.families import granite, llama, mixtral, olmo2, opt, qwen_moe, starcoder2
+from jpaged.models.families import gemma, gpt_oss, granite, llama, mixtral, olmo2, opt, qwen_moe, starcoder2
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
@@ -33,16 +33,21 @@ log = logging.getLogger(__name__)
 
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
+    (gpt_oss.MODEL_TYPES, gpt_oss.GptOssConfig, gpt_oss.GptOssForCausalLM),
     (mixtral.MODEL_TYPES, mixtral.MixtralConfig, mixtral.MixtralForCausalLM),
     (opt.MODEL_TYPES, opt.OPTConfig, opt.OPTForCausalLM),
     (qwen_moe.MODEL_TYPES, qwen_moe.QwenMoeConfig, qwen_moe.QwenMoeForCausalLM),
     (granite.MODEL_TYPES, granite.GraniteConfig, granite.GraniteForCausalLM),
+    (gemma.MODEL_TYPES, gemma.GemmaConfig, gemma.GemmaForCausalLM),
     (olmo2.MODEL_TYPES, olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM),
     (starcoder2.MODEL_TYPES, starcoder2.Starcoder2Config, starcoder2.Starcoder2ForCausalLM),
 )
 
-_CONSTANTS = {"scale": 1, "bias": 0}
+_CONSTANTS = {"scale": 1, "scale_less_one": 0, "bias": 0}
 """Initial values of the parameters that are not drawn, by name."""
+
+_TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+"""Architectures of several modalities, with those of their text parts."""
 
 SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name in model_types)
 """Supported values of config.json's ``architectures``."""
@@ -62,6 +67,7 @@ def load_config(path: str | Path) -> ModelConfig:
     """
     config_path = find_config(path)
     raw = read_json(config_path)
+    raw = _text_part(config_path, raw)
     architectures = raw.get("architectures")
     known = ", ".join(SUPPORTED_ARCHITECTURES)
     if (
@@ -93,6 +99,18 @@ def load_config(path: str | Path) -> ModelConfig:
         )
         config = replace(config, tie_word_embeddings=False)
     return config
+
+
+def _text_part(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the text part of a model of several modalities, and any other one as it is."""
+    architectures = raw.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    if len(names) != 1 or not isinstance(names[0], str) or names[0] not in _TEXT_PARTS:
+        return raw
+    if not isinstance(text := raw.get("text_config"), dict):
+        raise ValueError(f"{path}: text_config={text!r:.100} is not valid: expected an object")
+    shared = {name: value for name, value in raw.items() if name not in ("model_type", "text_config", "vision_config")}
+    return {**shared, **text, "architectures": [_TEXT_PARTS[names[0]]]}
 
 
 def abstract_model(

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Supported dtypes, by their name in safetensors."""
 
+_PACKED = "U8"
+"""Dtype of tensors that a spelling decodes."""
+
 _PROJECTION = "lm_head.weight"
 
 _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
@@ -57,7 +60,7 @@ class _Stored(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return self.size * jnp.dtype(_DTYPES[self.dtype]).itemsize
+        return self.size * (1 if self.dtype == _PACKED else jnp.dtype(_DTYPES[self.dtype]).itemsize)
 
 
 def _module(path: tuple[Any, ...]) -> str:
@@ -71,7 +74,7 @@ def _spellings(path: tuple[Any, ...], metadata: dict[str, Any], ndim: int) -> tu
     """
     if (spellings := metadata.get("spellings")) is not None:
         return spellings
-    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
+    leaf = "weight" if path[-1] in ("kernel", "scale", "scale_less_one", "embedding") else path[-1]
     return (Whole(leaf, (1, 0) if path[-1] == "kernel" else tuple(range(ndim))),)
 
 
@@ -114,6 +117,7 @@ def stored_dtype(path: Path) -> str:
     with ExitStack() as stack:
         for tensor in _open_tensors(path, stack).values():
             sizes[tensor.dtype] += tensor.size
+    sizes.pop(_PACKED, None)  # the numbers become those of the other weights
     dtype = max(sizes, key=sizes.__getitem__, default="F32")
     if dtype not in _DTYPES:
         raise ValueError(
@@ -223,12 +227,14 @@ def _check_tensors(
     _complete_names(flat, stored)
     chosen: list[tuple[Spelling, tuple[str, ...]]] = []
     expected: dict[str, tuple[int, ...]] = {}
+    packed: set[str] = set()
     for where, variable in flat:
         module, shape = _module(where), copies.shape_without(variable.shape, variable.logical_axes)
         spelling = spelling_in(_spellings(where, variable.get_metadata(), len(shape)), module, shape, stored)
         shapes = spelling.shapes(module, shape)
         chosen.append((spelling, tuple(shapes)))
         expected |= shapes
+        packed |= shapes.keys() if spelling.decode else set()
     if _PROJECTION in stored and _PROJECTION not in expected:
         projection, embedding = stored.pop(_PROJECTION), next(name for name in expected if name.endswith(_EMBEDDINGS))
         stored.setdefault(embedding, projection)
@@ -245,20 +251,26 @@ def _check_tensors(
                 f"{tensor.file}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
                 "one of the two belongs to another model"
             )
-        if tensor.dtype not in _DTYPES:
+        dtypes = (_PACKED,) if name in packed else tuple(_DTYPES)
+        if tensor.dtype not in dtypes:
             raise ValueError(
                 f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not supported: "
-                f"expected one of {', '.join(_DTYPES)}"
+                f"expected one of {', '.join(dtypes)}"
             )
     return chosen
 
 
 def _complete_names(flat: list[tuple[Any, Any]], stored: dict[str, _Stored]) -> None:
-    """Give the tensors of a bare decoder, or of Mixtral as transformers renames it, the names of the parameters."""
+    """Give tensors the names of the parameters.
+
+    Other names have the tensors of a bare decoder, of the text part of a model of several modalities, and of Mixtral as
+    transformers renames it.
+    """
     modules = {_module(where) for where, _ in flat}
     for name in list(stored):
-        renamed = name.replace(".mlp.", ".block_sparse_moe.")
-        for other in (renamed, f"model.{name}", f"model.{renamed}"):
+        text = name.replace("language_model.", "", 1)
+        renamed = text.replace(".mlp.", ".block_sparse_moe.")
+        for other in (text, renamed, f"model.{text}", f"model.{renamed}"):
             if not _is_in(name, modules) and _is_in(other, modules):
                 stored[other] = stored.pop(name)
                 break
@@ -306,8 +318,11 @@ def _load_param(spelling: Spelling, module: str, slices: dict[str, Any], variabl
     dtype, sharding = variable.dtype, moved(variable.get_value(), to_host=False).sharding
     copied = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
     shape = copies.shape_without(variable.shape, variable.logical_axes)
-    # A decoded parameter is split after its numbers are decoded: the part of a device may start within a block of them.
-    spec = P() if copied or spelling.decode else P(*(_padded(sharding.spec, len(shape))[a] for a in spelling.axes))
+    spec = P(*(_padded(sharding.spec, len(shape))[axis] for axis in spelling.axes))
+    if spelling.decode:  # other axes are split after the numbers are decoded: a part may start within a block of them
+        spec = P(spec[0])
+    if copied:
+        spec = P()
     placed = NamedSharding(sharding.mesh, spec)
 
     def read(index: Index | None) -> np.ndarray:

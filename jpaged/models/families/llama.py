@@ -20,6 +20,7 @@ from jpaged.models.layers.common import (
     linear,
     split_heads,
     to_vocab,
+    with_axes,
 )
 from jpaged.models.layers.fused import GATE_UP, QKV
 from jpaged.models.layers.rope import Angles, Rope, rotate
@@ -107,7 +108,8 @@ class LlamaConfig(ModelConfig):
         return tuple(replace(spec, sliding_window=window) for spec, window in with_windows)
 
     def prefix_salt(self, prompt_len: int) -> bytes:
-        return self.rope.prefix_salt(prompt_len)
+        ropes = dict.fromkeys(rope for rope in self.layer_ropes if rope is not None)
+        return b"".join(rope.prefix_salt(prompt_len) for rope in ropes)
 
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "LlamaConfig":
@@ -148,18 +150,21 @@ class LlamaConfig(ModelConfig):
         return values
 
     @classmethod
-    def shared_from_hf(cls, hf: Any, common: dict[str, Any]) -> dict[str, Any]:
-        """Return the fields that every architecture has; the arguments are those of ``from_hf``."""
-        head_dim = getattr(hf, "head_dim", None)
-        if head_dim is None:
-            head_dim = hf.hidden_size // hf.num_attention_heads
+    def shared_from_hf(cls, hf: Any, common: dict[str, Any], rope: Rope | None = None) -> dict[str, Any]:
+        """Return the fields that every architecture has.
+
+        Args:
+            hf, common: those of ``from_hf``.
+            rope: the rotary embedding, if ``rope_parameters`` of config.json are not Llama's.
+        """
+        head_dim = head_dim_of(hf)
         return {
             **common,
             "intermediate_size": hf.intermediate_size,
             "num_kv_heads": hf.num_key_value_heads,
             "head_dim": head_dim,
             "rms_norm_eps": getattr(hf, cls.epsilon_name),
-            "rope": Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
+            "rope": rope or Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
             "hidden_act": getattr(hf, cls.activation_name),
         }
 
@@ -180,6 +185,12 @@ class LlamaConfig(ModelConfig):
         """The entries of config.json's ``layer_types``."""
         windows = self.sliding_windows or (None,) * self.num_layers
         return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def head_dim_of(hf: Any) -> int:
+    """Return config.json's ``head_dim``, which may follow from other sizes."""
+    head_dim = getattr(hf, "head_dim", None)
+    return hf.hidden_size // hf.num_attention_heads if head_dim is None else head_dim
 
 
 def layer_windows(hf: Any, sliding_window: int | None) -> tuple[int | None, ...]:
@@ -209,6 +220,7 @@ def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
 
 class LlamaAttention(nnx.Module):
     fusible = QKV
+    head_norm_class: ClassVar[Any] = RMSNorm
 
     def __init__(self, config: LlamaConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         hidden, head_dim = config.hidden_size, config.head_dim
@@ -219,10 +231,13 @@ class LlamaAttention(nnx.Module):
         self.v_proj = linear(hidden, kv_size, None, "kv_heads", bias=bias, dtype=dtype, rngs=rngs)
         self.o_proj = linear(q_size, hidden, "heads", None, bias=config.o_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
-            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+            self.q_norm = self.head_norm_class(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+            self.k_norm = self.head_norm_class(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.config = config
         self.spec = config.layer_specs[layer]
+        if self.spec.sinks:
+            init = with_axes(nnx.initializers.normal(0.02), "heads")
+            self.sinks = nnx.Param(init(rngs.params(), (config.num_heads,), dtype))
         self.rope = config.layer_ropes[layer]
 
     def __call__(
@@ -233,7 +248,9 @@ class LlamaAttention(nnx.Module):
     ) -> Float[Array, "tokens hidden_size"]:
         q, k, v = QKV.project(self, x)
         q, k = self._rotated(q, "q_norm", angles), self._rotated(k, "k_norm", angles)
-        out = attend_from(self._source(x), attend, self.spec, q, k, split_heads(v, self.config.head_dim))
+        v = split_heads(v, self.config.head_dim)
+        sinks = self.sinks[...].astype(jnp.float32) if self.spec.sinks else None
+        out = attend_from(self._source(x), attend, self.spec, q, k, v, sinks)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
     def _rotated(

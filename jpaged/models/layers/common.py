@@ -114,39 +114,24 @@ class RMSNorm(nnx.Module):
 
 
 class WideRMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, in float32 and cast *after* the scale, as OLMo 2 and Gemma do.
+    """Root-mean-square norm over the last axis, in float32 and cast *after* the scale, as OLMo 2 does.
 
     Args:
         features: size of the last axis.
         epsilon: addend to the mean square.
         axis: logical axis of the scale.
-        adds_one: whether the parameter is the scale less 1 (Gemma).
         dtype: dtype of the parameter.
         rngs: unused by the constant initial scale of 1.
     """
 
-    def __init__(
-        self,
-        features: int,
-        epsilon: float,
-        *,
-        axis: str | None = None,
-        adds_one: bool = False,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.adds_one, self.epsilon = adds_one, epsilon
-        if adds_one:
-            zeros = with_axes(nnx.initializers.zeros, axis)
-            self.scale_less_one = nnx.Param(zeros(rngs.params(), (features,), dtype))
-        else:
-            ones = with_axes(nnx.initializers.ones, axis)
-            self.scale = nnx.Param(ones(rngs.params(), (features,), dtype))
+    def __init__(self, features: int, epsilon: float, *, axis: str | None = None, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        init = with_axes(nnx.initializers.ones, axis)
+        self.scale = nnx.Param(init(rngs.params(), (features,), dtype))
+        self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        param = self.scale_less_one if self.adds_one else self.scale
-        scale = _like_last_axis(param, x).astype(jnp.float32)
-        return (_rms_normed(x, self.epsilon) * (1 + scale if self.adds_one else scale)).astype(x.dtype)
+        scale = _like_last_axis(self.scale, x).astype(jnp.float32)
+        return (_rms_normed(x, self.epsilon) * scale).astype(x.dtype)
 
     def add(
         self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
@@ -168,6 +153,26 @@ def fuse_norms(model: nnx.Module, add_norm: AddNorm | None = None) -> None:
         if isinstance(module, RMSNorm):
             is_taken = why_not_add_norm(module.scale.shape[0], jnp.dtype(module.scale.dtype)) is None
             module.add_norm = add_norm if is_taken else None
+
+
+class ShiftedRMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis as Gemma has it: ``WideRMSNorm`` whose parameter is the scale less 1."""
+
+    def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        init = with_axes(nnx.initializers.zeros, None)
+        self.scale_less_one = nnx.Param(init(rngs.params(), (features,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        scale = 1 + _like_last_axis(self.scale_less_one, x).astype(jnp.float32)
+        return (_rms_normed(x, self.epsilon) * scale).astype(x.dtype)
+
+    def add(
+        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
+        """See ``RMSNorm.add``."""
+        x = _added(x, branch)
+        return x, self(x)
 
 
 class LayerNorm(nnx.Module):

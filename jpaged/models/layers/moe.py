@@ -70,6 +70,23 @@ class ActivatedGate:
         return ACTIVATIONS[self.name](gate) * up
 
 
+@dataclass(frozen=True)
+class ClampedSwiglu:
+    """The gate of gpt-oss: ``(up + 1) * gate * sigmoid(alpha * gate)`` of clamped inputs.
+
+    Args:
+        alpha: factor on the gate within the sigmoid.
+        limit: bound of ``gate`` from above, and of ``up`` from both sides.
+    """
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: Float[Array, "*batch ffn"], up: Float[Array, "*batch ffn"]) -> Float[Array, "*batch ffn"]:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+
+
 class Weights(NamedTuple):
     """Arrays of all experts; ``gate_up`` has the gate first. Biases are None if there are none."""
 
