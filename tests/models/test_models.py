@@ -231,8 +231,8 @@ def test_config_that_is_no_json_object_is_refused(text, message, tmp_path):
     ("changes", "message"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel.* is not supported: .*LlamaForCausalLM.*OPTForCausalLM",
+            {"architectures": ["BloomForCausalLM"]},
+            "BloomForCausalLM.* is not supported: .*LlamaForCausalLM.*OPTForCausalLM",
         ),
         ({"architectures": None}, "architectures=None"),
         ({"model_type": "mistral"}, "disagrees with architectures"),

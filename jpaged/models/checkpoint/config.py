@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jpaged import config as engine_config
+from jpaged.models.checkpoint.joined import Joined
 from jpaged.models.spec import LayerSpec
 
 DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
@@ -104,6 +105,11 @@ class ModelConfig:
     def max_model_len(self) -> int:
         """The longest supported context, in tokens."""
         return self.max_position_embeddings
+
+    @property
+    def joined(self) -> tuple[Joined, ...]:
+        """The projections that checkpoints store joined."""
+        return ()
 
     @property
     def shows_sources(self) -> bool:
