@@ -28,6 +28,7 @@ from jpaged.engine.sampling_defaults import read_sampling_defaults
 from jpaged.host.offload.profile import report
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
+from jpaged.models.checkpoint.hub import CONFIG_FILES, find_checkpoint
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import make_mesh
 
@@ -137,13 +138,13 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     """Look at this machine and at a checkpoint's config.json.
 
     Args:
-        path: a checkpoint directory; None is the model in the package.
+        path: a checkpoint directory, or the name of a repository; None is the model in the package.
         config: the settings of the LLM.
 
     Raises:
         ValueError: no checkpoint, an unknown architecture, or settings that the machine or the model cannot meet.
     """
-    path = DEMO_MODEL if path is None else Path(path)
+    path = DEMO_MODEL if path is None else find_checkpoint(path, files=CONFIG_FILES, use_tqdm=False)
     model_config = load_config(path)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)

@@ -43,7 +43,7 @@ _EPILOG = """\
 examples:
   jpaged generate "def fibonacci(n):"
   jpaged chat --model ~/models/Llama-3.2-1B-Instruct
-  jpaged serve --model ~/models/Llama-3.2-1B-Instruct
+  jpaged serve --model Qwen/Qwen3-0.6B
   jpaged batch requests.jsonl results.jsonl
   jpaged info --json
 
@@ -264,8 +264,9 @@ def _add_engine_options(parser: argparse.ArgumentParser, names: Iterable[str]) -
     group = parser.add_argument_group("model and engine")
     group.add_argument(
         "--model",
-        metavar="DIR",
-        help="Hugging Face checkpoint: config.json, *.safetensors, tokenizer (default: the small model in the package)",
+        metavar="MODEL",
+        help="directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer), or a repository of the "
+        "hub, ORG/NAME or ORG/NAME@REVISION, which is downloaded once (default: the small model in the package)",
     )
     settings = settings_of(EngineConfig)
     for name in names:
@@ -343,12 +344,16 @@ def engine_settings(args: argparse.Namespace, names: Iterable[str] = ENGINE_OPTI
 
 
 def server_settings(args: argparse.Namespace, names: Iterable[str]) -> ServerSettings:
-    """The settings of the server that options set.
+    """The settings of the server that options set. A model from the hub is served under its name there.
 
     Raises:
         ValueError: a setting out of range.
     """
-    return ServerSettings(**_given(args, names))
+    from jpaged.models.checkpoint.hub import repository_of  # imports JAX, which --help has no use for
+
+    repository = repository_of(args.model)
+    named: dict[str, Any] = {} if repository is None else {"served_model_name": repository.name}
+    return ServerSettings(**named | _given(args, names))
 
 
 def sampling_params(

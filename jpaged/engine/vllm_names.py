@@ -43,7 +43,8 @@ _TRANSLATIONS = {
     "enforce_eager": _Translation("warm_up", lambda is_eager: False if is_eager else None),
 }
 
-_HUB = "download the checkpoint with hf download, and give its directory"
+_REVISION = "name it as ORG/NAME@REVISION, or give the directory that hf download made"
+_HUB = "hf download has it, HF_HOME says where the cache is, and HF_TOKEN has the token"
 _SILENT = (_ANY,)
 
 _FOREIGN = {
@@ -52,9 +53,9 @@ _FOREIGN = {
     ),
     "tokenizer_mode": _Foreign("LLM.from_model takes a tokenizer of yours", ("auto",)),
     "skip_tokenizer_init": _Foreign("SamplingParams(detokenize=False) makes no text"),
-    "revision": _Foreign(_HUB, (None,)),
-    "tokenizer_revision": _Foreign(_HUB, (None,)),
-    "code_revision": _Foreign(_HUB, (None,)),
+    "revision": _Foreign(_REVISION, (None,)),
+    "tokenizer_revision": _Foreign(_REVISION, (None,)),
+    "code_revision": _Foreign("no code of a checkpoint is ever run", (None,)),
     "download_dir": _Foreign(_HUB, (None,)),
     "hf_token": _Foreign(_HUB, (None,)),
     "hf_overrides": _Foreign("LLM.from_model takes a ModelConfig", (None,)),
@@ -134,7 +135,7 @@ class EngineArgs:
     @staticmethod
     def add_cli_args[ParserT: argparse._ActionsContainer](parser: ParserT) -> ParserT:
         """Add an option for ``model`` and for each setting of the engine to a parser, or to a group of one."""
-        parser.add_argument("--model", help="checkpoint directory")
+        parser.add_argument("--model", help="checkpoint directory, or ORG/NAME of the hub")
         for name, each in settings_of(EngineConfig).items():
             is_flag = each.rule.type is bool
             form: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if is_flag else {"type": each.rule.type}

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 
 from jpaged.interrupts import InterruptsWait
 from jpaged.models.checkpoint.config import ModelConfig, read_json
+from jpaged.models.checkpoint.joined import Joined
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
 from jpaged.models.layers.kv_copies import KVCopies
@@ -78,11 +80,20 @@ def _spellings(path: tuple[Any, ...], metadata: dict[str, Any], ndim: int) -> tu
     return (Whole(leaf, (1, 0) if path[-1] == "kernel" else tuple(range(ndim))),)
 
 
-def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool = True) -> nnx.State:
+def load_state(
+    path: Path, state: nnx.State, copies: KVCopies, joined: Sequence[Joined] = (), *, use_tqdm: bool = True
+) -> nnx.State:
     """Fill ``state`` (variables that hold shapes and shardings) from the checkpoint directory ``path``.
 
     Files are memory-mapped. Each device gets its own slice only, in the stored dtype, and transposes and converts the
     slice itself. All names and shapes are checked before the first byte is read.
+
+    Args:
+        path: Hugging Face checkpoint directory.
+        state: the model's parameters.
+        copies: copies of KV heads.
+        joined: projections that the checkpoint stores joined; each device reads its slice of each part.
+        use_tqdm: whether to show a progress bar.
 
     Raises:
         ValueError: a file is missing or damaged, or its tensors differ from ``state``.
@@ -90,6 +101,8 @@ def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool
     flat = allocation_order(nnx.to_flat_state(state))
     with ExitStack() as stack:
         stored = _open_tensors(path, stack)
+        for projection in joined:
+            projection.split(stored)
         chosen = _check_tensors(path, flat, stored, copies)
         num_bytes = [sum(stored[name].num_bytes for name in names) for _, names in chosen]
         total = sum(num_bytes)
@@ -169,6 +182,8 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
         spelling = _spellings(where, metadata, tensor.ndim)[0]
         written = spelling.write(_module(where), tensor)
         tensors |= {name: np.ascontiguousarray(value) for name, value in written.items()}
+    for projection in config.joined:
+        projection.join(tensors)
     stored_dtype = next(iter(tensors.values())).dtype.name
     text = json.dumps(replace(config, dtype=stored_dtype).to_hf(), indent=2)
     (path / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -270,7 +285,7 @@ def _complete_names(flat: list[tuple[Any, Any]], stored: dict[str, _Stored]) -> 
     for name in list(stored):
         text = name.replace("language_model.", "", 1)
         renamed = text.replace(".mlp.", ".block_sparse_moe.")
-        for other in (text, renamed, f"model.{text}", f"model.{renamed}"):
+        for other in (text, renamed, f"model.{text}", f"model.{renamed}", f"transformer.{text}"):
             if not _is_in(name, modules) and _is_in(other, modules):
                 stored[other] = stored.pop(name)
                 break
