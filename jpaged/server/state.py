@@ -23,12 +23,12 @@ from jpaged.server.health import Report, report_of
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
 from jpaged.server.metrics import Metrics
 from jpaged.server.opening import Opening
-from jpaged.server.pinning import Prefixes
+from jpaged.server.pinned_prefixes import Prefixes
 from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
 from jpaged.server.template import ChatTemplate
-from jpaged.server.tokens import TextCodec
+from jpaged.server.text_codec import TextCodec
 
 if TYPE_CHECKING:
     from jpaged.server.tracing import Tracing
