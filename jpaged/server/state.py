@@ -277,11 +277,12 @@ class Server:
             return call.key.name == request.state.key.name and call_id in (call.call_id, call.client_id)
 
         error = ApiError(CANCELLED_STATUS, "the request was cancelled", code="cancelled")
-        meant = [call for call in (*self._waiting.values(), *self.calls.values()) if is_meant(call)]
+        open_calls = [call for call in self.calls.values() if is_meant(call)]
+        meant = [*open_calls, *[call for call in self._waiting.values() if is_meant(call)]]
         refused = [ticket.refuse(error) for call in meant for ticket in self._tickets[call.call_id]]
         has_any = any(refused)
         with refusals():
-            for call in meant:
+            for call in open_calls:
                 has_any |= await self.llm.abort(call.request_ids)
         return has_any
 
