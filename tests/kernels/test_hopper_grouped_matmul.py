@@ -1,12 +1,13 @@
 """The Hopper kernel of grouped products in Pallas's interpreter, watched for races, against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.grouped_matmul.hopper import grouped_matmul_hopper
+from pallas_kernels.grouped_matmul.hopper import TWO_CONSUMERS_FROM, Case, _grouped, grouped_matmul_hopper
 from pallas_kernels.grouped_matmul.plan import most_tiles, plan_tiles
 
 pytestmark = pytest.mark.usefixtures("no_races")
@@ -90,3 +91,22 @@ def test_operands_that_do_not_fit_are_refused(changes, error, message):
     }
     with pytest.raises(error, match=message):
         grouped_matmul(**operands | changes, interpret=changes.get("implementation") is None)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_groups", "hidden_size", "ffn"),
+    [(2048, 128, 2048, 768), (16384, 8, 4096, 14336), (1024, 32, 2880, 2880)],
+    ids=["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b"],
+)
+def test_compiles_for_the_gpu_at_real_sizes(num_rows, num_groups, hidden_size, ffn):
+    sizes = jax.ShapeDtypeStruct((num_groups,), jnp.int32)
+    for features, matrix, is_transposed in (
+        (hidden_size, (2 * ffn, hidden_size), True),
+        (ffn, (ffn, hidden_size), False),
+    ):
+        x = jax.ShapeDtypeStruct((num_rows, features), jnp.bfloat16)
+        weights = jax.ShapeDtypeStruct((num_groups, *matrix), jnp.bfloat16)
+        consumers = 2 if num_rows // num_groups >= TWO_CONSUMERS_FROM else 1
+        case = Case(features, matrix[not is_transposed], is_transposed, jnp.dtype("bfloat16"), consumers, False)
+        traced = _grouped.trace(x, weights, sizes, case=case, num_sms=132, interpret=None)
+        traced.lower(lowering_platforms=("cuda",))
