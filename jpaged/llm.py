@@ -22,6 +22,7 @@ from jpaged.engine.stats import EngineStats, Metric, metrics_of
 from jpaged.engine.tokenizers import load_tokenizer
 from jpaged.engine.vllm_names import takes_vllm_names
 from jpaged.models import ModelConfig
+from jpaged.models.checkpoint.hub import TOKENIZER_FILES, find_checkpoint
 from jpaged.request import BeamSearchParams, CompletionDelta, RequestOutput, SamplingParams
 from jpaged.rules import describe, settings_of
 from jpaged.sharding import make_mesh
@@ -54,10 +55,11 @@ class LLM:
     taken too, where they mean something here: ``jpaged/docs/from-vllm.md`` lists them.
 
     Args:
-        model: a checkpoint directory (config.json, *.safetensors, tokenizer); None is the small model in the package.
-        tokenizer: the directory of a tokenizer other than the checkpoint's.
+        model: a checkpoint directory (config.json, *.safetensors, tokenizer), or a repository of Hugging Face's hub:
+            ORG/NAME or ORG/NAME@REVISION. None is the small model in the package.
+        tokenizer: the directory or repository of a tokenizer other than the checkpoint's.
         warm_up: whether to compile every program now, or each when first needed. None: now, except on a CPU.
-        use_tqdm: whether to show progress while loading and compiling.
+        use_tqdm: whether to show progress while downloading, loading and compiling.
 
     Raises:
         ValueError: a setting out of range, no checkpoint, an unknown architecture, or no memory for a KV cache.
@@ -86,6 +88,7 @@ class LLM:
         offload_cache: str = "auto",
         offload_dtype: str = "auto",
         weight_placement: str = "device",
+        generation_config: str = "auto",
         seed: int = 0,
         tensor_parallel_size: int = 1,
         attention_implementation: str | None = None,
@@ -95,7 +98,8 @@ class LLM:
     ):
         given = locals()
         config = EngineConfig(**{name: given[name] for name in settings_of(EngineConfig)})
-        source = _directory_of(model), config, None if tokenizer is None else _load_tokenizer(Path(tokenizer))
+        shows = use_tqdm and jax.process_index() == 0
+        source = _directory_of(model, shows), config, None if tokenizer is None else _load_tokenizer(tokenizer, shows)
         self._serve(load_checkpoint(*source, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
@@ -209,7 +213,7 @@ class LLM:
         Args:
             prompts: strings, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``, one or many. With a "cache_salt"
                 a prompt shares cached KV only with prompts of the same salt.
-            sampling_params: one for all prompts, or one each; None is ``SamplingParams()``.
+            sampling_params: one for all prompts, or one each; None is ``get_default_sampling_params()``.
             priority: one for all prompts, or one each: lower is served first and preempted last.
             use_tqdm: whether to show progress, with the rate of tokens.
 
@@ -329,8 +333,8 @@ class LLM:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters of a call without any, by vLLM's name."""
-        return SamplingParams()
+        """The parameters of a call without any, by vLLM's name: see ``generation_config``."""
+        return self.engine.default_params
 
     def get_metrics(self) -> list[Metric]:
         """``stats`` as vLLM's list of metrics, under its names where it has them."""
@@ -345,19 +349,19 @@ class LLM:
 LLM.__doc__ = describe(LLM.__doc__, EngineConfig)
 
 
-def _directory_of(model: object) -> Path:
-    """The checkpoint directory that an LLM is made of. Raises ValueError for anything that names no directory."""
+def _directory_of(model: object, use_tqdm: bool) -> Path:
+    """The checkpoint directory that an LLM is made of. Raises ValueError for anything that names no checkpoint."""
     if model is not None and not isinstance(model, str | Path):
         raise ValueError(
-            f"model is a {type(model).__name__}: expected a checkpoint directory; LLM.from_model(model, model_config) "
-            "serves a module in memory"
+            f"model is a {type(model).__name__}: expected a checkpoint directory or ORG/NAME; "
+            "LLM.from_model(model, model_config) serves a module in memory"
         )
-    return DEMO_MODEL if model is None else Path(model)
+    return DEMO_MODEL if model is None else find_checkpoint(model, use_tqdm=use_tqdm)
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a directory that a caller named. Raises ValueError if it has none."""
-    tokenizer = load_tokenizer(path)
+def _load_tokenizer(source: str | Path, use_tqdm: bool = False) -> Tokenizer:
+    """The tokenizer of a directory or a repository that a caller named. Raises ValueError if it has none."""
+    tokenizer = load_tokenizer(find_checkpoint(source, files=TOKENIZER_FILES, use_tqdm=use_tqdm))
     if tokenizer is None:
-        raise ValueError(f"tokenizer={str(path)!r} is no directory with a tokenizer: give one, or None")
+        raise ValueError(f"tokenizer={str(source)!r} is no directory with a tokenizer: give one, or None")
     return tokenizer

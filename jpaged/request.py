@@ -216,7 +216,7 @@ class SamplingParams:
         optional(Rule(list, _is_token_ids, "a list or tuple of token ids, each an integer of 0 or more")),
         "token ids that end the completion, besides the model's own end-of-sequence ids",
         beams=None,
-        unset="none",
+        unset="none; may be given several times",
     )
     include_stop_str_in_output: bool = _parameter(
         False, FLAG, "let the text end with the stop string that ended it", beams=None

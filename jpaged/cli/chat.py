@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    params = sampling_params(args, CHAT_MAX_TOKENS)
+    sampling_params(args, CHAT_MAX_TOKENS, {})  # finds mistakes before anything loads
     llm = start.load(args, max_num_seqs=1)
+    params = sampling_params(args, CHAT_MAX_TOKENS, llm.engine.sampling_defaults)
     if getattr(llm.tokenizer, "chat_template", None) is None:
         raise ValueError(
             f"{args.model or 'the model in the package'} has no chat template, so it is not made for conversation: "

@@ -20,11 +20,12 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if not args.json and (args.logprobs is not None or args.prompt_logprobs is not None):
         raise ValueError("--logprobs and --prompt-logprobs are shown by --json only: add it")
-    params = generate_params(args)
+    params = generate_params(args, {})  # finds mistakes before anything loads
     prompt = sys.stdin.read() if args.prompt == "-" and args.is_leader else args.prompt
     if not prompt:
         _check_empty_prompt(args)
     llm = start.load(args, max_num_seqs=params.num_sequences)
+    params = generate_params(args, llm.engine.sampling_defaults)
     if args.max_tokens is None:
         params = cap(params, llm.max_model_len)
     if args.json:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_empty_prompt(args: argparse.Namespace) -> None:
     """Refuse an empty prompt before the weights are read, unless the tokenizer begins a text with a token."""
-    from jpaged.engine.loading import load_tokenizer
+    from jpaged.engine.tokenizers import load_tokenizer
     from jpaged.llm import DEMO_MODEL
 
     path = DEMO_MODEL if args.model is None else Path(args.model)

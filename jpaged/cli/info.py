@@ -6,6 +6,7 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -23,9 +24,11 @@ from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
 from jpaged.device.target import Target, choose_backend, describe_devices, placement_note, target_of
 from jpaged.device.weights import check_host_weights, device_bytes
+from jpaged.engine.sampling_defaults import read_sampling_defaults
 from jpaged.host.offload.profile import report
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
+from jpaged.models.checkpoint.hub import CONFIG_FILES, find_checkpoint
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import make_mesh
 
@@ -81,7 +84,7 @@ class Info:
 
     ``numa_node`` is that of the host pool, or None where processes of several nodes could have it. ``profile`` has the
     rates that an earlier run with these settings kept in ``profile_path``, or is None. ``placement_note`` says whether
-    the placements asked for gain nothing here.
+    the placements asked for gain nothing here. ``sampling_defaults`` are the parameters that the checkpoint recommends.
     """
 
     versions: dict[str, str]
@@ -97,6 +100,7 @@ class Info:
     profile_path: str | None
     preemption: str
     placement_note: str | None
+    sampling_defaults: dict[str, Any]
 
     def __str__(self) -> str:
         model, pool = self.model, self.kv_cache
@@ -117,6 +121,7 @@ class Info:
             "host pool": _describe_host_pool(self.host_pool, self.numa_node),
             "preemption": _describe_preemption(self.preemption, self.host_pool),
             "placement": self.placement_note,
+            "sampling": ", ".join(f"{name} {value}" for name, value in self.sampling_defaults.items()),
         }
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items() if value)
 
@@ -133,13 +138,13 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     """Look at this machine and at a checkpoint's config.json.
 
     Args:
-        path: a checkpoint directory; None is the model in the package.
+        path: a checkpoint directory, or the name of a repository; None is the model in the package.
         config: the settings of the LLM.
 
     Raises:
         ValueError: no checkpoint, an unknown architecture, or settings that the machine or the model cannot meet.
     """
-    path = DEMO_MODEL if path is None else Path(path)
+    path = DEMO_MODEL if path is None else find_checkpoint(path, files=CONFIG_FILES, use_tqdm=False)
     model_config = load_config(path)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
@@ -184,6 +189,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
         profile_path=None if profile is None else str(kept_at),
         preemption=config.preemption,
         placement_note=placement_note(config, target_of(mesh)),
+        sampling_defaults=read_sampling_defaults(path) if config.generation_config == "auto" else {},
     )
 
 

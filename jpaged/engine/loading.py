@@ -1,6 +1,6 @@
 """From a checkpoint, or a model in memory, to an engine that is ready."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from jpaged.device.target import target_of
 from jpaged.device.weights import check_host_weights
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.loop import Engine
+from jpaged.engine.sampling_defaults import read_sampling_defaults
 from jpaged.engine.tokenizers import load_tokenizer
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig, load_config, load_model
@@ -59,6 +60,7 @@ def load_checkpoint(
         interrupts.check()
         tokenizer = tokenizer or load_tokenizer(path)
         interrupts.check()
+        defaults = read_sampling_defaults(path) if config.generation_config == "auto" else None
         mesh = make_mesh(config.tensor_parallel_size)
         use_tqdm = use_tqdm and jax.process_index() == 0
         dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
@@ -71,7 +73,8 @@ def load_checkpoint(
             check_pools(model_config, config, dtype, mesh)
             return load_model(path, model_config, dtype, mesh, weight_placement=placement, use_tqdm=use_tqdm)
 
-        return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+        options = {"warm_up": warm_up, "use_tqdm": use_tqdm, "sampling_defaults": defaults}
+        return start_engine(load, model_config, config, mesh, tokenizer, **options)
 
 
 def module_loader(
@@ -104,6 +107,7 @@ def start_engine(
     *,
     warm_up: bool | None,
     use_tqdm: bool,
+    sampling_defaults: Mapping[str, Any] | None = None,
 ) -> Engine | Follow:
     """Start an engine over a model.
 
@@ -115,6 +119,7 @@ def start_engine(
         tokenizer: text <-> token ids, or None.
         warm_up: as in ``load_checkpoint``.
         use_tqdm: whether to show progress.
+        sampling_defaults: as for ``Engine``.
 
     Returns:
         As ``load_checkpoint``.
@@ -126,12 +131,13 @@ def start_engine(
     with InterruptsWait():
         if channel is None:
             runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
-            return Engine(runner, config, tokenizer)
+            return Engine(runner, config, tokenizer, sampling_defaults)
         options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
         try:
             agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
             if channel.is_leader:
-                return Engine(LeadingRunner(load(), model_config, config, mesh, **options), config, tokenizer)
+                leading = LeadingRunner(load(), model_config, config, mesh, **options)
+                return Engine(leading, config, tokenizer, sampling_defaults)
             return partial(follow, ModelRunner(load(), model_config, config, mesh, **options), channel)
         except BaseException:
             channel.close()  # or the other processes would wait

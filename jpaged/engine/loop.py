@@ -1,6 +1,7 @@
 """The engine's loop: adds and aborts requests, and keeps a step in flight."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,13 +35,21 @@ class Engine:
         runner: the device half, ready.
         config: the settings of the runner, or settings that ask for no more blocks, rows and tokens.
         tokenizer: text <-> token ids; None serves token ids only.
+        sampling_defaults: sampling parameters of requests that give none, as far as they differ from
+            ``SamplingParams()``.
 
     Raises:
         ValueError: a block size other than the runner's, more rows or tokens than its steps have, or swapping and
             streaming with a runner that cannot.
     """
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+    ):
         if config.block_size != runner.config.block_size:
             raise ValueError(
                 f"block_size={config.block_size} is not the runner's {runner.config.block_size}: give that"
@@ -80,7 +89,9 @@ class Engine:
             preemption=config.preemption,
             profile=runner.profile,
         )
-        self.prompts = PromptReader(tokenizer, runner.model_config)
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self.default_params = SamplingParams(**self.sampling_defaults)
+        self.prompts = PromptReader(tokenizer, runner.model_config, self.default_params)
         self.outputs = Outputs(tokenizer, self.scheduler)
         self._num_requests = 0  # made by ``make_requests``
         self._random = np.random.default_rng(config.seed)
@@ -99,7 +110,7 @@ class Engine:
         Args:
             request_id: unique among unfinished requests.
             prompt: text or token ids.
-            params: how to generate.
+            params: how to generate; None is ``default_params``.
             priority: lower is served first and preempted last.
 
         Raises:

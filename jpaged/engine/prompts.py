@@ -39,10 +39,12 @@ class PromptReader:
     Args:
         tokenizer: turns text into token ids; None refuses text.
         model_config: the vocabulary, and what a prompt's KV depends on besides its tokens.
+        default_params: sampling parameters of requests that give none.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, model_config: ModelConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, model_config: ModelConfig, default_params: SamplingParams) -> None:
         self._tokenizer = tokenizer
+        self._default_params = default_params
         self._model_config = model_config
         self._special_tokens = special_tokens(tokenizer)
         self._latest_bans: tuple[Any, Bans] = None, ((), ())
@@ -53,7 +55,7 @@ class PromptReader:
         Raises:
             ValueError: a prompt that is empty or out of the vocabulary, or parameters that do not fit this model.
         """
-        params = params or SamplingParams()
+        params = self._default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(params).__name__}: expected SamplingParams")
         if not isinstance(priority, int) or isinstance(priority, bool):

@@ -27,7 +27,7 @@ async def completions(request: Request) -> Answer:
     arrived = monotonic()
     body.check()
     server.check_model(body.model)
-    params = body.params(body.logprobs)
+    params = body.params(body.logprobs, server.llm.engine.sampling_defaults)
     if body.echo and body.logprobs is not None:
         params = replace(params, prompt_logprobs=max(body.logprobs, params.prompt_logprobs or 0))
     given = body.prompts(server.settings.max_prompts)

@@ -387,7 +387,7 @@ def test_every_setting_is_an_option_or_is_left_out_on_purpose():
     assert left_out == {"max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "seed"}
     assert all(hasattr(args, name) for name in (*ENGINE_OPTIONS, "no_prefix_caching"))
     left_out = {name for name in settings_of(SamplingParams) if not hasattr(args, name)}
-    assert left_out == {"use_beam_search", "logit_bias", "stop_token_ids", *OF_PROGRAMS}
+    assert left_out == {"use_beam_search", "logit_bias", *OF_PROGRAMS}
     assert all(hasattr(args, name) for name in settings_of(BeamSearchParams))
 
 

@@ -781,6 +781,7 @@ HF_BLOCK_SIZES = (8, 16, 32)
 HF_ENGINE_RUNS = [
     *itertools.product(["llama_gqa", "opt", "qwen2_window"], HF_BLOCK_SIZES),
     ("smollm3", 8),
+    ("phi3_longrope", 8),
 ]
 
 

@@ -1,6 +1,7 @@
 """Edges of texts: empty prompts, ends of turns, stop strings that are special tokens or end inside a character."""
 
 import copy
+import json
 from functools import cache
 
 import numpy as np
@@ -8,8 +9,13 @@ import pytest
 
 from jpaged import LLM, EngineConfig, FinishReason, SamplingParams
 from jpaged.cli.chat import _Conversation
+from jpaged.cli.options import DRAWING, generate_params, make_parser
 from jpaged.cli.terminal import Answer
-from tests.support.tiny import tiny_config, tiny_model, with_few_sizes
+from jpaged.engine import loading
+from jpaged.engine.loop import Engine
+from jpaged.engine.sampling_defaults import read_sampling_defaults
+from jpaged.models import save_checkpoint
+from tests.support.tiny import TINY, tiny_config, tiny_model, with_few_sizes
 from tests.support.tokenizer_makes import MAKES, tokenizer_of
 
 CONFIG = tiny_config(vocab_size=300, max_position_embeddings=64)  # it names no end of text
@@ -112,3 +118,69 @@ def test_turns_have_the_tokens_of_the_whole_conversation(make, joint):
     again = asked.with_answer(tokenizer, answer).ask(tokenizer, "ing")
     assert again.text == f"{asked.text}{answer.text}{joint}u:ing{joint}a:"
     assert again.token_ids == tokenizer.encode(again.text, add_special_tokens=False)
+
+
+# Recommended parameters -----------------------------------------------------------------------------------------------
+
+
+def save_defaults(path, **values):
+    (path / "generation_config.json").write_text(json.dumps(values))
+    return path
+
+
+def test_parameters_that_a_checkpoint_names_are_those_of_a_call_without_any(tmp_path):
+    values = {
+        "do_sample": False,
+        "temperature": 0.25,
+        "top_k": None,
+        "top_p": 0.5,
+        "max_new_tokens": 3,
+        "bos_token_id": 1,
+    }
+    defaults = read_sampling_defaults(save_defaults(tmp_path, **values))
+    assert defaults == {"temperature": 0.25, "top_p": 0.5, "max_tokens": 3}
+    own = LLM.from_engine(Engine(llm().engine.runner, SIZES, tokenizer_of("byte level"), defaults | {"temperature": 0}))
+    assert own.get_default_sampling_params() == SamplingParams(temperature=0, top_p=0.5, max_tokens=3)
+    [with_defaults] = own.generate("the", use_tqdm=False)
+    [given] = own.generate("the", SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+    assert with_defaults.outputs == given.outputs
+    assert "".join(delta.text for delta in own.stream("the")) == given.outputs[0].text
+    assert len(own.generate("the", SamplingParams(), use_tqdm=False)[0].outputs[0].token_ids) == 16
+
+
+@pytest.mark.parametrize(("values", "match"), [({"temperature": -1}, "temperature=-1"), ({"top_p": "x"}, "top_p='x'")])
+def test_parameters_that_are_not_valid_are_refused_with_their_file(tmp_path, values, match):
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {match} is not valid.*generation_config='none'"):
+        read_sampling_defaults(save_defaults(tmp_path, **values))
+
+
+def test_checkpoint_without_parameters_recommends_none(tmp_path):
+    assert read_sampling_defaults(tmp_path) == {}
+    assert llm().get_default_sampling_params() == SamplingParams()
+
+
+@pytest.mark.parametrize("setting", ["auto", "none"])
+def test_setting_says_whether_a_checkpoint_is_asked(tmp_path, setting, monkeypatch):
+    save_checkpoint(tiny_model(), TINY, tmp_path)
+    started = []
+    monkeypatch.setattr(
+        loading, "start_engine", lambda *_, sampling_defaults, **options: started.append(sampling_defaults)
+    )
+    save_defaults(tmp_path, temperature=0.5)
+    config = EngineConfig(generation_config=setting)
+    loading.load_checkpoint(tmp_path, config, warm_up=False, use_tqdm=False)
+    assert started == [{"temperature": 0.5} if setting == "auto" else None]
+
+
+def test_command_line_takes_what_is_recommended_and_what_is_given():
+    recommended = {"temperature": 0.5, "max_tokens": 7}
+    args = make_parser().parse_args(
+        ["generate", "a", "--top-p", "0.75", "--stop-token-ids", "5", "--stop-token-ids", "6"]
+    )
+    params = generate_params(args, recommended)
+    assert (params.temperature, params.max_tokens, params.top_p, params.top_k) == (0.5, 7, 0.75, 0)
+    assert params.stop_token_ids == [5, 6]
+    params = generate_params(args, {})
+    assert (params.temperature, params.max_tokens, params.top_p) == (DRAWING.temperature, 128, 0.75)
+    beams = make_parser().parse_args(["generate", "a", "--beam-width", "2", "--stop-token-ids", "5"])
+    assert generate_params(beams, recommended).temperature == 0

@@ -81,6 +81,17 @@ _OPT = {
 
 _EXPERTS = {"head_dim": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20}
 
+_GPT2 = {
+    "vocab_size": 131,
+    "n_embd": 36,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_positions": 112,
+    "layer_norm_epsilon": 1e-3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
 _GPT_OSS = {
     **_EXPERTS,
     "num_hidden_layers": 3,
@@ -256,6 +267,30 @@ CASES = {
         },
         dtype=torch.bfloat16,
     ),
+    "phi3": Case("phi3", {"sliding_window": 24, "head_dim": None, "num_key_value_heads": 4}, dtype=torch.bfloat16),
+    "phi3_longrope": Case(
+        "phi3",
+        {
+            "hidden_size": 64,
+            "num_key_value_heads": 1,
+            "head_dim": None,
+            "intermediate_size": 28,
+            "original_max_position_embeddings": 64,
+            **_rope(
+                "longrope",
+                short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.6],
+                long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+                partial_rotary_factor=0.75,
+            ),
+        },
+        dtype=torch.float16,
+    ),
+    "gpt2": Case("gpt2", {**_GPT2, "tie_word_embeddings": False}, dtype=torch.float16),
+    "gpt2_scaled": Case(
+        "gpt2",
+        {**_GPT2, "n_inner": 44, "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+        dtype=torch.float16,
+    ),
     "opt": Case("opt", _OPT),
     "opt_post_norm": Case("opt", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 20}),
 }
@@ -275,14 +310,15 @@ def _randomise(model: torch.nn.Module, dtype: torch.dtype, seed: int) -> None:
             value = noise
         elif "experts" in name:  # [experts, out, in], and gpt-oss [experts, in, out]
             value = 1.5 / math.sqrt(parameter.shape[1 if model.config.model_type == "gpt_oss" else 2]) * noise
-        elif "norm" in name:
+        elif "norm" in name or ".ln_" in name:
             value = (0 if model.config.model_type.startswith("gemma") else 1) + 0.2 * noise  # Gemma adds 1
-        elif "embed_positions" in name:
+        elif "embed_positions" in name or "wpe" in name:
             value = 1.5 * noise
-        elif "embed" in name:
+        elif "embed" in name or "wte" in name:
             value = 0.5 * noise
         else:
-            value = (3.0 if "lm_head" in name else 1.5) / math.sqrt(parameter.shape[1]) * noise
+            fan_in = parameter.shape[0 if ".c_" in name and model.config.model_type == "gpt2" else 1]
+            value = (3.0 if "lm_head" in name else 1.5) / math.sqrt(fan_in) * noise
         parameter.data.copy_(value.to(dtype))
 
 
@@ -338,7 +374,7 @@ def _continue(model: Any, prompt: torch.Tensor) -> tuple[dict[str, np.ndarray], 
 
 def _candidates(case: Case) -> Iterator[tuple[int, Any, dict[str, torch.Tensor]]]:
     """Yield float32 models for seeds 0, 1, ... and their packed tensors; weights are exact in the storage dtype."""
-    values = case.config if case.model_type == "opt" else _SMALL | case.config
+    values = case.config if case.model_type in ("opt", "gpt2") else _SMALL | case.config
     config = AutoConfig.for_model(case.model_type, **{k: v for k, v in values.items() if v is not None or "token" in k})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     for seed in range(1000):

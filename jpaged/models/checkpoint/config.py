@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jpaged import config as engine_config
+from jpaged.models.checkpoint.joined import Joined
 from jpaged.models.spec import LayerSpec
 
 DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
@@ -106,6 +107,11 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def joined(self) -> tuple[Joined, ...]:
+        """The projections that checkpoints store joined."""
+        return ()
+
+    @property
     def shows_sources(self) -> bool:
         """Whether every layer shows the source of its K and V (``attend_from``), which are functions of it alone."""
         return False
@@ -184,8 +190,11 @@ def find_config(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        kind = "is a file" if path.exists() else "does not exist, and nothing is downloaded by name"
-        raise ValueError(f"{path} {kind}: expected a Hugging Face checkpoint directory (config.json, *.safetensors)")
+        kind = "is a file" if path.exists() else "does not exist"
+        raise ValueError(
+            f"{path} {kind}: expected a Hugging Face checkpoint directory (config.json, *.safetensors), or for LLM and "
+            "--model a repository of the hub, ORG/NAME"
+        )
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path} is not a checkpoint directory: it has no config.json. "

@@ -21,7 +21,19 @@ from jpaged.models.checkpoint.config import (
     read_json,
 )
 from jpaged.models.checkpoint.weights import is_untied, load_state, stored_dtype
-from jpaged.models.families import gemma, gpt_oss, granite, llama, mixtral, olmo2, opt, qwen_moe, starcoder2
+from jpaged.models.families import (
+    gemma,
+    gpt2,
+    gpt_oss,
+    granite,
+    llama,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen_moe,
+    starcoder2,
+)
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
@@ -39,7 +51,9 @@ _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (qwen_moe.MODEL_TYPES, qwen_moe.QwenMoeConfig, qwen_moe.QwenMoeForCausalLM),
     (granite.MODEL_TYPES, granite.GraniteConfig, granite.GraniteForCausalLM),
     (gemma.MODEL_TYPES, gemma.GemmaConfig, gemma.GemmaForCausalLM),
+    (gpt2.MODEL_TYPES, gpt2.GPT2Config, gpt2.GPT2LMHeadModel),
     (olmo2.MODEL_TYPES, olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM),
+    (phi3.MODEL_TYPES, phi3.Phi3Config, phi3.Phi3ForCausalLM),
     (starcoder2.MODEL_TYPES, starcoder2.Starcoder2Config, starcoder2.Starcoder2ForCausalLM),
 )
 
@@ -162,7 +176,7 @@ def load_model(
         ValueError: a file is missing, damaged or disagrees with ``config``; the message names the file and the tensor.
     """
     graphdef, state = abstract_model(config, dtype, mesh, weight_placement=weight_placement)
-    return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), use_tqdm=use_tqdm))
+    return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), config.joined, use_tqdm=use_tqdm))
 
 
 def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int, *, weight_placement: str = "device") -> Any:

@@ -68,15 +68,16 @@ def linear(
     bias: bool,
     dtype: Dtype,
     rngs: nnx.Rngs,
+    **metadata: Any,
 ) -> nnx.Linear:
-    """Make a projection with parameters and arithmetic in ``dtype``, and named axes."""
+    """Make a projection with parameters and arithmetic in ``dtype``, named axes, and more metadata of its kernel."""
     return nnx.Linear(
         in_features,
         out_features,
         use_bias=bias,
         dtype=dtype,
         param_dtype=dtype,
-        kernel_init=with_axes(_normal, in_axis, out_axis),
+        kernel_init=nnx.with_metadata(_normal, logical_axes=(in_axis, out_axis), **metadata),
         bias_init=with_axes(nnx.initializers.zeros, out_axis),
         rngs=rngs,
     )

@@ -196,11 +196,16 @@ def _join_params(params: Sequence[Sequence[nnx.Param]], columns: Columns) -> lis
     return [
         nnx.Param(
             moved(array, to_host=is_on_host(group[0].get_value())),
-            logical_axes=group[0].logical_axes,
             columns=columns,
+            **_kept_metadata(group[0]),
         )
         for group, array in zip(params, joined, strict=True)
     ]
+
+
+def _kept_metadata(param: nnx.Param) -> dict[str, Any]:
+    """Return the metadata by which parameters are split over devices and written to checkpoints."""
+    return {name: value for name, value in param.get_metadata().items() if name in ("logical_axes", "spellings")}
 
 
 @lru_cache
