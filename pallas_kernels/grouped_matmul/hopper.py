@@ -70,7 +70,7 @@ class Case:
     Args:
         num_features, num_columns: sizes of the matrices.
         is_transposed: whether the matrices are [columns, features].
-        dtype: of the operands and the result.
+        dtype: dtype of the operands and the result.
         consumers: warpgroups that multiply.
         is_interpreted: whether Pallas interprets the kernel.
     """

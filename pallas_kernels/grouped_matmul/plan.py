@@ -10,7 +10,7 @@ class Tiles(NamedTuple):
     """Tiles that hold each row of each group once, in the order of the groups.
 
     Args:
-        columns: of each tile, its group, its first row and its number of rows.
+        columns: group, first row and number of rows of each tile.
         num_tiles: tiles in use; later columns are 0.
     """
 
