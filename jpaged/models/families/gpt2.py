@@ -103,10 +103,9 @@ class GPT2Attention(nnx.Module):
 
     def __init__(self, config: GPT2Config, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         hidden = config.hidden_size
-        kv_size = config.num_kv_heads * config.head_dim  # larger than hidden_size if KV heads are copied
         self.q_proj = conv1d(hidden, hidden, None, "heads", dtype=dtype, rngs=rngs)
-        self.k_proj = conv1d(hidden, kv_size, None, "kv_heads", dtype=dtype, rngs=rngs)
-        self.v_proj = conv1d(hidden, kv_size, None, "kv_heads", dtype=dtype, rngs=rngs)
+        self.k_proj = conv1d(hidden, hidden, None, "kv_heads", dtype=dtype, rngs=rngs)
+        self.v_proj = conv1d(hidden, hidden, None, "kv_heads", dtype=dtype, rngs=rngs)
         self.c_proj = conv1d(hidden, hidden, "heads", None, dtype=dtype, rngs=rngs)
         self.head_dim = config.head_dim
         self.spec = config.layer_specs[layer]
