@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float32, Int32, Int64
 from jpaged.contract.result import TokenScores
 from jpaged.contract.rows import COLUMNS, NO_CHANGES, NO_INTS, RowChanges, pack_row
 from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.blocks.windows import NEVER
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 
 MOST_STOPS = 4
@@ -58,6 +59,7 @@ class RowTable:
         known: tokens of these that the host knows.
         limits: tokens at which each sequence ends.
         capacity: tokens that the blocks of each sequence hold without another block or a copy.
+        next_slide: position from which windows have passed a block that each sequence holds.
         is_steady: whether each row is steady.
         is_due: whether steps have filled blocks of each steady row that are not published yet.
     """
@@ -68,7 +70,8 @@ class RowTable:
         heapify(self._free)
         self._groups: list[SequenceGroup | None] = [None] * num_rows
         self._seqs: list[Sequence | None] = [None] * num_rows
-        self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views
+        self._num_groups = len(blocks.groups)
+        self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views of the cells of each row
         self._entered: list[int] = []  # rows with a new owner since the last plan
         self._changed: dict[int, int] = {}  # first logical block that changed since the last plan, by row
         self._cells: dict[int, bytes] = {}  # columns of rows with a new owner
@@ -81,6 +84,7 @@ class RowTable:
         self.known: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.limits: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.capacity: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.next_slide: Int32[np.ndarray, " rows"] = np.full(num_rows, NEVER, np.int32)
         self.is_steady: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self.is_due: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self._can_burst: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
@@ -187,6 +191,8 @@ class RowTable:
             self.capacity[row] = self._blocks.holdings.num_tokens(holding)
             self._tables[row] = holding.blocks
             self._changed[row] = 0
+            if holding.starts:
+                self.next_slide[row] = self._blocks.windows.next_slide(seq.seq_id)
 
     def missing(
         self, rows: Int32[np.ndarray, " some"], ends: Int32[np.ndarray, " some"]
@@ -210,7 +216,7 @@ class RowTable:
 
     @property
     def num_unwritten(self) -> int:
-        """Slots that the block manager counts as held, and that steady rows have still to fill."""
+        """Tokens that the block manager gave slots to, and that steady rows have still to write."""
         ends, capacity = self.positions[self.is_steady] - 1, self.capacity[self.is_steady]
         return int(np.maximum(capacity - ends, 0).sum())
 
@@ -219,9 +225,10 @@ class RowTable:
         if not self._entered and not self._changed:
             return NO_CHANGES
         rows = list(self._changed)
-        tables = [self._tables[row][first:] for row, first in self._changed.items()]
+        num_groups = self._num_groups
+        tables = [self._tables[row][first * num_groups :] for row, first in self._changed.items()]
         lens = np.array([len(table) for table in tables], np.int64)
-        ends, starts = np.cumsum(lens), np.array(list(self._changed.values()), np.int64)
+        ends, starts = np.cumsum(lens), np.array(list(self._changed.values()), np.int64) * num_groups
         cells = b"".join([self._cells.pop(row) for row in self._entered])
         changes = RowChanges(
             rows=np.array(self._entered, np.int32),

@@ -52,7 +52,8 @@ class StepSums:
         self.num_physical_blocks += len(device.blocks) - len(device.free)
         if self._pins.held:
             pins = self._pins.held_seq_ids
-            self.num_logical_blocks -= sum(len(self._blocks.block_table(seq_id)) for seq_id in pins)
+            held = map(self._blocks.holdings.held_by, pins)
+            self.num_logical_blocks -= sum([len(holding.live_blocks) for holding in held])
             self.num_physical_blocks -= self._blocks.num_blocks_freed_by(pins)
 
 

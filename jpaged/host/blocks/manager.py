@@ -15,9 +15,11 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.append import Append
 from jpaged.host.blocks.batch import BatchRow, BlockBatch, pad_batch, slots_of
+from jpaged.host.blocks.group_match import match_groups
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.blocks.holdings import Holdings
 from jpaged.host.blocks.prefix_cache import PrefixMatch
@@ -28,6 +30,7 @@ from jpaged.host.blocks.streaming import StreamedBlocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.ticket import OutOfBlocks, Ticket
 from jpaged.host.blocks.tier import Transfers, TwoTiers
+from jpaged.host.blocks.windows import WindowedBlocks
 from jpaged.host.offload.placement import KV_ON_DEVICE, Placement
 
 __all__ = ["NO_MATCH", "BlockManager", "OutOfBlocks"]
@@ -47,6 +50,7 @@ class BlockManager:
         enable_prefix_caching: remember published blocks by content and let later sequences share them.
         num_host_blocks: blocks of the host tier, from 0 on; none turns swapping and spilling off.
         placement: which sequences keep blocks on the host while they run; blocks of its window are never handed out.
+        groups: the layer groups, each with block tables of its own; None is one group that keeps all blocks.
 
     Raises:
         ValueError: a size too small, or more slots than int32 can number.
@@ -60,6 +64,7 @@ class BlockManager:
         enable_prefix_caching: bool = False,
         num_host_blocks: int = 0,
         placement: Placement = KV_ON_DEVICE,
+        groups: LayerGroups | None = None,
     ) -> None:
         _check_sizes(num_blocks, block_size, num_host_blocks, placement.num_window_blocks)
         self.num_blocks = num_blocks
@@ -67,15 +72,18 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.placement = placement
+        self.groups = groups or LayerGroups.single()
+        assert self.groups.is_plain or placement.kind == "device", "blocks are streamed for one group alone"
         self.is_quantized = False  # the engine sets it for 8-bit pools: the tokens of a block share a scale
         self.tiers = TwoTiers(num_blocks, num_host_blocks, block_size, placement.num_window_blocks)
         """The two tiers of blocks. Read only."""
-        self.holdings = Holdings(block_size)
+        self.holdings = Holdings(block_size, self.groups)
         """The blocks of every sequence. Read only."""
         self._swap = Swap(self.tiers, self.holdings)
         self._reserve = Reserve(self.tiers, self.holdings, is_counting=enable_prefix_caching)
         self._append = Append(self.tiers, self.holdings)
         self.streamed = StreamedBlocks(self.tiers, self.holdings, self._reserve)
+        self.windows = WindowedBlocks(self.tiers, self.holdings)
 
     @property
     def num_free_blocks(self) -> int:
@@ -118,13 +126,22 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return NO_MATCH
         tokens = token_ids if isinstance(token_ids, HashedTokens) else HashedTokens(token_ids, self.block_size, salt)
-        return self.tiers.match(tokens, len(tokens) if num_tokens is None else num_tokens, least_inside)
+        num_tokens = len(tokens) if num_tokens is None else num_tokens
+        if self.groups.is_plain:
+            return self.tiers.match(tokens, num_tokens, least_inside)
+        return match_groups(self.tiers, self.groups, tokens, num_tokens)
 
     def to_reserve(
-        self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, is_query: bool = True
+        self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, num_queried: int | None = None
     ) -> Ticket[list[BlockCopy]]:
-        """The ticket of ``reserve``: it knows the number of blocks. Raises ValueError as ``reserve`` does."""
-        return self._reserve.ticket(seq_id, num_tokens, match, is_query=is_query)
+        """The ticket of ``reserve``: it knows the number of blocks. Raises ValueError as ``reserve`` does.
+
+        Args:
+            seq_id, num_tokens, match: as for ``reserve``.
+            num_queried: tokens that the match was looked up for; None is ``num_tokens``, and 0 counts no query.
+        """
+        num_queried = num_tokens if num_queried is None else num_queried
+        return self._reserve.ticket(seq_id, num_tokens, match, num_queried=num_queried)
 
     def reserve(
         self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, is_query: bool = True
@@ -147,7 +164,7 @@ class BlockManager:
             OutOfBlocks: too few free blocks.
             ValueError: a ``seq_id`` in use, a negative count, or a match that is not, or no longer, cached.
         """
-        return self.to_reserve(seq_id, num_tokens, match=match, is_query=is_query).commit()
+        return self.to_reserve(seq_id, num_tokens, match=match, num_queried=None if is_query else 0).commit()
 
     def fork(self, parent_id: Hashable, child_id: Hashable) -> None:
         """Start ``child_id`` with all blocks of ``parent_id``, the partial last one too (4.4).
@@ -160,7 +177,7 @@ class BlockManager:
         parent = self.holdings.held_by(parent_id)
         self.holdings.require_new(child_id)
         self.tiers.num_changes += 1
-        self.tiers.device.share(parent.blocks)
+        self.tiers.device.share(parent.live_blocks)
         self.holdings.on_device[child_id] = parent.fork()
 
     # Running ------------------------------------------------------------------------------------------------------
@@ -294,9 +311,13 @@ class BlockManager:
 
     # Reading ------------------------------------------------------------------------------------------------------
 
-    def block_table(self, seq_id: Hashable) -> list[int]:
-        """The sequence's physical blocks in logical order: a live view that follows later calls. Read only."""
-        return self.holdings.held_by(seq_id).blocks
+    def block_table(self, seq_id: Hashable, group: int = 0) -> list[int]:
+        """The sequence's physical blocks of a layer group in logical order, 0 for those that were freed. Read only.
+
+        It is a live view that follows later calls, if there is one group.
+        """
+        blocks = self.holdings.held_by(seq_id).blocks
+        return blocks if len(self.groups) == 1 else blocks[group :: len(self.groups)]
 
     def num_tokens(self, seq_id: Hashable) -> int:
         """Tokens the sequence holds or has room for, in either tier: those reserved plus those appended."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 
-from jpaged.host.blocks.hashed_tokens import HashedTokens, hash_blocks
+from jpaged.host.blocks.hashed_tokens import HashedBlock, HashedTokens, hash_blocks
 from jpaged.host.blocks.holdings import Holding, Holdings
 from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache
 from jpaged.host.blocks.tier import TwoTiers
@@ -56,6 +56,9 @@ def publish(
         blocks = token_ids.blocks(start, stop)
     else:
         blocks = hash_blocks(prefix.digest, token_ids[start * block_size : stop], block_size)
+    if holding.starts:
+        _publish_groups(cache, holding, prefix, blocks)
+        return
     for tokens, digest in blocks:
         known = cache.insert(prefix.link(tokens, digest), holding.blocks[holding.num_published])
         if len(tokens) == cache.block_bytes:
@@ -63,8 +66,36 @@ def publish(
             holding.num_published += 1
 
 
+def _publish_groups(cache: PrefixCache, holding: Holding, prefix: Prefix, blocks: Sequence[HashedBlock]) -> None:
+    """Enter full blocks of each layer group that holds them; no match ends inside a block of several groups."""
+    for tokens, digest in blocks:
+        if len(tokens) == cache.block_bytes:
+            prefix = prefix.link(tokens, digest)
+            for group, block in _held_in_groups(holding, holding.num_published):
+                known = cache.insert(prefix.of_group(group), block)
+                prefix = known if group == 0 else prefix
+            holding.prefix = prefix
+            holding.num_published += 1
+
+
+def _held_in_groups(holding: Holding, index: int) -> list[tuple[int, int]]:
+    """The groups that hold a logical block, and the block of each."""
+    num_groups = len(holding.starts)
+    return [
+        (group, holding.blocks[index * num_groups + group])
+        for group, start in enumerate(holding.starts)
+        if index >= start
+    ]
+
+
 def _publish_again(cache: PrefixCache, holding: Holding, prefix: Prefix) -> None:
     """Enter published blocks that were left out: the blocks that held the entries may have been reused since."""
+    if holding.starts:
+        for index, link in enumerate(prefix.chain()):
+            for group, block in _held_in_groups(holding, index):
+                if block not in cache:
+                    cache.insert(link.of_group(group), block)
+        return
     start = len(holding.host_blocks)  # the host's tier holds entries of its own
     for link, block in zip(prefix.chain()[start:], holding.blocks[start:], strict=False):
         entered = cache.prefix_of(block)  # perhaps before the block was full
