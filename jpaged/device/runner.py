@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jpaged.config import EngineConfig
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
 from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
@@ -136,7 +137,7 @@ class ModelRunner:
             config,
             self.programs.target,
             self.host_bytes_per_block,
-            useful_blocks=config.max_num_seqs * self.max_blocks,
+            useful_blocks=config.max_num_seqs * self.programs.most_blocks,
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":
@@ -157,7 +158,9 @@ class ModelRunner:
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
         sizes = len(self._state.latest), self.max_blocks, model_config.vocab_size
-        self._packer = Packer(self.buckets, *sizes, streams_always=self.programs.streams_always)
+        self._packer = Packer(
+            self.buckets, *sizes, streams_always=self.programs.streams_always, num_groups=len(self.groups)
+        )
 
     # Sizes --------------------------------------------------------------------------------------------------------
 
@@ -200,6 +203,11 @@ class ModelRunner:
     def max_blocks(self) -> int:
         """Width of a block table."""
         return self.programs.max_blocks
+
+    @property
+    def groups(self) -> LayerGroups:
+        """The layer groups, each with block tables of its own."""
+        return self.programs.groups
 
     @property
     def max_burst(self) -> int:

@@ -13,7 +13,7 @@ from jpaged.device.backends import Backend
 from jpaged.device.backends.hopper import HopperBackend
 from jpaged.device.backends.tpu import TpuBackend
 from jpaged.device.backends.xla import XlaBackend
-from jpaged.device.kv.layout import heads_of_pool, kv_dtype, pool_block_size
+from jpaged.device.kv.layout import grouping_of, heads_of_pool, kv_dtype, pool_block_size
 from jpaged.device.kv.pinned import why_no_pinned_memory
 from jpaged.models.checkpoint.config import ModelConfig
 from pallas_kernels import best_implementation, block_pool_shape
@@ -163,7 +163,8 @@ def choose_backend(model: ModelConfig, config: EngineConfig, dtype: jax.typing.D
         own = BACKENDS[kernels_here()]("", mesh.size)
         heads = own.pool_heads(num_kv_heads, head_dim)
         # Each device runs the kernels over its own heads.
-        pool = block_pool_shape(1, model.num_layers, heads[0] // mesh.size, pool_block_size(model, config), heads[1])
+        num_layers = grouping_of(model, config).groups.layers_per_block
+        pool = block_pool_shape(1, num_layers, heads[0] // mesh.size, pool_block_size(model, config), heads[1])
         queries = (1, model.num_heads // mesh.size, head_dim)
         reason = why_not_here(queries, jnp.dtype(dtype), pool, stored)
         choice = best_implementation(reason, num_devices=1)

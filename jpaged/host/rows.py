@@ -71,6 +71,7 @@ class RowTable:
         self._groups: list[SequenceGroup | None] = [None] * num_rows
         self._seqs: list[Sequence | None] = [None] * num_rows
         self._num_groups = len(blocks.groups)
+        self._has_windows = blocks.groups.has_windows
         self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views of the cells of each row
         self._entered: list[int] = []  # rows with a new owner since the last plan
         self._changed: dict[int, int] = {}  # first logical block that changed since the last plan, by row
@@ -230,12 +231,18 @@ class RowTable:
         lens = np.array([len(table) for table in tables], np.int64)
         ends, starts = np.cumsum(lens), np.array(list(self._changed.values()), np.int64) * num_groups
         cells = b"".join([self._cells.pop(row) for row in self._entered])
+        block_rows = np.repeat(np.array(rows, np.int32), lens)
+        places = (np.arange(ends[-1] if rows else 0) + np.repeat(starts - ends + lens, lens)).astype(np.int32)
+        blocks = np.array(list(chain.from_iterable(tables)), np.int32)
+        if self._has_windows:  # a window may leave a long table almost empty
+            is_held = blocks != 0
+            block_rows, places, blocks = block_rows[is_held], places[is_held], blocks[is_held]
         changes = RowChanges(
             rows=np.array(self._entered, np.int32),
             columns=np.frombuffer(cells, np.int32).reshape(len(self._entered), len(COLUMNS)).T,
-            block_rows=np.repeat(np.array(rows, np.int32), lens),
-            block_indices=(np.arange(ends[-1] if rows else 0) + np.repeat(starts - ends + lens, lens)).astype(np.int32),
-            blocks=np.array(list(chain.from_iterable(tables)), np.int32),
+            block_rows=block_rows,
+            block_indices=places,
+            blocks=blocks,
         )
         self._entered.clear()
         self._changed.clear()

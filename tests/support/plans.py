@@ -13,6 +13,9 @@ from jpaged.device.sampling.columns import make_sample_inputs as make_inputs
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import SamplingParams
 
+NO_CELL = -(2**31)
+"""Stands for a cell of a block table that no plan has told of."""
+
 
 class Chunk(NamedTuple):
     """A chunk, with the row that it belongs to. Its block table has the cells of all layer groups."""
@@ -154,7 +157,7 @@ class Rows:
             token_ids = plan.chunks.token_ids[stop : stop + length].tolist()
             stop += length
             num_cells = -(-(start + num_fed) // block_size) * self.num_groups
-            table = [self.tables[row][index] for index in range(num_cells)]
+            table = [self.tables[row].get(index, NO_CELL) for index in range(num_cells)]
             found.append(Chunk(seq_id, token_ids, start, self.prompt_len(row), table, row))
         return found
 

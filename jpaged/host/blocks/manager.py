@@ -79,11 +79,10 @@ class BlockManager:
         """The two tiers of blocks. Read only."""
         self.holdings = Holdings(block_size, self.groups)
         """The blocks of every sequence. Read only."""
-        self._swap = Swap(self.tiers, self.holdings)
-        self._reserve = Reserve(self.tiers, self.holdings, is_counting=enable_prefix_caching)
-        self._append = Append(self.tiers, self.holdings)
-        self.streamed = StreamedBlocks(self.tiers, self.holdings, self._reserve)
-        self.windows = WindowedBlocks(self.tiers, self.holdings)
+        rooms = self.tiers, self.holdings
+        self._swap, self._append, self.windows = Swap(*rooms), Append(*rooms), WindowedBlocks(*rooms)
+        self._reserve = Reserve(*rooms, is_counting=enable_prefix_caching)
+        self.streamed = StreamedBlocks(*rooms, self._reserve)
 
     @property
     def num_free_blocks(self) -> int:
@@ -94,11 +93,6 @@ class BlockManager:
     def num_used_blocks(self) -> int:
         """Blocks held by at least one sequence."""
         return len(self.tiers.device.blocks) - len(self.tiers.device.free)
-
-    @property
-    def num_logical_blocks(self) -> int:
-        """Blocks in the tables of all sequences on the device: those that would be held if none were shared."""
-        return self.tiers.device.num_holders
 
     # Starting a sequence ------------------------------------------------------------------------------------------
 
@@ -134,12 +128,7 @@ class BlockManager:
     def to_reserve(
         self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, num_queried: int | None = None
     ) -> Ticket[list[BlockCopy]]:
-        """The ticket of ``reserve``: it knows the number of blocks. Raises ValueError as ``reserve`` does.
-
-        Args:
-            seq_id, num_tokens, match: as for ``reserve``.
-            num_queried: tokens that the match was looked up for; None is ``num_tokens``, and 0 counts no query.
-        """
+        """The ticket of ``reserve``. The match was looked up for ``num_queried`` tokens: None is all, 0 is no query."""
         num_queried = num_tokens if num_queried is None else num_queried
         return self._reserve.ticket(seq_id, num_tokens, match, num_queried=num_queried)
 
@@ -148,8 +137,8 @@ class BlockManager:
     ) -> list[BlockCopy]:
         """Start a sequence that holds ``num_tokens`` tokens, the first of them as ``match`` says.
 
-        Device blocks are shared. A device block that matches only in part is copied, unless the sequence ends with the
-        match. Host blocks are loaded into device blocks, which no step may read or write before ``finish_transfers``.
+        Device blocks are shared; one that matches only in part is copied, unless the sequence ends with the match.
+        Host blocks are loaded into device blocks, which no step may read or write before ``finish_transfers``.
 
         Args:
             seq_id: a new name.
@@ -169,10 +158,7 @@ class BlockManager:
     def fork(self, parent_id: Hashable, child_id: Hashable) -> None:
         """Start ``child_id`` with all blocks of ``parent_id``, the partial last one too (4.4).
 
-        No data moves until one of them appends.
-
-        Raises:
-            ValueError: an unknown or swapped parent, or a child name in use.
+        No data moves until one of them appends. Raises ValueError for an unknown or swapped parent, or a name in use.
         """
         parent = self.holdings.held_by(parent_id)
         self.holdings.require_new(child_id)
@@ -205,9 +191,7 @@ class BlockManager:
     def append_all(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
         """``append`` for (seq_id, num_tokens) of different sequences: all of them or, when blocks are short, none.
 
-        Raises:
-            OutOfBlocks: too few free blocks; nothing has changed.
-            ValueError: as ``append``.
+        Raises OutOfBlocks and ValueError as ``append`` does.
         """
         return self._append.append(appends)
 
@@ -251,10 +235,8 @@ class BlockManager:
         salt = token_ids.salt if isinstance(token_ids, HashedTokens) else salt
         holding = holding_to_publish(self.holdings, seq_id, token_ids, num_computed, salt)
         if self.enable_prefix_caching:
-            start = holding.num_published
-            publish(self.tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
-            if is_filling:
-                self.tiers.fill(holding.blocks[start : holding.num_published])
+            entered = publish(self.tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
+            self.tiers.fill(entered if is_filling else ())
 
     # Two tiers ----------------------------------------------------------------------------------------------------
 
@@ -303,8 +285,7 @@ class BlockManager:
     def forget_all(self) -> None:
         """Forget all cached content and all queued moves: the content of both pools is lost.
 
-        Raises:
-            ValueError: a sequence still holds blocks.
+        Raises ValueError if a sequence still holds blocks.
         """
         self.holdings.require_none()
         self.tiers.forget()
