@@ -13,7 +13,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jpaged.config import EngineConfig
-from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
 from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
@@ -126,6 +125,8 @@ class ModelRunner:
         backend = choose_backend(model_config, config, dtype_of(model), mesh)
         prepare_weights(model, model_config, config, mesh, backend)
         self.programs = Programs(model, model_config, config, mesh, backend, max_model_len=max_model_len)
+        self.groups = self.programs.groups
+        """The layer groups, each with block tables of its own."""
         if (note := placement_note(config, self.programs.target)) is not None:
             log.warning(note)
         _, self._weights, _ = split_model(model)
@@ -203,11 +204,6 @@ class ModelRunner:
     def max_blocks(self) -> int:
         """Width of a block table."""
         return self.programs.max_blocks
-
-    @property
-    def groups(self) -> LayerGroups:
-        """The layer groups, each with block tables of its own."""
-        return self.programs.groups
 
     @property
     def max_burst(self) -> int:

@@ -16,6 +16,7 @@ from jpaged.host.pins import Pins
 from jpaged.host.policies.budget import num_blocks_left_free
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 from jpaged.host.policies.sharing import is_worth_waiting
+from jpaged.host.prompt_blocks import PromptBlocks
 from jpaged.host.refusal import Refusal
 from jpaged.host.roster import Roster
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
@@ -79,6 +80,7 @@ class Admission:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self._max_chunk = max_num_batched_tokens
+        self._prompts = PromptBlocks(blocks, line, max_num_batched_tokens)
         self._num_usable = len(blocks.tiers.device.blocks)
         self._whole = Capacity(
             self._num_usable,
@@ -242,46 +244,13 @@ class Admission:
         match = self._match(group, leader, target)
         num_reserved = target
         if self._blocks.groups.has_windows:
-            num_reserved = min(target, self._end_of_chunk(match.num_tokens))
+            num_reserved = min(target, self._prompts.end_of_chunk(match.num_tokens))
         ticket = self._blocks.to_reserve(leader.seq_id, num_reserved, match=match, num_queried=target)
         is_ready = tiers.num_hits_ready(match) == len(match.hits) and not match.is_on_host
         num_blocks = ticket.num_blocks
         if self._blocks.groups.has_windows:
-            num_blocks = max(num_blocks, self._num_blocks_of_prompt(match, target)) + self._num_promised()
+            num_blocks = max(num_blocks, self._prompts.num_blocks(match, target)) + self._prompts.num_promised()
         return Start(match, target, num_reserved, ticket, num_blocks + to_grow - to_spare, is_ready, match.num_tokens)
-
-    def _end_of_chunk(self, start: int) -> int:
-        """The end of the longest chunk from ``start`` on; all tokens of an 8-bit block are written at once."""
-        unit = self._blocks.block_size if self._blocks.is_quantized else 1
-        return (start + self._max_chunk) // unit * unit
-
-    def _num_blocks_of_prompt(self, match: PrefixMatch, num_tokens: int) -> int:
-        """Count the blocks that a sequence takes, chunk by chunk, until its tokens are computed.
-
-        Blocks of a window that others hold are no gain: the sequence gives them up without making them free.
-        """
-        blocks = self._blocks
-        num_full, num_groups, free = blocks.groups.num_full, len(blocks.groups), blocks.tiers.device.free
-        num_held = sum(
-            [
-                cell % num_groups < num_full and not hit.is_on_host and hit.block not in free
-                for cell, hit in enumerate(match.hits)
-            ]
-        )
-        return blocks.groups.num_blocks(num_tokens, blocks.block_size, self._max_chunk) - num_held
-
-    def _num_promised(self) -> int:
-        """Count the blocks that running prompts have still to take."""
-        blocks, num_promised = self._blocks, 0
-        for group in self._line.running:
-            for seq in group.unfinished:
-                if seq.is_steady or seq.state not in (SequenceState.RUNNING, SequenceState.LOADING):
-                    continue
-                target = len(seq.token_ids) if group.fork_at is None else group.fork_at
-                if target - seq.num_computed > 1:
-                    wanted = blocks.groups.num_blocks(target, blocks.block_size, self._max_chunk)
-                    num_promised += max(wanted - len(blocks.holdings.held_by(seq.seq_id).live_blocks), 0)
-        return num_promised
 
     def _start_streamed(self, group: SequenceGroup, to_spare: int) -> Start:
         """Find the way to start a streamed group with the chunk that ``to_spare`` device blocks hold: one, or more."""
@@ -315,7 +284,7 @@ class Admission:
         is_on_host = not start.is_ready and (group.is_swapped or start.match.is_on_host)
         has_windows = blocks.groups.has_windows
         if has_windows:
-            num_short -= self._num_promised()  # which shrinks without a block that becomes free
+            num_short -= self._prompts.num_promised()  # which shrinks without a block that becomes free
         if is_on_host:
             num_short -= 1 + blocks.tiers.num_copies_queued  # loads may avoid as many blocks in this plan
         lacking = None

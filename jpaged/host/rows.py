@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.result import TokenScores
 from jpaged.contract.rows import COLUMNS, NO_CHANGES, NO_INTS, RowChanges, pack_row
 from jpaged.host.blocks.manager import BlockManager
@@ -70,8 +71,6 @@ class RowTable:
         heapify(self._free)
         self._groups: list[SequenceGroup | None] = [None] * num_rows
         self._seqs: list[Sequence | None] = [None] * num_rows
-        self._num_groups = len(blocks.groups)
-        self._has_windows = blocks.groups.has_windows
         self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views of the cells of each row
         self._entered: list[int] = []  # rows with a new owner since the last plan
         self._changed: dict[int, int] = {}  # first logical block that changed since the last plan, by row
@@ -225,24 +224,12 @@ class RowTable:
         """The cells that changed since the last call, for the plan that is sent next."""
         if not self._entered and not self._changed:
             return NO_CHANGES
-        rows = list(self._changed)
-        num_groups = self._num_groups
-        tables = [self._tables[row][first * num_groups :] for row, first in self._changed.items()]
-        lens = np.array([len(table) for table in tables], np.int64)
-        ends, starts = np.cumsum(lens), np.array(list(self._changed.values()), np.int64) * num_groups
+        tables = {row: (first, self._tables[row]) for row, first in self._changed.items()}
         cells = b"".join([self._cells.pop(row) for row in self._entered])
-        block_rows = np.repeat(np.array(rows, np.int32), lens)
-        places = (np.arange(ends[-1] if rows else 0) + np.repeat(starts - ends + lens, lens)).astype(np.int32)
-        blocks = np.array(list(chain.from_iterable(tables)), np.int32)
-        if self._has_windows:  # a window may leave a long table almost empty
-            is_held = blocks != 0
-            block_rows, places, blocks = block_rows[is_held], places[is_held], blocks[is_held]
         changes = RowChanges(
-            rows=np.array(self._entered, np.int32),
-            columns=np.frombuffer(cells, np.int32).reshape(len(self._entered), len(COLUMNS)).T,
-            block_rows=block_rows,
-            block_indices=places,
-            blocks=blocks,
+            np.array(self._entered, np.int32),
+            np.frombuffer(cells, np.int32).reshape(len(self._entered), len(COLUMNS)).T,
+            *_changed_cells(tables, self._blocks.groups),
         )
         self._entered.clear()
         self._changed.clear()
@@ -349,3 +336,20 @@ class RowTable:
         self._flushed[row] = stop
         scores = TokenScores.plain(self._tail_logprobs[row, :num_tokens].copy())
         seq.append(self._tail[row, :num_tokens].tolist(), scores, range(num_tokens))
+
+
+def _changed_cells(
+    changed: dict[int, tuple[int, list[int]]], groups: LayerGroups
+) -> tuple[Int32[np.ndarray, " cells"], Int32[np.ndarray, " cells"], Int32[np.ndarray, " cells"]]:
+    """Row, place and block of each cell, of rows whose first changed logical block and whose cells are given."""
+    num_groups = len(groups)
+    tables = [table[first * num_groups :] for first, table in changed.values()]
+    lens = np.array([len(table) for table in tables], np.int64)
+    ends, starts = np.cumsum(lens), np.array([first for first, _ in changed.values()], np.int64) * num_groups
+    rows = np.repeat(np.array(list(changed), np.int32), lens)
+    places = (np.arange(ends[-1] if changed else 0) + np.repeat(starts - ends + lens, lens)).astype(np.int32)
+    blocks = np.array(list(chain.from_iterable(tables)), np.int32)
+    if groups.has_windows:  # which may leave a long table almost empty
+        is_held = blocks != 0
+        return rows[is_held], places[is_held], blocks[is_held]
+    return rows, places, blocks

@@ -36,9 +36,8 @@ class SizedPrograms(Protocol):
     target: Target
     bytes_per_block: int
     max_model_len: int
+    groups: LayerGroups
 
-    @property
-    def groups(self) -> LayerGroups: ...
     @property
     def most_blocks(self) -> int: ...
     def workspace_bytes(self) -> int: ...

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jpaged.config import EngineConfig
-from jpaged.contract.layer_groups import LayerGroups
 from jpaged.device.backends import Backend
 from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.dma import DmaStream, abstract_slots, lower_move
@@ -93,6 +92,7 @@ class Programs:
         self.dtype = dtype_of(model)
         self.backend = backend
         self.grouping = grouping_of(model_config, config)
+        self.groups = self.grouping.groups
         self._layout = pool_layout(model_config, config, self.dtype, backend)
         self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
@@ -107,8 +107,8 @@ class Programs:
         """Sizes of the copying programs: a step copies one block for each row and layer group at most."""
         self.keeps_activations = keeps_activations(model_config, config)
         """Whether blocks hold activations: every step then streams, and computes K and V."""
-        fixed = backend, self.grouping, config.block_size, self.keeps_activations
-        self._steps = partial(Steps, graphdef, tree, mesh, *fixed)
+        fixed = graphdef, tree, mesh, backend, self.grouping, config.block_size, self.keeps_activations
+        self._steps = partial(Steps, *fixed)
         self.resize(num_blocks, max_model_len)
 
     def resize(self, num_blocks: int, max_model_len: int) -> None:
@@ -167,11 +167,6 @@ class Programs:
     def max_blocks(self) -> int:
         """Width of a block table."""
         return -(-self.max_model_len // self.config.block_size)
-
-    @property
-    def groups(self) -> LayerGroups:
-        """The layer groups."""
-        return self.grouping.groups
 
     @property
     def most_blocks(self) -> int:
