@@ -92,9 +92,9 @@ def test_chunks_decodes_and_bursts_read_no_block_that_a_window_has_freed(name):
 @both_models
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_tokens_are_the_same_under_preemption(name, preemption):
-    num_blocks = {"beside full layers": 46, "alone": 14}[name]
-    engine = make_engine(name, preemption=preemption, num_blocks=num_blocks)
-    assert_greedy(name, run(engine, PROMPTS, 24), PROMPTS, 24)
+    engine = make_engine(name, preemption=preemption, num_blocks={"beside full layers": 46, "alone": 10}[name])
+    prompts = [prompt[: 5 + i] for i, prompt in enumerate(PROMPTS)]
+    assert_greedy(name, run(engine, prompts, 32), prompts, 32)
     stats = engine.stats()
     assert stats.num_preemptions > 0
     assert (stats.num_swaps_in > 0) == (preemption == "swap")
@@ -113,9 +113,10 @@ def test_a_prompt_known_but_for_its_last_tokens_is_not_computed_again(name):
 
 @both_models
 def test_samples_fork_and_beams_search_as_without_a_cache(name):
-    engine, model, prompt = make_engine(name), tiny_model(MODELS[name]), PROMPTS[3]
-    sampled = run(engine, [prompt], 12, n=3, temperature=1.0, seed=7)[0]
-    alone = run(make_engine(name, enable_prefix_caching=False), [prompt], 12, n=3, temperature=1.0, seed=7)[0]
+    model, prompt = tiny_model(MODELS[name]), PROMPTS[3]
+    alone = run(make_engine(name), [prompt], 12, n=3, temperature=1.0, seed=7)[0]
+    engine = make_engine(name)
+    sampled = run(engine, [PROMPTS[0], prompt], 12, n=3, temperature=1.0, seed=7)[1]
     assert [each.token_ids for each in sampled.outputs] == [each.token_ids for each in alone.outputs]
 
     def logprobs_of(sequences: list[list[int]]) -> np.ndarray:
@@ -130,11 +131,9 @@ def test_samples_fork_and_beams_search_as_without_a_cache(name):
 
 
 def test_a_context_longer_than_all_blocks_is_served_where_all_layers_have_windows():
-    runner = make_runner(model_config=MODELS["alone"], **SIZES | {"num_blocks": 8, "max_num_batched_tokens": 8})
-    assert runner.max_model_len == MODEL_LEN
-    assert (runner.num_blocks - 1) * runner.config.block_size < MODEL_LEN
-    engine = Engine(runner, runner.config)
-    assert_greedy("alone", run(engine, PROMPTS[:1], 24), PROMPTS[:1], 24)
+    engine = make_engine("alone", num_blocks=8)
+    assert (engine.blocks.num_blocks - 1) * engine.config.block_size < len(PROMPTS[0]) + 20
+    assert_greedy("alone", run(engine, PROMPTS[:1], 20), PROMPTS[:1], 20)
 
 
 def test_streaming_keeps_all_layers_in_one_group():
@@ -181,6 +180,7 @@ def test_info_counts_the_blocks_that_a_sequence_holds(name):
     model, config = MODELS[name], runner_of(name).config
     made = describe_groups(model, config, jnp.float32, XlaBackend(""), 61)
     engine = make_engine(name, enable_prefix_caching=False)
+    engine.scheduler.max_burst = 1
     engine.add(engine.make_request("0", {"prompt_token_ids": [1]}, SamplingParams(max_tokens=63, ignore_eos=True)))
     most = 0
     while engine.has_unfinished:
