@@ -93,7 +93,7 @@ class AsyncLLM:
 
         Args:
             prompt, priority: as for ``LLM.generate``.
-            sampling_params: None is ``SamplingParams()``.
+            sampling_params: None is as in ``LLM.generate``.
             request_id: unique among unfinished requests; None makes one.
 
         Raises:

@@ -11,6 +11,7 @@ KV_PLACEMENTS = ("device", "auto", "host")
 OFFLOAD_CACHES = ("auto", "kv", "activations")
 OFFLOAD_DTYPES = ("auto", "int8")
 WEIGHT_PLACEMENTS = ("device", "host")
+GENERATION_CONFIGS = ("auto", "none")
 DEFAULT_TOKEN_BUDGET = 2048
 MAX_SEQS = 1 << 16
 MAX_BATCHED_TOKENS = 1 << 20
@@ -130,6 +131,12 @@ class EngineConfig:
         "device",
         one_of(*WEIGHT_PLACEMENTS),
         "memory of the layers' weight matrices: device; or host, which streams them layer by layer in every step",
+    )
+    generation_config: str = setting(
+        "auto",
+        one_of(*GENERATION_CONFIGS),
+        "sampling parameters of requests that give none: auto takes those that the checkpoint's "
+        "generation_config.json names, none takes the defaults of jpaged alone",
     )
 
     def __post_init__(self) -> None:

@@ -19,8 +19,10 @@ from jpaged.engine.loop import Engine
 from jpaged.engine.progress import run_with_bar
 from jpaged.engine.prompts import Prompt, as_sampling_params
 from jpaged.engine.stats import EngineStats, Metric, metrics_of
+from jpaged.engine.tokenizers import load_tokenizer
 from jpaged.engine.vllm_names import takes_vllm_names
 from jpaged.models import ModelConfig
+from jpaged.models.checkpoint.hub import TOKENIZER_FILES, find_checkpoint
 from jpaged.request import BeamSearchParams, CompletionDelta, RequestOutput, SamplingParams
 from jpaged.rules import describe, settings_of
 from jpaged.sharding import make_mesh
@@ -53,10 +55,11 @@ class LLM:
     taken too, where they mean something here: ``jpaged/docs/from-vllm.md`` lists them.
 
     Args:
-        model: a checkpoint directory (config.json, *.safetensors, tokenizer); None is the small model in the package.
-        tokenizer: the directory of a tokenizer other than the checkpoint's.
+        model: a checkpoint directory (config.json, *.safetensors, tokenizer), or a repository of Hugging Face's hub:
+            ORG/NAME or ORG/NAME@REVISION. None is the small model in the package.
+        tokenizer: the directory or repository of a tokenizer other than the checkpoint's.
         warm_up: whether to compile every program now, or each when first needed. None: now, except on a CPU.
-        use_tqdm: whether to show progress while loading and compiling.
+        use_tqdm: whether to show progress while downloading, loading and compiling.
 
     Raises:
         ValueError: a setting out of range, no checkpoint, an unknown architecture, or no memory for a KV cache.
@@ -85,6 +88,7 @@ class LLM:
         offload_cache: str = "auto",
         offload_dtype: str = "auto",
         weight_placement: str = "device",
+        generation_config: str = "auto",
         seed: int = 0,
         tensor_parallel_size: int = 1,
         attention_implementation: str | None = None,
@@ -94,7 +98,9 @@ class LLM:
     ):
         given = locals()
         config = EngineConfig(**{name: given[name] for name in settings_of(EngineConfig)})
-        self._serve(load_checkpoint(_directory_of(model), config, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm))
+        shows = use_tqdm and jax.process_index() == 0
+        source = _directory_of(model, shows), config, None if tokenizer is None else _load_tokenizer(tokenizer, shows)
+        self._serve(load_checkpoint(*source, warm_up=warm_up, use_tqdm=use_tqdm))
 
     @classmethod
     def from_model(
@@ -207,7 +213,7 @@ class LLM:
         Args:
             prompts: strings, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``, one or many. With a "cache_salt"
                 a prompt shares cached KV only with prompts of the same salt.
-            sampling_params: one for all prompts, or one each; None is ``SamplingParams()``.
+            sampling_params: one for all prompts, or one each; None is ``get_default_sampling_params()``.
             priority: one for all prompts, or one each: lower is served first and preempted last.
             use_tqdm: whether to show progress, with the rate of tokens.
 
@@ -262,11 +268,7 @@ class LLM:
             prompts, priority, use_tqdm: as for ``generate``.
             params: one for all prompts, or one each.
 
-        Returns:
-            One result per prompt, in order. Its ``outputs`` are the ``beam_width`` best sequences, best first.
-
-        Raises:
-            ValueError: as ``generate``.
+        Returns, Raises: as ``generate``. The ``outputs`` of a result are its ``beam_width`` best sequences, best first.
         """
         return self.generate(prompts, as_sampling_params(params), priority=priority, use_tqdm=use_tqdm)
 
@@ -331,8 +333,8 @@ class LLM:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The parameters of a call without any, by vLLM's name."""
-        return SamplingParams()
+        """The parameters of a call without any, by vLLM's name: see ``generation_config``."""
+        return self.engine.default_params
 
     def get_metrics(self) -> list[Metric]:
         """``stats`` as vLLM's list of metrics, under its names where it has them."""
@@ -347,11 +349,19 @@ class LLM:
 LLM.__doc__ = describe(LLM.__doc__, EngineConfig)
 
 
-def _directory_of(model: object) -> Path:
-    """The checkpoint directory that an LLM is made of. Raises ValueError for anything that names no directory."""
+def _directory_of(model: object, use_tqdm: bool) -> Path:
+    """The checkpoint directory that an LLM is made of. Raises ValueError for anything that names no checkpoint."""
     if model is not None and not isinstance(model, str | Path):
         raise ValueError(
-            f"model is a {type(model).__name__}: expected a checkpoint directory; LLM.from_model(model, model_config) "
-            "serves a module in memory"
+            f"model is a {type(model).__name__}: expected a checkpoint directory or ORG/NAME; "
+            "LLM.from_model(model, model_config) serves a module in memory"
         )
-    return DEMO_MODEL if model is None else Path(model)
+    return DEMO_MODEL if model is None else find_checkpoint(model, use_tqdm=use_tqdm)
+
+
+def _load_tokenizer(source: str | Path, use_tqdm: bool = False) -> Tokenizer:
+    """The tokenizer of a directory or a repository that a caller named. Raises ValueError if it has none."""
+    tokenizer = load_tokenizer(find_checkpoint(source, files=TOKENIZER_FILES, use_tqdm=use_tqdm))
+    if tokenizer is None:
+        raise ValueError(f"tokenizer={str(source)!r} is no directory with a tokenizer: give one, or None")
+    return tokenizer

@@ -6,6 +6,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from jpaged.results import (
+    NO_CONTINUATION,
+    NOT_FINITE,
     CompletionDelta,
     CompletionOutput,
     FinishReason,
@@ -35,6 +37,8 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_N",
     "MAX_STOP_STRINGS",
+    "NOT_FINITE",
+    "NO_CONTINUATION",
     "BeamSearchParams",
     "CompletionDelta",
     "CompletionOutput",
@@ -202,7 +206,8 @@ class SamplingParams:
         optional(
             Rule(list, _is_strings, f"a non-empty string, or a list or tuple of them, at most {MAX_STOP_STRINGS}")
         ),
-        "text that ends the completion, and is no part of it unless ``include_stop_str_in_output``",
+        "text that ends the completion, and is no part of it unless ``include_stop_str_in_output``; may be a special "
+        "token",
         beams=lambda value: not value,
         unset="none; may be given several times",
     )
@@ -211,7 +216,7 @@ class SamplingParams:
         optional(Rule(list, _is_token_ids, "a list or tuple of token ids, each an integer of 0 or more")),
         "token ids that end the completion, besides the model's own end-of-sequence ids",
         beams=None,
-        unset="none",
+        unset="none; may be given several times",
     )
     include_stop_str_in_output: bool = _parameter(
         False, FLAG, "let the text end with the stop string that ended it", beams=None
@@ -397,6 +402,7 @@ class Request:
         priority: lower is served first and preempted last; among equals, the first to arrive.
         banned_token_ids: tokens that are never drawn.
         banned_sequences: token ids whose last may not follow the others in the output; of two tokens or more.
+        special_stops: stop strings that are special tokens, by the ids of these.
         arrived: time of arrival, of ``time.monotonic``; None is the time at which the engine takes it.
         terms: limits settled by ``Scheduler.check``; None until then.
     """
@@ -410,5 +416,6 @@ class Request:
     priority: int = 0
     banned_token_ids: Sequence[int] = ()
     banned_sequences: tuple[tuple[int, ...], ...] = ()
+    special_stops: Mapping[int, str] = field(default_factory=dict)
     arrived: float | None = field(default=None, compare=False)
     terms: Terms | None = field(default=None, compare=False, repr=False)

@@ -11,7 +11,17 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"  # end-of-sequence, a stop token or a stop string
     LENGTH = "length"  # max_tokens, or the model's context is full
     ABORT = "abort"
-    ERROR = "error"  # steps failed again and again, or its text cannot be made
+    ERROR = "error"  # steps failed again and again, its logits are no numbers, or its text cannot be made
+
+
+NOT_FINITE = (
+    "the model's logits are NaN or infinite: most often float16 has overflowed, so set dtype='bfloat16' or "
+    "dtype='float32'; if it is one of these, weights of the checkpoint are damaged"
+)
+"""The error of requests whose logits are no distribution."""
+
+NO_CONTINUATION = "no beam has a token to go on with: all are banned, or the model gives them no probability"
+"""The error of searches that end without a finished sequence."""
 
 
 class RequestOutputKind(enum.Enum):
@@ -133,6 +143,7 @@ class CompletionDelta(NamedTuple):
 
     A step makes hundreds of deltas, and a named tuple costs a third of a frozen dataclass. ``logprobs`` has an entry
     for each new token, None unless asked for. ``prompt_index`` counts the prompts of one call of ``LLM.stream``.
+    ``error`` says why the engine ended the completion with ``FinishReason.ERROR`` or ``ABORT``, where it knows.
     """
 
     request_id: str
@@ -143,3 +154,4 @@ class CompletionDelta(NamedTuple):
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     prompt_index: int = 0
+    error: str | None = None

@@ -11,7 +11,7 @@ TENSOR_AXIS = "tensor"
 HOST_MEMORY = "pinned_host"
 """JAX's name of the host memory from which devices copy while their programs run."""
 
-SHARDED_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab"})
+SHARDED_AXES = frozenset({"heads", "kv_heads", "ffn", "vocab", "experts"})
 """Logical axes that are split over the tensor axis; all other axes are replicated."""
 
 
@@ -109,16 +109,15 @@ def param_sharding(shape: tuple[int, ...], logical_axes: tuple[str | None, ...],
     """Return the sharding of a parameter whose axes carry these names.
 
     A vocabulary that the mesh does not divide is replicated. Sizes like 50,257 are common, and no other array depends
-    on the split of the vocabulary.
+    on the split of the vocabulary. The mesh splits experts by number, or by width if it does not divide the number.
     """
     parts = mesh.shape[TENSOR_AXIS]
-    named = zip(shape, logical_axes, strict=True)
-    return NamedSharding(
-        mesh,
-        P(
-            *(
-                TENSOR_AXIS if axis in SHARDED_AXES and (axis != "vocab" or size % parts == 0) else None
-                for size, axis in named
-            )
-        ),
-    )
+    named = tuple(zip(shape, logical_axes, strict=True))
+    has_experts = any(axis == "experts" and size % parts == 0 for size, axis in named)
+
+    def is_split(size: int, axis: str | None) -> bool:
+        if axis in ("vocab", "experts"):
+            return size % parts == 0
+        return axis in SHARDED_AXES and not (axis == "ffn" and has_experts)
+
+    return NamedSharding(mesh, P(*(TENSOR_AXIS if is_split(*pair) else None for pair in named)))

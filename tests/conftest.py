@@ -48,6 +48,26 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
+MAX_MAPPINGS = 30_000
+"""Memory mappings of a worker from which it drops compiled programs; each program has five, and Linux allows 65,530."""
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Keep a worker below Linux's limit of memory mappings: beyond it, XLA's compiler ends the process by a signal."""
+    is_last_of_module = nextitem is None or nextitem.path != item.path
+    if is_last_of_module and _num_mappings() > MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _num_mappings():
+    try:
+        with open("/proc/self/maps", "rb") as mappings:
+            return sum(1 for _ in mappings)
+    except OSError:
+        return 0  # not Linux, and no limit to keep
+
+
 @pytest.fixture
 def no_races(capsys):
     """Fails a test in which a launch of an interpreted kernel raced: JAX 0.12 raises, JAX 0.11 prints.

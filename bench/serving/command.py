@@ -7,10 +7,11 @@
     python -m bench serving --random-weights llama3-8b --workloads decode prefill32 sharegpt1000 \\
         --decode-batches 1 32 256 --max-num-seqs 1024 --no-breakdown --name serving_llama3-8b_1024rows
 
-Columns: the figure measured here; the best figure of the peers; the ratio (above 1: better than the peer); the floor;
-the fraction of the floor reached. The floor is the least time that bytes and FLOPs take at this device's own rates,
-measured in the same run; that of a throughput is for the steps it took. A breakdown divides a step's time: kernels by
-kind, from a profile; gaps, in which no kernel runs; and the host's own work, which runs beside the device.
+Columns: the figure measured here; the best figure of the peers; the ratio (above 1: better than the peer); the floor
+and the fraction of it reached; the same for the floor in turn. The floor is the least time that bytes and FLOPs take at
+this device's own rates, measured in the same run; that of a throughput is for the steps it took. No program overlaps
+all of them. In turn, attention reads blocks while no product runs. A breakdown divides a step's time: kernels by kind,
+from a profile; gaps, in which no kernel runs; and the host's own work, which runs beside the device.
 
 Prints figures as they come and all of them in the end, and keeps ``bench/results/serving_NAME_DEVICE.json`` current. A
 workload that fails or runs out of time is recorded, and the next one runs. The exit status is 1 if any failed.
@@ -33,7 +34,7 @@ from bench import UsageError, machine
 from bench.peers import SERVING, serving_figures
 from bench.report import CONFIGS, device_name, save, start_report
 from bench.serving.demo import measure_model
-from bench.serving.figures import Figures, Floor
+from bench.serving.figures import Figures, Floor, experts_of
 from bench.serving.runs import Bench, TimeIsUp
 from bench.serving.scenarios import run_workload
 from bench.serving.sizes import FULL, QUICK, WORKLOADS
@@ -51,7 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR", help="a checkpoint (default: the model in the box)")
-    shapes = f"random weights in the shapes of a config.json: its directory, or one of {', '.join(preset_names())}"
+    known = ", ".join(path.name for path in sorted(CONFIGS.iterdir()))
+    shapes = f"random weights in the shapes of a config.json: its directory, or one of {known}"
     source.add_argument("--random-weights", metavar="CONFIG", help=shapes)
     add("--quick", action="store_true", help="less work in every workload, and so figures of other names")
     add("--num-blocks", type=int, help="blocks in the pool (default: all that fit)")
@@ -119,7 +121,7 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
     """Name and content of the result file."""
     jnp.zeros(()).block_until_ready()
     imports_s = time.perf_counter() - args.began
-    path = CONFIGS / args.random_weights if args.random_weights in preset_names() else Path(args.random_weights)
+    path = named if (named := CONFIGS / args.random_weights).is_dir() else Path(args.random_weights)
     try:
         model_config = load_config(path)
         config = EngineConfig(
@@ -185,6 +187,7 @@ def _floor(runner: ModelRunner, config: EngineConfig, limits: machine.MachineLim
         weight_item_bytes=item_bytes,
         bytes_per_block=runner.bytes_per_block,
         block_size=config.block_size,
+        experts=experts_of(model, runner.dtype),
     )
 
 

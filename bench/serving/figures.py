@@ -4,9 +4,32 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flax import nnx
+
 from bench.machine import MachineLimits
 from bench.report import Table
 from bench.serving.breakdown import StepBreakdown
+from jpaged.models import ModelConfig
+from jpaged.models.checkpoint.registry import abstract_model
+from jpaged.sharding import make_mesh
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBytes:
+    """Weights of a model's experts, of which a token passes some.
+
+    Args:
+        num_bytes: bytes of the experts of all layers.
+        num_experts, top_k: experts of a layer, and those that a token chooses.
+    """
+
+    num_bytes: int
+    num_experts: int
+    top_k: int
+
+    def of_step(self, num_tokens: float) -> float:
+        """Bytes that a step is expected to read, of the distinct experts of tokens that choose at random."""
+        return self.num_bytes * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +43,7 @@ class Floor:
         has_tied_logits: whether the same table makes the logits, which reads all of it.
         weight_item_bytes: bytes of one weight.
         bytes_per_block, block_size: size of a block in bytes and in tokens.
+        experts: those among the weights; None if every token meets all weights.
     """
 
     limits: MachineLimits
@@ -29,36 +53,56 @@ class Floor:
     weight_item_bytes: int
     bytes_per_block: int
     block_size: int
+    experts: ExpertBytes | None = None
+
+    def read_weight_bytes(self, num_tokens: float) -> float:
+        """Bytes of weights that a step of so many tokens reads."""
+        shared = self.weight_bytes - (0 if self.has_tied_logits else self.embedding_bytes)
+        if self.experts is None:
+            return shared
+        return shared - self.experts.num_bytes + self.experts.of_step(num_tokens)
 
     @property
-    def read_weight_bytes(self) -> int:
-        """Bytes of weights that every step reads."""
-        return self.weight_bytes - (0 if self.has_tied_logits else self.embedding_bytes)
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of weights that every token meets, with or without logits."""
-        return self.read_weight_bytes - self.embedding_bytes
+    def layer_bytes(self) -> float:
+        """Bytes of weights that a token meets, with or without logits."""
+        return self.read_weight_bytes(1) - self.embedding_bytes
 
     def decode_s(self, batch: int, context: int) -> float:
         """Seconds of a step of ``batch`` rows that share nothing."""
         kv_bytes = batch * context * self.bytes_per_block / self.block_size
-        return (self.read_weight_bytes + kv_bytes) / self.limits.read_bytes_per_s
+        return (self.read_weight_bytes(batch) + kv_bytes) / self.limits.read_bytes_per_s
 
     def compute_s(self, num_tokens: int) -> float:
         """Seconds of two FLOPs for each token and weight."""
         return 2 * num_tokens * self.layer_bytes / self.weight_item_bytes / self.limits.matmul_flops_per_s
 
     def run_s(self, num_steps: int, num_blocks: int, num_tokens: int) -> float:
-        """Seconds of several steps.
+        """Seconds of several steps whose reads and products all overlap, as those of no program do.
 
         Args:
             num_steps: steps, each of which reads the weights.
             num_blocks: sum over the steps of the distinct blocks that the step reads.
-            num_tokens: tokens computed in all steps together.
+            num_tokens: tokens computed in all steps together. Each step reads the experts of as many as the mean step.
         """
-        num_bytes = num_steps * self.read_weight_bytes + num_blocks * self.bytes_per_block
+        num_bytes = (
+            num_steps * self.read_weight_bytes(num_tokens / max(num_steps, 1)) + num_blocks * self.bytes_per_block
+        )
         return max(num_bytes / self.limits.read_bytes_per_s, self.compute_s(num_tokens))
+
+    def run_in_turn_s(self, num_steps: int, num_blocks: int, num_tokens: int) -> float:
+        """Seconds of several steps whose attention reads blocks while no product runs; arguments as of ``run_s``."""
+        attention_s = num_blocks * self.bytes_per_block / self.limits.read_bytes_per_s
+        return self.run_s(num_steps, 0, num_tokens) + attention_s
+
+
+def experts_of(config: ModelConfig, dtype: Any) -> ExpertBytes | None:
+    """The experts of a model in a dtype; None if it has none."""
+    num_experts, top_k = (getattr(config, name, None) for name in ("num_experts", "top_k"))
+    if num_experts is None or top_k is None:
+        return None
+    _, state = abstract_model(config, dtype, make_mesh())
+    params = [param.get_value() for path, param in nnx.to_flat_state(state) if "experts" in path]
+    return ExpertBytes(sum(param.size * param.dtype.itemsize for param in params), num_experts, top_k)
 
 
 @dataclass(slots=True)
@@ -82,6 +126,7 @@ class Figures:
         *,
         lower_is_better: bool,
         floor: float | None = None,
+        floor_in_turn: float | None = None,
         peer_name: str | None = None,
         **extra: Any,
     ) -> None:
@@ -91,7 +136,8 @@ class Figures:
             name: name of the figure.
             value: the measured value.
             lower_is_better: whether less is better.
-            floor: the limit, in the unit of the figure.
+            floor: the limit, in the unit of the figure, if reads and products overlap.
+            floor_in_turn: the limit if attention and products take turns.
             peer_name: name of the peers' figure, if it differs.
             extra: further fields of the report.
         """
@@ -106,6 +152,8 @@ class Figures:
             "ratio_to_peer": _how_good(value, peer, lower_is_better),
             "floor": floor,
             "fraction_of_floor": _how_good(value, floor, lower_is_better),
+            "floor_in_turn": floor_in_turn,
+            "fraction_of_floor_in_turn": _how_good(value, floor_in_turn, lower_is_better),
             **extra,
         }
         self.save()
@@ -140,12 +188,14 @@ class Figures:
 
     def _print(self, name: str) -> None:
         figure = self.report["figures"][name]
-        of_floor = figure["fraction_of_floor"]
-        cells = [figure[key] for key in ("value", "peer", "ratio_to_peer", "floor")]
-        print(_FIGURES.row(name, *cells, None if of_floor is None else f"{of_floor:.0%}"), flush=True)
+        cells = [figure[key] for key in ("value", "peer", "ratio_to_peer")]
+        for kind in ("floor", "floor_in_turn"):
+            share = figure[f"fraction_of_{kind}"]
+            cells += [figure[kind], None if share is None else f"{share:.0%}"]
+        print(_FIGURES.row(name, *cells), flush=True)
 
 
-_FIGURES = Table("", "here", "peer", "ratio", "floor", "of it", first=44)
+_FIGURES = Table("", "here", "peer", "ratio", "floor", "of it", "in turn", "of it", first=44)
 
 
 def host_line(host_us: dict[str, float]) -> str:

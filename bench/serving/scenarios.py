@@ -74,7 +74,7 @@ def _beams(bench: Bench, _: Any) -> None:
         f"beam{BEAM_WIDTH}_{count}x{length}_tokens_per_s",
         run.tokens_per_s,
         lower_is_better=False,
-        floor=_floor_per_s(bench, run, run.num_output_tokens),
+        **_floors_per_s(bench, run, run.num_output_tokens),
         **asdict(run),
         of_plain_percent=of_plain,
         plain_tokens_per_s=plain.tokens_per_s,
@@ -106,7 +106,7 @@ def _under_pressure(bench: Bench, options: Any) -> None:
             f"{title}_{preemption}_tokens_per_s",
             run.tokens_per_s,
             lower_is_better=False,
-            floor=_floor_per_s(bench, run, run.num_output_tokens),
+            **_floors_per_s(bench, run, run.num_output_tokens),
             peer_name=f"{title}_tokens_per_s",
             profile=None if bench.runner.profile is None else asdict(bench.runner.profile),
             **asdict(run),
@@ -190,7 +190,7 @@ def _throughput(bench: Bench, name: str, work: Workload, *, n: int = 1, unit: st
         f"{name}_{unit}_per_s",
         done / run.elapsed_s,
         lower_is_better=False,
-        floor=_floor_per_s(bench, run, done),
+        **_floors_per_s(bench, run, done),
         **asdict(run),
     )
     cached, total = run.num_cached_prompt_tokens, max(run.num_prompt_tokens, 1)
@@ -200,11 +200,12 @@ def _throughput(bench: Bench, name: str, work: Workload, *, n: int = 1, unit: st
     )
 
 
-def _floor_per_s(bench: Bench, run: Run, done: int) -> float | None:
-    """The rate if steps took no more time than their bytes and FLOPs; None for a part of a run."""
+def _floors_per_s(bench: Bench, run: Run, done: int) -> dict[str, float]:
+    """The rates if steps took no more time than their bytes and FLOPs; none for a part of a run."""
     if not run.is_complete:
-        return None
-    return done / bench.floor.run_s(run.num_steps, run.num_block_reads, run.num_computed_tokens)
+        return {}
+    of_run = run.num_steps, run.num_block_reads, run.num_computed_tokens
+    return {"floor": done / bench.floor.run_s(*of_run), "floor_in_turn": done / bench.floor.run_in_turn_s(*of_run)}
 
 
 def _warm_up(bench: Bench, llm: Any, work: Workload, num_requests: int, length: int, n: int = 1) -> None:

@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jpaged.cli import start
-from jpaged.cli.options import CHAT_MAX_TOKENS, cap, sampling_params
+from jpaged.cli.options import CHAT_MAX_TOKENS, as_typed, cap, sampling_params
 from jpaged.cli.terminal import Answer, end_line, note, one_line, show
 from jpaged.request import FinishReason, SamplingParams
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    params = sampling_params(args, CHAT_MAX_TOKENS)
+    sampling_params(args, CHAT_MAX_TOKENS, {})  # finds mistakes before anything loads
     llm = start.load(args, max_num_seqs=1)
+    params = sampling_params(args, CHAT_MAX_TOKENS, llm.engine.sampling_defaults)
     if getattr(llm.tokenizer, "chat_template", None) is None:
         raise ValueError(
             f"{args.model or 'the model in the package'} has no chat template, so it is not made for conversation: "
@@ -72,7 +74,7 @@ class _Conversation:
     token_ids: list[int] = field(default_factory=list)
 
     def ask(self, tokenizer: Any, message: str) -> "_Conversation":
-        """The conversation with a message of the user. Earlier messages keep their tokens, even if others spell them.
+        """The conversation with a message of the user, tokenised as a whole; answers keep the tokens that were drawn.
 
         Raises:
             _RefusedMessageError: the template raises an error.
@@ -84,9 +86,10 @@ class _Conversation:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise _RefusedMessageError(f"the model's chat template refuses this: {one_line(error)}") from error
+        whole = list(tokenizer.encode(text, add_special_tokens=False))
         known = len(self.text) if text.startswith(self.text) else 0  # a template may drop earlier messages
-        rest = tokenizer.encode(text[known:], add_special_tokens=False)
-        return _Conversation(messages, text, [*self.token_ids, *rest] if known else rest)
+        rest = _tokens_from(tokenizer, text, known) if known else None
+        return _Conversation(messages, text, whole if rest is None else [*self.token_ids, *rest])
 
     def with_answer(self, tokenizer: Any, answer: Answer) -> "_Conversation":
         """The conversation with the model's answer. Its tokens are kept unless a stop string cut them."""
@@ -95,6 +98,17 @@ class _Conversation:
         if tokenizer.decode(token_ids) != answer.text:
             return _Conversation(messages)
         return _Conversation(messages, self.text + answer.text, self.token_ids + token_ids)
+
+
+def _tokens_from(tokenizer: Any, text: str, start: int) -> list[int] | None:
+    """The tokens of a whole text from character ``start`` on; None if a token begins before it and goes on."""
+    if not getattr(tokenizer, "is_fast", False):
+        return None
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = encoded["offset_mapping"]
+    first = bisect_right([end for _, end in places], start)
+    is_split = first < len(places) and places[first][0] < start
+    return None if is_split else encoded["input_ids"][first:]
 
 
 def _answer(llm: "LLM", talk: _Conversation, message: str, params: SamplingParams) -> "_Conversation":
@@ -115,7 +129,10 @@ def _answer(llm: "LLM", talk: _Conversation, message: str, params: SamplingParam
     answer, params = Answer(), cap(params, room)
     with suppress(KeyboardInterrupt):  # what there is of the answer stays
         show("", llm.stream({"prompt_token_ids": asked.token_ids}, params), answer)
-    if not answer.token_ids:
+    if answer.error is not None:
+        end_line(answer.text)
+        note(f"[{as_typed(answer.error)}]")
+    if not answer.token_ids or answer.error is not None:
         return talk
     end_line(answer.text)
     if answer.finish_reason is FinishReason.LENGTH:

@@ -1,12 +1,12 @@
 """``jpaged info``: what a machine and a checkpoint offer, without reading weights or allocating a KV cache."""
 
 import argparse
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jpaged.cli.layer_groups import GroupsInfo, describe_groups
 from jpaged.cli.options import engine_settings
+from jpaged.cli.terminal import to_json
 from jpaged.config import EngineConfig
 from jpaged.contract.layer_groups import LayerGroups
 from jpaged.device.kv.host_memory import has_copy_engine
@@ -25,9 +26,11 @@ from jpaged.device.runner import check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
 from jpaged.device.target import Target, choose_backend, describe_devices, placement_note, target_of
 from jpaged.device.weights import check_host_weights, device_bytes
+from jpaged.engine.sampling_defaults import read_sampling_defaults
 from jpaged.host.offload.profile import report
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
+from jpaged.models.checkpoint.hub import CONFIG_FILES, find_checkpoint
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import make_mesh
 
@@ -84,7 +87,7 @@ class Info:
 
     ``numa_node`` is that of the host pool, or None where processes of several nodes could have it. ``profile`` has the
     rates that an earlier run with these settings kept in ``profile_path``, or is None. ``placement_note`` says whether
-    the placements asked for gain nothing here.
+    the placements asked for gain nothing here. ``sampling_defaults`` are the parameters that the checkpoint recommends.
     """
 
     versions: dict[str, str]
@@ -101,6 +104,7 @@ class Info:
     profile_path: str | None
     preemption: str
     placement_note: str | None
+    sampling_defaults: dict[str, Any]
 
     def __str__(self) -> str:
         model, pool = self.model, self.kv_cache
@@ -122,6 +126,7 @@ class Info:
             "host pool": _describe_host_pool(self.host_pool, self.numa_node),
             "preemption": _describe_preemption(self.preemption, self.host_pool),
             "placement": self.placement_note,
+            "sampling": ", ".join(f"{name} {value}" for name, value in self.sampling_defaults.items()),
         }
         return "\n".join(f"{name:<14} {value}" for name, value in rows.items() if value)
 
@@ -131,20 +136,20 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the memory is left to others
     info = gather_info(args.model, EngineConfig(**engine_settings(args)))
     if args.is_leader:
-        print(json.dumps(asdict(info)) if args.json else info)
+        print(to_json(asdict(info)) if args.json else info)
 
 
 def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     """Look at this machine and at a checkpoint's config.json.
 
     Args:
-        path: a checkpoint directory; None is the model in the package.
+        path: a checkpoint directory, or the name of a repository; None is the model in the package.
         config: the settings of the LLM.
 
     Raises:
         ValueError: no checkpoint, an unknown architecture, or settings that the machine or the model cannot meet.
     """
-    path = DEMO_MODEL if path is None else Path(path)
+    path = DEMO_MODEL if path is None else find_checkpoint(path, files=CONFIG_FILES, use_tqdm=False)
     model_config = load_config(path)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
@@ -191,6 +196,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
         profile_path=None if profile is None else str(kept_at),
         preemption=config.preemption,
         placement_note=placement_note(config, target_of(mesh)),
+        sampling_defaults=read_sampling_defaults(path) if config.generation_config == "auto" else {},
     )
 
 

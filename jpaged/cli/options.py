@@ -3,7 +3,7 @@
 import argparse
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -34,7 +34,7 @@ SERVER_OPTIONS = tuple(settings_of(ServerSettings))
 BATCH_OPTIONS = "served_model_name", "strict_params", "max_prompts", "max_sequences", "max_logprobs_entries"
 SAMPLING_OPTIONS = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-    "repetition_penalty", "seed", "stop",
+    "repetition_penalty", "seed", "stop", "stop_token_ids",
 )  # fmt: skip
 COMPLETION_OPTIONS = "n", "best_of", "min_tokens", "ignore_eos", "logprobs", "prompt_logprobs"
 BEAM_OPTIONS = "beam_width", "length_penalty", "early_stopping"
@@ -43,7 +43,7 @@ _EPILOG = """\
 examples:
   jpaged generate "def fibonacci(n):"
   jpaged chat --model ~/models/Llama-3.2-1B-Instruct
-  jpaged serve --model ~/models/Llama-3.2-1B-Instruct
+  jpaged serve --model Qwen/Qwen3-0.6B
   jpaged batch requests.jsonl results.jsonl
   jpaged info --json
 
@@ -57,8 +57,8 @@ programs are kept for the next run, in the directory that jpaged info names.
 _GENERATE = """\
 Continue PROMPT and print it together with its continuation, token by token as they come. With -n above 1 each
 completion is printed whole, after the prompt and under a header, when it is complete. --json prints the result
-alone: an object whose "outputs" hold text, token_ids, finish_reason ("stop" or "length"), log-probabilities and
-the score of a beam search.
+alone: an object whose "outputs" hold text, token_ids, finish_reason ("stop", "length" or "error"), log-probabilities
+and the score of a beam search. A number that JSON cannot say is null.
 
 Text is drawn at random, and differs from one run to the next; on a terminal the seed that repeats it is shown.
 With --temperature 0 the likeliest token is taken at every step, so the same prompt always gives the same text.
@@ -264,8 +264,9 @@ def _add_engine_options(parser: argparse.ArgumentParser, names: Iterable[str]) -
     group = parser.add_argument_group("model and engine")
     group.add_argument(
         "--model",
-        metavar="DIR",
-        help="Hugging Face checkpoint: config.json, *.safetensors, tokenizer (default: the small model in the package)",
+        metavar="MODEL",
+        help="directory of a Hugging Face checkpoint (config.json, *.safetensors, tokenizer), or a repository of the "
+        "hub, ORG/NAME or ORG/NAME@REVISION, which is downloaded once (default: the small model in the package)",
     )
     settings = settings_of(EngineConfig)
     for name in names:
@@ -296,11 +297,16 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
-    group, settings = parser.add_argument_group("sampling"), settings_of(SamplingParams)
+    description = (
+        "Defaults are those that generation_config.json of the checkpoint names, if it names any "
+        "(--generation-config none leaves them out), and otherwise these."
+    )
+    group, settings = parser.add_argument_group("sampling", description), settings_of(SamplingParams)
     for name in SAMPLING_OPTIONS:
         shown = settings[name].unset or str(max_tokens if name == "max_tokens" else getattr(DRAWING, name))
+        more = {"type": int, "metavar": "ID"} if name == "stop_token_ids" else {}
         # None where the option is not given: a beam search has no use for the default.
-        _add(group, settings[name], shown=shown, default=None)
+        _add(group, settings[name], shown=shown, default=None, **more)
 
 
 def _add_completion_options(parser: argparse.ArgumentParser) -> None:
@@ -338,28 +344,40 @@ def engine_settings(args: argparse.Namespace, names: Iterable[str] = ENGINE_OPTI
 
 
 def server_settings(args: argparse.Namespace, names: Iterable[str]) -> ServerSettings:
-    """The settings of the server that options set.
+    """The settings of the server that options set. A model from the hub is served under its name there.
 
     Raises:
         ValueError: a setting out of range.
     """
-    return ServerSettings(**_given(args, names))
+    from jpaged.models.checkpoint.hub import repository_of  # imports JAX, which --help has no use for
+
+    repository = repository_of(args.model)
+    named: dict[str, Any] = {} if repository is None else {"served_model_name": repository.name}
+    return ServerSettings(**named | _given(args, names))
 
 
-def sampling_params(args: argparse.Namespace, max_tokens: int, more: Sequence[str] = ()) -> SamplingParams:
+def sampling_params(
+    args: argparse.Namespace, max_tokens: int, recommended: Mapping[str, Any], more: Sequence[str] = ()
+) -> SamplingParams:
     """Parameters to draw with.
 
     Args:
         args: the options given; without a seed, one is drawn.
         max_tokens: the command's own default.
+        recommended: the parameters that the checkpoint names.
         more: options beside ``SAMPLING_OPTIONS`` that the command has.
     """
     defaults = {"max_tokens": max_tokens, "seed": random.SystemRandom().getrandbits(32)}
-    return replace(DRAWING, **defaults | _given(args, (*SAMPLING_OPTIONS, *more)))
+    given = _given(args, (*SAMPLING_OPTIONS, *more))
+    return replace(SamplingParams() if recommended else DRAWING, **{**defaults, **recommended, **given})
 
 
-def generate_params(args: argparse.Namespace) -> SamplingParams:
+def generate_params(args: argparse.Namespace, recommended: Mapping[str, Any]) -> SamplingParams:
     """Parameters of ``jpaged generate``.
+
+    Args:
+        args: the options given.
+        recommended: the parameters of drawing that the checkpoint names.
 
     Raises:
         ValueError: an option of beam search without a search, or an option that does not go with a search.
@@ -368,7 +386,7 @@ def generate_params(args: argparse.Namespace) -> SamplingParams:
         return _beam_params(args)
     if args.length_penalty is not None or args.early_stopping is not None:
         raise ValueError("--length-penalty and --early-stopping are of beam search: add --beam-width")
-    return sampling_params(args, GENERATE_MAX_TOKENS, COMPLETION_OPTIONS)
+    return sampling_params(args, GENERATE_MAX_TOKENS, recommended, COMPLETION_OPTIONS)
 
 
 def _beam_params(args: argparse.Namespace) -> SamplingParams:

@@ -1,11 +1,14 @@
 """Output of the commands: text to stdout as it comes, notes and progress to stderr."""
 
+import json
+import math
 import sys
 import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from jpaged.request import CompletionDelta, FinishReason
 
@@ -35,6 +38,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     seconds: float = 0.0  # from the first token to the last
     finish_reason: FinishReason = FinishReason.ABORT
+    error: str | None = None
 
     def __str__(self) -> str:
         rate = f", {(len(self.token_ids) - 1) / self.seconds:.0f} a second" if self.seconds else ""
@@ -55,6 +59,7 @@ def show(head: str, deltas: Generator[CompletionDelta], answer: Answer) -> None:
             answer.token_ids += delta.token_ids
             answer.seconds = time.monotonic() - start
             answer.finish_reason = delta.finish_reason or answer.finish_reason
+            answer.error = delta.error
 
 
 @contextmanager
@@ -68,3 +73,16 @@ def waiting(text: str) -> Generator[None]:
         yield
     finally:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # back, and erase to the end of the line
+
+
+def to_json(value: object) -> str:
+    """Write a value as JSON, which has no NaN and no infinity: null stands for these."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ class TokenScores:
     """Log-probabilities of chosen tokens under the model, before penalties, temperature and filters.
 
     Args:
-        logprobs: log-probability of each chosen token.
+        logprobs: log-probability of each chosen token; NaN if the logits were no distribution.
         ranks: 1 for the most probable token; 0 if no ranks were asked for.
         top_ids: alternatives, most probable first; none if none were asked for.
         top_logprobs: log-probabilities of the alternatives.
@@ -36,7 +36,8 @@ class BeamCandidates:
     Args:
         beams: index into ``BeamSelect.chunks`` of the beam that each continues.
         token_ids: the token that each adds.
-        scores: cumulative log-probabilities; -inf where the vocabulary had no more to offer.
+        scores: cumulative log-probabilities; -inf where the vocabulary had no more to offer. All are NaN if the logits
+            of a beam were no distribution.
     """
 
     beams: Int32[np.ndarray, " candidates"]

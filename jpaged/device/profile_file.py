@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _NO_RATES = (
     "num_blocks", "memory_fraction", "max_model_len", "enable_prefix_caching", "seed", "max_burst", "preemption",
-    "num_host_blocks", "host_memory_bytes",
+    "num_host_blocks", "host_memory_bytes", "generation_config",
 )  # fmt: skip
 """Settings that no rate depends on."""
 

@@ -63,7 +63,8 @@ class Detokenizer:
         self._stop_strings = stop_strings
         self._includes_stop = includes_stop
         self._skip_special_tokens = skip_special_tokens
-        context = tuple(prompt_token_ids[-CONTEXT_TOKENS:])
+        self._prompt_token_ids = tuple(prompt_token_ids[-CONTEXT_TOKENS - MAX_CHARACTER_TOKENS :])
+        context = self._prompt_token_ids[-CONTEXT_TOKENS:]
         self._state = _State("", 0, context, len(context))
 
     @property
@@ -102,15 +103,29 @@ class Detokenizer:
     def extend(self, token_ids: Sequence[int], *, may_stop: bool = False) -> None:
         """Add tokens. Text that still waits for the rest of a character is held back, though never for long."""
         before = self._state._replace(num_tokens=self._state.num_tokens + len(token_ids))
-        after = self._decoded(before._replace(ids=(*before.ids, *token_ids)), is_last=False, may_stop=may_stop)
+        grown = before._replace(ids=(*before.ids, *token_ids))
+        after = self._decoded(grown, is_last=False, may_stop=may_stop)
+        if not before.text and (_is_waiting(after) or REPLACEMENT in after.text):
+            grown = self._with_whole_context(grown)
+            after = self._decoded(grown, is_last=False, may_stop=may_stop)
+        if _is_waiting(after) and not after.stop and (end := self._find_whole(grown, len(token_ids))):
+            whole = self._decoded(grown._replace(ids=grown.ids[:end]), is_last=True, may_stop=may_stop)
+            after = whole if whole.stop else whole._replace(ids=(*whole.ids, *grown.ids[end:]))
         if after.text == before.text and self._is_textless(token_ids):
             after = before  # or every further token would decode an endless row of special tokens again
         self._state = after
 
-    def finish(self) -> None:
-        """Turn what is held back into text: no more tokens come."""
+    def finish(self, *, may_stop: bool = False, ending: str = "") -> None:
+        """Turn what is held back into text: no more tokens come.
+
+        Args:
+            may_stop: whether a stop string in that text ends it.
+            ending: ends the text unless a stop string did, or the text ends so.
+        """
         if not self.is_stopped:
-            self._state = self._decoded(self._state, is_last=True, may_stop=False)
+            state = self._decoded(self._state, is_last=True, may_stop=may_stop)
+            is_ended = state.stop is not None or state.text.endswith(ending)
+            self._state = state if is_ended else state._replace(text=state.text + ending)
 
     def num_decided(self, *, is_last: bool) -> int:
         """Number of characters of ``text`` that no later token can take back.
@@ -127,9 +142,10 @@ class Detokenizer:
         before, after = self._text_of(state.ids[: state.num_read]), self._text_of(state.ids)
         before = before[:-1] if state.is_open else before
         is_open = after.endswith(REPLACEMENT) and not is_last
-        if is_open:
-            if len(state.ids) - state.num_read <= MAX_CHARACTER_TOKENS:
-                return state
+        is_held = is_open and len(state.ids) - state.num_read <= MAX_CHARACTER_TOKENS
+        if is_held:
+            after = after.rstrip(REPLACEMENT)  # later tokens change the replacements alone
+        elif is_open:
             after = after[:-1]  # a character may begin at the last replacement; the earlier ones are text
         if after == before:
             return state
@@ -137,8 +153,35 @@ class Detokenizer:
         start = len(before) if after.startswith(before) else _num_common(before, after)
         text = state.text + after[start:]
         end, stop = self._find_stop(text, len(state.text)) if may_stop and self._stop_strings else (None, None)
+        if is_held and stop is None:
+            return state
         ids = state.ids[state.num_read :]
         return _State(text[:end], state.num_tokens, ids, len(ids), is_open, stop)
+
+    def _with_whole_context(self, state: _State) -> _State:
+        """A state without text, whose context does not begin inside a character of the prompt.
+
+        Tokenizers that spell unknown characters as bytes decode a row of bytes as characters if all of it is valid.
+        """
+        contexts = [self._prompt_token_ids[-CONTEXT_TOKENS - i :] for i in range(MAX_CHARACTER_TOKENS)]
+        context = min(contexts, key=lambda context: self._text_of(context).count(REPLACEMENT))
+        return state._replace(ids=(*context, *state.ids[state.num_read :]), num_read=len(context))
+
+    def _find_whole(self, state: _State, num_new: int) -> int:
+        """Find the end of the tokens that are whole characters, where the last ``num_new`` may end inside a character.
+
+        Tokenizers that spell unknown characters as bytes decode each byte of a row as a replacement while the row is
+        not valid. The text gets shorter when a byte ends a character, even where that character is a replacement.
+
+        Returns:
+            The end in ``state.ids``; 0 if none of the new tokens ends a character.
+        """
+        first = max(state.num_read, len(state.ids) - min(num_new, MAX_CHARACTER_TOKENS))
+        for end in range(len(state.ids), first, -1):
+            text = self._text_of(state.ids[:end])
+            if not text.endswith(REPLACEMENT) or len(text) < len(self._text_of(state.ids[: end - 1])):
+                return end
+        return 0
 
     def _is_textless(self, token_ids: Sequence[int]) -> bool:
         """Whether tokens are special. Each is decoded twice: some tokenizers drop the space of a text's first token."""
@@ -154,6 +197,11 @@ class Detokenizer:
         if at is None or stop is None:
             return None, None
         return at + (len(stop) if self._includes_stop else 0), stop
+
+
+def _is_waiting(state: _State) -> bool:
+    """Whether a character may begin in the last tokens."""
+    return state.is_open or len(state.ids) > state.num_read
 
 
 def _num_common(a: str, b: str) -> int:

@@ -1,6 +1,6 @@
 """From a checkpoint, or a model in memory, to an engine that is ready."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,10 @@ from jpaged.device.target import target_of
 from jpaged.device.weights import check_host_weights
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.loop import Engine
+from jpaged.engine.sampling_defaults import read_sampling_defaults
+from jpaged.engine.tokenizers import load_tokenizer
 from jpaged.interrupts import InterruptsWait
-from jpaged.models import ModelConfig, import_transformers, load_config, load_model
+from jpaged.models import ModelConfig, load_config, load_model
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.models.contract import check_model, place
 from jpaged.sharding import make_mesh
@@ -32,7 +34,7 @@ Follow = Callable[[], None]
 def load_checkpoint(
     path: Path,
     config: EngineConfig,
-    tokenizer_path: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
     *,
     warm_up: bool | None,
     use_tqdm: bool,
@@ -42,7 +44,7 @@ def load_checkpoint(
     Args:
         path: the directory.
         config: the engine's settings.
-        tokenizer_path: the directory of a tokenizer other than the checkpoint's.
+        tokenizer: a tokenizer other than the checkpoint's.
         warm_up: whether to compile every program now; None is now on an accelerator, later on a CPU.
         use_tqdm: whether to show progress.
 
@@ -56,10 +58,9 @@ def load_checkpoint(
         model_config = load_config(path)
         check_settings(model_config, config)
         interrupts.check()
-        tokenizer = load_tokenizer(path if tokenizer_path is None else Path(tokenizer_path))
-        if tokenizer is None and tokenizer_path is not None:
-            raise ValueError(f"tokenizer={str(tokenizer_path)!r} is no directory with a tokenizer: give one, or None")
+        tokenizer = tokenizer or load_tokenizer(path)
         interrupts.check()
+        defaults = read_sampling_defaults(path) if config.generation_config == "auto" else None
         mesh = make_mesh(config.tensor_parallel_size)
         use_tqdm = use_tqdm and jax.process_index() == 0
         dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
@@ -72,7 +73,8 @@ def load_checkpoint(
             check_pools(model_config, config, dtype, mesh)
             return load_model(path, model_config, dtype, mesh, weight_placement=placement, use_tqdm=use_tqdm)
 
-        return start_engine(load, model_config, config, mesh, tokenizer, warm_up=warm_up, use_tqdm=use_tqdm)
+        options = {"warm_up": warm_up, "use_tqdm": use_tqdm, "sampling_defaults": defaults}
+        return start_engine(load, model_config, config, mesh, tokenizer, **options)
 
 
 def module_loader(
@@ -105,6 +107,7 @@ def start_engine(
     *,
     warm_up: bool | None,
     use_tqdm: bool,
+    sampling_defaults: Mapping[str, Any] | None = None,
 ) -> Engine | Follow:
     """Start an engine over a model.
 
@@ -116,6 +119,7 @@ def start_engine(
         tokenizer: text <-> token ids, or None.
         warm_up: as in ``load_checkpoint``.
         use_tqdm: whether to show progress.
+        sampling_defaults: as for ``Engine``.
 
     Returns:
         As ``load_checkpoint``.
@@ -127,37 +131,14 @@ def start_engine(
     with InterruptsWait():
         if channel is None:
             runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
-            return Engine(runner, config, tokenizer)
+            return Engine(runner, config, tokenizer, sampling_defaults)
         options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
         try:
             agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
             if channel.is_leader:
-                return Engine(LeadingRunner(load(), model_config, config, mesh, **options), config, tokenizer)
+                leading = LeadingRunner(load(), model_config, config, mesh, **options)
+                return Engine(leading, config, tokenizer, sampling_defaults)
             return partial(follow, ModelRunner(load(), model_config, config, mesh, **options), channel)
         except BaseException:
             channel.close()  # or the other processes would wait
             raise
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer; None if the directory has none.
-
-    Raises:
-        ValueError: its files cannot be read.
-    """
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    tokenizers = import_transformers().AutoTokenizer
-    try:
-        return tokenizers.from_pretrained(
-            str(path),
-            local_files_only=True,
-            trust_remote_code=False,
-            clean_up_tokenization_spaces=False,
-            model_max_length=2**31,  # the engine itself refuses what is too long
-        )
-    except Exception as error:  # the many libraries behind it raise many kinds
-        raise ValueError(
-            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}): download its files again, or "
-            "convert it to a tokenizer.json"
-        ) from error

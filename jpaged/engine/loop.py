@@ -1,6 +1,7 @@
 """The engine's loop: adds and aborts requests, and keeps a step in flight."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
 from jpaged.engine.stats import EngineStats, read_stats
+from jpaged.engine.token_texts import end_token_ids
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.offload.placement import KV_ON_DEVICE, Placement, blocks_moved_together
 from jpaged.host.offload.profile import learn
@@ -33,13 +35,21 @@ class Engine:
         runner: the device half, ready.
         config: the settings of the runner, or settings that ask for no more blocks, rows and tokens.
         tokenizer: text <-> token ids; None serves token ids only.
+        sampling_defaults: sampling parameters of requests that give none, as far as they differ from
+            ``SamplingParams()``.
 
     Raises:
         ValueError: a block size other than the runner's, more rows or tokens than its steps have, or swapping and
             streaming with a runner that cannot.
     """
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+    ):
         if config.block_size != runner.config.block_size:
             raise ValueError(
                 f"block_size={config.block_size} is not the runner's {runner.config.block_size}: give that"
@@ -71,13 +81,18 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.token_budget,
             max_model_len=runner.max_model_len,
-            eos_token_ids=runner.model_config.eos_token_ids,
+            eos_token_ids=(
+                *runner.model_config.eos_token_ids,
+                *end_token_ids(tokenizer, runner.model_config.vocab_size),
+            ),
             max_burst=min(config.max_burst or runner.max_burst, runner.max_burst),
             step_sizes=[(size.num_tokens, size.num_rows) for size in runner.buckets if not size.is_decode],
             preemption=config.preemption,
             profile=runner.profile,
         )
-        self.prompts = PromptReader(tokenizer, runner.model_config)
+        self.sampling_defaults = dict(sampling_defaults or {})
+        self.default_params = SamplingParams(**self.sampling_defaults)
+        self.prompts = PromptReader(tokenizer, runner.model_config, self.default_params)
         self.outputs = Outputs(tokenizer, self.scheduler)
         self._num_requests = 0  # made by ``make_requests``
         self._random = np.random.default_rng(config.seed)
@@ -96,7 +111,7 @@ class Engine:
         Args:
             request_id: unique among unfinished requests.
             prompt: text or token ids.
-            params: how to generate.
+            params: how to generate; None is ``default_params``.
             priority: lower is served first and preempted last.
 
         Raises:
@@ -153,7 +168,7 @@ class Engine:
             group = self.scheduler.abort(request_id, reason)
             if group is None:
                 return False
-            self.outputs.answers[request_id].error = error
+            group.error = error
             self.outputs.note([group])
             self.outputs.read()
         return True

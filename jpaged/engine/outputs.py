@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from jpaged.contract.result import TokenScores
 from jpaged.engine.detokenizer import Detokenizer, Tokenizer
+from jpaged.engine.token_texts import TokenTexts
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup
 from jpaged.request import (
@@ -92,7 +93,6 @@ class _Answer:
         is_watched: whether tokens become text before the request ends, for deltas or to find stop strings.
         arrived: when the request was made, of ``time.monotonic``.
         first_token: when the step of its first token had ended.
-        error: why the engine ended it.
         progress: decoding state by sequence id.
     """
 
@@ -102,7 +102,6 @@ class _Answer:
     is_watched: bool
     arrived: float
     first_token: float | None = None
-    error: str | None = None
     progress: dict[int, _Progress] = field(default_factory=dict)
 
 
@@ -123,7 +122,7 @@ class Outputs:
         """The requests without a result, by id; written here alone."""
         self.unread: dict[str, _Answer] = {}  # the part of them that gained tokens
         self._output = StepOutput()  # not taken yet
-        self._texts: dict[int, str] = {}  # of single tokens
+        self._texts = None if tokenizer is None else TokenTexts(tokenizer)
 
     @property
     def groups(self) -> list[SequenceGroup]:
@@ -194,7 +193,14 @@ class Outputs:
             if answer.is_streamed and answer.is_ranked:
                 self._output.deltas.extend(
                     CompletionDelta(
-                        request_id, o.index, o.text, o.token_ids, o.finish_reason, o.stop_reason, o.logprobs
+                        request_id,
+                        o.index,
+                        o.text,
+                        o.token_ids,
+                        o.finish_reason,
+                        o.stop_reason,
+                        o.logprobs,
+                        error=_error(group, o.finish_reason),
                     )
                     for o in result.outputs
                 )
@@ -230,10 +236,12 @@ class Outputs:
         if group.request.params.logprobs is not None:
             progress.logprobs += self._new_logprobs(seq, len(progress.logprobs), group.request.params.logprobs)
             logprobs = progress.logprobs[len(progress.logprobs) - len(new_ids) :] if new_ids else []
-        if seq.finish_reason is None:
+        if (reason := seq.finish_reason) is None:
             return CompletionDelta(request_id, seq.index, text, new_ids, None, None, logprobs)
         stop_reason = _stop_reason(group, seq, progress.detokenizer)
-        return CompletionDelta(request_id, seq.index, text, new_ids, seq.finish_reason, stop_reason, logprobs)
+        return CompletionDelta(
+            request_id, seq.index, text, new_ids, reason, stop_reason, logprobs, error=_error(group, reason)
+        )
 
     def _new_logprobs(self, seq: Sequence, start: int, num_top: int) -> list[dict[int, Logprob]]:
         """The log-probabilities of the output tokens of a sequence, from output token ``start`` on."""
@@ -270,7 +278,19 @@ class Outputs:
                     self._scheduler.finish(group, seq, FinishReason.STOP)
                     break
         if seq.finish_reason is not None:
-            detokenizer.finish()
+            self._finish_text(group, seq, detokenizer)
+
+    def _finish_text(self, group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer) -> None:
+        """Turn the rest of a sequence into text, in which a stop string may be complete."""
+        params, special_stop = group.request.params, _special_stop(group, seq)
+        is_hidden = special_stop is not None and params.skip_special_tokens
+        is_complete = seq.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        detokenizer.finish(
+            may_stop=is_complete and bool(params.stop) and seq.num_outputs >= params.min_tokens,
+            ending=special_stop or "" if is_hidden and params.include_stop_str_in_output else "",
+        )
+        if detokenizer.is_stopped:
+            self._scheduler.finish(group, seq, FinishReason.STOP)
 
     # Results ------------------------------------------------------------------------------------------------------
 
@@ -289,7 +309,7 @@ class Outputs:
             num_cached_tokens=group.num_cached_tokens or 0,
             num_preemptions=group.num_preemptions,
             times=RequestTimes(answer.arrived, group.first_scheduled, answer.first_token, monotonic()),
-            error=answer.error,
+            error=group.error,
         )
 
     def _completion(self, answer: _Answer, seq: Sequence) -> CompletionOutput:
@@ -339,11 +359,12 @@ class Outputs:
         return found | {token_id: chosen}
 
     def _decode_one(self, token_id: int) -> str | None:
-        if self._tokenizer is None:
-            return None
-        if token_id not in self._texts:
-            self._texts[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return self._texts[token_id]
+        return None if self._texts is None else self._texts.text(token_id)
+
+
+def _error(group: SequenceGroup, reason: FinishReason | None) -> str | None:
+    """The explanation of an end that is no completion's own."""
+    return group.error if reason in (FinishReason.ABORT, FinishReason.ERROR) else None
 
 
 def _stop_reason(group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer | None) -> int | str | None:
@@ -353,4 +374,11 @@ def _stop_reason(group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer |
     if detokenizer is not None and detokenizer.is_stopped:
         return detokenizer.stop
     last = seq.token_ids[-1]
-    return last if last in (group.request.params.stop_token_ids or ()) else None
+    return last if last in (group.request.params.stop_token_ids or ()) else _special_stop(group, seq)
+
+
+def _special_stop(group: SequenceGroup, seq: Sequence) -> str | None:
+    """The stop string that a sequence ended with as a special token."""
+    if seq.finish_reason is not FinishReason.STOP or not group.request.special_stops:
+        return None
+    return group.request.special_stops.get(seq.token_ids[-1])

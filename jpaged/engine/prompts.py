@@ -8,6 +8,7 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 
 from jpaged.engine.detokenizer import Tokenizer
+from jpaged.engine.token_texts import special_tokens
 from jpaged.models import ModelConfig
 from jpaged.request import BeamSearchParams, Request, SamplingParams
 
@@ -38,11 +39,14 @@ class PromptReader:
     Args:
         tokenizer: turns text into token ids; None refuses text.
         model_config: the vocabulary, and what a prompt's KV depends on besides its tokens.
+        default_params: sampling parameters of requests that give none.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, model_config: ModelConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, model_config: ModelConfig, default_params: SamplingParams) -> None:
         self._tokenizer = tokenizer
+        self._default_params = default_params
         self._model_config = model_config
+        self._special_tokens = special_tokens(tokenizer)
         self._latest_bans: tuple[Any, Bans] = None, ((), ())
 
     def read(self, request_id: str, prompt: Prompt, params: SamplingParams | None, priority: int) -> Request:
@@ -51,7 +55,7 @@ class PromptReader:
         Raises:
             ValueError: a prompt that is empty or out of the vocabulary, or parameters that do not fit this model.
         """
-        params = params or SamplingParams()
+        params = self._default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(params).__name__}: expected SamplingParams")
         if not isinstance(priority, int) or isinstance(priority, bool):
@@ -83,7 +87,13 @@ class PromptReader:
             priority,
             banned_token_ids=banned_token_ids,
             banned_sequences=banned_sequences,
+            special_stops=self._special_stops(params),
         )
+
+    def _special_stops(self, params: SamplingParams) -> dict[int, str]:
+        specials = self._special_tokens if params.stop else {}
+        found = {specials[stop]: stop for stop in params.stop_strings if stop in specials}
+        return {token_id: stop for token_id, stop in found.items() if token_id < self._model_config.vocab_size}
 
     def _bans(self, params: SamplingParams) -> Bans:
         """The bans of some parameters; those of many prompts of one call are found once."""
@@ -120,13 +130,14 @@ class PromptReader:
             raise ValueError("this model has no tokenizer: give the prompt as {'prompt_token_ids': [...]}")
         if not isinstance(text, str):
             raise ValueError(f"prompt={text!r} is not valid: expected a string")
-        if not text:
-            raise ValueError("the prompt is empty: give at least one character")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is no valid text ({error}): remove the lone surrogates") from None
-        return list(self._tokenizer.encode(text))
+        token_ids = list(self._tokenizer.encode(text))
+        if not token_ids:  # of an empty text, some tokenizers make the token that begins a text
+            raise ValueError("the prompt is empty: give at least one character")
+        return token_ids
 
     def _check_ids(self, where: str, token_ids: Any) -> list[int]:
         """The ids as plain integers, all of them in the vocabulary."""

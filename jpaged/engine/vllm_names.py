@@ -43,7 +43,8 @@ _TRANSLATIONS = {
     "enforce_eager": _Translation("warm_up", lambda is_eager: False if is_eager else None),
 }
 
-_HUB = "download the checkpoint with hf download, and give its directory"
+_REVISION = "name it as ORG/NAME@REVISION, or give the directory that hf download made"
+_HUB = "hf download has it, HF_HOME says where the cache is, and HF_TOKEN has the token"
 _SILENT = (_ANY,)
 
 _FOREIGN = {
@@ -52,13 +53,12 @@ _FOREIGN = {
     ),
     "tokenizer_mode": _Foreign("LLM.from_model takes a tokenizer of yours", ("auto",)),
     "skip_tokenizer_init": _Foreign("SamplingParams(detokenize=False) makes no text"),
-    "revision": _Foreign(_HUB, (None,)),
-    "tokenizer_revision": _Foreign(_HUB, (None,)),
-    "code_revision": _Foreign(_HUB, (None,)),
+    "revision": _Foreign(_REVISION, (None,)),
+    "tokenizer_revision": _Foreign(_REVISION, (None,)),
+    "code_revision": _Foreign("no code of a checkpoint is ever run", (None,)),
     "download_dir": _Foreign(_HUB, (None,)),
     "hf_token": _Foreign(_HUB, (None,)),
     "hf_overrides": _Foreign("LLM.from_model takes a ModelConfig", (None,)),
-    "generation_config": _Foreign("SamplingParams has the defaults of sampling", (None, "vllm")),
     "load_format": _Foreign("*.safetensors are read", ("auto", "safetensors")),
     "quantization": _Foreign("kv_cache_dtype has an 8-bit KV cache; weights are not quantised", (None,)),
     "cpu_offload_gb": _Foreign("weight_placement='host' keeps weights in host memory", (0, 0.0)),
@@ -85,7 +85,8 @@ _FOREIGN = {
     "attention_backend": _Foreign("attention_implementation names the kernel", (None,)),
 }
 
-_DTYPES = {"half": "float16", "float": "float32"}
+_VALUES = {"dtype": {"half": "float16", "float": "float32"}, "generation_config": {"vllm": "none"}}
+"""Values of settings by vLLM's names."""
 
 
 def to_own_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,8 +105,9 @@ def to_own_names(settings: Mapping[str, Any]) -> dict[str, Any]:
             is_harmless = _ANY in foreign.harmless or any(value is each or value == each for each in foreign.harmless)
             if not is_harmless:
                 raise ValueError(f"{name}={value!r} is a setting of vLLM that jpaged has not: {foreign.instead}")
-    if own.get("dtype") in _DTYPES:
-        own["dtype"] = _DTYPES[own["dtype"]]
+    for name, values in _VALUES.items():
+        if isinstance(own.get(name), str):
+            own[name] = values.get(own[name], own[name])
     return own
 
 
@@ -133,7 +135,7 @@ class EngineArgs:
     @staticmethod
     def add_cli_args[ParserT: argparse._ActionsContainer](parser: ParserT) -> ParserT:
         """Add an option for ``model`` and for each setting of the engine to a parser, or to a group of one."""
-        parser.add_argument("--model", help="checkpoint directory")
+        parser.add_argument("--model", help="checkpoint directory, or ORG/NAME of the hub")
         for name, each in settings_of(EngineConfig).items():
             is_flag = each.rule.type is bool
             form: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if is_flag else {"type": each.rule.type}

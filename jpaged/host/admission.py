@@ -113,7 +113,8 @@ class Admission:
             )
         capacity, is_streamed = self._place(request)
         capacity.check(request)
-        stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos_token_ids)
+        stops = frozenset([*(params.stop_token_ids or ()), *request.special_stops])
+        stops |= frozenset() if params.ignore_eos else self._eos_token_ids
         num_candidates = (1 + len(stops)) * num_sequences
         if params.use_beam_search and num_candidates > MAX_BEAM_CANDIDATES:
             raise ValueError(

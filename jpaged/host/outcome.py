@@ -1,5 +1,7 @@
 """The outcome of a step: publishes its blocks, appends its tokens, forks, moves beams on, ends sequences."""
 
+import math
+
 import numpy as np
 from jaxtyping import Bool, Int32
 
@@ -11,7 +13,7 @@ from jpaged.host.pins import Pins
 from jpaged.host.roster import Roster
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.request import FinishReason
+from jpaged.request import NO_CONTINUATION, NOT_FINITE, FinishReason
 
 
 class Outcome:
@@ -44,11 +46,17 @@ class Outcome:
         seq.finish_reason = reason
         if seq.state is SequenceState.FINISHED:
             return
-        self.release(seq)
+        self.release(seq, is_trusted=reason is not FinishReason.ERROR)
         seq.state = SequenceState.FINISHED
         self._roster.remove_sequence(seq)
         if group.is_finished:
             self._leave(group)
+
+    def _fail(self, group: SequenceGroup, error: str) -> None:
+        """End all unfinished sequences of a group with an error."""
+        group.error = error
+        for seq in group.unfinished:
+            self.finish(group, seq, FinishReason.ERROR)
 
     def release(self, seq: Sequence, *, is_trusted: bool = True) -> None:
         """Free the row and the blocks of a sequence, if it has any.
@@ -141,12 +149,20 @@ class Outcome:
 
     # Tokens -------------------------------------------------------------------------------------------------------
 
-    def take_prompt_scores(self, plan: StepPlan, result: StepResult) -> None:
-        """Give each group the scores of its prompt tokens."""
+    def take_prompt_scores(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
+        """Give each group the scores of its prompt tokens. Returns the groups that end, as their scores are wrong."""
+        ended: list[SequenceGroup] = []
         for score, piece in zip(plan.prompt_scores, result.prompt_scores, strict=True):
             member = self._roster.sequences.get(int(plan.chunks.seq_ids[score.chunk]))
-            if member is not None:
-                member[0].prompt_scores.append(piece)
+            if member is None:
+                continue
+            group, _ = member
+            if np.isnan(piece.logprobs).any():
+                self._fail(group, NOT_FINITE)
+                ended.append(group)
+            else:
+                group.prompt_scores.append(piece)
+        return ended
 
     def take_tokens(self, plan: StepPlan, result: StepResult) -> list[SequenceGroup]:
         """Append the drawn tokens, and end the sequences that are complete.
@@ -185,12 +201,20 @@ class Outcome:
         """Append the tokens of some draws one by one, up to the token that ends the sequence."""
         for draw in np.flatnonzero(is_left).tolist():
             row, num_draws = int(plan.draws.rows[draw]), int(plan.draws.num_tokens[draw])
+            if self._rows.seq_ids[row] != plan.draws.seq_ids[draw]:  # its group failed just now
+                self.num_output_tokens -= num_draws
+                continue
             group, seq = self._rows.member(row)
             drawn = token_ids[:num_draws, draw].tolist()
-            if self._rows.append(seq, drawn, scores, draw):
+            is_wrong = any(math.isnan(step.logprobs[draw]) for step in scores[:num_draws])
+            if not is_wrong and self._rows.append(seq, drawn, scores, draw):
                 continue
             self._rows.hand_over(seq, num_draws)
             for number, (token_id, step_scores) in enumerate(zip(drawn, scores, strict=False), 1):
+                if is_wrong and math.isnan(step_scores.logprobs[draw]):
+                    self.num_output_tokens -= num_draws - number + 1
+                    self._fail(group, NOT_FINITE)
+                    break
                 seq.append([token_id], step_scores, range(draw, draw + 1))
                 num_outputs = seq.num_outputs
                 is_stop = token_id in group.stop_token_ids and num_outputs > group.request.params.min_tokens
@@ -219,9 +243,15 @@ class Outcome:
 
     def _advance_beams(self, group: SequenceGroup, live: list[Sequence], candidates: BeamCandidates) -> None:
         """Fork, continue and free beams (PagedAttention, section 4.4): no block moves until two children write."""
-        assert group.beam is not None
-        self.num_output_tokens += len(live)
-        continuations = group.beam.advance([seq.output_token_ids for seq in live], candidates)
+        search = group.beam
+        assert search is not None
+        outputs, scores = [seq.output_token_ids for seq in live], search.scores
+        is_wrong = bool(np.isnan(candidates.scores).any())
+        self.num_output_tokens += 0 if is_wrong else len(live)
+        continuations = [] if is_wrong else search.advance(outputs, candidates)
+        if is_wrong or not (continuations or search.finished):
+            group.error = NOT_FINITE if is_wrong else NO_CONTINUATION
+            search.give_up(outputs, scores)
         successors: list[Sequence] = []
         group.sequences = successors
         kept = {live[beam.parent].seq_id for beam in continuations}

@@ -285,6 +285,7 @@ class RowTable:
         num_steps = len(token_ids)
         is_left = self._is_asked[rows] | (self.known[rows] + num_draws >= self.limits[rows])
         is_left |= (token_ids[:, :, None] == self._stops[rows][None]).any(axis=(0, 2))
+        is_left |= np.isnan(logprobs).any(axis=0)
         if is_left.any():
             taking = ~is_left
             rows, num_draws = rows[taking], num_draws[taking]

@@ -95,7 +95,7 @@ class Scheduler:
         self.outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows)
         self._streaming = Streaming(blocks, self.outcome, self.rows, max_num_batched_tokens)
         rooms = blocks, self.line, self._admission, self.outcome, self.rows, self._streaming
-        windows = Windows(blocks, self.outcome, self.rows, max_num_batched_tokens)
+        windows = Windows(blocks, self.rows, max_num_batched_tokens)
         self._preemption = Preemption(*rooms, windows, kind=preemption)
         self._entry = Entry(*rooms)
         self._num_in_flight = 0  # plans scheduled and not updated
@@ -317,9 +317,10 @@ class Scheduler:
         self.drop()
         if self.rows.num_restless:
             self.outcome.settle_chunks(plan)
+        touched: dict[SequenceGroup, None] = {}
         if plan.prompt_scores:
-            self.outcome.take_prompt_scores(plan, result)
-        touched = dict.fromkeys(self.outcome.take_tokens(plan, result))
+            touched |= dict.fromkeys(self.outcome.take_prompt_scores(plan, result))
+        touched |= dict.fromkeys(self.outcome.take_tokens(plan, result))
         if self.blocks.enable_prefix_caching:
             self.outcome.note_decoded(plan)
         if plan.beams:

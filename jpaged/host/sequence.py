@@ -214,6 +214,7 @@ class SequenceGroup:
         bias: numbers added to the logits of every draw.
         first_scheduled: when it was first admitted, of ``time.monotonic``.
         num_preemptions: times that it was preempted.
+        error: why sequences ended with ``FinishReason.ERROR`` or ``ABORT``; None where there is no more to say.
     """
 
     request: Request
@@ -230,6 +231,7 @@ class SequenceGroup:
     bias: Bias | None = None
     first_scheduled: float | None = None
     num_preemptions: int = 0
+    error: str | None = None
 
     @property
     def prompt_len(self) -> int:

@@ -45,16 +45,17 @@ class StepSums:
         self._pins = pins
 
     def count(self, num_steps: int) -> None:
-        """Add the blocks held now, for a plan of so many steps."""
+        """Add the blocks held now, for each step of a plan of so many."""
         device = self._blocks.tiers.device
-        self.num_steps += num_steps
-        self.num_logical_blocks += device.num_holders
-        self.num_physical_blocks += len(device.blocks) - len(device.free)
+        num_logical, num_physical = device.num_holders, len(device.blocks) - len(device.free)
         if self._pins.held:
             pins = self._pins.held_seq_ids
             held = map(self._blocks.holdings.held_by, pins)
-            self.num_logical_blocks -= sum([len(holding.live_blocks) for holding in held])
-            self.num_physical_blocks -= self._blocks.num_blocks_freed_by(pins)
+            num_logical -= sum([len(holding.live_blocks) for holding in held])
+            num_physical -= self._blocks.num_blocks_freed_by(pins)
+        self.num_steps += num_steps
+        self.num_logical_blocks += num_steps * num_logical
+        self.num_physical_blocks += num_steps * num_physical
 
 
 def read_stats(line: Line, pins: Pins, preemption: Preemption, entry: Entry, sums: StepSums) -> SchedulerStats:

@@ -5,7 +5,6 @@ from jaxtyping import Int32
 
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.feed import Feed
-from jpaged.host.outcome import Outcome
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence
 
@@ -18,17 +17,17 @@ class Windows:
 
     Args:
         blocks: the bookkeeping of the pools.
-        outcome: publishes the blocks of a sequence.
         rows: the rows of the running sequences.
         max_chunk: tokens of a plan at most.
     """
 
-    def __init__(self, blocks: BlockManager, outcome: Outcome, rows: RowTable, max_chunk: int) -> None:
+    def __init__(self, blocks: BlockManager, rows: RowTable, max_chunk: int) -> None:
         self._blocks = blocks
-        self._outcome = outcome
         self._rows = rows
         self._max_chunk = max_chunk
-        self.is_used: bool = blocks.groups.has_windows
+        windows = [group.window for group in blocks.groups.groups if group.window is not None]
+        self._least_window = min(windows, default=0)
+        self.is_used: bool = bool(windows)
         """Whether the model has windows; nothing else may be called otherwise."""
 
     def slide(self, decodes: Int32[np.ndarray, " decodes"], feeds: list[Feed]) -> None:
@@ -46,9 +45,11 @@ class Windows:
                 self._slide(seq)
 
     def _slide(self, seq: Sequence) -> None:
+        position = seq.num_computed
         if self._blocks.enable_prefix_caching:
-            self._outcome.publish(seq)
-        self._blocks.windows.slide(seq.seq_id, seq.num_computed)
+            passed = max(position - self._least_window + 1, 0)
+            self._blocks.publish(seq.seq_id, seq.hashed, min(seq.num_known, passed))
+        self._blocks.windows.slide(seq.seq_id, position)
         assert seq.row is not None
         self._rows.next_slide[seq.row] = self._blocks.windows.next_slide(seq.seq_id)
 

@@ -100,11 +100,12 @@ def attend_from(
     q: Float[Array, "tokens num_heads head_dim"],
     k: Float[Array, "tokens num_kv_heads head_dim"],
     v: Float[Array, "tokens num_kv_heads head_dim"],
+    sinks: Float[Array, " num_heads"] | None = None,
 ) -> Float[Array, "tokens num_heads head_dim"]:
     """Attend as ``attend`` does, and show it the source of K and V first if it has a method ``take_source``."""
     if (take_source := getattr(attend, "take_source", None)) is not None:
         take_source(source)
-    return attend(spec, q, k, v)
+    return attend(spec, q, k, v) if sinks is None else attend(spec, q, k, v, sinks=sinks)
 
 
 def check_head_arrays(

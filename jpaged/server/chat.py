@@ -21,7 +21,7 @@ async def chat(request: Request) -> Answer:
     arrived = monotonic()
     body.check()
     server.check_model(body.model)
-    params = body.params(body.num_logprobs)
+    params = body.params(body.num_logprobs, server.llm.engine.sampling_defaults)
     token_ids = await server.template.render(body)
     call = server.make_call(request, "chatcmpl", [token_ids], params, body, arrived)
     return Answer(server, call, ChatForm(server, call, body), body)

@@ -27,7 +27,7 @@ async def completions(request: Request) -> Answer:
     arrived = monotonic()
     body.check()
     server.check_model(body.model)
-    params = body.params(body.logprobs)
+    params = body.params(body.logprobs, server.llm.engine.sampling_defaults)
     if body.echo and body.logprobs is not None:
         params = replace(params, prompt_logprobs=max(body.logprobs, params.prompt_logprobs or 0))
     given = body.prompts(server.settings.max_prompts)
@@ -57,7 +57,7 @@ class CompletionForm:
         self._call = call
         self._body = body
         self._texts = texts if body.echo else [""] * len(call.prompts)
-        self._decode = server.codec.decode_one
+        self._names = server.codec
         self._num_characters: dict[int, int] = {}  # of the tokens with log-probabilities, by choice
         self.needs_choice = body.logprobs is not None or bool(body.return_token_ids)
         self.chunk_head = {
@@ -92,7 +92,7 @@ class CompletionForm:
             tokens: list[Any] = list(zip(output.token_ids, output.logprobs or (), strict=True))
             if body.echo:
                 tokens = [*zip(result.prompt_token_ids, result.prompt_logprobs or (), strict=True), *tokens]
-            choice["logprobs"] = completion_logprobs(tokens, 0, self._decode)
+            choice["logprobs"] = completion_logprobs(tokens, 0, self._names)
         if body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs or ())
         if body.return_token_ids:
@@ -121,8 +121,10 @@ class CompletionForm:
         if self._body.logprobs is not None and delta.token_ids:
             offset = self._num_characters.get(index, 0)
             tokens = list(zip(delta.token_ids, delta.logprobs or (), strict=True))
-            choice["logprobs"] = completion_logprobs(tokens, offset, self._decode)
-            self._num_characters[index] = offset + sum(map(len, choice["logprobs"]["tokens"]))
+            choice["logprobs"] = completion_logprobs(tokens, offset, self._names)
+            texts = choice["logprobs"]["tokens"]
+            lens = map(self._names.num_characters, delta.token_ids, texts)
+            self._num_characters[index] = offset + sum(lens)
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice

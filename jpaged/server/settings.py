@@ -35,7 +35,9 @@ class ServerSettings:
         ValueError: a setting out of range, with the value and the range.
     """
 
-    served_model_name: str = setting("jpaged", _NAME, "name of the model in requests and responses")
+    served_model_name: str = setting(
+        "jpaged", _NAME, "name of the model in requests and responses; a model from the hub keeps its own otherwise"
+    )
     strict_params: bool = setting(
         False, FLAG, "refuse requests with unknown fields, which are otherwise named in a header of the response"
     )

@@ -11,7 +11,7 @@ import orjson
 from starlette.types import Send
 
 from jpaged.engine.request_stream import RequestStream
-from jpaged.request import CompletionDelta, FinishReason, RequestOutput
+from jpaged.request import NO_CONTINUATION, NOT_FINITE, CompletionDelta, FinishReason, RequestOutput
 from jpaged.server.errors import CANCELLED_STATUS, ApiError
 from jpaged.server.protocol.results import usage, without_tokens
 
@@ -116,6 +116,11 @@ class EventStream:
         """Send the last events, and end the response."""
         await self._after_comment()
         await self._write(events, more=False)
+
+    async def write_rest(self, events: bytes) -> None:
+        """Send the events before an error, unless the error is to be the status of the response."""
+        if self._has_started and events:
+            await self.write(events)
 
     async def fail(self, error: ApiError) -> None:
         """End with an error: as a status if none was sent, otherwise as an event without ``[DONE]`` after it.
@@ -232,7 +237,7 @@ class Encoder:
             if delta.finish_reason is None and not self._needs_choice:
                 if delta.text:
                     events.append(head + orjson.dumps(delta.text) + self._text_tail)
-            elif delta.finish_reason not in (FinishReason.ABORT, FinishReason.ERROR):
+            elif delta.finish_reason is not FinishReason.ABORT:
                 events.append(self._chunk(self._form.choice(index, delta)))
         return events
 
@@ -266,7 +271,11 @@ async def send_events(events: EventStream, streams: Sequence[RequestStream], enc
         for number, deltas, end in await reader.read():
             encoded += encoder.encode(number, deltas)
             if end is not None:
-                check_end(end)
+                try:
+                    check_end(end)
+                except ApiError:
+                    await events.write_rest(b"".join(encoded))
+                    raise
                 num_open -= 1
         if num_open == 0:
             break
@@ -279,10 +288,13 @@ def check_end(result: RequestOutput) -> None:
     """Refuse a result that is none.
 
     Raises:
-        ApiError: 500 after steps that failed, 499 after a cancellation, 503 after the end of the engine.
+        ApiError: 422 for logits that are no numbers, which another try would not change; 500 after steps that failed,
+            499 after a cancellation, 503 after the end of the engine.
     """
     reasons = {output.finish_reason for output in result.outputs}
-    if FinishReason.ERROR in reasons:
+    if FinishReason.ERROR in reasons and result.error == NOT_FINITE:
+        raise ApiError(422, NOT_FINITE, type="model_error", code="logits_not_finite")
+    if FinishReason.ERROR in reasons and result.error != NO_CONTINUATION:
         _log.error("request %s failed: %s", result.request_id, result.error)
         raise ApiError(500, "the request failed, and the server's log says why", code="engine_error")
     if FinishReason.ABORT in reasons:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jpaged.async_llm import AsyncLLM
 from jpaged.engine.chat import render_chat
+from jpaged.engine.token_texts import special_tokens
 from jpaged.server.errors import ApiError, refusals
 from jpaged.server.protocol.chat import ChatOptions
 from jpaged.server.tokens import TextCodec
@@ -50,8 +51,7 @@ class ChatTemplate:
 
     @cached_property
     def _special_texts(self) -> dict[str, int]:
-        tokens: Mapping[int, Any] = getattr(self._codec.tokenizer, "added_tokens_decoder", {})
-        return {str(token): token_id for token_id, token in tokens.items() if token.special}
+        return special_tokens(self._codec.tokenizer)
 
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:

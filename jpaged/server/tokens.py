@@ -1,17 +1,12 @@
 """Text and token ids: tokenising within bounds, outside of the event loop."""
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 from jpaged.async_llm import AsyncLLM
+from jpaged.engine.token_texts import PART_MARK, TokenTexts
 from jpaged.server.errors import ApiError, refusals
-
-_PRINTED = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
-BYTE_LETTERS = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
-"""The letters by which byte-level tokenizers, since GPT-2, write bytes."""
 
 PIECE_CHARACTERS = 1 << 16
 """Characters of several texts that are tokenised at once."""
@@ -32,7 +27,7 @@ class TextCodec:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        self._bytes: dict[int, list[int]] = {}  # of tokens that were asked for
+        self._texts = None if llm.tokenizer is None else TokenTexts(llm.tokenizer)
 
     @property
     def tokenizer(self) -> Any:
@@ -73,14 +68,14 @@ class TextCodec:
         """
         tokenizer = self.tokenizer
         for text in texts:
-            if not text:
-                raise ApiError(400, "prompt is empty: give at least one character", param="prompt")
             self.check_length(len(text), "prompt")
         token_ids: list[list[int]] = []
         for some in _pieces(texts):  # the texts of other requests have their turn between two pieces
             token_ids += await self._llm.in_background(
                 lambda some=some: [self._encode(each, tokenizer, add_special_tokens) for each in some]
             )
+        if not all(token_ids):  # of an empty text, some tokenizers make the token that begins a text
+            raise ApiError(400, "prompt is empty: give at least one character", param="prompt")
         return token_ids
 
     def _encode(self, text: str, tokenizer: Any, add_special_tokens: bool) -> list[int]:
@@ -102,35 +97,17 @@ class TextCodec:
 
     def decode_one(self, token_id: int) -> str:
         """The text of one token; without a tokenizer its id, as vLLM writes it."""
-        tokenizer = self._llm.tokenizer
-        return f"token_id:{token_id}" if tokenizer is None else tokenizer.decode([token_id], skip_special_tokens=False)
+        return f"token_id:{token_id}" if self._texts is None else self._texts.text(token_id)
 
     def bytes_of(self, token_id: int, text: str) -> list[int]:
-        """The bytes of a token, of which ``text`` has a replacement where they are a part of a character."""
-        found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = list(self._exact_bytes(token_id) or text.encode())
-        return found
+        """The bytes of a token, which stands for ``text`` in responses."""
+        return list(text.encode() if self._texts is None else self._texts.bytes_of(token_id))
 
-    def _exact_bytes(self, token_id: int) -> bytes | None:
-        tokenizer = self._llm.tokenizer
-        token = None if tokenizer is None else tokenizer.convert_ids_to_tokens(token_id)
-        if not isinstance(token, str) or token_id in self._added_ids:
-            return None
-        if self._is_byte_level and all(letter in BYTE_LETTERS for letter in token):
-            return bytes(BYTE_LETTERS[letter] for letter in token)
-        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
-        return bytes.fromhex(byte[1]) if byte else None
-
-    @cached_property
-    def _added_ids(self) -> frozenset[int]:
-        return frozenset(getattr(self._llm.tokenizer, "added_tokens_decoder", ()))
-
-    @cached_property
-    def _is_byte_level(self) -> bool:
-        """Whether each letter of a token stands for a byte."""
-        backend = getattr(self._llm.tokenizer, "backend_tokenizer", None)
-        return backend is not None and "ByteLevel" in repr(backend.decoder)
+    def num_characters(self, token_id: int, text: str) -> int:
+        """Characters of the whole text that begin in a token, which stands for ``text`` in responses."""
+        if self._texts is None or not text.startswith(PART_MARK):
+            return len(text)
+        return self._texts.num_characters(token_id)
 
     async def tokens_of(self, token_ids: Sequence[int]) -> list[str]:
         """The tokens of ids as the vocabulary writes them."""

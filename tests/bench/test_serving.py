@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from bench.peers import SERVING
 from bench.report import CONFIGS
 from bench.serving import command
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
-from bench.serving.figures import Figures, Floor
+from bench.serving.figures import ExpertBytes, Figures, Floor, experts_of
 from bench.serving.profiling import profile_decode
 from bench.serving.runs import Bench, TimeIsUp, sampling
 from bench.serving.scenarios import run_workload
@@ -178,8 +179,13 @@ def test_a_real_profile_tells_the_programs_apart(tmp_path):
 # Figures
 
 
-def make_floor(**changes) -> Floor:
-    values = {"weight_bytes": 1000, "embedding_bytes": 100, "has_tied_logits": False, "weight_item_bytes": 2}
+def make_floor(**changes: Any) -> Floor:
+    values: dict[str, Any] = {
+        "weight_bytes": 1000,
+        "embedding_bytes": 100,
+        "has_tied_logits": False,
+        "weight_item_bytes": 2,
+    }
     return Floor(LIMITS, **values | {"bytes_per_block": 64, "block_size": 4} | changes)
 
 
@@ -191,6 +197,34 @@ def test_floors_are_bytes_over_bandwidth_and_flops_over_rate():
     assert tied.compute_s(num_tokens=7) == pytest.approx(2 * 7 * 450 / 1e12)
     assert untied.run_s(num_steps=5, num_blocks=11, num_tokens=1) == pytest.approx((5 * 900 + 11 * 64) / 1e9)
     assert untied.run_s(num_steps=1, num_blocks=0, num_tokens=10**6) == pytest.approx(untied.compute_s(10**6))
+    reads_and_products = untied.run_in_turn_s(num_steps=1, num_blocks=11, num_tokens=10**6)
+    assert reads_and_products == pytest.approx(untied.compute_s(10**6) + 11 * 64 / 1e9)
+
+
+def test_floor_counts_the_experts_that_tokens_choose():
+    experts = ExpertBytes(num_bytes=640, num_experts=8, top_k=2)
+    floor = make_floor(experts=experts)
+    assert floor.decode_s(batch=1, context=0) == pytest.approx((900 - 640 + 160) / 1e9)
+    assert experts.of_step(3) == pytest.approx(640 * (1 - 0.75**3))
+    assert floor.decode_s(batch=1000, context=0) == pytest.approx(900 / 1e9)
+    assert floor.compute_s(num_tokens=7) == pytest.approx(2 * 7 * (400 - 480 / 2) / 1e12)
+    assert floor.run_s(num_steps=2, num_blocks=0, num_tokens=6) == pytest.approx(2 * (260 + experts.of_step(3)) / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "num_weights", "num_of_token"),  # of all layers, 3 matrices of 3 sizes an expert; biases of gpt-oss
+    [
+        ("qwen3-30b-a3b", 48 * 128 * 3 * 2048 * 768, 48 * 8 * 3 * 2048 * 768),
+        ("mixtral-8x7b", 32 * 8 * 3 * 4096 * 14336, 32 * 2 * 3 * 4096 * 14336),
+        ("gpt-oss-20b", 24 * 32 * (3 * 2880 * 2880 + 3 * 2880), 24 * 4 * (3 * 2880 * 2880 + 3 * 2880)),
+    ],
+)
+def test_experts_of_a_models_shapes_are_counted(shapes, num_weights, num_of_token):
+    experts = experts_of(load_config(CONFIGS / shapes), jnp.bfloat16)
+    assert experts is not None
+    assert experts.num_bytes == 2 * num_weights
+    assert experts.of_step(1) == pytest.approx(2 * num_of_token)
+    assert experts_of(load_config(CONFIGS / "llama3-8b"), jnp.bfloat16) is None
 
 
 def test_ratios_and_fractions_are_above_one_where_we_are_better(capsys):
@@ -201,16 +235,17 @@ def test_ratios_and_fractions_are_above_one_where_we_are_better(capsys):
         {"slow": {"time": 9.0}, "peer": {"time": 6.0, "rate_of_peer": 50.0}},
         lambda: saved.append(len(report["figures"])),
     )
-    figures.add("time", 4.0, lower_is_better=True, floor=3.0)
+    figures.add("time", 4.0, lower_is_better=True, floor=3.0, floor_in_turn=3.6)
     figures.add("rate", 100.0, lower_is_better=False, floor=125.0, peer_name="rate_of_peer", num_steps=7)
     figures.add("alone", 1.0, lower_is_better=True)
     assert saved == [1, 2, 3]
     time_, rate, alone = report["figures"].values()
     assert (time_["ratio_to_peer"], time_["fraction_of_floor"]) == (pytest.approx(1.5), pytest.approx(0.75))
+    assert time_["fraction_of_floor_in_turn"] == pytest.approx(0.9)
     assert (rate["ratio_to_peer"], rate["fraction_of_floor"]) == (pytest.approx(2), pytest.approx(0.8))
     assert (rate["peer"], rate["num_steps"]) == (50, 7)
     assert (alone["peer"], alone["ratio_to_peer"], alone["floor"], alone["fraction_of_floor"]) == (None,) * 4
-    assert capsys.readouterr().out.splitlines()[0].split() == ["time", "4", "6", "1.5", "3", "75%"]
+    assert capsys.readouterr().out.splitlines()[0].split() == ["time", "4", "6", "1.5", "3", "75%", "3.6", "90%"]
 
 
 def test_stopwatch_times_calls_and_leaves_no_trace():

@@ -159,3 +159,17 @@ def test_bans_take_no_probability_from_other_tokens():
     [banned] = find(logits, [BeamSelect([0], [0.0], 3, (0,))])
     assert banned.token_ids.tolist()[:2] == free.token_ids.tolist()[1:]
     assert banned.scores.tolist()[:2] == free.scores.tolist()[1:]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_beam_without_a_distribution_makes_its_group_nan_and_no_other(wrong):
+    logits = np.random.default_rng(0).normal(size=(8, 40)).astype(np.float32)
+    beams = [BeamSelect((0, 1), (-1.0, -2.0), 8, ()), BeamSelect((2, 3), (-1.0, -2.0), 8, ())]
+    inputs = make_beam_inputs(beams, first_row=0, num_rows=8)
+    alone = jitted_candidates(logits, inputs, num_candidates=8)
+    logits[3, 5 if wrong != -np.inf else slice(None)] = wrong
+    logits[6] = np.nan  # padding
+    first, second = split_candidates(jitted_candidates(logits, inputs, num_candidates=8), beams)
+    assert np.isnan(second.scores).all()
+    np.testing.assert_array_equal(first.scores, np.asarray(alone.scores)[0])
+    np.testing.assert_array_equal(first.token_ids, np.asarray(alone.token_ids)[0])

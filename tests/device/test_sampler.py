@@ -331,6 +331,23 @@ def test_extreme_values_still_draw_a_possible_token(params):
     assert not np.any(np.isnan(np.asarray(result.scores.top_logprobs)[:5]))
 
 
+@pytest.mark.parametrize("vocab_size", [7, 5000])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_log_probability_is_nan_exactly_where_logits_are_no_distribution(wrong, vocab_size):
+    logits = np.random.default_rng(0).normal(size=(3, vocab_size)).astype(np.float32)
+    logits[1, 4 if wrong != -np.inf else slice(None)] = wrong
+    logits[2, 1:] = -np.inf
+    filters = [{}, {"temperature": 0}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}, {"top_p": 0.5}, {"logit_bias": {1: 2}}]
+    for params in filters:
+        samples = [request_sample(SamplingParams(**params))] * 3
+        result = draw(logits, samples, num_top=None)
+        assert np.isnan(np.asarray(result.scores.logprobs)[:3]).tolist() == [False, True, False]
+        assert np.all(np.asarray(result.token_ids)[:3] < vocab_size)
+    given = jitted_score(logits, np.ones(3, np.int32), num_top=0)
+    assert np.isnan(np.asarray(given.logprobs)).tolist() == [False, True, False]
+    assert np.asarray(given.logprobs)[2] == -np.inf, "a token that the model masks"
+
+
 def test_ties_with_a_threshold_are_kept():
     logits = np.tile(np.array([1.0, 3.0, 1.0, 1.0, 0.0, -1.0, -2.0, -3.0], np.float32), (4096, 1))
     for params in (SamplingParams(top_k=2), SamplingParams(top_p=0.75)):

@@ -2,17 +2,20 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
+import numpy as np
 import pytest
 
 import jpaged.llm
 from jpaged.cli import main as cli
 from jpaged.cli.options import ENGINE_OPTIONS, engine_settings
+from jpaged.cli.terminal import to_json
 from jpaged.config import EngineConfig
 from jpaged.models import random_model, save_checkpoint
 from jpaged.request import BeamSearchParams, SamplingParams
@@ -215,6 +218,50 @@ def test_rows_and_engine_options_reach_the_engine(run, monkeypatch, llms, checkp
     assert [(o["max_num_seqs"], o["preemption"], o["num_host_blocks"]) for o in asked] == [(2, "swap", 7)] * 2
 
 
+def spoil(monkeypatch, llm, num_good):
+    """Make logits NaN from some step on."""
+    runner, fetched = llm.engine.runner, []
+    fetch = runner.fetch
+
+    def fetch_nan(step):
+        result = fetch(step)
+        fetched.append(result)
+        if len(fetched) <= num_good:
+            return result
+        return replace(result, scores=replace(result.scores, logprobs=np.full_like(result.scores.logprobs, np.nan)))
+
+    monkeypatch.setattr(runner, "fetch", fetch_nan)
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2"), ("-n", "1", "--best-of", "2")])
+def test_text_without_logits_is_told_with_the_option_that_helps(run, monkeypatch, llms, checkpoints, options):
+    spoil(monkeypatch, llms[str(checkpoints["plain"])], 2)
+    status, out, err = run("generate", "ab", "--ignore-eos", *options)
+    assert status == 2
+    assert "ab" in out
+    assert "logits are NaN or infinite" in err
+    assert "--dtype bfloat16" in err
+
+
+def test_json_is_json_whatever_the_numbers(run, monkeypatch, llms, checkpoints):
+    spoil(monkeypatch, llms[str(checkpoints["plain"])], 2)
+    status, out, _ = run("generate", "ab", "--ignore-eos", "--json", "--logprobs", "1")
+    result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (status, result["outputs"][0]["finish_reason"]) == (2, "error")
+    assert result["error"].startswith("the model's logits are NaN")
+    assert json.loads(to_json({"a": [math.nan, (math.inf, 1.5)], 3: -math.inf})) == {
+        "a": [None, [None, 1.5]],
+        "3": None,
+    }
+
+
+def test_chat_tells_of_an_answer_without_logits_and_forgets_it(run, monkeypatch, llms, checkpoints):
+    spoil(monkeypatch, llms[str(checkpoints["chat"])], 2)
+    status, _, err = run("chat", model="chat", stdin="hi\n")
+    assert status == 0
+    assert "[the model's logits are NaN" in err
+
+
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
@@ -340,7 +387,7 @@ def test_every_setting_is_an_option_or_is_left_out_on_purpose():
     assert left_out == {"max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "seed"}
     assert all(hasattr(args, name) for name in (*ENGINE_OPTIONS, "no_prefix_caching"))
     left_out = {name for name in settings_of(SamplingParams) if not hasattr(args, name)}
-    assert left_out == {"use_beam_search", "logit_bias", "stop_token_ids", *OF_PROGRAMS}
+    assert left_out == {"use_beam_search", "logit_bias", *OF_PROGRAMS}
     assert all(hasattr(args, name) for name in settings_of(BeamSearchParams))
 
 

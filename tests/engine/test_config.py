@@ -33,6 +33,7 @@ INVALID = {
     "offload_cache": [None, "both", 1],
     "offload_dtype": [None, "fp8", 8],
     "weight_placement": [None, "auto", True],
+    "generation_config": [None, True, "", "vllm", ["auto"]],
 }
 
 VALID = {
@@ -57,6 +58,7 @@ VALID = {
     "offload_cache": ["auto", "kv", "activations"],
     "offload_dtype": ["auto", "int8"],
     "weight_placement": ["device", "host"],
+    "generation_config": ["auto", "none"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import signal
 import sys
@@ -776,9 +777,15 @@ def test_an_engine_of_another_block_size_than_its_runners_is_refused():
 HF_BLOCK_SIZES = (8, 16, 32)
 
 
-# Grouped heads, learned positions and a sliding window; tests/host/test_beam.py has every checkpoint, in blocks of 4.
-@pytest.mark.parametrize("block_size", HF_BLOCK_SIZES)
-@pytest.mark.parametrize("case", ["llama_gqa", "opt", "qwen2_window"])
+# Grouped heads, learned positions and a sliding window; tests/host/test_beam.py has most checkpoints, in blocks of 4.
+HF_ENGINE_RUNS = [
+    *itertools.product(["llama_gqa", "opt", "qwen2_window"], HF_BLOCK_SIZES),
+    ("smollm3", 8),
+    ("phi3_longrope", 8),
+]
+
+
+@pytest.mark.parametrize(("case", "block_size"), HF_ENGINE_RUNS)
 def test_tokens_and_logprobs_equal_hugging_face(case, block_size):
     """All prompts of a case in one batch: chunked, mixed with each other's decodes."""
     path = HF_REFERENCE / case

@@ -18,7 +18,7 @@ from jpaged.models import load_config, load_model
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh
 from tests.support.oracles import (
-    HF_CASES,
+    HF_BEAM_CASES,
     HF_GREEDY,
     HF_REFERENCE,
     BeamReference,
@@ -105,10 +105,10 @@ def _load_llm(case: str) -> LLM:
 
 PREEMPTIONS = ("swap", "recompute")
 HF_RUNS = sorted(
-    {(case, PREEMPTIONS[i % 2]) for i, case in enumerate(HF_CASES)}
+    {(case, PREEMPTIONS[i % 2]) for i, case in enumerate(HF_BEAM_CASES)}
     | set(product(("llama_gqa", "opt", "qwen2_window"), PREEMPTIONS))
 )
-"""Every checkpoint under one way to preempt; both ways with grouped heads, learned positions and a sliding window."""
+"""One way to preempt a checkpoint; both with grouped heads, learned positions and a sliding window."""
 
 
 @pytest.mark.parametrize(("case", "preemption"), HF_RUNS)

@@ -107,3 +107,18 @@ def test_stats_count_the_tokens_in_the_pool_and_not_the_slots_that_rows_have_sti
         assert scheduler.block_stats().tokens_held == num_held
         num_slots = -(-num_held // BLOCK_SIZE) * BLOCK_SIZE
         assert scheduler.block_stats().waste == pytest.approx(1 - num_held / num_slots)
+
+
+def test_every_step_of_a_burst_counts_the_blocks_that_it_reads():
+    scheduler = make_scheduler(max_burst=4)
+    scheduler.add(request("a", [1, 2, 3], max_tokens=200))
+    in_flight = [scheduler.schedule()]
+    while scheduler.rows.num_restless:
+        in_flight.append(scheduler.schedule_ahead())
+        plan = in_flight.pop(0)
+        scheduler.update(plan, results_of(plan, 5))
+    before, burst = scheduler.stats(), scheduler.schedule_ahead()
+    after, num_held = scheduler.stats(), scheduler.blocks.num_used_blocks
+    assert burst.num_steps == after.num_steps - before.num_steps == 4
+    assert after.num_physical_blocks - before.num_physical_blocks == 4 * num_held
+    assert after.num_logical_blocks - before.num_logical_blocks == 4 * num_held

@@ -33,6 +33,7 @@ INVALID = {
     "offload_cache": [None, True, "", "both", ["kv"]],
     "offload_dtype": [None, True, "", "fp8", 8, ["int8"]],
     "weight_placement": [None, True, "", "auto", ["host"]],
+    "generation_config": [None, True, "", "vllm", ["auto"]],
 }
 
 VALID = {
@@ -57,6 +58,7 @@ VALID = {
     "offload_cache": ["auto", "kv", "activations"],
     "offload_dtype": ["auto", "int8"],
     "weight_placement": ["device", "host"],
+    "generation_config": ["auto", "none"],
 }
 
 

@@ -210,7 +210,7 @@ def test_given_magnitude_wins_over_the_computed_one():
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(
         ValueError,
-        match="does not exist, and nothing is downloaded by name: expected a Hugging Face checkpoint directory",
+        match=r"does not exist: expected a Hugging Face checkpoint directory .*, or for LLM and --model a repository",
     ):
         load_config(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"has no config\.json"):
@@ -231,8 +231,8 @@ def test_config_that_is_no_json_object_is_refused(text, message, tmp_path):
     ("changes", "message"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel.* is not supported: .*LlamaForCausalLM.*OPTForCausalLM",
+            {"architectures": ["BloomForCausalLM"]},
+            "BloomForCausalLM.* is not supported: .*LlamaForCausalLM.*OPTForCausalLM",
         ),
         ({"architectures": None}, "architectures=None"),
         ({"model_type": "mistral"}, "disagrees with architectures"),

@@ -198,11 +198,48 @@ def test_redundant_tensors_are_skipped(opt, tmp_path):
     _load(tmp_path)
 
 
-def test_output_projection_that_differs_from_its_tied_embedding_is_refused(opt, tmp_path):
+def test_output_projection_that_differs_from_its_tied_embedding_is_used(opt, tmp_path, caplog):
     save_checkpoint(opt, OPT, tmp_path, dtype="float32")
-    _rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.decoder.embed_tokens.weight"] + 1}))
-    with pytest.raises(ValueError, match=r"lm_head\.weight differs .* set tie_word_embeddings to false"):
-        _load(tmp_path)
+    other = np.random.default_rng(0).normal(size=(11, 6)).astype(np.float32)
+    _rewrite(tmp_path, lambda t: t.update({"lm_head.weight": other}))
+    config = load_config(tmp_path)
+    assert config == replace(OPT, dtype="float32", tie_word_embeddings=False)
+    assert "ties the embeddings, but the weight files hold two that differ" in caplog.text
+    model = load_model(tmp_path, config, "float32", make_mesh(), use_tqdm=False)
+    np.testing.assert_array_equal(model.lm_head.kernel[...], other.T)
+    embedding = opt.model.decoder.embed_tokens.embedding[...].astype("float32")
+    np.testing.assert_array_equal(model.model.decoder.embed_tokens.embedding[...], embedding)
+
+
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_tied_embedding_is_read_under_the_name_of_the_projection(has_prefix, opt, tmp_path):
+    save_checkpoint(opt, OPT, tmp_path)
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.decoder.embed_tokens.weight")
+        for name in [] if has_prefix else list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    _rewrite(tmp_path, rename)
+    loaded = _leaves(_load(tmp_path, "bfloat16"))
+    for path, value in _leaves(opt).items():
+        np.testing.assert_array_equal(value, loaded[path])
+
+
+def test_tensors_outside_the_layers_that_no_architecture_reads_are_named_once(saved, caplog):
+    extra = [f"{name}.weight" for name in ("vision_tower.layers.0.proj", "mtp.layers.0.norm", "score", "model.values")]
+    _rewrite(saved, lambda t: t.update({name: np.ones(2, np.float32) for name in extra}))
+    _load(saved)
+    [record] = caplog.records
+    shown = "4 tensors are not part of the model and are not read: model.values.weight, mtp.layers.0.norm.weight, score"
+    assert shown in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.gate.weight", "model.norm.bias", "lm_head.bias"])
+def test_unread_tensor_that_changes_what_a_model_computes_is_refused(name, saved):
+    _rewrite(saved, lambda t: t.update({name: np.ones(2, np.float32)}))
+    with pytest.raises(ValueError, match=rf"1 tensors are not part of the model .*'{name}': correct config\.json"):
+        _load(saved)
 
 
 def test_checkpoint_of_a_bare_decoder_lacks_the_prefix(opt, tmp_path):

@@ -115,3 +115,17 @@ def test_mistakes_are_400_and_name_the_field(served, fields, param):
     response = served.post("/v1/chat/completions", **{"messages": HELLO} | fields)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param
+
+
+def test_parameters_that_the_checkpoint_names_fill_in_what_a_request_leaves_out(served, monkeypatch):
+    engine, seen = served.llm.engine, []
+    monkeypatch.setattr(engine, "sampling_defaults", {"temperature": 0.5, "top_k": 3, "max_tokens": 4})
+    make_call = served.server.make_call
+    monkeypatch.setattr(served.server, "make_call", lambda *args: seen.append(args[3]) or make_call(*args))
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    assert served.post("/v1/chat/completions", **body).json()["usage"]["completion_tokens"] <= 4
+    served.post("/v1/chat/completions", **body, temperature=0, max_tokens=2)
+    served.post("/v1/chat/completions", **body, use_beam_search=True, n=2, max_tokens=2)
+    served.complete("a", max_tokens=2)
+    found = [(params.temperature, params.top_k, params.max_tokens) for params in seen]
+    assert found == [(0.5, 3, 4), (0, 3, 2), (0, 0, 2), (0, 3, 2)]

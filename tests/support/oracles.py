@@ -19,6 +19,9 @@ HF_REFERENCE = Path(__file__).parents[1] / "hf_reference"
 HF_CASES = sorted(path.parent.name for path in HF_REFERENCE.glob("*/reference.npz"))
 """The reference checkpoints: directories of ``HF_REFERENCE``, written by its make.py."""
 
+HF_BEAM_CASES = sorted(path.parent.name for path in HF_REFERENCE.glob("*/beams.npz"))
+"""Those of ``HF_CASES`` with beam searches, written by its make_beams.py."""
+
 HF_GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0, prompt_logprobs=0)
 """Asks for what a ``Continuation`` has."""
 

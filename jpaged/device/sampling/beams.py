@@ -48,7 +48,7 @@ class Candidates:
     Args:
         beams: the beam that each continues.
         token_ids: the token that each adds.
-        scores: cumulative log-probabilities.
+        scores: cumulative log-probabilities; all NaN in a group with a beam whose logits are no distribution.
     """
 
     beams: Int[Array, "groups candidates"]
@@ -142,6 +142,9 @@ def beam_candidates(logits: Float[Array, "rows vocab"], inputs: BeamInputs, *, n
     rows, vocab_size = logits.shape
     groups, width = inputs.group_rows.shape
     logprobs = jax.nn.log_softmax(logits, axis=-1)
+    # A logit that is NaN or +inf makes all of its row NaN, and the search an error.
+    is_wrong = jnp.isnan(logprobs[:, 0]).at[inputs.group_rows].get(mode="fill", fill_value=False).any(axis=1)
+    logprobs = jnp.where(jnp.isnan(logprobs), -jnp.inf, logprobs)
     if inputs.bias_rows.shape[0] > 0:
         logprobs = logprobs.at[inputs.bias_rows, inputs.bias_ids].add(inputs.bias_values, mode="drop")
     # Scores join before the search: rounding them may make equals of log-probabilities that differ.
@@ -156,7 +159,7 @@ def beam_candidates(logits: Float[Array, "rows vocab"], inputs: BeamInputs, *, n
     return Candidates(
         beams=jnp.pad(jnp.where(is_there, at // per_row, 0), missing),
         token_ids=jnp.pad(jnp.where(is_there, jnp.take_along_axis(token_ids, at, axis=-1), 0), missing),
-        scores=jnp.pad(best, missing, constant_values=-jnp.inf),
+        scores=jnp.where(is_wrong[:, None], jnp.nan, jnp.pad(best, missing, constant_values=-jnp.inf)),
     )
 
 

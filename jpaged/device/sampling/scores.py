@@ -22,7 +22,7 @@ class Scores:
     """Log-probabilities of chosen tokens under the model: before biases, penalties, temperature and filters.
 
     Args:
-        logprobs: log-probability of the chosen token.
+        logprobs: log-probability of the chosen token; NaN if a logit of the row is NaN or +inf, or all are -inf.
         ranks: 1 + the number of tokens with a greater logit; 0 if no ranks were asked for.
         top_ids: the most probable tokens, best first.
         top_logprobs: log-probabilities of ``top_ids``.
@@ -58,6 +58,7 @@ def score_with(
     num_top: int | None,
 ) -> Scores:
     """``score`` for a known normaliser; without ranks and alternatives if ``num_top`` is None."""
+    normaliser = jnp.where(jnp.isfinite(normaliser), normaliser, jnp.nan)  # tells such logits from a masked target
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)
     top_logits, top_ids = top_k(logits, min(num_top or 0, logits.shape[1]))
     ranks = jnp.zeros(targets.shape, jnp.int32)

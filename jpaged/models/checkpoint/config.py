@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jpaged import config as engine_config
+from jpaged.models.checkpoint.joined import Joined
 from jpaged.models.spec import LayerSpec
 
 DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
@@ -17,6 +18,9 @@ DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
 
 MAX_INT = engine_config.MAX_SLOTS
 """Sizes, positions and token ids are int32 on the device."""
+
+_DECODED = {("gpt_oss", "mxfp4")}
+"""Model types and their quantisations that the reader of weights decodes."""
 
 _FLOAT32 = np.finfo(np.float32)
 
@@ -103,6 +107,11 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def joined(self) -> tuple[Joined, ...]:
+        """The projections that checkpoints store joined."""
+        return ()
+
+    @property
     def shows_sources(self) -> bool:
         """Whether every layer shows the source of its K and V (``attend_from``), which are functions of it alone."""
         return False
@@ -114,6 +123,11 @@ class ModelConfig:
             LayerSpec(layer=layer, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, sm_scale=self.head_dim**-0.5)
             for layer in range(self.num_layers)
         )
+
+    def widths(self, num_devices: int) -> dict[str, int]:
+        """Return the widths of feed-forward layers that so many devices split, by name."""
+        del num_devices
+        return {"intermediate_size": self.intermediate_size}
 
     def prefix_salt(self, prompt_len: int) -> bytes:
         """Return a salt that separates prompts whose equal tokens differ in KV.
@@ -176,8 +190,11 @@ def find_config(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        kind = "is a file" if path.exists() else "does not exist, and nothing is downloaded by name"
-        raise ValueError(f"{path} {kind}: expected a Hugging Face checkpoint directory (config.json, *.safetensors)")
+        kind = "is a file" if path.exists() else "does not exist"
+        raise ValueError(
+            f"{path} {kind}: expected a Hugging Face checkpoint directory (config.json, *.safetensors), or for LLM and "
+            "--model a repository of the hub, ORG/NAME"
+        )
     if not (path / "config.json").is_file():
         raise ValueError(
             f"{path} is not a checkpoint directory: it has no config.json. "
@@ -207,7 +224,8 @@ def parse_hf_config(raw: dict[str, Any], model_type: str) -> Any:
     Raises:
         ValueError: the weights are quantised, or transformers refuses the content.
     """
-    if (quantization := raw.get("quantization_config")) is not None:
+    quantization = raw.get("quantization_config")
+    if quantization is not None and (model_type, _method(quantization)) not in _DECODED:
         raise ValueError(f"quantised weights ({quantization}) are not supported: use the original ones")
     if raw.get("model_type", model_type) != model_type:
         raise ValueError(
@@ -226,6 +244,10 @@ def parse_hf_config(raw: dict[str, Any], model_type: str) -> Any:
         )
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"refused by transformers, correct it or download it again: {error}") from error
+
+
+def _method(quantization: Any) -> Any:
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
 def read_eos_token_ids(path: Path) -> tuple[int, ...] | None:

@@ -1,5 +1,6 @@
 """The registry of architectures, and the loader of a checkpoint's configuration and model."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -19,22 +20,48 @@ from jpaged.models.checkpoint.config import (
     read_eos_token_ids,
     read_json,
 )
-from jpaged.models.checkpoint.weights import load_state, stored_dtype
-from jpaged.models.families import llama, opt
+from jpaged.models.checkpoint.weights import is_untied, load_state, stored_dtype
+from jpaged.models.families import (
+    gemma,
+    gpt2,
+    gpt_oss,
+    granite,
+    llama,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen_moe,
+    starcoder2,
+)
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
 from jpaged.models.layers.rope import check_spelled_parameters
 from jpaged.models.layers.streamed import layers_path, placed
-from jpaged.sharding import check_divisible, is_on_host, moved, param_sharding
+from jpaged.sharding import TENSOR_AXIS, check_divisible, is_on_host, moved, param_sharding
+
+log = logging.getLogger(__name__)
 
 _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (llama.MODEL_TYPES, llama.LlamaConfig, llama.LlamaForCausalLM),
+    (gpt_oss.MODEL_TYPES, gpt_oss.GptOssConfig, gpt_oss.GptOssForCausalLM),
+    (mixtral.MODEL_TYPES, mixtral.MixtralConfig, mixtral.MixtralForCausalLM),
     (opt.MODEL_TYPES, opt.OPTConfig, opt.OPTForCausalLM),
+    (qwen_moe.MODEL_TYPES, qwen_moe.QwenMoeConfig, qwen_moe.QwenMoeForCausalLM),
+    (granite.MODEL_TYPES, granite.GraniteConfig, granite.GraniteForCausalLM),
+    (gemma.MODEL_TYPES, gemma.GemmaConfig, gemma.GemmaForCausalLM),
+    (gpt2.MODEL_TYPES, gpt2.GPT2Config, gpt2.GPT2LMHeadModel),
+    (olmo2.MODEL_TYPES, olmo2.Olmo2Config, olmo2.Olmo2ForCausalLM),
+    (phi3.MODEL_TYPES, phi3.Phi3Config, phi3.Phi3ForCausalLM),
+    (starcoder2.MODEL_TYPES, starcoder2.Starcoder2Config, starcoder2.Starcoder2ForCausalLM),
 )
 
-_CONSTANTS = {"scale": 1, "bias": 0}
+_CONSTANTS = {"scale": 1, "scale_less_one": 0, "bias": 0}
 """Initial values of the parameters that are not drawn, by name."""
+
+_TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+"""Architectures of several modalities, with those of their text parts."""
 
 SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name in model_types)
 """Supported values of config.json's ``architectures``."""
@@ -43,7 +70,8 @@ SUPPORTED_ARCHITECTURES = tuple(name for model_types, _, _ in _FAMILIES for name
 def load_config(path: str | Path) -> ModelConfig:
     """Read the configuration of a Hugging Face checkpoint directory.
 
-    If config.json names no dtype, the headers of the weight files are read too.
+    If config.json names no dtype, the headers of the weight files are read too. Where config.json ties the embeddings
+    but the files hold two that differ, the configuration has them untied, as in transformers 5.24.
 
     Args:
         path: directory with config.json and, optionally, generation_config.json.
@@ -53,6 +81,7 @@ def load_config(path: str | Path) -> ModelConfig:
     """
     config_path = find_config(path)
     raw = read_json(config_path)
+    raw = _text_part(config_path, raw)
     architectures = raw.get("architectures")
     known = ", ".join(SUPPORTED_ARCHITECTURES)
     if (
@@ -69,13 +98,33 @@ def load_config(path: str | Path) -> ModelConfig:
     try:
         check_spelled_parameters(raw)
         hf = parse_hf_config(raw, model_types[architectures[0]])
-        return config_class.from_hf(hf, common_fields(raw, hf, dtype, eos_token_ids))
+        config = config_class.from_hf(hf, common_fields(raw, hf, dtype, eos_token_ids))
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{config_path} cannot be used ({type(error).__name__}: {error}): correct it or download it again"
         ) from error
+    if config.tie_word_embeddings and is_untied(config_path.parent):
+        log.warning(
+            "%s ties the embeddings, but the weight files hold two that differ: both are used. "
+            "Set tie_word_embeddings to false to silence this",
+            config_path,
+        )
+        config = replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _text_part(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the config.json of the text part of a model of several modalities, and any other one as it is."""
+    architectures = raw.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    if len(names) != 1 or not isinstance(names[0], str) or names[0] not in _TEXT_PARTS:
+        return raw
+    if not isinstance(text := raw.get("text_config"), dict):
+        raise ValueError(f"{path}: text_config={text!r:.100} is not valid: expected an object")
+    shared = {name: value for name, value in raw.items() if name not in ("model_type", "text_config", "vision_config")}
+    return {**shared, **text, "architectures": [_TEXT_PARTS[names[0]]]}
 
 
 def abstract_model(
@@ -89,7 +138,7 @@ def abstract_model(
     Raises:
         ValueError: the mesh does not divide the model's heads or feed-forward width.
     """
-    check_divisible(mesh, num_heads=config.num_heads, intermediate_size=config.intermediate_size)
+    check_divisible(mesh, num_heads=config.num_heads, **config.widths(mesh.shape[TENSOR_AXIS]))
     config = replace(config, num_kv_heads=config.num_kv_heads * kv_copies(config, mesh).count)
     model = nnx.eval_shape(lambda: _model_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     layers = layers_path(model, config.num_layers) if weight_placement == "host" else None
@@ -127,7 +176,7 @@ def load_model(
         ValueError: a file is missing, damaged or disagrees with ``config``; the message names the file and the tensor.
     """
     graphdef, state = abstract_model(config, dtype, mesh, weight_placement=weight_placement)
-    return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), use_tqdm=use_tqdm))
+    return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), config.joined, use_tqdm=use_tqdm))
 
 
 def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int, *, weight_placement: str = "device") -> Any:

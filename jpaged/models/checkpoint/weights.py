@@ -1,8 +1,10 @@
 """The reader of safetensors into sharded arrays, and the writer of a model's weights as a checkpoint."""
 
 import json
+import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,14 +22,29 @@ from safetensors.numpy import save_file
 
 from jpaged.interrupts import InterruptsWait
 from jpaged.models.checkpoint.config import ModelConfig, read_json
+from jpaged.models.checkpoint.joined import Joined
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
 from jpaged.models.layers.kv_copies import KVCopies
+from jpaged.models.layers.spelling import Index, Spelling, Whole, spelling_in
 from jpaged.progress import counted
 from jpaged.sharding import is_on_host, moved
 
+log = logging.getLogger(__name__)
+
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Supported dtypes, by their name in safetensors."""
+
+_PACKED = "U8"
+"""Dtype of tensors that a spelling decodes."""
+
+_PROJECTION = "lm_head.weight"
+
+_EMBEDDINGS = "embed_tokens.weight", "wte.weight"
+"""Last parts of the embedding's name, to which the projection is tied."""
+
+_BUFFERS = ".inv_freq", ".cos_cached", ".sin_cached", ".masked_bias", ".attn.bias", ".position_ids"
+"""Endings of tensors that follow from the configuration, so that a model computes them."""
 
 
 class _Stored(NamedTuple):
@@ -43,23 +60,40 @@ class _Stored(NamedTuple):
         """The number of elements."""
         return math.prod(self.shape)
 
-
-def hf_name(path: tuple[Any, ...]) -> str:
-    """Return the Hugging Face name of the parameter at ``path`` in a model's state."""
-    *modules, leaf = path
-    return ".".join([*map(str, modules), "bias" if leaf == "bias" else "weight"])
+    @property
+    def num_bytes(self) -> int:
+        return self.size * (1 if self.dtype == _PACKED else jnp.dtype(_DTYPES[self.dtype]).itemsize)
 
 
-def is_transposed(path: tuple[Any, ...]) -> bool:
-    """Whether the checkpoint stores this parameter transposed: PyTorch projections are [out, in], ours [in, out]."""
-    return path[-1] == "kernel"
+def _module(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path[:-1]))
 
 
-def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool = True) -> nnx.State:
+def _spellings(path: tuple[Any, ...], metadata: dict[str, Any], ndim: int) -> tuple[Spelling, ...]:
+    """Return the ways in which checkpoints store the parameter at ``path``.
+
+    PyTorch's projections are [out, in], and ours are [in, out].
+    """
+    if (spellings := metadata.get("spellings")) is not None:
+        return spellings
+    leaf = "weight" if path[-1] in ("kernel", "scale", "scale_less_one", "embedding") else path[-1]
+    return (Whole(leaf, (1, 0) if path[-1] == "kernel" else tuple(range(ndim))),)
+
+
+def load_state(
+    path: Path, state: nnx.State, copies: KVCopies, joined: Sequence[Joined] = (), *, use_tqdm: bool = True
+) -> nnx.State:
     """Fill ``state`` (variables that hold shapes and shardings) from the checkpoint directory ``path``.
 
     Files are memory-mapped. Each device gets its own slice only, in the stored dtype, and transposes and converts the
     slice itself. All names and shapes are checked before the first byte is read.
+
+    Args:
+        path: Hugging Face checkpoint directory.
+        state: the model's parameters.
+        copies: copies of KV heads.
+        joined: projections that the checkpoint stores joined; each device reads its slice of each part.
+        use_tqdm: whether to show a progress bar.
 
     Raises:
         ValueError: a file is missing or damaged, or its tensors differ from ``state``.
@@ -67,18 +101,20 @@ def load_state(path: Path, state: nnx.State, copies: KVCopies, *, use_tqdm: bool
     flat = allocation_order(nnx.to_flat_state(state))
     with ExitStack() as stack:
         stored = _open_tensors(path, stack)
-        _check_tensors(path, flat, stored, copies)
-        num_bytes = {name: t.size * jnp.dtype(_DTYPES[t.dtype]).itemsize for name, t in stored.items()}
-        total = sum(num_bytes[hf_name(where)] for where, _ in flat)
+        for projection in joined:
+            projection.split(stored)
+        chosen = _check_tensors(path, flat, stored, copies)
+        num_bytes = [sum(stored[name].num_bytes for name in names) for _, names in chosen]
+        total = sum(num_bytes)
         label = {"label": "Loading weights", "unit": "B", "is_shown": use_tqdm}
         count = stack.enter_context(counted("loading", total, **label))
         interrupts = stack.enter_context(InterruptsWait())
         loaded = []
-        for where, variable in flat:
+        for (where, variable), (spelling, names), size in zip(flat, chosen, num_bytes, strict=True):
             interrupts.check()
-            name = hf_name(where)
-            loaded.append((where, variable.replace(_load_tensor(stored[name], is_transposed(where), variable, copies))))
-            count(num_bytes[name])
+            slices = {name: stored[name].slices for name in names}
+            loaded.append((where, variable.replace(_load_param(spelling, _module(where), slices, variable, copies))))
+            count(size)
     return nnx.from_flat_state(loaded)
 
 
@@ -94,12 +130,36 @@ def stored_dtype(path: Path) -> str:
     with ExitStack() as stack:
         for tensor in _open_tensors(path, stack).values():
             sizes[tensor.dtype] += tensor.size
+    sizes.pop(_PACKED, None)  # the numbers become those of the other weights
     dtype = max(sizes, key=sizes.__getitem__, default="F32")
     if dtype not in _DTYPES:
         raise ValueError(
             f"{path}: the weights are stored as {dtype}, which is not supported: expected one of {', '.join(_DTYPES)}"
         )
     return _DTYPES[dtype]
+
+
+def is_untied(path: Path) -> bool:
+    """Whether a checkpoint stores an output projection other than its embedding.
+
+    Rows are compared until two differ, so that an untied projection is found at once.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    if not any(path.glob("*.safetensors*")):
+        return False
+    with ExitStack() as stack:
+        stored = _open_tensors(path, stack)
+        embedding = next((tensor for name, tensor in stored.items() if name.endswith(_EMBEDDINGS)), None)
+        projection = stored.get(_PROJECTION)
+        if embedding is None or projection is None:
+            return False
+        if embedding.shape != projection.shape:
+            return True
+        num_rows, step = embedding.shape[0], 4096
+        rows = [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+        return not all(np.array_equal(embedding.slices[some], projection.slices[some]) for some in rows)
 
 
 def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype: Dtype | None = None) -> None:
@@ -114,12 +174,16 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for where, tensor in separate_params(model):
-        if where[-2] in QKV.parts[1:]:
-            count = tensor.shape[-1] // (config.num_kv_heads * config.head_dim)
+    for where, tensor, metadata in separate_params(model):
+        if where[-2] in (*QKV.parts[1:], "k_norm"):  # OLMo 2 norms all heads of K at once, others each head
+            count = max(tensor.shape[-1] // (config.num_kv_heads * config.head_dim), 1)
             tensor = KVCopies(count, config.head_dim).drop(tensor)
         tensor = tensor.astype(tensor.dtype if dtype is None else jnp.dtype(dtype))
-        tensors[hf_name(where)] = np.ascontiguousarray(tensor.T if is_transposed(where) else tensor)
+        spelling = _spellings(where, metadata, tensor.ndim)[0]
+        written = spelling.write(_module(where), tensor)
+        tensors |= {name: np.ascontiguousarray(value) for name, value in written.items()}
+    for projection in config.joined:
+        projection.join(tensors)
     stored_dtype = next(iter(tensors.values())).dtype.name
     text = json.dumps(replace(config, dtype=stored_dtype).to_hf(), indent=2)
     (path / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -164,80 +228,141 @@ def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
     return tensors
 
 
-def _check_tensors(path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies) -> None:
-    """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights.
+def _check_tensors(
+    path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies
+) -> list[tuple[Spelling, tuple[str, ...]]]:
+    """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights of its layers.
 
-    Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``.
+    Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``. A tied
+    embedding may be stored under the name of the projection alone: safetensors' save_model keeps one of two names.
+
+    Returns:
+        for each parameter, the spelling that the checkpoint uses, and the names of the tensors.
     """
-    expected = {hf_name(where): (where, variable) for where, variable in flat}
-    for name in list(stored):
-        if name not in expected and f"model.{name}" in expected:
-            stored[f"model.{name}"] = stored.pop(name)
+    _complete_names(flat, stored)
+    chosen: list[tuple[Spelling, tuple[str, ...]]] = []
+    expected: dict[str, tuple[int, ...]] = {}
+    packed: set[str] = set()
+    for where, variable in flat:
+        module, shape = _module(where), copies.shape_without(variable.shape, variable.logical_axes)
+        spelling = spelling_in(_spellings(where, variable.get_metadata(), len(shape)), module, shape, stored)
+        shapes = spelling.shapes(module, shape)
+        chosen.append((spelling, tuple(shapes)))
+        expected |= shapes
+        packed |= shapes.keys() if spelling.decode else set()
+    if _PROJECTION in stored and _PROJECTION not in expected:
+        projection, embedding = stored.pop(_PROJECTION), next(name for name in expected if name.endswith(_EMBEDDINGS))
+        stored.setdefault(embedding, projection)
     if missing := sorted(expected.keys() - stored.keys()):
         raise ValueError(
             f"{path}: {len(missing)} of {len(expected)} tensors are missing from the safetensors files, "
             f"the first is {missing[0]!r}: the download is incomplete or config.json belongs to another model"
         )
-    unexpected = sorted(name for name in stored.keys() - expected.keys() if not _is_redundant(name, stored, expected))
-    if unexpected:
-        raise ValueError(
-            f"{stored[unexpected[0]].file}: {len(unexpected)} tensors are not part of the model that config.json "
-            f"describes, the first is {unexpected[0]!r}: correct config.json or remove them"
-        )
-    for name, (where, variable) in expected.items():
+    _check_unread(path, stored, expected)
+    for name, shape in expected.items():
         tensor = stored[name]
-        shape = copies.shape_without(variable.shape, variable.logical_axes)
-        shape = shape[::-1] if is_transposed(where) else shape
         if tensor.shape != shape:
             raise ValueError(
                 f"{tensor.file}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
                 "one of the two belongs to another model"
             )
-        if tensor.dtype not in _DTYPES:
+        dtypes = (_PACKED,) if name in packed else tuple(_DTYPES)
+        if tensor.dtype not in dtypes:
             raise ValueError(
                 f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not supported: "
-                f"expected one of {', '.join(_DTYPES)}"
+                f"expected one of {', '.join(dtypes)}"
             )
+    return chosen
 
 
-def _is_redundant(name: str, stored: dict[str, _Stored], expected: dict[str, Any]) -> bool:
-    """Whether a tensor without a parameter in the model is redundant: a buffer, or a copy of a tied embedding."""
-    if name.endswith(".rotary_emb.inv_freq"):
-        return True
-    if name != "lm_head.weight":
-        return False
-    tied = next(other for other in expected if other.endswith(".embed_tokens.weight"))
-    if not np.array_equal(stored[name].slices[:], stored[tied].slices[:]):
+def _complete_names(flat: list[tuple[Any, Any]], stored: dict[str, _Stored]) -> None:
+    """Give tensors the names of the parameters.
+
+    Other names have the tensors of a bare decoder, of the text part of a model of several modalities, and of Mixtral as
+    transformers renames it.
+    """
+    modules = {_module(where) for where, _ in flat}
+    for name in list(stored):
+        text = name.replace("language_model.", "", 1)
+        renamed = text.replace(".mlp.", ".block_sparse_moe.")
+        for other in (text, renamed, f"model.{text}", f"model.{renamed}", f"transformer.{text}"):
+            if not _is_in(name, modules) and _is_in(other, modules):
+                stored[other] = stored.pop(name)
+                break
+
+
+def _is_in(name: str, modules: set[str]) -> bool:
+    """Whether a tensor belongs to one of some modules: its name starts with that of the module."""
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
+
+
+def _check_unread(path: Path, stored: dict[str, _Stored], expected: dict[str, Any]) -> None:
+    """Warn of tensors that the model does not read.
+
+    Raises:
+        ValueError: a tensor belongs to a layer, or to a module that the model has. The model would compute something
+            else without that tensor.
+    """
+    unread = sorted(name for name in stored.keys() - expected.keys() if not name.endswith(_BUFFERS))
+    layers = tuple({prefix for name in expected if (prefix := _layers_prefix(name))})
+    modules = {name.rpartition(".")[0] for name in (*expected, _PROJECTION)}
+    needed = [name for name in unread if name.startswith(layers) or name.rpartition(".")[0] in modules]
+    if needed:
         raise ValueError(
-            f"{stored[name].file}: lm_head.weight differs from {tied}, but config.json ties them: "
-            "set tie_word_embeddings to false, or remove lm_head.weight"
+            f"{stored[needed[0]].file}: {len(needed)} tensors are not part of the model that config.json "
+            f"describes, the first is {needed[0]!r}: correct config.json or remove them"
         )
-    return True
+    if unread:
+        shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        log.warning("%s: %d tensors are not part of the model and are not read: %s", path, len(unread), shown)
 
 
-def _load_tensor(stored: _Stored, transpose: bool, variable: Any, copies: KVCopies) -> jax.Array:
-    """Send each device its slice; the device transposes and converts it. The call blocks: host copies cannot pile up.
+def _layers_prefix(name: str) -> str:
+    """Return the part of a parameter's name before the number of its layer; "" outside of layers."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
+    return "".join(f"{part}." for part in parts[:number])
+
+
+def _load_param(spelling: Spelling, module: str, slices: dict[str, Any], variable: Any, copies: KVCopies) -> jax.Array:
+    """Send each device its part; the device transposes and converts it. The call blocks: host copies cannot pile up.
 
     If KV heads are copied, each device gets the whole tensor, which is small: the projections of few KV heads.
     """
     dtype, sharding = variable.dtype, moved(variable.get_value(), to_host=False).sharding
-    axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
-    spec = P() if axes else P(*reversed(sharding.spec)) if transpose else sharding.spec
+    copied = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
+    shape = copies.shape_without(variable.shape, variable.logical_axes)
+    spec = P(*(_padded(sharding.spec, len(shape))[axis] for axis in spelling.axes))
+    if spelling.decode:  # other axes are split after the numbers are decoded: a part may start within a block of them
+        spec = P(spec[0])
+    if copied:
+        spec = P()
     placed = NamedSharding(sharding.mesh, spec)
-    array = jax.make_array_from_callback(stored.shape, placed, lambda index: stored.slices[index])
-    if transpose or axes or array.dtype != dtype:
-        array = _convert(array, transpose, dtype, sharding, copies, axes)
+
+    def read(index: Index | None) -> np.ndarray:
+        assert index is not None
+        return spelling.read(module, shape, slices.__getitem__, index)
+
+    array = jax.make_array_from_callback(spelling.assembled_shape(shape), placed, read)
+    if spelling.axes != tuple(range(len(shape))) or spelling.decode or copied or array.dtype != dtype:
+        array = _convert(array, spelling, dtype, sharding, copies, copied)
     return moved(jax.block_until_ready(array), to_host=is_on_host(variable.get_value()))
+
+
+def _padded(spec: P, ndim: int) -> tuple[Any, ...]:
+    return (*spec, *(None,) * (ndim - len(spec)))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def _convert(
     array: jax.Array,
-    transpose: bool,
+    spelling: Spelling,
     dtype: Any,
     sharding: NamedSharding,
     copies: KVCopies,
-    axes: tuple[str | None, ...],
+    copied: tuple[str | None, ...],
 ) -> jax.Array:
-    array = (array.T if transpose else array).astype(dtype)
-    return jax.lax.with_sharding_constraint(copies.make(array, axes), sharding)
+    array = spelling.decode(array, dtype) if spelling.decode else array
+    array = array.transpose(spelling.axes).astype(dtype)
+    return jax.lax.with_sharding_constraint(copies.make(array, copied), sharding)

@@ -1,7 +1,10 @@
-"""The Llama family: Llama, Mistral, Qwen2 and Qwen3, which differ in biases, head norms and windows."""
+"""The Llama family: architectures that differ from Llama in biases, norms of heads, windows and unrotated layers.
+
+Other families reuse its parts: a family's decoder layer names the attention and the feed-forward layer that it has.
+"""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,9 +20,10 @@ from jpaged.models.layers.common import (
     linear,
     split_heads,
     to_vocab,
+    with_axes,
 )
 from jpaged.models.layers.fused import GATE_UP, QKV
-from jpaged.models.layers.rope import Dynamic, LongRope, Rope, rotate
+from jpaged.models.layers.rope import Angles, Rope, rotate
 from jpaged.models.spec import Attend, LayerSpec, Source, attend_from
 
 MODEL_TYPES = {
@@ -27,24 +31,33 @@ MODEL_TYPES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
-    """A model of the Llama family.
+    """A model of the Llama family. The configurations of families that reuse its layers derive from it.
 
     Args:
         rms_norm_eps: addend to the mean square in every norm.
         rope: rotary embedding, with the same ``head_dim``.
+        rope_layers: whether each layer rotates its queries and keys; empty if all layers do (SmolLM3).
         hidden_act: name in ``ACTIVATIONS``.
         qkv_bias, o_bias, mlp_bias: whether those projections have a bias.
         qk_norm: whether queries and keys are normalised per head before the rotation (Qwen3).
         sliding_windows: window of each layer in tokens, None for full attention; empty if no layer has a window.
     """
 
+    model_types: ClassVar[dict[str, str]] = MODEL_TYPES
+    """Architectures of the family, with their ``model_type``."""
+    epsilon_name: ClassVar[str] = "rms_norm_eps"
+    activation_name: ClassVar[str] = "hidden_act"
+    """Names of ``rms_norm_eps`` and ``hidden_act`` in config.json."""
+
     rms_norm_eps: float
     rope: Rope
+    rope_layers: tuple[bool, ...] = ()
     hidden_act: str = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
@@ -54,10 +67,11 @@ class LlamaConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.architecture not in MODEL_TYPES:
-            raise ValueError(f"architecture={self.architecture!r} is not of the Llama family: {', '.join(MODEL_TYPES)}")
+        if self.architecture not in self.model_types:
+            known = ", ".join(self.model_types)
+            raise ValueError(f"architecture={self.architecture!r} is not of the Llama family: {known}")
         check_activation(self.hidden_act)
-        require(is_positive(self.rms_norm_eps), "rms_norm_eps", self.rms_norm_eps, "a small number above 0")
+        require(is_positive(self.rms_norm_eps), self.epsilon_name, self.rms_norm_eps, "a small number above 0")
         if self.rope.head_dim != self.head_dim:
             raise ValueError(f"rope.head_dim={self.rope.head_dim} differs from head_dim={self.head_dim}")
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:
@@ -65,14 +79,25 @@ class LlamaConfig(ModelConfig):
         for window in self.sliding_windows:
             is_window = window is None or is_count(window)
             require(is_window, "sliding_window", window, f"null (full attention) or an integer from 1 to {MAX_INT}")
+        if self.rope_layers and len(self.rope_layers) != self.num_layers:
+            raise ValueError(
+                f"rope_layers has {len(self.rope_layers)} entries: expected one for each of {self.num_layers}"
+            )
 
     @property
     def max_model_len(self) -> int:
         return self.rope.max_model_len
 
     @property
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """The rotary embedding of each layer; None for a layer without one."""
+        if not self.rope_layers:
+            return (self.rope,) * self.num_layers
+        return tuple(self.rope if rotates else None for rotates in self.rope_layers)
+
+    @property
     def shows_sources(self) -> bool:
-        return not isinstance(self.rope.scaling, Dynamic | LongRope)  # their K depends on the prompt's length
+        return all(rope is None or rope.is_static for rope in self.layer_ropes)
 
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
@@ -83,59 +108,100 @@ class LlamaConfig(ModelConfig):
         return tuple(replace(spec, sliding_window=window) for spec, window in with_windows)
 
     def prefix_salt(self, prompt_len: int) -> bytes:
-        return self.rope.prefix_salt(prompt_len)
+        ropes = dict.fromkeys(rope for rope in self.layer_ropes if rope is not None)
+        return b"".join(rope.prefix_salt(prompt_len) for rope in ropes)
 
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "LlamaConfig":
         family = MODEL_TYPES[common["architecture"]]
-        head_dim = getattr(hf, "head_dim", None)
-        if head_dim is None:
-            head_dim = hf.hidden_size // hf.num_attention_heads
         attention_bias = bool(getattr(hf, "attention_bias", False))
         windows: tuple[int | None, ...] = ()
-        if family == "mistral" and hf.sliding_window is not None:
+        if family == "mistral":
             windows = (hf.sliding_window,) * hf.num_hidden_layers
-        elif family in ("qwen2", "qwen3"):
-            windows = tuple(_window_of(kind, hf.sliding_window) for kind in hf.layer_types)
+        elif family != "llama":
+            windows = layer_windows(hf, hf.sliding_window if hf.use_sliding_window else None)
         return cls(
-            **common,
-            intermediate_size=hf.intermediate_size,
-            num_kv_heads=hf.num_key_value_heads,
-            head_dim=head_dim,
-            rms_norm_eps=hf.rms_norm_eps,
-            rope=Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
-            hidden_act=hf.hidden_act,
+            **cls.shared_from_hf(hf, common),
             qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
-            o_bias=family in ("llama", "qwen3") and attention_bias,
-            mlp_bias=family == "llama" and bool(hf.mlp_bias),
+            o_bias=family in ("llama", "qwen3", "smollm3") and attention_bias,
+            mlp_bias=family in ("llama", "smollm3") and bool(hf.mlp_bias),
             qk_norm=family == "qwen3",
             sliding_windows=() if all(window is None for window in windows) else windows,
+            rope_layers=_rope_layers(hf) if family == "smollm3" else (),
         )
 
     def to_hf(self) -> dict[str, Any]:
         family = MODEL_TYPES[self.architecture]
         window = next(filter(None, self.sliding_windows), None)
-        values = {
-            **self.common_hf(family),
-            "intermediate_size": self.intermediate_size,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_parameters": self.rope.to_hf(),
-            "hidden_act": self.hidden_act,
-        }
+        values = self.shared_hf()
         match family:
             case "llama":
                 values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
             case "mistral":
                 values |= {"sliding_window": window}
             case _:
-                kinds = ["full_attention" if w is None else "sliding_attention" for w in self.sliding_windows]
                 values |= {"use_sliding_window": window is not None, "sliding_window": window}
-                values |= {"layer_types": kinds or ["full_attention"] * self.num_layers}
+                values |= {"layer_types": self.layer_types}
         if family == "qwen3":
             values["attention_bias"] = self.qkv_bias
+        if family == "smollm3":
+            values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+            values["no_rope_layers"] = [int(rope is not None) for rope in self.layer_ropes]
         return values
+
+    @classmethod
+    def shared_from_hf(cls, hf: Any, common: dict[str, Any], rope: Rope | None = None) -> dict[str, Any]:
+        """Return the fields that every architecture has.
+
+        Args:
+            hf, common: those of ``from_hf``.
+            rope: the rotary embedding, if ``rope_parameters`` of config.json are not Llama's.
+        """
+        head_dim = head_dim_of(hf)
+        return {
+            **common,
+            "intermediate_size": hf.intermediate_size,
+            "num_kv_heads": hf.num_key_value_heads,
+            "head_dim": head_dim,
+            "rms_norm_eps": getattr(hf, cls.epsilon_name),
+            "rope": rope or Rope.from_hf(hf.rope_parameters, head_dim, hf.max_position_embeddings),
+            "hidden_act": getattr(hf, cls.activation_name),
+        }
+
+    def shared_hf(self) -> dict[str, Any]:
+        """Return the part of ``to_hf`` that every architecture has."""
+        return {
+            **self.common_hf(self.model_types[self.architecture]),
+            "intermediate_size": self.intermediate_size,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            self.epsilon_name: self.rms_norm_eps,
+            "rope_parameters": self.rope.to_hf(),
+            self.activation_name: self.hidden_act,
+        }
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The entries of config.json's ``layer_types``."""
+        windows = self.sliding_windows or (None,) * self.num_layers
+        return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def head_dim_of(hf: Any) -> int:
+    """Return config.json's ``head_dim``, which may follow from other sizes."""
+    head_dim = getattr(hf, "head_dim", None)
+    return hf.hidden_size // hf.num_attention_heads if head_dim is None else head_dim
+
+
+def layer_windows(hf: Any, sliding_window: int | None) -> tuple[int | None, ...]:
+    """Return the window of each layer by config.json's ``layer_types``."""
+    return tuple(_window_of(kind, sliding_window) for kind in hf.layer_types)
+
+
+def _rope_layers(hf: Any) -> tuple[bool, ...]:
+    """Return SmolLM3's ``no_rope_layers``, in which 1 stands for a layer that rotates; empty if all layers do."""
+    rotates = tuple(bool(entry) for entry in hf.no_rope_layers[: hf.num_hidden_layers])
+    return () if all(rotates) else rotates
 
 
 def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
@@ -154,6 +220,7 @@ def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
 
 class LlamaAttention(nnx.Module):
     fusible = QKV
+    head_norm_class: ClassVar[Any] = RMSNorm
 
     def __init__(self, config: LlamaConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         hidden, head_dim = config.hidden_size, config.head_dim
@@ -164,35 +231,50 @@ class LlamaAttention(nnx.Module):
         self.v_proj = linear(hidden, kv_size, None, "kv_heads", bias=bias, dtype=dtype, rngs=rngs)
         self.o_proj = linear(q_size, hidden, "heads", None, bias=config.o_bias, dtype=dtype, rngs=rngs)
         if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
-            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+            self.q_norm = self.head_norm_class(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+            self.k_norm = self.head_norm_class(head_dim, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.config = config
         self.spec = config.layer_specs[layer]
+        if self.spec.sinks:
+            init = with_axes(nnx.initializers.normal(0.02), "heads")
+            self.sinks = nnx.Param(init(rngs.params(), (config.num_heads,), dtype))
+        self.rope = config.layer_ropes[layer]
 
     def __call__(
         self,
         x: Float[Array, "tokens hidden_size"],
-        cos: Float[Array, "tokens half"],
-        sin: Float[Array, "tokens half"],
+        angles: Angles | None,
         attend: Attend,
     ) -> Float[Array, "tokens hidden_size"]:
-        config = self.config
-        q, k, v = (split_heads(projected, config.head_dim) for projected in QKV.project(self, x))
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend_from(self._source(x), attend, self.spec, q, k, v)
+        q, k, v = QKV.project(self, x)
+        q, k = self._rotated(q, "q_norm", angles), self._rotated(k, "k_norm", angles)
+        v = split_heads(v, self.config.head_dim)
+        sinks = self.sinks[...].astype(jnp.float32) if self.spec.sinks else None
+        out = attend_from(self._source(x), attend, self.spec, q, k, v, sinks)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
+    def _rotated(
+        self, projected: Float[Array, "tokens features"], norm: str, angles: Angles | None
+    ) -> Float[Array, "tokens heads head_dim"]:
+        """Split queries or keys into heads, norm them by the module called ``norm`` if there is one, and rotate."""
+        heads = self._normed_heads(projected, getattr(self, norm, None))
+        return heads if angles is None else rotate(heads, *angles)
+
+    def _normed_heads(
+        self, projected: Float[Array, "tokens features"], norm: Any
+    ) -> Float[Array, "tokens heads head_dim"]:
+        heads = split_heads(projected, self.config.head_dim)
+        return heads if norm is None else norm(heads)
+
     def _source(self, x: Float[Array, "tokens hidden_size"]) -> Source:
-        config, project = self.config, QKV.select(self, ("k_proj", "v_proj"))
+        project = QKV.select(self, ("k_proj", "v_proj"))
 
         def project_kv(
             inputs: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
         ) -> tuple[Array, Array]:
-            k, v = (split_heads(projected, config.head_dim) for projected in project(inputs))
-            cos, sin = config.rope.cos_sin(positions, jnp.zeros_like(positions))
-            return rotate(self.k_norm(k) if config.qk_norm else k, cos, sin), v
+            k, v = project(inputs)
+            angles = None if self.rope is None else self.rope.cos_sin(positions, jnp.zeros_like(positions))
+            return self._rotated(k, "k_norm", angles), split_heads(v, self.config.head_dim)
 
         return Source(x, project_kv)
 
@@ -213,38 +295,56 @@ class LlamaMLP(nnx.Module):
 
 
 class LlamaDecoderLayer(nnx.Module):
-    def __init__(self, config: LlamaConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    """A layer that norms the inputs of its parts. Other families set the classes of these parts."""
+
+    attention_class: ClassVar[Any] = LlamaAttention
+    mlp_class: ClassVar[Any] = LlamaMLP
+    norm_class: ClassVar[Any] = RMSNorm
+
+    def __init__(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         hidden, epsilon = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(hidden, epsilon, dtype=dtype, rngs=rngs)
-        self.self_attn = LlamaAttention(config, layer, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(hidden, epsilon, dtype=dtype, rngs=rngs)
-        self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
+        self.input_layernorm = self.norm_class(hidden, epsilon, dtype=dtype, rngs=rngs)
+        self.self_attn = self.attention_class(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = self.norm_class(hidden, epsilon, dtype=dtype, rngs=rngs)
+        self.add_feed_forward(config, layer, dtype=dtype, rngs=rngs)
+
+    def add_feed_forward(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        """Make the feed-forward part of a layer, under the name that checkpoints give it."""
+        del layer
+        self.mlp = self.mlp_class(config, dtype=dtype, rngs=rngs)
+
+    def feed_forward(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens hidden_size"]:
+        return self.mlp(x)
 
     def __call__(
         self,
         x: Float[Array, "tokens hidden_size"],
         branch: Float[Array, "tokens hidden_size"] | None,
-        cos: Float[Array, "tokens half"],
-        sin: Float[Array, "tokens half"],
+        angles: Angles | None,
         attend: Attend,
     ) -> tuple[Float[Array, "tokens hidden_size"], Float[Array, "tokens hidden_size"]]:
         """Return the residual stream and its last addend, which the next norm adds as it reads the sum."""
         x, normed = self.input_layernorm.add(x, branch)
-        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, cos, sin, attend))
-        return x, self.mlp(normed)
+        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, angles, attend))
+        return x, self.feed_forward(normed)
 
 
 class LlamaModel(nnx.Module):
-    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    layer_class: ClassVar[Any] = LlamaDecoderLayer
+    norm_class: ClassVar[Any] = RMSNorm
+
+    def __init__(self, config: Any, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.embed_tokens = embed(config.vocab_size, config.hidden_size, "vocab", dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            [LlamaDecoderLayer(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_layers)]
+            [self.layer_class(config, layer, dtype=dtype, rngs=rngs) for layer in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = self.norm_class(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
 
 class LlamaForCausalLM(nnx.Module):
     """A decoder of the Llama family. Parameters are named as in Hugging Face checkpoints.
+
+    A family that reuses it sets ``model_class``, and overrides ``embed`` and ``logits`` where those differ.
 
     Args:
         config: the model's shape.
@@ -252,9 +352,11 @@ class LlamaForCausalLM(nnx.Module):
         rngs: source of the initial weights: normal with deviation 0.02, norms 1, biases 0.
     """
 
-    def __init__(self, config: LlamaConfig, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    model_class: ClassVar[Any] = LlamaModel
+
+    def __init__(self, config: Any, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
+        self.model = self.model_class(config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = linear(
                 config.hidden_size, config.vocab_size, None, "vocab", bias=False, dtype=dtype, rngs=rngs
@@ -275,12 +377,17 @@ class LlamaForCausalLM(nnx.Module):
             prompt_lens: length of the prompt of each token's sequence (see ``Rope.cos_sin``).
             attend: attention, called once per layer; it knows the sequence of each token.
         """
-        x, branch = self.model.embed_tokens(token_ids), None
-        cos, sin = self.config.rope.cos_sin(positions, prompt_lens)
-        for layer in self.model.layers:
-            x, branch = layer(x, branch, cos, sin, attend)
+        x, branch = self.embed(token_ids), None
+        ropes = self.config.layer_ropes
+        angles = {rope: rope.cos_sin(positions, prompt_lens) for rope in dict.fromkeys(ropes) if rope is not None}
+        for layer, rope in zip(self.model.layers, ropes, strict=True):
+            x, branch = layer(x, branch, angles.get(rope), attend)
         _, normed = self.model.norm.add(x, branch)
         return normed
+
+    def embed(self, token_ids: Int32[Array, "tokens"]) -> Float[Array, "tokens hidden_size"]:
+        """Return the residual stream before the first layer."""
+        return self.model.embed_tokens(token_ids)
 
     def logits(self, hidden: Float[Array, "rows hidden_size"]) -> Float[Array, "rows vocab"]:
         """Compute the logits of the next token, in float32."""

@@ -68,15 +68,16 @@ def linear(
     bias: bool,
     dtype: Dtype,
     rngs: nnx.Rngs,
+    **metadata: Any,
 ) -> nnx.Linear:
-    """Make a projection with parameters and arithmetic in ``dtype``, and named axes."""
+    """Make a projection with parameters and arithmetic in ``dtype``, named axes, and more metadata of its kernel."""
     return nnx.Linear(
         in_features,
         out_features,
         use_bias=bias,
         dtype=dtype,
         param_dtype=dtype,
-        kernel_init=with_axes(_normal, in_axis, out_axis),
+        kernel_init=nnx.with_metadata(_normal, logical_axes=(in_axis, out_axis), **metadata),
         bias_init=with_axes(nnx.initializers.zeros, out_axis),
         rngs=rngs,
     )
@@ -101,20 +102,43 @@ class RMSNorm(nnx.Module):
         self.add_norm: AddNorm | None = None
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = (wide * jax.lax.rsqrt(variance + self.epsilon)).astype(x.dtype)
-        return normed * _like_last_axis(self.scale, x)
+        return _rms_normed(x, self.epsilon).astype(x.dtype) * _like_last_axis(self.scale, x)
 
     def add(
         self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
     ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
         """Add a layer's output, if there is one, to the residual stream; return the sum and its norm."""
-        if branch is None:
-            return x, self(x)
-        if self.add_norm is not None and len(x) >= FUSED_NORM_FROM:
+        if branch is not None and self.add_norm is not None and len(x) >= FUSED_NORM_FROM:
             return self.add_norm(x, branch, self.scale[...], self.epsilon)
-        x = x + branch
+        x = _added(x, branch)
+        return x, self(x)
+
+
+class WideRMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, in float32 and cast *after* the scale, as OLMo 2 does.
+
+    Args:
+        features: size of the last axis.
+        epsilon: addend to the mean square.
+        axis: logical axis of the scale.
+        dtype: dtype of the parameter.
+        rngs: unused by the constant initial scale of 1.
+    """
+
+    def __init__(self, features: int, epsilon: float, *, axis: str | None = None, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        init = with_axes(nnx.initializers.ones, axis)
+        self.scale = nnx.Param(init(rngs.params(), (features,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        scale = _like_last_axis(self.scale, x).astype(jnp.float32)
+        return (_rms_normed(x, self.epsilon) * scale).astype(x.dtype)
+
+    def add(
+        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
+        """See ``RMSNorm.add``."""
+        x = _added(x, branch)
         return x, self(x)
 
 
@@ -132,14 +156,36 @@ def fuse_norms(model: nnx.Module, add_norm: AddNorm | None = None) -> None:
             module.add_norm = add_norm if is_taken else None
 
 
+class ShiftedRMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis as Gemma has it: ``WideRMSNorm`` whose parameter is the scale less 1."""
+
+    def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        init = with_axes(nnx.initializers.zeros, None)
+        self.scale_less_one = nnx.Param(init(rngs.params(), (features,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        scale = 1 + _like_last_axis(self.scale_less_one, x).astype(jnp.float32)
+        return (_rms_normed(x, self.epsilon) * scale).astype(x.dtype)
+
+    def add(
+        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
+        """See ``RMSNorm.add``."""
+        x = _added(x, branch)
+        return x, self(x)
+
+
 class LayerNorm(nnx.Module):
-    """Layer norm over the last axis as PyTorch computes it: in float32, with a two-pass variance and epsilon 1e-5.
+    """Layer norm over the last axis as PyTorch computes it: in float32, with a two-pass variance.
 
     The layer norm of flax does not run in half precision under strict dtype promotion.
     """
 
-    def __init__(self, features: int, *, affine: bool, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        self.affine = affine
+    def __init__(
+        self, features: int, epsilon: float = 1e-5, *, affine: bool = True, dtype: Dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.affine, self.epsilon = affine, epsilon
         if affine:
             ones, zeros = with_axes(nnx.initializers.ones, None), with_axes(nnx.initializers.zeros, None)
             self.scale = nnx.Param(ones(rngs.params(), (features,), dtype))
@@ -149,17 +195,47 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + 1e-5)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
         if self.affine:
             scale, bias = (_like_last_axis(p, x).astype(jnp.float32) for p in (self.scale, self.bias))
             normed = normed * scale + bias
         return normed.astype(x.dtype)
+
+    def add(
+        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
+        """See ``RMSNorm.add``."""
+        x = _added(x, branch)
+        return x, self(x)
+
+
+def _added(
+    x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
+) -> Float[Array, "tokens features"]:
+    return x if branch is None else x + branch
+
+
+def _rms_normed(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:
+    """Divide by the root mean square of the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(variance + epsilon)
 
 
 def _like_last_axis(param: nnx.Param, x: Array) -> Array:
     """Give a parameter of the last axis the rank of ``x``: ranks are never promoted silently."""
     value = param[...]
     return value.reshape((1,) * (x.ndim - 1) + value.shape)
+
+
+def scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """Multiply in float32, as PyTorch multiplies by a number: JAX would round the number to the dtype of ``x``."""
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
+def soft_capped(logits: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """Return ``cap * tanh(logits / cap)``; without a cap, the logits."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def to_vocab(

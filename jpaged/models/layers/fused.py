@@ -161,16 +161,16 @@ def fuse_projections(model: nnx.Module) -> None:
         fusible.fuse(module)
 
 
-def separate_params(model: nnx.Module) -> Iterator[tuple[Path, Shaped[np.ndarray, "..."]]]:
-    """Yield the parameters of a model on the host, under the paths of the separate projections."""
+def separate_params(model: nnx.Module) -> Iterator[tuple[Path, Shaped[np.ndarray, "..."], dict[str, Any]]]:
+    """Yield the parameters of a model on the host, under the paths of the separate projections, with metadata."""
     for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        array, columns = np.asarray(param[...]), param.get_metadata().get("columns")
-        if columns is None:
-            yield path, array
+        array, metadata = np.asarray(param[...]), param.get_metadata()
+        if (columns := metadata.get("columns")) is None:
+            yield path, array, metadata
         else:
             *parents, _, leaf = path
             for name, part in zip(columns.names, columns.split(array), strict=True):
-                yield (*parents, name, leaf), part
+                yield (*parents, name, leaf), part, metadata
 
 
 def allocation_order(flat: Iterable[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
@@ -196,11 +196,16 @@ def _join_params(params: Sequence[Sequence[nnx.Param]], columns: Columns) -> lis
     return [
         nnx.Param(
             moved(array, to_host=is_on_host(group[0].get_value())),
-            logical_axes=group[0].logical_axes,
             columns=columns,
+            **_kept_metadata(group[0]),
         )
         for group, array in zip(params, joined, strict=True)
     ]
+
+
+def _kept_metadata(param: nnx.Param) -> dict[str, Any]:
+    """Return the metadata by which parameters are split over devices and written to checkpoints."""
+    return {name: value for name, value in param.get_metadata().items() if name in ("logical_axes", "spellings")}
 
 
 @lru_cache

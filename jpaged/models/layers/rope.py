@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the default form and every scaling transformers writes for Llama."""
+"""Rotary position embeddings: the default form, every scaling transformers writes for Llama, and parts of heads."""
 
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -62,15 +62,15 @@ class Yarn:
         def dim_of(rotations: float) -> float:
             """The dimension with this many rotations over the original context."""
             ratio = self.original_max_position_embeddings / (rotations * 2 * math.pi)
-            return rope.head_dim * math.log(ratio) / (2 * math.log(rope.theta))
+            return rope.rotary_dim * math.log(ratio) / (2 * math.log(rope.theta))
 
         low, high = dim_of(self.beta_fast or _BETA_FAST), dim_of(self.beta_slow or _BETA_SLOW)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, rope.head_dim - 1)
+        low, high = max(low, 0), min(high, rope.rotary_dim - 1)
         if low == high:
             high += 0.001  # a ramp of no width would divide by zero
-        half = np.arange(rope.head_dim // 2, dtype=np.float32)
+        half = np.arange(rope.rotary_dim // 2, dtype=np.float32)
         interpolated = np.clip((half - low) / (high - low), 0, 1).astype(np.float32)
         plain = rope.plain_inv_freq()
         return plain / np.float32(self.factor) * interpolated + plain * (1 - interpolated)
@@ -121,6 +121,10 @@ _SCALINGS: dict[str, type[Scaling]] = {
 }
 
 
+Angles = tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]
+"""Cosine and sine of each token's angles, float32."""
+
+
 def check_spelled_parameters(raw: dict[str, Any]) -> None:
     """Check rotary parameters as config.json spells them, before any computation uses them.
 
@@ -146,25 +150,30 @@ def check_spelled_parameters(raw: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding of a head: dimension i is paired with dimension i + head_dim / 2, as Hugging Face does.
+    """Rotary embedding of a head: dimension i is paired with dimension i + rotary_dim / 2, as Hugging Face does.
 
     Args:
-        head_dim: features of a head, an even number.
+        head_dim: features of a head.
         theta: base of the wavelengths.
         max_position_embeddings: value in config.json; the base of "dynamic" grows beyond this length.
         scaling: scaling of the frequencies; None is the default form.
+        partial_rotary_factor: share of a head's features that is rotated; ``rotary_dim`` is their number, an even one.
     """
 
     head_dim: int
     theta: float
     max_position_embeddings: int
     scaling: Scaling | None = None
+    partial_rotary_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "max_position_embeddings"):
             require(is_count(getattr(self, name)), name, getattr(self, name), f"an integer from 1 to {MAX_INT}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd: rotary embeddings pair dimensions")
+        check_parameter("partial_rotary_factor", self.partial_rotary_factor, is_optional=False)
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            part = "" if self.partial_rotary_factor == 1 else f" times {self.partial_rotary_factor}"
+            kind = "odd" if self.rotary_dim else "0"
+            raise ValueError(f"head_dim={self.head_dim}{part} is {kind}: rotary embeddings pair dimensions")
         check_parameter("rope_theta", self.theta, is_optional=False)
         if self.scaling is not None:
             self._check_scaling(self.scaling)
@@ -173,23 +182,32 @@ class Rope:
         for field in fields(scaling):
             check_parameter(field.name, getattr(scaling, field.name), is_optional=field.default is None)
         match scaling:
-            case Dynamic() if self.head_dim == 2:
+            case Dynamic() if self.rotary_dim == 2:
                 raise ValueError("rope_type 'dynamic' needs a head_dim above 2")
             case Yarn(beta_fast=fast, beta_slow=slow):
                 fast, slow = fast or _BETA_FAST, slow or _BETA_SLOW
                 require(fast >= slow, "beta_fast", fast, f"beta_slow={slow} or more")
             case LongRope():
                 for name in ("short_factor", "long_factor"):
-                    length, expected = len(getattr(scaling, name)), self.head_dim // 2
+                    length, expected = len(getattr(scaling, name)), self.rotary_dim // 2
                     if length != expected:
-                        raise ValueError(f"{name} has {length} entries: expected head_dim / 2 = {expected}")
+                        dims = "head_dim" if self.partial_rotary_factor == 1 else "rotated dimensions"
+                        raise ValueError(f"{name} has {length} entries: expected {dims} / 2 = {expected}")
             case Llama3(low_freq_factor=low, high_freq_factor=high):
                 require(high > low, "high_freq_factor", high, f"a number above low_freq_factor={low}")
         require(is_count(self.max_model_len), "factor", scaling.factor, f"a context of at most {MAX_INT} tokens")
 
     @classmethod
-    def from_hf(cls, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> "Rope":
+    def from_hf(
+        cls, parameters: dict[str, Any], head_dim: int, max_position_embeddings: int, *, is_partial: bool = False
+    ) -> "Rope":
         """Build the embedding from transformers' standardised ``rope_parameters``.
+
+        Args:
+            parameters: ``rope_parameters``.
+            head_dim: features of a head.
+            max_position_embeddings: value in config.json.
+            is_partial: whether the family may rotate a part of each head.
 
         Raises:
             ValueError: the rope type is unknown, or a parameter is out of range.
@@ -197,10 +215,10 @@ class Rope:
         rope_type = parameters.get("rope_type", "default")
         if not isinstance(rope_type, str) or rope_type not in ("default", *_SCALINGS):
             raise ValueError(f"rope_type={rope_type!r} is not supported: known are default, {', '.join(_SCALINGS)}")
-        if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ValueError(
-                f"partial_rotary_factor={parameters['partial_rotary_factor']} is not supported: expected 1"
-            )
+        part: Any = parameters.get("partial_rotary_factor")
+        part = 1.0 if part is None else part
+        if not is_partial and part != 1:
+            raise ValueError(f"partial_rotary_factor={part} is not supported for this architecture: expected 1")
         scaling = None
         if rope_type != "default":
             kind = _SCALINGS[rope_type]
@@ -216,15 +234,26 @@ class Rope:
                 raise ValueError(f"rope_type={rope_type!r} needs {', '.join(missing)}: add what is missing")
             scaling = kind(**given)
         theta: Any = parameters.get("rope_theta")
-        return cls(head_dim, theta, max_position_embeddings, scaling)
+        return cls(head_dim, theta, max_position_embeddings, scaling, part)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the ``rope_parameters`` that ``from_hf`` reads back."""
+        part = {} if self.partial_rotary_factor == 1 else {"partial_rotary_factor": self.partial_rotary_factor}
         if self.scaling is None:
-            return {"rope_type": "default", "rope_theta": self.theta}
+            return {"rope_type": "default", "rope_theta": self.theta, **part}
         rope_type = next(name for name, kind in _SCALINGS.items() if isinstance(self.scaling, kind))
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.scaling).items() if v is not None}
-        return {"rope_type": rope_type, "rope_theta": self.theta, **values}
+        return {"rope_type": rope_type, "rope_theta": self.theta, **part, **values}
+
+    @property
+    def rotary_dim(self) -> int:
+        """The features of a head that are rotated, its first."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the embedding of a position does not depend on the prompt's length."""
+        return not isinstance(self.scaling, Dynamic | LongRope)
 
     @property
     def max_model_len(self) -> int:
@@ -248,13 +277,11 @@ class Rope:
                 return b""
 
     def plain_inv_freq(self) -> np.ndarray:
-        """Radians per token of each pair of dimensions without scaling, [head_dim / 2] float32."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        """Radians per token of each pair of dimensions without scaling, [rotary_dim / 2] float32."""
+        exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
         return np.float32(1) / np.float32(self.theta) ** exponents
 
-    def cos_sin(
-        self, positions: Int32[Array, "tokens"], prompt_lens: Int32[Array, "tokens"]
-    ) -> tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]:
+    def cos_sin(self, positions: Int32[Array, "tokens"], prompt_lens: Int32[Array, "tokens"]) -> Angles:
         """Compute cosine and sine, float32, of each token's angles, times the scaling's magnitude.
 
         Args:
@@ -270,8 +297,8 @@ class Rope:
             case Dynamic(factor):
                 grown = jnp.maximum(seq_lens, self.max_position_embeddings).astype(jnp.float32)
                 ratio = factor * grown / self.max_position_embeddings - (factor - 1)
-                theta = float(self.theta) * ratio ** (self.head_dim / (self.head_dim - 2))
-                exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+                theta = float(self.theta) * ratio ** (self.rotary_dim / (self.rotary_dim - 2))
+                exponents = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
                 inv_freq = 1 / theta[:, None] ** jnp.asarray(exponents)[None]
             case LongRope() as scaling:
                 magnitude = scaling.magnitude(self.max_position_embeddings)
@@ -290,7 +317,9 @@ class Rope:
 def rotate(
     x: Float[Array, "tokens heads head_dim"], cos: Float[Array, "tokens half"], sin: Float[Array, "tokens half"]
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Rotate each head's pairs of dimensions in float32; the result has the dtype of ``x``."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotate pairs of each head's first 2 * half dimensions in float32; the result has the dtype of ``x``."""
+    half = cos.shape[-1]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)

@@ -19,6 +19,7 @@ _POSITIVE: _Check = (is_positive, "a number above 0")
 _DIVISORS: _Check = (_are_positive, "a list of numbers above 0")
 _CHECKS: dict[str, _Check] = {
     "rope_theta": (lambda value: is_positive(value) and value > 1, "a number above 1"),
+    "partial_rotary_factor": (lambda value: is_positive(value) and value <= 1, "a number above 0, at most 1"),
     "factor": (lambda value: is_positive(value) and value >= 1, "a number, 1 or more"),
     "original_max_position_embeddings": (lambda value: is_count(value) and value >= 2, f"from 2 to {MAX_INT} tokens"),
     "attention_factor": _POSITIVE,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from jpaged.request import CompletionDelta, FinishReason, Logprob, RequestOutput
 
@@ -42,7 +42,19 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def completion_logprobs(tokens: TokenLogprobs, text_offset: int, decode: Any) -> dict[str, Any]:
+class TokenNames(Protocol):
+    """The texts of tokens."""
+
+    def decode_one(self, token_id: int) -> str:
+        """The text of a token."""
+        ...
+
+    def num_characters(self, token_id: int, text: str) -> int:
+        """Characters of the whole text that begin in a token of which the id and the text are given."""
+        ...
+
+
+def completion_logprobs(tokens: TokenLogprobs, text_offset: int, names: TokenNames) -> dict[str, Any]:
     """The log-probabilities of ``/v1/completions``.
 
     ``top_logprobs`` is keyed by text. Where tokens have the same text, the most probable token stays. The chosen token
@@ -51,7 +63,7 @@ def completion_logprobs(tokens: TokenLogprobs, text_offset: int, decode: Any) ->
     Args:
         tokens: the tokens.
         text_offset: characters before the first token.
-        decode: the text of a token id whose log-probability is unknown.
+        names: the texts of tokens.
     """
     texts: list[str] = []
     chosen: list[float | None] = []
@@ -59,7 +71,7 @@ def completion_logprobs(tokens: TokenLogprobs, text_offset: int, decode: Any) ->
     offsets: list[int] = []
     for token_id, entries in tokens:
         if entries is None:
-            texts.append(decode(token_id))
+            texts.append(names.decode_one(token_id))
             chosen.append(None)
             tops.append(None)
         else:
@@ -71,7 +83,7 @@ def completion_logprobs(tokens: TokenLogprobs, text_offset: int, decode: Any) ->
                 top[text] = max(top.get(text, logprob), logprob)
             tops.append(top)
         offsets.append(text_offset)
-        text_offset += len(texts[-1])
+        text_offset += names.num_characters(token_id, texts[-1])
     return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
 
 

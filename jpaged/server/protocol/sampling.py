@@ -1,6 +1,7 @@
 """The fields that completions and chats share, and the ``SamplingParams`` that they mean."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -128,30 +129,28 @@ class GenerationBody(Body):
             if sum(map(len, texts)) > MAX_CHARACTERS:
                 raise ApiError(400, f"{name} has more than {MAX_CHARACTERS} characters", param=name)
 
-    def params(self, logprobs: int | None) -> SamplingParams:
+    def params(self, logprobs: int | None, defaults: Mapping[str, Any]) -> SamplingParams:
         """The sampling parameters. Where no token is asked for, one is generated, and is to be hidden.
 
         Args:
             logprobs: alternatives of each token; None asks for none.
+            defaults: the parameters of drawing that the checkpoint recommends.
 
         Raises:
             ApiError: 400, with the reason.
         """
         given: dict[str, Any] = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
         if self.use_beam_search:
-            given.setdefault("temperature", 0.0)
+            defaults = {"temperature": 0.0}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token_id(key): value for key, value in self.logit_bias.items()}
         if self.seed is not None:
             given["seed"] = self.seed % 2**32
+        limit = defaults.get("max_tokens") if self.token_limit is None else self.token_limit
         kind = RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY
         with refusals(type(self).model_fields):
-            return SamplingParams(
-                max_tokens=1 if self.token_limit == 0 else self.token_limit,
-                logprobs=logprobs,
-                output_kind=kind,
-                **given,
-            )
+            options = {"max_tokens": 1 if limit == 0 else limit, "logprobs": logprobs, "output_kind": kind}
+            return SamplingParams(**{**defaults, **given, **options})
 
 
 def _token_id(key: str) -> int:
