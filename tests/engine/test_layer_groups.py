@@ -136,6 +136,11 @@ def test_a_context_longer_than_all_blocks_is_served_where_all_layers_have_window
     assert_greedy("alone", run(engine, PROMPTS[:1], 20), PROMPTS[:1], 20)
 
 
+def test_a_pool_with_fewer_blocks_than_groups_is_refused():
+    with pytest.raises(ValueError, match="num_blocks=3 is too few: a token takes a block in each of 3 layer groups"):
+        make_runner(model_config=MODELS["beside full layers"], **SIZES | {"num_blocks": 3})
+
+
 def test_streaming_keeps_all_layers_in_one_group():
     config = dataclasses.replace(runner_of("alone").config, kv_placement="host")
     assert pool_layout(MODELS["beside full layers"], config, jnp.float32, XlaBackend("")).num_layers == 3

@@ -151,7 +151,13 @@ class PoolSizer:
         if config.kv_placement != "device":  # contexts may be longer than the pool
             self._programs.resize(num_blocks, max_model_len)
             return
-        held = self._programs.groups.most_tokens(num_blocks - 1, config.block_size, config.token_budget)
+        groups = self._programs.groups
+        held = groups.most_tokens(num_blocks - 1, config.block_size, config.token_budget)
+        if held == 0:
+            raise ValueError(
+                f"num_blocks={num_blocks} is too few: a token takes a block in each of {len(groups)} layer groups, and "
+                f"block 0 is padding; give {len(groups) + 1} or more, or raise memory_fraction"
+            )
         if held < max_model_len and config.max_model_len is None:
             max_model_len = held
         elif held < max_model_len and config.num_blocks is None:
