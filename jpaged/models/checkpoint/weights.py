@@ -2,13 +2,14 @@
 
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jpaged.interrupts import InterruptsWait
-from jpaged.models.checkpoint.config import ModelConfig, read_json
+from jpaged.models.checkpoint.config import ModelConfig
 from jpaged.models.checkpoint.joined import Joined
+from jpaged.models.checkpoint.stored import DTYPES, PACKED, StoredTensor, open_tensors
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
 from jpaged.models.layers.kv_copies import KVCopies
@@ -32,12 +33,6 @@ from jpaged.sharding import is_on_host, moved
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Supported dtypes, by their name in safetensors."""
-
-_PACKED = "U8"
-"""Dtype of tensors that a spelling decodes."""
-
 _PROJECTION = "lm_head.weight"
 
 _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
@@ -45,24 +40,6 @@ _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
 
 _BUFFERS = ".inv_freq", ".cos_cached", ".sin_cached", ".masked_bias", ".attn.bias", ".position_ids"
 """Endings of tensors that follow from the configuration, so that a model computes them."""
-
-
-class _Stored(NamedTuple):
-    """A tensor in a file: ``slices[index]`` reads that part of it."""
-
-    file: Path
-    slices: Any
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.size * (1 if self.dtype == _PACKED else jnp.dtype(_DTYPES[self.dtype]).itemsize)
 
 
 def _module(path: tuple[Any, ...]) -> str:
@@ -85,8 +62,8 @@ def load_state(
 ) -> nnx.State:
     """Fill ``state`` (variables that hold shapes and shardings) from the checkpoint directory ``path``.
 
-    Files are memory-mapped. Each device gets its own slice only, in the stored dtype, and transposes and converts the
-    slice itself. All names and shapes are checked before the first byte is read.
+    Each device gets its own slice only, in the stored dtype, and transposes and converts that slice. Meanwhile the
+    slices of the next parameter are read. All names and shapes are checked before the first byte is read.
 
     Args:
         path: Hugging Face checkpoint directory.
@@ -100,7 +77,7 @@ def load_state(
     """
     flat = allocation_order(nnx.to_flat_state(state))
     with ExitStack() as stack:
-        stored = _open_tensors(path, stack)
+        stored = open_tensors(path, stack)
         for projection in joined:
             projection.split(stored)
         chosen = _check_tensors(path, flat, stored, copies)
@@ -109,12 +86,22 @@ def load_state(
         label = {"label": "Loading weights", "unit": "B", "is_shown": use_tqdm}
         count = stack.enter_context(counted("loading", total, **label))
         interrupts = stack.enter_context(InterruptsWait())
-        loaded = []
-        for (where, variable), (spelling, names), size in zip(flat, chosen, num_bytes, strict=True):
+        params = [
+            _Param(spelling, _module(where), {name: stored[name].slices for name in names}, variable, copies)
+            for (where, variable), (spelling, names) in zip(flat, chosen, strict=True)
+        ]
+        reader = stack.enter_context(ThreadPoolExecutor(1))
+        started, loaded = monotonic(), []
+        ahead = reader.submit(params[0].read)
+        for i, param in enumerate(params):
             interrupts.check()
-            slices = {name: stored[name].slices for name in names}
-            loaded.append((where, variable.replace(_load_param(spelling, _module(where), slices, variable, copies))))
-            count(size)
+            parts = ahead.result()
+            if i + 1 < len(params):
+                ahead = reader.submit(params[i + 1].read)
+            loaded.append((flat[i][0], param.variable.replace(param.send(parts))))
+            count(num_bytes[i])
+        seconds = max(monotonic() - started, 1e-9)
+        log.info("%.3g GB of weights were read in %.3g s: %.3g GB/s", total / 1e9, seconds, total / 1e9 / seconds)
     return nnx.from_flat_state(loaded)
 
 
@@ -128,15 +115,15 @@ def stored_dtype(path: Path) -> str:
         return "float32"
     sizes: Counter[str] = Counter()
     with ExitStack() as stack:
-        for tensor in _open_tensors(path, stack).values():
+        for tensor in open_tensors(path, stack).values():
             sizes[tensor.dtype] += tensor.size
-    sizes.pop(_PACKED, None)  # the numbers become those of the other weights
+    sizes.pop(PACKED, None)  # the numbers become those of the other weights
     dtype = max(sizes, key=sizes.__getitem__, default="F32")
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(
-            f"{path}: the weights are stored as {dtype}, which is not supported: expected one of {', '.join(_DTYPES)}"
+            f"{path}: the weights are stored as {dtype}, which is not supported: expected one of {', '.join(DTYPES)}"
         )
-    return _DTYPES[dtype]
+    return DTYPES[dtype]
 
 
 def is_untied(path: Path) -> bool:
@@ -150,7 +137,7 @@ def is_untied(path: Path) -> bool:
     if not any(path.glob("*.safetensors*")):
         return False
     with ExitStack() as stack:
-        stored = _open_tensors(path, stack)
+        stored = open_tensors(path, stack)
         embedding = next((tensor for name, tensor in stored.items() if name.endswith(_EMBEDDINGS)), None)
         projection = stored.get(_PROJECTION)
         if embedding is None or projection is None:
@@ -190,46 +177,8 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """List the safetensors files of a checkpoint directory."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map: download the checkpoint again")
-        files = [path / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if file.parent != path:
-                raise ValueError(f"{index} points outside its directory, to {file}: weights must lie beside it")
-            if not file.is_file():
-                raise ValueError(f"{file} is missing, but {index.name} names it: download the checkpoint again")
-        return files
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if pickled := sorted(path.glob("pytorch_model*.bin")):
-        raise ValueError(
-            f"{pickled[0]} is a pickle, which can run code when it is loaded, so it is not read. Convert it once: "
-            "save the model with transformers' save_pretrained, which writes safetensors"
-        )
-    raise ValueError(f"{path} has no weights: expected model.safetensors or model.safetensors.index.json")
-
-
-def _open_tensors(path: Path, stack: ExitStack) -> dict[str, _Stored]:
-    """Open all tensors of a checkpoint, by name; files stay mapped until ``stack`` closes."""
-    tensors: dict[str, _Stored] = {}
-    for file in _weight_files(path):
-        try:
-            opened = stack.enter_context(safe_open(file, framework="numpy"))
-            for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                slices = opened.get_slice(name)
-                tensors[name] = _Stored(file, slices, tuple(slices.get_shape()), slices.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or damaged ({error}): download it again") from error
-    return tensors
-
-
 def _check_tensors(
-    path: Path, flat: list[tuple[Any, Any]], stored: dict[str, _Stored], copies: KVCopies
+    path: Path, flat: list[tuple[Any, Any]], stored: dict[str, StoredTensor], copies: KVCopies
 ) -> list[tuple[Spelling, tuple[str, ...]]]:
     """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights of its layers.
 
@@ -266,7 +215,7 @@ def _check_tensors(
                 f"{tensor.file}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
                 "one of the two belongs to another model"
             )
-        dtypes = (_PACKED,) if name in packed else tuple(_DTYPES)
+        dtypes = (PACKED,) if name in packed else tuple(DTYPES)
         if tensor.dtype not in dtypes:
             raise ValueError(
                 f"{tensor.file}: {name} is stored as {tensor.dtype}, which is not supported: "
@@ -275,7 +224,7 @@ def _check_tensors(
     return chosen
 
 
-def _complete_names(flat: list[tuple[Any, Any]], stored: dict[str, _Stored]) -> None:
+def _complete_names(flat: list[tuple[Any, Any]], stored: dict[str, StoredTensor]) -> None:
     """Give tensors the names of the parameters.
 
     Other names have the tensors of a bare decoder, of the text part of a model of several modalities, and of Mixtral as
@@ -297,7 +246,7 @@ def _is_in(name: str, modules: set[str]) -> bool:
     return any(".".join(parts[:end]) in modules for end in range(1, len(parts)))
 
 
-def _check_unread(path: Path, stored: dict[str, _Stored], expected: dict[str, Any]) -> None:
+def _check_unread(path: Path, stored: dict[str, StoredTensor], expected: dict[str, Any]) -> None:
     """Warn of tensors that the model does not read.
 
     Raises:
@@ -325,29 +274,52 @@ def _layers_prefix(name: str) -> str:
     return "".join(f"{part}." for part in parts[:number])
 
 
-def _load_param(spelling: Spelling, module: str, slices: dict[str, Any], variable: Any, copies: KVCopies) -> jax.Array:
-    """Send each device its part; the device transposes and converts it. The call blocks: host copies cannot pile up.
+class _Param(NamedTuple):
+    """A parameter to be loaded.
 
     If KV heads are copied, each device gets the whole tensor, which is small: the projections of few KV heads.
     """
-    dtype, sharding = variable.dtype, moved(variable.get_value(), to_host=False).sharding
-    copied = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
-    shape = copies.shape_without(variable.shape, variable.logical_axes)
-    spec = P(*(_padded(sharding.spec, len(shape))[axis] for axis in spelling.axes))
-    if spelling.decode:  # other axes are split after the numbers are decoded: a part may start within a block of them
-        spec = P(spec[0])
-    if copied:
-        spec = P()
-    placed = NamedSharding(sharding.mesh, spec)
 
-    def read(index: Index | None) -> np.ndarray:
-        assert index is not None
-        return spelling.read(module, shape, slices.__getitem__, index)
+    spelling: Spelling
+    module: str
+    slices: dict[str, Any]
+    variable: Any
+    copies: KVCopies
 
-    array = jax.make_array_from_callback(spelling.assembled_shape(shape), placed, read)
-    if spelling.axes != tuple(range(len(shape))) or spelling.decode or copied or array.dtype != dtype:
-        array = _convert(array, spelling, dtype, sharding, copies, copied)
-    return moved(jax.block_until_ready(array), to_host=is_on_host(variable.get_value()))
+    def read(self) -> dict[Index | None, np.ndarray]:
+        """Read the part of each device from the files."""
+        read, piece = self.spelling.read, self.slices.__getitem__
+        indices = set(self._placed().addressable_devices_indices_map(self._assembled_shape()).values())
+        return {index: read(self.module, self._shape(), piece, index) for index in indices if index is not None}
+
+    def send(self, parts: dict[Index | None, np.ndarray]) -> jax.Array:
+        """Send each device its part; the device transposes and converts it. The call blocks: parts cannot pile up."""
+        spelling, dtype, copied = self.spelling, self.variable.dtype, self._copied()
+        sharding = self._sharding()
+        array = jax.make_array_from_callback(self._assembled_shape(), self._placed(), parts.__getitem__)
+        if spelling.axes != tuple(range(array.ndim)) or spelling.decode or copied or array.dtype != dtype:
+            array = _convert(array, spelling, dtype, sharding, self.copies, copied)
+        return moved(jax.block_until_ready(array), to_host=is_on_host(self.variable.get_value()))
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.copies.shape_without(self.variable.shape, self.variable.logical_axes)
+
+    def _assembled_shape(self) -> tuple[int, ...]:
+        return self.spelling.assembled_shape(self._shape())
+
+    def _copied(self) -> tuple[str | None, ...]:
+        axes = self.variable.logical_axes
+        return axes if self.copies.is_copied(axes) else ()
+
+    def _sharding(self) -> NamedSharding:
+        return moved(self.variable.get_value(), to_host=False).sharding
+
+    def _placed(self) -> NamedSharding:
+        sharding = self._sharding()
+        spec = P(*(_padded(sharding.spec, len(self._shape()))[axis] for axis in self.spelling.axes))
+        if self.spelling.decode:  # other axes are split after decoding: a part may start within a block of numbers
+            spec = P(spec[0])
+        return NamedSharding(sharding.mesh, P() if self._copied() else spec)
 
 
 def _padded(spec: P, ndim: int) -> tuple[Any, ...]:
