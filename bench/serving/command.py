@@ -188,6 +188,7 @@ def _floor(runner: ModelRunner, config: EngineConfig, limits: machine.MachineLim
         bytes_per_block=runner.bytes_per_block,
         block_size=config.block_size,
         experts=experts_of(model, runner.dtype),
+        windows=tuple(spec.sliding_window for spec in model.layer_specs),
     )
 
 

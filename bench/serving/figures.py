@@ -44,6 +44,7 @@ class Floor:
         weight_item_bytes: bytes of one weight.
         bytes_per_block, block_size: size of a block in bytes and in tokens.
         experts: those among the weights; None if every token meets all weights.
+        windows: sliding window of each layer in tokens, None for full attention; empty if all layers see everything.
     """
 
     limits: MachineLimits
@@ -54,6 +55,7 @@ class Floor:
     bytes_per_block: int
     block_size: int
     experts: ExpertBytes | None = None
+    windows: tuple[int | None, ...] = ()
 
     def read_weight_bytes(self, num_tokens: float) -> float:
         """Bytes of weights that a step of so many tokens reads."""
@@ -68,8 +70,9 @@ class Floor:
         return self.read_weight_bytes(1) - self.embedding_bytes
 
     def decode_s(self, batch: int, context: int) -> float:
-        """Seconds of a step of ``batch`` rows that share nothing."""
-        kv_bytes = batch * context * self.bytes_per_block / self.block_size
+        """Seconds of a step of ``batch`` rows that share nothing. A layer reads the tokens of its window only."""
+        seen = [context if window is None else min(window, context) for window in self.windows or (None,)]
+        kv_bytes = batch * sum(seen) / len(seen) * self.bytes_per_block / self.block_size
         return (self.read_weight_bytes(batch) + kv_bytes) / self.limits.read_bytes_per_s
 
     def compute_s(self, num_tokens: int) -> float:

@@ -12,6 +12,7 @@ from jpaged.device.backends import Backend
 from jpaged.device.kv.host_pool import free_machine_bytes
 from jpaged.device.target import GIB, target_of
 from jpaged.models import ModelConfig, fuse_norms, fuse_projections
+from jpaged.models.layers.moe import run_experts_by
 from jpaged.models.layers.streamed import stream_layers, streamed_params
 from jpaged.sharding import is_on_host
 
@@ -34,6 +35,7 @@ def prepare_weights(
     fuse_projections(model)
     if backend.add_norm is not None:
         fuse_norms(model, backend.add_norm)
+    run_experts_by(model, backend.experts)
     if config.weight_placement == "host":
         check_host_weights(model, model_config.num_layers, mesh)
         stream_layers(model, model_config.num_layers)

@@ -201,6 +201,11 @@ def test_floors_are_bytes_over_bandwidth_and_flops_over_rate():
     assert reads_and_products == pytest.approx(untied.compute_s(10**6) + 11 * 64 / 1e9)
 
 
+def test_floor_counts_the_tokens_of_each_window():
+    floor = make_floor(windows=(4, None, 40))
+    assert floor.decode_s(batch=3, context=10) == pytest.approx((900 + 3 * (4 + 10 + 10) / 3 * 16) / 1e9)
+
+
 def test_floor_counts_the_experts_that_tokens_choose():
     experts = ExpertBytes(num_bytes=640, num_experts=8, top_k=2)
     floor = make_floor(experts=experts)

@@ -45,3 +45,14 @@ def test_no_step_copies_the_pool(mesh, shapes, settings, bucket):
     memory = compiled(programs, "stream" if is_streamed else "forward", bucket).memory_analysis()
     assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
     assert memory.temp_size_in_bytes < pool_bytes / 4
+
+
+@pytest.mark.parametrize(
+    ("shapes", "bucket"),
+    [("qwen3-30b-a3b", Bucket(4, 4)), ("gpt-oss-20b", Bucket(512, 32))],  # few tokens, and grouped products
+)
+def test_no_step_copies_the_weights_of_experts(mesh, shapes, bucket):
+    programs = programs_on(mesh, shapes, 20_000, 0)
+    experts = [x for x in jax.tree.leaves(programs.weights) if x.ndim == 4]
+    memory = compiled(programs, "forward", bucket).memory_analysis()
+    assert memory.temp_size_in_bytes < min(math.prod(x.shape) * x.dtype.itemsize for x in experts) / 4

@@ -782,12 +782,15 @@ HF_ENGINE_RUNS = [
     *itertools.product(["llama_gqa", "opt", "qwen2_window"], HF_BLOCK_SIZES),
     ("smollm3", 8),
     ("phi3_longrope", 8),
+    ("granite", 16),
+    ("olmo2", 8),
+    ("starcoder2", 32),
 ]
 
 
 @pytest.mark.parametrize(("case", "block_size"), HF_ENGINE_RUNS)
 def test_tokens_and_logprobs_equal_hugging_face(case, block_size):
-    """All prompts of a case in one batch: chunked, mixed with each other's decodes."""
+    """All prompts of a case in one batch: chunked, mixed with each other's decodes, then out of the prefix cache."""
     path = HF_REFERENCE / case
     model_config, mesh = load_config(path), make_mesh(1)
     model = load_model(path, model_config, jnp.float32, mesh, use_tqdm=False)
@@ -804,4 +807,8 @@ def test_tokens_and_logprobs_equal_hugging_face(case, block_size):
     outputs = llm.generate(prompts, HF_GREEDY, use_tqdm=False)
     for reference, output in zip(references.values(), outputs, strict=True):
         assert_equals_reference(output, reference)
+    unscored = dataclasses.replace(HF_GREEDY, prompt_logprobs=None)  # tokens with scores are computed
+    again = llm.generate(prompts, unscored, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in again] == [output.outputs[0].token_ids for output in outputs]
+    assert llm.stats().prefix_hit_tokens >= 64
     assert llm.stats().num_used_blocks == 0

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jpaged.models import fuse_projections, load_config, load_model, save_checkpoint
 from jpaged.models.checkpoint.joined import _Part
+from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.sharding import make_mesh
 from tests.support.oracles import HF_REFERENCE, dense_attend, load_reference
 
@@ -80,6 +82,27 @@ def test_two_devices_equal_hugging_face_and_save_what_it_saved(case, tmp_path):
     assert load_config(tmp_path) == config
 
 
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+"""What published checkpoints have in config.json that numbers depend on, and how many parameters they have."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configuration_has_the_published_number_of_parameters(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]["config"]))
+    config = load_config(tmp_path)
+    _, state = abstract_model(config, "bfloat16", make_mesh())
+    assert sum(param.size for param in jax.tree.leaves(state)) == PUBLISHED[name]["num_params"]
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    assert load_config(tmp_path) == config
+
+
+def test_window_that_no_context_exceeds_is_full_attention(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["microsoft/Phi-4-mini-instruct"]["config"]))
+    config = load_config(tmp_path)
+    assert config.to_hf()["sliding_window"] == 262144 > config.max_model_len
+    assert {spec.sliding_window for spec in config.layer_specs} == {None}
+
+
 def _edited(tmp_path, case, **changes):
     """A directory with the config.json of a case, with ``changes`` made to it."""
     values = json.loads((HF_REFERENCE / case / "config.json").read_text()) | changes
@@ -89,6 +112,11 @@ def _edited(tmp_path, case, **changes):
 
 def _part(factor):
     return {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
+
+
+def _ropes(**changes):
+    local = {"rope_type": "default", "rope_theta": 100.0}
+    return {"full_attention": {"rope_type": "default", "rope_theta": 1e4, **changes}, "sliding_attention": local}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +131,9 @@ def _part(factor):
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not valid"),
         ("gemma3", {"attn_logit_softcapping": 30.0}, r"attn_logit_softcapping=30\.0 is not valid: expected null"),
         ("gemma3", {"sliding_window": None}, "layer_types asks for sliding_attention, but no sliding_window"),
+        ("gemma3", {"rope_parameters": _ropes(rope_type="linear", factor="2")}, "factor='2' is not valid"),
+        ("gemma3", {"rope_parameters": _ropes(rope_type="spiral")}, "rope_type='spiral' is not supported"),
+        ("gemma3", {"rope_parameters": _ropes(rope_theta=-1)}, "rope_theta=-1 is not valid"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is not valid: expected false"),
         ("gpt2", {"n_head": 5}, "n_embd=36 is not n_head=5 times a head_dim"),
         ("gpt2", {"activation_function": "tanh"}, "activation 'tanh' is not supported"),

@@ -56,7 +56,7 @@ def test_greedy_loop_without_cache_equals_hugging_face():
     np.testing.assert_allclose(_logprobs(logits, run.tokens), run.logprobs, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["qwen2_window", "opt"])
+@pytest.mark.parametrize("case", ["qwen2_window", "opt", "gemma3", "olmo2", "starcoder2"])
 def test_half_precision_stays_half_and_gives_float32_logits(case):
     path = HF_REFERENCE / case
     model = load_model(path, load_config(path), "bfloat16", make_mesh(), use_tqdm=False)
@@ -183,7 +183,7 @@ def test_generation_config_names_the_end_of_sequence(tmp_path):
     assert load_config(path).eos_token_ids == (2,)
 
 
-@pytest.mark.parametrize("case", ["llama_dynamic", "llama_longrope", "llama_yarn", "opt"])
+@pytest.mark.parametrize("case", ["llama_dynamic", "llama_longrope", "llama_yarn", "phi3_longrope", "opt"])
 def test_salts_of_two_prompts_are_equal_where_their_keys_are(case):
     config = load_config(HF_REFERENCE / case)
     lengths = (16, 47, 48, 49, 64, 65, 90)

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,13 +12,34 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from jpaged.device.backends.hopper import HopperBackend
 from jpaged.models import load_config, load_model, random_model, save_checkpoint
-from jpaged.models.layers.moe import ActivatedGate, Weights, all_experts, chosen_experts, route
+from jpaged.models.layers import moe
+from jpaged.models.layers.moe import (
+    GROUPED_FROM,
+    MOST_COUNTED,
+    ActivatedGate,
+    Weights,
+    _places,
+    all_experts,
+    chosen_experts,
+    compute_experts,
+    grouped_experts,
+    route,
+)
 from jpaged.models.layers.mxfp4 import decode_mxfp4
 from jpaged.sharding import make_mesh
+from pallas_kernels.grouped_matmul import grouped_matmul
 from tests.support.oracles import HF_REFERENCE, load_reference, teacher_forced_logits
 
 GATED = ActivatedGate("silu")
+
+
+def _grouped(x, routes, weights, gated):
+    return grouped_experts(x, routes, weights, gated, partial(grouped_matmul, implementation="xla"))
+
+
+WAYS = (chosen_experts, all_experts, _grouped)
 
 
 def _weights(rng, num_experts=6, ffn=5, hidden=8, *, bias):
@@ -49,14 +70,14 @@ def _inputs(rng, tokens=7, hidden=8, num_experts=6, top_k=3):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("experts", [chosen_experts, all_experts])
+@pytest.mark.parametrize("experts", WAYS)
 def test_experts_equal_a_loop_over_tokens(experts, bias):
     rng = np.random.default_rng(0)
     (x, routes), weights = _inputs(rng), _weights(rng, bias=bias)
     np.testing.assert_allclose(experts(x, routes, weights, GATED), _one_by_one(x, routes, weights), atol=1e-4)
 
 
-@pytest.mark.parametrize("experts", [chosen_experts, all_experts])
+@pytest.mark.parametrize("experts", WAYS)
 def test_token_does_not_depend_on_others_that_are_not_finite(experts):
     rng = np.random.default_rng(1)
     (x, routes), weights = _inputs(rng), _weights(rng, bias=False)
@@ -64,6 +85,60 @@ def test_token_does_not_depend_on_others_that_are_not_finite(experts):
     broken = experts(x.at[2].set(jnp.nan).at[4].set(jnp.inf), routes, weights, GATED)
     kept = np.array([0, 1, 3, 5, 6])
     np.testing.assert_array_equal(broken[kept], alone[kept])
+
+
+@pytest.mark.parametrize("experts", WAYS)
+def test_parts_of_several_devices_add_up(experts):
+    """Each device has experts of its own, or a part of the width of all; one of these adds the bias."""
+    rng = np.random.default_rng(3)
+    (x, routes), weights = _inputs(rng), _weights(rng, bias=True, ffn=4)
+    expected = _one_by_one(x, routes, weights)
+    by_number, by_width = [], []
+    for i in (0, 2, 4):
+        own = jax.tree.map(lambda w, i=i: w[i : i + 2], weights)
+        by_number.append(experts(x, routes._replace(experts=routes.experts - i), own, GATED))
+    np.testing.assert_allclose(sum(by_number), expected, atol=1e-4)
+    gate_up, down, gate_up_bias, down_bias = jax.tree.leaves(weights)
+    for i in (0, 2):
+        own = Weights(
+            gate_up[:, :, i : i + 2],
+            down[:, i : i + 2],
+            gate_up_bias[:, :, i : i + 2],
+            down_bias * (1 if i == 0 else 0),
+        )
+        by_width.append(experts(x, routes, own, GATED))
+    np.testing.assert_allclose(sum(by_width), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_experts", [6, 5])  # whole experts on each of two devices, or half of their width
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_backend_gives_each_device_its_part_of_the_experts(num_experts, tokens):
+    rng = np.random.default_rng(4)
+    x, routes = _inputs(rng, tokens=tokens, num_experts=num_experts, top_k=2)
+    weights = _weights(rng, num_experts=num_experts, bias=True, ffn=4)
+    mesh = make_mesh(2)
+    backend = HopperBackend("as asked", num_devices=2, interpret=True)
+    with jax.set_mesh(mesh):
+        out = jax.jit(backend.experts, static_argnums=3)(x, routes, weights, GATED)
+    np.testing.assert_allclose(out, _one_by_one(x, routes, weights), atol=1e-4)
+
+
+@pytest.mark.parametrize("num_pairs", [1, 50, MOST_COUNTED + 1])
+def test_places_sort_pairs_by_expert_and_keep_their_order(num_pairs):
+    experts = np.random.default_rng(5).integers(0, 7, num_pairs).astype(np.int32)
+    order = np.argsort(experts, kind="stable")
+    np.testing.assert_array_equal(np.asarray(_places(jnp.asarray(experts)))[order], np.arange(num_pairs))
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(1, "chosen"), (2, "all"), (GROUPED_FROM, "grouped")])
+def test_way_to_compute_experts_follows_the_number_of_tokens(tokens, expected, monkeypatch):
+    called = []
+    for way in ("chosen", "all", "grouped"):
+        monkeypatch.setattr(moe, f"{way}_experts", lambda x, *_, way=way: called.append(way))
+    rng = np.random.default_rng(6)
+    x, routes = _inputs(rng, tokens=tokens, top_k=3)
+    compute_experts(x, routes, _weights(rng, bias=False), GATED, partial(grouped_matmul, implementation="xla"))
+    assert called == [expected]
 
 
 def test_expert_that_is_not_chosen_and_overflows_adds_nothing():

@@ -24,6 +24,7 @@ from jpaged.device.step.programs import Programs
 from jpaged.device.target import BACKENDS
 from jpaged.models import fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
+from jpaged.models.layers.moe import run_experts_by
 from jpaged.sharding import TENSOR_AXIS
 
 H200 = """
@@ -82,11 +83,14 @@ def programs_on(mesh: Mesh, shapes: str, num_blocks: int, num_host_blocks: int, 
         num_blocks, num_host_blocks: blocks of both pools.
         settings: settings of the engine.
     """
-    model_config = replace(load_config(CONFIGS / shapes), num_layers=2, vocab_size=1024)
+    model_config = load_config(CONFIGS / shapes)
+    windows = {"sliding_windows": given[:2]} if (given := getattr(model_config, "sliding_windows", ())) else {}
+    model_config = replace(model_config, num_layers=2, vocab_size=1024, **windows)
     model = nnx.merge(*abstract_model(model_config, "bfloat16", mesh))
     fuse_projections(model)
     config = EngineConfig(max_num_seqs=32, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN, **settings)
     backend = BACKENDS["hopper"]("as asked", 1)
+    run_experts_by(model, backend.experts)
     programs = Programs(model, model_config, config, mesh, backend, max_model_len=MAX_MODEL_LEN, num_blocks=num_blocks)
     if num_host_blocks:
         programs.open_window(num_host_blocks)

@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jpaged.device.kv.pool import Blocks, KVCache
 from jpaged.models.layers.common import AddNorm
+from jpaged.models.layers.moe import Gated, GroupedProduct, Routes, Weights, compute_experts
 from jpaged.models.spec import LayerSpec
 from jpaged.sharding import TENSOR_AXIS, pool_spec
 
@@ -137,6 +139,42 @@ class Backend:
     def _writer(self, cache: KVCache, num_tokens: int) -> str | None:
         """The implementation of ``write_kv`` for so many tokens; None is XLA's."""
         return None
+
+    def grouped_product(self, weights: Weights) -> GroupedProduct | None:
+        """The product of groups of rows with the matrices of one device's experts; None if there is none."""
+        del weights
+        return None
+
+    def experts(
+        self, x: Float[Array, "tokens hidden_size"], routes: Routes, weights: Weights, gated: Gated
+    ) -> Float[Array, "tokens hidden_size"]:
+        """Compute the experts of a layer, each device its own; see ``compute_experts``."""
+        if self.num_devices == 1:
+            return compute_experts(x, routes, weights, gated, self.grouped_product(weights))
+        are_whole = len(weights.down) % self.num_devices == 0  # as in ``param_sharding``
+        by_number, by_width = P(TENSOR_AXIS), P(None, None, TENSOR_AXIS)
+        specs = [by_number] * 4 if are_whole else [by_width, P(None, TENSOR_AXIS), by_width, P()]
+        leaves, structure = jax.tree.flatten(weights)
+        in_specs = P(), P(), jax.tree.unflatten(structure, specs[: len(leaves)])
+        run = partial(self._own_experts, gated, are_whole)
+        return self.on_each_device(run, in_specs, P())(x, routes, weights)
+
+    def _own_experts(
+        self,
+        gated: Gated,
+        are_whole: bool,
+        x: Float[Array, "tokens hidden_size"],
+        routes: Routes,
+        weights: Weights,
+    ) -> Float[Array, "tokens hidden_size"]:
+        """``experts`` with the experts of one device, or its part of the width of all of them."""
+        device = jax.lax.axis_index(TENSOR_AXIS)
+        if are_whole:
+            routes = routes._replace(experts=routes.experts - device * len(weights.down))
+        elif weights.down_bias is not None:  # one device adds it
+            weights = weights._replace(down_bias=jnp.where(device == 0, weights.down_bias, 0))
+        own = compute_experts(x, routes, weights, gated, self.grouped_product(weights))
+        return jax.lax.psum(own, TENSOR_AXIS)
 
     def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
         """``KVCache.copy``. No block but block 0 may be both a source and a destination; block 0 may stay as it is."""

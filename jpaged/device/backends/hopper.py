@@ -1,5 +1,6 @@
 """The backend of NVIDIA Hopper GPUs: our Mosaic GPU kernels."""
 
+from functools import partial
 from typing import ClassVar
 
 from jax.sharding import PartitionSpec as P
@@ -8,7 +9,9 @@ from jaxtyping import Array, Float
 from jpaged.device.backends import Backend
 from jpaged.device.kv.pool import KVCache
 from jpaged.models.layers.common import AddNorm
+from jpaged.models.layers.moe import GroupedProduct, Weights
 from pallas_kernels.block_pool import why_not_write
+from pallas_kernels.grouped_matmul import grouped_matmul, why_not_grouped
 from pallas_kernels.norm import add_rms_norm
 
 WRITE_KERNEL_FROM = 256
@@ -24,6 +27,14 @@ class HopperBackend(Backend):
     @property
     def add_norm(self) -> AddNorm | None:
         return None if self.interpret else self._add_norm
+
+    def grouped_product(self, weights: Weights) -> GroupedProduct | None:
+        if self.interpret:
+            return None
+        _, num_parts, ffn, hidden_size = weights.gate_up.shape
+        matrices = (num_parts * ffn, hidden_size), (ffn, hidden_size)
+        reasons = [why_not_grouped(matrix, weights.down.dtype) for matrix in matrices]
+        return None if any(reasons) else partial(grouped_matmul, implementation=self.name)
 
     def _writer(self, cache: KVCache, num_tokens: int) -> str | None:
         if self.interpret or cache.kv_scales is not None or num_tokens < WRITE_KERNEL_FROM:

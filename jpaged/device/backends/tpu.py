@@ -9,9 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.pool import Blocks, KVCache
+from jpaged.models.layers.moe import GroupedProduct, Weights
 from jpaged.models.spec import LayerSpec
 from jpaged.sharding import pool_spec
 from pallas_kernels import write_and_attend
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.paged_attention import pool_rows
 
 
@@ -56,6 +58,10 @@ class TpuBackend(Backend):
             interpret=self.interpret,
         )
         return out, KVCache(pool, kv_scales)
+
+    def grouped_product(self, weights: Weights) -> GroupedProduct | None:
+        del weights
+        return partial(grouped_matmul, implementation="xla")  # one operation of XLA for TPUs
 
     def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
         return self._move(KVCache.copy, (pool_spec(), P(), P()), pool_spec())(cache, src, dst)

@@ -104,8 +104,11 @@ class LlamaConfig(ModelConfig):
         specs = super().layer_specs
         if not self.sliding_windows:
             return specs
-        with_windows = zip(specs, self.sliding_windows, strict=True)
-        return tuple(replace(spec, sliding_window=window) for spec, window in with_windows)
+        # A window that no context exceeds, as in Phi-3, is full attention.
+        windows = (
+            None if window is None or window >= self.max_model_len else window for window in self.sliding_windows
+        )
+        return tuple(replace(spec, sliding_window=window) for spec, window in zip(specs, windows, strict=True))
 
     def prefix_salt(self, prompt_len: int) -> bytes:
         ropes = dict.fromkeys(rope for rope in self.layer_ropes if rope is not None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,17 @@ from jpaged.models.layers.spelling import Spelling
 
 Gated = Callable[[Float[Array, "*batch ffn"], Float[Array, "*batch ffn"]], Float[Array, "*batch ffn"]]
 """Makes the input of the down projection from the results of the gate and up projections."""
+
+
+GROUPED_FROM = 160
+"""Tokens of a step from which a grouped product is used.
+
+All experts for all tokens take two FLOPs for each weight and token. An H200 does 168 of them (731 TFLOP/s) in the time
+that it takes to read the two bytes of the weight (4.35 TB/s). For fewer tokens, the reads last longer in both ways.
+"""
+
+MOST_COUNTED = 4096
+"""Pairs whose places are counted in one kernel. The time grows with the square of their number; a sort has several."""
 
 
 class Routes(NamedTuple):
@@ -96,10 +107,28 @@ class Weights(NamedTuple):
     down_bias: Float[Array, "num_experts hidden_size"] | None = None
 
 
+class GroupedProduct(Protocol):
+    """Multiplies groups of rows by the matrix of each group, as ``pallas_kernels.grouped_matmul`` does."""
+
+    def __call__(
+        self,
+        x: Float[Array, "rows features"],
+        weights: Float[Array, "num_groups ..."],
+        group_sizes: Int32[Array, " num_groups"],
+        *,
+        is_transposed: bool = False,
+    ) -> Float[Array, "rows out_features"]: ...
+
+
+RunExperts = Callable[[Float[Array, "tokens hidden_size"], Routes, Weights, Gated], Float[Array, "tokens hidden_size"]]
+"""Computes the experts of a layer, as ``compute_experts`` does: over several devices, each computes its own."""
+
+
 class Experts(nnx.Module):
     """Feed-forward layers of many experts, of which each token passes some.
 
-    No expert has a capacity, and no token is dropped. A token's output does not depend on other tokens.
+    No expert has a capacity, and no token is dropped. A token's output does not depend on other tokens. ``run`` is the
+    function that computes the experts (see ``run_experts_by``); None for ``compute_experts``.
 
     Args:
         shape: experts of the layer, features of a token, width of an expert.
@@ -133,12 +162,42 @@ class Experts(nnx.Module):
             setattr(self, name, nnx.Param(value, spellings=spellings[name]))
         self.names = tuple(shapes)
         self.gated = gated
+        self.run: RunExperts | None = None
 
     def __call__(self, x: Float[Array, "tokens hidden_size"], routes: Routes) -> Float[Array, "tokens hidden_size"]:
         """Compute the weighted sum of the outputs of each token's experts."""
         weights = Weights(**{name: getattr(self, name)[...] for name in self.names})
-        is_few = 2 * routes.experts.size <= len(weights.down)
-        return (chosen_experts if is_few else all_experts)(x, routes, weights, self.gated)
+        return (self.run or compute_experts)(x, routes, weights, self.gated)
+
+
+def run_experts_by(model: nnx.Module, run: RunExperts) -> None:
+    """Let a function compute the experts of a model, in place."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Experts):
+            module.run = run
+
+
+def compute_experts(
+    x: Float[Array, "tokens hidden_size"],
+    routes: Routes,
+    weights: Weights,
+    gated: Gated,
+    product: GroupedProduct | None = None,
+) -> Float[Array, "tokens hidden_size"]:
+    """Compute the weighted sum of the outputs of each token's experts, in the way that suits the number of tokens.
+
+    Args:
+        x: the tokens.
+        routes: their experts. One that ``weights`` does not have adds nothing: another device has it.
+        weights: weights of the experts.
+        gated: see ``Gated``.
+        product: multiplies groups of rows; None if nothing does it well here.
+    """
+    if 2 * routes.experts.size <= len(weights.down):
+        return chosen_experts(x, routes, weights, gated)
+    if product is None or len(x) < GROUPED_FROM:
+        return all_experts(x, routes, weights, gated)
+    return grouped_experts(x, routes, weights, gated, product)
 
 
 def chosen_experts(
@@ -150,7 +209,8 @@ def chosen_experts(
     because XLA reads a gathered operand in place there: it copies the gathered weights for a matrix product.
     """
     tokens, top_k = routes.experts.shape
-    experts = routes.experts.reshape(-1)
+    is_here = _is_here(routes, weights)
+    experts = jnp.where(is_here, routes.experts, 0).reshape(-1)
     pairs = jnp.repeat(x, top_k, axis=0).astype(jnp.float32)
     gate_up = jnp.sum(weights.gate_up[experts].astype(jnp.float32) * pairs[:, None, None], axis=-1).astype(x.dtype)
     if weights.gate_up_bias is not None:
@@ -159,8 +219,7 @@ def chosen_experts(
     out = jnp.sum(weights.down[experts].astype(jnp.float32) * inner[:, :, None], axis=1)
     if weights.down_bias is not None:
         out += weights.down_bias[experts].astype(jnp.float32)
-    out = out.reshape(tokens, top_k, -1) * routes.weights[:, :, None]
-    return out.sum(axis=1).astype(x.dtype)
+    return _weighted(out.reshape(tokens, top_k, -1), routes, is_here).astype(x.dtype)
 
 
 def all_experts(
@@ -170,7 +229,8 @@ def all_experts(
 
     A step of many rows reads every expert anyway. Up to some hundred tokens, the reads take longer than the arithmetic.
     """
-    is_chosen, factors = _dense(routes, len(weights.down))
+    is_pair = jax.nn.one_hot(routes.experts, len(weights.down), dtype=bool)  # [tokens, top_k, experts]
+    is_chosen, factors = is_pair.any(axis=1), jnp.sum(jnp.where(is_pair, routes.weights[:, :, None], 0), axis=1)
     gate_up = jnp.einsum("th,epfh->tepf", x, weights.gate_up)
     if weights.gate_up_bias is not None:
         gate_up += weights.gate_up_bias[None]
@@ -183,12 +243,57 @@ def all_experts(
     return out.astype(x.dtype)
 
 
-def _dense(
-    routes: Routes, num_experts: int
-) -> tuple[Bool[Array, "tokens num_experts"], Float[Array, "tokens num_experts"]]:
-    """Return for every expert and token whether the token chose the expert, and the factor."""
-    is_pair = jax.nn.one_hot(routes.experts, num_experts, dtype=bool)
-    return is_pair.any(axis=1), jnp.sum(jnp.where(is_pair, routes.weights[:, :, None], 0), axis=1)
+def grouped_experts(
+    x: Float[Array, "tokens hidden_size"], routes: Routes, weights: Weights, gated: Gated, product: GroupedProduct
+) -> Float[Array, "tokens hidden_size"]:
+    """Compute each expert for its own tokens: pairs of a token and an expert are sorted by expert.
+
+    The shapes are static, with a row for each pair. Results return to their tokens by the place of each pair, and are
+    summed in a fixed order.
+    """
+    (tokens, top_k), num_experts = routes.experts.shape, len(weights.down)
+    is_here = _is_here(routes, weights)
+    experts = jnp.where(is_here, routes.experts, num_experts).reshape(-1)  # pairs of other devices come last
+    places = _places(experts)
+    sizes = jnp.sum(experts[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    pair_at = jnp.zeros_like(places).at[places].set(jnp.arange(len(places), dtype=jnp.int32), unique_indices=True)
+    expert_at = jnp.minimum(experts[pair_at], num_experts - 1)
+
+    gate_up = product(x[pair_at // top_k], _joined(weights.gate_up), sizes, is_transposed=True)
+    if weights.gate_up_bias is not None:
+        gate_up += _joined(weights.gate_up_bias)[expert_at]
+    out = product(gated(*jnp.split(gate_up, 2, axis=1)), weights.down, sizes)
+    if weights.down_bias is not None:
+        out += weights.down_bias[expert_at]
+    by_pair = out[places].astype(jnp.float32).reshape(tokens, top_k, -1)
+    return _weighted(by_pair, routes, is_here).astype(x.dtype)
+
+
+def _joined(gate_up: Float[Array, "num_experts 2 ffn *rest"]) -> Float[Array, "num_experts joined *rest"]:
+    return gate_up.reshape(len(gate_up), -1, *gate_up.shape[3:])
+
+
+def _places(experts: Int32[Array, " pairs"]) -> Int32[Array, " pairs"]:
+    """Return the place of each pair when pairs are sorted by expert; pairs of one expert keep their order."""
+    index = jnp.arange(len(experts), dtype=jnp.int32)
+    if len(experts) > MOST_COUNTED:
+        return jnp.zeros_like(index).at[jnp.argsort(experts, stable=True)].set(index, unique_indices=True)
+    is_before = (experts[None] < experts[:, None]) | (
+        (experts[None] == experts[:, None]) & (index[None] < index[:, None])
+    )
+    return jnp.sum(is_before, axis=1, dtype=jnp.int32)
+
+
+def _is_here(routes: Routes, weights: Weights) -> Bool[Array, "tokens top_k"]:
+    """Whether each chosen expert is one of ``weights``."""
+    return (routes.experts >= 0) & (routes.experts < len(weights.down))
+
+
+def _weighted(
+    out: Float[Array, "tokens top_k hidden_size"], routes: Routes, is_here: Bool[Array, "tokens top_k"]
+) -> Float[Array, "tokens hidden_size"]:
+    """Sum the outputs of each token's experts, apart from those that are not here."""
+    return jnp.sum(jnp.where(is_here[:, :, None], out * routes.weights[:, :, None], 0), axis=1)
 
 
 class Router(nnx.Module):

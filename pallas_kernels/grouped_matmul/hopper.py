@@ -1,0 +1,322 @@
+"""Grouped products on Hopper GPUs, as a Pallas Mosaic GPU kernel.
+
+One thread block on each multiprocessor takes tiles of the result in turn. A producer warp copies tiles of rows and of
+weights to shared memory, and runs ahead into the next tile of the result. Consumer warpgroups multiply 64 rows each.
+The kernel reads the weights of a group once for each tile of its rows, and those of a group without rows never.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int32
+
+from pallas_kernels import dispatch
+from pallas_kernels.chips import here
+from pallas_kernels.chips.hopper import SMEM_BYTES
+from pallas_kernels.chips.memory import Ref
+from pallas_kernels.grouped_matmul.plan import plan_tiles
+from pallas_kernels.paged_attention.hopper.tile import (
+    TILE_ROWS,
+    Accumulator,
+    StandIn,
+    accumulate,
+    read_accumulator,
+    smem_tile,
+    swizzling,
+    with_accumulator,
+)
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+SLAB = 64
+"""Columns of a swizzled row in shared memory: 128 bytes. It is also the step along the features."""
+
+COLUMNS = (128, 192, 64)
+"""Columns of a tile of the result, best first."""
+
+MOST_STAGES = 8
+
+LEAST_ROWS = 2 * TILE_ROWS
+"""Rows that a tile takes at most, and copies even if there are fewer."""
+
+TWO_CONSUMERS_FROM = 256
+"""Rows of a mean group from which two warpgroups share each tile of weights.
+
+Fewer rows would leave much of the second warpgroup's work empty. The products are then limited by the reads of weights.
+"""
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers: ``full`` memory can be read, ``free`` memory can be written."""
+
+    x: Ref  # [stages, rows, SLAB]
+    w: Ref  # [stages, columns, SLAB], or [stages, SLAB, columns]
+    out: Ref  # [consumers, slabs, TILE_ROWS, SLAB]
+    sums: Ref | None  # stands in for accumulators in the interpreter
+    full: Ref
+    free: Ref
+
+
+@dataclass(frozen=True)
+class Case:
+    """Static properties of a launch.
+
+    Args:
+        num_features, num_columns: sizes of the matrices.
+        is_transposed: whether the matrices are [columns, features].
+        dtype: dtype of the operands and the result.
+        consumers: warpgroups that multiply.
+        is_interpreted: whether Pallas interprets the kernel.
+    """
+
+    num_features: int
+    num_columns: int
+    is_transposed: bool
+    dtype: jnp.dtype
+    consumers: int
+    is_interpreted: bool
+
+    @property
+    def tile_rows(self) -> int:
+        return self.consumers * TILE_ROWS
+
+    @property
+    def columns(self) -> int:
+        return _columns(self.num_columns)
+
+    @property
+    def grid_columns(self) -> int:
+        return self.num_columns // self.columns
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_features // SLAB
+
+    @property
+    def stages(self) -> int:
+        stage, out = (self.tile_rows + self.columns) * SLAB, self.tile_rows * self.columns
+        return min(MOST_STAGES, (SMEM_BYTES // self.dtype.itemsize - out - 1024) // stage)
+
+
+def _columns(num_columns: int) -> int:
+    return next((columns for columns in COLUMNS if num_columns % columns == 0), 0)
+
+
+def why_not_grouped(matrix: tuple[int, ...], dtype: jnp.dtype, num_rows: int = LEAST_ROWS) -> str | None:
+    """The reason why the kernel cannot take matrices of this shape, whatever the device; None if it can."""
+    if dtype not in DTYPES:
+        return f"{jnp.dtype(dtype).name}: the kernel takes bfloat16 and float16"
+    if num_rows < LEAST_ROWS:
+        return f"{num_rows} rows: expected {LEAST_ROWS} or more"
+    if any(size % SLAB for size in matrix):
+        return f"matrices of {list(matrix)}: expected multiples of {SLAB}"
+    return None
+
+
+def grouped_matmul_hopper(
+    x: Float[Array, "rows features"],
+    weights: Float[Array, "num_groups ..."],
+    group_sizes: Int32[Array, " num_groups"],
+    *,
+    is_transposed: bool,
+    consumers: int | None = None,
+    num_sms: int | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Float[Array, "rows out_features"]:
+    """Multiply groups of rows; arguments and result as for ``grouped_matmul``, which checks shapes.
+
+    Args:
+        consumers: warpgroups that multiply, 1 or 2; None chooses by the number of rows.
+        num_sms: multiprocessors to fill; those of the device if None.
+        interpret: settings of Pallas's interpreter for Mosaic GPU; None runs on a GPU.
+
+    Raises:
+        NotImplementedError: a case, or a device, that the kernel does not take.
+    """
+    reason = why_not_grouped(weights.shape[1:], x.dtype, len(x)) or (None if interpret else here.why_no_hopper())
+    dispatch.refuse(reason, "implementation='xla' takes it")
+    rows_of_mean = len(x) // len(weights)
+    features, columns = reversed(weights.shape[1:]) if is_transposed else weights.shape[1:]
+    case = Case(
+        num_features=features,
+        num_columns=columns,
+        is_transposed=is_transposed,
+        dtype=jnp.dtype(x.dtype),
+        consumers=consumers or (2 if rows_of_mean >= TWO_CONSUMERS_FROM else 1),
+        is_interpreted=interpret is not None,
+    )
+    return _grouped(x, weights, group_sizes, case=case, num_sms=num_sms or here.num_sms(), interpret=interpret)
+
+
+@partial(jax.jit, static_argnames=("case", "num_sms", "interpret"))
+def _grouped(
+    x: Array,
+    weights: Array,
+    group_sizes: Array,
+    *,
+    case: Case,
+    num_sms: int,
+    interpret: plgpu.InterpretGPUParams | None,
+) -> Array:
+    tiles = plan_tiles(group_sizes, len(x), case.tile_rows)
+
+    def body(*refs: Ref, **scratch: Ref) -> None:
+        columns, num_tiles, x, weights, out = refs
+        block = lax.axis_index("block")
+        num_items = num_tiles[0] * case.grid_columns
+        own_items = lax.div(jnp.maximum(num_items - block + num_sms - 1, 0), num_sms)
+        worker = _Worker(case, columns, x, weights, out, Scratch(**scratch), block, own_items, num_sms)
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup < case.consumers)(lambda: worker.consume(warpgroup))
+
+        @pl.when(warpgroup == case.consumers)
+        def _() -> None:
+            @plgpu.warp_map
+            def _(warp: Array) -> None:
+                pl.when(warp == 0)(worker.produce)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((len(x), case.num_columns), x.dtype),
+        scratch_types=_scratch_of(case)._asdict(),
+        grid=(num_sms,),
+        grid_names=("block",),
+        num_threads=case.consumers + 1,
+        thread_name="warpgroup",
+        kernel_name="grouped_matmul",
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,  # in which warps may have loops of unknown length
+        ),
+        interpret=interpret,
+    )(tiles.columns, tiles.num_tiles, x, weights)
+
+
+def _scratch_of(case: Case) -> Scratch:
+    w = (case.columns, SLAB) if case.is_transposed else (SLAB, case.columns)
+    out = (case.consumers, case.columns // SLAB, TILE_ROWS, SLAB)
+    if case.is_interpreted:  # the interpreter keeps views apart, and swizzles nothing
+        out_smem = plgpu.SMEM(out, case.dtype)
+    else:
+        out_smem = plgpu.RefUnion(
+            plgpu.SMEM(out, case.dtype, transforms=(swizzling(2 * SLAB),)), smem_tile(out, case.dtype)
+        )
+    return Scratch(
+        x=smem_tile((case.stages, case.tile_rows, SLAB), case.dtype),
+        w=smem_tile((case.stages, *w), case.dtype),
+        out=out_smem,
+        sums=plgpu.SMEM((case.consumers, TILE_ROWS, case.columns), jnp.float32) if case.is_interpreted else None,
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=case.stages),
+        free=plgpu.Barrier(num_arrivals=case.consumers, num_barriers=case.stages),
+    )
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """One thread block: its items, each a tile of rows and a tile of columns, and its memory."""
+
+    case: Case
+    tiles: Ref
+    x: Ref
+    weights: Ref
+    out: Ref
+    scratch: Scratch
+    block: Array
+    own_items: Array
+    num_blocks: int
+
+    def _item(self, nth: Array) -> tuple[Array, Array]:
+        """The tile and the first column of an item."""
+        index = self.block + nth * self.num_blocks
+        grid_columns = self.case.grid_columns
+        return lax.div(index, grid_columns), lax.rem(index, grid_columns) * self.case.columns
+
+    def produce(self) -> None:
+        """Copy the operands of all items to shared memory."""
+        case, scratch = self.case, self.scratch
+
+        def copy_item(nth: Array, count: Array) -> Array:
+            tile, column = self._item(nth)
+            rows, columns = pl.ds(self.tiles[1, tile], case.tile_rows), pl.ds(column, case.columns)
+            matrix = self.weights.at[self.tiles[0, tile]]
+
+            def copy_step(step: Array, count: Array) -> Array:
+                slot, features = lax.rem(count, case.stages), pl.ds(step * SLAB, SLAB)
+                plgpu.barrier_wait(scratch.free.at[slot])
+                plgpu.copy_gmem_to_smem(self.x.at[rows, features], scratch.x.at[slot], scratch.full.at[slot])
+                part = matrix.at[columns, features] if case.is_transposed else matrix.at[features, columns]
+                plgpu.copy_gmem_to_smem(part, scratch.w.at[slot], scratch.full.at[slot])
+                return count + 1
+
+            return lax.fori_loop(0, case.num_steps, copy_step, count)
+
+        lax.fori_loop(0, self.own_items, copy_item, jnp.int32(0))
+        for slot in range(case.stages):  # barriers must outlive the last signal to them
+            plgpu.barrier_wait(scratch.free.at[slot])
+
+    def consume(self, consumer: Array) -> None:
+        """Multiply the rows of one consumer in all items."""
+        case, scratch = self.case, self.scratch
+        for slot in range(case.stages):
+            plgpu.barrier_arrive(scratch.free.at[slot])
+
+        def multiply_item(nth: Array, count: Array) -> Array:
+            stand_in = None if scratch.sums is None else StandIn(scratch.sums.at[consumer])
+
+            def multiply(sums: Accumulator) -> Array:
+                self._multiply(sums, consumer, count)
+
+                def step(_: Array, count: Array) -> Array:
+                    self._multiply(sums, consumer, count)
+                    if not case.is_interpreted:
+                        plgpu.wgmma_wait(1)
+                    plgpu.barrier_arrive(scratch.free.at[lax.rem(count - 1, case.stages)])
+                    return count + 1
+
+                end = lax.fori_loop(1, case.num_steps, step, count + 1)
+                total = read_accumulator(sums, in_flight=0)
+                plgpu.barrier_arrive(scratch.free.at[lax.rem(end - 1, case.stages)])
+                self._write(nth, consumer, total.astype(case.dtype))
+                return end
+
+            return with_accumulator(multiply, (TILE_ROWS, case.columns), stand_in)
+
+        lax.fori_loop(0, self.own_items, multiply_item, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def _multiply(self, sums: Accumulator, consumer: Array, count: Array) -> None:
+        slot = lax.rem(count, self.case.stages)
+        plgpu.barrier_wait(self.scratch.full.at[slot])
+        x = self.scratch.x.at[slot, pl.ds(consumer * TILE_ROWS, TILE_ROWS)]
+        accumulate(sums, x, self.scratch.w.at[slot], transpose_b=self.case.is_transposed)
+
+    def _write(self, nth: Array, consumer: Array, total: Array) -> None:
+        """Write the rows of a tile that are its group's."""
+        case, smem = self.case, self.scratch.out
+        copied, written = (smem, smem) if case.is_interpreted else (smem[0], smem[1])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for slab in range(case.columns // SLAB):
+            written.at[consumer, slab][...] = total[:, slab * SLAB : (slab + 1) * SLAB]
+        plgpu.commit_smem()
+
+        tile, column = self._item(nth)
+        first = self.tiles[1, tile] + consumer * TILE_ROWS
+        num_rows = jnp.clip(self.tiles[2, tile] - consumer * TILE_ROWS, 0, TILE_ROWS)
+
+        def copy(size: int) -> None:
+            start = num_rows & ~(2 * size - 1)
+            for slab in range(case.columns // SLAB):
+                target = self.out.at[pl.ds(first + start, size), pl.ds(column + slab * SLAB, SLAB)]
+                plgpu.copy_smem_to_gmem(copied.at[consumer, slab, pl.ds(start, size)], target)
+
+        size = TILE_ROWS
+        while size:  # a copy for each bit of num_rows
+            pl.when((num_rows & size) != 0)(partial(copy, size))
+            size //= 2

@@ -1,0 +1,112 @@
+"""The Hopper kernel of grouped products in Pallas's interpreter, watched for races, against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul.hopper import TWO_CONSUMERS_FROM, Case, _grouped, grouped_matmul_hopper
+from pallas_kernels.grouped_matmul.plan import most_tiles, plan_tiles
+
+pytestmark = pytest.mark.usefixtures("no_races")
+
+WATCHED = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def _case(sizes, num_rows, features, columns, *, is_transposed, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((num_rows, features)), dtype)
+    weights = jnp.asarray(rng.standard_normal((len(sizes), features, columns)) / features**0.5, dtype)
+    return x, jnp.swapaxes(weights, 1, 2) if is_transposed else weights, jnp.array(sizes, jnp.int32)
+
+
+def _expected(x, weights, sizes, *, is_transposed):
+    x, weights = np.asarray(x, np.float32), np.asarray(weights, np.float32)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    matrices = weights.swapaxes(1, 2) if is_transposed else weights
+    return np.stack([x[row] @ matrices[group] for row, group in enumerate(groups)])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "num_rows", "features", "columns", "is_transposed", "consumers"),
+    [
+        ((5, 0, 70, 1, 30), 140, 128, 128, True, 1),  # an empty group, more rows than a tile, rows behind all groups
+        ((5, 0, 70, 1, 30), 140, 192, 64, False, 1),
+        ((130, 3), 133, 128, 192, False, 2),  # the last tile reaches beyond the rows
+    ],
+)
+def test_groups_are_multiplied_by_their_own_matrices(sizes, num_rows, features, columns, is_transposed, consumers):
+    x, weights, group_sizes = _case(sizes, num_rows, features, columns, is_transposed=is_transposed)
+    options = {"is_transposed": is_transposed, "consumers": consumers, "num_sms": 2, "interpret": WATCHED}
+    out = grouped_matmul_hopper(x, weights, group_sizes, **options)
+    expected = _expected(x, weights, sizes, is_transposed=is_transposed)
+    np.testing.assert_allclose(np.asarray(out, np.float32)[: sum(sizes)], expected, atol=0.03, rtol=0.02)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_xla_multiplies_groups_as_the_kernel_does(is_transposed):
+    sizes = (5, 0, 70, 1, 30)
+    x, weights, group_sizes = _case(sizes, 140, 24, 12, is_transposed=is_transposed, dtype=jnp.float32)
+    out = grouped_matmul(x, weights, group_sizes, is_transposed=is_transposed, implementation="xla")
+    expected = _expected(x, weights, sizes, is_transposed=is_transposed)
+    np.testing.assert_allclose(out[: sum(sizes)], expected, atol=1e-4)
+
+
+def test_tiles_hold_each_row_once_and_rows_of_one_group():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        sizes = rng.integers(0, 90, 7) * rng.integers(0, 2, 7)
+        num_rows = int(sizes.sum()) + int(rng.integers(1, 20))
+        columns, num_tiles = plan_tiles(jnp.asarray(sizes, jnp.int32), num_rows, 64)
+        assert num_tiles[0] <= columns.shape[1] == most_tiles(num_rows, 7, 64)
+        columns, owners = np.asarray(columns), np.repeat(np.arange(7), sizes)
+        rows = []
+        for group, first, size in columns[:, : num_tiles[0]].T:
+            assert 1 <= size <= 64
+            assert (owners[first : first + size] == group).all()
+            rows.extend(range(first, first + size))
+        assert rows == list(range(len(owners)))
+        assert not columns[:, num_tiles[0] :].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": jnp.zeros((140, 64), jnp.float32)}, ValueError, "expected one type"),
+        ({"x": jnp.zeros((140, 32), jnp.bfloat16)}, ValueError, "as many features in both"),
+        ({"group_sizes": jnp.zeros(3, jnp.int32)}, ValueError, r"group_sizes is int32\[3\]: expected int32\[2\]"),
+        ({"implementation": "cuda"}, ValueError, "'cuda' is unknown"),
+        ({"x": jnp.zeros((127, 64), jnp.bfloat16)}, NotImplementedError, "127 rows: expected 128 or more"),
+        ({"weights": jnp.zeros((2, 64, 72), jnp.bfloat16)}, NotImplementedError, "expected multiples of 64"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(changes, error, message):
+    operands = {
+        "x": jnp.zeros((140, 64), jnp.bfloat16),
+        "weights": jnp.zeros((2, 64, 128), jnp.bfloat16),
+        "group_sizes": jnp.zeros(2, jnp.int32),
+        "implementation": "hopper",
+    }
+    with pytest.raises(error, match=message):
+        grouped_matmul(**operands | changes, interpret=changes.get("implementation") is None)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_groups", "hidden_size", "ffn"),
+    [(2048, 128, 2048, 768), (16384, 8, 4096, 14336), (1024, 32, 2880, 2880)],
+    ids=["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b"],
+)
+def test_compiles_for_the_gpu_at_real_sizes(num_rows, num_groups, hidden_size, ffn):
+    sizes = jax.ShapeDtypeStruct((num_groups,), jnp.int32)
+    for features, matrix, is_transposed in (
+        (hidden_size, (2 * ffn, hidden_size), True),
+        (ffn, (ffn, hidden_size), False),
+    ):
+        x = jax.ShapeDtypeStruct((num_rows, features), jnp.bfloat16)
+        weights = jax.ShapeDtypeStruct((num_groups, *matrix), jnp.bfloat16)
+        consumers = 2 if num_rows // num_groups >= TWO_CONSUMERS_FROM else 1
+        case = Case(features, matrix[not is_transposed], is_transposed, jnp.dtype("bfloat16"), consumers, False)
+        traced = _grouped.trace(x, weights, sizes, case=case, num_sms=132, interpret=None)
+        traced.lower(lowering_platforms=("cuda",))
