@@ -18,6 +18,8 @@ GENERATE_MAX_TOKENS = 128
 CHAT_MAX_TOKENS = 512
 DRAWING = SamplingParams(temperature=0.8, top_p=0.9)
 """Small models, such as the one in the package, repeat themselves when greedy and lose the thread when free."""
+PARAMETERS_OF_DRAWING = ("temperature", "top_p", "top_k", "min_p")
+"""``DRAWING`` belongs together: a checkpoint that recommends one of these is drawn from by its own alone."""
 
 EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
 
@@ -298,8 +300,8 @@ def _add_process_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int) -> None:
     description = (
-        "Defaults are those that generation_config.json of the checkpoint names, if it names any "
-        "(--generation-config none leaves them out), and otherwise these."
+        "Defaults are those that generation_config.json of the checkpoint names (--generation-config none leaves them "
+        "out), and otherwise these. A file that names a temperature, top_p, top_k or min_p sets all four."
     )
     group, settings = parser.add_argument_group("sampling", description), settings_of(SamplingParams)
     for name in SAMPLING_OPTIONS:
@@ -369,7 +371,8 @@ def sampling_params(
     """
     defaults = {"max_tokens": max_tokens, "seed": random.SystemRandom().getrandbits(32)}
     given = _given(args, (*SAMPLING_OPTIONS, *more))
-    return replace(SamplingParams() if recommended else DRAWING, **{**defaults, **recommended, **given})
+    has_own = any(name in recommended for name in PARAMETERS_OF_DRAWING)
+    return replace(SamplingParams() if has_own else DRAWING, **{**defaults, **recommended, **given})
 
 
 def generate_params(args: argparse.Namespace, recommended: Mapping[str, Any]) -> SamplingParams:

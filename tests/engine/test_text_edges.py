@@ -180,6 +180,10 @@ def test_command_line_takes_what_is_recommended_and_what_is_given():
     params = generate_params(args, recommended)
     assert (params.temperature, params.max_tokens, params.top_p, params.top_k) == (0.5, 7, 0.75, 0)
     assert params.stop_token_ids == [5, 6]
+    for recommended_else in ({}, {"repetition_penalty": 1.5}):
+        params = generate_params(args, recommended_else)
+        assert params.temperature == DRAWING.temperature
+        assert params.repetition_penalty == recommended_else.get("repetition_penalty", 1.0)
     params = generate_params(args, {})
     assert (params.temperature, params.max_tokens, params.top_p) == (DRAWING.temperature, 128, 0.75)
     beams = make_parser().parse_args(["generate", "a", "--beam-width", "2", "--stop-token-ids", "5"])

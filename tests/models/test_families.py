@@ -114,6 +114,11 @@ def _part(factor):
     return {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
 
 
+def _ropes(**changes):
+    local = {"rope_type": "default", "rope_theta": 100.0}
+    return {"full_attention": {"rope_type": "default", "rope_theta": 1e4, **changes}, "sliding_attention": local}
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
@@ -126,6 +131,9 @@ def _part(factor):
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not valid"),
         ("gemma3", {"attn_logit_softcapping": 30.0}, r"attn_logit_softcapping=30\.0 is not valid: expected null"),
         ("gemma3", {"sliding_window": None}, "layer_types asks for sliding_attention, but no sliding_window"),
+        ("gemma3", {"rope_parameters": _ropes(rope_type="linear", factor="2")}, "factor='2' is not valid"),
+        ("gemma3", {"rope_parameters": _ropes(rope_type="spiral")}, "rope_type='spiral' is not supported"),
+        ("gemma3", {"rope_parameters": _ropes(rope_theta=-1)}, "rope_theta=-1 is not valid"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True is not valid: expected false"),
         ("gpt2", {"n_head": 5}, "n_embd=36 is not n_head=5 times a head_dim"),
         ("gpt2", {"activation_function": "tanh"}, "activation 'tanh' is not supported"),

@@ -15,12 +15,12 @@ from jpaged.models.layers.common import (
     check_activation,
     embed,
     linear,
-    split_heads,
     to_vocab,
 )
 from jpaged.models.layers.fused import QKV
 from jpaged.models.layers.spelling import Whole
-from jpaged.models.spec import Attend, LayerSpec, Source, attend_from
+from jpaged.models.layers.unrotated import UnrotatedAttention
+from jpaged.models.spec import Attend, LayerSpec
 
 MODEL_TYPES = {"GPT2LMHeadModel": "gpt2"}
 
@@ -98,34 +98,17 @@ def conv1d(
     return linear(in_features, out_features, in_axis, out_axis, bias=True, dtype=dtype, rngs=rngs, spellings=spellings)
 
 
-class GPT2Attention(nnx.Module):
-    fusible = QKV
-
+class GPT2Attention(UnrotatedAttention):
     def __init__(self, config: GPT2Config, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        super().__init__(config.layer_specs[layer])
         hidden = config.hidden_size
         self.q_proj = conv1d(hidden, hidden, None, "heads", dtype=dtype, rngs=rngs)
         self.k_proj = conv1d(hidden, hidden, None, "kv_heads", dtype=dtype, rngs=rngs)
         self.v_proj = conv1d(hidden, hidden, None, "kv_heads", dtype=dtype, rngs=rngs)
         self.c_proj = conv1d(hidden, hidden, "heads", None, dtype=dtype, rngs=rngs)
-        self.head_dim = config.head_dim
-        self.spec = config.layer_specs[layer]
 
     def __call__(self, x: Float[Array, "tokens hidden_size"], attend: Attend) -> Float[Array, "tokens hidden_size"]:
-        q, k, v = (split_heads(projected, self.head_dim) for projected in QKV.project(self, x))
-        out = attend_from(self._source(x), attend, self.spec, q, k, v)
-        return self.c_proj(out.reshape(x.shape))
-
-    def _source(self, x: Float[Array, "tokens hidden_size"]) -> Source:
-        project = QKV.select(self, ("k_proj", "v_proj"))
-
-        def project_kv(
-            inputs: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
-        ) -> tuple[Array, Array]:
-            del positions  # the embeddings have them
-            k, v = (split_heads(projected, self.head_dim) for projected in project(inputs))
-            return k, v
-
-        return Source(x, project_kv)
+        return self.c_proj(self.attended(x, attend))
 
 
 class GPT2MLP(nnx.Module):

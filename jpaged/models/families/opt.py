@@ -14,11 +14,10 @@ from jpaged.models.layers.common import (
     check_activation,
     embed,
     linear,
-    split_heads,
     to_vocab,
 )
-from jpaged.models.layers.fused import QKV
-from jpaged.models.spec import Attend, Source, attend_from
+from jpaged.models.layers.unrotated import UnrotatedAttention
+from jpaged.models.spec import Attend
 
 MODEL_TYPES = {"OPTForCausalLM": "opt"}
 
@@ -91,34 +90,17 @@ class OPTConfig(ModelConfig):
         }
 
 
-class OPTAttention(nnx.Module):
-    fusible = QKV
-
+class OPTAttention(UnrotatedAttention):
     def __init__(self, config: OPTConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+        super().__init__(config.layer_specs[layer])
         hidden, bias = config.hidden_size, config.bias
         self.q_proj = linear(hidden, hidden, None, "heads", bias=bias, dtype=dtype, rngs=rngs)
         self.k_proj = linear(hidden, hidden, None, "kv_heads", bias=bias, dtype=dtype, rngs=rngs)
         self.v_proj = linear(hidden, hidden, None, "kv_heads", bias=bias, dtype=dtype, rngs=rngs)
         self.out_proj = linear(hidden, hidden, "heads", None, bias=bias, dtype=dtype, rngs=rngs)
-        self.head_dim = config.head_dim
-        self.spec = config.layer_specs[layer]
 
     def __call__(self, x: Float[Array, "tokens hidden_size"], attend: Attend) -> Float[Array, "tokens hidden_size"]:
-        q, k, v = (split_heads(projected, self.head_dim) for projected in QKV.project(self, x))
-        out = attend_from(self._source(x), attend, self.spec, q, k, v)
-        return self.out_proj(out.reshape(x.shape))
-
-    def _source(self, x: Float[Array, "tokens hidden_size"]) -> Source:
-        project = QKV.select(self, ("k_proj", "v_proj"))
-
-        def project_kv(
-            inputs: Float[Array, "others hidden_size"], positions: Int32[Array, " others"]
-        ) -> tuple[Array, Array]:
-            del positions  # the embeddings have them
-            k, v = (split_heads(projected, self.head_dim) for projected in project(inputs))
-            return k, v
-
-        return Source(x, project_kv)
+        return self.out_proj(self.attended(x, attend))
 
 
 class OPTDecoderLayer(nnx.Module):
