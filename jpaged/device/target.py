@@ -31,7 +31,7 @@ class Target:
         has_own_memory: whether the devices' memory is apart from the machine's, and reports how much of it is free.
         dtype: dtype that "auto" means; None is the checkpoint's.
         max_burst: steps of a multi-step decode.
-        least_rows: rows of the smallest program for decodes.
+        least_rows: rows of the smallest program for decodes; see also ``least_rows_of``.
         halfway_from: tokens from which there is a program about halfway between two powers of two; None for no such.
         warms_up: whether programs are compiled before the first request.
         keeps_programs: whether compiled programs are kept between runs.
@@ -58,6 +58,10 @@ class Target:
     calls_back: bool = True
     streamed_dtypes: tuple[str, ...] = ("auto", "int8", "fp8")
     compiler_options: tuple[tuple[str, Any], ...] = ()
+
+    def least_rows_of(self, model: ModelConfig) -> int:
+        """Rows of the smallest program for decodes of a model. Each row of a mixture of experts reads more weights."""
+        return 1 if model.has_experts else self.least_rows
 
     def resolve_dtype(self, wanted: str, stored: str) -> jnp.dtype:
         """The dtype to run in.

@@ -98,7 +98,7 @@ class Programs:
         self.bytes_per_block = self._layout.block_bytes
         self.host_bytes_per_block = self._host_layout.block_bytes
         self.share_on_host = share_on_host(self._layout, config)
-        grid = self.target.least_rows, self.target.halfway_from
+        grid = self.target.least_rows_of(model_config), self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.stream: BlockStream | None = None
         self._num_streamable = 0  # blocks on the host
