@@ -31,6 +31,7 @@ BENCHMARKS = {
     "sharing": Benchmark("bench.serving.sharing", "blocks saved by sharing, beside the paper's figure 15"),
     "offload": Benchmark("bench.offload.command", "KV in host memory: restores of preempted requests"),
     "kernels": Benchmark("bench.kernels.command", "attention kernels: speed, correctness (--check), sizes (--tune)"),
+    "experts": Benchmark("bench.micro.experts", "one layer of a mixture of experts, computed in each of its ways"),
     "kv-quantization": Benchmark("bench.micro.kv_quantization", "8-bit KV: divergence and capacity", True),
     "host": Benchmark("bench.micro.host", "host time of a plan, --against that of another commit", True),
     "calls": Benchmark("bench.micro.calls", "calls, functions and types of one request through LLM.generate", True),

@@ -38,6 +38,7 @@ from bench import UsageError
 from bench.report import CONFIGS, Table, current_commit, save, start_report
 from bench.workloads import made_up_result
 from jpaged import EngineConfig, SamplingParams
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.plan import StepPlan
 from jpaged.contract.result import StepResult
 from jpaged.device.step.inputs import all_buckets
@@ -174,6 +175,7 @@ class _Runner:
     host_bytes_per_block = 1
     profile = None
     host_pool = None
+    groups = LayerGroups.single()
 
     def __post_init__(self) -> None:
         self.buckets = all_buckets(self.config.max_num_seqs, self.config.token_budget)

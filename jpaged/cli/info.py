@@ -12,12 +12,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from jpaged.cli.layer_groups import GroupsInfo, describe_groups
 from jpaged.cli.options import engine_settings
 from jpaged.cli.terminal import to_json
 from jpaged.config import EngineConfig
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.device.kv.host_memory import has_copy_engine
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.layout import host_layout, pool_layout
+from jpaged.device.kv.layout import grouping_of, host_layout, pool_layout
 from jpaged.device.kv.sizing import check_pools, num_blocks_that_fit
 from jpaged.device.profile_file import load_profile, profile_path
 from jpaged.device.runner import check_settings
@@ -58,8 +60,9 @@ class ModelInfo:
 class PoolInfo:
     """The KV cache of an LLM with these settings.
 
-    ``num_tokens`` is the capacity of all blocks but block 0, which is padding. On an accelerator all sizes are upper
-    bounds: the workspace of a step, which only the compiler knows, is not subtracted.
+    ``num_tokens`` is the capacity of all blocks but block 0, which is padding; with windows, in sequences of the
+    longest context. ``bytes_per_token`` are the bytes of a new token. On an accelerator all sizes are upper bounds: the
+    workspace of a step, which only the compiler knows, is not subtracted.
     """
 
     block_size: int
@@ -94,6 +97,7 @@ class Info:
     compile_cache_dir: str | None
     model: ModelInfo
     kv_cache: PoolInfo
+    layer_groups: GroupsInfo | None
     host_pool: HostPoolInfo
     numa_node: int | None
     profile: dict[str, float] | None
@@ -117,6 +121,7 @@ class Info:
             "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}" + on_host,
             "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
             f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
+            "layer groups": str(self.layer_groups or ""),
             "rates": _describe_rates(self.profile),
             "host pool": _describe_host_pool(self.host_pool, self.numa_node),
             "preemption": _describe_preemption(self.preemption, self.host_pool),
@@ -156,7 +161,8 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     backend = choose_backend(model_config, config, dtype, mesh)
     check_pools(model_config, config, dtype, mesh)
     layout = pool_layout(model_config, config, dtype, backend)
-    kv_cache = _plan_pool(model_config, config, layout.block_bytes, device_bytes(weights), mesh)
+    groups = grouping_of(model_config, config).groups
+    kv_cache = _plan_pool(model_config, config, groups, layout.block_bytes, device_bytes(weights), mesh)
     host_bytes_per_block = host_layout(layout, config).block_bytes // jax.process_count()
     cache_dir = enable_compile_cache()
     kept_at = profile_path(model_config, config, dtype, backend.name, mesh)
@@ -183,7 +189,8 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             dtype=dtype.name,
         ),
         kv_cache=kv_cache,
-        host_pool=_plan_host_pool(model_config, config, kv_cache, host_bytes_per_block, target_of(mesh)),
+        layer_groups=describe_groups(model_config, config, dtype, backend, kv_cache.num_blocks),
+        host_pool=_plan_host_pool(model_config, config, groups, kv_cache, host_bytes_per_block, target_of(mesh)),
         numa_node=find_numa_node(),
         profile=None if profile is None else report(profile),
         profile_path=None if profile is None else str(kept_at),
@@ -194,41 +201,51 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
 
 
 def _plan_pool(
-    model: ModelConfig, config: EngineConfig, bytes_per_block: int, weight_bytes: int, mesh: Mesh
+    model: ModelConfig, config: EngineConfig, groups: LayerGroups, bytes_per_block: int, weight_bytes: int, mesh: Mesh
 ) -> PoolInfo:
     """The pool that ``ModelRunner`` would allocate, without regard to the workspace."""
-    max_blocks = -(-check_settings(model, config) // config.block_size)
+    max_model_len, block_size = check_settings(model, config), config.block_size
+    most_blocks = groups.num_blocks(max_model_len, block_size, config.token_budget)
     num_blocks = config.num_blocks or num_blocks_that_fit(
         bytes_per_block,
         mesh,
         target_of(mesh),
         config.memory_fraction,
         reserved_bytes=weight_bytes,
-        least_blocks=max_blocks + 1,
-        useful_blocks=config.max_num_seqs * max_blocks + 1,
+        least_blocks=most_blocks + 1,
+        useful_blocks=config.max_num_seqs * most_blocks + 1,
     )
-    num_blocks = max(0, num_blocks)
+    num_blocks, num_usable = max(0, num_blocks), max(0, num_blocks - 1)
+    num_tokens = num_usable * block_size
+    if not groups.is_plain:
+        num_tokens = num_usable * max_model_len // groups.num_blocks(max_model_len, block_size)
     return PoolInfo(
-        block_size=config.block_size,
-        bytes_per_token=bytes_per_block // config.block_size,
+        block_size=block_size,
+        bytes_per_token=bytes_per_block * len(groups) // block_size,
         num_blocks=num_blocks,
         pool_bytes=num_blocks * bytes_per_block,
-        num_tokens=max(0, num_blocks - 1) * config.block_size,
+        num_tokens=num_tokens,
     )
 
 
 def _plan_host_pool(
-    model: ModelConfig, config: EngineConfig, kv_cache: PoolInfo, bytes_per_block: int, target: Target
+    model: ModelConfig,
+    config: EngineConfig,
+    groups: LayerGroups,
+    kv_cache: PoolInfo,
+    bytes_per_block: int,
+    target: Target,
 ) -> HostPoolInfo:
     """The host pool of each host that ``ModelRunner`` would allocate beside ``kv_cache``."""
     max_model_len = check_settings(model, config)
     if config.kv_placement == "device":  # otherwise contexts may be longer than the pool
-        max_model_len = min(max_model_len, kv_cache.num_tokens)
+        held = groups.most_tokens(max(kv_cache.num_blocks - 1, 0), config.block_size, config.token_budget)
+        max_model_len = min(max_model_len, held)
     num_blocks = num_host_blocks_for(
         config,
         target,
         bytes_per_block,
-        useful_blocks=config.max_num_seqs * -(-max_model_len // config.block_size),
+        useful_blocks=config.max_num_seqs * groups.num_blocks(max_model_len, config.block_size, config.token_budget),
     )
     kind = "pinned_host" if has_copy_engine(target) else "unpinned_host"
     return HostPoolInfo(num_blocks, num_blocks * bytes_per_block, kind)

@@ -64,8 +64,8 @@ class RowChanges:
         rows: ids of rows that have a new owner.
         columns: bits of the cells of these rows, one line for each of ``COLUMNS``.
         block_rows: row id of each changed cell of the block tables.
-        block_indices: logical block of each.
-        blocks: physical block of each.
+        block_indices: place of each in its row: logical block and layer group, as ``LayerGroups`` says.
+        blocks: physical block of each. A cell whose block a window has passed may keep it.
     """
 
     rows: Int32[np.ndarray, " new_rows"]

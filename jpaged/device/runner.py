@@ -125,6 +125,8 @@ class ModelRunner:
         backend = choose_backend(model_config, config, dtype_of(model), mesh)
         prepare_weights(model, model_config, config, mesh, backend)
         self.programs = Programs(model, model_config, config, mesh, backend, max_model_len=max_model_len)
+        self.groups = self.programs.groups
+        """The layer groups, each with block tables of its own."""
         if (note := placement_note(config, self.programs.target)) is not None:
             log.warning(note)
         _, self._weights, _ = split_model(model)
@@ -136,7 +138,7 @@ class ModelRunner:
             config,
             self.programs.target,
             self.host_bytes_per_block,
-            useful_blocks=config.max_num_seqs * self.max_blocks,
+            useful_blocks=config.max_num_seqs * self.programs.most_blocks,
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":
@@ -157,7 +159,9 @@ class ModelRunner:
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
         sizes = len(self._state.latest), self.max_blocks, model_config.vocab_size
-        self._packer = Packer(self.buckets, *sizes, streams_always=self.programs.streams_always)
+        self._packer = Packer(
+            self.buckets, *sizes, streams_always=self.programs.streams_always, num_groups=len(self.groups)
+        )
 
     # Sizes --------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from jpaged.device.backends import Backend
 from jpaged.device.backends.hopper import HopperBackend
 from jpaged.device.backends.tpu import TpuBackend
 from jpaged.device.backends.xla import XlaBackend
-from jpaged.device.kv.layout import heads_of_pool, kv_dtype, pool_block_size
+from jpaged.device.kv.layout import grouping_of, heads_of_pool, kv_dtype, pool_block_size
 from jpaged.device.kv.pinned import why_no_pinned_memory
 from jpaged.models.checkpoint.config import ModelConfig
 from pallas_kernels import best_implementation, block_pool_shape
@@ -31,7 +31,7 @@ class Target:
         has_own_memory: whether the devices' memory is apart from the machine's, and reports how much of it is free.
         dtype: dtype that "auto" means; None is the checkpoint's.
         max_burst: steps of a multi-step decode.
-        least_rows: rows of the smallest program for decodes.
+        least_rows: rows of the smallest program for decodes; see also ``least_rows_of``.
         halfway_from: tokens from which there is a program about halfway between two powers of two; None for no such.
         warms_up: whether programs are compiled before the first request.
         keeps_programs: whether compiled programs are kept between runs.
@@ -58,6 +58,10 @@ class Target:
     calls_back: bool = True
     streamed_dtypes: tuple[str, ...] = ("auto", "int8", "fp8")
     compiler_options: tuple[tuple[str, Any], ...] = ()
+
+    def least_rows_of(self, model: ModelConfig) -> int:
+        """Rows of the smallest program for decodes of a model. Each row of a mixture of experts reads more weights."""
+        return 1 if model.has_experts else self.least_rows
 
     def resolve_dtype(self, wanted: str, stored: str) -> jnp.dtype:
         """The dtype to run in.
@@ -163,7 +167,8 @@ def choose_backend(model: ModelConfig, config: EngineConfig, dtype: jax.typing.D
         own = BACKENDS[kernels_here()]("", mesh.size)
         heads = own.pool_heads(num_kv_heads, head_dim)
         # Each device runs the kernels over its own heads.
-        pool = block_pool_shape(1, model.num_layers, heads[0] // mesh.size, pool_block_size(model, config), heads[1])
+        num_layers = grouping_of(model, config).groups.layers_per_block
+        pool = block_pool_shape(1, num_layers, heads[0] // mesh.size, pool_block_size(model, config), heads[1])
         queries = (1, model.num_heads // mesh.size, head_dim)
         reason = why_not_here(queries, jnp.dtype(dtype), pool, stored)
         choice = best_implementation(reason, num_devices=1)

@@ -73,6 +73,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             num_host_blocks=num_host_blocks,
             placement=_placement(runner, config),
+            groups=runner.groups,
         )
         self.blocks.is_quantized = runner.config.kv_cache_dtype != "auto"
         self.scheduler = Scheduler(

@@ -70,7 +70,10 @@ def take_snapshot(engine: Engine) -> EngineSnapshot:
     """The state of an engine between two steps, in time in proportion to its blocks."""
     scheduler, stats = engine.scheduler, engine.stats()
     held = scheduler.pins.held
-    pins = {pin_id: list(engine.blocks.block_table(pin.sequences[0].seq_id)) for pin_id, pin in held.items()}
+    pins = {
+        pin_id: list(engine.blocks.holdings.held_by(pin.sequences[0].seq_id).live_blocks)
+        for pin_id, pin in held.items()
+    }
     groups = [group for group in (*scheduler.line.running, *scheduler.line.waiting) if not group.is_pin]
     return EngineSnapshot(
         blocks=_uses(engine.blocks.tiers.device, [block for table in pins.values() for block in table]),
@@ -103,7 +106,5 @@ def _picture(engine: Engine, group: SequenceGroup) -> RequestSnapshot:
         num_output_tokens=sum(seq.num_outputs for seq in group.sequences),
         num_cached_tokens=group.num_cached_tokens,
         num_preemptions=group.num_preemptions,
-        block_tables=[
-            [block for block in engine.blocks.block_table(seq.seq_id) if block >= 0] for seq in group.running
-        ],
+        block_tables=[list(engine.blocks.holdings.held_by(seq.seq_id).device_blocks) for seq in group.running],
     )

@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint: loaded from its files, and compared with the library that wrote them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,9 +39,9 @@ class _Original(NamedTuple):
 def load_tokenizer(path: Path) -> Any:
     """Load the tokenizer of a checkpoint directory.
 
-    A tokenizer.json or a sentencepiece model is the whole tokenizer. transformers' classes for a model type put parts
-    of their own in place of those in the file, so these classes are used for other files only. A sentencepiece model
-    does not say which special tokens surround a text; tokenizer_config.json or the class does.
+    A tokenizer.json or a sentencepiece model is the whole tokenizer. transformers' class for the model type puts parts
+    of its own in place of those in the file, so its general class is preferred. A sentencepiece model does not say
+    which special tokens surround a text; tokenizer_config.json or the class does.
 
     Returns:
         A tokenizer of transformers; None if the directory has none.
@@ -55,8 +55,7 @@ def load_tokenizer(path: Path) -> Any:
     if file.suffix == ".model":
         _check_converters(file)
     try:
-        tokenizer, original = _read(path, file), _read_original(file)
-        difference = None if original is None else _find_difference(tokenizer, original)
+        tokenizer, difference = _choose(_candidates(path, file), _read_original(file))
     except Exception as error:  # the many libraries behind it raise many kinds
         raise ValueError(
             f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}): download its files again, or "
@@ -64,8 +63,8 @@ def load_tokenizer(path: Path) -> Any:
         ) from error
     if difference is not None:
         log.warning(
-            "transformers %s changes the tokenizer of %s: %s. Tokens may be wrong: compare %s with "
-            "tokenizer_config.json, or install another version of transformers",
+            "transformers %s changes the tokenizer of %s: %s. Tokens may be wrong: install a newer version of "
+            "transformers, or compare %s with tokenizer_config.json",
             import_transformers().__version__,
             file,
             difference,
@@ -74,7 +73,8 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def _read(path: Path, file: Path) -> Any:
+def _candidates(path: Path, file: Path) -> Iterator[Any]:
+    """Load the tokenizer in one way after the other, the likeliest to be right first."""
     transformers = import_transformers()
     options: dict[str, Any] = {
         "local_files_only": True,
@@ -83,12 +83,23 @@ def _read(path: Path, file: Path) -> Any:
         "model_max_length": 2**31,  # the engine itself refuses what is too long
     }
     if file.name == "tokenizer.json":
-        return transformers.PreTrainedTokenizerFast.from_pretrained(str(path), **options)
+        yield transformers.PreTrainedTokenizerFast.from_pretrained(str(path), **options)
+        return
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **options)
-    if file.name != "tokenizer.model" or not _is_sentencepiece(file):
-        return tokenizer
-    options |= {name: getattr(tokenizer, name, False) for name in ("add_bos_token", "add_eos_token")}
-    return transformers.PreTrainedTokenizerFast.from_pretrained(str(path), **options)
+    if file.name == "tokenizer.model" and _is_sentencepiece(file):
+        options |= {name: getattr(tokenizer, name, False) for name in ("add_bos_token", "add_eos_token")}
+        yield transformers.PreTrainedTokenizerFast.from_pretrained(str(path), **options)  # right since 5.24
+    yield tokenizer
+
+
+def _choose(candidates: Iterator[Any], original: _Original | None) -> tuple[Any, str | None]:
+    """Choose the first tokenizer that agrees with its file, or else the last one, with its first difference."""
+    tokenizer, difference = None, None
+    for tokenizer in candidates:
+        difference = None if original is None else _find_difference(tokenizer, original)
+        if difference is None:
+            break
+    return tokenizer, difference
 
 
 def _is_sentencepiece(file: Path) -> bool:

@@ -9,13 +9,14 @@ from jpaged.host.blocks.manager import NO_MATCH, BlockManager
 from jpaged.host.blocks.prefix_cache import PrefixMatch
 from jpaged.host.blocks.streaming import StreamedMatch
 from jpaged.host.blocks.ticket import Ticket
-from jpaged.host.capacity import Capacity, num_blocks_covering, num_forked_blocks, width_name
+from jpaged.host.capacity import Capacity, num_blocks_covering, width_name
 from jpaged.host.line import Line
 from jpaged.host.offload.placement import can_stream, end_of_chunk, has_room
 from jpaged.host.pins import Pins
 from jpaged.host.policies.budget import num_blocks_left_free
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
 from jpaged.host.policies.sharing import is_worth_waiting
+from jpaged.host.prompt_blocks import PromptBlocks
 from jpaged.host.refusal import Refusal
 from jpaged.host.roster import Roster
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
@@ -29,6 +30,7 @@ class Start:
     Args:
         match: the cached start of its leader's tokens.
         target: tokens that its leader computes.
+        num_reserved: tokens that its leader takes blocks for now.
         ticket: reserves the leader's blocks, or swaps the group in.
         num_short: blocks missing, 0 or less if the group can start.
         is_ready: whether the blocks of the match can be read in this step: none is loaded, or computed by this step.
@@ -37,6 +39,7 @@ class Start:
 
     match: PrefixMatch
     target: int
+    num_reserved: int
     ticket: Ticket[list[BlockCopy]] | Ticket[None]
     num_short: int
     is_ready: bool
@@ -77,8 +80,16 @@ class Admission:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self._max_chunk = max_num_batched_tokens
+        self._prompts = PromptBlocks(blocks, line, max_num_batched_tokens)
         self._num_usable = len(blocks.tiers.device.blocks)
-        self._whole = Capacity(self._num_usable, 0, blocks.block_size, max_model_len)
+        self._whole = Capacity(
+            self._num_usable,
+            0,
+            blocks.block_size,
+            max_model_len,
+            groups=blocks.groups,
+            max_chunk=max_num_batched_tokens,
+        )
         self._most_on_host = min(blocks.num_host_blocks, blocks.placement.max_streamed_blocks)
         self._refusal: Refusal | None = None  # the last one
         self._found: tuple[SequenceGroup, Start] | None = None  # the last start without a refusal
@@ -227,15 +238,20 @@ class Admission:
         if group.is_swapped:
             held = [seq.seq_id for seq in group.sequences if seq.state is SequenceState.SWAPPED]
             ticket = self._blocks.to_swap_in(held)
-            to_grow = len(held) if is_running else 0  # one more for each, to write its next token
-            return Start(NO_MATCH, 0, ticket, ticket.num_blocks + to_grow - to_spare, is_ready=False)
+            to_grow = len(held) * len(self._blocks.groups) if is_running else 0  # for the next token of each
+            return Start(NO_MATCH, 0, 0, ticket, ticket.num_blocks + to_grow - to_spare, is_ready=False)
         leader, target = self._leader_of(group)
         to_grow = self._num_blocks_forked(group, target) if group.num_rows > 1 else 0
         match = self._match(group, leader, target)
-        ticket = self._blocks.to_reserve(leader.seq_id, target, match=match)
+        num_reserved = target
+        if self._blocks.groups.has_windows:
+            num_reserved = min(target, self._prompts.end_of_chunk(match.num_tokens))
+        ticket = self._blocks.to_reserve(leader.seq_id, num_reserved, match=match, num_queried=target)
         is_ready = tiers.num_hits_ready(match) == len(match.hits) and not match.is_on_host
-        num_short = ticket.num_blocks + to_grow - to_spare
-        return Start(match, target, ticket, num_short, is_ready, match.num_tokens)
+        num_blocks = ticket.num_blocks
+        if self._blocks.groups.has_windows:
+            num_blocks = max(num_blocks, self._prompts.num_blocks(match, target)) + self._prompts.num_promised()
+        return Start(match, target, num_reserved, ticket, num_blocks + to_grow - to_spare, is_ready, match.num_tokens)
 
     def _start_streamed(self, group: SequenceGroup, to_spare: int) -> Start:
         """Find the way to start a streamed group with the chunk that ``to_spare`` device blocks hold: one, or more."""
@@ -253,17 +269,23 @@ class Admission:
         room = num_cached + max(to_spare - found.num_unheld, 1) * block_size
         target = min(num_tokens, room, end_of_chunk(num_cached, self._max_chunk, block_size))
         ticket = blocks.streamed.ticket_in(seq.seq_id, target, found, num_tokens)
-        return Start(found.match, target, ticket, ticket.num_blocks - to_spare, is_ready=True, num_cached=num_cached)
+        num_short = ticket.num_blocks - to_spare
+        return Start(found.match, target, target, ticket, num_short, is_ready=True, num_cached=num_cached)
 
     def _num_blocks_forked(self, group: SequenceGroup, target: int) -> int:
         """Count the blocks that the members of a group take once they have forked, beyond those of their leader."""
         members, block_size = group.unfinished, self._blocks.block_size
         lens = [len(seq.token_ids) for seq in members] if len(members) > 1 else [target] * group.num_rows
-        return num_forked_blocks(group.fork_len(), lens, block_size) - num_blocks_covering(target, block_size)
+        groups, chunk = self._blocks.groups, self._max_chunk
+        alone = groups.num_blocks(target, block_size, chunk)
+        return groups.num_forked_blocks(group.fork_len(), lens, block_size, chunk) - alone
 
     def _refuse(self, group: SequenceGroup, start: Start) -> Refusal:
         blocks, num_short = self._blocks, start.num_short
         is_on_host = not start.is_ready and (group.is_swapped or start.match.is_on_host)
+        has_windows = blocks.groups.has_windows
+        if has_windows:
+            num_short -= self._prompts.num_promised()  # which shrinks without a block that becomes free
         if is_on_host:
             num_short -= 1 + blocks.tiers.num_copies_queued  # loads may avoid as many blocks in this plan
         lacking = None
@@ -276,7 +298,7 @@ class Admission:
         return Refusal(
             group=group,
             num_rows=group.num_rows,
-            is_on_host=is_on_host,
+            counts_cached=is_on_host or has_windows,
             is_running=bool(self._line.running),
             num_short=num_short,
             num_freed=blocks.tiers.device.num_freed,
@@ -296,8 +318,18 @@ class Admission:
         # The copy of an 8-bit block would keep a scale that other tokens have set.
         least_inside = math.ceil((1 if self._blocks.is_quantized else LEAST_HIT_INSIDE) * self._blocks.block_size)
         match = self._blocks.match_prefix(leader.hashed, target - 1, least_inside=least_inside)
-        ready = match.cut(self._blocks.tiers.num_hits_ready(match))
+        ready = self._ready(match, leader)
         if ready is match:
             return match
         num_shared, num_left = match.num_tokens - ready.num_tokens, target - ready.num_tokens
         return match if is_worth_waiting(num_shared, num_left) else ready
+
+    def _ready(self, match: PrefixMatch, leader: Sequence) -> PrefixMatch:
+        """The part of a match that the plan under construction does not compute itself; all of it, or less."""
+        blocks = self._blocks
+        while (num_ready := blocks.tiers.num_hits_ready(match)) < len(match.hits):
+            if blocks.groups.is_plain:
+                return match.cut(num_ready)
+            num_tokens = num_ready // len(blocks.groups) * blocks.block_size
+            match = blocks.match_prefix(leader.hashed, num_tokens)  # windows need other blocks there
+        return match

@@ -1,10 +1,14 @@
 """Capacity: the blocks that a request needs at most, and the errors for those that need too many."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.host.offload.placement import can_stream
 from jpaged.request import Request, SamplingParams
+
+SINGLE = LayerGroups.single()
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,8 @@ class Capacity:
         block_size: tokens in a block.
         max_model_len: tokens of prompt and output that a sequence may reach.
         num_on_host: blocks on the host that are among ``num_blocks``: those of a streamed request.
+        groups: the layer groups.
+        max_chunk: tokens that a step adds to a sequence at most: it needs their blocks beside those of its windows.
     """
 
     num_blocks: int
@@ -25,6 +31,8 @@ class Capacity:
     block_size: int
     max_model_len: int
     num_on_host: int = 0
+    groups: LayerGroups = SINGLE
+    max_chunk: int = 1
 
     def check(self, request: Request) -> None:
         """Raise ValueError, with the arithmetic, if the request could never run to its end here."""
@@ -47,7 +55,7 @@ class Capacity:
         """Raise ValueError if pinning so many tokens leaves too little for requests of so many blocks each."""
         if prompt_len > self.max_model_len:
             raise ValueError(f"the prefix has {prompt_len} tokens, max_model_len is {self.max_model_len}: shorten it")
-        num_blocks = num_blocks_covering(prompt_len, self.block_size)
+        num_blocks = self.groups.num_blocks(prompt_len, self.block_size, self.max_chunk)
         most = max(others, default=1)
         if num_blocks + most > self.num_blocks:
             raise ValueError(
@@ -58,7 +66,8 @@ class Capacity:
 
     def most_blocks(self, prompt_len: int, max_tokens: int, num_sequences: int) -> int:
         """Count the blocks of a group whose sequences all reach ``max_tokens``; the last token is never fed back."""
-        return num_forked_blocks(prompt_len, [prompt_len + max_tokens - 1] * num_sequences, self.block_size)
+        lens = [prompt_len + max_tokens - 1] * num_sequences
+        return self.groups.num_forked_blocks(prompt_len, lens, self.block_size, self.max_chunk)
 
     def most_blocks_on_device(self, prompt_len: int, max_tokens: int, num_sequences: int) -> int:
         """Count the blocks that a group takes from the device when it runs alone."""
@@ -66,9 +75,15 @@ class Capacity:
 
     def most_tokens(self, prompt_len: int, num_sequences: int) -> int:
         """Count the output tokens that each sequence of a group can reach alone in the pool, within the context."""
+        room = self.max_model_len - prompt_len
+        if not self.groups.is_plain:
+            tokens = range(1, room + 1)  # more tokens never take fewer blocks
+            return bisect_right(
+                tokens, self.num_blocks, key=lambda max_tokens: self.most_blocks(prompt_len, max_tokens, num_sequences)
+            )
         shared = prompt_len // self.block_size
         blocks_each = shared + (self.num_blocks - shared) // num_sequences
-        return min(self.max_model_len - prompt_len, blocks_each * self.block_size - prompt_len + 1)
+        return min(room, blocks_each * self.block_size - prompt_len + 1)
 
     def _never_fits(self, prompt_len: int, max_tokens: int, params: SamplingParams) -> str:
         name, num_sequences = width_name(params), params.num_sequences
@@ -85,6 +100,14 @@ class Capacity:
             )
         elif can_stream(params):
             remedy += ", or keep KV on the host with kv_placement='auto'"
+        if not self.groups.is_plain:
+            num_blocks = self.most_blocks(prompt_len, max_tokens, num_sequences)
+            return (
+                f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in "
+                f"the pool; with {name}={num_sequences} that is {num_blocks} blocks of {self.block_size} in "
+                f"{len(self.groups)} layer groups, in steps of {self.max_chunk} tokens, and the pool has "
+                f"{self.num_blocks}{pinned}. {remedy}, or lower max_num_batched_tokens"
+            )
         return (
             f"the request can never fit: a prompt of {prompt_len} and max_tokens={max_tokens} put {last} tokens in the "
             f"pool; in blocks of {self.block_size} that is {shared} full prompt blocks + {name}={num_sequences} x "
@@ -96,12 +119,6 @@ class Capacity:
 def num_blocks_covering(num_tokens: int, block_size: int) -> int:
     """Count the blocks that hold so many tokens."""
     return -(-num_tokens // block_size)
-
-
-def num_forked_blocks(shared_len: int, lens: list[int], block_size: int) -> int:
-    """Count the blocks of sequences that share their first tokens: full shared blocks count once."""
-    shared = shared_len // block_size
-    return shared + sum([num_blocks_covering(num_tokens, block_size) - shared for num_tokens in lens])
 
 
 def width_name(params: SamplingParams) -> str:

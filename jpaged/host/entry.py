@@ -128,5 +128,5 @@ class Entry:
         if leader.state is SequenceState.LOADING:
             self._loading.append(leader)
         else:
-            plan.add(group, leader, start.target - num_cached)
+            plan.add(group, leader, start.num_reserved - num_cached)
             self._outcome.publish_planned(leader, num_cached)

@@ -139,9 +139,10 @@ class Outcome:
         """Hold the very blocks that the prefix cache finds: another sequence may have published equal ones first."""
         self.release(seq)
         match = self._blocks.match_prefix(seq.hashed)
-        assert match.num_tokens == seq.prompt_len
+        is_plain, block_size = self._blocks.groups.is_plain, self._blocks.block_size
+        assert match.num_tokens == (seq.prompt_len if is_plain else seq.prompt_len // block_size * block_size)
         assert not match.is_on_host
-        self._blocks.reserve(seq.seq_id, seq.prompt_len, match=match, is_query=False)
+        self._blocks.reserve(seq.seq_id, match.num_tokens, match=match, is_query=False)
         self._roster.remove_sequence(seq)
         self._leave(group)
         self._pins.hold(group)

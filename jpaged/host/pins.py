@@ -1,7 +1,6 @@
 """Pinned prefixes: prompts whose blocks stay in the pool, and the capacity that they leave to others."""
 
 from jpaged.host.blocks.manager import BlockManager
-from jpaged.host.capacity import num_blocks_covering
 from jpaged.host.sequence import SequenceGroup, SequenceState, common_len
 from jpaged.request import Request
 
@@ -74,7 +73,8 @@ class Pins:
         if not self._queued and not self.held:
             return 0
         block_size = self._blocks.block_size
-        num_queued = sum(num_blocks_covering(pin.prompt_len, block_size) for pin in self._queued.values())
+        groups = self._blocks.groups
+        num_queued = sum(groups.num_blocks(pin.prompt_len, block_size, pin.prompt_len) for pin in self._queued.values())
         num_kept = len(self._held_blocks()) + num_queued
         if request is not None and request.params.prompt_logprobs is None:
             pins = [*self._queued.values(), *self.held.values()]
@@ -89,7 +89,11 @@ class Pins:
         held: set[tuple[int, int]] = set()
         for pin in self.held.values():
             seq_id = pin.sequences[0].seq_id
-            table, num_full = self._blocks.block_table(seq_id), pin.prompt_len // self._blocks.block_size
+            table = self._blocks.holdings.held_by(seq_id).live_blocks
+            if not self._blocks.groups.is_plain:
+                held |= {(block, -1) for block in table}
+                continue
+            num_full = pin.prompt_len // self._blocks.block_size
             held |= {(block, -1) for block in table[:num_full]} | {(block, seq_id) for block in table[num_full:]}
         return held
 
@@ -99,4 +103,8 @@ class Pins:
             return 0
         # At least one token of the prompt is computed: a block that ends with it is copied, not shared.
         common = common_len(pin.prompt_token_ids, request.prompt_token_ids)
-        return min(common, len(request.prompt_token_ids) - 1) // self._blocks.block_size
+        num_common = min(common, len(request.prompt_token_ids) - 1) // self._blocks.block_size
+        groups = self._blocks.groups
+        if groups.has_windows and num_common < len(pin.prompt_token_ids) // self._blocks.block_size:
+            return 0  # a match that ends earlier needs blocks that the windows of the pin have passed
+        return num_common * groups.num_full

@@ -17,6 +17,7 @@ from jpaged.host.policies.victim import choose_victim
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import SequenceGroup, SequenceState, num_shared_tokens
 from jpaged.host.streaming import Streaming
+from jpaged.host.windows import Windows
 
 
 class Preemption:
@@ -31,6 +32,7 @@ class Preemption:
         outcome: frees and publishes the blocks of a sequence.
         rows: the rows of the running sequences.
         streaming: the running sequences that keep blocks on the host.
+        windows: frees blocks that windows have passed.
         kind: "swap", "recompute", or "auto": the cheaper one. A full host pool always means recompute.
     """
 
@@ -42,6 +44,7 @@ class Preemption:
         outcome: Outcome,
         rows: RowTable,
         streaming: Streaming,
+        windows: Windows,
         *,
         kind: str,
     ) -> None:
@@ -54,6 +57,7 @@ class Preemption:
         self._outcome = outcome
         self._rows = rows
         self._streaming = streaming
+        self._windows = windows
 
     def yield_to_first(self, profile: MachineProfile | None) -> None:
         """Preempt groups of lower priority than the first waiting group, if and while that lets it start.
@@ -81,7 +85,7 @@ class Preemption:
         if not self._admission.has_room_on_host(first, without=lower):
             return []
         seq_ids = [seq.seq_id for group in lower for seq in group.running]
-        num_held = sum(len(self._blocks.block_table(seq_id)) for seq_id in seq_ids)
+        num_held = sum(len(self._blocks.holdings.held_by(seq_id).live_blocks) for seq_id in seq_ids)
         if self._admission.num_known_short(first) > num_held:
             return []
         start = self._admission.start(first)
@@ -91,7 +95,8 @@ class Preemption:
 
     def feeds(self) -> list[Feed]:
         """The tokens that each running sequence, which has the blocks, feeds next; steady rows are left out."""
-        return self._streaming.cut(self._all_feeds())
+        feeds = self._all_feeds()
+        return self._windows.cut(feeds) if self._windows.is_used else self._streaming.cut(feeds)
 
     def wanted(self, decodes: Int32[np.ndarray, " decodes"]) -> list[Feed]:
         """The tokens that each running sequence should feed next to ``decodes``, in schedule order.
@@ -99,6 +104,8 @@ class Preemption:
         Without those that steady rows feed.
         """
         feeds = self._all_feeds()
+        if self._windows.is_used:
+            return self._windows.limit(feeds, decodes)
         return self._streaming.limit(feeds, decodes) if self._streaming.members else feeds
 
     def _all_feeds(self) -> list[Feed]:
@@ -148,6 +155,8 @@ class Preemption:
             feeds: tokens that other sequences feed.
         """
         rows = self._rows
+        if self._windows.is_used:
+            self._windows.slide(decodes, feeds)
         growing, num_tokens = rows.missing(decodes, rows.positions[decodes] - 1 + num_draws)
         if feeds:
             fed = np.array([seq.row for _, seq, _ in feeds], np.int32)
@@ -169,7 +178,8 @@ class Preemption:
         steady = [seq for seq, _ in group.targets() if seq.is_steady]
         decodes = np.array([seq.row for seq in steady], np.int32)
         feeds = [Feed(group, seq, target) for seq, target in group.targets() if not seq.is_steady]
-        return self.append(decodes, np.ones_like(decodes), self._streaming.limit(feeds, decodes))
+        limit = self._windows.limit if self._windows.is_used else self._streaming.limit
+        return self.append(decodes, np.ones_like(decodes), limit(feeds, decodes))
 
     def _drop_swapped_after(self, group: SequenceGroup) -> bool:
         """Drop the swapped group served last, after ``group``, if its host blocks let streamed blocks move out."""
@@ -216,6 +226,8 @@ class Preemption:
             # Blocks that others hold stay on the device, whichever way the group comes back.
             num_blocks = self._blocks.num_blocks_freed_by(seq_ids)
             num_computed = sum(seq.num_computed for seq in members) - (len(members) - 1) * num_shared_tokens(members)
+            if not self._blocks.groups.is_plain:
+                num_blocks = -(-num_computed // self._blocks.block_size)  # blocks of all tokens would be computed again
             is_cheaper = is_swap_cheaper(
                 profile,
                 spans_of(min(num_computed, num_blocks * self._blocks.block_size), members[0].num_computed),

@@ -11,12 +11,13 @@ class Refusal:
     """A group that was short of blocks, and the events without which it stays short.
 
     Each block that becomes free shortens the lack by one. Each block that enters the device's cache may do the same, if
-    the group would load its content from the host. Otherwise only the first block that its match lacked matters.
+    the group would load its content from the host, or if the model has windows, whose matches need few blocks.
+    Otherwise only the first block that its match lacked matters.
 
     Args:
         group: the group.
         num_rows: rows that it needed.
-        is_on_host: whether it would load blocks from the host.
+        counts_cached: whether each block that enters the device's cache counts as a gain.
         is_running: whether other groups were running, for which some blocks must stay free.
         num_short: blocks that it lacked at least.
         num_freed: device blocks that had become free by then, since the start.
@@ -26,7 +27,7 @@ class Refusal:
 
     group: SequenceGroup
     num_rows: int
-    is_on_host: bool
+    counts_cached: bool
     is_running: bool
     num_short: int
     num_freed: int
@@ -40,6 +41,6 @@ class Refusal:
         if self.lacking is not None and tiers.is_cached(self.lacking):
             return 0
         num_gained = tiers.device.num_freed - self.num_freed
-        if self.is_on_host:
+        if self.counts_cached:
             num_gained += tiers.device.cache.num_inserted - self.num_cached
         return max(self.num_short - num_gained, 0)

@@ -7,9 +7,11 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.result import TokenScores
 from jpaged.contract.rows import COLUMNS, NO_CHANGES, NO_INTS, RowChanges, pack_row
 from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.blocks.windows import NEVER
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 
 MOST_STOPS = 4
@@ -58,6 +60,7 @@ class RowTable:
         known: tokens of these that the host knows.
         limits: tokens at which each sequence ends.
         capacity: tokens that the blocks of each sequence hold without another block or a copy.
+        next_slide: position from which windows have passed a block that each sequence holds.
         is_steady: whether each row is steady.
         is_due: whether steps have filled blocks of each steady row that are not published yet.
     """
@@ -68,7 +71,7 @@ class RowTable:
         heapify(self._free)
         self._groups: list[SequenceGroup | None] = [None] * num_rows
         self._seqs: list[Sequence | None] = [None] * num_rows
-        self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views
+        self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views of the cells of each row
         self._entered: list[int] = []  # rows with a new owner since the last plan
         self._changed: dict[int, int] = {}  # first logical block that changed since the last plan, by row
         self._cells: dict[int, bytes] = {}  # columns of rows with a new owner
@@ -81,6 +84,7 @@ class RowTable:
         self.known: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.limits: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.capacity: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.next_slide: Int32[np.ndarray, " rows"] = np.full(num_rows, NEVER, np.int32)
         self.is_steady: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self.is_due: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self._can_burst: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
@@ -187,6 +191,8 @@ class RowTable:
             self.capacity[row] = self._blocks.holdings.num_tokens(holding)
             self._tables[row] = holding.blocks
             self._changed[row] = 0
+            if holding.starts:
+                self.next_slide[row] = self._blocks.windows.next_slide(seq.seq_id)
 
     def missing(
         self, rows: Int32[np.ndarray, " some"], ends: Int32[np.ndarray, " some"]
@@ -210,7 +216,7 @@ class RowTable:
 
     @property
     def num_unwritten(self) -> int:
-        """Slots that the block manager counts as held, and that steady rows have still to fill."""
+        """Tokens that the block manager gave slots to, and that steady rows have still to write."""
         ends, capacity = self.positions[self.is_steady] - 1, self.capacity[self.is_steady]
         return int(np.maximum(capacity - ends, 0).sum())
 
@@ -218,17 +224,12 @@ class RowTable:
         """The cells that changed since the last call, for the plan that is sent next."""
         if not self._entered and not self._changed:
             return NO_CHANGES
-        rows = list(self._changed)
-        tables = [self._tables[row][first:] for row, first in self._changed.items()]
-        lens = np.array([len(table) for table in tables], np.int64)
-        ends, starts = np.cumsum(lens), np.array(list(self._changed.values()), np.int64)
+        tables = {row: (first, self._tables[row]) for row, first in self._changed.items()}
         cells = b"".join([self._cells.pop(row) for row in self._entered])
         changes = RowChanges(
-            rows=np.array(self._entered, np.int32),
-            columns=np.frombuffer(cells, np.int32).reshape(len(self._entered), len(COLUMNS)).T,
-            block_rows=np.repeat(np.array(rows, np.int32), lens),
-            block_indices=(np.arange(ends[-1] if rows else 0) + np.repeat(starts - ends + lens, lens)).astype(np.int32),
-            blocks=np.array(list(chain.from_iterable(tables)), np.int32),
+            np.array(self._entered, np.int32),
+            np.frombuffer(cells, np.int32).reshape(len(self._entered), len(COLUMNS)).T,
+            *_changed_cells(tables, self._blocks.groups),
         )
         self._entered.clear()
         self._changed.clear()
@@ -336,3 +337,20 @@ class RowTable:
         self._flushed[row] = stop
         scores = TokenScores.plain(self._tail_logprobs[row, :num_tokens].copy())
         seq.append(self._tail[row, :num_tokens].tolist(), scores, range(num_tokens))
+
+
+def _changed_cells(
+    changed: dict[int, tuple[int, list[int]]], groups: LayerGroups
+) -> tuple[Int32[np.ndarray, " cells"], Int32[np.ndarray, " cells"], Int32[np.ndarray, " cells"]]:
+    """Row, place and block of each cell, of rows whose first changed logical block and whose cells are given."""
+    num_groups = len(groups)
+    tables = [table[first * num_groups :] for first, table in changed.values()]
+    lens = np.array([len(table) for table in tables], np.int64)
+    ends, starts = np.cumsum(lens), np.array([first for first, _ in changed.values()], np.int64) * num_groups
+    rows = np.repeat(np.array(list(changed), np.int32), lens)
+    places = (np.arange(ends[-1] if changed else 0) + np.repeat(starts - ends + lens, lens)).astype(np.int32)
+    blocks = np.array(list(chain.from_iterable(tables)), np.int32)
+    if groups.has_windows:  # which may leave a long table almost empty
+        is_held = blocks != 0
+        return rows[is_held], places[is_held], blocks[is_held]
+    return rows, places, blocks

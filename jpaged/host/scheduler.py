@@ -1,7 +1,6 @@
 """Decides, for each iteration, which sequences run and with which blocks: admit, chunk, preempt, resume, finish."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Int32
@@ -25,6 +24,7 @@ from jpaged.host.search.beam import BeamSearch
 from jpaged.host.sequence import Sequence, SequenceGroup
 from jpaged.host.stats import SchedulerStats, StepSums, read_stats
 from jpaged.host.streaming import Streaming
+from jpaged.host.windows import Windows
 from jpaged.request import FinishReason, Request, Terms
 
 
@@ -95,7 +95,8 @@ class Scheduler:
         self.outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows)
         self._streaming = Streaming(blocks, self.outcome, self.rows, max_num_batched_tokens)
         rooms = blocks, self.line, self._admission, self.outcome, self.rows, self._streaming
-        self._preemption = Preemption(*rooms, kind=preemption)
+        windows = Windows(blocks, self.rows, max_num_batched_tokens)
+        self._preemption = Preemption(*rooms, windows, kind=preemption)
         self._entry = Entry(*rooms)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can
@@ -201,9 +202,7 @@ class Scheduler:
     def block_stats(self) -> BlockStats:
         """Count what the pools hold; a steady row has its last block to itself, and fills it step by step."""
         self.outcome.publish_due()
-        stats = self.blocks.stats()
-        num_slots, tokens_held = stats.num_used * self.blocks.block_size, stats.tokens_held - self.rows.num_unwritten
-        return replace(stats, tokens_held=tokens_held, waste=1 - tokens_held / num_slots if num_slots else 0.0)
+        return self.blocks.stats().without(self.rows.num_unwritten, self.blocks.block_size, self.blocks.groups)
 
     def _enter(self, group: SequenceGroup, num_sequences: int) -> None:
         for index in range(num_sequences):

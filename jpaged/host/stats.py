@@ -50,7 +50,8 @@ class StepSums:
         num_logical, num_physical = device.num_holders, len(device.blocks) - len(device.free)
         if self._pins.held:
             pins = self._pins.held_seq_ids
-            num_logical -= sum(len(self._blocks.block_table(seq_id)) for seq_id in pins)
+            held = map(self._blocks.holdings.held_by, pins)
+            num_logical -= sum([len(holding.live_blocks) for holding in held])
             num_physical -= self._blocks.num_blocks_freed_by(pins)
         self.num_steps += num_steps
         self.num_logical_blocks += num_steps * num_logical

@@ -15,7 +15,7 @@ class LayerSpec:
     ``Attend``. Sinks are weights, and both are split over devices as the heads are.
 
     Args:
-        layer: index of the layer in its pool.
+        layer: index of the layer in its model; where layers form groups, the device counts those of one group.
         num_kv_heads: heads of K and of V.
         head_dim: features of a head.
         sm_scale: factor on the scores.
@@ -23,7 +23,7 @@ class LayerSpec:
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``; None for none.
         sinks: whether each head has a logit that takes its share of the softmax and gives no value.
         alibi: whether ``slope * (kv_position - q_position)`` is added to each head's scores.
-        group: layers of one group share a block table and a pool.
+        group: layers of one group share a block table. The device forms the groups (``jpaged.models.groups``).
 
     Raises:
         ValueError: a number that no layer can have.

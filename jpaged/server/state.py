@@ -237,7 +237,11 @@ class Server:
         engine, params, longest = self.llm.engine, call.params, max(call.prompts, key=len)
         most, blocks = engine.config.max_num_seqs, engine.blocks
         capacity = Capacity(
-            blocks.num_blocks - 1 + blocks.num_host_blocks, 0, blocks.block_size, self.llm.max_model_len
+            blocks.num_blocks - 1 + blocks.num_host_blocks,
+            0,
+            blocks.block_size,
+            self.llm.max_model_len,
+            groups=blocks.groups,
         )
         with _refusals():
             if params.num_sequences > most:

@@ -2,7 +2,8 @@
 
 One thread block on each multiprocessor takes tiles of the result in turn. A producer warp copies tiles of rows and of
 weights to shared memory, and runs ahead into the next tile of the result. Consumer warpgroups multiply 64 rows each.
-The kernel reads the weights of a group once for each tile of its rows, and those of a group without rows never.
+The blocks that work at one time share the weights of a group, so that device memory is read once for all of its rows.
+The weights of a group without rows are not read.
 """
 
 from dataclasses import dataclass
@@ -37,19 +38,19 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 SLAB = 64
 """Columns of a swizzled row in shared memory: 128 bytes. It is also the step along the features."""
 
-COLUMNS = (128, 192, 64)
-"""Columns of a tile of the result, best first."""
+COLUMNS = (256, 192, 128, 64)
+"""Columns of a tile of the result, best first: wide tiles copy the rows of ``x`` less often."""
+
+SLABS_OUT = 2
+"""Slabs of the result that a consumer holds in shared memory at one time, at most."""
 
 MOST_STAGES = 8
 
 LEAST_ROWS = 2 * TILE_ROWS
 """Rows that a tile takes at most, and copies even if there are fewer."""
 
-TWO_CONSUMERS_FROM = 256
-"""Rows of a mean group from which two warpgroups share each tile of weights.
-
-Fewer rows would leave much of the second warpgroup's work empty. The products are then limited by the reads of weights.
-"""
+TWO_CONSUMERS_FROM = 64
+"""Rows of a mean group from which two warpgroups share each tile of weights: then most groups fill more than one."""
 
 
 class Scratch(NamedTuple):
@@ -57,7 +58,7 @@ class Scratch(NamedTuple):
 
     x: Ref  # [stages, rows, SLAB]
     w: Ref  # [stages, columns, SLAB], or [stages, SLAB, columns]
-    out: Ref  # [consumers, slabs, TILE_ROWS, SLAB]
+    out: Ref  # [consumers, slabs_out, TILE_ROWS, SLAB]
     sums: Ref | None  # stands in for accumulators in the interpreter
     full: Ref
     free: Ref
@@ -99,8 +100,13 @@ class Case:
         return self.num_features // SLAB
 
     @property
+    def slabs_out(self) -> int:
+        slabs = self.columns // SLAB
+        return SLABS_OUT if slabs % SLABS_OUT == 0 else 1
+
+    @property
     def stages(self) -> int:
-        stage, out = (self.tile_rows + self.columns) * SLAB, self.tile_rows * self.columns
+        stage, out = (self.tile_rows + self.columns) * SLAB, self.tile_rows * self.slabs_out * SLAB
         return min(MOST_STAGES, (SMEM_BYTES // self.dtype.itemsize - out - 1024) // stage)
 
 
@@ -172,11 +178,19 @@ def _grouped(
         num_items = num_tiles[0] * case.grid_columns
         own_items = lax.div(jnp.maximum(num_items - block + num_sms - 1, 0), num_sms)
         worker = _Worker(case, columns, x, weights, out, Scratch(**scratch), block, own_items, num_sms)
-        warpgroup = lax.axis_index("warpgroup")
-        pl.when(warpgroup < case.consumers)(lambda: worker.consume(warpgroup))
+        warpgroup, is_crowded = lax.axis_index("warpgroup"), case.consumers > 1
+
+        @pl.when(warpgroup < case.consumers)
+        def _() -> None:
+            if is_crowded:  # three warpgroups share the registers of a multiprocessor
+                plgpu.set_max_registers(240, action="increase")
+            worker.consume(warpgroup)
 
         @pl.when(warpgroup == case.consumers)
         def _() -> None:
+            if is_crowded:
+                plgpu.set_max_registers(24, action="decrease")
+
             @plgpu.warp_map
             def _(warp: Array) -> None:
                 pl.when(warp == 0)(worker.produce)
@@ -201,7 +215,7 @@ def _grouped(
 
 def _scratch_of(case: Case) -> Scratch:
     w = (case.columns, SLAB) if case.is_transposed else (SLAB, case.columns)
-    out = (case.consumers, case.columns // SLAB, TILE_ROWS, SLAB)
+    out = (case.consumers, case.slabs_out, TILE_ROWS, SLAB)
     if case.is_interpreted:  # the interpreter keeps views apart, and swizzles nothing
         out_smem = plgpu.SMEM(out, case.dtype)
     else:
@@ -233,10 +247,12 @@ class _Worker:
     num_blocks: int
 
     def _item(self, nth: Array) -> tuple[Array, Array]:
-        """The tile and the first column of an item."""
+        """The tile and the first column of an item. Items of a group are neighbours, and first those of one column."""
         index = self.block + nth * self.num_blocks
-        grid_columns = self.case.grid_columns
-        return lax.div(index, grid_columns), lax.rem(index, grid_columns) * self.case.columns
+        some_tile = lax.div(index, self.case.grid_columns)  # of the same group
+        first_tile, num_tiles = self.tiles[3, some_tile], self.tiles[4, some_tile]
+        within = index - first_tile * self.case.grid_columns
+        return first_tile + lax.rem(within, num_tiles), lax.div(within, num_tiles) * self.case.columns
 
     def produce(self) -> None:
         """Copy the operands of all items to shared memory."""
@@ -301,22 +317,23 @@ class _Worker:
         """Write the rows of a tile that are its group's."""
         case, smem = self.case, self.scratch.out
         copied, written = (smem, smem) if case.is_interpreted else (smem[0], smem[1])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for slab in range(case.columns // SLAB):
-            written.at[consumer, slab][...] = total[:, slab * SLAB : (slab + 1) * SLAB]
-        plgpu.commit_smem()
-
         tile, column = self._item(nth)
         first = self.tiles[1, tile] + consumer * TILE_ROWS
         num_rows = jnp.clip(self.tiles[2, tile] - consumer * TILE_ROWS, 0, TILE_ROWS)
 
-        def copy(size: int) -> None:
+        def copy(size: int, first_column: Array) -> None:
             start = num_rows & ~(2 * size - 1)
-            for slab in range(case.columns // SLAB):
-                target = self.out.at[pl.ds(first + start, size), pl.ds(column + slab * SLAB, SLAB)]
+            for slab in range(case.slabs_out):
+                target = self.out.at[pl.ds(first + start, size), pl.ds(first_column + slab * SLAB, SLAB)]
                 plgpu.copy_smem_to_gmem(copied.at[consumer, slab, pl.ds(start, size)], target)
 
-        size = TILE_ROWS
-        while size:  # a copy for each bit of num_rows
-            pl.when((num_rows & size) != 0)(partial(copy, size))
-            size //= 2
+        for part in range(0, case.columns, case.slabs_out * SLAB):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for slab in range(case.slabs_out):
+                start = part + slab * SLAB
+                written.at[consumer, slab][...] = total[:, start : start + SLAB]
+            plgpu.commit_smem()
+            size = TILE_ROWS
+            while size:  # a copy for each bit of num_rows
+                pl.when((num_rows & size) != 0)(partial(copy, size, column + part))
+                size //= 2

@@ -10,11 +10,11 @@ class Tiles(NamedTuple):
     """Tiles that hold each row of each group once, in the order of the groups.
 
     Args:
-        columns: group, first row and number of rows of each tile.
+        columns: group, first row and number of rows of each tile; first tile and number of tiles of its group.
         num_tiles: tiles in use; later columns are 0.
     """
 
-    columns: Int32[Array, "3 most_tiles"]
+    columns: Int32[Array, "5 most_tiles"]
     num_tiles: Int32[Array, "1"]
 
 
@@ -36,8 +36,9 @@ def plan_tiles(group_sizes: Int32[Array, " num_groups"], num_rows: int, tile_row
     ends = jnp.cumsum(tiles_of, dtype=jnp.int32)
     tile = jnp.arange(most_tiles(num_rows, num_groups, tile_rows), dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(ends[None] <= tile[:, None], axis=1, dtype=jnp.int32), num_groups - 1)
-    row = (tile - ends[group] + tiles_of[group]) * tile_rows
+    first_tile = ends[group] - tiles_of[group]
+    row = (tile - first_tile) * tile_rows
     size = jnp.where(tile < ends[-1], jnp.clip(group_sizes[group] - row, 0, tile_rows), 0)
     first = jnp.cumsum(group_sizes, dtype=jnp.int32)[group] - group_sizes[group] + row
-    columns = jnp.where((size > 0)[None], jnp.stack([group, first, size]), 0)
-    return Tiles(columns, ends[-1:])
+    columns = jnp.stack([group, first, size, first_tile, tiles_of[group]])
+    return Tiles(jnp.where((size > 0)[None], columns, 0), ends[-1:])

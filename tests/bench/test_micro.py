@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 import jpaged
+from bench import machine
 from bench.__main__ import BENCHMARKS, main
-from bench.micro import host
+from bench.machine import MachineLimits
+from bench.micro import experts, host
 from bench.micro.count_calls import count
 
 
@@ -26,6 +28,18 @@ def test_every_benchmark_explains_itself(name, capsys):
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("--out", "--commit"))
+
+
+def test_experts_are_computed_in_each_way_with_small_errors(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "measure_limits", lambda dtype: MachineLimits(1e9, 1e12, dtype.name))
+    monkeypatch.setattr(experts, "NUM_LAYERS", 1)
+    options = ["--shapes", "gpt-oss-20b", "--tokens", "2", "40", "--shrink", "45", "--device", "cpu"]
+    assert main(["experts", *options, "--out", str(tmp_path), "--commit", "abc"]) == 0
+    rows = json.loads((tmp_path / "experts_cpu.json").read_text())["rows"]
+    assert [(row["tokens"], row["way"]) for row in rows] == [(2, "chosen"), (2, "all"), (40, "all"), (40, "grouped")]
+    assert [row["is_used"] for row in rows] == [True, False, True, False]
+    assert all(row["error"] < 0.02 for row in rows)
+    assert "grouped" in capsys.readouterr().out
 
 
 def test_host_times_the_parts_of_a_plan(tmp_path, capsys):

@@ -15,6 +15,7 @@ from jpaged.engine.loop import Engine
 from jpaged.host.search.beam import BeamSearch
 from jpaged.llm import LLM
 from jpaged.models import load_config, load_model
+from jpaged.models.groups import grouped
 from jpaged.request import SamplingParams
 from jpaged.sharding import make_mesh
 from tests.support.oracles import (
@@ -90,9 +91,10 @@ def _load_llm(case: str) -> LLM:
     path, mesh = HF_REFERENCE / case, make_mesh(1)
     model_config = load_config(path)
     model = load_model(path, model_config, jnp.float32, mesh, use_tqdm=False)
+    num_groups = len(grouped(model_config.layer_specs, model_config.max_model_len).groups)  # each has blocks of its own
     config = EngineConfig(
         block_size=4,
-        num_blocks=1 + 64,
+        num_blocks=1 + 64 * num_groups,
         max_num_seqs=NUM_ROWS,
         max_num_batched_tokens=64,
         preemption="swap",

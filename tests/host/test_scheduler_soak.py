@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 
+from jpaged.contract.layer_groups import LayerGroup, LayerGroups
 from jpaged.contract.plan import StepPlan
 from jpaged.contract.result import StepResult
 from jpaged.contract.rows import ON_DEVICE
@@ -102,6 +103,18 @@ FEATURES = {
 }
 """Features that a soak must have met: a soak that never swaps proves nothing of swapping."""
 
+FEATURES_OF_WINDOWS = {
+    *(feature for feature in FEATURES if not feature.startswith("streamed: ")),
+    "windows: blocks freed by a decode",
+    "windows: blocks freed by a chunk",
+    "windows: a prompt longer than what its window holds",
+    "windows: a hit without first blocks",
+    "windows: forked sequences",
+    "windows: alone",
+    "windows: beside layers that see all tokens",
+} - {"hits that end inside a block", "restored by transfer and computation at once"}
+"""Features that a soak with layer groups must have met; a match ends with a block, and blocks are not split."""
+
 
 class Episode:
     """Some hundred steps with one random setting, from an empty scheduler to an empty scheduler.
@@ -109,17 +122,25 @@ class Episode:
     Args:
         seed: decides everything.
         seen: counts the features met.
+        has_windows: whether layers have windows of 1 to 3 blocks, and form groups.
     """
 
-    def __init__(self, seed: int, seen: Counter[str]) -> None:
+    def __init__(self, seed: int, seen: Counter[str], *, has_windows: bool = False) -> None:
         self.random = random.Random(seed)
         self.seen = seen
         draw = self.random
         block_size, rows = draw.choice([1, 2, 3, 4, 4, 4, 8]), draw.randint(2, 12)
         budget = draw.randint(rows, 48)
         num_blocks, num_host_blocks = max(draw.randint(16, 96) // block_size, 4), draw.choice([0, 2, 4, 8, 16, 128])
-        placement = KV_ON_DEVICE
-        if num_host_blocks and seed % 3 > 0:
+        placement, groups = KV_ON_DEVICE, None
+        if has_windows:
+            windows = [draw.randint(1, 3 * block_size) for _ in range(draw.choice([1, 1, 2]))]
+            full = [None] * draw.choice([0, 1, 1])
+            groups = LayerGroups(tuple([LayerGroup(draw.randint(1, 3), window) for window in [*full, *windows]]))
+            num_blocks *= len(groups)
+            num_blocks += budget // block_size * len(windows) * draw.choice([0, 1])
+            seen["windows: beside layers that see all tokens" if full else "windows: alone"] += 1
+        elif num_host_blocks and seed % 3 > 0:
             kind, num_window_blocks = draw.choice(["auto", "host"]), draw.randint(1, 6)
             num_blocks = max(num_blocks // draw.randint(1, 4), 1)
             placement = Placement(
@@ -139,6 +160,7 @@ class Episode:
             step_sizes=draw.choice([(), ((8, 4), (16, rows), (32, rows), (budget, rows))]),
             is_quantized=seed % 4 == 0 and budget >= rows + block_size - 1,
             placement=placement,
+            groups=groups,
         )
         self.scheduler = self.device.scheduler
         self.blocks = self.scheduler.blocks
@@ -307,7 +329,9 @@ class Episode:
         for name in filter(scheduler.is_pinned, self.pins):
             request = scheduler.pins.held[name].request
             match = self.blocks.match_prefix(request.prompt_token_ids, salt=request.prefix_salt)
-            assert match.num_tokens == len(request.prompt_token_ids)
+            num_tokens = len(request.prompt_token_ids)
+            is_plain, block_size = self.blocks.groups.is_plain, self.blocks.block_size
+            assert match.num_tokens == (num_tokens if is_plain else num_tokens // block_size * block_size)
             assert not match.is_on_host
         self.num_steps += 1
 
@@ -363,7 +387,7 @@ class Episode:
                     assert schedule_order(group) < schedule_order(other), "no group overtakes"
 
     def _device_blocks(self, seq: Sequence) -> list[int]:
-        return [] if self.blocks.is_swapped(seq.seq_id) else self.blocks.block_table(seq.seq_id)
+        return [] if self.blocks.is_swapped(seq.seq_id) else self.blocks.holdings.held_by(seq.seq_id).live_blocks
 
     def _check_refusal(self) -> None:
         """Assert that a group which is not matched again could not start."""
@@ -377,6 +401,8 @@ class Episode:
         preempted = [group for group in running_before if group in scheduler.line.waiting]
         admitted = [group for group in scheduler.line.running if group not in running_before]
         self._count_streamed(plan, preempted, admitted)
+        if not self.blocks.groups.is_plain:
+            self._count_windows(plan, admitted)
         for group in preempted:
             if group.is_streamed:
                 continue
@@ -402,7 +428,7 @@ class Episode:
             num_loading = len(plan.from_host) * self.blocks.block_size
             seen["hits in both tiers at once"] += is_loading and num_loading < leader.num_computed
             for chunk in self.in_flight[-1][0].chunks if self.in_flight and leader.state.holds_blocks else ():
-                written = chunk.block_table[chunk.start // self.blocks.block_size :]
+                written = chunk.block_table[chunk.start // self.blocks.block_size * len(self.blocks.groups) :]
                 is_shared = not set(written).isdisjoint(self._device_blocks(leader))
                 seen["shared blocks of a step in flight"] += is_shared
         seen["copies on write"] += len(plan.copies)
@@ -411,6 +437,21 @@ class Episode:
         for chunk in plan.chunks:
             group, _ = scheduler.roster.sequences[chunk.seq_id]
             seen["chunked prompt"] += 0 < chunk.start < group.prompt_len
+
+    def _count_windows(self, plan: SpelledPlan, admitted: list[SequenceGroup]) -> None:
+        blocks, seen, block_size = self.blocks, self.seen, self.blocks.block_size
+        for chunk in plan.chunks:
+            holding = blocks.holdings.held_by(chunk.seq_id)
+            kind = "a decode" if len(chunk.token_ids) == 1 else "a chunk"
+            seen[f"windows: blocks freed by {kind}"] += max(holding.starts) > 0
+            group, seq = self.scheduler.roster.sequences[chunk.seq_id]
+            num_held = len(holding.live_blocks) // len(blocks.groups)
+            seen["windows: a prompt longer than what its window holds"] += seq.prompt_len > num_held * block_size
+            seen["windows: forked sequences"] += max(holding.starts) > 0 and len(group.unfinished) > 1
+        for group in admitted:
+            if group.num_cached_tokens and not group.num_preemptions and group.unfinished[0].state.holds_blocks:
+                [starts] = [blocks.holdings.held_by(group.unfinished[0].seq_id).starts]
+                seen["windows: a hit without first blocks"] += max(starts) > 0
 
     def _count_streamed(self, plan: SpelledPlan, preempted: list[SequenceGroup], admitted: list[SequenceGroup]) -> None:
         blocks, seen, streamed = self.blocks, self.seen, plan.plan.streamed
@@ -476,7 +517,8 @@ class Episode:
         seen["restored by transfer and computation at once"] += scheduler.stats().num_tokens_recomputed
         seen["hits in the host tier"] += stats.host_hit_tokens
         seen["pinned"] += len(self.pins)
-        pinned = {block for seq_id in scheduler.pins.held_seq_ids for block in blocks.block_table(seq_id)}
+        holdings = [blocks.holdings.held_by(seq_id) for seq_id in scheduler.pins.held_seq_ids]
+        pinned = {block for holding in holdings for block in holding.live_blocks}
         num_usable = blocks.num_blocks - 1 - blocks.placement.num_window_blocks
         assert blocks.num_free_blocks + len(pinned) == num_usable, "a block leaked"
         assert stats.num_host_used == 0, "a host block leaked"
@@ -486,13 +528,13 @@ class Episode:
         blocks.check_invariants()
 
 
-def run_episode(seed: int, seen: Counter[str]) -> int:
+def run_episode(seed: int, seen: Counter[str], *, has_windows: bool = False) -> int:
     """Run one episode; returns its number of steps. A failure names the seed that replays it."""
     with mock.patch.object(block_tier, "MAX_SPILLS_PER_STEP", (32, 2)[seed % 2]):
         try:
-            return Episode(seed, seen).run()
+            return Episode(seed, seen, has_windows=has_windows).run()
         except Exception as error:
-            error.add_note(f"replay: run_episode({seed}, Counter())")
+            error.add_note(f"replay: run_episode({seed}, Counter(), has_windows={has_windows})")
             raise
 
 
@@ -502,6 +544,14 @@ def test_tokens_never_change_and_no_block_leaks_or_holds_anything_wrong(request)
         num_steps += run_episode(seed, seen)
         seed += 1
     assert {feature for feature in FEATURES if not seen[feature]} == set()
+
+
+def test_windows_free_their_blocks_and_no_block_of_any_group_leaks_or_is_read_after(request):
+    num_steps, seed, seen = 0, 1000, Counter()
+    while num_steps < request.config.getoption("--soak-steps"):
+        num_steps += run_episode(seed, seen, has_windows=True)
+        seed += 1
+    assert {feature for feature in FEATURES_OF_WINDOWS if not seen[feature]} == set()
 
 
 # Single features, each as one story -----------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def _expected(x, weights, sizes, *, is_transposed):
         ((5, 0, 70, 1, 30), 140, 128, 128, True, 1),  # an empty group, more rows than a tile, rows behind all groups
         ((5, 0, 70, 1, 30), 140, 192, 64, False, 1),
         ((130, 3), 133, 128, 192, False, 2),  # the last tile reaches beyond the rows
+        ((200, 0, 3), 203, 64, 512, True, 1),  # several tiles of a group, and several columns of tiles
     ],
 )
 def test_groups_are_multiplied_by_their_own_matrices(sizes, num_rows, features, columns, is_transposed, consumers):
@@ -55,16 +56,17 @@ def test_xla_multiplies_groups_as_the_kernel_does(is_transposed):
 
 
 def test_tiles_hold_each_row_once_and_rows_of_one_group():
-    rng = np.random.default_rng(1)
+    rng, num_rows = np.random.default_rng(1), 630
     for _ in range(50):
         sizes = rng.integers(0, 90, 7) * rng.integers(0, 2, 7)
-        num_rows = int(sizes.sum()) + int(rng.integers(1, 20))
         columns, num_tiles = plan_tiles(jnp.asarray(sizes, jnp.int32), num_rows, 64)
         assert num_tiles[0] <= columns.shape[1] == most_tiles(num_rows, 7, 64)
         columns, owners = np.asarray(columns), np.repeat(np.arange(7), sizes)
         rows = []
-        for group, first, size in columns[:, : num_tiles[0]].T:
+        for tile, (group, first, size, first_tile, of_group) in enumerate(columns[:, : num_tiles[0]].T):
             assert 1 <= size <= 64
+            assert first_tile <= tile < first_tile + of_group
+            assert of_group == -(-sizes[group] // 64)
             assert (owners[first : first + size] == group).all()
             rows.extend(range(first, first + size))
         assert rows == list(range(len(owners)))

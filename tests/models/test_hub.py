@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,14 @@ def test_the_cache_serves_while_the_network_is_down(hub, monkeypatch):
     path = find_checkpoint(NAME, use_tqdm=False)
     use(_closed_endpoint(), monkeypatch)
     assert find_checkpoint(NAME, use_tqdm=False) == path
+
+
+def test_starts_at_the_same_time_download_each_file_once(hub):
+    with ThreadPoolExecutor(3) as starts:
+        [path] = set(starts.map(lambda _: find_checkpoint(NAME, use_tqdm=False), range(3)))
+    assert load_config(path).vocab_size == 257
+    sent = [request for request in hub.requests if request.startswith("GET ") and "/resolve/" in request]
+    assert sorted(sent) == sorted(set(sent))
 
 
 @pytest.mark.parametrize("use_tqdm", [True, False])

@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jpaged.device.backends.hopper import HopperBackend
+from jpaged.device.target import TARGETS
 from jpaged.models import load_config, load_model, random_model, save_checkpoint
 from jpaged.models.layers import moe
 from jpaged.models.layers.moe import (
@@ -121,6 +122,12 @@ def test_backend_gives_each_device_its_part_of_the_experts(num_experts, tokens):
     with jax.set_mesh(mesh):
         out = jax.jit(backend.experts, static_argnums=3)(x, routes, weights, GATED)
     np.testing.assert_allclose(out, _one_by_one(x, routes, weights), atol=1e-4)
+
+
+def test_one_row_of_a_mixture_has_a_program_of_its_own():
+    """Padding rows would read experts of their own."""
+    mixture, dense = (load_config(HF_REFERENCE / case) for case in ("mixtral", "llama_gqa"))
+    assert (TARGETS["gpu"].least_rows_of(mixture), TARGETS["gpu"].least_rows_of(dense)) == (1, 16)
 
 
 @pytest.mark.parametrize("num_pairs", [1, 50, MOST_COUNTED + 1])

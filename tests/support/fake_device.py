@@ -43,6 +43,11 @@ def hash_prefixes(token_ids: list[int], salt: bytes) -> list[int]:
     return numbers
 
 
+def content_of(number: int, group: int) -> int:
+    """The content of the slot that a layer group has for a token: no group reads that of another."""
+    return number if group == 0 else hash((number, group))
+
+
 def _before(salt: bytes) -> int:
     """The prefix before the first token."""
     return int.from_bytes(salt, "big")
@@ -137,7 +142,8 @@ class FakeDevice:
         self.block_size = blocks.block_size
         self.pool = np.full((blocks.num_blocks, self.block_size), LOST)
         self.host_pool = np.full((blocks.num_host_blocks, self.block_size), LOST)
-        self.rows = Rows()  # told of nothing but plans' changes
+        self.groups = blocks.groups
+        self.rows = Rows(len(blocks.groups))  # told of nothing but plans' changes
         self._window = self.host_pool[:0]  # blocks that the step streams, numbered after those of the pool
         self._latest: dict[int, int] = {}  # the token last drawn for each row
         self._drawn: dict[int, list[int]] = {}  # the tokens of each sequence (by id), with what was drawn last
@@ -221,21 +227,32 @@ class FakeDevice:
         scheduler, blocks = self.scheduler, self.scheduler.blocks
         for group, seq in scheduler.roster.sequences.values():
             if seq.state is SequenceState.RUNNING:
-                host_blocks = np.array(blocks.holdings.held_by(seq.seq_id).host_blocks, int)
-                table = [self._numbered(block, 0) for block in blocks.block_table(seq.seq_id)]
+                holding = blocks.holdings.held_by(seq.seq_id)
+                host_blocks = np.array(holding.host_blocks, int)
+                table = [self._numbered(block, 0) for block in holding.blocks]
                 held = np.concatenate([self.pool, self.host_pool[host_blocks]])
-                self._check_content(held, table, group, seq.token_ids, seq.num_known)
+                self._check_starts(holding.starts, seq)
+                self._check_content(held, table, group, seq.token_ids, seq.num_known, holding.starts)
             elif seq.state is SequenceState.SWAPPED:
-                table = blocks.holdings.on_host[seq.seq_id].blocks
-                self._check_content(self.host_pool, table, group, seq.token_ids, seq.num_computed)
+                holding = blocks.holdings.on_host[seq.seq_id]
+                self._check_starts(holding.starts, seq)
+                content = group, seq.token_ids, seq.num_computed, holding.starts
+                self._check_content(self.host_pool, holding.blocks, *content)
         for pin in scheduler.pins.held.values():
             if scheduler.is_pinned(pin.request.request_id):
-                table = blocks.block_table(pin.sequences[0].seq_id)
-                self._check_content(self.pool, table, pin, pin.request.prompt_token_ids, pin.prompt_len)
+                holding = blocks.holdings.held_by(pin.sequences[0].seq_id)
+                num_tokens = blocks.num_tokens(pin.sequences[0].seq_id)
+                assert num_tokens == pin.prompt_len or not self.groups.is_plain
+                content = pin, pin.request.prompt_token_ids, num_tokens, holding.starts
+                self._check_content(self.pool, holding.blocks, *content)
+        for block in blocks.tiers.device.free:
+            if block not in blocks.tiers.device.cache:
+                self.pool[block] = LOST  # nothing may read it before it is written
         for tier, pool in ((blocks.tiers.device, self.pool), (blocks.tiers.host, self.host_pool)):
             for block, prefix in tier.cache._prefixes.items():
                 tokens = np.frombuffer(b"".join(link.tokens for link in prefix.chain()), "<i8").tolist()
-                expected = hash_prefixes(tokens, prefix.salt)[-prefix.num_last_tokens :]
+                numbers = hash_prefixes(tokens, prefix.salt)[-prefix.num_last_tokens :]
+                expected = [content_of(number, prefix.group) for number in numbers]
                 assert pool[block, : len(expected)].tolist() == expected, f"cached block {block} holds something else"
 
     def _check_content(
@@ -245,16 +262,30 @@ class FakeDevice:
         group: SequenceGroup,
         token_ids: list[int],
         num_tokens: int,
+        starts: Collection[int] = (),
     ) -> None:
-        """Assert that the first ``num_tokens`` slots of a block table hold what the tokens say."""
-        request = group.request
-        held = pool[block_table].ravel()[:num_tokens].tolist()
-        expected = hash_prefixes(token_ids[:num_tokens], request.prefix_salt)
-        if held != expected:
-            wrong = [i for i, number in enumerate(expected) if i >= len(held) or held[i] != number]
-            raise AssertionError(
-                f"{request.request_id}: of {num_tokens} tokens in blocks {block_table} those at {wrong} are not there"
-            )
+        """Assert that the first ``num_tokens`` slots of block tables hold what the tokens say.
+
+        Args:
+            starts: first logical block that is read in each layer group; empty for all from the first on.
+        """
+        request, num_groups = group.request, len(self.groups)
+        numbers = hash_prefixes(token_ids[:num_tokens], request.prefix_salt)
+        for index, start in enumerate(starts or [0] * num_groups):
+            first, table = start * self.block_size, block_table[index::num_groups]
+            held = pool[table[start:]].ravel()[: max(num_tokens - first, 0)].tolist()
+            expected = [content_of(number, index) for number in numbers[first:]]
+            if held != expected:
+                wrong = [first + i for i, number in enumerate(expected) if i >= len(held) or held[i] != number]
+                raise AssertionError(
+                    f"{request.request_id}: of {num_tokens} tokens in blocks {table} of group {index} those at {wrong} "
+                    "are not there"
+                )
+
+    def _check_starts(self, starts: Collection[int], seq: Sequence) -> None:
+        """Assert that a sequence holds all that its next token sees, and no block that its last step did not see."""
+        for start, group in zip(starts, self.groups.groups, strict=False):
+            assert start <= group.first_live(seq.num_computed, self.block_size)
 
     def _check_rows(self, plan: StepPlan) -> None:
         """Assert that the table says of every row what its sequence does."""
@@ -282,16 +313,26 @@ class FakeDevice:
             assert chunk.start < chunk.stop <= scheduler.max_model_len
             assert list(chunk.token_ids) == self._tokens_fed(seq, chunk)[chunk.start : chunk.stop]
             assert chunk.prompt_len == group.prompt_len
-            assert len(chunk.block_table) * self.block_size >= chunk.stop
-            table = scheduler.blocks.block_table(chunk.seq_id)
-            assert list(chunk.block_table) == table[: len(chunk.block_table)], "the device knows other blocks"
+            assert len(chunk.block_table) // len(self.groups) * self.block_size >= chunk.stop
+            holding = scheduler.blocks.holdings.held_by(chunk.seq_id)
+            seen = self._seen(chunk)
+            assert [holding.blocks[cell] for cell in seen] == [chunk.block_table[cell] for cell in seen], (
+                "the device knows other blocks"
+            )
+            live = [group.first_live(chunk.start, self.block_size) for group in self.groups.groups]
+            assert list(holding.starts) == ([] if self.groups.is_plain else live), "windows leave no block behind"
+
+    def _seen(self, chunk: Chunk) -> list[int]:
+        """The cells of its row that a chunk reads or writes."""
+        starts = [group.first_live(chunk.start, self.block_size) for group in self.groups.groups]
+        return [cell for cell in range(len(chunk.block_table)) if cell // len(starts) >= starts[cell % len(starts)]]
 
     def _streaming(self, plan: StepPlan, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks, whose tables name streamed blocks by their numbers after those of the pool.
 
         Asserts that the plan streams what the tables name, in order, and as much as a step can.
         """
-        nums = [sum(block < 0 for block in chunk.block_table) for chunk in chunks]
+        nums = [sum(chunk.block_table[cell] < 0 for cell in self._seen(chunk)) for chunk in chunks]
         if plan.streamed is None:
             assert not any(nums), "a table names streamed blocks"
             return chunks
@@ -329,7 +370,7 @@ class FakeDevice:
         landing = {move.dst for move in plan.from_host}
         used = {block for copy in plan.copies for block in (copy.src, copy.dst)}
         for chunk in chunks:
-            used.update(chunk.block_table)
+            used.update([chunk.block_table[cell] for cell in self._seen(chunk)])
         used -= set(range(len(self.pool), len(self.pool) + (0 if plan.streamed is None else len(plan.streamed.blocks))))
         handed_out = set(range(1 + self.scheduler.blocks.placement.num_window_blocks, len(self.pool)))
         assert used | landing | {move.src for move in plan.to_host} <= handed_out, "0 is padding, then comes the window"
@@ -339,25 +380,33 @@ class FakeDevice:
         """Write the numbers of all chunks, once their contexts are what they must be. Returns those of each chunk."""
         slots = [self._slots(chunk) for chunk in chunks]
         is_written = np.zeros(self.pool.size + self._window.size, bool)
-        for chunk, own in zip(chunks, slots, strict=True):
-            assert not is_written[own[chunk.start :]].any(), "two tokens are written to one slot"
-            assert (own[chunk.start :] < self.pool.size).all(), "a token is written to a streamed block"
-            is_written[own[chunk.start :]] = True
+        for chunk, groups in zip(chunks, slots, strict=True):
+            for own in groups:
+                assert not is_written[own[chunk.start :]].any(), "two tokens are written to one slot"
+                assert (own[chunk.start :] < self.pool.size).all(), "a token is written to a streamed block"
+                is_written[own[chunk.start :]] = True
         held, flat, numbers = np.concatenate([self.pool, self._window]), self.pool.reshape(-1), []
-        for chunk, own in zip(chunks, slots, strict=True):
-            assert not is_written[own[: chunk.start]].any(), "a slot is read and written in one step"
+        for chunk, groups in zip(chunks, slots, strict=True):
+            starts = [group.first_live(chunk.start, self.block_size) for group in self.groups.groups]
+            for own, start in zip(groups, starts, strict=True):
+                read = own[start * self.block_size : chunk.start]
+                assert not is_written[read].any(), "a slot is read and written in one step"
             group, seq = self.scheduler.roster.sequences[chunk.seq_id]
             token_ids = self._tokens_fed(seq, chunk)
-            self._check_content(held, list(chunk.block_table), group, token_ids, chunk.start)
-            prefix = int(held.reshape(-1)[own[chunk.start - 1]]) if chunk.start else _before(group.request.prefix_salt)
+            self._check_content(held, list(chunk.block_table), group, token_ids, chunk.start, starts)
+            salt = group.request.prefix_salt
+            prefix = hash_prefixes(token_ids[: chunk.start], salt)[-1] if chunk.start else _before(salt)
             numbers.append([prefix := extend(prefix, token_id) for token_id in chunk.token_ids])
-        for chunk, own, written in zip(chunks, slots, numbers, strict=True):
-            flat[own[chunk.start :]] = written
+        for chunk, groups, written in zip(chunks, slots, numbers, strict=True):
+            for index, own in enumerate(groups):
+                flat[own[chunk.start :]] = [content_of(number, index) for number in written]
         return numbers
 
-    def _slots(self, chunk: Chunk) -> Int64[np.ndarray, "tokens"]:
+    def _slots(self, chunk: Chunk) -> list[Int64[np.ndarray, "tokens"]]:
+        """The slots of all tokens of a chunk's sequence, in each layer group; those before a window are not there."""
         logical, offsets = np.divmod(np.arange(chunk.start + len(chunk.token_ids)), self.block_size)
-        return np.asarray(chunk.block_table, int)[logical] * self.block_size + offsets
+        tables = np.asarray(chunk.block_table, int).reshape(-1, len(self.groups)).T
+        return [table[logical] * self.block_size + offsets for table in tables]
 
     def _draw(self, plan: StepPlan, draw_index: int, chunks: list[Chunk], numbers: list[list[int]]) -> int:
         group, seq = self.scheduler.roster.sequences[int(plan.draws.seq_ids[draw_index])]

@@ -13,9 +13,12 @@ from jpaged.device.sampling.columns import make_sample_inputs as make_inputs
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import SamplingParams
 
+NO_CELL = -(2**31)
+"""Stands for a cell of a block table that no plan has told of."""
+
 
 class Chunk(NamedTuple):
-    """A chunk, with the row that it belongs to."""
+    """A chunk, with the row that it belongs to. Its block table has the cells of all layer groups."""
 
     seq_id: int
     token_ids: Sequence[int]
@@ -115,7 +118,8 @@ def make_sample_inputs(samples: Sequence[Sample], num_rows: int) -> SampleInputs
 class Rows:
     """The table of rows as a device keeps it: told of nothing but plans' changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_groups: int = 1) -> None:
+        self.num_groups = num_groups
         self.tables: dict[int, dict[int, int]] = {}
         self.columns: dict[int, np.ndarray] = {}
 
@@ -152,7 +156,8 @@ class Rows:
         for row, seq_id, start, length, num_fed in zip(*(column.tolist() for column in columns), strict=True):
             token_ids = plan.chunks.token_ids[stop : stop + length].tolist()
             stop += length
-            table = [self.tables[row][index] for index in range(-(-(start + num_fed) // block_size))]
+            num_cells = -(-(start + num_fed) // block_size) * self.num_groups
+            table = [self.tables[row].get(index, NO_CELL) for index in range(num_cells)]
             found.append(Chunk(seq_id, token_ids, start, self.prompt_len(row), table, row))
         return found
 
@@ -213,7 +218,7 @@ def spell(plan: StepPlan, scheduler: Scheduler) -> SpelledPlan:
         stop += length
         if token_ids == [ON_DEVICE] and start < len(seq.token_ids):
             token_ids = [seq.token_ids[start]]
-        table = scheduler.blocks.block_table(seq_id)
+        table = scheduler.blocks.holdings.held_by(seq_id).blocks
         chunks.append(Chunk(seq_id, token_ids, start, seq.prompt_len, table, row))
     for draw, (seq_id, chunk) in enumerate(zip(plan.draws.seq_ids.tolist(), plan.draws.chunks.tolist(), strict=True)):
         group, seq = sequences[seq_id]

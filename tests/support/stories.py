@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Collection
 
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.profile import Link, MachineProfile
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.offload.placement import KV_ON_DEVICE, Placement
@@ -41,6 +42,7 @@ def make_device(
     step_sizes: tuple[tuple[int, int], ...] = (),
     is_quantized: bool = False,
     placement: Placement = KV_ON_DEVICE,
+    groups: LayerGroups | None = None,
 ) -> FakeDevice:
     blocks = BlockManager(
         num_blocks,
@@ -48,6 +50,7 @@ def make_device(
         enable_prefix_caching=caching,
         num_host_blocks=num_host_blocks,
         placement=placement,
+        groups=groups,
     )
     blocks.is_quantized = is_quantized
     scheduler = Scheduler(

@@ -1,10 +1,21 @@
 """The engine's ``attend``: the door between a model and the block pool."""
 
+from collections.abc import Sequence
+
 from jaxtyping import Array, Float
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.pool import KVCache
+from jpaged.device.step.inputs import StepInputs
 from jpaged.models.spec import LayerSpec, check_head_arrays
+
+
+def rows_of_groups(inputs: StepInputs, num_groups: int) -> list[Rows]:
+    """The places of a step's tokens in the pool, for each layer group."""
+    tables, slots = inputs.block_tables, inputs.slots
+    if num_groups == 1:
+        return [Rows(slots, tables, inputs.kv_lens, inputs.cu_q_lens)]
+    return [Rows(slots[i], tables[i], inputs.kv_lens, inputs.cu_q_lens) for i in range(num_groups)]
 
 
 class PagedAttend:
@@ -46,3 +57,23 @@ class PagedAttend:
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
         out, self._cache = self._backend.attend(self._cache, spec, q, k, v, self._rows, head_arrays, self._out)
         return out
+
+
+class GroupedAttend(PagedAttend):
+    """Attends where layers form groups, each with a block table of its own.
+
+    Args:
+        cache, backend: as for ``PagedAttend``.
+        rows: where the step's tokens lie in the pool, for each group.
+        layers: the layers in the order of the model, with their groups and their places in blocks.
+    """
+
+    def __init__(self, cache: KVCache, rows: Sequence[Rows], backend: Backend, layers: Sequence[LayerSpec]) -> None:
+        super().__init__(cache, rows[0], backend)
+        self._rows_of_groups = rows
+        self._layers = layers
+
+    def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
+        placed = self._layers[spec.layer]
+        self._rows = self._rows_of_groups[placed.group]
+        return super()._attend(placed, q, k, v, head_arrays)

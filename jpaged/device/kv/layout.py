@@ -13,6 +13,7 @@ from jpaged.config import EngineConfig
 from jpaged.device.backends import Backend
 from jpaged.device.kv.pool import KVCache
 from jpaged.models.checkpoint.config import ModelConfig
+from jpaged.models.groups import Grouping, grouped, ungrouped
 from jpaged.models.spec import LayerSpec
 from pallas_kernels import block_pool_shape, is_quantized, kv_scales_shape
 
@@ -93,6 +94,18 @@ def heads_of_pool(specs: Sequence[LayerSpec], num_devices: int) -> tuple[int, in
     return max(specs[0].num_kv_heads, num_devices), specs[0].head_dim
 
 
+def grouping_of(model: ModelConfig, config: EngineConfig) -> Grouping:
+    """The layer groups of a model.
+
+    Where sequences keep blocks on the host while they run, all layers share one block table, and windows free no block:
+    a step streams whole blocks of all layers, in the order of the layers.
+    """
+    specs = tuple(model.layer_specs)
+    if config.kv_placement != "device":
+        return ungrouped(specs)
+    return grouped(specs, config.max_model_len or model.max_model_len)
+
+
 def why_no_activations(model: ModelConfig, config: EngineConfig) -> str | None:
     """The reason why blocks cannot hold activations in place of K and V; None if they can."""
     if not model.shows_sources:
@@ -140,7 +153,8 @@ def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: B
     """
     num_kv_heads, head_dim = backend.pool_heads(*heads_of_pool(model.layer_specs, backend.num_devices))
     stored = kv_dtype(config.kv_cache_dtype, dtype)
-    return PoolLayout(len(model.layer_specs), num_kv_heads, head_dim, pool_block_size(model, config), stored)
+    num_layers = grouping_of(model, config).groups.layers_per_block
+    return PoolLayout(num_layers, num_kv_heads, head_dim, pool_block_size(model, config), stored)
 
 
 def host_layout(layout: PoolLayout, config: EngineConfig) -> PoolLayout:

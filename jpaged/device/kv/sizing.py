@@ -9,9 +9,17 @@ import jax
 from jax.sharding import Mesh
 
 from jpaged.config import EngineConfig
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.device.backends import Backend
 from jpaged.device.kv.host_pool import num_host_blocks_for
-from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout, share_on_host
+from jpaged.device.kv.layout import (
+    grouping_of,
+    host_layout,
+    is_narrowed,
+    keeps_activations,
+    pool_layout,
+    share_on_host,
+)
 from jpaged.device.kv.streaming import most_blocks_on_host, window_for
 from jpaged.device.target import Target, choose_backend, target_of
 from jpaged.models import ModelConfig
@@ -28,9 +36,10 @@ class SizedPrograms(Protocol):
     target: Target
     bytes_per_block: int
     max_model_len: int
+    groups: LayerGroups
 
     @property
-    def max_blocks(self) -> int: ...
+    def most_blocks(self) -> int: ...
     def workspace_bytes(self) -> int: ...
     def resize(self, num_blocks: int, max_model_len: int) -> None: ...
 
@@ -84,7 +93,7 @@ class PoolSizer:
             return None
         guessed_bytes = self._least(int(available_bytes(self._mesh, self._target) * GUESSED_WORKSPACE))
         num_blocks = self._num_blocks_beside(guessed_bytes)
-        if num_blocks > programs.max_blocks:
+        if num_blocks > programs.most_blocks:
             self._resize(num_blocks)
             return guessed_bytes
         # A guess refuses no context: ask the programs of the largest pool there could be.
@@ -109,7 +118,7 @@ class PoolSizer:
         return True
 
     def _num_blocks_beside(self, reserved_bytes: int) -> int:
-        max_blocks = self._programs.max_blocks
+        most_blocks = self._programs.most_blocks
         return self._least(
             num_blocks_that_fit(
                 self._programs.bytes_per_block,
@@ -117,8 +126,8 @@ class PoolSizer:
                 self._target,
                 self._config.memory_fraction,
                 reserved_bytes=reserved_bytes,
-                least_blocks=max_blocks + 1,
-                useful_blocks=self._config.max_num_seqs * max_blocks + 1,
+                least_blocks=most_blocks + 1,
+                useful_blocks=self._config.max_num_seqs * most_blocks + 1,
             )
         )
 
@@ -142,7 +151,13 @@ class PoolSizer:
         if config.kv_placement != "device":  # contexts may be longer than the pool
             self._programs.resize(num_blocks, max_model_len)
             return
-        held = (num_blocks - 1) * config.block_size
+        groups = self._programs.groups
+        held = groups.most_tokens(num_blocks - 1, config.block_size, config.token_budget)
+        if held == 0:
+            raise ValueError(
+                f"num_blocks={num_blocks} is too few: a token takes a block in each of {len(groups)} layer groups, and "
+                f"block 0 is padding; give {len(groups) + 1} or more, or raise memory_fraction"
+            )
         if held < max_model_len and config.max_model_len is None:
             max_model_len = held
         elif held < max_model_len and config.num_blocks is None:
@@ -168,8 +183,10 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
     target, backend = target_of(mesh), choose_backend(model, config, dtype, mesh)
     layout = pool_layout(model, config, dtype, backend)
     bytes_per_block = layout.block_bytes
-    max_blocks = -(-(config.max_model_len or model.max_model_len) // config.block_size)
-    useful_blocks = config.max_num_seqs * max_blocks
+    max_model_len = config.max_model_len or model.max_model_len
+    groups = grouping_of(model, config).groups
+    most_blocks = groups.num_blocks(max_model_len, config.block_size, config.token_budget)
+    useful_blocks = config.max_num_seqs * most_blocks
     local_bytes = host_layout(layout, config).block_bytes * len(mesh.local_devices) // mesh.size
     num_host_blocks = num_host_blocks_for(config, target, local_bytes, useful_blocks=useful_blocks)
     if config.num_blocks is not None:
@@ -180,7 +197,7 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
         target,
         config.memory_fraction,
         reserved_bytes=0,
-        least_blocks=max_blocks + 1,
+        least_blocks=most_blocks + 1,
         useful_blocks=useful_blocks + 1,
     )
     if config.kv_placement != "device":

@@ -94,8 +94,8 @@ class StepInputs:
         token_ids: token to feed at each place.
         positions: position of each token in its sequence.
         prompt_lens: length of the prompt of each token's sequence.
-        slots: slot of the pool for each token's K and V.
-        block_tables: as ``paged_attention`` takes them.
+        slots: slot of the pool for each token's K and V; with several layer groups, one for each group.
+        block_tables: as ``paged_attention`` takes them; with several layer groups, one for each group.
         kv_lens: as ``paged_attention`` takes them.
         cu_q_lens: as ``paged_attention`` takes them.
         stream_starts: first streamed block of each row, as in ``Streamed``.
@@ -106,8 +106,8 @@ class StepInputs:
     token_ids: Int[Array, " tokens"]
     positions: Int[Array, " tokens"]
     prompt_lens: Int[Array, " tokens"]
-    slots: Int[Array, " tokens"]
-    block_tables: Int[Array, "rows max_blocks"]
+    slots: Int[Array, "*groups tokens"]
+    block_tables: Int[Array, "*groups rows max_blocks"]
     kv_lens: Int[Array, " rows"]
     cu_q_lens: Int[Array, " rows_plus_1"]
     stream_starts: Int[Array, " rows"]

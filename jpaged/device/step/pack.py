@@ -68,7 +68,7 @@ def change_layout(num_table_rows: int) -> Layout:
     return Layout(
         rows=(num_rows,),
         columns=(len(COLUMNS), num_rows),
-        cells=(CHANGED_BLOCKS,),  # block_row * max_blocks + block_index
+        cells=(CHANGED_BLOCKS,),  # in StepState.block_tables
         blocks=(CHANGED_BLOCKS,),
     )
 
@@ -147,6 +147,7 @@ class Packer:
         max_blocks: width of a block table.
         vocab_size: the model's vocabulary.
         streams_always: whether programs stream even if a plan names no blocks.
+        num_groups: layer groups, each with a block table.
     """
 
     def __init__(
@@ -157,14 +158,16 @@ class Packer:
         vocab_size: int,
         *,
         streams_always: bool = False,
+        num_groups: int = 1,
     ) -> None:
         self.buckets = buckets
         self.padding_row = num_rows - 1
         self._num_rows = num_rows
         self._max_blocks = max_blocks
+        self._num_groups = num_groups
         self._vocab_size = vocab_size
         self._streams_always = streams_always
-        self._num_cells = num_rows * max_blocks  # of all block tables: the place of padding, which is dropped
+        self._num_cells = num_rows * max_blocks * num_groups  # of all tables: the place of padding, which is dropped
         self._layouts = {bucket: step_layout(bucket) for bucket in buckets}
         self._change_layout = change_layout(num_rows)
 
@@ -244,7 +247,11 @@ class Packer:
         return packed
 
     def _cells_of(self, changes: RowChanges) -> Int32[np.ndarray, " cells"]:
-        return changes.block_rows * np.int32(self._max_blocks) + changes.block_indices
+        places = changes.block_indices
+        if self._num_groups > 1:  # on the device, the tables of a row lie one after the other
+            logical, group = np.divmod(places, np.int32(self._num_groups))
+            places = group * np.int32(self._max_blocks) + logical
+        return changes.block_rows * np.int32(self._max_blocks * self._num_groups) + places
 
     def _pack_changes(self, changes: RowChanges, *, with_blocks: bool) -> tuple[Int32[np.ndarray, " change_size"], ...]:
         """Changes that the inputs of a step have no place for: new rows, and blocks if they are too many."""

@@ -17,7 +17,14 @@ from jpaged.device.kv.copy_engine import CopyEngine, PlainCopier
 from jpaged.device.kv.dma import DmaStream, abstract_slots, lower_move
 from jpaged.device.kv.host_memory import MOVE_SIZES, has_copy_engine
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, has_host_pool, num_slots_for
-from jpaged.device.kv.layout import host_layout, is_narrowed, keeps_activations, pool_layout, share_on_host
+from jpaged.device.kv.layout import (
+    grouping_of,
+    host_layout,
+    is_narrowed,
+    keeps_activations,
+    pool_layout,
+    share_on_host,
+)
 from jpaged.device.kv.narrow import gather_for_host, scatter_from_host
 from jpaged.device.kv.narrow_slots import MAX_NARROW_BLOCKS
 from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity
@@ -84,20 +91,24 @@ class Programs:
         self.model_identity = model_identity(model)
         self.dtype = dtype_of(model)
         self.backend = backend
+        self.grouping = grouping_of(model_config, config)
+        self.groups = self.grouping.groups
         self._layout = pool_layout(model_config, config, self.dtype, backend)
         self._host_layout = host_layout(self._layout, config)
         self.bytes_per_block = self._layout.block_bytes
         self.host_bytes_per_block = self._host_layout.block_bytes
         self.share_on_host = share_on_host(self._layout, config)
-        grid = self.target.least_rows, self.target.halfway_from
+        grid = self.target.least_rows_of(model_config), self.target.halfway_from
         self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
         self.stream: BlockStream | None = None
         self._num_streamable = 0  # blocks on the host
-        self.copy_sizes = sorted({min(8, config.max_num_seqs), config.max_num_seqs})
-        """Sizes of the copying programs: a step copies one block for each row at most."""
+        most_copies = config.max_num_seqs * len(self.groups)
+        self.copy_sizes = sorted({min(8, most_copies), most_copies})
+        """Sizes of the copying programs: a step copies one block for each row and layer group at most."""
         self.keeps_activations = keeps_activations(model_config, config)
         """Whether blocks hold activations: every step then streams, and computes K and V."""
-        self._steps = partial(Steps, graphdef, tree, mesh, backend, config.block_size, self.keeps_activations)
+        fixed = graphdef, tree, mesh, backend, self.grouping, config.block_size, self.keeps_activations
+        self._steps = partial(Steps, *fixed)
         self.resize(num_blocks, max_model_len)
 
     def resize(self, num_blocks: int, max_model_len: int) -> None:
@@ -157,6 +168,11 @@ class Programs:
         """Width of a block table."""
         return -(-self.max_model_len // self.config.block_size)
 
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of the longest sequence, of all layer groups."""
+        return self.groups.num_blocks(self.max_model_len, self.config.block_size, self.config.token_budget)
+
     def workspace_bytes(self) -> int:
         """Temporaries and results of the largest step on one device, from the compiler, without running it."""
         # The window is opened once the pool has a size.
@@ -189,6 +205,7 @@ class Programs:
             hidden_size=self.model_config.hidden_size,
             dtype=self.dtype,
             sharding=replicated(self.mesh),
+            num_groups=len(self.groups),
         )
 
     def warm_up(self, *, with_host_pool: bool = False, use_tqdm: bool = True) -> None:
@@ -343,7 +360,7 @@ def kept_programs(programs: Programs) -> ProgramCache | None:
     config, weights = programs.config, [(x.shape, str(x.dtype), str(x.sharding)) for x in programs.weights]
     pools = programs.num_blocks, config.block_size, programs._layout, programs._host_layout, programs._num_streamable
     sizes = *pools, programs.max_model_len, programs.max_burst, programs.buckets
-    choices = programs.model_config, programs.backend, config.kv_cache_dtype, programs.target
+    choices = programs.model_config, programs.grouping, programs.backend, config.kv_cache_dtype, programs.target
     devices = list(programs.mesh.devices.flat)
     return program_cache_for(programs.model_identity, devices, str(programs.mesh), weights, sizes, choices)
 

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jpaged.device.backends import Backend, Rows
-from jpaged.device.kv.attend import PagedAttend
+from jpaged.device.backends import Backend
+from jpaged.device.kv.attend import GroupedAttend, PagedAttend, rows_of_groups
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import BlockStream
 from jpaged.device.kv.streaming import RecomputingAttend, StreamingAttend
@@ -23,6 +23,7 @@ from jpaged.device.sampling.draw import SampledTokens, sample
 from jpaged.device.sampling.scores import Scores, score
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.table import StepState, with_latest
+from jpaged.models.groups import Grouping
 from jpaged.sharding import TENSOR_AXIS, replicated
 
 SAMPLING_SCOPE = "sampling"
@@ -39,6 +40,7 @@ class Steps:
             costs more than a small step.
         mesh: the devices.
         backend: attends.
+        grouping: the layers and their groups.
         block_size: tokens of a block.
         keeps_activations: whether blocks hold activations in place of K and V.
         max_burst: steps that a decode may have.
@@ -48,6 +50,7 @@ class Steps:
     weights_tree: Any
     mesh: jax.sharding.Mesh
     backend: Backend
+    grouping: Grouping
     block_size: int
     keeps_activations: bool
     max_burst: int
@@ -72,10 +75,13 @@ class Steps:
             weights, cache, state: the arrays.
             streamed: inputs of the stream.
         """
-        inputs = state.step_inputs(bucket, self.block_size)
+        num_groups = len(self.grouping.groups)
+        inputs = state.step_inputs(bucket, self.block_size, num_groups)
         model = self._merge(weights)
-        rows = Rows(inputs.slots, inputs.block_tables, inputs.kv_lens, inputs.cu_q_lens)
-        if stream is None:
+        rows, *others = rows_of_groups(inputs, num_groups)
+        if others:
+            attend = GroupedAttend(cache, [rows, *others], self.backend, self.grouping.layers)
+        elif stream is None:
             attend = PagedAttend(cache, rows, self.backend)
         else:
             plain = WideningAttend if stream.window.is_narrow else StreamingAttend

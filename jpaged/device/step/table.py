@@ -27,7 +27,8 @@ class StepState:
     The last row of the table is padding: its blocks are block 0, and it asks for nothing.
 
     Args:
-        block_tables: physical blocks by row id; cells beyond a row's tokens hold anything.
+        block_tables: physical blocks by row id: the block table of the first layer group, then those of the others.
+            Cells beyond a row's tokens, or before its windows, hold anything.
         columns: bits of ``COLUMNS``, by row id.
         latest: newest token drawn for each row.
         inputs: inputs of a bucket's program, as ``step_layout`` says.
@@ -38,7 +39,7 @@ class StepState:
             burst.
     """
 
-    block_tables: Int[Array, "table_rows max_blocks"]
+    block_tables: Int[Array, "table_rows cells"]
     columns: Int[Array, "columns table_rows"]
     latest: Int[Array, " table_rows"]
     inputs: Int[Array, " size"]
@@ -57,13 +58,14 @@ class StepState:
         hidden_size: int,
         dtype: jax.typing.DTypeLike,
         sharding: jax.sharding.Sharding | None = None,
+        num_groups: int = 1,
     ) -> Self:
         """A table of padding rows, for the programs of some buckets."""
         most_rows = max(bucket.num_rows for bucket in buckets)
         inputs_size = max(step_layout(bucket).size for bucket in buckets)
         columns = np.tile(PADDING_ROW[:, None], (1, most_rows + 1))
         return cls(
-            block_tables=jnp.zeros((most_rows + 1, max_blocks), jnp.int32, device=sharding),
+            block_tables=jnp.zeros((most_rows + 1, num_groups * max_blocks), jnp.int32, device=sharding),
             columns=jnp.asarray(columns, device=sharding),
             latest=jnp.zeros(most_rows + 1, jnp.int32, device=sharding),
             inputs=jnp.zeros(inputs_size, jnp.int32, device=sharding),
@@ -91,12 +93,12 @@ class StepState:
             block_tables=self._tables_with(cells, blocks),
         )
 
-    def _tables_with(self, cells: Int[Array, " cells"], blocks: Int[Array, " cells"]) -> Int[Array, "rows max_blocks"]:
+    def _tables_with(self, cells: Int[Array, " some"], blocks: Int[Array, " some"]) -> Int[Array, "table_rows cells"]:
         return self.block_tables.reshape(-1).at[cells].set(blocks, mode="drop").reshape(self.block_tables.shape)
 
     # Inside a step ------------------------------------------------------------------------------------------------
 
-    def step_inputs(self, bucket: Bucket, block_size: int) -> StepInputs:
+    def step_inputs(self, bucket: Bucket, block_size: int, num_groups: int = 1) -> StepInputs:
         """The batch of the next forward pass.
 
         A row that has drawn all its tokens of a burst feeds token 0, writes to block 0, and reads nothing else.
@@ -111,16 +113,22 @@ class StepState:
         is_token = index < cu_q_lens[-1]
         positions = jnp.where(is_token, starts[chunks] + index - cu_q_lens[chunks], 0)
         is_fed = is_token & goes_on[chunks]
-        blocks = self.block_tables[rows[chunks], positions // block_size]
+        max_blocks = self.block_tables.shape[1] // num_groups
+        logical_starts = jnp.arange(max_blocks, dtype=jnp.int32) * block_size
+        is_held, slots, tables = logical_starts[None, :] < kv_lens[:, None], [], []
+        for first in range(0, num_groups * max_blocks, max_blocks):
+            blocks = self.block_tables[rows[chunks], first + positions // block_size]
+            slots.append(jnp.where(is_fed, blocks * block_size + positions % block_size, 0))
+            table = self.block_tables[:, first : first + max_blocks] if num_groups > 1 else self.block_tables
+            tables.append(jnp.where(is_held, table[rows], 0))
         is_drawn = (fields["token_ids"] < 0) | (self.number > 0)
         token_ids = jnp.where(is_drawn, self.latest[rows[chunks]], fields["token_ids"])
-        logical_starts = jnp.arange(self.block_tables.shape[1], dtype=jnp.int32) * block_size
         return StepInputs(
             token_ids=jnp.where(is_fed, token_ids, 0),
             positions=positions,
             prompt_lens=jnp.where(is_token, self.columns[PROMPT_LEN][fields["rows"][chunks]], 0),
-            slots=jnp.where(is_fed, blocks * block_size + positions % block_size, 0),
-            block_tables=jnp.where(logical_starts[None, :] < kv_lens[:, None], self.block_tables[rows], 0),
+            slots=slots[0] if num_groups == 1 else jnp.stack(slots),
+            block_tables=tables[0] if num_groups == 1 else jnp.stack(tables),
             kv_lens=kv_lens,
             cu_q_lens=cu_q_lens,
             stream_starts=fields["stream_starts"],

@@ -22,6 +22,7 @@ class Append:
     def __init__(self, tiers: TwoTiers, holdings: Holdings) -> None:
         self._tiers = tiers
         self._holdings = holdings
+        self._num_groups = len(holdings.groups)
 
     def ticket(self, appends: Sequence[tuple[Hashable, int]]) -> Ticket[list[BlockCopy]]:
         """The ticket to make room for more tokens, by (seq_id, number of tokens).
@@ -30,19 +31,20 @@ class Append:
         last of these holders writes in place.
         """
         growing = [self._growth(*append) for append in appends]
-        num_blocks, writers = 0, Counter()
+        num_blocks, writers, num_groups = 0, Counter(), self._num_groups
         for holding, num_tokens in growing:
-            num_blocks += _num_blocks_alone(self._tiers, holding, num_tokens)
+            num_blocks += _num_blocks_alone(self._tiers, holding, num_tokens, num_groups)
             if holding.num_empty > 0 and not holding.is_borrowing:
                 writers[holding.blocks[-1]] += 1
         device = self._tiers.device
-        in_place = sum(1 < count == device.ref_counts[block] for block, count in writers.items())
+        # The sequences share their last blocks of the other layer groups too.
+        in_place = num_groups * sum(1 < count == device.ref_counts[block] for block, count in writers.items())
         return Ticket(num_blocks - in_place, self._tiers, device, lambda: self._grow(growing))
 
     def append(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
         """Append as the ticket and its commit do, at less cost in the common case."""
         growing = [self._growth(*append) for append in appends]
-        most = sum([2 + num_tokens // self._tiers.block_size for _, num_tokens in growing])
+        most = self._num_groups * sum([2 + num_tokens // self._tiers.block_size for _, num_tokens in growing])
         if most > len(self._tiers.device.free) or self._tiers.has_loads:
             return self.ticket(appends).commit()
         self._tiers.num_changes += sum([num_tokens for _, num_tokens in growing]) > 0
@@ -55,29 +57,33 @@ class Append:
         return holding, num_tokens
 
     def _grow(self, growing: Sequence[_Growth]) -> list[BlockCopy]:
-        return [copy for holding, num_tokens in growing for copy in _grow(self._tiers, holding, num_tokens)]
+        num_groups, tiers = self._num_groups, self._tiers
+        return [copy for holding, num_tokens in growing for copy in _grow(tiers, holding, num_tokens, num_groups)]
 
 
-def _grow(tiers: TwoTiers, holding: Holding, num_tokens: int) -> list[BlockCopy]:
+def _grow(tiers: TwoTiers, holding: Holding, num_tokens: int, num_groups: int) -> list[BlockCopy]:
     """Give a sequence the blocks for its tokens, which must be there. Returns the copies to run."""
     if holding.num_empty == 0 and 0 < num_tokens <= tiers.block_size:  # most appends: kept free of other work
-        holding.blocks.append(tiers.take())
+        for _ in range(num_groups):
+            holding.blocks.append(tiers.take())
         holding.num_empty = tiers.block_size - num_tokens
         return []
-    total = len(holding.blocks) * tiers.block_size - holding.num_empty + num_tokens
-    copies = _copy_last_block(tiers, holding) if num_tokens > 0 and _must_copy_last_block(tiers, holding) else []
-    while len(holding.blocks) * tiers.block_size < total:
+    num_held = len(holding.blocks) // num_groups * tiers.block_size - holding.num_empty
+    must_copy = num_tokens > 0 and _must_copy_last_block(tiers, holding)
+    copies = _copy_last_block(tiers, holding, num_groups) if must_copy else []
+    num_blocks = -(-(num_held + num_tokens) // tiers.block_size)
+    while len(holding.blocks) < num_blocks * num_groups:
         holding.blocks.append(tiers.take())
-    holding.num_empty = len(holding.blocks) * tiers.block_size - total
+    holding.num_empty = num_blocks * tiers.block_size - num_held - num_tokens
     return copies
 
 
-def _num_blocks_alone(tiers: TwoTiers, holding: Holding, num_tokens: int) -> int:
-    num_new = -(-max(num_tokens - holding.num_empty, 0) // tiers.block_size)
+def _num_blocks_alone(tiers: TwoTiers, holding: Holding, num_tokens: int, num_groups: int) -> int:
+    num_new = -(-max(num_tokens - holding.num_empty, 0) // tiers.block_size) * num_groups
     if num_tokens == 0 or not _must_copy_last_block(tiers, holding):
         return num_new
-    num_loads = int(tiers.is_loading(holding.blocks[-1]))
-    return tiers.num_needed(num_new + 1 - num_loads, num_loads=num_loads)
+    num_loads = sum([tiers.is_loading(block) for block in holding.blocks[-num_groups:]])
+    return tiers.num_needed(num_new + num_groups - num_loads, num_loads=num_loads)
 
 
 def _must_copy_last_block(tiers: TwoTiers, holding: Holding) -> bool:
@@ -85,12 +91,15 @@ def _must_copy_last_block(tiers: TwoTiers, holding: Holding) -> bool:
     return holding.num_empty > 0 and (tiers.device.ref_counts[holding.blocks[-1]] > 1 or holding.is_borrowing)
 
 
-def _copy_last_block(tiers: TwoTiers, holding: Holding) -> list[BlockCopy]:
-    src, copies = holding.blocks[-1], []
-    if tiers.is_loading(src):
-        holding.blocks[-1] = tiers.load_again(src)
-    else:
-        holding.blocks[-1], copies = tiers.copy(src)
-    tiers.release([src])
+def _copy_last_block(tiers: TwoTiers, holding: Holding, num_groups: int) -> list[BlockCopy]:
+    copies = []
+    for cell in range(-num_groups, 0):
+        src = holding.blocks[cell]
+        if tiers.is_loading(src):
+            holding.blocks[cell] = tiers.load_again(src)
+        else:
+            holding.blocks[cell], made = tiers.copy(src)
+            copies += made
+        tiers.release([src])
     holding.is_borrowing = False
     return copies

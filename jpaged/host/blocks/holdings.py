@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.rows import host_cell
 from jpaged.host.blocks.prefix_cache import Prefix
 from jpaged.host.blocks.tier import TwoTiers
@@ -15,12 +16,13 @@ class Holding:
     """The blocks of one sequence.
 
     Args:
-        blocks: physical blocks in logical order; ``host_cell(i)`` stands for ``host_blocks[i]``.
+        blocks: physical blocks in the order of ``LayerGroups``; ``host_cell(i)`` stands for ``host_blocks[i]``.
         num_empty: slots of the last block without a token, so ``0 <= num_empty < block_size``.
         prefix: content of the first ``num_published`` blocks, all full.
         num_published: blocks that this sequence has published.
         is_borrowing: shares a last block in which the cache may hold more tokens than the sequence does.
         host_blocks: host blocks of a streamed sequence that is on the device: its first blocks, all full.
+        starts: first logical block that is held in each layer group; empty if there is one group without a window.
     """
 
     blocks: list[int]
@@ -29,16 +31,26 @@ class Holding:
     num_published: int = 0
     is_borrowing: bool = False
     host_blocks: "array[int] | tuple[()]" = ()
+    starts: "array[int] | tuple[()]" = ()
+
+    @property
+    def live_blocks(self) -> list[int]:
+        """The blocks that are held, in the tier of the sequence; those of a streamed sequence included."""
+        if not self.starts:
+            return self.blocks
+        num_groups, starts = len(self.starts), self.starts
+        return [block for cell, block in enumerate(self.blocks) if cell // num_groups >= starts[cell % num_groups]]
 
     @property
     def device_blocks(self) -> list[int]:
         """The blocks on the device of a sequence that is there."""
-        return self.blocks[len(self.host_blocks) :] if self.host_blocks else self.blocks
+        return self.blocks[len(self.host_blocks) :] if self.host_blocks else self.live_blocks
 
     def fork(self) -> "Holding":
         """The same blocks for another sequence."""
         assert not self.host_blocks, "a streamed sequence is never forked"
-        return Holding(self.blocks.copy(), self.num_empty, self.prefix, self.num_published, self.is_borrowing)
+        copied = self.blocks.copy(), self.num_empty, self.prefix, self.num_published, self.is_borrowing
+        return Holding(*copied, starts=self.starts[:])
 
 
 class Holdings:
@@ -46,10 +58,12 @@ class Holdings:
 
     Args:
         block_size: tokens in a block.
+        groups: the layer groups.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, groups: LayerGroups) -> None:
         self.block_size = block_size
+        self.groups = groups
         self.on_device: dict[Hashable, Holding] = {}
         self.on_host: dict[Hashable, Holding] = {}
 
@@ -89,7 +103,7 @@ class Holdings:
         """Forget a sequence, and remove it from the holders of its blocks. Raises ValueError if it is unknown."""
         swapped = self.on_host.pop(seq_id, None)
         if swapped is not None:
-            tiers.host.release(swapped.blocks)
+            tiers.host.release(swapped.live_blocks)
         else:
             holding = self.held_by(seq_id)
             tiers.release(holding.device_blocks)
@@ -99,20 +113,24 @@ class Holdings:
 
     def num_tokens(self, holding: Holding) -> int:
         """Count the tokens that the blocks of a sequence hold or have room for."""
-        return len(holding.blocks) * self.block_size - holding.num_empty
+        return len(holding.blocks) // len(self.groups) * self.block_size - holding.num_empty
 
     def num_covering(self, num_tokens: int) -> int:
-        """Count the blocks that hold so many tokens."""
+        """Count the logical blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def num_empty_slots(self) -> int:
-        """Count the device slots without a token, each physical block once.
+    def num_held(self, group: int) -> int:
+        """Count the device blocks that hold tokens of a layer group, each physical block once."""
+        return len({block for h in self.on_device.values() for block in h.blocks[group :: len(self.groups)]} - {0})
+
+    def num_empty_slots(self, group: int) -> int:
+        """Count the device slots without a token in the blocks of a layer group, each physical block once.
 
         A sequence that borrows a block may see fewer tokens in it than others: the sequence that sees most counts.
         """
-        holdings = self.on_device.values()
-        full = {block for h in holdings for block in (h.blocks[:-1] if h.num_empty else h.blocks)}
-        partial = dict(sorted(((h.blocks[-1], h.num_empty) for h in holdings if h.num_empty), reverse=True))
+        tables = [(h.blocks[group :: len(self.groups)], h.num_empty) for h in self.on_device.values()]
+        full = {block for table, num_empty in tables for block in (table[:-1] if num_empty else table)}
+        partial = dict(sorted(((table[-1], num_empty) for table, num_empty in tables if num_empty), reverse=True))
         return sum(count for block, count in partial.items() if block not in full)
 
     def check_invariants(self, tiers: TwoTiers) -> None:
@@ -121,12 +139,20 @@ class Holdings:
         on_device, on_host = self.on_device.values(), self.on_host.values()
         tiers.check_invariants(
             on_device=_count(h.device_blocks for h in on_device),
-            on_host=_count([h.blocks for h in on_host] + [h.host_blocks for h in on_device]),
+            on_host=_count([h.live_blocks for h in on_host] + [h.host_blocks for h in on_device]),
         )
+        num_groups = len(self.groups)
         for h in [*self.on_device.values(), *self.on_host.values()]:
             assert 0 <= h.num_empty < self.block_size
             assert h.blocks or not h.num_empty
-            assert len(set(h.blocks)) == len(h.blocks)
+            assert len(set(h.live_blocks)) == len(h.live_blocks)
+            assert len(h.blocks) % num_groups == 0
+            assert len(h.starts) == (0 if self.groups.is_plain else num_groups)
+            for group, start in enumerate(h.starts):
+                table = h.blocks[group::num_groups]
+                assert start == 0 or self.groups.groups[group].window is not None
+                assert start <= (len(table) if h.num_empty == 0 else len(table) - 1), "the last block is live"
+                assert not any(table[:start])
             assert len(set(h.host_blocks)) == len(h.host_blocks)
             assert h.blocks[: len(h.host_blocks)] == [host_cell(index) for index in range(len(h.host_blocks))]
             assert len(h.host_blocks) * self.block_size <= self.num_tokens(h), "blocks on the host are full"
@@ -134,13 +160,14 @@ class Holdings:
             assert h.num_published * self.block_size <= self.num_tokens(h)
             assert h.num_published == (len(h.prefix.chain()) if h.prefix else 0)
         owners = [h for h in self.on_device.values() if h.blocks and not h.is_borrowing]
-        num_empty = {h.blocks[-1]: h.num_empty for h in owners}
+        num_empty = {block: h.num_empty for h in owners for block in h.blocks[-num_groups:] if block}
         for h in owners:
-            assert h.num_empty == num_empty[h.blocks[-1]], "all owners of a block see the same tokens in it"
-            assert not any(num_empty.get(block, 0) for block in h.blocks[:-1])
-            cached = tiers.device.cache.prefix_of(h.blocks[-1])
-            num_held = self.block_size - h.num_empty
-            assert cached is None or cached.num_last_tokens <= num_held, "an owner writes no cached slot"
+            assert not any(num_empty.get(block, 0) for block in h.blocks[:-num_groups])
+            for block in filter(None, h.blocks[-num_groups:]):
+                assert h.num_empty == num_empty[block], "all owners of a block see the same tokens in it"
+                cached = tiers.device.cache.prefix_of(block)
+                num_held = self.block_size - h.num_empty
+                assert cached is None or cached.num_last_tokens <= num_held, "an owner writes no cached slot"
 
 
 def _count(tables: Iterable[Sequence[int]]) -> Counter[int]:

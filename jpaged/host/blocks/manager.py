@@ -15,9 +15,11 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.append import Append
 from jpaged.host.blocks.batch import BatchRow, BlockBatch, pad_batch, slots_of
+from jpaged.host.blocks.group_match import match_groups
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.blocks.holdings import Holdings
 from jpaged.host.blocks.prefix_cache import PrefixMatch
@@ -28,6 +30,7 @@ from jpaged.host.blocks.streaming import StreamedBlocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.ticket import OutOfBlocks, Ticket
 from jpaged.host.blocks.tier import Transfers, TwoTiers
+from jpaged.host.blocks.windows import WindowedBlocks
 from jpaged.host.offload.placement import KV_ON_DEVICE, Placement
 
 __all__ = ["NO_MATCH", "BlockManager", "OutOfBlocks"]
@@ -47,6 +50,7 @@ class BlockManager:
         enable_prefix_caching: remember published blocks by content and let later sequences share them.
         num_host_blocks: blocks of the host tier, from 0 on; none turns swapping and spilling off.
         placement: which sequences keep blocks on the host while they run; blocks of its window are never handed out.
+        groups: the layer groups, each with block tables of its own; None is one group that keeps all blocks.
 
     Raises:
         ValueError: a size too small, or more slots than int32 can number.
@@ -60,6 +64,7 @@ class BlockManager:
         enable_prefix_caching: bool = False,
         num_host_blocks: int = 0,
         placement: Placement = KV_ON_DEVICE,
+        groups: LayerGroups | None = None,
     ) -> None:
         _check_sizes(num_blocks, block_size, num_host_blocks, placement.num_window_blocks)
         self.num_blocks = num_blocks
@@ -67,15 +72,17 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.placement = placement
+        self.groups = groups or LayerGroups.single()
+        assert self.groups.is_plain or placement.kind == "device", "blocks are streamed for one group alone"
         self.is_quantized = False  # the engine sets it for 8-bit pools: the tokens of a block share a scale
         self.tiers = TwoTiers(num_blocks, num_host_blocks, block_size, placement.num_window_blocks)
         """The two tiers of blocks. Read only."""
-        self.holdings = Holdings(block_size)
+        self.holdings = Holdings(block_size, self.groups)
         """The blocks of every sequence. Read only."""
-        self._swap = Swap(self.tiers, self.holdings)
-        self._reserve = Reserve(self.tiers, self.holdings, is_counting=enable_prefix_caching)
-        self._append = Append(self.tiers, self.holdings)
-        self.streamed = StreamedBlocks(self.tiers, self.holdings, self._reserve)
+        rooms = self.tiers, self.holdings
+        self._swap, self._append, self.windows = Swap(*rooms), Append(*rooms), WindowedBlocks(*rooms)
+        self._reserve = Reserve(*rooms, is_counting=enable_prefix_caching)
+        self.streamed = StreamedBlocks(*rooms, self._reserve)
 
     @property
     def num_free_blocks(self) -> int:
@@ -86,11 +93,6 @@ class BlockManager:
     def num_used_blocks(self) -> int:
         """Blocks held by at least one sequence."""
         return len(self.tiers.device.blocks) - len(self.tiers.device.free)
-
-    @property
-    def num_logical_blocks(self) -> int:
-        """Blocks in the tables of all sequences on the device: those that would be held if none were shared."""
-        return self.tiers.device.num_holders
 
     # Starting a sequence ------------------------------------------------------------------------------------------
 
@@ -118,21 +120,25 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return NO_MATCH
         tokens = token_ids if isinstance(token_ids, HashedTokens) else HashedTokens(token_ids, self.block_size, salt)
-        return self.tiers.match(tokens, len(tokens) if num_tokens is None else num_tokens, least_inside)
+        num_tokens = len(tokens) if num_tokens is None else num_tokens
+        if self.groups.is_plain:
+            return self.tiers.match(tokens, num_tokens, least_inside)
+        return match_groups(self.tiers, self.groups, tokens, num_tokens)
 
     def to_reserve(
-        self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, is_query: bool = True
+        self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, num_queried: int | None = None
     ) -> Ticket[list[BlockCopy]]:
-        """The ticket of ``reserve``: it knows the number of blocks. Raises ValueError as ``reserve`` does."""
-        return self._reserve.ticket(seq_id, num_tokens, match, is_query=is_query)
+        """The ticket of ``reserve``. The match was looked up for ``num_queried`` tokens: None is all, 0 is no query."""
+        num_queried = num_tokens if num_queried is None else num_queried
+        return self._reserve.ticket(seq_id, num_tokens, match, num_queried=num_queried)
 
     def reserve(
         self, seq_id: Hashable, num_tokens: int, *, match: PrefixMatch = NO_MATCH, is_query: bool = True
     ) -> list[BlockCopy]:
         """Start a sequence that holds ``num_tokens`` tokens, the first of them as ``match`` says.
 
-        Device blocks are shared. A device block that matches only in part is copied, unless the sequence ends with the
-        match. Host blocks are loaded into device blocks, which no step may read or write before ``finish_transfers``.
+        Device blocks are shared; one that matches only in part is copied, unless the sequence ends with the match.
+        Host blocks are loaded into device blocks, which no step may read or write before ``finish_transfers``.
 
         Args:
             seq_id: a new name.
@@ -147,20 +153,17 @@ class BlockManager:
             OutOfBlocks: too few free blocks.
             ValueError: a ``seq_id`` in use, a negative count, or a match that is not, or no longer, cached.
         """
-        return self.to_reserve(seq_id, num_tokens, match=match, is_query=is_query).commit()
+        return self.to_reserve(seq_id, num_tokens, match=match, num_queried=None if is_query else 0).commit()
 
     def fork(self, parent_id: Hashable, child_id: Hashable) -> None:
         """Start ``child_id`` with all blocks of ``parent_id``, the partial last one too (4.4).
 
-        No data moves until one of them appends.
-
-        Raises:
-            ValueError: an unknown or swapped parent, or a child name in use.
+        No data moves until one of them appends. Raises ValueError for an unknown or swapped parent, or a name in use.
         """
         parent = self.holdings.held_by(parent_id)
         self.holdings.require_new(child_id)
         self.tiers.num_changes += 1
-        self.tiers.device.share(parent.blocks)
+        self.tiers.device.share(parent.live_blocks)
         self.holdings.on_device[child_id] = parent.fork()
 
     # Running ------------------------------------------------------------------------------------------------------
@@ -188,9 +191,7 @@ class BlockManager:
     def append_all(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
         """``append`` for (seq_id, num_tokens) of different sequences: all of them or, when blocks are short, none.
 
-        Raises:
-            OutOfBlocks: too few free blocks; nothing has changed.
-            ValueError: as ``append``.
+        Raises OutOfBlocks and ValueError as ``append`` does.
         """
         return self._append.append(appends)
 
@@ -234,10 +235,8 @@ class BlockManager:
         salt = token_ids.salt if isinstance(token_ids, HashedTokens) else salt
         holding = holding_to_publish(self.holdings, seq_id, token_ids, num_computed, salt)
         if self.enable_prefix_caching:
-            start = holding.num_published
-            publish(self.tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
-            if is_filling:
-                self.tiers.fill(holding.blocks[start : holding.num_published])
+            entered = publish(self.tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
+            self.tiers.fill(entered if is_filling else ())
 
     # Two tiers ----------------------------------------------------------------------------------------------------
 
@@ -286,17 +285,20 @@ class BlockManager:
     def forget_all(self) -> None:
         """Forget all cached content and all queued moves: the content of both pools is lost.
 
-        Raises:
-            ValueError: a sequence still holds blocks.
+        Raises ValueError if a sequence still holds blocks.
         """
         self.holdings.require_none()
         self.tiers.forget()
 
     # Reading ------------------------------------------------------------------------------------------------------
 
-    def block_table(self, seq_id: Hashable) -> list[int]:
-        """The sequence's physical blocks in logical order: a live view that follows later calls. Read only."""
-        return self.holdings.held_by(seq_id).blocks
+    def block_table(self, seq_id: Hashable, group: int = 0) -> list[int]:
+        """The sequence's physical blocks of a layer group in logical order, 0 for those that were freed. Read only.
+
+        It is a live view that follows later calls, if there is one group.
+        """
+        blocks = self.holdings.held_by(seq_id).blocks
+        return blocks if len(self.groups) == 1 else blocks[group :: len(self.groups)]
 
     def num_tokens(self, seq_id: Hashable) -> int:
         """Tokens the sequence holds or has room for, in either tier: those reserved plus those appended."""

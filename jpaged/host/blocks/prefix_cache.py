@@ -25,12 +25,14 @@ class Prefix:
         tokens: the last block's token ids, 8 bytes each; empty for the empty prefix.
         salt: separates users of one cache: prefixes of different salts are different.
         digest: SHA-256 chained over the salt and every block's tokens. It finds, but never proves: see ``is_same``.
+        group: layer group whose KV of the last block is meant. The prefixes before have group 0, and serve all groups.
     """
 
     parent: Self | None = field(repr=False)
     tokens: bytes
     salt: bytes
     digest: bytes
+    group: int = 0
 
     @classmethod
     def empty(cls, salt: bytes = b"") -> Self:
@@ -44,6 +46,17 @@ class Prefix:
     def link(self, tokens: bytes, digest: bytes) -> Self:
         """Extend as ``extend`` does, with the digest that ``hash_block`` made."""
         return type(self)(self, tokens, self.salt, digest)
+
+    def of_group(self, group: int) -> Self:
+        """The same tokens, for another layer group."""
+        if group == self.group:
+            return self
+        return type(self)(self.parent, self.tokens, self.salt, self.digest, group)
+
+    @property
+    def key(self) -> bytes:
+        """The digest, and the group if it is not the first."""
+        return _key(self.digest, self.group)
 
     def cut(self, num_tokens: int) -> Self:
         """This prefix with only the first ``num_tokens`` tokens of its last block."""
@@ -104,9 +117,10 @@ class PrefixCache:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.block_bytes = block_size * TOKEN_BYTES
-        self._blocks: dict[bytes, int] = {}  # digest -> physical block
+        self._blocks: dict[bytes, int] = {}  # key of a prefix -> physical block
         self._prefixes: dict[int, Prefix] = {}  # physical block -> the prefix it ends
-        # digest -> (tokens, physical block) of all that continue it, sorted: neighbours share the most tokens.
+        # The key of a prefix, with the group of the block after it -> (tokens, physical block) of all such blocks,
+        # sorted: neighbours share the most tokens.
         self._children: dict[bytes, list[tuple[bytes, int]]] = {}
         self.num_inserted = 0  # since the start
 
@@ -127,12 +141,12 @@ class PrefixCache:
 
     def find(self, prefix: Prefix) -> int | None:
         """The physical block that holds the last block of exactly ``prefix``."""
-        block = self._blocks.get(prefix.digest)
+        block = self._blocks.get(prefix.key)
         return block if block is not None and self._prefixes[block].is_same(prefix) else None
 
-    def find_child(self, parent: Prefix, tokens: bytes, digest: bytes) -> int | None:
+    def find_child(self, parent: Prefix, tokens: bytes, digest: bytes, group: int = 0) -> int | None:
         """The physical block that holds exactly ``tokens`` after ``parent``; ``digest`` is that of both."""
-        block = self._blocks.get(digest)
+        block = self._blocks.get(_key(digest, group))
         if block is None:
             return None
         known = self._prefixes[block]
@@ -144,7 +158,7 @@ class PrefixCache:
 
     def find_longest(self, parent: Prefix, tokens: bytes) -> tuple[int | None, int]:
         """The block after ``parent`` that starts with most of ``tokens``, and their number; None, 0 if none does."""
-        siblings = self._children.get(parent.digest, [])
+        siblings = self._children.get(parent.key, [])
         index = bisect_left(siblings, (tokens,))
         best: tuple[int | None, int] = None, 0
         for known, block in siblings[max(index - 1, 0) : index + 1]:
@@ -158,7 +172,7 @@ class PrefixCache:
         if len(prefix.tokens) == self.block_bytes:
             return self.find(prefix)
         assert prefix.parent is not None, "no block holds no tokens"
-        block, num_tokens = self.find_longest(prefix.parent, prefix.tokens)
+        block, num_tokens = self.find_longest(prefix.parent.of_group(prefix.group), prefix.tokens)
         return block if num_tokens == prefix.num_last_tokens else None
 
     def insert(self, prefix: Prefix, block: int) -> Prefix:
@@ -174,23 +188,21 @@ class PrefixCache:
             return self._prefixes[known]
         before = self.evict(block)
         assert before is None or prefix.tokens.startswith(before.tokens), "cached tokens are never overwritten"
-        if prefix.digest not in self._blocks:  # of two prefixes with one digest, the second goes uncached
-            assert prefix.parent is not None, "no block holds no tokens"
+        if prefix.key not in self._blocks:  # of two prefixes with one digest, the second goes uncached
             self.num_inserted += 1
-            self._blocks[prefix.digest] = block
+            self._blocks[prefix.key] = block
             self._prefixes[block] = prefix
-            insort(self._children.setdefault(prefix.parent.digest, []), (prefix.tokens, block))
+            insort(self._children.setdefault(_key_before(prefix), []), (prefix.tokens, block))
         return prefix
 
     def evict(self, block: int) -> Prefix | None:
         """Forget ``block``, which is about to be overwritten. Returns the prefix that it held, None if not cached."""
         prefix = self._prefixes.pop(block, None)
         if prefix is not None:
-            assert prefix.parent is not None
-            del self._blocks[prefix.digest]
-            siblings = self._children[prefix.parent.digest]
+            del self._blocks[prefix.key]
+            siblings = self._children[_key_before(prefix)]
             if len(siblings) == 1:
-                del self._children[prefix.parent.digest]
+                del self._children[_key_before(prefix)]
             else:
                 del siblings[bisect_left(siblings, (prefix.tokens, block))]
         return prefix
@@ -200,11 +212,11 @@ class PrefixCache:
         assert len(self._blocks) == len(self._prefixes) == sum(map(len, self._children.values()))
         assert all(siblings and siblings == sorted(siblings) for siblings in self._children.values())
         for block, prefix in self._prefixes.items():
-            assert self._blocks[prefix.digest] == block
+            assert self._blocks[prefix.key] == block
             assert 0 < len(prefix.tokens) <= TOKEN_BYTES * self.block_size
             assert prefix.parent is not None
             assert all(len(link.tokens) == TOKEN_BYTES * self.block_size for link in prefix.parent.chain())
-            assert (prefix.tokens, block) in self._children[prefix.parent.digest]
+            assert (prefix.tokens, block) in self._children[_key_before(prefix)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,29 +233,42 @@ class PrefixHit:
     num_tokens: int
     is_on_host: bool = False
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is a block: none is needed of tokens that a window has passed."""
+        return self.is_on_host or self.block > 0
+
 
 @dataclass(frozen=True)
 class PrefixMatch:
-    """The cached start of a sequence, block by block; the tiers may alternate."""
+    """The cached start of a sequence, block by block; the tiers may alternate.
+
+    Args:
+        hits: the blocks in the order of the cells of block tables (``LayerGroups``).
+        num_groups: number of layer groups, each of which has a hit for each logical block.
+        prefix: the tokens of the hits, if there are layer groups or windows; all hits are of full blocks then.
+    """
 
     hits: tuple[PrefixHit, ...] = ()
+    num_groups: int = 1
+    prefix: Prefix | None = None
 
     @cached_property
     def num_tokens(self) -> int:
-        return sum([hit.num_tokens for hit in self.hits])
+        return sum([hit.num_tokens for hit in self.hits]) // self.num_groups
 
     def num_full_blocks(self, block_size: int) -> int:
-        """Count the hits that cover whole blocks."""
-        return len(self.hits) - bool(self.hits and self.hits[-1].num_tokens < block_size)
+        """Count the logical blocks that the hits cover whole."""
+        return (len(self.hits) - bool(self.hits and self.hits[-1].num_tokens < block_size)) // self.num_groups
 
     def cut(self, num_hits: int) -> Self:
-        """The first hits."""
+        """The first hits, of a model with one layer group and without windows."""
         return self if num_hits == len(self.hits) else type(self)(self.hits[:num_hits])
 
     @property
     def device_blocks(self) -> set[int]:
         """The blocks of the device's tier."""
-        return {hit.block for hit in self.hits if not hit.is_on_host}
+        return {hit.block for hit in self.hits if not hit.is_on_host and hit.is_needed}
 
     @property
     def is_on_host(self) -> bool:
@@ -257,6 +282,15 @@ def _num_common_tokens(a: bytes, b: bytes) -> int:
     difference = int.from_bytes(a[:num_bytes], "big") ^ int.from_bytes(b[:num_bytes], "big")
     num_from_first_different_byte = (difference.bit_length() + 7) // 8
     return (num_bytes - num_from_first_different_byte) // TOKEN_BYTES
+
+
+def _key(digest: bytes, group: int) -> bytes:
+    return digest if group == 0 else digest + group.to_bytes(2, "little")
+
+
+def _key_before(prefix: Prefix) -> bytes:
+    assert prefix.parent is not None, "no block holds no tokens"
+    return _key(prefix.parent.digest, prefix.group)
 
 
 def _sha256(data: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 
-from jpaged.host.blocks.hashed_tokens import HashedTokens, hash_blocks
+from jpaged.host.blocks.hashed_tokens import HashedBlock, HashedTokens, hash_blocks
 from jpaged.host.blocks.holdings import Holding, Holdings
 from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache
 from jpaged.host.blocks.tier import TwoTiers
@@ -32,7 +32,7 @@ def publish(
     *,
     salt: bytes,
     include_partial: bool,
-) -> None:
+) -> list[int]:
     """Enter blocks that the sequence has not published. Of two blocks with the same content, the first is kept.
 
     Args:
@@ -42,6 +42,9 @@ def publish(
         num_computed: tokens of these whose KV is in the pool once all planned steps have run.
         salt: salt of the prefix.
         include_partial: enter the last, partial block too, and blocks whose entries other blocks have lost.
+
+    Returns:
+        The full blocks among them, which are cached now, or have the content of cached blocks.
     """
     cache, block_size, start = tiers.device.cache, tiers.block_size, holding.num_published
     root = token_ids.root if isinstance(token_ids, HashedTokens) else Prefix.empty(salt)
@@ -51,20 +54,54 @@ def publish(
         _publish_again(cache, holding, holding.prefix)
     stop = num_computed if include_partial else num_computed // block_size * block_size
     if stop <= start * block_size:
-        return
+        return []
     if isinstance(token_ids, HashedTokens):
         blocks = token_ids.blocks(start, stop)
     else:
         blocks = hash_blocks(prefix.digest, token_ids[start * block_size : stop], block_size)
+    if holding.starts:
+        return _publish_groups(cache, holding, prefix, blocks)
     for tokens, digest in blocks:
         known = cache.insert(prefix.link(tokens, digest), holding.blocks[holding.num_published])
         if len(tokens) == cache.block_bytes:
             prefix = holding.prefix = known
             holding.num_published += 1
+    return holding.blocks[start : holding.num_published]
+
+
+def _publish_groups(cache: PrefixCache, holding: Holding, prefix: Prefix, blocks: Sequence[HashedBlock]) -> list[int]:
+    """Enter full blocks of each layer group that holds them; no match ends inside a block of several groups."""
+    entered = []
+    for tokens, digest in blocks:
+        if len(tokens) == cache.block_bytes:
+            prefix = prefix.link(tokens, digest)
+            for group, block in _held_in_groups(holding, holding.num_published):
+                known = cache.insert(prefix.of_group(group), block)
+                prefix = known if group == 0 else prefix
+                entered.append(block)
+            holding.prefix = prefix
+            holding.num_published += 1
+    return entered
+
+
+def _held_in_groups(holding: Holding, index: int) -> list[tuple[int, int]]:
+    """The groups that hold a logical block, and the block of each."""
+    num_groups = len(holding.starts)
+    return [
+        (group, holding.blocks[index * num_groups + group])
+        for group, start in enumerate(holding.starts)
+        if index >= start
+    ]
 
 
 def _publish_again(cache: PrefixCache, holding: Holding, prefix: Prefix) -> None:
     """Enter published blocks that were left out: the blocks that held the entries may have been reused since."""
+    if holding.starts:
+        for index, link in enumerate(prefix.chain()):
+            for group, block in _held_in_groups(holding, index):
+                if block not in cache:
+                    cache.insert(link.of_group(group), block)
+        return
     start = len(holding.host_blocks)  # the host's tier holds entries of its own
     for link, block in zip(prefix.chain()[start:], holding.blocks[start:], strict=False):
         entered = cache.prefix_of(block)  # perhaps before the block was full

@@ -1,9 +1,11 @@
 """Reserving: the blocks of a new sequence, of which a prefix match may provide the first."""
 
+from array import array
 from collections.abc import Hashable
 from functools import partial
 
 from jpaged.contract.plan import BlockCopy
+from jpaged.host.blocks.group_match import find_stale_hit, first_live_blocks
 from jpaged.host.blocks.holdings import Holding, Holdings
 from jpaged.host.blocks.prefix_cache import PrefixHit, PrefixMatch
 from jpaged.host.blocks.ticket import Ticket
@@ -28,27 +30,27 @@ class Reserve:
         self._is_counting = is_counting
 
     def ticket(
-        self, seq_id: Hashable, num_tokens: int, match: PrefixMatch, *, is_query: bool
+        self, seq_id: Hashable, num_tokens: int, match: PrefixMatch, *, num_queried: int
     ) -> Ticket[list[BlockCopy]]:
-        """The ticket to start a sequence: see ``BlockManager.reserve``."""
-        tiers = self._tiers
+        """The ticket to start a sequence: see ``BlockManager.reserve``. A query of no tokens is not counted."""
+        tiers, groups = self._tiers, self._holdings.groups
         self._holdings.require_new(seq_id)
         if num_tokens < 0:
             raise ValueError(f"num_tokens={num_tokens}: give 0 or more")
         if match.num_tokens > num_tokens:
             raise ValueError(f"the match has {match.num_tokens} tokens, more than num_tokens={num_tokens}")
-        stale = tiers.find_stale(match)
+        stale = tiers.find_stale(match) if groups.is_plain else find_stale_hit(tiers, groups, match)
         if stale is not None:
             raise ValueError(f"{stale} of {len(match.hits)} hits does not continue a cached prefix: match again")
         copied = _hit_to_copy(match, num_tokens, tiers.block_size)
         kept = match.hits if copied is None else match.hits[:-1]
         num_needed = tiers.num_needed(
-            num_taken=-(-num_tokens // tiers.block_size) - len(kept),
+            num_taken=-(-num_tokens // tiers.block_size) * len(groups) - len(kept),
             num_loads=len([hit for hit in kept if hit.is_on_host]),
-            shared={hit.block for hit in kept if not hit.is_on_host},
+            shared={hit.block for hit in kept if not hit.is_on_host and hit.is_needed},
             copied=set() if copied is None else {copied.block},
         )
-        start = partial(self._start, seq_id, num_tokens, match, kept, copied, is_query=is_query)
+        start = partial(self._start, seq_id, num_tokens, match, kept, copied, num_queried=num_queried)
         return Ticket(num_needed, tiers, tiers.device, start)
 
     def _start(
@@ -59,7 +61,7 @@ class Reserve:
         kept: tuple[PrefixHit, ...],
         copied: PrefixHit | None,
         *,
-        is_query: bool,
+        num_queried: int,
     ) -> list[BlockCopy]:
         """Take the blocks of a sequence, which must be there. Returns the copy to run.
 
@@ -69,11 +71,12 @@ class Reserve:
             match: the cached start.
             kept: hits whose blocks the sequence shares, or loads from the host.
             copied: the last hit, if it is copied.
-            is_query: whether to count the hits.
+            num_queried: tokens that were looked up, or 0 if they and the hits do not count.
         """
-        tiers, block_size = self._tiers, self._tiers.block_size
+        tiers, block_size, groups = self._tiers, self._tiers.block_size, self._holdings.groups
         for hit in kept:
-            tiers.tier_of(hit).hold(hit.block)  # before any block is taken, which may evict others
+            if hit.is_needed:
+                tiers.tier_of(hit).hold(hit.block)  # before any block is taken, which may evict others
         sources = set() if copied is None else {copied.block}
         blocks: list[int] = []
         copies: list[BlockCopy] = []
@@ -86,18 +89,23 @@ class Reserve:
             tiers.device.touch(copied.block)
             block, copies = tiers.copy(copied.block)
             blocks.append(block)
-        while len(blocks) * block_size < num_tokens:
+        num_cells = -(-num_tokens // block_size) * len(groups)
+        while len(blocks) < num_cells:
             blocks.append(tiers.take())
-        full = [hit for hit in match.hits if hit.num_tokens == block_size]
+        num_full = match.num_full_blocks(block_size)
+        prefix = match.prefix
+        if groups.is_plain and num_full:
+            prefix = tiers.prefix_of(match.hits[num_full - 1])
         self._holdings.on_device[seq_id] = Holding(
             blocks,
-            num_empty=len(blocks) * block_size - num_tokens,
-            prefix=tiers.prefix_of(full[-1]) if full else None,
-            num_published=len(full),
+            num_empty=num_cells // len(groups) * block_size - num_tokens,
+            prefix=prefix,
+            num_published=num_full,
             is_borrowing=bool(kept) and kept[-1].num_tokens < block_size and not kept[-1].is_on_host,
+            starts=() if groups.is_plain else array("i", first_live_blocks(groups, match.num_tokens, block_size)),
         )
-        if is_query:
-            self.count(num_tokens, match)
+        if num_queried:
+            self.count(num_queried, match)
         return copies
 
     def count(self, num_tokens: int, match: PrefixMatch) -> None:
@@ -105,7 +113,7 @@ class Reserve:
         if self._is_counting:
             self.queried_tokens += num_tokens
             self.hit_tokens += match.num_tokens
-            self.host_hit_tokens += sum([hit.num_tokens for hit in match.hits if hit.is_on_host])
+            self.host_hit_tokens += sum([hit.num_tokens for hit in match.hits if hit.is_on_host]) // match.num_groups
 
 
 def _hit_to_copy(match: PrefixMatch, num_tokens: int, block_size: int) -> PrefixHit | None:

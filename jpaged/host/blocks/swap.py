@@ -1,7 +1,6 @@
 """Swapping: moves whole sequences between the device's tier and the host's (PagedAttention, section 4.5)."""
 
 from collections.abc import Callable, Hashable, Iterable
-from itertools import zip_longest
 from typing import NamedTuple
 
 from jpaged.host.blocks.holdings import Holding, Holdings
@@ -86,7 +85,12 @@ def _moves_of(holdings: Iterable[Holding], cache: PrefixCache) -> dict[int, _Mov
     moves: dict[int, _Move] = {}
     for holding in holdings:
         prefixes = holding.prefix.chain() if holding.prefix else []
-        for block, prefix in zip_longest(holding.blocks, prefixes):
+        starts = holding.starts or (0,)
+        for cell, block in enumerate(holding.blocks):
+            index, group = divmod(cell, len(starts))
+            if index < starts[group]:
+                continue
+            prefix = prefixes[index].of_group(group) if index < len(prefixes) else None
             if block not in moves or prefix is not None:
                 moves[block] = _Move(prefix, cache.find(prefix) if prefix is not None else None)
     return moves
@@ -100,6 +104,10 @@ def _require_settled(blocks: Iterable[int], is_moving: Callable[[int], bool]) ->
 
 def _relocate(holding: Holding, homes: dict[int, int], tier: BlockTier) -> list[int]:
     """Let a sequence hold its blocks' ``homes`` in another tier. Returns the blocks that it held, to be released."""
-    before, holding.blocks = holding.blocks, [homes[block] for block in holding.blocks]
-    tier.share(holding.blocks)
+    before, starts = holding.live_blocks, holding.starts or (0,)
+    holding.blocks = [
+        homes[block] if cell // len(starts) >= starts[cell % len(starts)] else 0
+        for cell, block in enumerate(holding.blocks)
+    ]
+    tier.share(holding.live_blocks)
     return before

@@ -310,7 +310,7 @@ class TwoTiers:
         hits: list[PrefixHit] = []
         prefix = tokens.root
         for block_tokens, digest in tokens.blocks(0, num_tokens):
-            hit = self._find(prefix, block_tokens, digest) or self._find_inside(prefix, block_tokens, least_inside)
+            hit = self.find(prefix, block_tokens, digest) or self._find_inside(prefix, block_tokens, least_inside)
             if hit is not None:
                 hits.append(hit)
             if hit is None or hit.num_tokens < self.block_size:
@@ -344,14 +344,14 @@ class TwoTiers:
     def tier_of(self, hit: PrefixHit) -> BlockTier:
         return self.host if hit.is_on_host else self.device
 
-    def _find(self, prefix: Prefix, tokens: bytes, digest: bytes) -> PrefixHit | None:
+    def find(self, prefix: Prefix, tokens: bytes, digest: bytes, group: int = 0) -> PrefixHit | None:
         """The full block that holds ``tokens`` after ``prefix``; none if they are fewer than a block's."""
         if len(tokens) < self.device.cache.block_bytes:
             return None
-        block = self.device.cache.find_child(prefix, tokens, digest)
+        block = self.device.cache.find_child(prefix, tokens, digest, group)
         if block is not None:
             return PrefixHit(block, self.block_size)
-        block = self.host.cache.find_child(prefix, tokens, digest)
+        block = self.host.cache.find_child(prefix, tokens, digest, group)
         return None if block is None or self.is_storing(block) else PrefixHit(block, self.block_size, is_on_host=True)
 
     def _find_inside(self, prefix: Prefix, tokens: bytes, least: int) -> PrefixHit | None:

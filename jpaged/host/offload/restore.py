@@ -12,10 +12,11 @@ def can_split(blocks: BlockManager, group: SequenceGroup) -> bool:
     """Whether a restore of a group may recompute some of its tokens.
 
     Sequences that share tokens, and tokens whose scores are wanted, come back whole. So do 8-bit blocks: their scales
-    depend on the order in which their tokens were written.
+    depend on the order in which their tokens were written. Windows may have freed the blocks that first tokens need.
     """
     is_single = len(group.sequences) == 1 and group.beam is None and not group.is_pin
-    return is_single and not blocks.is_quantized and not group.needs_prompt_scores
+    can_compute = blocks.groups.is_plain and not blocks.is_quantized
+    return is_single and can_compute and not group.needs_prompt_scores
 
 
 def recompute_first(

@@ -58,6 +58,10 @@ class GptOssConfig(LlamaConfig):
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         return tuple(replace(spec, sinks=True) for spec in super().layer_specs)
 
+    @property
+    def has_experts(self) -> bool:
+        return True
+
     def widths(self, num_devices: int) -> dict[str, int]:
         return expert_widths(num_devices, self.num_experts, intermediate_size=self.intermediate_size)
 

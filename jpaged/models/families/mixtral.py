@@ -42,6 +42,10 @@ class MixtralConfig(LlamaConfig):
         super().__post_init__()
         check_experts(self.num_experts, self.top_k)
 
+    @property
+    def has_experts(self) -> bool:
+        return True
+
     def widths(self, num_devices: int) -> dict[str, int]:
         return expert_widths(num_devices, self.num_experts, intermediate_size=self.intermediate_size)
 

@@ -58,6 +58,10 @@ class QwenMoeConfig(LlamaConfig):
             is_size = is_count(value) or (value is None and name == "shared_expert_size")
             require(is_size, name, value, f"an integer from 1 to {MAX_INT}")
 
+    @property
+    def has_experts(self) -> bool:
+        return True
+
     def widths(self, num_devices: int) -> dict[str, int]:
         widths = super().widths(num_devices) if self.dense_layers else {}
         if self.shared_expert_size is not None:

@@ -1,0 +1,119 @@
+"""Prefix matches of models with layer groups or windows.
+
+Layers that see all tokens need all blocks of a cached start. Layers with a window need its last blocks alone: those
+that the next token attends to. So a match of n tokens needs no block that a window has passed at n tokens.
+"""
+
+from jpaged.contract.layer_groups import LayerGroups
+from jpaged.host.blocks.hashed_tokens import HashedTokens
+from jpaged.host.blocks.prefix_cache import Prefix, PrefixHit, PrefixMatch
+from jpaged.host.blocks.tier import TwoTiers
+
+
+class _Finder:
+    """Finds the cached blocks of some tokens, each once.
+
+    Args:
+        tiers: the two tiers of blocks.
+        tokens: tokens of a sequence.
+        num_tokens: the first of them, to match.
+    """
+
+    def __init__(self, tiers: TwoTiers, tokens: HashedTokens, num_tokens: int) -> None:
+        num_blocks = num_tokens // tiers.block_size
+        self.blocks = tokens.full_blocks(num_tokens)[:num_blocks]
+        self.links: list[Prefix] = [tokens.root]
+        """The prefixes of the first 0, 1, ... blocks."""
+        self._tiers = tiers
+        self._found: dict[tuple[int, int], PrefixHit | None] = {}
+
+    def find(self, index: int, group: int) -> PrefixHit | None:
+        """The block of a group that caches a logical block, of either tier; the links must reach there."""
+        if (index, group) not in self._found:
+            self._found[index, group] = self._tiers.find(self.links[index], *self.blocks[index], group)
+        return self._found[index, group]
+
+    def link(self, num_full: int) -> None:
+        """Follow the blocks that all groups without a window cache."""
+        for index, block in enumerate(self.blocks):
+            hits = [self.find(index, group) for group in range(num_full)]
+            if None in hits:
+                return
+            # Links of the cache itself: comparisons with other cached prefixes then end at once.
+            first = hits[0] if hits else None
+            self.links.append(self.links[-1].link(*block) if first is None else self._tiers.prefix_of(first))
+
+    def adopt(self, hit: PrefixHit) -> None:
+        """Continue with the links of a cached prefix."""
+        chain = self._tiers.prefix_of(hit).chain()
+        chain[-1] = chain[-1].of_group(0)
+        self.links[1 : 1 + len(chain)] = chain
+
+
+def match_groups(tiers: TwoTiers, groups: LayerGroups, tokens: HashedTokens, num_tokens: int) -> PrefixMatch:
+    """Find the longest cached start of some tokens: full blocks of each group, as far as the group needs them.
+
+    Args:
+        tiers: the two tiers of blocks.
+        groups: the layer groups.
+        tokens: the tokens of a sequence.
+        num_tokens: the first of them, to match.
+    """
+    finder = _Finder(tiers, tokens, num_tokens)
+    finder.link(groups.num_full)
+    num_blocks = len(finder.links) - 1
+    windowed = range(groups.num_full, len(groups))
+    is_adopted = groups.num_full > 0
+
+    def find_missing() -> int | None:
+        """The last logical block that a window needs, and that is not cached."""
+        nonlocal is_adopted
+        missing = None
+        for group in windowed:
+            first = groups.groups[group].first_live(num_blocks * tiers.block_size, tiers.block_size)
+            for index in range(num_blocks - 1, max(first, -1 if missing is None else missing + 1) - 1, -1):
+                hit = finder.find(index, group)
+                if hit is None:
+                    missing = index
+                    break
+                if not is_adopted:
+                    is_adopted = True
+                    finder.adopt(hit)
+        return missing
+
+    # A start that ends after a missing block, and before its window has passed the block, needs the block too.
+    while (missing := find_missing()) is not None:
+        num_blocks = missing
+    passed = PrefixHit(0, tiers.block_size)
+    starts = first_live_blocks(groups, num_blocks * tiers.block_size, tiers.block_size)
+    hits = [
+        (finder.find(index, group) if index >= start else passed) or passed
+        for index in range(num_blocks)
+        for group, start in enumerate(starts)
+    ]
+    return PrefixMatch(tuple(hits), len(groups), finder.links[num_blocks] if num_blocks else None)
+
+
+def find_stale_hit(tiers: TwoTiers, groups: LayerGroups, match: PrefixMatch) -> PrefixHit | None:
+    """The first hit of ``match_groups`` that does not, or no longer, hold what the match says; None if all do."""
+    num_groups, block_size = len(groups), tiers.block_size
+    links = [] if match.prefix is None else match.prefix.chain()
+    starts = first_live_blocks(groups, len(links) * block_size, block_size)
+    if len(match.hits) != len(links) * num_groups:
+        return match.hits[0] if match.hits else None
+    for cell, hit in enumerate(match.hits):
+        index, group = divmod(cell, num_groups)
+        if hit.num_tokens != block_size or hit.is_needed != (index >= starts[group]):
+            return hit
+        if not hit.is_needed:
+            continue
+        prefix = tiers.tier_of(hit).cache.prefix_of(hit.block)
+        is_cached = prefix is not None and prefix.group == group and prefix.is_same(links[index])
+        if not is_cached or (hit.is_on_host and tiers.is_storing(hit.block)):
+            return hit
+    return None
+
+
+def first_live_blocks(groups: LayerGroups, position: int, block_size: int) -> list[int]:
+    """The first logical block of each group that tokens from this position on attend to."""
+    return [group.first_live(position, block_size) for group in groups.groups]
