@@ -57,9 +57,6 @@ _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (starcoder2.MODEL_TYPES, starcoder2.Starcoder2Config, starcoder2.Starcoder2ForCausalLM),
 )
 
-_CONSTANTS = {"scale": 1, "scale_less_one": 0, "bias": 0}
-"""Initial values of the parameters that are not drawn, by name."""
-
 _TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 """Architectures of several modalities, with those of their text parts."""
 
@@ -196,15 +193,15 @@ def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int, *, we
     key = jax.random.key(seed, impl="rbg")  # compiles faster than the default
     copies, drawn = kv_copies(config, mesh), []
     for index, (where, variable) in enumerate(allocation_order(nnx.to_flat_state(state))):
-        drawn.append((where, variable.replace(_draw(key, index, str(where[-1]), variable, copies))))
+        drawn.append((where, variable.replace(_draw(key, index, variable, copies))))
     return nnx.merge(graphdef, nnx.from_flat_state(drawn))
 
 
-def _draw(key: jax.Array, index: int, name: str, variable: Any, copies: KVCopies) -> jax.Array:
-    """Draw the parameter called ``name``, the ``index``-th of its model."""
+def _draw(key: jax.Array, index: int, variable: Any, copies: KVCopies) -> jax.Array:
+    """Draw the ``index``-th parameter of a model, unless its initial value is a constant."""
     shape, dtype, sharding = variable.shape, variable.dtype, variable.get_value().sharding
-    if name in _CONSTANTS:
-        return jnp.full(shape, _CONSTANTS[name], dtype, device=sharding)
+    if (constant := variable.get_metadata().get("constant")) is not None:
+        return jnp.full(shape, constant, dtype, device=sharding)
     axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
     shape = copies.shape_without(shape, axes)
     draw = _draw_normal(shape, dtype, moved(variable.get_value(), to_host=False).sharding, copies, axes)
