@@ -37,7 +37,7 @@ from jpaged.models.families import (
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
-from jpaged.models.layers.rope import check_spelled_parameters
+from jpaged.models.layers.rope import check_spelled_parameters, with_current_names
 from jpaged.models.layers.streamed import layers_path, placed
 from jpaged.sharding import TENSOR_AXIS, check_divisible, is_on_host, moved, param_sharding
 
@@ -77,8 +77,7 @@ def load_config(path: str | Path) -> ModelConfig:
         ValueError: there is no checkpoint, or an architecture or value is not supported; the message names the file.
     """
     config_path = find_config(path)
-    raw = read_json(config_path)
-    raw = _text_part(config_path, raw)
+    raw = with_current_names(_text_part(config_path, read_json(config_path)))
     architectures = raw.get("architectures")
     known = ", ".join(SUPPORTED_ARCHITECTURES)
     if (
