@@ -1,8 +1,9 @@
 """Results: the outputs of a request, whole and piece by piece."""
 
 import enum
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 
 class FinishReason(enum.StrEnum):
@@ -44,7 +45,43 @@ class Logprob:
     decoded_token: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+class _Later(NamedTuple):
+    make: Callable[[], Any]
+
+
+def read_late(make: Callable[[], Any]) -> Any:
+    """A value for a field that is made when the field is first read."""
+    return _Later(make)
+
+
+class _ReadLate:
+    """A field of a frozen dataclass whose value may be one of ``read_late``. Its default is None."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return None
+        value = instance.__dict__[self._name]
+        if isinstance(value, _Later):
+            value = instance.__dict__[self._name] = value.make()
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self._name] = value
+
+
+def _late() -> Any:
+    return _ReadLate()
+
+
+def _state(self: Any) -> dict[str, Any]:
+    """The fields of a result, all of them made, for copies."""
+    return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+@dataclass(frozen=True)
 class CompletionOutput:
     """One completion of a request, so far or finished.
 
@@ -57,10 +94,12 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     cumulative_logprob: float
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = _late()  # noqa: RUF009
     finish_reason: FinishReason | None = None
     score: float | None = None
     stop_reason: int | str | None = None
+
+    __getstate__ = _state
 
     @property
     def is_finished(self) -> bool:
@@ -93,7 +132,7 @@ class RequestTimes(NamedTuple):
     finished: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RequestOutput:
     """Result of a request: ``outputs[i]`` is its i-th completion, or its i-th best (``best_of``, beams).
 
@@ -107,12 +146,14 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = _late()  # noqa: RUF009
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     times: RequestTimes | None = field(default=None, compare=False)
     error: str | None = None
     has_more: bool = False
+
+    __getstate__ = _state
 
     @property
     def is_finished(self) -> bool:
@@ -152,6 +193,6 @@ class CompletionDelta(NamedTuple):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: Sequence[dict[int, Logprob]] | None = None
     prompt_index: int = 0
     error: str | None = None

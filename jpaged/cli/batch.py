@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jpaged.cli.terminal import note
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status: 1 if requests were lost to failures of the engine."""
     start.check_extra()
+    from jpaged.engine.health import EngineDeadError, HealthState
     from jpaged.server.batch import Batch, run_batch
 
     settings = server_settings(args, BATCH_OPTIONS)
@@ -27,12 +29,20 @@ def run(args: argparse.Namespace) -> int:
         try:
             await run_batch(llm, batch, settings, use_tqdm=sys.stderr.isatty())
         finally:
-            await llm.drain(0)  # while the loop runs, which gets the output of the step that runs
+            if llm.health().state is not HealthState.HUNG:
+                await llm.drain(0)  # while the loop runs, which gets the output of the step that runs
 
+    is_lost = False
     try:
         asyncio.run(compute())
+    except EngineDeadError as error:
+        is_lost = True
+        note(f"jpaged: error: {error}")
     finally:
         note(f"{batch.num_done} of {batch.num_lines} requests are done, {batch.num_failed} of them with an error")
         if batch.num_lost:
             note(f"{batch.num_lost} of the errors are failures of the engine: run the command again to compute them")
-    return 1 if batch.num_lost else 0
+    if llm.health().state is HealthState.HUNG:
+        sys.stdout.flush()
+        os._exit(1)  # the engine's thread would keep the process
+    return 1 if is_lost or batch.num_lost else 0

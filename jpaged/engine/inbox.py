@@ -207,6 +207,8 @@ class Inbox:
             while True:
                 while mailbox.deltas:
                     delta = mailbox.deltas.popleft()
+                    if delta.logprobs is not None:
+                        delta = delta._replace(logprobs=list(delta.logprobs))
                     yield delta._replace(prompt_index=numbers[delta.request_id]) if numbers[delta.request_id] else delta
                 if mailbox.is_complete():
                     mailbox.outputs()  # raises the error of a request that failed

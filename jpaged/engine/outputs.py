@@ -1,13 +1,12 @@
 """Tokens to results: detokenised text, deltas of streams, log-probabilities, ranked completions."""
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import NamedTuple
 
-from jpaged.contract.result import TokenScores
 from jpaged.engine.detokenizer import Detokenizer, Tokenizer
+from jpaged.engine.logprobs import ScoredTokens
 from jpaged.engine.token_texts import TokenTexts
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup
@@ -15,11 +14,11 @@ from jpaged.request import (
     CompletionDelta,
     CompletionOutput,
     FinishReason,
-    Logprob,
     Request,
     RequestOutput,
     RequestTimes,
 )
+from jpaged.results import read_late
 
 
 class FirstToken(NamedTuple):
@@ -72,14 +71,12 @@ class _Progress:
         num_tokens: tokens in deltas so far, the prompt counted in.
         num_characters: characters in deltas so far.
         is_ended: whether its end was read.
-        logprobs: log-probabilities of the tokens in deltas so far, if they were asked for.
     """
 
     detokenizer: Detokenizer | None
     num_tokens: int
     num_characters: int = 0
     is_ended: bool = False
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -189,7 +186,8 @@ class Outputs:
             for seq in group.sequences:
                 self._read_sequence(answer, seq, is_told=answer.is_streamed and not answer.is_ranked)
         if is_finished or (answer.is_watched and group.is_finished):  # a stop string may have ended it
-            result = self._result(answer)
+            sequences = _returned(answer)
+            result = self._result(answer, sequences)
             if answer.is_streamed and answer.is_ranked:
                 self._output.deltas.extend(
                     CompletionDelta(
@@ -199,10 +197,10 @@ class Outputs:
                         o.token_ids,
                         o.finish_reason,
                         o.stop_reason,
-                        o.logprobs,
+                        self._scored(group, seq),
                         error=_error(group, o.finish_reason),
                     )
-                    for o in result.outputs
+                    for o, seq in zip(result.outputs, sequences, strict=True)
                 )
             self._output.finished.append(result)
             self.drop(request_id)
@@ -232,10 +230,8 @@ class Outputs:
     def _delta(
         self, group: SequenceGroup, seq: Sequence, progress: _Progress, text: str, new_ids: list[int]
     ) -> CompletionDelta:
-        request_id, logprobs = group.request.request_id, None
-        if group.request.params.logprobs is not None:
-            progress.logprobs += self._new_logprobs(seq, len(progress.logprobs), group.request.params.logprobs)
-            logprobs = progress.logprobs[len(progress.logprobs) - len(new_ids) :] if new_ids else []
+        request_id = group.request.request_id
+        logprobs = self._scored(group, seq, progress.num_tokens - seq.prompt_len)
         if (reason := seq.finish_reason) is None:
             return CompletionDelta(request_id, seq.index, text, new_ids, None, None, logprobs)
         stop_reason = _stop_reason(group, seq, progress.detokenizer)
@@ -243,11 +239,12 @@ class Outputs:
             request_id, seq.index, text, new_ids, reason, stop_reason, logprobs, error=_error(group, reason)
         )
 
-    def _new_logprobs(self, seq: Sequence, start: int, num_top: int) -> list[dict[int, Logprob]]:
-        """The log-probabilities of the output tokens of a sequence, from output token ``start`` on."""
-        token_ids = seq.token_ids[seq.prompt_len + start :]
-        pairs = zip(token_ids, seq.scores_from(start), strict=True)
-        return [self._logprobs(token_id, of_step, row, num_top) for token_id, (of_step, row) in pairs]
+    def _scored(self, group: SequenceGroup, seq: Sequence, start: int = 0) -> ScoredTokens | None:
+        """The log-probabilities of the output tokens from ``start`` on; None if none were asked for."""
+        num_top = group.request.params.logprobs
+        if num_top is None:
+            return None
+        return ScoredTokens(seq.token_ids[seq.prompt_len + start :], seq.scores_from(start), num_top, self._texts)
 
     def _detokenizer(self, group: SequenceGroup) -> Detokenizer | None:
         """A detokenizer for one sequence of a group; None without a tokenizer, or if no text is wanted."""
@@ -294,72 +291,68 @@ class Outputs:
 
     # Results ------------------------------------------------------------------------------------------------------
 
-    def _result(self, answer: _Answer) -> RequestOutput:
+    def _result(self, answer: _Answer, sequences: list[Sequence]) -> RequestOutput:
         group, request = answer.group, answer.group.request
-        outputs = [self._completion(answer, seq) for seq in group.sequences]
-        if answer.is_ranked:
-            outputs.sort(key=lambda output: -(output.cumulative_logprob if output.score is None else output.score))
-            outputs = [dataclasses.replace(output, index=i) for i, output in enumerate(outputs[: request.params.n])]
+        indices = [i if answer.is_ranked else seq.index for i, seq in enumerate(sequences)]
+        prompt_scored = self._scored_prompt(group)
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.prompt_token_ids,
-            outputs=outputs,
-            prompt_logprobs=self._prompt_logprobs(group),
+            outputs=[self._completion(answer, *each) for each in zip(indices, sequences, strict=True)],
+            prompt_logprobs=None if prompt_scored is None else read_late(prompt_scored.behind_first),
             num_cached_tokens=group.num_cached_tokens or 0,
             num_preemptions=group.num_preemptions,
             times=RequestTimes(answer.arrived, group.first_scheduled, answer.first_token, monotonic()),
             error=group.error,
         )
 
-    def _completion(self, answer: _Answer, seq: Sequence) -> CompletionOutput:
-        group = answer.group
-        num_logprobs = group.request.params.logprobs
-        token_ids, scores = seq.output_token_ids, seq.output_scores
-        logprobs = None
-        if num_logprobs is not None:
-            told = answer.progress[seq.seq_id].logprobs if seq.seq_id in answer.progress else []
-            logprobs = told + self._new_logprobs(seq, len(told), num_logprobs)
-        cumulative_logprob, score = float(sum([of_step.logprobs[row] for of_step, row in scores])), None
-        if group.beam is not None:
-            cumulative_logprob = seq.cumulative_logprob or 0.0
-            score = group.beam.score(cumulative_logprob, max(len(token_ids), 1)) if seq.score is None else seq.score
+    def _completion(self, answer: _Answer, index: int, seq: Sequence) -> CompletionOutput:
+        group, scored = answer.group, self._scored(answer.group, seq)
+        cumulative_logprob, score = _totals(group, seq)
         if answer.is_watched:
             detokenizer = answer.progress[seq.seq_id].detokenizer
         elif (detokenizer := self._detokenizer(group)) is not None:
             self._decode(group, seq, detokenizer)
         return CompletionOutput(
-            index=seq.index,
+            index=index,
             text="" if detokenizer is None else detokenizer.text,
-            token_ids=token_ids,
+            token_ids=seq.output_token_ids,
             cumulative_logprob=cumulative_logprob,
-            logprobs=logprobs,
+            logprobs=None if scored is None else read_late(scored.to_list),
             finish_reason=seq.finish_reason,
             score=score,
             stop_reason=_stop_reason(group, seq, detokenizer),
         )
 
-    def _prompt_logprobs(self, group: SequenceGroup) -> list[dict[int, Logprob] | None] | None:
-        num_logprobs = group.request.params.prompt_logprobs
-        if num_logprobs is None:
+    def _scored_prompt(self, group: SequenceGroup) -> ScoredTokens | None:
+        """The log-probabilities of the prompt but its first token; None if none were asked for."""
+        num_top = group.request.params.prompt_logprobs
+        if num_top is None:
             return None
         rows = [(piece, row) for piece in group.prompt_scores for row in range(len(piece.logprobs))]
-        targets = group.request.prompt_token_ids[1:]
-        return [None, *(self._logprobs(t, s, row, num_logprobs) for t, (s, row) in zip(targets, rows, strict=False))]
+        return ScoredTokens(group.request.prompt_token_ids[1 : 1 + len(rows)], rows, num_top, self._texts)
 
-    def _logprobs(self, token_id: int, scores: TokenScores, row: int, num_top: int) -> dict[int, Logprob]:
-        """The most probable tokens, best first, and the chosen one if it is not among them."""
-        found = {
-            int(scores.top_ids[row, i]): Logprob(
-                float(scores.top_logprobs[row, i]), i + 1, self._decode_one(int(scores.top_ids[row, i]))
-            )
-            for i in range(min(num_top, scores.top_ids.shape[1]))
-        }
-        chosen = Logprob(float(scores.logprobs[row]), int(scores.ranks[row]), self._decode_one(token_id))
-        return found | {token_id: chosen}
 
-    def _decode_one(self, token_id: int) -> str | None:
-        return None if self._texts is None else self._texts.text(token_id)
+def _returned(answer: _Answer) -> list[Sequence]:
+    """The sequences whose completions are the result, in order."""
+    sequences = answer.group.sequences
+    if not answer.is_ranked:
+        return sequences
+
+    def rank(seq: Sequence) -> float:
+        logprob, score = _totals(answer.group, seq)
+        return -(logprob if score is None else score)
+
+    return sorted(sequences, key=rank)[: answer.group.request.params.n]
+
+
+def _totals(group: SequenceGroup, seq: Sequence) -> tuple[float, float | None]:
+    """The log-probability of a sequence, and its score in a search."""
+    if group.beam is None:
+        return float(sum([of_step.logprobs[row] for of_step, row in seq.output_scores])), None
+    logprob = seq.cumulative_logprob or 0.0
+    return logprob, group.beam.score(logprob, max(seq.num_outputs, 1)) if seq.score is None else seq.score
 
 
 def _error(group: SequenceGroup, reason: FinishReason | None) -> str | None:

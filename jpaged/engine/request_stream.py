@@ -34,7 +34,7 @@ class _Completion:
         self.text.append(delta.text)
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
+            self.logprobs = [*(self.logprobs or ()), *delta.logprobs]
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
     def output(self, index: int) -> CompletionOutput:

@@ -206,6 +206,24 @@ class Admission:
             for ticket in tickets:
                 self._leave(ticket)
 
+    def count(self, key: ApiKey) -> None:
+        """Count a request that the engine has no part in against the rates of its key.
+
+        Raises:
+            ApiError: 429, the key has reached one of them.
+        """
+        lane = self._lane(key)
+        try:
+            self._check_rates(lane)
+        except ApiError as error:
+            self._on_rejection(error.code or "other")
+            raise
+        self._charge(lane, "requests_per_minute", 1)
+
+    def count_tokens(self, key: ApiKey, num_tokens: int) -> None:
+        """Count the tokens of such a request."""
+        self._charge(self._lane(key), "tokens_per_minute", num_tokens)
+
     @property
     def num_waiting(self) -> int:
         """Requests that wait."""
@@ -285,11 +303,8 @@ class Admission:
                 code="draining",
                 headers={"connection": "close", "retry-after": "1"},
             )
-        limits, now = self.limits, self._clock()
-        for name, what in (("requests_per_minute", "requests"), ("tokens_per_minute", "tokens")):
-            bucket = lane.bucket(name, now)
-            if bucket is not None and (wait_s := bucket.wait_s(now)) > 0:
-                raise _too_many(f"this key has {bucket.per_minute} {what} a minute", name, wait_s)
+        limits = self.limits
+        self._check_rates(lane)
         most = lane.key.max_sequences
         if most is not None and num_sequences > most:
             raise ApiError(
@@ -309,6 +324,13 @@ class Admission:
                 what = name.removeprefix("max_waiting_")
                 wait_s = self._drain_s(self.num_waiting_sequences)
                 raise _too_many(f"{num} {what} wait, of at most {limit}", name, wait_s)
+
+    def _check_rates(self, lane: _Lane) -> None:
+        now = self._clock()
+        for name, what in (("requests_per_minute", "requests"), ("tokens_per_minute", "tokens")):
+            bucket = lane.bucket(name, now)
+            if bucket is not None and (wait_s := bucket.wait_s(now)) > 0:
+                raise _too_many(f"this key has {bucket.per_minute} {what} a minute", name, wait_s)
 
     def _lane(self, key: ApiKey) -> _Lane:
         lane = self._lanes.setdefault(key.name, _Lane(key))

@@ -11,9 +11,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jpaged.engine.request_stream import RequestStream
 from jpaged.request import RequestOutput
 from jpaged.server.errors import ApiError, engine_deaths, own_mistake
+from jpaged.server.opening import Opening
 from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.sse import ChunkForm, Encoder, EventStream, check_end, send_events
 from jpaged.server.state import Call, Server
@@ -59,11 +59,9 @@ class Answer:
             return
 
     async def _whole(self) -> Response:
-        async with self._server.open(self._call) as streams:
+        async with self._server.open(self._call) as opening:
             with engine_deaths():
-                results = [await _last(stream) for stream in streams]
-            for result in results:
-                check_end(result)
+                results = await _results(opening)
         params = self._call.params
         if params.logprobs is None and params.prompt_logprobs is None:
             content = self._content(results)
@@ -79,17 +77,18 @@ class Answer:
         events = EventStream(send, self._headers)
         with self._server.pulse.watching(events):
             try:
-                async with self._server.open(self._call) as streams:
+                async with self._server.open(self._call) as opening:
                     encoder = Encoder(
                         self._form,
-                        streams,
+                        opening,
+                        self._call.num_prompt_tokens,
                         self._call.params.n,
                         include_usage=bool(options and options.include_usage),
                         tells_usage_always=bool(options and options.continuous_usage_stats),
                         hides_tokens=self._body.token_limit == 0,
                     )
                     with engine_deaths():
-                        await send_events(events, streams, encoder)
+                        await send_events(events, opening, encoder)
             except ApiError as error:
                 await events.fail(error)
             except Exception:
@@ -97,9 +96,24 @@ class Answer:
                 await events.fail(own_mistake())
 
 
-async def _last(stream: RequestStream) -> RequestOutput:
-    """The only output of a stream that has one."""
-    return [output async for output in stream][-1]
+async def _results(opening: Opening) -> list[RequestOutput]:
+    """The results of all prompts.
+
+    Raises:
+        ApiError: a prompt was refused, or ended without its result.
+    """
+
+    async def last(number: int) -> RequestOutput:
+        result = [output async for output in await opening.stream(number)][-1]
+        check_end(result)
+        return result
+
+    reading = [asyncio.ensure_future(last(number)) for number in range(len(opening))]
+    try:
+        return await asyncio.gather(*reading)
+    finally:
+        for each in reading:
+            each.cancel()
 
 
 @asynccontextmanager

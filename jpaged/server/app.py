@@ -22,10 +22,10 @@ from jpaged.server.health import health_routes
 from jpaged.server.keys import KeyRing
 from jpaged.server.metrics import metrics_route
 from jpaged.server.models import list_models, show_model
-from jpaged.server.prefixes import list_prefixes, pin_prefix, show_prefix, unpin_prefix
+from jpaged.server.prefix_routes import list_prefixes, pin_prefix, show_prefix, unpin_prefix
 from jpaged.server.settings import ServerSettings
 from jpaged.server.state import Server
-from jpaged.server.tokenization import detokenize, tokenize, tokenizer_info
+from jpaged.server.tokenizer_routes import detokenize, tokenize, tokenizer_info
 from jpaged.server.trace_context import TraceContext
 
 

@@ -17,12 +17,16 @@ from starlette.types import ASGIApp, Message
 from tqdm import tqdm
 
 from jpaged.async_llm import AsyncLLM
+from jpaged.engine.health import EngineDeadError, HealthState
 from jpaged.server.app import create_app
 from jpaged.server.keys import KeyRing
 from jpaged.server.settings import ServerSettings
 
 URLS = "/v1/completions", "/v1/chat/completions"
 """Endpoints of a batch."""
+
+WATCH_EVERY_S = 1.0
+"""The health of the engine is looked at this often."""
 
 NUM_WAITING = 64
 """Requests that wait for the engine, beside those that fill its rows."""
@@ -102,6 +106,9 @@ async def run_batch(llm: AsyncLLM, batch: Batch, settings: ServerSettings, *, us
         batch: the requests.
         settings: the settings of the server, as far as they say which requests are taken.
         use_tqdm: show how far it is.
+
+    Raises:
+        EngineDeadError: the engine has ended, or its step hangs. Results that are written stay.
     """
     queue = dict.fromkeys(("max_waiting_sequences", "max_waiting_tokens"), 1 << 24)  # bounded by ``places``
     app = create_app(llm, replace(settings, **queue), KeyRing.load(None, {}))
@@ -116,13 +123,33 @@ async def run_batch(llm: AsyncLLM, batch: Batch, settings: ServerSettings, *, us
         finally:
             places.release()
 
-    with bar:
-        async with app.router.lifespan_context(app), asyncio.TaskGroup() as tasks:
+    async def compute_all() -> None:
+        async with asyncio.TaskGroup() as tasks:
             for number, line in _lines_of(batch.source):
                 first_lines.setdefault(_custom_id(line), number)
                 if number in waiting:
                     await places.acquire()
                     tasks.create_task(compute(number, line))
+
+    with bar:
+        async with app.router.lifespan_context(app):
+            computing, watching = asyncio.ensure_future(compute_all()), asyncio.ensure_future(_watch(llm))
+            try:
+                await asyncio.wait([computing, watching], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                watching.cancel()
+                computing.cancel()  # of no effect if it is done
+                await asyncio.wait([computing, watching])
+            (computing if watching.cancelled() else watching).result()
+
+
+async def _watch(llm: AsyncLLM) -> None:
+    """Raise EngineDeadError once the engine is lost: a file has no client that would give up on a step that hangs."""
+    while True:
+        health = llm.health()
+        if health.state in (HealthState.HUNG, HealthState.DEAD):
+            raise EngineDeadError(f"the engine is {health.state}: {health.error or 'its step does not end'}")
+        await asyncio.sleep(WATCH_EVERY_S)
 
 
 def result_id(number: int, line: bytes) -> str:

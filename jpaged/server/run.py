@@ -157,6 +157,7 @@ class _Life:
             finally:
                 http.should_exit = True
                 await serving
+                await _cut_off(http)
 
     async def _load_and_serve(self, serving: asyncio.Future[None]) -> int:
         loading = self._load()
@@ -236,6 +237,14 @@ class _Life:
         if self._stop.is_set():
             self._stop_now.set()
         self._stop.set()
+
+
+async def _cut_off(http: uvicorn.Server) -> None:
+    """Close the connections of clients that do not read, of which a transport would be left to the loop's end."""
+    for connection in list(http.server_state.connections):
+        if (transport := getattr(connection, "transport", None)) is not None:
+            transport.abort()
+    await asyncio.sleep(0)  # they learn of it
 
 
 async def _first(*awaitables: Any) -> int:

@@ -13,6 +13,7 @@ from starlette.types import Send
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import NO_CONTINUATION, NOT_FINITE, CompletionDelta, FinishReason, RequestOutput
 from jpaged.server.errors import CANCELLED_STATUS, ApiError
+from jpaged.server.opening import Opening
 from jpaged.server.protocol.results import usage, without_tokens
 
 DONE = b"data: [DONE]\n\n"
@@ -151,26 +152,29 @@ class EventStream:
 
 
 class Reader:
-    """Reads the streams of one call as they have something to read.
+    """Reads the streams of one call, as they open and have something to read.
 
     Args:
-        streams: the streams, one for each prompt.
+        opening: the streams.
     """
 
-    def __init__(self, streams: Sequence[RequestStream]) -> None:
-        self._streams = streams
-        self._ready = dict.fromkeys(range(len(streams)))  # something may have come before
+    def __init__(self, opening: Opening) -> None:
+        self._streams: dict[int, RequestStream] = {}
+        self._ready: dict[int, None] = {}
+        self._error: BaseException | None = None  # of a prompt that was refused
         self._waiter: asyncio.Future[None] | None = None
-        for number, stream in enumerate(streams):
-            stream.on_arrival = partial(self._note, number)
+        opening.watch(self._add, self._fail)
 
     async def read(self) -> list[tuple[int, list[CompletionDelta], RequestOutput | None]]:
         """Wait for something to read. Returns, for each prompt that has it, its number, its deltas and its result.
 
         Raises:
+            ApiError: a prompt was refused.
             EngineDeadError: the engine has ended.
         """
         while True:
+            if self._error is not None:
+                raise self._error
             ready, self._ready = self._ready, {}
             found = [(number, *self._streams[number].read_now()) for number in ready]
             found = [each for each in found if each[1] or each[2] is not None]
@@ -182,8 +186,20 @@ class Reader:
             finally:
                 self._waiter = None
 
+    def _add(self, number: int, stream: RequestStream) -> None:
+        self._streams[number] = stream
+        stream.on_arrival = partial(self._note, number)
+        self._note(number)  # something may have come before
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = error
+        self._wake()
+
     def _note(self, number: int) -> None:
         self._ready[number] = None
+        self._wake()
+
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -193,7 +209,8 @@ class Encoder:
 
     Args:
         form: the form of the events.
-        streams: the streams of the call.
+        opening: the streams of the call.
+        num_prompt_tokens: tokens of its prompts.
         num_completions: completions of each prompt.
         include_usage: whether an event in the end tells the tokens.
         tells_usage_always: whether all events do.
@@ -203,7 +220,8 @@ class Encoder:
     def __init__(
         self,
         form: ChunkForm,
-        streams: Sequence[RequestStream],
+        opening: Opening,
+        num_prompt_tokens: int,
         num_completions: int,
         *,
         include_usage: bool,
@@ -211,13 +229,13 @@ class Encoder:
         hides_tokens: bool,
     ) -> None:
         self._form = form
-        self._streams = streams
+        self._opening = opening
         self._num_completions = num_completions
         self._include_usage = include_usage
         self._tells_usage_always = include_usage and tells_usage_always
         self._hides_tokens = hides_tokens
         self._needs_choice = form.needs_choice or self._tells_usage_always
-        self._num_prompt_tokens = sum(len(stream.prompt_token_ids) for stream in streams)
+        self._num_prompt_tokens = num_prompt_tokens
         self._num_output_tokens = 0
         self._heads: dict[int, bytes] = {}  # of the choices that have begun
         before = orjson.dumps(form.chunk_head)[:-1] + b',"choices":[{"index":'
@@ -254,18 +272,18 @@ class Encoder:
         return _event(fields)
 
     def _usage(self) -> dict[str, Any]:
-        num_cached_tokens = sum(stream.num_cached_tokens for stream in self._streams)
+        num_cached_tokens = sum(stream.num_cached_tokens for stream in self._opening.open_streams)
         return usage(self._num_prompt_tokens, self._num_output_tokens, num_cached_tokens)
 
 
-async def send_events(events: EventStream, streams: Sequence[RequestStream], encoder: Encoder) -> None:
+async def send_events(events: EventStream, opening: Opening, encoder: Encoder) -> None:
     """Send what the streams bring, until all have ended.
 
     Raises:
-        ApiError: a prompt ended without its result.
+        ApiError: a prompt was refused, or ended without its result.
         EngineDeadError: the engine has ended.
     """
-    reader, num_open = Reader(streams), len(streams)
+    reader, num_open = Reader(opening), len(opening)
     while True:
         encoded: list[bytes] = []
         for number, deltas, end in await reader.read():

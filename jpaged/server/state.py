@@ -1,8 +1,7 @@
 """The server's state: the one object that every route shares."""
 
 import asyncio
-import sys
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import time
@@ -13,7 +12,7 @@ from starlette.requests import Request
 from jpaged.async_llm import AsyncLLM
 from jpaged.engine.health import HealthState
 from jpaged.engine.prompts import TokensPrompt
-from jpaged.engine.request_stream import MAX_UNREAD_TOKENS, RequestStream
+from jpaged.engine.request_stream import RequestStream
 from jpaged.host.capacity import Capacity, width_name
 from jpaged.request import Request as EngineRequest
 from jpaged.request import SamplingParams
@@ -23,12 +22,13 @@ from jpaged.server.errors import CANCELLED_STATUS, ApiError, refusals
 from jpaged.server.health import Report, report_of
 from jpaged.server.keys import ANONYMOUS, ApiKey, KeyRing
 from jpaged.server.metrics import Metrics
-from jpaged.server.pinning import Prefixes
+from jpaged.server.opening import Opening
+from jpaged.server.pinned_prefixes import Prefixes
 from jpaged.server.protocol.sampling import GenerationBody
 from jpaged.server.settings import ServerSettings
 from jpaged.server.sse import Pulse
 from jpaged.server.template import ChatTemplate
-from jpaged.server.tokens import TextCodec
+from jpaged.server.text_codec import TextCodec
 
 if TYPE_CHECKING:
     from jpaged.server.tracing import Tracing
@@ -104,7 +104,7 @@ class Server:
     Attributes:
         admission: the queue before the engine.
         created: the start of the server, in seconds since 1970.
-        calls: the open calls by id; written here alone.
+        calls: by id, the calls of which a prompt has had its turn; written here alone.
         codec: text to token ids and back.
         template: conversations to token ids.
         pulse: keeps silent streams open.
@@ -126,7 +126,8 @@ class Server:
         self.tracing = _tracing(llm, settings)
         self.created = int(time())
         self.calls: dict[str, Call] = {}
-        self._waiting: dict[str, tuple[Call, list[Ticket]]] = {}  # calls that are not open yet
+        self._waiting: dict[str, Call] = {}  # calls of which no prompt is open yet
+        self._tickets: dict[str, list[Ticket]] = {}  # of all of these
         self.codec = TextCodec(llm)
         self.template = ChatTemplate(llm, self.codec)
         self.pulse = Pulse(settings.keep_alive_s)
@@ -170,32 +171,63 @@ class Server:
         )
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncGenerator[list[RequestStream]]:
-        """Give a call to the engine; the streams of its prompts are open until the block is left.
+    async def open(self, call: Call) -> AsyncGenerator[Opening]:
+        """Give a call to the engine; the streams of its prompts open one by one, until the block is left.
 
         Every call passes through here.
 
         Raises:
             ApiError: 400 if the engine refuses a prompt, 429 if the queue is full, 503 if the engine takes none, 408 if
-                the call does not start in time, 504 if it does not end in time.
+                no prompt starts in time, 504 if the call does not end in time.
         """
         self._check_sizes(call)
         self._check_fits(call)
         end = None if (limit := self.settings.request_timeout_s) is None else asyncio.get_running_loop().time() + limit
         with self.admission.queue(call.key, call.demands) as tickets:
-            self._waiting[call.call_id] = call, tickets
+            self._tickets[call.call_id] = tickets
+            self._waiting[call.call_id] = call
+            if self.tracing is not None:
+                self.tracing.open(call.request_ids)
+            opening = Opening(
+                len(tickets), lambda i: self._open_one(call, i, tickets[i], end), lambda: self._note_open(call)
+            )
             try:
-                streams = await self._open_all(call, tickets, end)
+                with _ending(opening, end):
+                    yield opening
             finally:
-                del self._waiting[call.call_id]
-            self.calls[call.call_id] = call
-            try:
-                with _ending(streams, end):
-                    yield streams
-            finally:
-                del self.calls[call.call_id]
-                for stream in streams:
-                    stream.close()
+                try:
+                    await opening.close()
+                finally:
+                    self._forget(call, opening)
+
+    def _forget(self, call: Call, opening: Opening) -> None:
+        del self._tickets[call.call_id]
+        self._waiting.pop(call.call_id, None)
+        self.calls.pop(call.call_id, None)
+        if self.tracing is not None:
+            pairs = zip(call.request_ids, opening.streams, strict=True)
+            self.tracing.close([request_id for request_id, stream in pairs if stream is None])
+
+    def _note_open(self, call: Call) -> None:
+        self._waiting.pop(call.call_id, None)
+        self.calls[call.call_id] = call
+
+    async def _open_one(self, call: Call, i: int, ticket: Ticket, end: float | None) -> RequestStream:
+        """Open the stream of a prompt when it is its turn.
+
+        Raises:
+            ApiError: see ``open``.
+        """
+        options = {"priority": call.allowed_priority, "arrived": call.arrived}
+        try:
+            async with asyncio.timeout_at(end):
+                with _refusals():
+                    await ticket.turn
+                    return await self.llm.open(call.prompt(i), call.params, ticket.demand.request_id, **options)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the request waited for {self.settings.request_timeout_s:g} s: try again", code="queue_timeout"
+            ) from None
 
     def _check_fits(self, call: Call) -> None:
         """Refuse a call that can never fit, before it waits. It asks for nothing that a step may hold up.
@@ -216,6 +248,10 @@ class Server:
                 name = width_name(params)
                 raise ValueError(f"{name}={params.num_sequences} is more than max_num_seqs={most}: lower {name}")
             capacity.check(EngineRequest(call.call_id, None, longest, params, None))
+            if len(call.prompts) > 1:  # a stream may have begun when it is the turn of another prompt
+                for i, prompt in enumerate(call.prompts):
+                    if min(prompt) < 0 or max(prompt) >= engine.model_config.vocab_size:
+                        engine.prompts.read(call.call_id, call.prompt(i), params, 0)
 
     def _check_sizes(self, call: Call) -> None:
         settings, params = self.settings, call.params
@@ -234,43 +270,6 @@ class Server:
                 "returned; lower logprobs, max_tokens, n or the number of prompts",
             )
 
-    async def _open_all(self, call: Call, tickets: Sequence[Ticket], end: float | None) -> list[RequestStream]:
-        """The streams of all prompts, once it is their turn; none is left open if one is refused."""
-        try:
-            async with asyncio.timeout_at(end):
-                with _refusals():
-                    return await self._gather(call, tickets)
-        except TimeoutError:
-            raise ApiError(
-                408, f"the request waited for {self.settings.request_timeout_s:g} s: try again", code="queue_timeout"
-            ) from None
-
-    async def _gather(self, call: Call, tickets: Sequence[Ticket]) -> list[RequestStream]:
-        # Nobody reads before all are open: until then, a stream may bring what it has.
-        options = {"priority": call.allowed_priority, "arrived": call.arrived, "max_unread_tokens": sys.maxsize}
-
-        async def open_one(i: int) -> RequestStream:
-            await tickets[i].turn
-            return await self.llm.open(call.prompt(i), call.params, tickets[i].demand.request_id, **options)
-
-        if self.tracing is not None:
-            self.tracing.open(call.request_ids)
-        opening = [asyncio.ensure_future(open_one(i)) for i in range(len(tickets))]
-        try:
-            streams = await asyncio.gather(*opening)
-        except BaseException:
-            if self.tracing is not None:
-                self.tracing.close(call.request_ids)
-            for each in opening:
-                each.cancel()
-            for result in await asyncio.gather(*opening, return_exceptions=True):
-                if isinstance(result, RequestStream):
-                    result.close()
-            raise
-        for stream in streams:
-            stream.max_unread_tokens = MAX_UNREAD_TOKENS
-        return streams
-
     async def cancel(self, request: Request, call_id: str) -> bool:
         """End unfinished calls of the request's own key that have an id, the server's or the client's.
 
@@ -282,11 +281,12 @@ class Server:
             return call.key.name == request.state.key.name and call_id in (call.call_id, call.client_id)
 
         error = ApiError(CANCELLED_STATUS, "the request was cancelled", code="cancelled")
-        waiting = [tickets for call, tickets in self._waiting.values() if is_meant(call)]
-        refused = [ticket.refuse(error) for tickets in waiting for ticket in tickets]
+        open_calls = [call for call in self.calls.values() if is_meant(call)]
+        meant = [*open_calls, *[call for call in self._waiting.values() if is_meant(call)]]
+        refused = [ticket.refuse(error) for call in meant for ticket in self._tickets[call.call_id]]
         has_any = any(refused)
         with refusals():
-            for call in [call for call in self.calls.values() if is_meant(call)]:
+            for call in open_calls:
                 has_any |= await self.llm.abort(call.request_ids)
         return has_any
 
@@ -332,8 +332,8 @@ def _refusals() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _ending(streams: Sequence[RequestStream], end: float | None) -> Iterator[None]:
-    """End the streams at a time of the loop's clock.
+def _ending(opening: Opening, end: float | None) -> Iterator[None]:
+    """End the open streams at a time of the loop's clock.
 
     Raises:
         ApiError: 504, the block failed because they were ended.
@@ -345,8 +345,8 @@ def _ending(streams: Sequence[RequestStream], end: float | None) -> Iterator[Non
 
     def expire() -> None:
         nonlocal is_late
-        is_late = True
-        for stream in streams:
+        is_late = bool(opening.open_streams)
+        for stream in opening.open_streams:
             stream.give_up("it took too long")
 
     timer = asyncio.get_running_loop().call_at(end, expire)

@@ -11,7 +11,7 @@ from jpaged.engine.chat import render_chat
 from jpaged.engine.token_texts import special_tokens
 from jpaged.server.errors import ApiError, refusals
 from jpaged.server.protocol.chat import ChatOptions
-from jpaged.server.tokens import TextCodec
+from jpaged.server.text_codec import TextCodec
 
 _NOT_FOR_REQUESTS = re.compile(
     r"messages|tools|documents|tokenize|chat_template|add_generation_prompt|continue_final_message|return_\w+|\w+_token"

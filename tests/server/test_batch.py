@@ -5,8 +5,10 @@ import json
 
 import pytest
 
+from jpaged.engine.health import EngineDeadError, Health, HealthState
 from jpaged.server import ServerSettings
 from jpaged.server.batch import Batch, run_batch
+from tests.server.conftest import TIMEOUT_S
 
 BODY = {"prompt": "def add(a, b):", "max_tokens": 4, "temperature": 0}
 
@@ -136,3 +138,26 @@ def test_results_of_other_requests_are_not_overwritten(files):
         Batch.open(source, source)
     with pytest.raises(ValueError, match=r"cannot be written: there is no directory .*none"):
         Batch.open(source, destination.parent / "none" / "out.jsonl")
+
+
+@pytest.mark.parametrize("state", [HealthState.HUNG, HealthState.DEAD])
+def test_step_that_does_not_end_ends_the_batch_and_the_next_one_goes_on(served, files, monkeypatch, state):
+    source, destination, write, results = files
+    monkeypatch.setattr("jpaged.server.batch.WATCH_EVERY_S", 0.01)
+    write(line("a"), line("b"))
+    with served.held():
+        batch = Batch.open(source, destination)
+        running = asyncio.run_coroutine_threadsafe(run_batch(served.llm, batch, ServerSettings()), served._loop)
+        served.run(until(lambda: served.llm.num_unfinished))
+        monkeypatch.setattr(served.llm, "health", lambda: Health(state, None, 0, 0.0, 0.0))
+        with pytest.raises(EngineDeadError, match=f"the engine is {state}"):
+            running.result(TIMEOUT_S)
+    monkeypatch.undo()
+    assert served.run(served.idle()) == 0
+    assert results() == []
+    assert compute(served, source, destination).num_done == 2
+
+
+async def until(is_true) -> None:
+    while not is_true():
+        await asyncio.sleep(0.001)

@@ -1,6 +1,7 @@
 """The life of a server: loading, signals, drains and their deadlines, an engine that is lost, and what is exposed."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -241,6 +242,36 @@ def test_the_deadline_and_a_second_signal_end_what_runs(path, num_signals, drain
     answers: list[httpx.Response] = []
     assert run(path, lambda: gate.llm, scenario, drain_timeout_s=drain_timeout_s) == 0
     assert [answer.status_code for answer in answers] == [503]
+    assert gate.llm.engine.blocks.num_used_blocks == 0
+
+
+def test_a_client_that_does_not_read_ends_with_the_deadline_of_the_drain(path):
+    gate = Gate()
+    gate.may_go_on.set()
+    body = PROMPT | {"prompt": [PROMPT["prompt"]] * 16, "max_tokens": 50, "logprobs": 20, "stream": True}
+    content = json.dumps(body).encode()  # the response is more than the socket holds
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
+    slow = socket.socket(socket.AF_UNIX)
+
+    def scenario(client: Client) -> None:
+        client.wait_until_ready()
+        slow.connect(path)
+        slow.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + content)
+        assert gate.has_begun.wait(TIMEOUT_S)
+        while gate.llm.num_unfinished:
+            pass
+        client.send(signal.SIGTERM)
+
+    with slow:
+        settings = {"drain_timeout_s": 0.01, "write_timeout_s": float(TIMEOUT_S)}
+        assert run(path, lambda: gate.llm, scenario, **settings) == 0
+        received = b""
+        slow.settimeout(TIMEOUT_S)
+        with contextlib.suppress(ConnectionError):
+            while part := slow.recv(1 << 20):
+                received += part
+    assert received.startswith(b"HTTP/1.1 200")
+    assert b"[DONE]" not in received, "it had not read the end when the server ended"
     assert gate.llm.engine.blocks.num_used_blocks == 0
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged.server.protocol.completions import CompletionBody
-from jpaged.server.tokens import LONG_TOKEN
+from jpaged.server.text_codec import LONG_TOKEN
 from tests.server.bystander import PROMPT as BYSTANDERS_PROMPT
 from tests.server.bystander import bystander
 from tests.server.conftest import Served

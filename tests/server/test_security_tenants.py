@@ -1,6 +1,7 @@
 """Several keys on one server: apart in the cache, fair in the queue, and each master of its own requests alone."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 
 import httpx
@@ -246,3 +247,23 @@ def test_a_request_that_runs_for_too_long_ends(served, run):
         assert "[DONE]" not in answer.text
 
     run(task, request_timeout_s=0.3)
+
+
+def test_tokenising_counts_against_the_rates_of_the_key_alone(run, keys, monkeypatch):
+    async def task(alice, bob, server):
+        monkeypatch.setattr(server.admission, "_clock", lambda: 0.0)
+        limits = {"requests_per_minute": 3, "tokens_per_minute": 1000}
+        monkeypatch.setattr(
+            server.admission, "_lane", lambda key, lane=server.admission._lane: lane(dataclasses.replace(key, **limits))
+        )
+        tokenized = (await alice.post("/tokenize", json={"prompt": "def f(x):"})).json()["tokens"]
+        assert (await alice.post("/detokenize", json={"tokens": tokenized})).status_code == 200
+        assert server.admission._lanes["alice"].buckets["tokens_per_minute"].level == 1000 - 2 * len(tokenized)
+        assert (await complete(alice)).status_code == 200
+        for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+            response = await alice.post(path, json=body)
+            assert (response.status_code, response.json()["error"]["code"]) == (429, "requests_per_minute")
+            assert response.headers["retry-after"] == "20"
+            assert (await bob.post(path, json=body)).status_code == 200
+
+    run(task)

@@ -137,3 +137,88 @@ def test_a_failure_within_a_stream_is_told_without_its_text(served, monkeypatch,
     assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
     assert "secret" not in response.text
     assert "a secret of ours" in caplog.text
+
+
+# Several prompts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def late(served, monkeypatch):
+    """Holds back the second prompt of a call until it is told to go on, or to fail."""
+    go_on, open_one = asyncio.Event(), served.llm.open
+    errors = []
+
+    async def open_late(prompt, params, request_id, **options):
+        if request_id.endswith("-1"):
+            await go_on.wait()
+            for error in errors:
+                raise error
+        return await open_one(prompt, params, request_id, **options)
+
+    monkeypatch.setattr(served.llm, "open", open_late)
+
+    def release(error=None):
+        errors.extend([] if error is None else [error])
+        served._loop.call_soon_threadsafe(go_on.set)
+
+    yield release
+    release()
+    assert served.run(served.idle()) == 0
+    assert not served.server.calls
+    assert not served.server._waiting
+    assert not served.server._tickets
+
+
+def lines_until_first_text(lines):
+    for line in lines:
+        yield line
+        if '"text"' in line:
+            return
+
+
+BODY = {"prompt": [PROMPT, "import os"], "temperature": 0, "max_tokens": 5, "stream": True}
+
+
+def test_prompt_is_streamed_while_another_waits_for_its_turn(served, late):
+    whole = [served.complete(prompt, max_tokens=5)["choices"][0]["text"] for prompt in BODY["prompt"]]
+    with served.wire.stream("POST", "/v1/completions", json=BODY) as response:
+        lines = response.iter_lines()
+        before = list(lines_until_first_text(lines))
+        assert response.status_code == 200
+        late()
+        chunks = events("\n".join([*before, *lines]).strip().encode())
+    assert joined(chunks, 2) == whole
+    assert ends(chunks) == {0: "length", 1: "length"}
+
+
+def test_prompt_that_is_refused_after_others_have_begun_ends_the_stream_with_an_error(served, late):
+    with served.wire.stream("POST", "/v1/completions", json=BODY) as response:
+        lines = response.iter_lines()
+        list(lines_until_first_text(lines))
+        late(ValueError("too late"))
+        rest = "".join(lines)
+    assert '"error":{"message":"too late"' in rest
+    assert "[DONE]" not in rest
+
+
+def test_call_of_which_one_prompt_waits_can_be_cancelled(served, late):
+    with served.wire.stream("POST", "/v1/completions", json=BODY | {"max_tokens": 500}) as response:
+        lines = response.iter_lines()
+        [first, *_] = [line for line in lines_until_first_text(lines) if line]
+        call_id = json.loads(first.removeprefix("data: "))["id"]
+        assert served.post(f"/v1/requests/{call_id}/cancel").status_code == 200
+        late()
+        rest = "".join(lines)
+    assert '"code":"cancelled"' in rest
+
+
+def test_prompts_are_all_checked_before_one_of_them_runs(served):
+    response = served.post("/v1/completions", **BODY | {"prompt": [[1, 2], [3, 10**6]]})
+    assert response.status_code == 400
+    assert "prompt_token_ids[1]=1000000 is not valid" in response.json()["error"]["message"]
+
+
+def test_prompts_of_one_whole_response_may_have_their_turns_one_by_one(served, late):
+    late()
+    choices = served.complete(BODY["prompt"], max_tokens=5)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]

@@ -50,7 +50,7 @@ def test_the_texts_of_others_are_tokenised_between_those_of_a_large_request(serv
         return in_background(work)
 
     whole = served.run(codec.encode(texts))
-    monkeypatch.setattr("jpaged.server.tokens.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("jpaged.server.text_codec.PIECE_CHARACTERS", 100)
     monkeypatch.setattr(llm, "in_background", noted)
     assert served.run(codec.encode(texts)) == whole
     assert len(pieces) == 4
@@ -60,5 +60,5 @@ def test_a_long_text_of_few_tokens_is_tokenised_whole(served, monkeypatch):
     text = "def mean(values):\n    return sum(values) / len(values)\n" * 30
     whole = list(served.llm.tokenizer.encode(text))
     assert len(whole) < served.llm.max_model_len < len(text)
-    monkeypatch.setattr("jpaged.server.tokens.LONG_TOKEN", 1)
+    monkeypatch.setattr("jpaged.server.text_codec.LONG_TOKEN", 1)
     assert served.run(served.server.codec.encode([text])) == [whole]

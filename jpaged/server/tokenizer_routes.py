@@ -36,6 +36,7 @@ class DetokenizeBody(Body):
 async def tokenize(request: Request) -> Response:
     """Turn a text or a conversation into token ids."""
     server, fields = server_of(request), await read_fields(request)
+    server.admission.count(request.state.key)
     kind = TokenizeChatBody if "messages" in fields else TokenizeBody
     body = parse(kind, fields, is_strict=server.settings.strict_params)
     server.check_model(body.model)
@@ -44,6 +45,7 @@ async def tokenize(request: Request) -> Response:
         token_ids = await server.template.render(body)
     else:
         [token_ids] = await server.codec.encode([body.prompt], add_special_tokens=body.add_special_tokens is not False)
+    server.admission.count_tokens(request.state.key, len(token_ids))
     content: dict[str, Any] = {
         "count": len(token_ids),
         "max_model_len": server.llm.max_model_len,
@@ -58,6 +60,8 @@ async def detokenize(request: Request) -> Response:
     server = server_of(request)
     body = await read_body(request, DetokenizeBody, is_strict=server.settings.strict_params)
     server.check_model(body.model)
+    server.admission.count(request.state.key)
+    server.admission.count_tokens(request.state.key, len(body.tokens))
     text = await server.codec.decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
     return OrjsonResponse({"prompt": text}, 200, ignored_header(body))
 
