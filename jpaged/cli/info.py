@@ -207,7 +207,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
 
 
 def _dtype_note(path: Path, model: ModelConfig, config: EngineConfig, target: Target) -> str | None:
-    """Why the dtype is not the checkpoint's, or what it depends on; None where neither is so."""
+    """Explain a dtype that is not the checkpoint's, or depends on weights that are not here; None for any other."""
     note = target.dtype_note(config.dtype, model.dtype)
     if note is None or is_dtype_known(path):
         return note
