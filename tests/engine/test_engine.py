@@ -777,7 +777,7 @@ def test_an_engine_of_another_block_size_than_its_runners_is_refused():
 HF_BLOCK_SIZES = (8, 16, 32)
 
 
-# Grouped heads, learned positions and a sliding window in all sizes, and the families of which test_beam.py has no search.
+# Grouped heads, learned positions and a sliding window in all sizes; families of which test_beam.py has no search.
 HF_ENGINE_RUNS = [
     *itertools.product(["llama_gqa", "opt", "qwen2_window"], HF_BLOCK_SIZES),
     ("smollm3", 8),
