@@ -99,10 +99,21 @@ def test_request_without_logits_ends_with_an_error_and_others_go_on(case, max_bu
     assert [delta.error for delta in ends] == [NOT_FINITE] * len(bad.outputs)
 
 
-def test_only_the_completions_that_are_unfinished_end_with_the_error():
-    [result], _ = run(([1, 2], {"n": 2, "temperature": 1, "seed": 3, "max_tokens": 9, "stop_token_ids": [BAD]}))
-    assert {output.finish_reason for output in result.outputs} <= {FinishReason.STOP, FinishReason.LENGTH}
-    assert result.error is None, "a token that ends a completion is not computed"
+def test_a_token_that_ends_a_completion_is_not_computed():
+    [result], _ = run(([1, 2], FORCED | {"n": 2, "stop_token_ids": [BAD]}))
+    assert [(output.token_ids, output.finish_reason) for output in result.outputs] == [([BAD], FinishReason.STOP)] * 2
+    assert result.error is None
+
+
+def test_a_completion_that_has_ended_stays_as_it_is_when_its_sibling_fails():
+    last = BAD + 1
+    either = {"n": 2, "temperature": 1, "logit_bias": {BAD: 1e4, last: 1e4}, "stop_token_ids": [last]}
+    results = [run(([1, 2], either | {"seed": seed}))[0][0] for seed in range(6)]
+    ends = {BAD: FinishReason.ERROR, last: FinishReason.STOP}
+    for result in results:
+        assert [output.finish_reason for output in result.outputs] == [ends[o.token_ids[-1]] for o in result.outputs]
+        assert result.error == (NOT_FINITE if any(o.token_ids[-1] == BAD for o in result.outputs) else None)
+    assert any(len({output.finish_reason for output in result.outputs}) == 2 for result in results)
 
 
 def search(width, max_tokens, **options):

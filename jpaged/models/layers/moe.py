@@ -183,6 +183,8 @@ def compute_experts(
     weights: Weights,
     gated: Gated,
     product: GroupedProduct | None = None,
+    *,
+    copies_gathered: bool = False,
 ) -> Float[Array, "tokens hidden_size"]:
     """Compute the weighted sum of the outputs of each token's experts, in the way that suits the number of tokens.
 
@@ -192,8 +194,9 @@ def compute_experts(
         weights: weights of the experts.
         gated: see ``Gated``.
         product: multiplies groups of rows; None if nothing does it well here.
+        copies_gathered: whether the compiler copies all experts before it gathers some of them.
     """
-    if 2 * routes.experts.size <= len(weights.down):
+    if 2 * routes.experts.size <= len(weights.down) and not copies_gathered:
         return chosen_experts(x, routes, weights, gated)
     if product is None or len(x) < GROUPED_FROM:
         return all_experts(x, routes, weights, gated)
