@@ -58,6 +58,10 @@ class EngineStats:
         "blocks copied because a sequence wrote to one that others, or the prefix cache, rely on",
         lambda of: of.blocks.num_copies,
     )
+    num_blocks_freed_by_windows: int = _counter(
+        "blocks that running requests gave up, as sliding windows had passed them",
+        lambda of: of.blocks.num_freed_by_windows,
+    )
     num_waiting: int = _gauge(
         "requests, and prefixes to be pinned, that wait for admission", lambda of: of.scheduler.num_waiting
     )

@@ -191,7 +191,7 @@ class Admission:
             return None
         if self._found is not None and self._found[0] is group and self._found[1].ticket.is_valid:
             return self._found[1]
-        if self.num_known_short(group) > 0:
+        if self.num_known_short(group) > 0 or self._is_short_of_any_match(group):
             return None
         start = self.start(group)
         if start.num_short > 0:
@@ -199,6 +199,15 @@ class Admission:
             return None
         self._refusal, self._found = None, (group, start)
         return start
+
+    def _is_short_of_any_match(self, group: SequenceGroup) -> bool:
+        """Whether a group cannot start, whatever it matches: blocks that windows pass are taken all the same."""
+        if self._blocks.groups.num_full > 0 or group.is_swapped:
+            return False
+        _, target = self._leader_of(group)
+        left_free = num_blocks_left_free(self._num_usable, is_running=bool(self._line.running))
+        num_taken = self._prompts.num_blocks(NO_MATCH, target) + self._prompts.num_promised()
+        return num_taken > self._blocks.num_free_blocks - left_free
 
     def num_known_short(self, group: SequenceGroup) -> int:
         """Count the blocks that the first waiting group is known to lack at least, without another match."""
@@ -298,7 +307,8 @@ class Admission:
         return Refusal(
             group=group,
             num_rows=group.num_rows,
-            counts_cached=is_on_host or has_windows,
+            is_on_host=is_on_host,
+            has_windows=has_windows,
             is_running=bool(self._line.running),
             num_short=num_short,
             num_freed=blocks.tiers.device.num_freed,

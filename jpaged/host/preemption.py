@@ -93,10 +93,12 @@ class Preemption:
         is_needed = rows_short > 0 or start.num_short > 0 or not self._admission.has_room_on_host(first)
         return lower if is_needed and start.num_short <= num_blocks else []
 
-    def feeds(self) -> list[Feed]:
-        """The tokens that each running sequence, which has the blocks, feeds next; steady rows are left out."""
+    def feeds(self, decodes: Int32[np.ndarray, " decodes"]) -> list[Feed]:
+        """The tokens that each running sequence, which has the blocks, feeds next to ``decodes``: steady rows."""
         feeds = self._all_feeds()
-        return self._windows.cut(feeds) if self._windows.is_used else self._streaming.cut(feeds)
+        if self._windows.is_used:
+            return self._windows.cut(self._windows.limit(feeds, decodes))
+        return self._streaming.cut(feeds)
 
     def wanted(self, decodes: Int32[np.ndarray, " decodes"]) -> list[Feed]:
         """The tokens that each running sequence should feed next to ``decodes``, in schedule order.

@@ -11,13 +11,14 @@ class Refusal:
     """A group that was short of blocks, and the events without which it stays short.
 
     Each block that becomes free shortens the lack by one. Each block that enters the device's cache may do the same, if
-    the group would load its content from the host, or if the model has windows, whose matches need few blocks.
-    Otherwise only the first block that its match lacked matters.
+    the group would load its content from the host. Otherwise only the first block that its match lacked matters. In
+    models with windows any block may: a long match may lack a single one.
 
     Args:
         group: the group.
         num_rows: rows that it needed.
-        counts_cached: whether each block that enters the device's cache counts as a gain.
+        is_on_host: whether it would load blocks from the host.
+        has_windows: whether the model has layers with windows.
         is_running: whether other groups were running, for which some blocks must stay free.
         num_short: blocks that it lacked at least.
         num_freed: device blocks that had become free by then, since the start.
@@ -27,7 +28,8 @@ class Refusal:
 
     group: SequenceGroup
     num_rows: int
-    counts_cached: bool
+    is_on_host: bool
+    has_windows: bool
     is_running: bool
     num_short: int
     num_freed: int
@@ -40,7 +42,9 @@ class Refusal:
             return 0
         if self.lacking is not None and tiers.is_cached(self.lacking):
             return 0
+        if self.has_windows and tiers.device.cache.num_inserted > self.num_cached:
+            return 0
         num_gained = tiers.device.num_freed - self.num_freed
-        if self.counts_cached:
+        if self.is_on_host:
             num_gained += tiers.device.cache.num_inserted - self.num_cached
         return max(self.num_short - num_gained, 0)

@@ -223,7 +223,8 @@ class Scheduler:
         num_preemptions = self._preemption.num_preemptions
         copies = self._preemption.make_room(self.profile) if self.line.running else []
         may_admit = self._preemption.num_preemptions == num_preemptions
-        decodes, feeds = self.rows.decodes(), self._preemption.feeds()
+        decodes = self.rows.decodes()
+        feeds = self._preemption.feeds(decodes.rows)
         plan = self._plan(decodes, np.ones_like(decodes.rows), feeds, copies, may_admit=may_admit)
         self._send_off(plan)
         return plan

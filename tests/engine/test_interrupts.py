@@ -134,8 +134,8 @@ def test_an_ignored_interrupt_stays_ignored():
 
 
 def test_an_interrupt_while_weights_load_ends_the_start_before_the_next_tensor(monkeypatch):
-    presser = Presser(weights._load_tensor, 3)
-    monkeypatch.setattr(weights, "_load_tensor", presser)
+    presser = Presser(weights._Param.send, 3)
+    monkeypatch.setattr(weights._Param, "send", lambda self, parts: presser(self, parts))
     with pytest.raises(KeyboardInterrupt):
         LLM(**SETTINGS, warm_up=True)
     assert presser.num_calls == 3

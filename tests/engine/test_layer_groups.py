@@ -86,7 +86,7 @@ def test_chunks_decodes_and_bursts_read_no_block_that_a_window_has_freed(name):
     with poisoning(engine):
         outputs = run(engine, PROMPTS, 20)
     assert_greedy(name, outputs, PROMPTS, 20)
-    assert engine.blocks.windows.num_freed > 20
+    assert engine.stats().num_blocks_freed_by_windows > 20
 
 
 @both_models

@@ -21,7 +21,7 @@ from jpaged.models.layers.moe import (
     MOST_COUNTED,
     ActivatedGate,
     Weights,
-    _places,
+    _sorted_pairs,
     all_experts,
     chosen_experts,
     compute_experts,
@@ -134,17 +134,23 @@ def test_one_row_of_a_mixture_has_a_program_of_its_own():
 def test_places_sort_pairs_by_expert_and_keep_their_order(num_pairs):
     experts = np.random.default_rng(5).integers(0, 7, num_pairs).astype(np.int32)
     order = np.argsort(experts, kind="stable")
-    np.testing.assert_array_equal(np.asarray(_places(jnp.asarray(experts)))[order], np.arange(num_pairs))
+    places, pair_at = _sorted_pairs(jnp.asarray(experts))
+    np.testing.assert_array_equal(pair_at, order)
+    np.testing.assert_array_equal(np.asarray(places)[order], np.arange(num_pairs))
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(1, "chosen"), (2, "all"), (GROUPED_FROM, "grouped")])
-def test_way_to_compute_experts_follows_the_number_of_tokens(tokens, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "copies_gathered", "expected"),
+    [(1, False, "chosen"), (1, True, "all"), (2, False, "all"), (GROUPED_FROM, False, "grouped")],
+)
+def test_way_to_compute_experts_follows_the_number_of_tokens(tokens, copies_gathered, expected, monkeypatch):
     called = []
     for way in ("chosen", "all", "grouped"):
         monkeypatch.setattr(moe, f"{way}_experts", lambda x, *_, way=way: called.append(way))
     rng = np.random.default_rng(6)
     x, routes = _inputs(rng, tokens=tokens, top_k=3)
-    compute_experts(x, routes, _weights(rng, bias=False), GATED, partial(grouped_matmul, implementation="xla"))
+    product = partial(grouped_matmul, implementation="xla")
+    compute_experts(x, routes, _weights(rng, bias=False), GATED, product, copies_gathered=copies_gathered)
     assert called == [expected]
 
 

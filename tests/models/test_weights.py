@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jpaged.models import (
@@ -19,6 +20,7 @@ from jpaged.models import (
     random_model,
     save_checkpoint,
 )
+from jpaged.models.checkpoint import weights
 from jpaged.sharding import make_mesh
 from tests.support.oracles import HF_REFERENCE
 from tests.support.tiny import tiny_config
@@ -226,20 +228,32 @@ def test_tied_embedding_is_read_under_the_name_of_the_projection(has_prefix, opt
         np.testing.assert_array_equal(value, loaded[path])
 
 
-def test_tensors_outside_the_layers_that_no_architecture_reads_are_named_once(saved, caplog):
-    extra = [f"{name}.weight" for name in ("vision_tower.layers.0.proj", "mtp.layers.0.norm", "score", "model.values")]
-    _rewrite(saved, lambda t: t.update({name: np.ones(2, np.float32) for name in extra}))
+def test_tensors_that_no_architecture_reads_are_named_once(saved, caplog):
+    modules = "vision_tower.layers.0.q_proj", "mtp.layers.0.norm", "model.layers.0.self_attn.memory", "score"
+    _rewrite(saved, lambda t: t.update({f"{module}.weight": np.ones(2, np.float32) for module in modules}))
     _load(saved)
     [record] = caplog.records
-    shown = "4 tensors are not part of the model and are not read: model.values.weight, mtp.layers.0.norm.weight, score"
-    assert shown in record.getMessage()
+    shown = "model.layers.0.self_attn.memory.weight, mtp.layers.0.norm.weight, score.weight, ..."
+    assert f"4 tensors are not part of the model and are not read: {shown}" in record.getMessage()
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.gate.weight", "model.norm.bias", "lm_head.bias"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.sinks", "model.layers.0.mlp.gate.weight", "model.norm.bias", "lm_head.bias"],
+)
 def test_unread_tensor_that_changes_what_a_model_computes_is_refused(name, saved):
     _rewrite(saved, lambda t: t.update({name: np.ones(2, np.float32)}))
     with pytest.raises(ValueError, match=rf"1 tensors are not part of the model .*'{name}': correct config\.json"):
         _load(saved)
+
+
+def test_modules_that_any_architecture_has_in_its_layers_are_known():
+    for file in HF_REFERENCE.glob("*/*.safetensors"):
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                parts = name.split(".")
+                is_of_layer = any(part.isdecimal() for part in parts)
+                assert not is_of_layer or not weights._LAYER_MODULES.isdisjoint(parts), name
 
 
 def test_checkpoint_of_a_bare_decoder_lacks_the_prefix(opt, tmp_path):

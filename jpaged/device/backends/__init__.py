@@ -59,6 +59,9 @@ class Backend:
     streams_by_dma: ClassVar[bool] = False
     """Whether kernels stream blocks from the host, in place of callbacks."""
 
+    copies_gathered: ClassVar[bool] = False
+    """Whether the compiler copies the weights of all experts before it gathers those of some."""
+
     def pool_heads(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         """KV heads and head_dim of the pool, for a model's over all devices."""
         return num_kv_heads, head_dim
@@ -150,7 +153,7 @@ class Backend:
     ) -> Float[Array, "tokens hidden_size"]:
         """Compute the experts of a layer, each device its own; see ``compute_experts``."""
         if self.num_devices == 1:
-            return compute_experts(x, routes, weights, gated, self.grouped_product(weights))
+            return self._compute_experts(gated, x, routes, weights)
         are_whole = len(weights.down) % self.num_devices == 0  # as in ``param_sharding``
         by_number, by_width = P(TENSOR_AXIS), P(None, None, TENSOR_AXIS)
         specs = [by_number] * 4 if are_whole else [by_width, P(None, TENSOR_AXIS), by_width, P()]
@@ -173,8 +176,13 @@ class Backend:
             routes = routes._replace(experts=routes.experts - device * len(weights.down))
         elif weights.down_bias is not None:  # one device adds it
             weights = weights._replace(down_bias=jnp.where(device == 0, weights.down_bias, 0))
-        own = compute_experts(x, routes, weights, gated, self.grouped_product(weights))
-        return jax.lax.psum(own, TENSOR_AXIS)
+        return jax.lax.psum(self._compute_experts(gated, x, routes, weights), TENSOR_AXIS)
+
+    def _compute_experts(
+        self, gated: Gated, x: Float[Array, "tokens hidden_size"], routes: Routes, weights: Weights
+    ) -> Float[Array, "tokens hidden_size"]:
+        product = self.grouped_product(weights)
+        return compute_experts(x, routes, weights, gated, product, copies_gathered=self.copies_gathered)
 
     def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
         """``KVCache.copy``. No block but block 0 may be both a source and a destination; block 0 may stay as it is."""

@@ -33,15 +33,30 @@ class _Finder:
             self._found[index, group] = self._tiers.find(self.links[index], *self.blocks[index], group)
         return self._found[index, group]
 
-    def link(self, num_full: int) -> None:
+    def follow(self, num_full: int) -> None:
         """Follow the blocks that all groups without a window cache."""
-        for index, block in enumerate(self.blocks):
+        for index in range(len(self.blocks)):
             hits = [self.find(index, group) for group in range(num_full)]
             if None in hits:
                 return
             # Links of the cache itself: comparisons with other cached prefixes then end at once.
-            first = hits[0] if hits else None
-            self.links.append(self.links[-1].link(*block) if first is None else self._tiers.prefix_of(first))
+            [first, *_] = hits
+            assert first is not None
+            self.links.append(self._tiers.prefix_of(first))
+
+    def follow_windows(self, groups: LayerGroups) -> None:
+        """Go as far as the last block that all groups seem to cache: most prompts are unknown, and cost little."""
+        block_size, num_blocks = self._tiers.block_size, len(self.blocks)
+        seeing = [
+            group for group, each in enumerate(groups.groups) if each.first_live(block_size, block_size) == 0
+        ]  # a window of one token sees no block before the token's own
+        while num_blocks > 0:
+            digest = self.blocks[num_blocks - 1][1]
+            if all(self._tiers.is_cached(digest, group) for group in seeing):
+                break
+            num_blocks -= 1
+        for block in self.blocks[:num_blocks]:
+            self.links.append(self.links[-1].link(*block))
 
     def adopt(self, hit: PrefixHit) -> None:
         """Continue with the links of a cached prefix."""
@@ -60,7 +75,10 @@ def match_groups(tiers: TwoTiers, groups: LayerGroups, tokens: HashedTokens, num
         num_tokens: the first of them, to match.
     """
     finder = _Finder(tiers, tokens, num_tokens)
-    finder.link(groups.num_full)
+    if groups.num_full > 0:
+        finder.follow(groups.num_full)
+    else:
+        finder.follow_windows(groups)
     num_blocks = len(finder.links) - 1
     windowed = range(groups.num_full, len(groups))
     is_adopted = groups.num_full > 0

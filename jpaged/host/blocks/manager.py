@@ -332,7 +332,7 @@ class BlockManager:
 
     def stats(self) -> BlockStats:
         """Count the blocks held now. Takes time in proportion to all block tables: for reports, not for every step."""
-        return count_blocks(self.tiers, self.holdings, self._reserve, self._swap, self.streamed)
+        return count_blocks(self.tiers, self.holdings, self._reserve, self._swap, self.streamed, self.windows)
 
     def check_invariants(self) -> None:
         """Assert everything this class promises about its state, at the cost of a walk over all of it. For tests."""

@@ -152,9 +152,9 @@ class PrefixCache:
         known = self._prefixes[block]
         return block if known.tokens == tokens and known.parent is not None and known.parent.is_same(parent) else None
 
-    def has(self, digest: bytes) -> bool:
+    def has(self, digest: bytes, group: int = 0) -> bool:
         """Whether a prefix with this digest is cached."""
-        return digest in self._blocks
+        return _key(digest, group) in self._blocks
 
     def find_longest(self, parent: Prefix, tokens: bytes) -> tuple[int | None, int]:
         """The block after ``parent`` that starts with most of ``tokens``, and their number; None, 0 if none does."""

@@ -9,6 +9,7 @@ from jpaged.host.blocks.reserve import Reserve
 from jpaged.host.blocks.streaming import StreamedBlocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.tier import TwoTiers
+from jpaged.host.blocks.windows import WindowedBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class BlockStats:
         num_copies: blocks copied on write.
         num_blocks_swapped_out, num_blocks_swapped_in: blocks moved between the tiers for sequences.
         num_blocks_spilled: cached blocks saved to the host tier because their device block was reused.
+        num_freed_by_windows: device blocks that running sequences gave up, as sliding windows had passed them.
         num_used_by_group: device blocks held by at least one sequence, for each layer group.
         filled: the part of the slots of used blocks that K and V fill, in slots: ``tokens_held`` if there is one group.
     """
@@ -57,6 +59,7 @@ class BlockStats:
     num_blocks_swapped_out: int
     num_blocks_swapped_in: int
     num_blocks_spilled: int
+    num_freed_by_windows: int
     num_used_by_group: tuple[int, ...]
     filled: float
 
@@ -68,7 +71,12 @@ class BlockStats:
 
 
 def count_blocks(
-    tiers: TwoTiers, holdings: Holdings, reserve: Reserve, swap: Swap, streamed: StreamedBlocks
+    tiers: TwoTiers,
+    holdings: Holdings,
+    reserve: Reserve,
+    swap: Swap,
+    streamed: StreamedBlocks,
+    windows: WindowedBlocks,
 ) -> BlockStats:
     """Count the blocks of the pools, in time proportional to all block tables."""
     device, host = tiers.device, tiers.host
@@ -97,6 +105,7 @@ def count_blocks(
         num_blocks_swapped_out=swap.num_blocks_out + streamed.num_blocks_out,
         num_blocks_swapped_in=swap.num_blocks_in,
         num_blocks_spilled=tiers.num_spilled,
+        num_freed_by_windows=windows.num_freed,
         num_used_by_group=used,
         filled=filled,
     )

@@ -254,9 +254,9 @@ class TwoTiers:
         """Note that the plan under construction computes the content of these cached blocks."""
         self._queued.filled.update(blocks)
 
-    def is_cached(self, digest: bytes) -> bool:
+    def is_cached(self, digest: bytes, group: int = 0) -> bool:
         """Whether a block of either tier is cached under a digest that ``HashedTokens`` made."""
-        return self.device.cache.has(digest) or self.host.cache.has(digest)
+        return self.device.cache.has(digest, group) or self.host.cache.has(digest, group)
 
     def num_hits_ready(self, match: PrefixMatch) -> int:
         """Count the leading hits that the plan under construction does not compute itself."""

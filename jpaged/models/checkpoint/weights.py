@@ -41,6 +41,17 @@ _EMBEDDINGS = "embed_tokens.weight", "wte.weight"
 _BUFFERS = ".inv_freq", ".cos_cached", ".sin_cached", ".masked_bias", ".attn.bias", ".position_ids"
 """Endings of tensors that follow from the configuration, so that a model computes them."""
 
+_LAYER_MODULES = frozenset(
+    (
+        "c_attn", "c_fc", "c_proj", "down_proj", "experts", "fc1", "fc2", "final_layer_norm", "gate",
+        "gate_proj", "gate_up_proj", "input_layernorm", "k_norm", "k_proj", "ln_1", "ln_2", "o_proj",
+        "out_proj", "post_attention_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm",
+        "q_norm", "q_proj", "qkv_proj", "router", "self_attn_layer_norm", "shared_expert_gate", "sinks",
+        "up_proj", "v_proj", "w1", "w2", "w3",
+    )
+)  # fmt: skip
+"""Modules and parameters that any architecture has in its layers, by their name in checkpoints."""
+
 
 def _module(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path[:-1]))
@@ -247,16 +258,21 @@ def _is_in(name: str, modules: set[str]) -> bool:
 
 
 def _check_unread(path: Path, stored: dict[str, StoredTensor], expected: dict[str, Any]) -> None:
-    """Warn of tensors that the model does not read.
+    """Warn of tensors that no architecture reads.
 
     Raises:
-        ValueError: a tensor belongs to a layer, or to a module that the model has. The model would compute something
-            else without that tensor.
+        ValueError: some architecture has such a tensor in its layers, or the model has its module. The model that
+            config.json describes computes something else without that tensor.
     """
     unread = sorted(name for name in stored.keys() - expected.keys() if not name.endswith(_BUFFERS))
     layers = tuple({prefix for name in expected if (prefix := _layers_prefix(name))})
     modules = {name.rpartition(".")[0] for name in (*expected, _PROJECTION)}
-    needed = [name for name in unread if name.startswith(layers) or name.rpartition(".")[0] in modules]
+    needed = [
+        name
+        for name in unread
+        if name.rpartition(".")[0] in modules
+        or (name.startswith(layers) and not _LAYER_MODULES.isdisjoint(name.split(".")))
+    ]
     if needed:
         raise ValueError(
             f"{stored[needed[0]].file}: {len(needed)} tensors are not part of the model that config.json "
