@@ -697,6 +697,16 @@ def test_info_reads_no_weights(run, checkpoints, tmp_path):
     assert cli.main(["info", "--model", str(tmp_path)]) == 0
 
 
+def test_info_says_which_sampling_parameters_the_checkpoint_names(checkpoints, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((checkpoints["plain"] / "config.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "max_new_tokens": 9}')
+    options = ["info", "--model", str(tmp_path)]
+    assert cli.main(options) == 0
+    assert "sampling       temperature 0.5, max_tokens 9" in capsys.readouterr().out
+    assert cli.main([*options, "--json", "--generation-config", "none"]) == 0
+    assert json.loads(capsys.readouterr().out)["sampling_defaults"] == {}
+
+
 def test_info_as_text_has_a_line_for_everything(run):
     _, out, _ = run("info", "--attention-implementation", "xla")
     assert [line.split("  ")[0] for line in out.splitlines()] == [
