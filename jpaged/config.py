@@ -35,7 +35,8 @@ class EngineConfig:
     dtype: str = setting(
         "auto",
         one_of(*DTYPES),
-        "dtype of weights and activations; auto is the checkpoint's on an accelerator, float32 on a CPU",
+        "dtype of weights and activations; auto is the checkpoint's on an accelerator, bfloat16 for one in float32, "
+        "and float32 on a CPU",
     )
     kv_cache_dtype: str = setting(
         "auto",

@@ -31,7 +31,7 @@ from jpaged.host.offload.profile import report
 from jpaged.llm import DEMO_MODEL
 from jpaged.models import ModelConfig, load_config
 from jpaged.models.checkpoint.hub import CONFIG_FILES, find_checkpoint
-from jpaged.models.checkpoint.registry import abstract_model
+from jpaged.models.checkpoint.registry import abstract_model, is_dtype_known
 from jpaged.sharding import make_mesh
 
 PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
@@ -39,7 +39,10 @@ PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A checkpoint's shape, and its weights in the dtype they would run in; some may be streamed from host memory."""
+    """A checkpoint's shape, and its weights in the dtype they would run in; some may be streamed from host memory.
+
+    ``dtype_note`` says why that dtype is not the checkpoint's, or what it depends on; None where neither is so.
+    """
 
     path: str
     architecture: str
@@ -54,6 +57,7 @@ class ModelInfo:
     weight_bytes: int
     host_weight_bytes: int
     dtype: str
+    dtype_note: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,7 @@ class Info:
             f"{model.num_kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size:,}, "
             f"context {model.max_model_len:,} tokens",
             "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}" + on_host,
+            "dtype": model.dtype_note,
             "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
             f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
             "layer groups": str(self.layer_groups or ""),
@@ -187,6 +192,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             weight_bytes=weight_bytes,
             host_weight_bytes=weight_bytes - device_bytes(weights),
             dtype=dtype.name,
+            dtype_note=_dtype_note(path, model_config, config, target_of(mesh)),
         ),
         kv_cache=kv_cache,
         layer_groups=describe_groups(model_config, config, dtype, backend, kv_cache.num_blocks),
@@ -198,6 +204,14 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
         placement_note=placement_note(config, target_of(mesh)),
         sampling_defaults=read_sampling_defaults(path) if config.generation_config == "auto" else {},
     )
+
+
+def _dtype_note(path: Path, model: ModelConfig, config: EngineConfig, target: Target) -> str | None:
+    """Explain a dtype that is not the checkpoint's, or depends on weights that are not here; None for any other."""
+    note = target.dtype_note(config.dtype, model.dtype)
+    if note is None or is_dtype_known(path):
+        return note
+    return "config.json names none, and the weights are not here: those in float16 run in float16"
 
 
 def _plan_pool(

@@ -29,7 +29,7 @@ class Target:
     Args:
         platform: JAX's name.
         has_own_memory: whether the devices' memory is apart from the machine's, and reports how much of it is free.
-        dtype: dtype that "auto" means; None is the checkpoint's.
+        dtype: dtype that "auto" means; None is the checkpoint's, or bfloat16 for a checkpoint in float32.
         max_burst: steps of a multi-step decode.
         least_rows: rows of the smallest program for decodes; see also ``least_rows_of``.
         halfway_from: tokens from which there is a program about halfway between two powers of two; None for no such.
@@ -70,7 +70,21 @@ class Target:
             wanted: the setting.
             stored: dtype of the checkpoint.
         """
-        return jnp.dtype((self.dtype or stored) if wanted == "auto" else wanted)
+        if wanted == "auto":
+            wanted = self.dtype or ("bfloat16" if stored == "float32" else stored)
+        return jnp.dtype(wanted)
+
+    def dtype_note(self, wanted: str, stored: str) -> str | None:
+        """A line for users whose float32 checkpoint runs in another dtype that they did not ask for; None for others.
+
+        Args:
+            wanted: the setting.
+            stored: dtype of the checkpoint.
+        """
+        dtype = self.resolve_dtype(wanted, stored).name
+        if wanted != "auto" or stored != "float32" or dtype == "float32":
+            return None
+        return f"the checkpoint is in float32, and runs in {dtype}: dtype='float32' runs it as it is stored"
 
 
 _GPU_OPTIONS = (

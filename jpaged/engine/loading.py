@@ -1,5 +1,6 @@
 """From a checkpoint, or a model in memory, to an engine that is ready."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,8 @@ from jpaged.models import ModelConfig, load_config, load_model
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.models.contract import check_model, place
 from jpaged.sharding import make_mesh
+
+log = logging.getLogger(__name__)
 
 Follow = Callable[[], None]
 """Does the work of a process that does not decide, until the deciding process ends."""
@@ -64,6 +67,8 @@ def load_checkpoint(
         mesh = make_mesh(config.tensor_parallel_size)
         use_tqdm = use_tqdm and jax.process_index() == 0
         dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)
+        if jax.process_index() == 0 and (note := target_of(mesh).dtype_note(config.dtype, model_config.dtype)):
+            log.info("%s", note)
         if config.weight_placement == "host":
             shapes = nnx.merge(*abstract_model(model_config, dtype, mesh))
             check_host_weights(shapes, model_config.num_layers, mesh)

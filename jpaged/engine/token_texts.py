@@ -102,7 +102,7 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def end_token_ids(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """The token that ends a text, or a turn of a conversation, by the tokenizer's own account; none if it has none."""
+    """The tokenizer's own end-of-sequence token, if it has one that the model knows."""
     token_id = getattr(tokenizer, "eos_token_id", None)
     if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
         return ()

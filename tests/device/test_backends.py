@@ -204,6 +204,27 @@ def test_whole_mesh_is_one_target():
     assert TARGETS["cpu"].resolve_dtype("float16", "bfloat16") == jnp.float16
 
 
+@pytest.mark.parametrize(
+    ("platform", "wanted", "stored", "dtype", "is_noted"),
+    [
+        ("cpu", "auto", "float32", "float32", False),
+        ("cpu", "auto", "bfloat16", "float32", False),
+        ("cpu", "bfloat16", "float32", "bfloat16", False),
+        *((platform, *case) for platform in ("gpu", "tpu") for case in [
+            ("auto", "float32", "bfloat16", True),
+            ("auto", "bfloat16", "bfloat16", False),
+            ("auto", "float16", "float16", False),
+            ("float32", "float32", "float32", False),
+            ("float16", "float32", "float16", False),
+        ]),
+    ],
+)  # fmt: skip
+def test_a_float32_checkpoint_runs_in_bfloat16_on_an_accelerator(platform, wanted, stored, dtype, is_noted):
+    assert TARGETS[platform].resolve_dtype(wanted, stored) == jnp.dtype(dtype)
+    note = TARGETS[platform].dtype_note(wanted, stored)
+    assert (note is not None and f"runs in {dtype}: dtype='float32'" in note) == is_noted
+
+
 HOPPER = {"attention_implementation": "hopper", "interpret": True}
 
 

@@ -17,6 +17,8 @@ from jpaged.cli import main as cli
 from jpaged.cli.options import ENGINE_OPTIONS, engine_settings
 from jpaged.cli.terminal import to_json
 from jpaged.config import EngineConfig
+from jpaged.device.target import TARGETS
+from jpaged.engine.loading import load_checkpoint
 from jpaged.models import random_model, save_checkpoint
 from jpaged.request import BeamSearchParams, SamplingParams
 from jpaged.rules import settings_of
@@ -595,6 +597,52 @@ def test_info_names_shape_kernel_and_pool(run, checkpoints):
     assert info["preemption"] == "auto"
 
 
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The defaults of an accelerator, on this CPU."""
+    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], dtype=None))
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    ("option", "dtype", "note"),
+    [
+        ("auto", "bfloat16", "the checkpoint is in float32, and runs in bfloat16: dtype='float32' runs it as it is"),
+        ("float32", "float32", None),
+    ],
+)
+def test_info_and_the_log_say_that_a_float32_checkpoint_runs_in_bfloat16(option, dtype, note, run, checkpoints, caplog):
+    model = json.loads(run("info", "--json", "--dtype", option)[1])["model"]
+    assert (model["dtype"], model["weight_bytes"] // model["num_parameters"]) == (dtype, 2 if note else 4)
+    assert (model["dtype_note"] or "").startswith(note or "")
+    assert (f"dtype          {model['dtype_note']}" in run("info", "--dtype", option)[1]) == (note is not None)
+    caplog.set_level("INFO", "jpaged")
+    config = EngineConfig(dtype=option, num_blocks=4, max_num_seqs=1, max_num_batched_tokens=16)
+    engine = load_checkpoint(checkpoints["plain"], config, warm_up=False, use_tqdm=False)
+    assert engine.runner.dtype.name == dtype
+    assert [record.getMessage() for record in caplog.records if "float32" in record.getMessage()] == [
+        *filter(None, [model["dtype_note"]])
+    ]
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_info_says_what_it_assumes_of_a_checkpoint_that_tells_no_dtype(checkpoints, tmp_path, capsys):
+    config = json.loads((checkpoints["plain"] / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def info():
+        assert cli.main(["info", "--json", "--model", str(tmp_path)]) == 0
+        model = json.loads(capsys.readouterr().out)["model"]
+        return model["dtype"], model["dtype_note"]
+
+    assumed = "config.json names none, and the weights are not here: those in float16 run in float16"
+    assert info() == ("bfloat16", assumed)
+    (tmp_path / "model.safetensors").write_bytes((checkpoints["plain"] / "model.safetensors").read_bytes())
+    dtype, note = info()
+    assert (dtype, note is not None and note.startswith("the checkpoint is in float32")) == ("bfloat16", True)
+
+
 def test_info_foretells_the_pools(checkpoints, capsys):
     path, num_bytes = checkpoints["plain"], 100_000
     llm = jpaged.llm.LLM(path, host_memory_bytes=num_bytes, preemption="swap", warm_up=False, use_tqdm=False)
@@ -647,6 +695,16 @@ def test_info_says_how_requests_make_way(run):
 def test_info_reads_no_weights(run, checkpoints, tmp_path):
     (tmp_path / "config.json").write_bytes((checkpoints["plain"] / "config.json").read_bytes())
     assert cli.main(["info", "--model", str(tmp_path)]) == 0
+
+
+def test_info_says_which_sampling_parameters_the_checkpoint_names(checkpoints, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((checkpoints["plain"] / "config.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "max_new_tokens": 9}')
+    options = ["info", "--model", str(tmp_path)]
+    assert cli.main(options) == 0
+    assert "sampling       temperature 0.5, max_tokens 9" in capsys.readouterr().out
+    assert cli.main([*options, "--json", "--generation-config", "none"]) == 0
+    assert json.loads(capsys.readouterr().out)["sampling_defaults"] == {}
 
 
 def test_info_as_text_has_a_line_for_everything(run):

@@ -777,7 +777,7 @@ def test_an_engine_of_another_block_size_than_its_runners_is_refused():
 HF_BLOCK_SIZES = (8, 16, 32)
 
 
-# Grouped heads, learned positions and a sliding window; tests/host/test_beam.py has most checkpoints, in blocks of 4.
+# Grouped heads, learned positions and a sliding window in all sizes; families of which test_beam.py has no search.
 HF_ENGINE_RUNS = [
     *itertools.product(["llama_gqa", "opt", "qwen2_window"], HF_BLOCK_SIZES),
     ("smollm3", 8),
@@ -785,6 +785,10 @@ HF_ENGINE_RUNS = [
     ("granite", 16),
     ("olmo2", 8),
     ("starcoder2", 32),
+    ("mixtral", 8),
+    ("qwen3_moe", 16),
+    ("gpt_oss_mxfp4", 8),
+    ("phi3", 8),
 ]
 
 

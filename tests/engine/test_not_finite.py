@@ -69,22 +69,22 @@ def run_good(max_burst):
     return run(*GOOD, max_burst=max_burst)
 
 
-@pytest.mark.parametrize("max_burst", [1, 3])
-@pytest.mark.parametrize(
-    ("prompt", "params", "expected"),
-    [
-        pytest.param([1, BAD, 2], {}, [], id="prompt"),
-        pytest.param([1, *[BAD] * 20], {"temperature": 1, "seed": 1}, [], id="prompt in chunks"),
-        pytest.param([1, 2], FORCED, [BAD], id="output"),
-        pytest.param([1, 2], FORCED | {"logprobs": 1}, [BAD], id="output with log-probabilities"),
-        pytest.param([1, 2], FORCED | {"temperature": 1, "top_k": 3, "top_p": 0.5, "min_p": 0.1}, [BAD], id="filters"),
-        pytest.param([1, 2], FORCED | {"repetition_penalty": 1.1, "min_tokens": 3}, [BAD], id="penalties"),
-        pytest.param([1, 2], FORCED | {"n": 3}, [BAD], id="several completions"),
-        pytest.param([1, 2], FORCED | {"n": 1, "best_of": 2, "temperature": 1}, [BAD], id="best of several"),
-        pytest.param([1, 2, BAD, 3], {"prompt_logprobs": 1, "max_tokens": 1}, [], id="scores of the prompt"),
-    ],
-)
-def test_request_without_logits_ends_with_an_error_and_others_go_on(prompt, params, expected, max_burst):
+CASES = {
+    "prompt": ([1, BAD, 2], {}, []),
+    "prompt in chunks": ([1, *[BAD] * 20], {"temperature": 1, "seed": 1}, []),
+    "output": ([1, 2], FORCED, [BAD]),
+    "output with log-probabilities": ([1, 2], FORCED | {"logprobs": 1}, [BAD]),
+    "filters": ([1, 2], FORCED | {"temperature": 1, "top_k": 3, "top_p": 0.5, "min_p": 0.1}, [BAD]),
+    "penalties": ([1, 2], FORCED | {"repetition_penalty": 1.1, "min_tokens": 3}, [BAD]),
+    "several completions": ([1, 2], FORCED | {"n": 3}, [BAD]),
+    "best of several": ([1, 2], FORCED | {"n": 1, "best_of": 2, "temperature": 1}, [BAD]),
+    "scores of the prompt": ([1, 2, BAD, 3], {"prompt_logprobs": 1, "max_tokens": 1}, []),
+}
+
+
+@pytest.mark.parametrize(("case", "max_burst"), [*[(case, 3) for case in CASES], ("prompt", 1), ("output", 1)])
+def test_request_without_logits_ends_with_an_error_and_others_go_on(case, max_burst):
+    prompt, params, expected = CASES[case]
     alone, _ = run_good(max_burst)
     [good, bad, other], [_, deltas, _] = run(GOOD[0], (prompt, params), GOOD[1], max_burst=max_burst)
     assert tokens_of(good, other) == tokens_of(*alone)
@@ -99,10 +99,21 @@ def test_request_without_logits_ends_with_an_error_and_others_go_on(prompt, para
     assert [delta.error for delta in ends] == [NOT_FINITE] * len(bad.outputs)
 
 
-def test_only_the_completions_that_are_unfinished_end_with_the_error():
-    [result], _ = run(([1, 2], {"n": 2, "temperature": 1, "seed": 3, "max_tokens": 9, "stop_token_ids": [BAD]}))
-    assert {output.finish_reason for output in result.outputs} <= {FinishReason.STOP, FinishReason.LENGTH}
-    assert result.error is None, "a token that ends a completion is not computed"
+def test_a_token_that_ends_a_completion_is_not_computed():
+    [result], _ = run(([1, 2], FORCED | {"n": 2, "stop_token_ids": [BAD]}))
+    assert [(output.token_ids, output.finish_reason) for output in result.outputs] == [([BAD], FinishReason.STOP)] * 2
+    assert result.error is None
+
+
+def test_a_completion_that_has_ended_stays_as_it_is_when_its_sibling_fails():
+    last = BAD + 1
+    either = {"n": 2, "temperature": 1, "logit_bias": {BAD: 1e4, last: 1e4}, "stop_token_ids": [last]}
+    results = [run(([1, 2], either | {"seed": seed}))[0][0] for seed in range(6)]
+    ends = {BAD: FinishReason.ERROR, last: FinishReason.STOP}
+    for result in results:
+        assert [output.finish_reason for output in result.outputs] == [ends[o.token_ids[-1]] for o in result.outputs]
+        assert result.error == (NOT_FINITE if any(o.token_ids[-1] == BAD for o in result.outputs) else None)
+    assert any(len({output.finish_reason for output in result.outputs}) == 2 for result in results)
 
 
 def search(width, max_tokens, **options):

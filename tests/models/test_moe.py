@@ -21,7 +21,7 @@ from jpaged.models.layers.moe import (
     MOST_COUNTED,
     ActivatedGate,
     Weights,
-    _places,
+    _sorted_pairs,
     all_experts,
     chosen_experts,
     compute_experts,
@@ -134,7 +134,9 @@ def test_one_row_of_a_mixture_has_a_program_of_its_own():
 def test_places_sort_pairs_by_expert_and_keep_their_order(num_pairs):
     experts = np.random.default_rng(5).integers(0, 7, num_pairs).astype(np.int32)
     order = np.argsort(experts, kind="stable")
-    np.testing.assert_array_equal(np.asarray(_places(jnp.asarray(experts)))[order], np.arange(num_pairs))
+    places, pair_at = _sorted_pairs(jnp.asarray(experts))
+    np.testing.assert_array_equal(pair_at, order)
+    np.testing.assert_array_equal(np.asarray(places)[order], np.arange(num_pairs))
 
 
 @pytest.mark.parametrize(

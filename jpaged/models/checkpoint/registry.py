@@ -80,8 +80,7 @@ def load_config(path: str | Path) -> ModelConfig:
         ValueError: there is no checkpoint, or an architecture or value is not supported; the message names the file.
     """
     config_path = find_config(path)
-    raw = read_json(config_path)
-    raw = _text_part(config_path, raw)
+    raw = _text_part(config_path, read_json(config_path))
     architectures = raw.get("architectures")
     known = ", ".join(SUPPORTED_ARCHITECTURES)
     if (
@@ -92,7 +91,7 @@ def load_config(path: str | Path) -> ModelConfig:
         raise ValueError(f"{config_path}: architectures={architectures!r} is not supported: expected one of {known}")
     model_types, config_class, _ = next(family for family in _FAMILIES if architectures[0] in family[0])
     eos_token_ids = read_eos_token_ids(config_path.with_name("generation_config.json"))
-    dtype = next((raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None), None)
+    dtype = _named_dtype(raw)
     if dtype is None:
         dtype = stored_dtype(config_path.parent)
     try:
@@ -113,6 +112,18 @@ def load_config(path: str | Path) -> ModelConfig:
         )
         config = replace(config, tie_word_embeddings=False)
     return config
+
+
+def is_dtype_known(path: str | Path) -> bool:
+    """Whether a checkpoint directory tells its dtype: in config.json, or in weight files that are there."""
+    config_path = find_config(path)
+    named = _named_dtype(_text_part(config_path, read_json(config_path)))
+    return named is not None or any(config_path.parent.glob("*.safetensors*"))
+
+
+def _named_dtype(raw: dict[str, Any]) -> Any:
+    """Return the dtype that a config.json names, unchecked, or None."""
+    return next((raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None), None)
 
 
 def _text_part(path: Path, raw: dict[str, Any]) -> dict[str, Any]:

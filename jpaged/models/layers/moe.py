@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jpaged.models.checkpoint.config import MAX_INT, is_count, require
 from jpaged.models.layers.common import ACTIVATIONS, Dtype, with_axes
@@ -62,9 +62,10 @@ def route(logits: Float[Array, "tokens num_experts"], top_k: int, *, is_normaliz
             over all experts.
     """
     chosen, experts = jax.lax.top_k(logits, top_k)
-    among = chosen if is_normalized else logits
-    weights = jnp.exp(chosen - jax.nn.logsumexp(among, axis=-1, keepdims=True))
-    return Routes(experts.astype(jnp.int32), weights)
+    largest = chosen[:, :1]
+    weights = jnp.exp(chosen - largest)
+    among = weights if is_normalized else jnp.exp(logits - largest)
+    return Routes(experts.astype(jnp.int32), weights / jnp.sum(among, axis=-1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -257,18 +258,17 @@ def grouped_experts(
     (tokens, top_k), num_experts = routes.experts.shape, len(weights.down)
     is_here = _is_here(routes, weights)
     experts = jnp.where(is_here, routes.experts, num_experts).reshape(-1)  # pairs of other devices come last
-    places = _places(experts)
+    places, pair_at = _sorted_pairs(experts)
     sizes = jnp.sum(experts[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
-    pair_at = jnp.zeros_like(places).at[places].set(jnp.arange(len(places), dtype=jnp.int32), unique_indices=True)
-    expert_at = jnp.minimum(experts[pair_at], num_experts - 1)
+    expert_at = jnp.minimum(_rows(experts, pair_at), num_experts - 1)
 
-    gate_up = product(x[pair_at // top_k], _joined(weights.gate_up), sizes, is_transposed=True)
+    gate_up = product(_rows(x, pair_at // top_k), _joined(weights.gate_up), sizes, is_transposed=True)
     if weights.gate_up_bias is not None:
         gate_up += _joined(weights.gate_up_bias)[expert_at]
     out = product(gated(*jnp.split(gate_up, 2, axis=1)), weights.down, sizes)
     if weights.down_bias is not None:
         out += weights.down_bias[expert_at]
-    by_pair = out[places].astype(jnp.float32).reshape(tokens, top_k, -1)
+    by_pair = _rows(out, places).astype(jnp.float32).reshape(tokens, top_k, -1)
     return _weighted(by_pair, routes, is_here).astype(x.dtype)
 
 
@@ -276,15 +276,31 @@ def _joined(gate_up: Float[Array, "num_experts 2 ffn *rest"]) -> Float[Array, "n
     return gate_up.reshape(len(gate_up), -1, *gate_up.shape[3:])
 
 
-def _places(experts: Int32[Array, " pairs"]) -> Int32[Array, " pairs"]:
-    """Return the place of each pair when pairs are sorted by expert; pairs of one expert keep their order."""
+def _sorted_pairs(experts: Int32[Array, " pairs"]) -> tuple[Int32[Array, " pairs"], Int32[Array, " pairs"]]:
+    """Sort pairs by expert; pairs of one expert keep their order.
+
+    Returns:
+        the place of each pair, and the pair at each place.
+    """
     index = jnp.arange(len(experts), dtype=jnp.int32)
     if len(experts) > MOST_COUNTED:
-        return jnp.zeros_like(index).at[jnp.argsort(experts, stable=True)].set(index, unique_indices=True)
-    is_before = (experts[None] < experts[:, None]) | (
-        (experts[None] == experts[:, None]) & (index[None] < index[:, None])
-    )
-    return jnp.sum(is_before, axis=1, dtype=jnp.int32)
+        pair_at = jnp.argsort(experts, stable=True)
+        return _inverse(pair_at), pair_at
+    is_same = experts[None] == experts[:, None]
+    is_before = (experts[None] < experts[:, None]) | (is_same & (index[None] < index[:, None]))
+    places = jnp.sum(is_before, axis=1, dtype=jnp.int32)
+    return places, _inverse(places)
+
+
+def _inverse(permutation: Int32[Array, " pairs"]) -> Int32[Array, " pairs"]:
+    index = jnp.arange(len(permutation), dtype=permutation.dtype)
+    inverse = jnp.zeros_like(permutation)
+    return inverse.at[permutation].set(index, mode="promise_in_bounds", unique_indices=True)
+
+
+def _rows(array: Shaped[Array, "rows *rest"], index: Int32[Array, " pairs"]) -> Shaped[Array, "pairs *rest"]:
+    """Gather rows by an index that is known to be valid: XLA would check it in kernels of their own."""
+    return array.at[index].get(mode="promise_in_bounds")
 
 
 def _is_here(routes: Routes, weights: Weights) -> Bool[Array, "tokens top_k"]:
