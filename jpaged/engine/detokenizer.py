@@ -140,9 +140,13 @@ class Detokenizer:
     def _decoded(self, state: _State, *, is_last: bool, may_stop: bool) -> _State:
         """``state`` with decided tokens turned into text."""
         before, after = self._text_of(state.ids[: state.num_read]), self._text_of(state.ids)
-        before = before[:-1] if state.is_open else before
         is_open = after.endswith(REPLACEMENT) and not is_last
         is_held = is_open and len(state.ids) - state.num_read <= MAX_CHARACTER_TOKENS
+        first, whole = self._find_last_character(state, before)
+        if not is_held and _is_spoiled(whole, before, after):
+            dropped = state._replace(ids=state.ids[first:], num_read=state.num_read - first)
+            return self._decoded(dropped, is_last=is_last, may_stop=may_stop)
+        before = before[:-1] if state.is_open else before
         if is_held:
             after = after.rstrip(REPLACEMENT)  # later tokens change the replacements alone
         elif is_open:
@@ -150,21 +154,45 @@ class Detokenizer:
         if after == before:
             return state
         # Where the prompt ends inside a character, ``before`` ends in a replacement, which ``after`` has not.
-        start = len(before) if after.startswith(before) else _num_common(before, after)
+        start = len(before)
+        if not after.startswith(before):
+            start = max(_num_common(before, after), len(whole) if after.startswith(whole) else 0)
         text = state.text + after[start:]
         end, stop = self._find_stop(text, len(state.text)) if may_stop and self._stop_strings else (None, None)
         if is_held and stop is None:
             return state
-        ids = state.ids[state.num_read :]
+        ids = state.ids[first:]  # a row of bytes that begins inside a character is no text
         return _State(text[:end], state.num_tokens, ids, len(ids), is_open, stop)
+
+    def _find_last_character(self, state: _State, before: str) -> tuple[int, str]:
+        """Find the tokens that are decoded already, but end inside a character.
+
+        Args:
+            state: the tokens.
+            before: the text of those that are decoded already.
+
+        Returns:
+            Where they begin, and the text before them; the end of what is decoded, if it ends in a whole character.
+        """
+        end, text = state.num_read, before
+        while text.endswith(REPLACEMENT) and state.num_read - end < MAX_CHARACTER_TOKENS and end:
+            end -= 1
+            text = self._text_of(state.ids[:end])
+        return (state.num_read, before) if text.endswith(REPLACEMENT) else (end, text)
 
     def _with_whole_context(self, state: _State) -> _State:
         """A state without text, whose context does not begin inside a character of the prompt.
 
         Tokenizers that spell unknown characters as bytes decode a row of bytes as characters if all of it is valid.
         """
+
+        def num_broken(context: tuple[int, ...]) -> int:
+            """The prompt may end inside a character too: its last tokens do not count."""
+            texts = (self._text_of(context[: len(context) - i]) for i in range(MAX_CHARACTER_TOKENS))
+            return min(text.count(REPLACEMENT) for text in texts)
+
         contexts = [self._prompt_token_ids[-CONTEXT_TOKENS - i :] for i in range(MAX_CHARACTER_TOKENS)]
-        context = min(contexts, key=lambda context: self._text_of(context).count(REPLACEMENT))
+        context = min(contexts, key=num_broken)
         return state._replace(ids=(*context, *state.ids[state.num_read :]), num_read=len(context))
 
     def _find_whole(self, state: _State, num_new: int) -> int:
@@ -202,6 +230,11 @@ class Detokenizer:
 def _is_waiting(state: _State) -> bool:
     """Whether a character may begin in the last tokens."""
     return state.is_open or len(state.ids) > state.num_read
+
+
+def _is_spoiled(whole: str, before: str, after: str) -> bool:
+    """Whether new tokens turn whole characters of the context into replacements, as bytes do that are no character."""
+    return not after.startswith((before, whole)) and after[_num_common(before, after) :].startswith(REPLACEMENT)
 
 
 def _num_common(a: str, b: str) -> int:

@@ -38,6 +38,20 @@ class PlainTokenizer:
         return "".join(map(chr, token_ids))
 
 
+def _text_of_bytes(tokenizer, token_ids):
+    """The text of tokens by the bytes of each of them."""
+    texts, specials = TokenTexts(tokenizer), special_tokens(tokenizer).values()
+    return b"".join(texts.bytes_of(token_id) for token_id in token_ids if token_id not in specials).decode(
+        errors="replace"
+    )
+
+
+def _is_within(some, whole):
+    """Whether letters stand in a text, in the same order."""
+    rest = iter(whole)
+    return all(letter in rest for letter in some)
+
+
 def assert_streams_equal_whole_texts(make, count):
     tokenizer, rng = tokenizer_of(make), random.Random(make)
     for _ in range(count):
@@ -58,12 +72,13 @@ def assert_streams_equal_whole_texts(make, count):
         at_once.extend(token_ids)
         at_once.finish()
         # Bytes that are no character become one replacement or several, by the bytes that are decoded with them.
-        # Those of sentencepiece take their neighbours with them.
+        texts = [re.sub("\ufffd+", "\ufffd", text) for text in (whole, "the" + one_by_one.text, "the" + at_once.text)]
         if "\ufffd" not in whole or make == "byte level":
-            texts = [
-                re.sub("\ufffd+", "\ufffd", text) for text in (whole, "the" + one_by_one.text, "the" + at_once.text)
-            ]
             assert len(set(texts)) == 1, (make, token_ids)
+        # Those of sentencepiece take characters of their row with them, unless these were streamed before.
+        for text in (one_by_one.text, at_once.text):
+            assert text.count("\ufffd") <= len(token_ids), (make, token_ids)
+            assert _is_within(text.replace("\ufffd", ""), _text_of_bytes(tokenizer, token_ids)), (make, token_ids)
 
 
 @makes

@@ -137,6 +137,12 @@ def random_strings(seed, count):
     return ["".join(draw.choices(parts, k=draw.randint(1, 6))) for _ in range(count)]
 
 
+def _whole_characters(original, ids, text):
+    """The characters of a text that are whole in its first tokens. The last tokens may be bytes of another one."""
+    starts = [original.decode(ids[: max(0, len(ids) - i)]) for i in range(4)]
+    return next(text[:n] for n in range(len(text), -1, -1) if any(start.startswith(text[:n]) for start in starts))
+
+
 @pytest.mark.parametrize("make", MAKES, ids=lambda make: make.__name__)
 def test_random_strings_stream_as_they_decode_at_once(make, loaded):
     """Token by token and whole, after prompts of no tokens and of some."""
@@ -147,9 +153,9 @@ def test_random_strings_stream_as_they_decode_at_once(make, loaded):
         assert ids == original.encode(text).ids
         expected = original.decode(ids)
         start = draw.choice([0, draw.randint(0, len(ids))])
-        prompt = original.decode(ids[:start])
-        if prompt.endswith("\ufffd") or not expected.startswith(prompt):  # may end inside a character
-            continue
+        prompt = _whole_characters(original, ids[:start], expected)
+        if "\ufffd" in expected[max(0, len(prompt) - 1) : len(prompt) + 1]:
+            continue  # the prompt may end inside a replacement character, which is the text of its bytes too
         one_by_one, by_bursts = Detokenizer(tokenizer, ids[:start]), Detokenizer(tokenizer, ids[:start])
         decided = [""]
         for token_id in ids[start:]:
@@ -180,6 +186,29 @@ def _text_after(prompt, bursts):
 def test_a_prompt_that_ends_in_a_row_of_bytes_leaves_the_output_whole():
     assert _text_after("🙂é🙂", ["🙂".encode()]) == ["🙂", "🙂"]
     assert _text_after("é<0x41", [b">", "🙂".encode()]) == [">", ">🙂", ">🙂"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "text"),
+    [
+        ("日".encode(), b"\xff\xfe", "\ufffd\ufffd"),
+        ("é".encode(), b"\xe9", "\ufffd"),
+        ("a日本".encode(), "語".encode() + b"\xff", "語\ufffd"),
+        ("é日".encode()[:4], "日".encode()[2:] + b"\xff", "日\ufffd"),
+        ("é日".encode()[:4], "日本".encode()[2:], "日本"),
+        ("日".encode()[:2], b"\xff", "\ufffd"),
+    ],
+)
+def test_bytes_that_are_no_character_leave_the_characters_before_them_whole(prompt, output, text):
+    tokenizer = byte_fallback()
+    ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in prompt + output]
+    prompt, output = ids[: len(prompt)], ids[len(prompt) :]
+    for bursts in ([[token_id] for token_id in output], [output]):
+        detokenizer = Detokenizer(tokenizer, prompt)
+        for burst in bursts:
+            detokenizer.extend(burst)
+        detokenizer.finish()
+        assert detokenizer.text == text
 
 
 def test_a_burst_that_ends_inside_a_character_leaves_the_characters_before_it_whole():

@@ -99,7 +99,7 @@ def serve_hub(hub: Hub) -> Iterator[Hub]:
                 self.wfile.write(content)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         hub.endpoint = f"http://127.0.0.1:{server.server_port}"
         try:
             yield hub
