@@ -5,7 +5,7 @@ import logging
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,9 +18,6 @@ DTYPES = tuple(name for name in engine_config.DTYPES if name != "auto")
 
 MAX_INT = engine_config.MAX_SLOTS
 """Sizes, positions and token ids are int32 on the device."""
-
-_DECODED = {("gpt_oss", "mxfp4")}
-"""Model types and their quantisations that the reader of weights decodes."""
 
 _FLOAT32 = np.finfo(np.float32)
 
@@ -71,6 +68,11 @@ class ModelConfig:
         eos_token_ids: tokens that end a completion; may be empty.
         tie_word_embeddings: whether the output projection is the input embedding.
     """
+
+    quantizations: ClassVar[tuple[str, ...]] = ()
+    """Values of config.json's ``quant_method`` whose weights are decoded as they are loaded."""
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = (("language_model.", ""),)
+    """Parts of tensors' names in some checkpoints, such as text parts, and what parameters have in their place."""
 
     vocab_size: int
     hidden_size: int
@@ -223,14 +225,19 @@ def import_transformers() -> Any:
     return transformers
 
 
-def parse_hf_config(raw: dict[str, Any], model_type: str) -> Any:
+def parse_hf_config(raw: dict[str, Any], model_type: str, quantizations: tuple[str, ...] = ()) -> Any:
     """Parse the content of a config.json through transformers, which knows old and new spellings.
+
+    Args:
+        raw: content of config.json.
+        model_type: the ``model_type`` that its architecture has.
+        quantizations: those of the architecture's ``ModelConfig``.
 
     Raises:
         ValueError: the weights are quantised, or transformers refuses the content.
     """
     quantization = raw.get("quantization_config")
-    if quantization is not None and (model_type, _method(quantization)) not in _DECODED:
+    if quantization is not None and _method(quantization) not in quantizations:
         raise ValueError(f"quantised weights ({quantization}) are not supported: use the original ones")
     if raw.get("model_type", model_type) != model_type:
         raise ValueError(

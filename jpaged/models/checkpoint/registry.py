@@ -93,7 +93,7 @@ def load_config(path: str | Path) -> ModelConfig:
         dtype = stored_dtype(config_path.parent)
     try:
         check_spelled_parameters(raw)
-        hf = parse_hf_config(raw, model_types[architectures[0]])
+        hf = parse_hf_config(raw, model_types[architectures[0]], config_class.quantizations)
         config = config_class.from_hf(hf, common_fields(raw, hf, dtype, eos_token_ids))
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}") from error
@@ -184,7 +184,9 @@ def load_model(
         ValueError: a file is missing, damaged or disagrees with ``config``; the message names the file and the tensor.
     """
     graphdef, state = abstract_model(config, dtype, mesh, weight_placement=weight_placement)
-    return nnx.merge(graphdef, load_state(Path(path), state, kv_copies(config, mesh), config.joined, use_tqdm=use_tqdm))
+    spelled = {"joined": config.joined, "renamed": config.renamed}
+    state = load_state(Path(path), state, kv_copies(config, mesh), use_tqdm=use_tqdm, **spelled)
+    return nnx.merge(graphdef, state)
 
 
 def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int, *, weight_placement: str = "device") -> Any:

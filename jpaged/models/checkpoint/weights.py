@@ -26,7 +26,7 @@ from jpaged.models.checkpoint.joined import Joined
 from jpaged.models.checkpoint.stored import DTYPES, PACKED, StoredTensor, open_tensors
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import QKV, allocation_order, separate_params
-from jpaged.models.layers.kv_copies import KVCopies
+from jpaged.models.layers.kv_copies import AXIS, KVCopies
 from jpaged.models.layers.spelling import Index, Spelling, Whole, spelling_in
 from jpaged.progress import counted
 from jpaged.sharding import is_on_host, moved
@@ -69,7 +69,13 @@ def _spellings(path: tuple[Any, ...], metadata: dict[str, Any], ndim: int) -> tu
 
 
 def load_state(
-    path: Path, state: nnx.State, copies: KVCopies, joined: Sequence[Joined] = (), *, use_tqdm: bool = True
+    path: Path,
+    state: nnx.State,
+    copies: KVCopies,
+    *,
+    joined: Sequence[Joined] = (),
+    renamed: Sequence[tuple[str, str]] = (),
+    use_tqdm: bool = True,
 ) -> nnx.State:
     """Fill ``state`` (variables that hold shapes and shardings) from the checkpoint directory ``path``.
 
@@ -81,6 +87,7 @@ def load_state(
         state: the model's parameters.
         copies: copies of KV heads.
         joined: projections that the checkpoint stores joined; each device reads its slice of each part.
+        renamed: parts of names in some checkpoints, and what the parameters have in their place.
         use_tqdm: whether to show a progress bar.
 
     Raises:
@@ -91,6 +98,7 @@ def load_state(
         stored = open_tensors(path, stack)
         for projection in joined:
             projection.split(stored)
+        _complete_names(flat, stored, renamed)
         chosen = _check_tensors(path, flat, stored, copies)
         num_bytes = [sum(stored[name].num_bytes for name in names) for _, names in chosen]
         total = sum(num_bytes)
@@ -173,7 +181,7 @@ def save_checkpoint(model: Any, config: ModelConfig, path: str | Path, *, dtype:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for where, tensor, metadata in separate_params(model):
-        if where[-2] in (*QKV.parts[1:], "k_norm"):  # OLMo 2 norms all heads of K at once, others each head
+        if where[-2] in QKV.parts[1:] or AXIS in metadata.get("logical_axes", ()):
             count = max(tensor.shape[-1] // (config.num_kv_heads * config.head_dim), 1)
             tensor = KVCopies(count, config.head_dim).drop(tensor)
         tensor = tensor.astype(tensor.dtype if dtype is None else jnp.dtype(dtype))
@@ -193,13 +201,11 @@ def _check_tensors(
 ) -> list[tuple[Spelling, tuple[str, ...]]]:
     """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights of its layers.
 
-    Checkpoints of a bare decoder lack the prefix "model.", which this function adds to the names in ``stored``. A tied
-    embedding may be stored under the name of the projection alone: safetensors' save_model keeps one of two names.
+    A tied embedding may be stored under the name of the projection alone: safetensors' save_model keeps one of two names.
 
     Returns:
         for each parameter, the spelling that the checkpoint uses, and the names of the tensors.
     """
-    _complete_names(flat, stored)
     chosen: list[tuple[Spelling, tuple[str, ...]]] = []
     expected: dict[str, tuple[int, ...]] = {}
     packed: set[str] = set()
@@ -235,20 +241,18 @@ def _check_tensors(
     return chosen
 
 
-def _complete_names(flat: list[tuple[Any, Any]], stored: dict[str, StoredTensor]) -> None:
-    """Give tensors the names of the parameters.
-
-    Other names have the tensors of a bare decoder, of the text part of a model of several modalities, and of Mixtral as
-    transformers renames it.
-    """
+def _complete_names(
+    flat: list[tuple[Any, Any]], stored: dict[str, StoredTensor], renamed: Sequence[tuple[str, str]]
+) -> None:
+    """Give tensors the names of the parameters. Those of a bare decoder lack the first part of the name."""
     modules = {_module(where) for where, _ in flat}
-    for name in list(stored):
-        text = name.replace("language_model.", "", 1)
-        renamed = text.replace(".mlp.", ".block_sparse_moe.")
-        for other in (text, renamed, f"model.{text}", f"model.{renamed}", f"transformer.{text}"):
-            if not _is_in(name, modules) and _is_in(other, modules):
-                stored[other] = stored.pop(name)
-                break
+    prefixes = ("", *sorted({module.partition(".")[0] + "." for module in modules if "." in module}))
+    for name in [name for name in stored if not _is_in(name, modules)]:
+        current = name
+        for old, new in renamed:
+            current = current.replace(old, new, 1)
+        whole = next((prefix + current for prefix in prefixes if _is_in(prefix + current, modules)), name)
+        stored[whole] = stored.pop(name)
 
 
 def _is_in(name: str, modules: set[str]) -> bool:

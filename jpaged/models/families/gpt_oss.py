@@ -42,6 +42,7 @@ class GptOssConfig(LlamaConfig):
     """
 
     model_types: ClassVar[dict[str, str]] = MODEL_TYPES
+    quantizations: ClassVar[tuple[str, ...]] = ("mxfp4",)
 
     num_experts: int
     top_k: int

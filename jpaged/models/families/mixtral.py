@@ -34,6 +34,7 @@ class MixtralConfig(LlamaConfig):
     """
 
     model_types: ClassVar[dict[str, str]] = MODEL_TYPES
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = (*LlamaConfig.renamed, (".mlp.", ".block_sparse_moe."))
 
     num_experts: int
     top_k: int
