@@ -82,8 +82,7 @@ def test_two_devices_equal_hugging_face_and_save_what_it_saved(case, tmp_path):
     assert load_config(tmp_path) == config
 
 
-PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-"""What published checkpoints have in config.json that numbers depend on, and how many parameters they have."""
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))["checkpoints"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -94,6 +93,37 @@ def test_published_configuration_has_the_published_number_of_parameters(name, tm
     assert sum(param.size for param in jax.tree.leaves(state)) == PUBLISHED[name]["num_params"]
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
     assert load_config(tmp_path) == config
+
+
+def _described(rope):
+    """What ``expected`` of published.json says of a rotary embedding."""
+    start = jnp.zeros(1, jnp.int32)
+    return {
+        "kind": rope.to_hf()["rope_type"],
+        "theta": rope.theta,
+        "rotary_dim": 2 * len(rope.plain_inv_freq()),
+        "factor": getattr(rope.scaling, "factor", None),
+        "magnitude": pytest.approx(float(rope.cos_sin(start, start)[0][0, 0]), rel=1e-6),
+    }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configuration_means_what_its_authors_say(name, tmp_path):
+    """Windows, scales, caps and rotary embeddings of the first layers, and what else numbers depend on."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]["config"]))
+    config, expected = load_config(tmp_path), PUBLISHED[name]["expected"]
+    first = config.layer_specs[: len(expected["windows"])]
+    assert [spec.sliding_window for spec in first] == expected["windows"]
+    assert [spec.sm_scale for spec in first] == pytest.approx([expected["sm_scale"]] * len(first))
+    assert {spec.soft_cap for spec in first} == {expected["soft_cap"]}
+    assert {spec.sinks for spec in first} == {name.startswith("openai/gpt-oss")}
+
+    ropes = getattr(config, "layer_ropes", (None,) * config.num_layers)[: len(first)]
+    for rope, index in zip(ropes, expected["rope_of_layer"], strict=True):
+        assert (rope and _described(rope)) == (None if index is None else expected["ropes"][index])
+
+    for option, value in expected["options"].items():
+        assert getattr(config, option) == (tuple(value) if isinstance(value, list) else value), option
 
 
 def test_window_that_no_context_exceeds_is_full_attention(tmp_path):
@@ -221,10 +251,11 @@ def test_each_device_reads_its_share_of_a_joined_tensor_only(monkeypatch):
     assert sorted(rows) == sorted([16, 16, 16, 22, 22] * 2 * 2)
 
 
-def test_longrope_spelled_the_old_way_means_the_same(tmp_path):
+@pytest.mark.parametrize("rope_type", ["longrope", "su"])
+def test_longrope_spelled_the_old_way_means_the_same(rope_type, tmp_path):
     values = json.loads((HF_REFERENCE / "phi3_longrope" / "config.json").read_text())
     rope = values.pop("rope_parameters")
-    scaling = {"type": "longrope", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+    scaling = {"type": rope_type, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     values |= {"rope_scaling": scaling, "rope_theta": rope["rope_theta"], "partial_rotary_factor": 0.75}
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = load_config(tmp_path)

@@ -37,7 +37,7 @@ from jpaged.models.families import (
 from jpaged.models.layers.common import Dtype
 from jpaged.models.layers.fused import allocation_order
 from jpaged.models.layers.kv_copies import KVCopies, kv_copies
-from jpaged.models.layers.rope import check_spelled_parameters
+from jpaged.models.layers.rope import check_spelled_parameters, with_current_names
 from jpaged.models.layers.streamed import layers_path, placed
 from jpaged.sharding import TENSOR_AXIS, check_divisible, is_on_host, moved, param_sharding
 
@@ -56,9 +56,6 @@ _FAMILIES: tuple[tuple[dict[str, str], type[ModelConfig], Any], ...] = (
     (phi3.MODEL_TYPES, phi3.Phi3Config, phi3.Phi3ForCausalLM),
     (starcoder2.MODEL_TYPES, starcoder2.Starcoder2Config, starcoder2.Starcoder2ForCausalLM),
 )
-
-_CONSTANTS = {"scale": 1, "scale_less_one": 0, "bias": 0}
-"""Initial values of the parameters that are not drawn, by name."""
 
 _TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 """Architectures of several modalities, with those of their text parts."""
@@ -80,7 +77,7 @@ def load_config(path: str | Path) -> ModelConfig:
         ValueError: there is no checkpoint, or an architecture or value is not supported; the message names the file.
     """
     config_path = find_config(path)
-    raw = _text_part(config_path, read_json(config_path))
+    raw = with_current_names(_text_part(config_path, read_json(config_path)))
     architectures = raw.get("architectures")
     known = ", ".join(SUPPORTED_ARCHITECTURES)
     if (
@@ -207,15 +204,15 @@ def random_model(config: ModelConfig, dtype: Dtype, mesh: Mesh, seed: int, *, we
     key = jax.random.key(seed, impl="rbg")  # compiles faster than the default
     copies, drawn = kv_copies(config, mesh), []
     for index, (where, variable) in enumerate(allocation_order(nnx.to_flat_state(state))):
-        drawn.append((where, variable.replace(_draw(key, index, str(where[-1]), variable, copies))))
+        drawn.append((where, variable.replace(_draw(key, index, variable, copies))))
     return nnx.merge(graphdef, nnx.from_flat_state(drawn))
 
 
-def _draw(key: jax.Array, index: int, name: str, variable: Any, copies: KVCopies) -> jax.Array:
-    """Draw the parameter called ``name``, the ``index``-th of its model."""
+def _draw(key: jax.Array, index: int, variable: Any, copies: KVCopies) -> jax.Array:
+    """Draw the ``index``-th parameter of a model, unless its initial value is a constant."""
     shape, dtype, sharding = variable.shape, variable.dtype, variable.get_value().sharding
-    if name in _CONSTANTS:
-        return jnp.full(shape, _CONSTANTS[name], dtype, device=sharding)
+    if (constant := variable.get_metadata().get("constant")) is not None:
+        return jnp.full(shape, constant, dtype, device=sharding)
     axes = variable.logical_axes if copies.is_copied(variable.logical_axes) else ()
     shape = copies.shape_without(shape, axes)
     draw = _draw_normal(shape, dtype, moved(variable.get_value(), to_host=False).sharding, copies, axes)

@@ -64,7 +64,7 @@ def _spellings(path: tuple[Any, ...], metadata: dict[str, Any], ndim: int) -> tu
     """
     if (spellings := metadata.get("spellings")) is not None:
         return spellings
-    leaf = "weight" if path[-1] in ("kernel", "scale", "scale_less_one", "embedding") else path[-1]
+    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
     return (Whole(leaf, (1, 0) if path[-1] == "kernel" else tuple(range(ndim))),)
 
 

@@ -14,9 +14,8 @@ from jpaged.models.families.llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
-    head_dim_of,
-    layer_windows,
 )
+from jpaged.models.families.llama_options import head_dim_of, layer_windows
 from jpaged.models.layers.common import Dtype, ShiftedRMSNorm, soft_capped
 from jpaged.models.layers.rope import Angles, Rope
 from jpaged.models.spec import Attend, LayerSpec
@@ -75,13 +74,12 @@ class GemmaConfig(LlamaConfig):
             require(cap is None, "attn_logit_softcapping", cap, "null: Gemma 3 has no soft cap of scores")
             for kind, parameters in hf.rope_parameters.items():
                 ropes[kind] = Rope.from_hf(parameters, head_dim_of(hf), hf.max_position_embeddings)
-        windows = layer_windows(hf, hf.sliding_window)
         return cls(
             **cls.shared_from_hf(hf, common, ropes.get("full_attention")),
             qkv_bias=hf.attention_bias,
             o_bias=hf.attention_bias,
             qk_norm=is_third,
-            sliding_windows=() if all(window is None for window in windows) else windows,
+            sliding_windows=layer_windows(hf, hf.sliding_window),
             query_pre_attn_scalar=hf.query_pre_attn_scalar,
             attn_soft_cap=hf.attn_logit_softcapping,
             final_soft_cap=hf.final_logit_softcapping,
@@ -96,7 +94,7 @@ class GemmaConfig(LlamaConfig):
         return {
             **values,
             "attention_bias": self.qkv_bias,
-            "sliding_window": next(filter(None, self.sliding_windows), None),
+            "sliding_window": self.sliding_window,
             "layer_types": self.layer_types,
             "query_pre_attn_scalar": self.query_pre_attn_scalar,
             "attn_logit_softcapping": self.attn_soft_cap,
@@ -128,7 +126,7 @@ class GemmaDecoderLayer(LlamaDecoderLayer):
         x, normed = self.input_layernorm.add(x, branch)
         attended = self.post_attention_layernorm(self.self_attn(normed, angles, attend))
         x, normed = self.pre_feedforward_layernorm.add(x, attended)
-        return x, self.post_feedforward_layernorm(self.mlp(normed))
+        return x, self.post_feedforward_layernorm(self.feed_forward(normed))
 
 
 class GemmaModel(LlamaModel):

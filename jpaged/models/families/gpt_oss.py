@@ -12,8 +12,8 @@ from jpaged.models.families.llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
-    layer_windows,
 )
+from jpaged.models.families.llama_options import layer_windows
 from jpaged.models.layers.common import Dtype, WideRMSNorm
 from jpaged.models.layers.moe import ClampedSwiglu, Experts, Router, check_experts, expert_widths, route
 from jpaged.models.layers.mxfp4 import Mxfp4
@@ -67,12 +67,11 @@ class GptOssConfig(LlamaConfig):
 
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "GptOssConfig":
-        windows = layer_windows(hf, hf.sliding_window)
         return cls(
             **cls.shared_from_hf(hf, common),
             qkv_bias=bool(hf.attention_bias),
             o_bias=bool(hf.attention_bias),
-            sliding_windows=() if all(window is None for window in windows) else windows,
+            sliding_windows=layer_windows(hf, hf.sliding_window),
             num_experts=hf.num_local_experts,
             top_k=hf.num_experts_per_tok,
             swiglu_alpha=getattr(hf, "swiglu_alpha", cls.swiglu_alpha),
@@ -84,7 +83,7 @@ class GptOssConfig(LlamaConfig):
             **self.shared_hf(),
             "attention_bias": self.qkv_bias,
             "layer_types": self.layer_types,
-            "sliding_window": next(filter(None, self.sliding_windows), None),
+            "sliding_window": self.sliding_window,
             "num_local_experts": self.num_experts,
             "num_experts_per_tok": self.top_k,
             "swiglu_alpha": self.swiglu_alpha,
@@ -111,8 +110,13 @@ class GptOssBlock(nnx.Module):
 
 
 class GptOssDecoderLayer(LlamaDecoderLayer):
-    mlp_class = GptOssBlock
     norm_class = WideRMSNorm
+
+    def make_feed_forward(
+        self, config: GptOssConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs
+    ) -> tuple[str, nnx.Module]:
+        del layer
+        return "mlp", GptOssBlock(config, dtype=dtype, rngs=rngs)
 
 
 class GptOssModel(LlamaModel):

@@ -74,7 +74,7 @@ class GraniteDecoderLayer(LlamaDecoderLayer):
         x, normed = self.input_layernorm.add(x, branch)
         attended = scaled(self.self_attn(normed, angles, attend), self.multiplier)
         x, normed = self.post_attention_layernorm.add(x, attended)
-        return x, scaled(self.mlp(normed), self.multiplier)
+        return x, scaled(self.feed_forward(normed), self.multiplier)
 
 
 class GraniteModel(LlamaModel):

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jpaged.models.checkpoint.config import MAX_INT, ModelConfig, is_count, is_positive, require
+from jpaged.models.families.llama_options import OPTIONS, head_dim_of
 from jpaged.models.layers.common import (
     ACTIVATIONS,
     Dtype,
@@ -26,13 +27,7 @@ from jpaged.models.layers.fused import GATE_UP, QKV
 from jpaged.models.layers.rope import Angles, Rope, rotate
 from jpaged.models.spec import Attend, LayerSpec, Source, attend_from
 
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "SmolLM3ForCausalLM": "smollm3",
-}
+MODEL_TYPES = {name: options.model_type for name, options in OPTIONS.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +41,7 @@ class LlamaConfig(ModelConfig):
         hidden_act: name in ``ACTIVATIONS``.
         qkv_bias, o_bias, mlp_bias: whether those projections have a bias.
         qk_norm: whether queries and keys are normalised per head before the rotation (Qwen3).
-        sliding_windows: window of each layer in tokens, None for full attention; empty if no layer has a window.
+        sliding_windows: window of each layer in tokens, None for full attention; made empty if no layer has one.
     """
 
     model_types: ClassVar[dict[str, str]] = MODEL_TYPES
@@ -79,6 +74,8 @@ class LlamaConfig(ModelConfig):
         for window in self.sliding_windows:
             is_window = window is None or is_count(window)
             require(is_window, "sliding_window", window, f"null (full attention) or an integer from 1 to {MAX_INT}")
+        if self.sliding_window is None:
+            object.__setattr__(self, "sliding_windows", ())
         if self.rope_layers and len(self.rope_layers) != self.num_layers:
             raise ValueError(
                 f"rope_layers has {len(self.rope_layers)} entries: expected one for each of {self.num_layers}"
@@ -114,43 +111,17 @@ class LlamaConfig(ModelConfig):
         ropes = dict.fromkeys(rope for rope in self.layer_ropes if rope is not None)
         return b"".join(rope.prefix_salt(prompt_len) for rope in ropes)
 
+    @property
+    def sliding_window(self) -> int | None:
+        """The window of the layers that have one; None if no layer has a window."""
+        return next(filter(None, self.sliding_windows), None)
+
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "LlamaConfig":
-        family = MODEL_TYPES[common["architecture"]]
-        attention_bias = bool(getattr(hf, "attention_bias", False))
-        windows: tuple[int | None, ...] = ()
-        if family == "mistral":
-            windows = (hf.sliding_window,) * hf.num_hidden_layers
-        elif family != "llama":
-            windows = layer_windows(hf, hf.sliding_window if hf.use_sliding_window else None)
-        return cls(
-            **cls.shared_from_hf(hf, common),
-            qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
-            o_bias=family in ("llama", "qwen3", "smollm3") and attention_bias,
-            mlp_bias=family in ("llama", "smollm3") and bool(hf.mlp_bias),
-            qk_norm=family == "qwen3",
-            sliding_windows=() if all(window is None for window in windows) else windows,
-            rope_layers=_rope_layers(hf) if family == "smollm3" else (),
-        )
+        return cls(**cls.shared_from_hf(hf, common), **OPTIONS[common["architecture"]].read(hf))
 
     def to_hf(self) -> dict[str, Any]:
-        family = MODEL_TYPES[self.architecture]
-        window = next(filter(None, self.sliding_windows), None)
-        values = self.shared_hf()
-        match family:
-            case "llama":
-                values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
-            case "mistral":
-                values |= {"sliding_window": window}
-            case _:
-                values |= {"use_sliding_window": window is not None, "sliding_window": window}
-                values |= {"layer_types": self.layer_types}
-        if family == "qwen3":
-            values["attention_bias"] = self.qkv_bias
-        if family == "smollm3":
-            values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
-            values["no_rope_layers"] = [int(rope is not None) for rope in self.layer_ropes]
-        return values
+        return {**self.shared_hf(), **OPTIONS[self.architecture].write(self)}
 
     @classmethod
     def shared_from_hf(cls, hf: Any, common: dict[str, Any], rope: Rope | None = None) -> dict[str, Any]:
@@ -188,37 +159,6 @@ class LlamaConfig(ModelConfig):
         """The entries of config.json's ``layer_types``."""
         windows = self.sliding_windows or (None,) * self.num_layers
         return ["full_attention" if window is None else "sliding_attention" for window in windows]
-
-
-def head_dim_of(hf: Any) -> int:
-    """Return config.json's ``head_dim``, which may follow from other sizes."""
-    head_dim = getattr(hf, "head_dim", None)
-    return hf.hidden_size // hf.num_attention_heads if head_dim is None else head_dim
-
-
-def layer_windows(hf: Any, sliding_window: int | None) -> tuple[int | None, ...]:
-    """Return the window of each layer by config.json's ``layer_types``."""
-    return tuple(_window_of(kind, sliding_window) for kind in hf.layer_types)
-
-
-def _rope_layers(hf: Any) -> tuple[bool, ...]:
-    """Return SmolLM3's ``no_rope_layers``, in which 1 stands for a layer that rotates; empty if all layers do."""
-    rotates = tuple(bool(entry) for entry in hf.no_rope_layers[: hf.num_hidden_layers])
-    return () if all(rotates) else rotates
-
-
-def _window_of(layer_type: str, sliding_window: int | None) -> int | None:
-    """Return the window of a layer of this type, one of config.json's ``layer_types``."""
-    kinds = ("full_attention", "sliding_attention")
-    require(layer_type in kinds, "layer_types entry", layer_type, f"one of {', '.join(kinds)}")
-    if layer_type == "full_attention":
-        return None
-    if sliding_window is None:
-        raise ValueError(
-            "layer_types asks for sliding_attention, but no sliding_window is given: "
-            "set sliding_window and use_sliding_window, or make the layers full_attention"
-        )
-    return sliding_window
 
 
 class LlamaAttention(nnx.Module):
@@ -298,10 +238,9 @@ class LlamaMLP(nnx.Module):
 
 
 class LlamaDecoderLayer(nnx.Module):
-    """A layer that norms the inputs of its parts. Other families set the classes of these parts."""
+    """A layer that norms the inputs of its parts. Other families have other parts."""
 
     attention_class: ClassVar[Any] = LlamaAttention
-    mlp_class: ClassVar[Any] = LlamaMLP
     norm_class: ClassVar[Any] = RMSNorm
 
     def __init__(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
@@ -309,15 +248,16 @@ class LlamaDecoderLayer(nnx.Module):
         self.input_layernorm = self.norm_class(hidden, epsilon, dtype=dtype, rngs=rngs)
         self.self_attn = self.attention_class(config, layer, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = self.norm_class(hidden, epsilon, dtype=dtype, rngs=rngs)
-        self.add_feed_forward(config, layer, dtype=dtype, rngs=rngs)
+        self.feed_forward_name, module = self.make_feed_forward(config, layer, dtype=dtype, rngs=rngs)
+        setattr(self, self.feed_forward_name, module)
 
-    def add_feed_forward(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        """Make the feed-forward part of a layer, under the name that checkpoints give it."""
+    def make_feed_forward(self, config: Any, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> tuple[str, nnx.Module]:
+        """Return the feed-forward part of a layer, after the name that checkpoints give it."""
         del layer
-        self.mlp = self.mlp_class(config, dtype=dtype, rngs=rngs)
+        return "mlp", LlamaMLP(config, dtype=dtype, rngs=rngs)
 
     def feed_forward(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens hidden_size"]:
-        return self.mlp(x)
+        return getattr(self, self.feed_forward_name)(x)
 
     def __call__(
         self,

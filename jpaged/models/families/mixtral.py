@@ -51,10 +51,9 @@ class MixtralConfig(LlamaConfig):
 
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "MixtralConfig":
-        window = hf.sliding_window
         return cls(
             **cls.shared_from_hf(hf, common),
-            sliding_windows=() if window is None else (window,) * hf.num_hidden_layers,
+            sliding_windows=(hf.sliding_window,) * hf.num_hidden_layers,
             num_experts=hf.num_local_experts,
             top_k=hf.num_experts_per_tok,
         )
@@ -62,7 +61,7 @@ class MixtralConfig(LlamaConfig):
     def to_hf(self) -> dict[str, Any]:
         return {
             **self.shared_hf(),
-            "sliding_window": next(iter(self.sliding_windows), None),
+            "sliding_window": self.sliding_window,
             "num_local_experts": self.num_experts,
             "num_experts_per_tok": self.top_k,
         }
@@ -86,12 +85,11 @@ class MixtralBlock(nnx.Module):
 
 
 class MixtralDecoderLayer(LlamaDecoderLayer):
-    def add_feed_forward(self, config: MixtralConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    def make_feed_forward(
+        self, config: MixtralConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs
+    ) -> tuple[str, nnx.Module]:
         del layer
-        self.block_sparse_moe = MixtralBlock(config, dtype=dtype, rngs=rngs)
-
-    def feed_forward(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens hidden_size"]:
-        return self.block_sparse_moe(x)
+        return "block_sparse_moe", MixtralBlock(config, dtype=dtype, rngs=rngs)
 
 
 class MixtralModel(LlamaModel):

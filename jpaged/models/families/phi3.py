@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from jpaged.models.checkpoint.joined import Joined
-from jpaged.models.families.llama import LlamaConfig, LlamaForCausalLM, head_dim_of
+from jpaged.models.families.llama import LlamaConfig, LlamaForCausalLM
+from jpaged.models.families.llama_options import head_dim_of
 from jpaged.models.layers.fused import GATE_UP, QKV
 from jpaged.models.layers.rope import LongRope, Rope
 
@@ -32,17 +33,16 @@ class Phi3Config(LlamaConfig):
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "Phi3Config":
         rope = Rope.from_hf(hf.rope_parameters, head_dim_of(hf), hf.max_position_embeddings, is_partial=True)
-        window = hf.sliding_window
         return cls(
             **cls.shared_from_hf(hf, common, rope),
-            sliding_windows=() if window is None else (window,) * hf.num_hidden_layers,
+            sliding_windows=(hf.sliding_window,) * hf.num_hidden_layers,
         )
 
     def to_hf(self) -> dict[str, Any]:
         values = self.shared_hf()
         if isinstance(scaling := self.rope.scaling, LongRope):
             values["original_max_position_embeddings"] = scaling.original_max_position_embeddings
-        return {**values, "sliding_window": self.sliding_windows[0] if self.sliding_windows else None}
+        return {**values, "sliding_window": self.sliding_window}
 
 
 class Phi3ForCausalLM(LlamaForCausalLM):

@@ -14,8 +14,8 @@ from jpaged.models.families.llama import (
     LlamaForCausalLM,
     LlamaMLP,
     LlamaModel,
-    layer_windows,
 )
+from jpaged.models.families.llama_options import layer_windows
 from jpaged.models.layers.common import Dtype, linear
 from jpaged.models.layers.moe import ActivatedGate, Experts, Router, check_experts, expert_widths, route
 from jpaged.models.layers.spelling import PerExpert, Spelling, Whole
@@ -72,7 +72,6 @@ class QwenMoeConfig(LlamaConfig):
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "QwenMoeConfig":
         is_second = MODEL_TYPES[common["architecture"]] == "qwen2_moe"
         layers, window = range(hf.num_hidden_layers), hf.sliding_window or None
-        windows = layer_windows(hf, window) if is_second else (window,) * len(layers)
         step = hf.decoder_sparse_step
         require(is_count(step), "decoder_sparse_step", step, f"an integer from 1 to {MAX_INT}")
         return cls(
@@ -80,7 +79,7 @@ class QwenMoeConfig(LlamaConfig):
             qkv_bias=bool(hf.qkv_bias if is_second else hf.attention_bias),
             o_bias=not is_second and bool(hf.attention_bias),
             qk_norm=not is_second,
-            sliding_windows=() if all(window is None for window in windows) else windows,
+            sliding_windows=layer_windows(hf, window) if is_second else (window,) * len(layers),
             num_experts=hf.num_experts,
             top_k=hf.num_experts_per_tok,
             expert_size=hf.moe_intermediate_size,
@@ -90,7 +89,7 @@ class QwenMoeConfig(LlamaConfig):
         )
 
     def to_hf(self) -> dict[str, Any]:
-        window = next(filter(None, self.sliding_windows), None)
+        window = self.sliding_window
         values = {
             **self.shared_hf(),
             "use_sliding_window": window is not None,
@@ -133,9 +132,11 @@ class QwenMoeBlock(nnx.Module):
 
 
 class QwenMoeDecoderLayer(LlamaDecoderLayer):
-    def add_feed_forward(self, config: QwenMoeConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
+    def make_feed_forward(
+        self, config: QwenMoeConfig, layer: int, *, dtype: Dtype, rngs: nnx.Rngs
+    ) -> tuple[str, nnx.Module]:
         make = LlamaMLP if layer in config.dense_layers else QwenMoeBlock
-        self.mlp = make(config, dtype=dtype, rngs=rngs)
+        return "mlp", make(config, dtype=dtype, rngs=rngs)
 
 
 class QwenMoeModel(LlamaModel):

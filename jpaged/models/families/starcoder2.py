@@ -21,18 +21,17 @@ class Starcoder2Config(LlamaConfig):
 
     @classmethod
     def from_hf(cls, hf: Any, common: dict[str, Any]) -> "Starcoder2Config":
-        bias, window = hf.use_bias, hf.sliding_window
+        bias = hf.use_bias
         return cls(
             **cls.shared_from_hf(hf, common),
             qkv_bias=bias,
             o_bias=bias,
             mlp_bias=bias,
-            sliding_windows=() if window is None else (window,) * hf.num_hidden_layers,
+            sliding_windows=(hf.sliding_window,) * hf.num_hidden_layers,
         )
 
     def to_hf(self) -> dict[str, Any]:
-        window = self.sliding_windows[0] if self.sliding_windows else None
-        return {**self.shared_hf(), "use_bias": self.qkv_bias, "sliding_window": window}
+        return {**self.shared_hf(), "use_bias": self.qkv_bias, "sliding_window": self.sliding_window}
 
 
 class Starcoder2MLP(nnx.Module):
@@ -47,8 +46,13 @@ class Starcoder2MLP(nnx.Module):
 
 
 class Starcoder2DecoderLayer(LlamaDecoderLayer):
-    mlp_class = Starcoder2MLP
     norm_class = LayerNorm
+
+    def make_feed_forward(
+        self, config: Starcoder2Config, layer: int, *, dtype: Dtype, rngs: nnx.Rngs
+    ) -> tuple[str, nnx.Module]:
+        del layer
+        return "mlp", Starcoder2MLP(config, dtype=dtype, rngs=rngs)
 
 
 class Starcoder2Model(LlamaModel):

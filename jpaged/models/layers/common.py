@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,11 @@ def with_axes(init: Callable[..., Array], *axes: str | None) -> Callable[..., An
     return nnx.with_metadata(init, logical_axes=axes)
 
 
+def constant(value: int, *axes: str | None) -> Callable[..., Any]:
+    """Make an initialiser of one value, which its parameter also carries as ``constant``, beside its logical axes."""
+    return nnx.with_metadata(nnx.initializers.constant(value), logical_axes=axes, constant=value)
+
+
 _normal = nnx.initializers.normal(0.02)
 
 
@@ -78,7 +83,7 @@ def linear(
         dtype=dtype,
         param_dtype=dtype,
         kernel_init=nnx.with_metadata(_normal, logical_axes=(in_axis, out_axis), **metadata),
-        bias_init=with_axes(nnx.initializers.zeros, out_axis),
+        bias_init=constant(0, out_axis),
         rngs=rngs,
     )
 
@@ -89,15 +94,28 @@ def embed(num_embeddings: int, features: int, axis: str | None, *, dtype: Dtype,
     return nnx.Embed(num_embeddings, features, dtype=dtype, param_dtype=dtype, embedding_init=init, rngs=rngs)
 
 
-class RMSNorm(nnx.Module):
+class Norm(nnx.Module):
+    """A norm over the last axis, which also takes the residual stream before a layer's output is added."""
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        raise NotImplementedError
+
+    def add(
+        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
+        """Add a layer's output, if there is one, to the residual stream; return the sum and its norm."""
+        x = x if branch is None else x + branch
+        return x, self(x)
+
+
+class RMSNorm(Norm):
     """Root-mean-square norm over the last axis, in float32 and cast *before* the scale, as Hugging Face does.
 
     ``add_norm`` is a kernel that ``add`` runs instead (see ``fuse_norms``), without a gradient; None for none.
     """
 
     def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        init = with_axes(nnx.initializers.ones, None)
-        self.scale = nnx.Param(init(rngs.params(), (features,), dtype))
+        self.scale = nnx.Param(constant(1, None)(rngs.params(), (features,), dtype))
         self.epsilon = epsilon
         self.add_norm: AddNorm | None = None
 
@@ -107,14 +125,12 @@ class RMSNorm(nnx.Module):
     def add(
         self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
     ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
-        """Add a layer's output, if there is one, to the residual stream; return the sum and its norm."""
         if branch is not None and self.add_norm is not None and len(x) >= FUSED_NORM_FROM:
             return self.add_norm(x, branch, self.scale[...], self.epsilon)
-        x = _added(x, branch)
-        return x, self(x)
+        return super().add(x, branch)
 
 
-class WideRMSNorm(nnx.Module):
+class WideRMSNorm(Norm):
     """Root-mean-square norm over the last axis, in float32 and cast *after* the scale, as OLMo 2 does.
 
     Args:
@@ -125,21 +141,49 @@ class WideRMSNorm(nnx.Module):
         rngs: unused by the constant initial scale of 1.
     """
 
+    offset: ClassVar[int] = 0
+    """The scale less its parameter."""
+
     def __init__(self, features: int, epsilon: float, *, axis: str | None = None, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        init = with_axes(nnx.initializers.ones, axis)
-        self.scale = nnx.Param(init(rngs.params(), (features,), dtype))
+        self.scale = nnx.Param(constant(1 - self.offset, axis)(rngs.params(), (features,), dtype))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         scale = _like_last_axis(self.scale, x).astype(jnp.float32)
+        scale = self.offset + scale if self.offset else scale
         return (_rms_normed(x, self.epsilon) * scale).astype(x.dtype)
 
-    def add(
-        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
-    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
-        """See ``RMSNorm.add``."""
-        x = _added(x, branch)
-        return x, self(x)
+
+class ShiftedRMSNorm(WideRMSNorm):
+    """``WideRMSNorm`` whose parameter is the scale less 1, as Gemma has it."""
+
+    offset = 1
+
+
+class LayerNorm(Norm):
+    """Layer norm over the last axis as PyTorch computes it: in float32, with a two-pass variance.
+
+    The layer norm of flax does not run in half precision under strict dtype promotion.
+    """
+
+    def __init__(
+        self, features: int, epsilon: float = 1e-5, *, affine: bool = True, dtype: Dtype, rngs: nnx.Rngs
+    ) -> None:
+        self.affine, self.epsilon = affine, epsilon
+        if affine:
+            ones, zeros = constant(1, None), constant(0, None)
+            self.scale = nnx.Param(ones(rngs.params(), (features,), dtype))
+            self.bias = nnx.Param(zeros(rngs.params(), (features,), dtype))
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        if self.affine:
+            scale, bias = (_like_last_axis(p, x).astype(jnp.float32) for p in (self.scale, self.bias))
+            normed = normed * scale + bias
+        return normed.astype(x.dtype)
 
 
 def fuse_norms(model: nnx.Module, add_norm: AddNorm | None = None) -> None:
@@ -154,65 +198,6 @@ def fuse_norms(model: nnx.Module, add_norm: AddNorm | None = None) -> None:
         if isinstance(module, RMSNorm):
             is_taken = why_not_add_norm(module.scale.shape[0], jnp.dtype(module.scale.dtype)) is None
             module.add_norm = add_norm if is_taken else None
-
-
-class ShiftedRMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis as Gemma has it: ``WideRMSNorm`` whose parameter is the scale less 1."""
-
-    def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        init = with_axes(nnx.initializers.zeros, None)
-        self.scale_less_one = nnx.Param(init(rngs.params(), (features,), dtype))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        scale = 1 + _like_last_axis(self.scale_less_one, x).astype(jnp.float32)
-        return (_rms_normed(x, self.epsilon) * scale).astype(x.dtype)
-
-    def add(
-        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
-    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
-        """See ``RMSNorm.add``."""
-        x = _added(x, branch)
-        return x, self(x)
-
-
-class LayerNorm(nnx.Module):
-    """Layer norm over the last axis as PyTorch computes it: in float32, with a two-pass variance.
-
-    The layer norm of flax does not run in half precision under strict dtype promotion.
-    """
-
-    def __init__(
-        self, features: int, epsilon: float = 1e-5, *, affine: bool = True, dtype: Dtype, rngs: nnx.Rngs
-    ) -> None:
-        self.affine, self.epsilon = affine, epsilon
-        if affine:
-            ones, zeros = with_axes(nnx.initializers.ones, None), with_axes(nnx.initializers.zeros, None)
-            self.scale = nnx.Param(ones(rngs.params(), (features,), dtype))
-            self.bias = nnx.Param(zeros(rngs.params(), (features,), dtype))
-
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-        if self.affine:
-            scale, bias = (_like_last_axis(p, x).astype(jnp.float32) for p in (self.scale, self.bias))
-            normed = normed * scale + bias
-        return normed.astype(x.dtype)
-
-    def add(
-        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
-    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
-        """See ``RMSNorm.add``."""
-        x = _added(x, branch)
-        return x, self(x)
-
-
-def _added(
-    x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
-) -> Float[Array, "tokens features"]:
-    return x if branch is None else x + branch
 
 
 def _rms_normed(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:

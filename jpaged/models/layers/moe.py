@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jpaged.models.checkpoint.config import MAX_INT, is_count, require
-from jpaged.models.layers.common import ACTIVATIONS, Dtype, with_axes
+from jpaged.models.layers.common import ACTIVATIONS, Dtype, constant, with_axes
 from jpaged.models.layers.spelling import Spelling
 
 Gated = Callable[[Float[Array, "*batch ffn"], Float[Array, "*batch ffn"]], Float[Array, "*batch ffn"]]
@@ -328,8 +328,7 @@ class Router(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (hidden_size, num_experts), dtype))
         self.has_bias = bias
         if bias:
-            zeros = with_axes(nnx.initializers.zeros, None)
-            self.bias = nnx.Param(zeros(rngs.params(), (num_experts,), dtype))
+            self.bias = nnx.Param(constant(0, None)(rngs.params(), (num_experts,), dtype))
 
     def __call__(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens num_experts"]:
         logits = jnp.dot(x, self.kernel[...], preferred_element_type=jnp.float32)

@@ -121,8 +121,26 @@ _SCALINGS: dict[str, type[Scaling]] = {
 }
 
 
+_PARAMETERS = "rope_parameters", "rope_scaling"
+"""The current and the older name of the rotary parameters in config.json."""
+
 Angles = tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]
 """Cosine and sine of each token's angles, float32."""
+
+
+def with_current_names(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with the current names of rope types: the first Phi-3 checkpoints call longrope "su".
+
+    transformers 5.24 knows both names, but it demands the original context of the type before it renames that type.
+    """
+    renamed = dict(raw)
+    for name in _PARAMETERS:
+        if isinstance(parameters := raw.get(name), dict):
+            renamed[name] = {
+                key: "longrope" if key in ("rope_type", "type") and value == "su" else value
+                for key, value in parameters.items()
+            }
+    return renamed
 
 
 def check_spelled_parameters(raw: dict[str, Any]) -> None:
@@ -134,7 +152,7 @@ def check_spelled_parameters(raw: dict[str, Any]) -> None:
     Raises:
         ValueError: a parameter has another type or is out of range; the message names it.
     """
-    nested = [raw[name] for name in ("rope_parameters", "rope_scaling") if isinstance(raw.get(name), dict)]
+    nested = [raw[name] for name in _PARAMETERS if isinstance(raw.get(name), dict)]
     for parameters in (raw, *nested):
         if "rope_theta" in parameters:
             check_parameter("rope_theta", parameters["rope_theta"], is_optional=False)
