@@ -64,6 +64,9 @@ def load_checkpoint(
         tokenizer = tokenizer or load_tokenizer(path)
         interrupts.check()
         defaults = read_sampling_defaults(path) if config.generation_config == "auto" else None
+        if defaults and jax.process_index() == 0:
+            names = ", ".join(f"{name}={value}" for name, value in defaults.items())
+            log.info("requests that give no parameters take %s from generation_config.json", names)
         mesh = make_mesh(config.tensor_parallel_size)
         use_tqdm = use_tqdm and jax.process_index() == 0
         dtype = target_of(mesh).resolve_dtype(config.dtype, model_config.dtype)

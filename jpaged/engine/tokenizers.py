@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint: loaded from its files, and compared with the library that wrote them."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -8,11 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jpaged.models import import_transformers
+from jpaged.models.checkpoint.config import read_json
 
 log = logging.getLogger(__name__)
 
 _FILES = "tokenizer.json", "tokenizer.model", "spiece.model", "tiktoken.model", "vocab.json", "vocab.txt"
 """Files that hold a tokenizer's vocabulary; the first one that is there counts."""
+
+_PARTS = "normalizer", "pre_tokenizer", "post_processor", "decoder"
+"""Parts of a tokenizer beside its vocabulary and its added tokens."""
 
 _SAMPLES = (
     "Hello, world! It's 3.14 or 1234567, isn't it?",
@@ -55,7 +60,7 @@ def load_tokenizer(path: Path) -> Any:
     if file.suffix == ".model":
         _check_converters(file)
     try:
-        tokenizer, difference = _choose(_candidates(path, file), _read_original(file))
+        tokenizer, difference = _choose(_candidates(path, file), file)
     except Exception as error:  # the many libraries behind it raise many kinds
         raise ValueError(
             f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}): download its files again, or "
@@ -70,7 +75,29 @@ def load_tokenizer(path: Path) -> Any:
             difference,
             file.name,
         )
+    _warn_of_contradictions(tokenizer, path / "tokenizer_config.json", file)
     return tokenizer
+
+
+def _warn_of_contradictions(tokenizer: Any, config: Path, file: Path) -> None:
+    """Warn if tokenizer_config.json says otherwise than the tokenizer's file which tokens surround a text."""
+    settings = read_json(config) if config.is_file() else {}
+    for kind, at in (("bos", 0), ("eos", -1)):
+        name, token_id = f"add_{kind}_token", getattr(tokenizer, f"{kind}_token_id", None)
+        says = settings.get(name)
+        if token_id is None or not isinstance(says, bool):
+            continue
+        does = tokenizer.encode(_SAMPLES[0])[at] == token_id
+        if does != says:
+            log.warning(
+                "%s has %s=%s, but %s makes a tokenizer that %s %s: the latter counts. Correct one of them",
+                config,
+                name,
+                str(says).lower(),
+                file,
+                "adds" if does else "does not add",
+                getattr(tokenizer, f"{kind}_token"),
+            )
 
 
 def _candidates(path: Path, file: Path) -> Iterator[Any]:
@@ -92,14 +119,45 @@ def _candidates(path: Path, file: Path) -> Iterator[Any]:
     yield tokenizer
 
 
-def _choose(candidates: Iterator[Any], original: _Original | None) -> tuple[Any, str | None]:
+def _choose(candidates: Iterator[Any], file: Path) -> tuple[Any, str | None]:
     """Choose the first tokenizer that agrees with its file, or else the last one, with its first difference."""
-    tokenizer, difference = None, None
+    tokenizer, difference, original = None, None, None
     for tokenizer in candidates:
+        if file.name == "tokenizer.json" and _has_parts_of(tokenizer, file):
+            return tokenizer, None
+        original = original or _read_original(file)
         difference = None if original is None else _find_difference(tokenizer, original)
         if difference is None:
             break
     return tokenizer, difference
+
+
+def _has_parts_of(tokenizer: Any, file: Path) -> bool:
+    """Whether a tokenizer has all parts of a tokenizer.json beside the vocabulary, which transformers never changes.
+
+    The library takes seconds to read a large vocabulary again, so it reads the other parts alone.
+    """
+    from tokenizers import Tokenizer
+
+    content = read_json(file)
+    added = {token.pop("id"): token for token in content.get("added_tokens", [])}
+    model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+    parts = content | {"added_tokens": [], "truncation": None, "padding": None, "model": model}
+    own, whole = Tokenizer.from_str(json.dumps(parts)), tokenizer.backend_tokenizer
+    changed = [part for part in _PARTS if _written(getattr(own, part)) != _written(getattr(whole, part))]
+    if changed == ["post_processor"] and own.post_processor is None:
+        changed = ["post_processor"] * whole.num_special_tokens_to_add(False)  # else transformers' own adds nothing
+    if changed:
+        return False
+    others = whole.get_added_tokens_decoder()
+    return added.keys() == others.keys() and all(
+        getattr(others[token_id], name) == value for token_id, token in added.items() for name, value in token.items()
+    )
+
+
+def _written(part: Any) -> bytes | None:
+    """A part of a tokenizer as the library writes it into a file."""
+    return None if part is None else part.__getstate__()
 
 
 def _is_sentencepiece(file: Path) -> bool:
@@ -122,7 +180,7 @@ def _check_converters(file: Path) -> None:
         kind, needed = "sentencepiece model", {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
     if missing := [package for module, package in needed.items() if not _is_installed(module)]:
         raise ValueError(
-            f"{file} is a {kind}, which takes {' and '.join(missing)} to convert: pip install {' '.join(missing)}, or "
+            f"{file} is a {kind}, which takes {' and '.join(missing)} to convert: pip install 'jpaged[convert]', or "
             "put the tokenizer.json of the same model beside it"
         )
 

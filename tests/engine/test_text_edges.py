@@ -160,7 +160,8 @@ def test_checkpoint_without_parameters_recommends_none(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["auto", "none"])
-def test_setting_says_whether_a_checkpoint_is_asked(tmp_path, setting, monkeypatch):
+def test_setting_says_whether_a_checkpoint_is_asked(tmp_path, setting, monkeypatch, caplog):
+    caplog.set_level("INFO", "jpaged")
     save_checkpoint(tiny_model(), TINY, tmp_path)
     started = []
     monkeypatch.setattr(
@@ -170,6 +171,10 @@ def test_setting_says_whether_a_checkpoint_is_asked(tmp_path, setting, monkeypat
     config = EngineConfig(generation_config=setting)
     loading.load_checkpoint(tmp_path, config, warm_up=False, use_tqdm=False)
     assert started == [{"temperature": 0.5} if setting == "auto" else None]
+    told = ["requests that give no parameters take temperature=0.5 from generation_config.json"]
+    assert [record.getMessage() for record in caplog.records if "parameters" in record.getMessage()] == (
+        told if setting == "auto" else []
+    )
 
 
 def test_command_line_takes_what_is_recommended_and_what_is_given():

@@ -243,6 +243,55 @@ def test_tokenizer_json_counts_whatever_the_model_type(make, model_type, tmp_pat
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("post_processor", "settings", "warning"),
+    [
+        (False, {"add_bos_token": True}, "add_bos_token=true, but {} makes a tokenizer that does not add <s>: the lat"),
+        (False, {"add_eos_token": True}, "add_eos_token=true, but {} makes a tokenizer that does not add </s>"),
+        (True, {"add_bos_token": False}, "add_bos_token=false, but {} makes a tokenizer that adds <s>"),
+        (True, {"add_bos_token": True, "add_eos_token": False}, None),
+        (False, {"add_bos_token": False}, None),
+        (True, {"add_bos_token": None, "add_eos_token": "no"}, None),
+    ],
+)
+def test_files_that_contradict_each_other_about_special_tokens_are_named(
+    post_processor, settings, warning, tmp_path, caplog
+):
+    original = byte_level()
+    if post_processor:
+        original.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = load_tokenizer(save(original, tmp_path, **settings))
+    assert (tokenizer.encode("the")[0] == 1) == post_processor
+    messages = [record.getMessage() for record in caplog.records]
+    if warning is None:
+        assert not messages
+    else:
+        [message] = messages
+        assert f"{tmp_path / 'tokenizer_config.json'} has {warning.format(tmp_path / 'tokenizer.json')}" in message
+
+
+@pytest.mark.parametrize("make", MAKES, ids=lambda make: make.__name__)
+def test_a_vocabulary_that_transformers_leaves_as_it_is_is_read_once(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_read_original", lambda file: pytest.fail("the file is read again"))
+    assert load_tokenizer(save(make(), tmp_path)).encode("the") == make().encode("the").ids
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer", "decoder", "post_processor"])
+def test_a_part_that_transformers_changes_is_found(part, tmp_path, monkeypatch, caplog):
+    path = save(byte_level(), tmp_path)
+    tokenizer = load_tokenizer(path)
+    others = {
+        "normalizer": normalizers.Lowercase(),
+        "pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True),
+        "decoder": decoders.WordPiece(),
+        "post_processor": processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
+    }
+    setattr(tokenizer.backend_tokenizer, part, others[part])
+    monkeypatch.setattr(loading, "_candidates", lambda path, file: iter([tokenizer]))
+    load_tokenizer(path)
+    assert "changes the tokenizer of" in caplog.text
+
+
 def test_special_tokens_around_a_text_are_those_of_tokenizer_json(tmp_path):
     original = byte_level()
     original.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -305,7 +354,8 @@ def test_sentencepiece_model_says_what_to_install(tmp_path, monkeypatch):
     _hide(monkeypatch, "sentencepiece", "google.protobuf")
     (tmp_path / "tokenizer.model").write_bytes(_model_proto([("<unk>", 2), ("<s>", 3), ("</s>", 3), ("a", 1)]))
     message = (
-        r"tokenizer\.model is a sentencepiece model, .*: pip install sentencepiece protobuf, or put the tokenizer\.j"
+        r"tokenizer\.model is a sentencepiece model, which takes sentencepiece and protobuf to convert: "
+        r"pip install 'jpaged\[convert\]', or put the tokenizer\.j"
     )
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
@@ -314,7 +364,7 @@ def test_sentencepiece_model_says_what_to_install(tmp_path, monkeypatch):
 def test_tiktoken_vocabulary_says_what_to_install(tmp_path, monkeypatch):
     _hide(monkeypatch, "tiktoken")
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
-    with pytest.raises(ValueError, match=r"is a tiktoken vocabulary, .*: pip install tiktoken, or put"):
+    with pytest.raises(ValueError, match=r"is a tiktoken vocabulary, which takes tiktoken to .*\[convert\]', or put"):
         load_tokenizer(tmp_path)
 
 
