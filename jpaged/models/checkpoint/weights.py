@@ -201,7 +201,8 @@ def _check_tensors(
 ) -> list[tuple[Spelling, tuple[str, ...]]]:
     """Check that ``stored`` holds every parameter of ``flat``, in its shape, and no other weights of its layers.
 
-    A tied embedding may be stored under the name of the projection alone: safetensors' save_model keeps one of two names.
+    A tied embedding may be stored under the name of the projection alone: safetensors' save_model keeps one of two
+    names.
 
     Returns:
         for each parameter, the spelling that the checkpoint uses, and the names of the tensors.
