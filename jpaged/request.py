@@ -6,10 +6,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from jpaged.results import (
-    NO_CONTINUATION,
-    NOT_FINITE,
     CompletionDelta,
     CompletionOutput,
+    ErrorCause,
     FinishReason,
     Logprob,
     RequestOutput,
@@ -37,11 +36,10 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_N",
     "MAX_STOP_STRINGS",
-    "NOT_FINITE",
-    "NO_CONTINUATION",
     "BeamSearchParams",
     "CompletionDelta",
     "CompletionOutput",
+    "ErrorCause",
     "FinishReason",
     "Logprob",
     "Request",

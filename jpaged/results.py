@@ -15,14 +15,18 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # steps failed again and again, its logits are no numbers, or its text cannot be made
 
 
-NOT_FINITE = (
-    "the model's logits are NaN or infinite: most often float16 has overflowed, so set dtype='bfloat16' or "
-    "dtype='float32'; if it is one of these, weights of the checkpoint are damaged"
-)
-"""The error of requests whose logits are no distribution."""
+class ErrorCause(enum.StrEnum):
+    """The errors that end requests of a sound engine. Each is its message."""
 
-NO_CONTINUATION = "no beam has a token to go on with: all are banned, or the model gives them no probability"
-"""The error of searches that end without a finished sequence."""
+    NOT_FINITE = (  # the logits are no distribution
+        "the model's logits are NaN or infinite: most often float16 has overflowed, so set dtype='bfloat16' or "
+        "dtype='float32'; if it is one of these, weights of the checkpoint are damaged"
+    )
+    NO_CONTINUATION = (  # a search ends without a finished sequence
+        "no beam has a token to go on with: all are banned, or the model gives them no probability"
+    )
+
+    __repr__ = str.__repr__
 
 
 class RequestOutputKind(enum.Enum):
@@ -138,8 +142,8 @@ class RequestOutput:
 
     ``prompt_logprobs[0]`` is None (nothing precedes the first token); the whole list is None unless asked for.
     ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache. ``error`` says why the engine ended
-    completions with ``FinishReason.ERROR`` or ``ABORT``. ``times`` is None while the request runs. ``has_more`` says
-    that ``AsyncLLM`` yields further outputs of the request.
+    completions with ``FinishReason.ERROR`` or ``ABORT``: an ``ErrorCause``, or another text. ``times`` is None while
+    the request runs. ``has_more`` says that ``AsyncLLM`` yields further outputs of the request.
     """
 
     request_id: str

@@ -13,7 +13,7 @@ from jpaged.host.pins import Pins
 from jpaged.host.roster import Roster
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
-from jpaged.request import NO_CONTINUATION, NOT_FINITE, FinishReason
+from jpaged.request import ErrorCause, FinishReason
 
 
 class Outcome:
@@ -52,7 +52,7 @@ class Outcome:
         if group.is_finished:
             self._leave(group)
 
-    def _fail(self, group: SequenceGroup, error: str) -> None:
+    def _fail(self, group: SequenceGroup, error: ErrorCause) -> None:
         """End all unfinished sequences of a group with an error."""
         group.error = error
         for seq in group.unfinished:
@@ -158,7 +158,7 @@ class Outcome:
                 continue
             group, _ = member
             if np.isnan(piece.logprobs).any():
-                self._fail(group, NOT_FINITE)
+                self._fail(group, ErrorCause.NOT_FINITE)
                 ended.append(group)
             else:
                 group.prompt_scores.append(piece)
@@ -213,7 +213,7 @@ class Outcome:
             for number, (token_id, step_scores) in enumerate(zip(drawn, scores, strict=False), 1):
                 if is_wrong and math.isnan(step_scores.logprobs[draw]):
                     self.num_output_tokens -= num_draws - number + 1
-                    self._fail(group, NOT_FINITE)
+                    self._fail(group, ErrorCause.NOT_FINITE)
                     break
                 seq.append([token_id], step_scores, range(draw, draw + 1))
                 num_outputs = seq.num_outputs
@@ -250,7 +250,7 @@ class Outcome:
         self.num_output_tokens += 0 if is_wrong else len(live)
         continuations = [] if is_wrong else search.advance(outputs, candidates)
         if is_wrong or not (continuations or search.finished):
-            group.error = NOT_FINITE if is_wrong else NO_CONTINUATION
+            group.error = ErrorCause.NOT_FINITE if is_wrong else ErrorCause.NO_CONTINUATION
             search.give_up(outputs, scores)
         successors: list[Sequence] = []
         group.sequences = successors

@@ -11,7 +11,7 @@ import orjson
 from starlette.types import Send
 
 from jpaged.engine.request_stream import RequestStream
-from jpaged.request import NO_CONTINUATION, NOT_FINITE, CompletionDelta, FinishReason, RequestOutput
+from jpaged.request import CompletionDelta, ErrorCause, FinishReason, RequestOutput
 from jpaged.server.errors import CANCELLED_STATUS, ApiError
 from jpaged.server.opening import Opening
 from jpaged.server.protocol.results import usage, without_tokens
@@ -310,9 +310,9 @@ def check_end(result: RequestOutput) -> None:
             499 after a cancellation, 503 after the end of the engine.
     """
     reasons = {output.finish_reason for output in result.outputs}
-    if FinishReason.ERROR in reasons and result.error == NOT_FINITE:
-        raise ApiError(422, NOT_FINITE, type="model_error", code="logits_not_finite")
-    if FinishReason.ERROR in reasons and result.error != NO_CONTINUATION:
+    if FinishReason.ERROR in reasons and result.error is ErrorCause.NOT_FINITE:
+        raise ApiError(422, result.error.value, type="model_error", code="logits_not_finite")
+    if FinishReason.ERROR in reasons and result.error is not ErrorCause.NO_CONTINUATION:
         _log.error("request %s failed: %s", result.request_id, result.error)
         raise ApiError(500, "the request failed, and the server's log says why", code="engine_error")
     if FinishReason.ABORT in reasons:

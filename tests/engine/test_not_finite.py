@@ -12,7 +12,7 @@ from jpaged import BeamSearchParams, FinishReason, SamplingParams
 from jpaged.config import EngineConfig
 from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
-from jpaged.results import NO_CONTINUATION, NOT_FINITE
+from jpaged.results import ErrorCause
 from jpaged.sharding import make_mesh
 from tests.support.tiny import enlarged, keep_few_sizes, tiny_config, tiny_model
 
@@ -89,14 +89,14 @@ def test_request_without_logits_ends_with_an_error_and_others_go_on(case, max_bu
     [good, bad, other], [_, deltas, _] = run(GOOD[0], (prompt, params), GOOD[1], max_burst=max_burst)
     assert tokens_of(good, other) == tokens_of(*alone)
     assert good.error is other.error is None
-    assert bad.error == NOT_FINITE
-    assert "bfloat16" in NOT_FINITE
+    assert bad.error is ErrorCause.NOT_FINITE
+    assert "bfloat16" in ErrorCause.NOT_FINITE
     for output in bad.outputs:
         assert (output.token_ids, output.finish_reason) == (expected, FinishReason.ERROR)
         assert np.isfinite(output.cumulative_logprob)
         assert output.logprobs is None or len(output.logprobs) == len(expected)
     ends = [delta for delta in deltas if delta.finish_reason is not None]
-    assert [delta.error for delta in ends] == [NOT_FINITE] * len(bad.outputs)
+    assert [delta.error for delta in ends] == [ErrorCause.NOT_FINITE] * len(bad.outputs)
 
 
 def test_a_token_that_ends_a_completion_is_not_computed():
@@ -112,7 +112,7 @@ def test_a_completion_that_has_ended_stays_as_it_is_when_its_sibling_fails():
     ends = {BAD: FinishReason.ERROR, last: FinishReason.STOP}
     for result in results:
         assert [output.finish_reason for output in result.outputs] == [ends[o.token_ids[-1]] for o in result.outputs]
-        assert result.error == (NOT_FINITE if any(o.token_ids[-1] == BAD for o in result.outputs) else None)
+        assert result.error == (ErrorCause.NOT_FINITE if any(o.token_ids[-1] == BAD for o in result.outputs) else None)
     assert any(len({output.finish_reason for output in result.outputs}) == 2 for result in results)
 
 
@@ -125,8 +125,8 @@ def test_search_without_logits_returns_the_beams_that_it_has():
     [bad, good, lost, other], [deltas, *_] = run(([1, BAD], search(3, 4)), GOOD[0], ([1, 2], search(6, 12)), GOOD[1])
     assert tokens_of(good, other) == tokens_of(*alone)
     assert [(output.token_ids, output.finish_reason) for output in bad.outputs] == [([], FinishReason.ERROR)]
-    assert (bad.error, [delta.error for delta in deltas]) == (NOT_FINITE, [NOT_FINITE])
-    assert lost.error == NOT_FINITE, "with such a width, one of the beams takes the token"
+    assert (bad.error, [delta.error for delta in deltas]) == (ErrorCause.NOT_FINITE, [ErrorCause.NOT_FINITE])
+    assert lost.error is ErrorCause.NOT_FINITE, "with such a width, one of the beams takes the token"
     assert len(lost.outputs) == 6
     assert any(output.token_ids[-1] == BAD for output in lost.outputs)
     assert all(np.isfinite(output.score) for output in lost.outputs)
@@ -137,4 +137,4 @@ def test_search_without_a_token_to_go_on_with_returns_the_beams_that_it_has():
     params = dataclasses.replace(search(2, 4), stop_token_ids=every, min_tokens=2)
     [result], _ = run(([1, 2], params))
     assert [(output.token_ids, output.finish_reason) for output in result.outputs] == [([], FinishReason.ERROR)]
-    assert result.error == NO_CONTINUATION
+    assert result.error is ErrorCause.NO_CONTINUATION

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jpaged.results import NOT_FINITE
+from jpaged.results import ErrorCause
 
 BODY = {"prompt": "def add(a, b):", "temperature": 0, "max_tokens": 8, "ignore_eos": True}
 
@@ -38,7 +38,8 @@ def spoiled(served, monkeypatch):
 
 
 def assert_is_error(error):
-    assert error == {"message": NOT_FINITE, "type": "model_error", "param": None, "code": "logits_not_finite"}
+    message = ErrorCause.NOT_FINITE.value
+    assert error == {"message": message, "type": "model_error", "param": None, "code": "logits_not_finite"}
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
