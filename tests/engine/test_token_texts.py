@@ -83,13 +83,7 @@ def assert_streams_equal_whole_texts(make, count):
 
 @makes
 def test_streamed_text_equals_the_text_decoded_at_once(make):
-    assert_streams_equal_whole_texts(make, 100)
-
-
-@pytest.mark.slow
-@makes
-def test_streamed_text_equals_the_text_decoded_at_once_for_many_strings(make):
-    assert_streams_equal_whole_texts(make, 4000)
+    assert_streams_equal_whole_texts(make, 1000)
 
 
 @makes

@@ -105,6 +105,24 @@ def test_the_parts_of_a_checkpoint_are_downloaded_and_nothing_else(hub):
     assert load_config(path).vocab_size == 257
 
 
+def test_weights_that_the_loader_does_not_read_are_not_downloaded(hub, files, tmp_path):
+    path = tmp_path / "sharded"
+    shutil.copytree(files, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    shards = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    others = "adapter_model.safetensors", "model.fp32-00001-of-00001.safetensors", "model.safetensors"
+    for name in (*shards, *others):
+        (path / name).write_bytes(b"weights")
+    weight_map = {"a": shards[0], "b": shards[1], "c": "../model.pt", "d": "modeling_tiny.py"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "model.safetensors.index.fp32.json").write_text(json.dumps({"weight_map": {"a": others[1]}}))
+    hub.repositories["org/sharded"] = path
+    found = find_checkpoint("org/sharded", use_tqdm=False)
+    assert {file.name for file in found.iterdir() if file.suffix in (".safetensors", ".py", ".pt")} == set(shards)
+    hub.requests.clear()
+    assert find_checkpoint(f"org/sharded@{COMMIT}", use_tqdm=False) == found
+    assert not hub.requests
+
+
 def test_a_commit_in_the_cache_is_not_requested_again(hub):
     path = find_checkpoint(f"{NAME}@{COMMIT}", use_tqdm=False)
     hub.requests.clear()
@@ -136,7 +154,7 @@ def test_starts_at_the_same_time_download_each_file_once(hub):
 @pytest.mark.parametrize("use_tqdm", [True, False])
 def test_the_progress_bar_is_hidden_on_request(use_tqdm, hub, capsys):
     find_checkpoint(NAME, use_tqdm=use_tqdm)
-    assert ("Fetching 6 files" in capsys.readouterr().err) == use_tqdm
+    assert bool(capsys.readouterr().err) == use_tqdm
 
 
 def test_a_tokenizer_is_downloaded_without_its_weights(hub):
@@ -204,7 +222,7 @@ def test_offline_without_a_copy_says_how_to_get_one(hub, monkeypatch):
 def test_offline_with_a_part_of_a_copy_names_what_is_missing(hub, monkeypatch):
     find_checkpoint(NAME, files=CONFIG_FILES, use_tqdm=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(r"no complete copy of org/tiny-model \(.*5 file\(s\) are missing \(.*\): unset it")
+    refused(r"no complete copy of org/tiny-model \(.*tokenizer\.json.*\): unset it")
 
 
 def test_no_network_says_so(hub, monkeypatch):

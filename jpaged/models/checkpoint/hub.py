@@ -6,13 +6,22 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jpaged.models.checkpoint.config import read_json
+
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+"""The file of all weights, or the one that names several files with them."""
+
 CONFIG_FILES = "config.json", "generation_config.json"
 """Files that describe a model without its weights."""
 
 TOKENIZER_FILES = "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"
 """Files of a tokenizer, and all other JSON."""
 
-CHECKPOINT_FILES = *TOKENIZER_FILES, "*.safetensors"
+_WEIGHTS = "*.safetensors"
+"""Weights, of which only those are downloaded that the loader reads: no adapters, no copies in another dtype."""
+
+CHECKPOINT_FILES = *TOKENIZER_FILES, _WEIGHTS
 
 _IGNORED = "*/*", "consolidated*"
 """Copies of the weights in other formats, and examples: folders, and files of Mistral's own format."""
@@ -66,21 +75,38 @@ def find_checkpoint(model: str | Path, *, files: tuple[str, ...] = CHECKPOINT_FI
     repository = repository_of(model)
     if repository is None:
         return Path(model)
+    try:
+        path = _download(repository, [name for name in files if name != _WEIGHTS], use_tqdm)
+        names = _weights_of(path) if _WEIGHTS in files else []
+        if names:  # of the same commit, which is the name of the directory
+            _download(repository._replace(revision=path.name), names, use_tqdm)
+    except Exception as error:  # the client and the libraries behind it raise many kinds
+        raise ValueError(_explain(repository, error)) from error
+    if names and not any((path / name).exists() for name in names):
+        raise ValueError(_explain_no_weights(repository, path))
+    return path
+
+
+def _download(repository: Repository, patterns: list[str], use_tqdm: bool) -> Path:
     from huggingface_hub import snapshot_download  # takes half a second to import
 
-    try:
-        path = snapshot_download(
+    return Path(
+        snapshot_download(
             repository.name,
             revision=repository.revision,
-            allow_patterns=list(files),
+            allow_patterns=patterns,
             ignore_patterns=list(_IGNORED),
             tqdm_class=None if use_tqdm else _hidden_bar(),
         )
-    except Exception as error:  # the client and the libraries behind it raise many kinds
-        raise ValueError(_explain(repository, error)) from error
-    if "*.safetensors" in files and not any(Path(path).glob("*.safetensors")):
-        raise ValueError(_explain_no_weights(repository, Path(path)))
-    return Path(path)
+    )
+
+
+def _weights_of(path: Path) -> list[str]:
+    """List the weight files that the index of a directory names, or the one that needs no index."""
+    index = path / WEIGHTS_INDEX
+    named = read_json(index).get("weight_map") if index.is_file() else None
+    names = set(named.values()) if isinstance(named, dict) else set()
+    return sorted(name for name in names if str(name).endswith(".safetensors")) or [WEIGHTS_FILE]
 
 
 def _hidden_bar() -> type[Any]:
@@ -146,7 +172,7 @@ def _explain_no_weights(repository: Repository, path: Path) -> str:
         names = []
     pickles = sorted(name for name in names if name.endswith(_PICKLES))
     if not pickles:
-        return f"{repository} has no *.safetensors: only these weights are read"
+        return f"{repository} has no {WEIGHTS_FILE}, and no {WEIGHTS_INDEX}: only such weights are read"
     return (
         f"{repository} has pickles only ({pickles[0]}), which can run code when they are loaded, so they are not read: "
         "look for a revision or a repository with *.safetensors, or convert them with transformers' save_pretrained"

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jpaged.models.checkpoint.config import read_json
+from jpaged.models.checkpoint.hub import WEIGHTS_FILE, WEIGHTS_INDEX
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Supported dtypes, by their name in safetensors."""
@@ -129,7 +130,7 @@ def _dtype_of(name: str) -> np.dtype:
 
 def _weight_files(path: Path) -> list[Path]:
     """List the safetensors files of a checkpoint directory."""
-    index = path / "model.safetensors.index.json"
+    index = path / WEIGHTS_INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -141,11 +142,11 @@ def _weight_files(path: Path) -> list[Path]:
             if not file.is_file():
                 raise ValueError(f"{file} is missing, but {index.name} names it: download the checkpoint again")
         return files
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
+    if (path / WEIGHTS_FILE).is_file():
+        return [path / WEIGHTS_FILE]
     if pickled := sorted(path.glob("pytorch_model*.bin")):
         raise ValueError(
             f"{pickled[0]} is a pickle, which can run code when it is loaded, so it is not read. Convert it once: "
             "save the model with transformers' save_pretrained, which writes safetensors"
         )
-    raise ValueError(f"{path} has no weights: expected model.safetensors or model.safetensors.index.json")
+    raise ValueError(f"{path} has no weights: expected {WEIGHTS_FILE} or {WEIGHTS_INDEX}")
