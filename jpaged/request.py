@@ -204,8 +204,7 @@ class SamplingParams:
         optional(
             Rule(list, _is_strings, f"a non-empty string, or a list or tuple of them, at most {MAX_STOP_STRINGS}")
         ),
-        "text that ends the completion, and is no part of it unless ``include_stop_str_in_output``; may be a special "
-        "token",
+        "text that ends the completion, and is no part of it; may be a special token",
         beams=lambda value: not value,
         unset="none; may be given several times",
     )

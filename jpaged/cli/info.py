@@ -41,7 +41,8 @@ PACKAGES = ("jpaged", "jax", "jaxlib", "flax", "transformers")
 class ModelInfo:
     """A checkpoint's shape, and its weights in the dtype they would run in; some may be streamed from host memory.
 
-    ``dtype_note`` says why that dtype is not the checkpoint's, or what it depends on; None where neither is so.
+    ``experts`` are those of a layer, and those of a token; None without a mixture of experts. ``dtype_note`` says why
+    the dtype is not the checkpoint's, or what the dtype depends on; None where neither is so.
     """
 
     path: str
@@ -52,6 +53,7 @@ class ModelInfo:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    experts: tuple[int, int] | None
     max_model_len: int
     num_parameters: int
     weight_bytes: int
@@ -123,6 +125,7 @@ class Info:
             f"{model.num_kv_heads} KV heads of {model.head_dim}, vocabulary {model.vocab_size:,}, "
             f"context {model.max_model_len:,} tokens",
             "weights": f"{model.num_parameters:,} parameters, {_size(model.weight_bytes)} in {model.dtype}" + on_host,
+            "experts": "{} in a layer, {} for each token".format(*model.experts) if model.experts else None,
             "dtype": model.dtype_note,
             "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
             f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
@@ -187,6 +190,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             num_kv_heads=model_config.num_kv_heads,
             head_dim=model_config.head_dim,
             vocab_size=model_config.vocab_size,
+            experts=model_config.experts,
             max_model_len=model_config.max_model_len,
             num_parameters=sum(leaf.size for leaf in weights),
             weight_bytes=weight_bytes,

@@ -35,14 +35,14 @@ class GroupsInfo:
 
     def __str__(self) -> str:
         tables = [
-            f"{group.num_blocks:,} for {group.num_layers} layers"
+            f"{group.num_blocks:,} for {group.num_layers} {'layer' if group.num_layers == 1 else 'layers'}"
             + ("" if group.window is None else f" with a window of {group.window:,}")
             for group in self.groups
         ]
         return (
             f"{len(self.groups)}, blocks of {self.block_bytes:,} bytes; {self.max_model_len:,} tokens take "
             f"{sum([group.num_blocks for group in self.groups]):,} blocks ({', '.join(tables)}); "
-            f"{self.num_sequences:.1f} such sequences fit, {self.num_sequences_ungrouped:.1f} in one group"
+            f"{self.num_sequences:.1f} such sequences fit, {self.num_sequences_ungrouped:.1f} if no window freed blocks"
         )
 
 

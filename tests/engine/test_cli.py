@@ -14,6 +14,7 @@ import pytest
 
 import jpaged.llm
 from jpaged.cli import main as cli
+from jpaged.cli.info import gather_info
 from jpaged.cli.options import ENGINE_OPTIONS, engine_settings
 from jpaged.cli.terminal import to_json
 from jpaged.config import EngineConfig
@@ -24,6 +25,7 @@ from jpaged.request import BeamSearchParams, SamplingParams
 from jpaged.rules import settings_of
 from jpaged.sharding import make_mesh
 from tests.support.byte_tokenizer import save_tokenizer
+from tests.support.oracles import HF_REFERENCE
 from tests.support.tiny import tiny_config
 
 CONTEXT = 96
@@ -623,6 +625,12 @@ def test_info_and_the_log_say_that_a_float32_checkpoint_runs_in_bfloat16(option,
     assert [record.getMessage() for record in caplog.records if "float32" in record.getMessage()] == [
         *filter(None, [model["dtype_note"]])
     ]
+
+
+def test_info_says_how_many_experts_a_layer_and_a_token_have():
+    info = gather_info(HF_REFERENCE / "mixtral", EngineConfig(num_blocks=9, num_host_blocks=0))
+    assert info.model.experts == (7, 2)
+    assert "experts        7 in a layer, 2 for each token\n" in f"{info}\n"
 
 
 @pytest.mark.usefixtures("accelerator")

@@ -215,8 +215,13 @@ def test_a_revision_that_is_not_there_is_named(hub):
 
 def test_offline_without_a_copy_says_how_to_get_one(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(rf"HF_HUB_OFFLINE is set, and the cache in \S+ has no complete copy of {NAME}: unset it, run hf download")
+    refused(rf"HF_HUB_OFFLINE is set, and the cache in \S+ has no complete copy of {NAME}: unset it, run hf download {NAME} where")
     assert not hub.requests
+
+
+def test_advice_to_download_names_the_revision(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(rf"unset it, run hf download {NAME} --revision v1 where there is a network", f"{NAME}@v1")
 
 
 def test_offline_with_a_part_of_a_copy_names_what_is_missing(hub, monkeypatch):

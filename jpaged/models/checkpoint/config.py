@@ -114,6 +114,11 @@ class ModelConfig:
         return ()
 
     @property
+    def experts(self) -> tuple[int, int] | None:
+        """Experts of a layer, and those of them that a token passes; None without a mixture of experts."""
+        return None
+
+    @property
     def shows_sources(self) -> bool:
         """Whether every layer shows the source of its K and V (``attend_from``), which are functions of it alone."""
         return False

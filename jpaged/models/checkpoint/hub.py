@@ -125,7 +125,8 @@ def _explain(repository: Repository, error: Exception) -> str:
     from huggingface_hub import constants, errors
 
     name, cache = repository.name, constants.HF_HUB_CACHE
-    elsewhere = f"run hf download {name} where there is a network, or give a directory"
+    revision = f" --revision {repository.revision}" if repository.revision else ""
+    elsewhere = f"run hf download {name}{revision} where there is a network, or give a directory"
     status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return (

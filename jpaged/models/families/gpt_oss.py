@@ -63,6 +63,10 @@ class GptOssConfig(LlamaConfig):
     def has_experts(self) -> bool:
         return True
 
+    @property
+    def experts(self) -> tuple[int, int]:
+        return self.num_experts, self.top_k
+
     def widths(self, num_devices: int) -> dict[str, int]:
         return expert_widths(num_devices, self.num_experts, intermediate_size=self.intermediate_size)
 

@@ -62,6 +62,10 @@ class QwenMoeConfig(LlamaConfig):
     def has_experts(self) -> bool:
         return True
 
+    @property
+    def experts(self) -> tuple[int, int]:
+        return self.num_experts, self.top_k
+
     def widths(self, num_devices: int) -> dict[str, int]:
         widths = super().widths(num_devices) if self.dense_layers else {}
         if self.shared_expert_size is not None:
