@@ -1,6 +1,8 @@
 """Texts and bytes of single tokens, and the tokens that are no text."""
 
+import codecs
 import re
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -42,10 +44,6 @@ class TokenTexts:
             found = self._bytes[token_id] = self.text(token_id).encode() if exact is None else exact
         return found
 
-    def num_characters(self, token_id: int) -> int:
-        """Characters that begin in a token."""
-        return sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token_id))
-
     def _find_text(self, token_id: int) -> str:
         exact = self._exact_bytes(token_id)
         if exact is None:
@@ -79,7 +77,7 @@ class TokenTexts:
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(token, str) or token_id in self._added_ids:
             return None
-        if self._is_byte_level and all(letter in BYTE_LETTERS for letter in token):
+        if self.is_byte_level and all(letter in BYTE_LETTERS for letter in token):
             return bytes(BYTE_LETTERS[letter] for letter in token)
         byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
         return bytes.fromhex(byte[1]) if byte else None
@@ -89,10 +87,70 @@ class TokenTexts:
         return frozenset(getattr(self._tokenizer, "added_tokens_decoder", ()))
 
     @cached_property
-    def _is_byte_level(self) -> bool:
+    def is_byte_level(self) -> bool:
         """Whether each letter of a token stands for a byte."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         return backend is not None and "ByteLevel" in repr(backend.decoder)
+
+
+class TextOffsets:
+    """The characters of a text before each of its tokens, counted as tokens arrive.
+
+    A token that begins inside a character comes after that character.
+
+    Args:
+        bytes_of: the bytes of a token.
+        start: characters before the first token.
+        hidden: tokens that are no text.
+        is_byte_level: see ``TokenTexts``. Other tokenizers spell unknown characters as rows of bytes: behind a broken
+            character, each byte of the row becomes a replacement.
+    """
+
+    def __init__(
+        self,
+        bytes_of: Callable[[int], bytes],
+        start: int = 0,
+        hidden: Collection[int] = (),
+        *,
+        is_byte_level: bool = True,
+    ) -> None:
+        self._bytes_of = bytes_of
+        self._num_decoded = start
+        self._hidden = hidden
+        self._is_byte_level = is_byte_level
+        self._open = b""  # the beginning of a character
+        self._is_broken = False  # the row of bytes
+
+    def extend(self, token_ids: Iterable[int]) -> list[int]:
+        """Add tokens. Returns the offset of each."""
+        return [self._add(token_id) for token_id in token_ids]
+
+    def _add(self, token_id: int) -> int:
+        offset = self._num_decoded + bool(self._open)
+        if token_id not in self._hidden:
+            written = self._bytes_of(token_id)
+            self._num_decoded += self._decode(written) if self._is_byte_level else self._decode_in_row(written)
+        return offset
+
+    def _decode(self, written: bytes, errors: str = "replace") -> int:
+        """Add bytes. Returns how many characters they complete, replacements for broken ones included."""
+        given = self._open + written
+        text, num_used = codecs.utf_8_decode(given, errors, False)
+        self._open = given[num_used:]
+        return len(text)
+
+    def _decode_in_row(self, written: bytes) -> int:
+        """As ``_decode``, for a tokenizer with rows of bytes."""
+        if len(written) != 1 or written < b"\x80":
+            num_broken, self._open, self._is_broken = len(self._open), b"", False
+            return num_broken + self._decode(written)
+        if self._is_broken:
+            return 1
+        try:
+            return self._decode(written, "strict")
+        except UnicodeDecodeError:
+            num_broken, self._open, self._is_broken = len(self._open) + 1, b"", True
+            return num_broken
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:

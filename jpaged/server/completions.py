@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from jpaged.engine.token_texts import TextOffsets
 from jpaged.request import CompletionDelta, CompletionOutput, RequestOutput
 from jpaged.server.answer import Answer
 from jpaged.server.protocol.body import read_body
@@ -57,8 +58,8 @@ class CompletionForm:
         self._call = call
         self._body = body
         self._texts = texts if body.echo else [""] * len(call.prompts)
-        self._names = server.codec
-        self._num_characters: dict[int, int] = {}  # of the tokens with log-probabilities, by choice
+        self._codec = server.codec
+        self._offsets: dict[int, TextOffsets] = {}  # by choice
         self.needs_choice = body.logprobs is not None or bool(body.return_token_ids)
         self.chunk_head = {
             "id": call.call_id,
@@ -90,14 +91,21 @@ class CompletionForm:
         }
         if body.logprobs is not None:
             tokens: list[Any] = list(zip(output.token_ids, output.logprobs or (), strict=True))
+            offsets = self._output_offsets(number).extend(output.token_ids)
             if body.echo:
                 tokens = [*zip(result.prompt_token_ids, result.prompt_logprobs or (), strict=True), *tokens]
-            choice["logprobs"] = completion_logprobs(tokens, 0, self._names)
+                before = self._codec.prompt_offsets(self._texts[number])
+                offsets = [*before.extend(result.prompt_token_ids), *offsets]
+            choice["logprobs"] = completion_logprobs(tokens, offsets, self._codec.decode_one)
         if body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(result.prompt_logprobs or ())
         if body.return_token_ids:
             choice |= {"prompt_token_ids": result.prompt_token_ids, "token_ids": output.token_ids}
         return choice
+
+    def _output_offsets(self, number: int) -> TextOffsets:
+        skips = self._call.params.skip_special_tokens
+        return self._codec.output_offsets(len(self._texts[number]), skip_special_tokens=skips)
 
     # Events -----------------------------------------------------------------------------------------------------------
 
@@ -119,12 +127,11 @@ class CompletionForm:
             "stop_reason": delta.stop_reason,
         }
         if self._body.logprobs is not None and delta.token_ids:
-            offset = self._num_characters.get(index, 0)
+            if index not in self._offsets:
+                self._offsets[index] = self._output_offsets(index // self._call.params.n)
             tokens = list(zip(delta.token_ids, delta.logprobs or (), strict=True))
-            choice["logprobs"] = completion_logprobs(tokens, offset, self._names)
-            texts = choice["logprobs"]["tokens"]
-            lens = map(self._names.num_characters, delta.token_ids, texts)
-            self._num_characters[index] = offset + sum(lens)
+            offsets = self._offsets[index].extend(delta.token_ids)
+            choice["logprobs"] = completion_logprobs(tokens, offsets, self._codec.decode_one)
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
         return choice

@@ -1,11 +1,11 @@
 """Text and token ids: tokenising within bounds, outside of the event loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 from jpaged.async_llm import AsyncLLM
-from jpaged.engine.token_texts import PART_MARK, TokenTexts
+from jpaged.engine.token_texts import TextOffsets, TokenTexts, special_tokens
 from jpaged.server.errors import ApiError, refusals
 
 PIECE_CHARACTERS = 1 << 16
@@ -103,11 +103,27 @@ class TextCodec:
         """The bytes of a token, which stands for ``text`` in responses."""
         return list(text.encode() if self._texts is None else self._texts.bytes_of(token_id))
 
-    def num_characters(self, token_id: int, text: str) -> int:
-        """Characters of the whole text that begin in a token, which stands for ``text`` in responses."""
-        if self._texts is None or not text.startswith(PART_MARK):
-            return len(text)
-        return self._texts.num_characters(token_id)
+    def prompt_offsets(self, text: str) -> TextOffsets:
+        """Counts the characters before each token of a prompt. Special tokens that its text lacks are hidden."""
+        return self._offsets(0, {token_id for name, token_id in self._special_tokens.items() if name not in text})
+
+    def output_offsets(self, start: int, *, skip_special_tokens: bool) -> TextOffsets:
+        """Counts the characters before each token of an output.
+
+        Args:
+            start: characters before the output.
+            skip_special_tokens: whether special tokens are no text.
+        """
+        return self._offsets(start, set(self._special_tokens.values()) if skip_special_tokens else ())
+
+    def _offsets(self, start: int, hidden: Collection[int]) -> TextOffsets:
+        if self._texts is None:
+            return TextOffsets(lambda token_id: self.decode_one(token_id).encode(), start)
+        return TextOffsets(self._texts.bytes_of, start, hidden, is_byte_level=self._texts.is_byte_level)
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, int]:
+        return special_tokens(self._llm.tokenizer)
 
     async def tokens_of(self, token_ids: Sequence[int]) -> list[str]:
         """The tokens of ids as the vocabulary writes them."""

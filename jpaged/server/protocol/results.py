@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from jpaged.request import CompletionDelta, FinishReason, Logprob, RequestOutput
 
@@ -42,19 +42,9 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-class TokenNames(Protocol):
-    """The texts of tokens."""
-
-    def decode_one(self, token_id: int) -> str:
-        """The text of a token."""
-        ...
-
-    def num_characters(self, token_id: int, text: str) -> int:
-        """Characters of the whole text that begin in a token of which the id and the text are given."""
-        ...
-
-
-def completion_logprobs(tokens: TokenLogprobs, text_offset: int, names: TokenNames) -> dict[str, Any]:
+def completion_logprobs(
+    tokens: TokenLogprobs, text_offsets: list[int], decode_one: Callable[[int], str]
+) -> dict[str, Any]:
     """The log-probabilities of ``/v1/completions``.
 
     ``top_logprobs`` is keyed by text. Where tokens have the same text, the most probable token stays. The chosen token
@@ -62,16 +52,15 @@ def completion_logprobs(tokens: TokenLogprobs, text_offset: int, names: TokenNam
 
     Args:
         tokens: the tokens.
-        text_offset: characters before the first token.
-        names: the texts of tokens.
+        text_offsets: characters before each token.
+        decode_one: the text of a token.
     """
     texts: list[str] = []
     chosen: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    offsets: list[int] = []
     for token_id, entries in tokens:
         if entries is None:
-            texts.append(names.decode_one(token_id))
+            texts.append(decode_one(token_id))
             chosen.append(None)
             tops.append(None)
         else:
@@ -82,9 +71,7 @@ def completion_logprobs(tokens: TokenLogprobs, text_offset: int, names: TokenNam
                 text, logprob = token_text(each, entry), finite(entry.logprob)
                 top[text] = max(top.get(text, logprob), logprob)
             tops.append(top)
-        offsets.append(text_offset)
-        text_offset += names.num_characters(token_id, texts[-1])
-    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}
+    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": text_offsets}
 
 
 def chat_logprobs(tokens: ChosenLogprobs, num_top: int, bytes_of: BytesOf) -> dict[str, Any]:
