@@ -311,6 +311,7 @@ def check_end(result: RequestOutput) -> None:
     """
     reasons = {output.finish_reason for output in result.outputs}
     if FinishReason.ERROR in reasons and result.error is ErrorCause.NOT_FINITE:
+        _log.warning("request %s failed: %s", result.request_id, result.error.value)
         raise ApiError(422, result.error.value, type="model_error", code="logits_not_finite")
     if FinishReason.ERROR in reasons and result.error is not ErrorCause.NO_CONTINUATION:
         _log.error("request %s failed: %s", result.request_id, result.error)

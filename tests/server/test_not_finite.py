@@ -44,10 +44,13 @@ def assert_is_error(error):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 @pytest.mark.parametrize("num_good", [0, 3])
-def test_error_is_a_status_that_no_client_tries_again(served, spoiled, num_good, path):
+def test_error_is_a_status_that_no_client_tries_again(served, spoiled, num_good, path, caplog):
     spoiled(num_good)
     body = BODY | ({"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {})
     response = served.post(path, **body)
+    [record] = [each for each in caplog.records if ErrorCause.NOT_FINITE.value in each.getMessage()]
+    assert record.levelname == "WARNING"
+    assert response.headers["x-request-id"] in record.getMessage()
     assert response.status_code == 422
     assert_is_error(response.json()["error"])
 
