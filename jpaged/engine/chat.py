@@ -6,7 +6,7 @@ from typing import Any
 from jpaged.engine.prompts import TokensPrompt
 
 ChatMessage = Mapping[str, Any]
-"""A message: ``{"role": "user", "content": "..."}``."""
+"""A message: ``{"role": "user", "content": "..."}``. The content may be a list of parts, all of them texts."""
 
 
 def render_chat(
@@ -42,9 +42,13 @@ def render_chat(
 
     if add_generation_prompt and continue_final_message:
         raise ValueError("continue_final_message=True goes with add_generation_prompt=False only")
+    plain = [
+        {**message, "content": content_text(message.get("content"), f"messages[{i}].content")}
+        for i, message in enumerate(messages)
+    ]
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            plain,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -62,6 +66,30 @@ def render_chats(tokenizer: Any, messages: Any, **options: Any) -> tuple[list[st
     is_one = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], Mapping)
     rendered = [render_chat(tokenizer, each, **options) for each in ([messages] if is_one else messages)]
     return [text for text, _ in rendered], [{"prompt_token_ids": token_ids} for _, token_ids in rendered]
+
+
+def content_text(content: Any, name: str) -> str:
+    """The content of a message as one text: that of parts has a line break between two of them.
+
+    Args:
+        content: a text, a list of ``{"type": "text", "text": "..."}``, or None for no text.
+        name: the content's name in errors.
+
+    Raises:
+        ValueError: another content, or a part that is no text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+        raise ValueError(f"{name} is {type(content).__name__}: expected a text or a list of parts")
+    texts: list[str] = []
+    for i, part in enumerate(content):
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"{name}[{i}] is no text, its type is {str(kind)[:64]!r}: send text alone")
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def _check(messages: Any) -> None:

@@ -262,6 +262,28 @@ def test_a_chat_is_the_completion_of_what_the_template_makes_of_it():
     assert plain.prompt == "# user: add two numbers\n"
 
 
+def test_the_parts_of_a_content_are_lines_of_its_text():
+    parts = [{"type": "text", "text": "add"}, {"type": "text", "text": "numbers"}]
+    messages = [{"role": "user", "content": parts}, {"role": "user", "content": None}]
+    [output] = llm().chat(messages, GREEDY, chat_template=TEMPLATE, use_tqdm=False)
+    assert output.prompt == "# user: add\nnumbers\n# user: \ndef "
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (5, r"messages\[0\]\.content is int: expected a text or a list of parts"),
+        ({"text": "x"}, r"messages\[0\]\.content is dict: expected a text"),
+        ([{"type": "text", "text": "x"}, {"type": "image_url"}], r"content\[1\] is no text, its type is 'image_url'"),
+        ([7], r"content\[0\] is no text, its type is 'int'"),
+        ([{"type": "text", "text": 7}], r"content\[0\] is no text"),
+    ],
+)
+def test_a_content_that_is_no_text_is_refused(content, match):
+    with pytest.raises(ValueError, match=match):
+        llm().chat([{"role": "user", "content": content}], GREEDY, chat_template=TEMPLATE, use_tqdm=False)
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "match"),
     [

@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from jpaged.server.errors import ApiError
+from jpaged.engine.chat import content_text
+from jpaged.server.errors import ApiError, refusals
 from jpaged.server.protocol.sampling import GenerationBody
 
 MAX_MESSAGES = 2048
@@ -30,7 +31,8 @@ class ChatOptions(GenerationBody):
         Raises:
             ApiError: 400 for a message of another form.
         """
-        return [_message(i, message) for i, message in enumerate(self.messages)]
+        with refusals(["messages"]):
+            return [_message(i, message) for i, message in enumerate(self.messages)]
 
     def template_options(self, known: frozenset[str]) -> dict[str, Any]:
         """The arguments of the chat template.
@@ -82,7 +84,10 @@ def _message(i: int, message: dict[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise ApiError(400, f"messages[{i}].role is not valid: expected one of {', '.join(_ROLES)}", param="messages")
-    fields: dict[str, Any] = {"role": _ROLES[role], "content": _text(i, message.get("content"))}
+    fields: dict[str, Any] = {
+        "role": _ROLES[role],
+        "content": content_text(message.get("content"), f"messages[{i}].content"),
+    }
     given = message | {"reasoning_content": message.get("reasoning_content") or message.get("reasoning")}
     for name in _TEXT_FIELDS:
         if (value := given.get(name)) is not None:
@@ -99,21 +104,6 @@ def _message(i: int, message: dict[str, Any]) -> dict[str, Any]:
             )
         fields["tool_calls"] = tool_calls
     return fields
-
-
-def _text(i: int, content: Any) -> str:
-    """The content of message ``i`` as one text."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise ApiError(400, f"messages[{i}].content is not valid: expected a text or a list of parts", param="messages")
-    texts: list[str] = []
-    for part in content:
-        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not is_text:
-            raise ApiError(400, f"messages[{i}].content has a part that is no text: send text alone", param="messages")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _is_shallow(value: Any, most: int) -> bool:
