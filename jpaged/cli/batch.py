@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from jpaged.cli import start
-from jpaged.cli.options import BATCH_OPTIONS, server_settings
+from jpaged.cli.options import BATCH_OPTIONS, model_aliases, server_settings
 from jpaged.cli.terminal import note
 
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     async def compute() -> None:
         try:
-            await run_batch(llm, batch, settings, use_tqdm=sys.stderr.isatty())
+            await run_batch(llm, batch, settings, model_aliases(args), use_tqdm=sys.stderr.isatty())
         finally:
             if llm.health().state is not HealthState.HUNG:
                 await llm.drain(0)  # while the loop runs, which gets the output of the step that runs

@@ -358,6 +358,11 @@ def server_settings(args: argparse.Namespace, names: Iterable[str]) -> ServerSet
     return ServerSettings(**named | _given(args, names))
 
 
+def model_aliases(args: argparse.Namespace) -> tuple[str, ...]:
+    """Other names that requests may call the model by: the model as it was given, unless it is given a name."""
+    return () if args.model is None or args.served_model_name is not None else (args.model,)
+
+
 def sampling_params(
     args: argparse.Namespace, max_tokens: int, recommended: Mapping[str, Any], more: Sequence[str] = ()
 ) -> SamplingParams:

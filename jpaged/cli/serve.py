@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jpaged.cli import start
-from jpaged.cli.options import SERVER_OPTIONS, server_settings
+from jpaged.cli.options import SERVER_OPTIONS, model_aliases, server_settings
 from jpaged.cli.terminal import note
 
 
@@ -21,7 +21,10 @@ def run(args: argparse.Namespace) -> int:
     name = settings.served_model_name
     with _log_to_stderr():
         return serve(
-            lambda: start.load_for_many(args), settings, lambda address: note(f"{name} is served at {address}")
+            lambda: start.load_for_many(args),
+            settings,
+            lambda address: note(f"{name} is served at {address}"),
+            model_aliases(args),
         )
 
 

@@ -1,7 +1,7 @@
 """The application: every route and every middleware, in one place."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -29,19 +29,22 @@ from jpaged.server.tokenizer_routes import detokenize, tokenize, tokenizer_info
 from jpaged.server.trace_context import TraceContext
 
 
-def create_app(llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = None) -> Starlette:
+def create_app(
+    llm: AsyncLLM, settings: ServerSettings, keys: KeyRing | None = None, aliases: Collection[str] = ()
+) -> Starlette:
     """An ASGI application that serves a model.
 
     Args:
         llm: the engine; whoever starts the application shuts it down.
         settings: the settings.
         keys: the keys; None reads those of the settings and of the environment.
+        aliases: other names that requests may call the model by; no response has them.
 
     Raises:
         ValueError: the keys cannot be read.
     """
     keys = KeyRing.load(settings.api_key_file) if keys is None else keys
-    server = Server(llm, settings, keys)
+    server = Server(llm, settings, keys, aliases)
     routes = [
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", show_model),

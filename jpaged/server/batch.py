@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -98,20 +98,23 @@ class Batch:
             file.write(orjson.dumps(result) + b"\n")
 
 
-async def run_batch(llm: AsyncLLM, batch: Batch, settings: ServerSettings, *, use_tqdm: bool = False) -> None:
+async def run_batch(
+    llm: AsyncLLM, batch: Batch, settings: ServerSettings, aliases: Collection[str] = (), *, use_tqdm: bool = False
+) -> None:
     """Compute all requests of a batch that have no result. A request that is not valid gets its error.
 
     Args:
         llm: the engine.
         batch: the requests.
         settings: the settings of the server, as far as they say which requests are taken.
+        aliases: other names that requests may call the model by.
         use_tqdm: show how far it is.
 
     Raises:
         EngineDeadError: the engine has ended, or its step hangs. Results that are written stay.
     """
     queue = dict.fromkeys(("max_waiting_sequences", "max_waiting_tokens"), 1 << 24)  # bounded by ``places``
-    app = create_app(llm, replace(settings, **queue), KeyRing.load(None, {}))
+    app = create_app(llm, replace(settings, **queue), KeyRing.load(None, {}), aliases)
     places = asyncio.Semaphore(llm.engine.config.max_num_seqs + NUM_WAITING)
     waiting, first_lines = set(batch.waiting), {}
     bar = tqdm(total=batch.num_lines, initial=batch.num_done, unit="request", disable=not use_tqdm)

@@ -11,7 +11,7 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,10 @@ _log = logging.getLogger(__name__)
 
 
 def serve(
-    make_llm: Callable[[], AsyncLLM], settings: ServerSettings, on_ready: Callable[[str], None] | None = None
+    make_llm: Callable[[], AsyncLLM],
+    settings: ServerSettings,
+    on_ready: Callable[[str], None] | None = None,
+    aliases: Collection[str] = (),
 ) -> int:
     """Serve until a signal ends the server, or until the engine is lost.
 
@@ -56,6 +59,7 @@ def serve(
         make_llm: makes the engine, in a thread of its own, while ``/health`` tells of its progress.
         settings: the settings.
         on_ready: called with the server's address once requests are taken.
+        aliases: other names that requests may call the model by.
 
     Returns:
         The status for the process to end with: 0 after a signal, 1 if the engine was lost.
@@ -68,7 +72,7 @@ def serve(
     check_exposure(settings, keys)
     _allow_files(settings.max_connections + _SPARE_FILES)
     with _bound(settings) as listener:
-        life = _Life(make_llm, settings, keys, listener, on_ready)
+        life = _Life(make_llm, settings, keys, listener, on_ready, aliases)
         with asyncio.Runner(loop_factory=life.config.get_loop_factory()) as runner:
             status = runner.run(life.run())
         if life.is_stuck:
@@ -134,12 +138,14 @@ class _Life:
         keys: KeyRing,
         listener: socket.socket,
         on_ready: Callable[[str], None] | None,
+        aliases: Collection[str],
     ) -> None:
         self._make_llm = make_llm
         self._settings = settings
         self._keys = keys
         self._listener = listener
         self._on_ready = on_ready
+        self._aliases = aliases
         self._startup = Startup()
         self._door = _Door(_loading_app(self._startup, settings, keys))
         self._stop = asyncio.Event()  # drain
@@ -165,7 +171,7 @@ class _Life:
             self.is_stuck = True  # nothing can end the thread that loads
             return 0
         llm = loading.result()
-        app = create_app(llm, self._settings, self._keys)
+        app = create_app(llm, self._settings, self._keys, self._aliases)
         async with app.router.lifespan_context(app):
             self._door.app = app
             if self._on_ready is not None:

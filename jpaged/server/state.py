@@ -1,7 +1,7 @@
 """The server's state: the one object that every route shares."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import time
@@ -100,6 +100,7 @@ class Server:
         llm: the engine.
         settings: the settings.
         keys: the keys.
+        aliases: other names that requests may call the model by; paths of this machine may be among them.
 
     Attributes:
         admission: the queue before the engine.
@@ -114,11 +115,12 @@ class Server:
         tracing: makes traces; None if none are asked for.
     """
 
-    def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing) -> None:
+    def __init__(self, llm: AsyncLLM, settings: ServerSettings, keys: KeyRing, aliases: Collection[str] = ()) -> None:
         self.llm = llm
         self.settings = settings
         self.keys = keys
         self.model_name = settings.served_model_name
+        self._model_names = frozenset((self.model_name, *aliases))
         self.metrics = Metrics(llm, self.model_name, num_queued=lambda: self.admission.num_waiting)
         self.admission = Admission(_limits(llm, settings), on_rejection=self.metrics.rejected)
         llm.listen(self.admission.note)
@@ -296,8 +298,9 @@ class Server:
         Raises:
             ApiError: 404.
         """
-        if name is not None and name != self.model_name:
-            raise ApiError(404, f"the model {name[:200]!r} is not served here", code="model_not_found", param="model")
+        if name is not None and name not in self._model_names:
+            message = f"the model {name[:200]!r} is not served here: ask for {self.model_name!r}"
+            raise ApiError(404, message, code="model_not_found", param="model")
 
 
 def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:

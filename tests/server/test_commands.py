@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from jpaged.cli import main as cli
-from jpaged.cli.options import SERVER_OPTIONS, make_parser, server_settings
+from jpaged.cli.options import SERVER_OPTIONS, make_parser, model_aliases, server_settings
 from jpaged.models import random_model, save_checkpoint
 from jpaged.server import ServerSettings
 from jpaged.sharding import make_mesh
@@ -132,6 +132,13 @@ def test_without_the_extra_the_command_says_what_to_install(command, capsys, mon
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(command) == 2
     assert "uvicorn is not installed, which a server needs: pip install 'jpaged[serve]'" in capsys.readouterr().err
+
+
+def test_the_model_as_it_is_given_is_a_name_of_it_unless_it_is_given_one():
+    parse = make_parser().parse_args
+    assert model_aliases(parse(["serve", "--model", "/models/tiny"])) == ("/models/tiny",)
+    assert model_aliases(parse(["serve", "--model", "/models/tiny", "--served-model-name", "x"])) == ()
+    assert model_aliases(parse(["batch", "a", "b"])) == ()
 
 
 def test_every_setting_of_the_server_is_an_option():

@@ -2,7 +2,12 @@
 
 import json
 
+import httpx
 import pytest
+
+from jpaged.engine.token_texts import BYTE_LETTERS
+from jpaged.server import ServerSettings, create_app
+from tests.server.conftest import events
 
 PROMPT = "def add(a, b):"
 
@@ -218,6 +223,38 @@ def test_only_the_served_model_is_served(served):
     for response in (served.wire.get("/v1/models/other/one"), served.post("/v1/completions", prompt="a", model="x")):
         assert response.status_code == 404
         assert response.json()["error"]["code"] == "model_not_found"
+        assert "ask for 'jpaged'" in response.json()["error"]["message"]
+
+
+def test_the_model_may_be_asked_for_as_it_was_given(served):
+    app = create_app(served.llm, ServerSettings(), aliases=["/models/tiny"])
+    body = {"prompt": PROMPT, "max_tokens": 1}
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            names = "/models/tiny", "tiny"
+            answers = [await client.post("/v1/completions", json=body | {"model": name}) for name in names]
+            return [*answers, await client.get("/v1/models")]
+
+    by_alias, by_other, models = served.run(ask())
+    assert (by_alias.status_code, by_alias.json()["model"]) == (200, "jpaged")
+    assert by_other.status_code == 404
+    assert "/models" not in by_other.text, "no path of the server is shown"
+    assert [card["id"] for card in models.json()["data"]] == ["jpaged"]
+
+
+@pytest.mark.parametrize(("is_streamed", "echo"), [(False, False), (False, True), (True, False)])
+def test_offsets_index_the_text_that_is_sent(served, is_streamed, echo):
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 6, "logprobs": 0, "echo": echo, "stream": is_streamed}
+    letter = next(letter for letter, byte in BYTE_LETTERS.items() if byte == 0x80)
+    token_id = served.llm.tokenizer.convert_tokens_to_ids(letter)
+    response = served.post("/v1/completions", **body, logit_bias={str(token_id): 100})
+    chunks = events(response.content) if is_streamed else [response.json()]
+    choices = [each for chunk in chunks for each in chunk["choices"]]
+    start = len(PROMPT) if echo else 0
+    assert "".join(each["text"] for each in choices)[start:] == "\ufffd" * 6
+    offsets = [at for each in choices if each["logprobs"] for at in each["logprobs"]["text_offset"]]
+    assert offsets[-6:] == list(range(start, start + 6))
 
 
 def test_the_id_of_an_answer_is_that_of_the_log(served):
