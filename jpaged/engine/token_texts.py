@@ -140,7 +140,7 @@ class TextOffsets:
         return len(text)
 
     def _decode_in_row(self, written: bytes) -> int:
-        """As ``_decode``, for a tokenizer with rows of bytes."""
+        """Add bytes, as ``_decode`` does, for a tokenizer with rows of bytes."""
         if len(written) != 1 or written < b"\x80":
             num_broken, self._open, self._is_broken = len(self._open), b"", False
             return num_broken + self._decode(written)
