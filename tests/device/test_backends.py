@@ -66,7 +66,8 @@ class SpecialModel(LlamaForCausalLM):
         self.slopes = nnx.Param(jax.random.uniform(rngs.params(), (config.num_layers, config.num_heads)))
 
     def __call__(self, token_ids, positions, prompt_lens, attend):
-        def with_arrays(spec, q, k, v):
+        def with_arrays(spec, q, k, v, sinks=None):
+            del sinks  # the layer's own
             sinks = self.sinks[spec.layer] if spec.sinks else None
             return attend(spec, q, k, v, sinks=sinks, alibi_slopes=self.slopes[spec.layer] if spec.alibi else None)
 

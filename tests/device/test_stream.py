@@ -239,8 +239,8 @@ def test_a_machine_whose_devices_compute_in_host_memory_says_in_one_line_that_pl
 
 
 def test_a_layer_that_shows_no_source_takes_that_of_no_other(monkeypatch):
-    def only_first(source, attend, spec, q, k, v):
-        return attend_from(source, attend, spec, q, k, v) if spec.layer == 0 else attend(spec, q, k, v)
+    def only_first(source, attend, spec, q, k, v, sinks):
+        return attend_from(source, attend, spec, q, k, v, sinks) if spec.layer == 0 else attend(spec, q, k, v)
 
     monkeypatch.setattr("jpaged.models.families.llama.attend_from", only_first)
     runner = make_streaming(model_config=MHA)

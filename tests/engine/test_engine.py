@@ -21,6 +21,7 @@ from jpaged.device.sampling.draw import sample
 from jpaged.engine.loop import Engine
 from jpaged.llm import LLM
 from jpaged.models import load_config, load_model
+from jpaged.models.groups import grouped
 from jpaged.request import FinishReason, RequestOutput, SamplingParams, derive_seed
 from jpaged.sharding import make_mesh
 from tests.support.oracles import (
@@ -802,8 +803,10 @@ def test_tokens_and_logprobs_equal_hugging_face(case, block_size):
     rows = len(references)
     # Few rows make a step of only decodes take the kernel's other path: runs of one block size take it.
     budget = rows if block_size == 16 else 4 * rows
+    num_groups = len(grouped(model_config.layer_specs, model_config.max_model_len).groups)  # each has blocks of its own
+    num_blocks = 1 + 8 * 15 * num_groups
     config = EngineConfig(
-        block_size=block_size, num_blocks=1 + 8 * 15, max_num_seqs=rows, max_num_batched_tokens=budget
+        block_size=block_size, num_blocks=num_blocks, max_num_seqs=rows, max_num_batched_tokens=budget
     )
     llm = LLM.from_model(model, model_config, config, mesh=mesh, warm_up=False, use_tqdm=False)
     del llm.engine.runner.buckets[:-1]  # one program, all rows: compiling dominates here
