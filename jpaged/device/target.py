@@ -61,7 +61,7 @@ class Target:
 
     def least_rows_of(self, model: ModelConfig) -> int:
         """Rows of the smallest program for decodes of a model. Each row of a mixture of experts reads more weights."""
-        return 1 if model.has_experts else self.least_rows
+        return self.least_rows if model.experts is None else 1
 
     def resolve_dtype(self, wanted: str, stored: str) -> jnp.dtype:
         """The dtype to run in.

@@ -124,11 +124,6 @@ class ModelConfig:
         return False
 
     @property
-    def has_experts(self) -> bool:
-        """Whether each token reads the weights of some experts only, so that more tokens read more weights."""
-        return False
-
-    @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """The attention of each layer, in order."""
         return tuple(

@@ -8,14 +8,14 @@ from jaxtyping import Array, Float
 
 from jpaged.models.checkpoint.config import is_positive, require
 from jpaged.models.families.llama import (
-    LlamaConfig,
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
 )
 from jpaged.models.families.llama_options import layer_windows
+from jpaged.models.families.mixture import MixtureConfig
 from jpaged.models.layers.common import Dtype, WideRMSNorm
-from jpaged.models.layers.moe import ClampedSwiglu, Experts, Router, check_experts, expert_widths, route
+from jpaged.models.layers.moe import ClampedSwiglu, Experts, Router, expert_widths, route
 from jpaged.models.layers.mxfp4 import Mxfp4
 from jpaged.models.layers.spelling import Spelling, Whole
 from jpaged.models.spec import LayerSpec
@@ -32,40 +32,27 @@ _SPELLINGS: dict[str, tuple[Spelling, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GptOssConfig(LlamaConfig):
+class GptOssConfig(MixtureConfig):
     """A gpt-oss model. ``intermediate_size`` is the width of an expert.
 
     Args:
-        num_experts: experts of a layer.
-        top_k: experts of a token.
         swiglu_alpha, swiglu_limit: see ``ClampedSwiglu``.
     """
 
     model_types: ClassVar[dict[str, str]] = MODEL_TYPES
     quantizations: ClassVar[tuple[str, ...]] = ("mxfp4",)
 
-    num_experts: int
-    top_k: int
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_experts(self.num_experts, self.top_k)
         for name in ("swiglu_alpha", "swiglu_limit"):
             require(is_positive(getattr(self, name)), name, getattr(self, name), "a number above 0")
 
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         return tuple(replace(spec, sinks=True) for spec in super().layer_specs)
-
-    @property
-    def has_experts(self) -> bool:
-        return True
-
-    @property
-    def experts(self) -> tuple[int, int]:
-        return self.num_experts, self.top_k
 
     def widths(self, num_devices: int) -> dict[str, int]:
         return expert_widths(num_devices, self.num_experts, intermediate_size=self.intermediate_size)

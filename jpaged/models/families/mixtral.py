@@ -7,13 +7,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jpaged.models.families.llama import (
-    LlamaConfig,
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
 )
+from jpaged.models.families.mixture import MixtureConfig
 from jpaged.models.layers.common import Dtype
-from jpaged.models.layers.moe import ActivatedGate, Experts, Router, check_experts, expert_widths, route
+from jpaged.models.layers.moe import ActivatedGate, Experts, Router, expert_widths, route
 from jpaged.models.layers.spelling import PerExpert, Spelling, Whole
 
 MODEL_TYPES = {"MixtralForCausalLM": "mixtral"}
@@ -25,31 +25,11 @@ _SPELLINGS: dict[str, tuple[Spelling, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MixtralConfig(LlamaConfig):
-    """A Mixtral model. ``intermediate_size`` is the width of an expert.
-
-    Args:
-        num_experts: experts of a layer.
-        top_k: experts of a token.
-    """
+class MixtralConfig(MixtureConfig):
+    """A Mixtral model. ``intermediate_size`` is the width of an expert."""
 
     model_types: ClassVar[dict[str, str]] = MODEL_TYPES
-    renamed: ClassVar[tuple[tuple[str, str], ...]] = (*LlamaConfig.renamed, (".mlp.", ".block_sparse_moe."))
-
-    num_experts: int
-    top_k: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_experts(self.num_experts, self.top_k)
-
-    @property
-    def has_experts(self) -> bool:
-        return True
-
-    @property
-    def experts(self) -> tuple[int, int]:
-        return self.num_experts, self.top_k
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = (*MixtureConfig.renamed, (".mlp.", ".block_sparse_moe."))
 
     def widths(self, num_devices: int) -> dict[str, int]:
         return expert_widths(num_devices, self.num_experts, intermediate_size=self.intermediate_size)

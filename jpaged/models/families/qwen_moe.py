@@ -9,15 +9,15 @@ from jaxtyping import Array, Float
 
 from jpaged.models.checkpoint.config import MAX_INT, is_count, require
 from jpaged.models.families.llama import (
-    LlamaConfig,
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaMLP,
     LlamaModel,
 )
 from jpaged.models.families.llama_options import layer_windows
+from jpaged.models.families.mixture import MixtureConfig
 from jpaged.models.layers.common import Dtype, linear
-from jpaged.models.layers.moe import ActivatedGate, Experts, Router, check_experts, expert_widths, route
+from jpaged.models.layers.moe import ActivatedGate, Experts, Router, expert_widths, route
 from jpaged.models.layers.spelling import PerExpert, Spelling, Whole
 
 MODEL_TYPES = {"Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"}
@@ -29,12 +29,10 @@ _SPELLINGS: dict[str, tuple[Spelling, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenMoeConfig(LlamaConfig):
+class QwenMoeConfig(MixtureConfig):
     """A Qwen2-MoE or Qwen3-MoE model. ``intermediate_size`` is the width of layers without experts.
 
     Args:
-        num_experts: experts of a layer.
-        top_k: experts of a token.
         expert_size: width of an expert.
         shared_expert_size: width of the expert that every token passes; None if there is none (Qwen3-MoE).
         is_normalized: whether the weights of a token's experts sum to 1.
@@ -43,8 +41,6 @@ class QwenMoeConfig(LlamaConfig):
 
     model_types: ClassVar[dict[str, str]] = MODEL_TYPES
 
-    num_experts: int
-    top_k: int
     expert_size: int
     shared_expert_size: int | None = None
     is_normalized: bool = False
@@ -52,19 +48,10 @@ class QwenMoeConfig(LlamaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_experts(self.num_experts, self.top_k)
         for name in ("expert_size", "shared_expert_size"):
             value = getattr(self, name)
             is_size = is_count(value) or (value is None and name == "shared_expert_size")
             require(is_size, name, value, f"an integer from 1 to {MAX_INT}")
-
-    @property
-    def has_experts(self) -> bool:
-        return True
-
-    @property
-    def experts(self) -> tuple[int, int]:
-        return self.num_experts, self.top_k
 
     def widths(self, num_devices: int) -> dict[str, int]:
         widths = super().widths(num_devices) if self.dense_layers else {}
