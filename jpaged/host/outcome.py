@@ -52,6 +52,14 @@ class Outcome:
         if group.is_finished:
             self._leave(group)
 
+    def stop_at(self, group: SequenceGroup, seq: Sequence, num_outputs: int) -> None:
+        """End a sequence at a token that it has: a stop string is complete there. Tokens drawn after it are dropped."""
+        num_surplus = seq.num_outputs - num_outputs
+        self.finish(group, seq, FinishReason.STOP)
+        if num_surplus > 0:
+            seq.cut(num_outputs)
+            self.num_output_tokens -= num_surplus
+
     def _fail(self, group: SequenceGroup, error: ErrorCause) -> None:
         """End all unfinished sequences of a group with an error."""
         group.error = error
@@ -179,13 +187,13 @@ class Outcome:
         touched = table.groups_of(rows if num_steady == len(rows) else rows[is_owned])
         is_left = is_owned  # rows whose tokens are for the sequences themselves
         if num_steady > 0:
-            logprobs = np.stack([scores.logprobs for _, scores in steps])
+            scores = [of_step for _, of_step in steps]
             if num_steady == len(rows):
-                is_left = table.take(rows, num_draws, token_ids, logprobs)
+                is_left = table.take(rows, num_draws, token_ids, scores, np.arange(num_steady))
             else:
                 steady = np.flatnonzero(is_steady)
                 is_left = is_owned & ~is_steady
-                is_left[steady] = table.take(rows[steady], num_draws[steady], token_ids[:, steady], logprobs[:, steady])
+                is_left[steady] = table.take(rows[steady], num_draws[steady], token_ids[:, steady], scores, steady)
         self.num_output_tokens += int(num_draws[is_owned].sum())
         if is_left.any():
             self._take_left(plan, token_ids, [scores for _, scores in steps], is_left)

@@ -30,17 +30,15 @@ class Decodes:
         seq_ids: the sequence of each.
         biased: indices of the rows that have logit biases.
         num_logprobs: most alternatives that a row asks for; None if no log-probabilities were asked for.
-        can_burst: whether several tokens may be drawn before the host sees the first.
     """
 
     rows: Int32[np.ndarray, " decodes"]
     seq_ids: Int64[np.ndarray, " decodes"]
     biased: list[int]
     num_logprobs: int | None
-    can_burst: bool
 
 
-NO_DECODES = Decodes(NO_INTS, np.zeros(0, np.int64), [], None, can_burst=True)
+NO_DECODES = Decodes(NO_INTS, np.zeros(0, np.int64), [], None)
 
 
 class RowTable:
@@ -87,7 +85,6 @@ class RowTable:
         self.next_slide: Int32[np.ndarray, " rows"] = np.full(num_rows, NEVER, np.int32)
         self.is_steady: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self.is_due: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
-        self._can_burst: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self._has_bias: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self._is_asked: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)  # tokens go through the sequence itself
         self._num_logprobs: Int32[np.ndarray, " rows"] = np.full(num_rows, -1, np.int32)
@@ -96,6 +93,7 @@ class RowTable:
         self._flushed: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self._tail: Int32[np.ndarray, "rows tail"] = np.zeros((num_rows, max(_TAIL_LEN, max_burst)), np.int32)
         self._tail_logprobs: Float32[np.ndarray, "rows tail"] = np.zeros(self._tail.shape, np.float32)
+        self._tail_scores: dict[int, list[tuple[TokenScores, range]]] = {}  # of rows that ask for log-probabilities
 
     # Owners -------------------------------------------------------------------------------------------------------
 
@@ -107,10 +105,9 @@ class RowTable:
         self.seq_ids[row] = seq.seq_id
         self.limits[row] = seq.prompt_len + group.max_tokens
         self.capacity[row] = 0
-        self._can_burst[row] = not params.stop
         self._has_bias[row] = group.bias is not None
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._is_asked[row] = params.logprobs is not None or len(group.stop_token_ids) > MOST_STOPS
+        self._is_asked[row] = len(group.stop_token_ids) > MOST_STOPS
         self._stops[row] = _NO_TOKEN
         if len(group.stop_token_ids) <= MOST_STOPS:
             self._stops[row, : len(group.stop_token_ids)] = list(group.stop_token_ids)
@@ -247,16 +244,14 @@ class RowTable:
                 seq_ids=self.seq_ids[rows],
                 biased=np.flatnonzero(self._has_bias[rows]).tolist(),
                 num_logprobs=self.num_logprobs(rows),
-                can_burst=bool(self._can_burst[rows].all()),
             )
         return self._decodes
 
     def num_draws(self, decodes: Decodes, max_burst: int) -> Int32[np.ndarray, " decodes"]:
         """Tokens that each row draws next: ``max_burst`` if all can, but none after its last."""
-        most = max_burst if decodes.can_burst else 1
-        if most <= self._num_sure:
-            return np.full(len(decodes.rows), most, np.int32)
-        return np.minimum(self.limits[decodes.rows] - self.positions[decodes.rows], np.int32(most))
+        if max_burst <= self._num_sure:
+            return np.full(len(decodes.rows), max_burst, np.int32)
+        return np.minimum(self.limits[decodes.rows] - self.positions[decodes.rows], np.int32(max_burst))
 
     def draw(self, decodes: Decodes, num_draws: Int32[np.ndarray, " decodes"]) -> Int32[np.ndarray, " decodes"]:
         """Count the tokens of a plan as pending. Returns the position of the first of each row."""
@@ -275,20 +270,28 @@ class RowTable:
         rows: Int32[np.ndarray, " some"],
         num_draws: Int32[np.ndarray, " some"],
         token_ids: Int32[np.ndarray, "steps some"],
-        logprobs: Float32[np.ndarray, "steps some"],
+        scores: list[TokenScores],
+        draws: Int64[np.ndarray, " some"],
     ) -> Bool[np.ndarray, " some"]:
         """Append drawn tokens to steady rows that none of the tokens can end.
+
+        Args:
+            rows: the rows.
+            num_draws: tokens that each has drawn.
+            token_ids: the tokens of each step.
+            scores: the scores of each step.
+            draws: line of each row in ``scores``.
 
         Returns:
             The rows that took nothing: their tokens are for the sequences.
         """
-        num_steps = len(token_ids)
+        num_steps, logprobs = len(token_ids), np.stack([step.logprobs[draws] for step in scores])
         is_left = self._is_asked[rows] | (self.known[rows] + num_draws >= self.limits[rows])
         is_left |= (token_ids[:, :, None] == self._stops[rows][None]).any(axis=(0, 2))
         is_left |= np.isnan(logprobs).any(axis=0)
         if is_left.any():
             taking = ~is_left
-            rows, num_draws = rows[taking], num_draws[taking]
+            rows, num_draws, draws = rows[taking], num_draws[taking], draws[taking]
             token_ids, logprobs = token_ids[:, taking], logprobs[:, taking]
         offsets = self.known[rows] - self._flushed[rows]
         for index in np.flatnonzero(offsets + num_steps > self._tail.shape[1]).tolist():
@@ -298,6 +301,9 @@ class RowTable:
             self._tail[rows, offsets + step] = token_ids[step]
             self._tail_logprobs[rows, offsets + step] = logprobs[step]
         self.known[rows] += num_draws
+        for index in np.flatnonzero(self._num_logprobs[rows] >= 0).tolist():
+            own = range(draw := int(draws[index]), draw + 1)
+            self._tail_scores.setdefault(int(rows[index]), []).extend([(step, own) for step in scores])
         return is_left
 
     def append(self, seq: Sequence, token_ids: list[int], scores: list[TokenScores], draw: int) -> bool:
@@ -335,8 +341,10 @@ class RowTable:
         assert seq is not None
         num_tokens = stop - start
         self._flushed[row] = stop
-        scores = TokenScores.plain(self._tail_logprobs[row, :num_tokens].copy())
-        seq.append(self._tail[row, :num_tokens].tolist(), scores, range(num_tokens))
+        scored = self._tail_scores.pop(row, None)
+        if scored is None:
+            scored = [(TokenScores.plain(self._tail_logprobs[row, :num_tokens].copy()), range(num_tokens))]
+        seq.extend(self._tail[row, :num_tokens].tolist(), scored)
 
 
 def _changed_cells(

@@ -99,9 +99,18 @@ class Sequence:
 
     def append(self, token_ids: list[int], scores: TokenScores, rows: range) -> None:
         """Append tokens that were drawn, each with its row of ``scores``."""
+        self.extend(token_ids, [(scores, rows)])
+
+    def extend(self, token_ids: list[int], scores: list[tuple[TokenScores, range]]) -> None:
+        """Append tokens that were drawn, with their scores in order: each part has some rows of its scores."""
         self._token_ids += token_ids
-        self._scores.append((scores, rows))
-        self._num_scored += len(rows)
+        self._scores += scores
+        self._num_scored += len(token_ids)
+
+    def cut(self, num_outputs: int) -> None:
+        """Drop the output tokens behind the first ``num_outputs`` of a sequence that has ended."""
+        assert self.is_finished
+        del self._token_ids[self.prompt_len + num_outputs :]
 
     @property
     def token_ids(self) -> list[int]:
