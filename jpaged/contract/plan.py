@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from jpaged.contract.adjustments import NO_ADJUSTMENTS, RowAdjustments
 from jpaged.contract.draws import NO_DRAWS, Draws
 from jpaged.contract.rows import NO_CHANGES, NO_INTS, RowChanges
 
@@ -102,6 +103,7 @@ class StepPlan:
             before any destination is written.
         changes: cells of the row table, entered before the forward pass. The table then covers all that chunks and
             further steps of a burst feed.
+        adjustments: changes of the rows' adjustments, made after ``changes``.
         chunks: all in one ragged batch. May be empty when blocks move.
         draws: tokens to draw.
         prompt_scores: prompt tokens to score.
@@ -114,6 +116,7 @@ class StepPlan:
 
     copies: tuple[BlockCopy, ...] = ()
     changes: RowChanges = NO_CHANGES
+    adjustments: RowAdjustments = NO_ADJUSTMENTS
     chunks: Chunks = NO_CHUNKS
     draws: Draws = NO_DRAWS
     prompt_scores: tuple[PromptScore, ...] = ()
@@ -136,12 +139,11 @@ class StepPlan:
     def can_be_followed(self) -> bool:
         """Whether the next step can be planned before this one's results are known.
 
-        Penalties and bans may depend on the tokens drawn here, and a search chooses among its candidates. Blocks from
+        Bans of several words depend on the tokens drawn here, and a search chooses among its candidates. Blocks from
         the host can be used when the host says so. (To leave those sequences out of the next plan would split the batch
         in two that take turns.)
         """
-        extras = self.draws.extras
-        return not (self.beams or self.from_host or extras.needs_tokens or len(extras.seen_draws))
+        return not (self.beams or self.from_host or self.draws.needs_tokens)
 
     @property
     def num_logit_rows(self) -> int:

@@ -20,9 +20,16 @@ COLUMNS = {
     "frequency_penalty": np.float32,
     "top_k": np.int32,
     "seeds": np.uint32,
+    "num_logprobs": np.int32,
+    "num_biases": np.int32,
+    "min_lens": np.int32,
     "prompt_lens": np.int32,
 }
-"""The columns that stay the same while a sequence has its row, each of numbers of 4 bytes."""
+"""The columns that stay the same while a sequence has its row, each of numbers of 4 bytes.
+
+``num_logprobs`` is -1 for a row that asks for no log-probabilities, ``num_biases`` is -1 for one without adjustments.
+``min_lens`` counts the tokens of prompt and output before which stop tokens are banned.
+"""
 
 PROMPT_LEN = list(COLUMNS).index("prompt_lens")
 
@@ -30,7 +37,7 @@ MAX_FLOAT = 1e30
 """Bound of parameters and of their reciprocals, so that both are normal float32: 0 * inf would be NaN."""
 
 _MAX_INT32 = 2**31 - 1
-_CELLS = struct.Struct("=6fiIi")
+_CELLS = struct.Struct("=6fiIiiii")
 
 
 def host_cell(index: int) -> int:
@@ -38,7 +45,7 @@ def host_cell(index: int) -> int:
     return -1 - index
 
 
-def pack_row(params: SamplingParams, seed: int, prompt_len: int) -> bytes:
+def pack_row(params: SamplingParams, seed: int, prompt_len: int, *, is_adjusted: bool = False) -> bytes:
     """The cells of one row, in the order of ``COLUMNS``."""
     floats = (
         params.temperature,
@@ -49,10 +56,13 @@ def pack_row(params: SamplingParams, seed: int, prompt_len: int) -> bytes:
         params.frequency_penalty,
     )
     top_k = min(max(params.top_k, 0), _MAX_INT32)
-    return _CELLS.pack(*[min(max(x, -MAX_FLOAT), MAX_FLOAT) for x in floats], top_k, seed, prompt_len)
+    num_logprobs = -1 if params.logprobs is None else params.logprobs
+    num_biases = len(params.logit_bias or ()) if is_adjusted else -1
+    others = top_k, seed, num_logprobs, num_biases, prompt_len + params.min_tokens, prompt_len
+    return _CELLS.pack(*[min(max(x, -MAX_FLOAT), MAX_FLOAT) for x in floats], *others)
 
 
-PADDING_ROW = np.frombuffer(_CELLS.pack(0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0), np.int32)
+PADDING_ROW = np.frombuffer(_CELLS.pack(0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, -1, -1, 0, 0), np.int32)
 """A greedy row without filters: it costs no noise and no search."""
 
 

@@ -23,6 +23,7 @@ from jpaged.device.kv.layout import is_narrowed, why_no_activations, why_not_nar
 from jpaged.device.kv.narrow_slots import for_narrow_blocks
 from jpaged.device.kv.sizing import PoolSizer, check_streamed_context, check_way_to_stream
 from jpaged.device.profiler import make_profile
+from jpaged.device.sampling.adjustments import Adjustments
 from jpaged.device.sampling.beams import split_candidates
 from jpaged.device.sampling.draw import SampledTokens
 from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_scores
@@ -158,6 +159,7 @@ class ModelRunner:
             self.host_pool.wait()  # it was made while the programs were
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
+        self._adjustments: Adjustments | None = None  # made when a row first needs any
         sizes = len(self._state.latest), self.max_blocks, model_config.vocab_size
         self._packer = Packer(
             self.buckets, *sizes, streams_always=self.programs.streams_always, num_groups=len(self.groups)
@@ -282,6 +284,9 @@ class ModelRunner:
         assert step.inputs is not None
         for changes in step.changes:
             self._state = self.programs.get(("enter",))(self._state, changes)
+        for changes in step.adjustments:
+            adjustments = self._adjustments or self.programs.new_adjustments()
+            self._adjustments = self.programs.get(("adjust",))(adjustments, changes)
         self._state = self.programs.get(("load", step.bucket))(self._state, step.inputs)
         if step.streamed is not None:
             assert self.host_pool is not None
@@ -308,14 +313,17 @@ class ModelRunner:
         Returns:
             The hidden states of the last pass, and the draws after each pass.
         """
-        draw = self.programs.get(("sample", samples.sizes, samples.num_top))
+        is_adjusted, num_rows = samples.is_adjusted, samples.inputs.shape[1]
+        draw = self.programs.get(("sample", num_rows, samples.num_top, is_adjusted))
         hidden, sampled = self._state.hidden, []
         for number in range(step.num_steps):
             hidden = self._run(step)
             state = self._state
             args = state.latest, state.columns, state.sample_hidden, samples.inputs, np.int32(number)
-            tokens, latest = draw(self._weights, *args)
+            adjustments = (self._adjustments,) if is_adjusted else ()
+            tokens, latest, adjustments = draw(self._weights, *args, *adjustments)
             self._state = dataclasses.replace(state, latest=latest)
+            self._adjustments = adjustments if is_adjusted else self._adjustments
             sampled.append(tokens)
         return hidden, tuple(sampled)
 
@@ -348,6 +356,7 @@ class ModelRunner:
             self.cache.pool.delete()
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
+        self._adjustments = None
 
     def take_observations(self) -> Observations:
         """The times observed since the last call."""

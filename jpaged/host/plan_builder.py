@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 from jaxtyping import Int32
 
-from jpaged.contract.draws import NO_EXTRAS, Draws, ExtrasBuilder, next_banned
+from jpaged.contract.draws import Draws, next_banned
 from jpaged.contract.plan import NO_CHUNKS, BeamSelect, BlockCopy, Chunks, PromptScore, StepPlan
 from jpaged.contract.rows import ON_DEVICE
 from jpaged.host.rows import NO_DECODES, Decodes, RowTable
@@ -30,7 +30,7 @@ class PlanBuilder:
         self._decodes = NO_DECODES
         self._positions: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
         self._num_draws: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
-        self._extras: ExtrasBuilder | None = None  # most plans have none
+        self._needs_tokens = False
         self._chunks: list[tuple[int, int, int, int]] = []  # row, sequence, start, length
         self._token_ids: list[int] = []
         self._draws: list[tuple[int, int, int]] = []  # row, sequence, chunk
@@ -59,9 +59,6 @@ class PlanBuilder:
         self._decodes, self._num_draws = decodes, num_draws
         self._positions = self._rows.draw(decodes, num_draws)
         self.budget -= len(num_draws)
-        for index in decodes.biased:
-            group, _ = self._rows.member(int(decodes.rows[index]))
-            self._add_extras(index, group, (), [])
 
     def add(self, group: SequenceGroup, seq: Sequence, num_tokens: int) -> None:
         """Compute the next tokens of ``seq``, as many as the budget allows, with what follows from their logits."""
@@ -94,25 +91,11 @@ class PlanBuilder:
     def _draw(self, group: SequenceGroup, seq: Sequence, chunk: int) -> None:
         """Draw the next token of ``seq`` from the logits of a chunk."""
         assert seq.row is not None
-        if group.bias is not None or group.needs_history or group.request.params.min_tokens:
-            draw = len(self._num_draws) + len(self._draws)
-            output_token_ids = seq.output_token_ids if group.needs_history else []
-            self._add_extras(draw, group, _banned(group, seq), output_token_ids)
+        if sequences := group.request.banned_sequences:
+            self._needs_tokens = True
+            self._rows.adjustments.ban_now(seq.row, next_banned(sequences, seq.output_token_ids))
         self._draws.append((seq.row, seq.seq_id, chunk))
         seq.num_pending += 1
-
-    def _add_extras(
-        self, draw: int, group: SequenceGroup, banned_token_ids: tuple[int, ...], output_token_ids: list[int]
-    ) -> None:
-        """Add the biases, bans and histories of one draw."""
-        self._extras = self._extras or ExtrasBuilder()
-        request = group.request
-        if request.banned_sequences:
-            banned_token_ids += next_banned(request.banned_sequences, output_token_ids)
-            self._extras.needs_tokens = True
-        self._extras.add(draw, group.bias, banned_token_ids)
-        if request.params.has_penalties:
-            self._extras.add_history(draw, request.prompt_token_ids, output_token_ids)
 
     def build(self, to_host: tuple[BlockCopy, ...], from_host: tuple[BlockCopy, ...]) -> StepPlan:
         """The plan. One without chunks leaves changed rows to the next."""
@@ -124,6 +107,7 @@ class PlanBuilder:
             to_host=to_host,
             from_host=from_host,
             changes=self._rows.take_changes(),
+            adjustments=self._rows.adjustments.take(),
             chunks=self._build_chunks(),
             draws=self._build_draws(),
             prompt_scores=tuple(self._prompt_scores),
@@ -146,17 +130,18 @@ class PlanBuilder:
         return Chunks(rows, seq_ids, starts, lens, token_ids)
 
     def _build_draws(self) -> Draws:
-        extras = NO_EXTRAS if self._extras is None else self._extras.build()
         rows, seq_ids, num_tokens = self._decodes.rows, self._decodes.seq_ids, self._num_draws
         chunks = np.arange(len(rows), dtype=np.int32)
         if not self._draws:
-            return Draws(rows, seq_ids, chunks, num_tokens, self._decodes.num_logprobs, extras)
+            return Draws(rows, seq_ids, chunks, num_tokens, self._decodes.num_logprobs, self._decodes.is_adjusted)
         added = np.array(self._draws, np.int64).T
         rows = np.concatenate([rows, added[0].astype(np.int32)])
         chunks = np.concatenate([chunks, added[2].astype(np.int32)])
         seq_ids = np.concatenate([seq_ids, added[1]])
         num_tokens = np.concatenate([num_tokens, np.ones(len(self._draws), np.int32)])
-        return Draws(rows, seq_ids, chunks, num_tokens, self._rows.num_logprobs(rows), extras)
+        is_adjusted = bool(self._rows.is_adjusted[rows].any())
+        num_logprobs = self._rows.num_logprobs(rows)
+        return Draws(rows, seq_ids, chunks, num_tokens, num_logprobs, is_adjusted, self._needs_tokens)
 
 
 def _select(group: SequenceGroup, chunks: list[int]) -> BeamSelect:

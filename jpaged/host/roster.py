@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 
-from jpaged.contract.draws import make_bias
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.sequence import Sequence, SequenceGroup
 from jpaged.request import Request, derive_seed
@@ -41,7 +40,6 @@ class Roster:
             sequences=[],
             max_tokens=max_tokens,
             stop_token_ids=stop_token_ids,
-            bias=make_bias(request.params.logit_bias or {}, request.banned_token_ids),
         )
 
     def new_sequence(self, group: SequenceGroup, index: int, token_ids: list[int]) -> Sequence:

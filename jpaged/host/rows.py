@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Int64
 
+from jpaged.contract.adjustments import AdjustmentsBuilder
 from jpaged.contract.layer_groups import LayerGroups
 from jpaged.contract.result import TokenScores
 from jpaged.contract.rows import COLUMNS, NO_CHANGES, NO_INTS, RowChanges, pack_row
@@ -28,24 +29,24 @@ class Decodes:
     Args:
         rows: the rows.
         seq_ids: the sequence of each.
-        biased: indices of the rows that have logit biases.
+        is_adjusted: whether one of the rows has adjustments.
         num_logprobs: most alternatives that a row asks for; None if no log-probabilities were asked for.
     """
 
     rows: Int32[np.ndarray, " decodes"]
     seq_ids: Int64[np.ndarray, " decodes"]
-    biased: list[int]
+    is_adjusted: bool
     num_logprobs: int | None
 
 
-NO_DECODES = Decodes(NO_INTS, np.zeros(0, np.int64), [], None)
+NO_DECODES = Decodes(NO_INTS, np.zeros(0, np.int64), is_adjusted=False, num_logprobs=None)
 
 
 class RowTable:
     """One row for each sequence of a running group, from when the group starts until the sequence ends or is preempted.
 
-    A row is *steady* while its sequence does nothing but decode: its last token is on the device, and nothing is
-    forked, banned or penalised. The columns then own the sequence's state, and ``Sequence`` reads it from here.
+    A row is *steady* while its sequence does nothing but decode: its last token is on the device, nothing is forked,
+    and the host bans nothing. The columns then own the sequence's state, and ``Sequence`` reads it from here.
 
     Args:
         num_rows: sequences that run at once at most.
@@ -61,6 +62,8 @@ class RowTable:
         next_slide: position from which windows have passed a block that each sequence holds.
         is_steady: whether each row is steady.
         is_due: whether steps have filled blocks of each steady row that are not published yet.
+        is_adjusted: whether each row has adjustments.
+        adjustments: changes of these for the next plan.
     """
 
     def __init__(self, num_rows: int, blocks: BlockManager, max_burst: int = 1) -> None:
@@ -85,7 +88,8 @@ class RowTable:
         self.next_slide: Int32[np.ndarray, " rows"] = np.full(num_rows, NEVER, np.int32)
         self.is_steady: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self.is_due: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
-        self._has_bias: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
+        self.is_adjusted: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
+        self.adjustments = AdjustmentsBuilder()
         self._is_asked: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)  # tokens go through the sequence itself
         self._num_logprobs: Int32[np.ndarray, " rows"] = np.full(num_rows, -1, np.int32)
         self._stops: Int32[np.ndarray, "rows stops"] = np.full((num_rows, MOST_STOPS), _NO_TOKEN, np.int32)
@@ -105,13 +109,16 @@ class RowTable:
         self.seq_ids[row] = seq.seq_id
         self.limits[row] = seq.prompt_len + group.max_tokens
         self.capacity[row] = 0
-        self._has_bias[row] = group.bias is not None
+        self.is_adjusted[row] = group.is_adjusted
+        if group.is_adjusted:
+            early = group.stop_token_ids if params.min_tokens else ()
+            self.adjustments.enter(row, group.request, seq.output_token_ids, early)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._is_asked[row] = len(group.stop_token_ids) > MOST_STOPS
         self._stops[row] = _NO_TOKEN
         if len(group.stop_token_ids) <= MOST_STOPS:
             self._stops[row, : len(group.stop_token_ids)] = list(group.stop_token_ids)
-        self._cells[row] = pack_row(params, seq.seed, seq.prompt_len)
+        self._cells[row] = pack_row(params, seq.seed, seq.prompt_len, is_adjusted=group.is_adjusted)
         self._entered.append(row)
         self.num_restless += 1
         seq.rows, seq.row = self, row
@@ -128,6 +135,8 @@ class RowTable:
         self.is_due[row] = False
         if self._cells.pop(row, None) is not None:
             self._entered.remove(row)
+        if self.is_adjusted[row]:
+            self.adjustments.leave(row)
         self._changed.pop(row, None)
         heappush(self._free, row)
 
@@ -138,7 +147,7 @@ class RowTable:
         group = self._groups[row]
         assert group is not None
         is_running, num_tokens = seq.state is SequenceState.RUNNING, seq.num_tokens
-        if not is_running or seq.num_computed != num_tokens - 1 or not group.is_steady(seq):
+        if not is_running or seq.num_computed != num_tokens - 1 or not group.is_steady:
             return
         self.positions[row] = num_tokens
         self.known[row] = self._flushed[row] = len(seq.token_ids)
@@ -242,7 +251,7 @@ class RowTable:
             self._decodes = Decodes(
                 rows,
                 seq_ids=self.seq_ids[rows],
-                biased=np.flatnonzero(self._has_bias[rows]).tolist(),
+                is_adjusted=bool(self.is_adjusted[rows].any()),
                 num_logprobs=self.num_logprobs(rows),
             )
         return self._decodes

@@ -7,7 +7,6 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int32
 
-from jpaged.contract.draws import Bias
 from jpaged.contract.result import TokenScores
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.search.beam import BeamSearch
@@ -220,7 +219,6 @@ class SequenceGroup:
         fork_at: while some sequences are UNFORKED, how many tokens the leader computes for all of them.
         num_cached_tokens: prompt tokens found in the prefix cache when first admitted.
         prompt_scores: scores of prompt tokens 1, 2, ...; in pieces, one per chunk.
-        bias: numbers added to the logits of every draw.
         first_scheduled: when it was first admitted, of ``time.monotonic``.
         num_preemptions: times that it was preempted.
         error: why sequences ended with ``FinishReason.ERROR`` or ``ABORT``; None where there is no more to say.
@@ -237,7 +235,6 @@ class SequenceGroup:
     fork_at: int | None = None
     num_cached_tokens: int | None = None
     prompt_scores: list[TokenScores] = field(default_factory=list)
-    bias: Bias | None = None
     first_scheduled: float | None = None
     num_preemptions: int = 0
     error: str | None = None
@@ -273,16 +270,20 @@ class SequenceGroup:
                 return False
         return True
 
-    def is_steady(self, seq: Sequence) -> bool:
-        """Whether a sequence draws each token as it drew the one before: nothing is forked, banned or penalised."""
-        if self.beam is not None or self.is_pin or self.fork_at is not None or self.needs_history:
-            return False
-        return seq.num_tokens - seq.prompt_len >= self.request.params.min_tokens
+    @property
+    def is_steady(self) -> bool:
+        """Whether each token is drawn as the one before: nothing is forked, and the host bans nothing."""
+        return not (self.beam is not None or self.is_pin or self.fork_at is not None or self.request.banned_sequences)
 
     @property
-    def needs_history(self) -> bool:
-        """Whether a draw depends on the tokens that were drawn before."""
-        return self.request.params.has_penalties or bool(self.request.banned_sequences)
+    def is_adjusted(self) -> bool:
+        """Whether draws have adjustments: biases, bans or penalties. Searches ban tokens themselves."""
+        request, params = self.request, self.request.params
+        if self.beam is not None:
+            return False
+        is_late = params.min_tokens > 0 and bool(self.stop_token_ids)
+        has_bans = bool(len(request.banned_token_ids) or request.banned_sequences)
+        return is_late or has_bans or params.has_penalties or bool(params.logit_bias)
 
     @property
     def needs_prompt_scores(self) -> bool:

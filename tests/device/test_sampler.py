@@ -1,6 +1,7 @@
 """The sampler against sorting, counting oracles in numpy float64; its randomness against (seed, position) alone."""
 
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 
+from jpaged.contract.adjustments import GENERATED, MOST_GENERATED
 from jpaged.contract.rows import PADDING_ROW
 from jpaged.device.sampling import noise
+from jpaged.device.sampling.adjustments import Adjustments
 from jpaged.device.sampling.chunks import CHUNK_LEN, summarise
-from jpaged.device.sampling.columns import SampleInputs, SampleSizes, pack_draws, unpack_draws
+from jpaged.device.sampling.columns import SampleInputs, inputs_of_rows, pack_draws
 from jpaged.device.sampling.draw import SampledTokens, sample
 from jpaged.device.sampling.filters import Filters, find_threshold
 from jpaged.device.sampling.scores import score
-from jpaged.request import SamplingParams
-from tests.support.plans import Chunk, Sample, make_plan, make_sample_inputs
+from jpaged.device.step.adjust import (
+    ADJUSTED_ROWS,
+    CHANGED_BIASES,
+    CHANGED_MARKS,
+    enter_adjustments,
+    pack_adjustments,
+)
+from jpaged.request import MAX_LOGIT_BIAS, SamplingParams
+from tests.support.plans import Chunk, Sample, adjustments_of, make_plan, make_sample_inputs
 
 ROWS, VOCAB = 32, 48  # of most cases: few shapes, few compilations
 
@@ -41,7 +51,9 @@ def request_sample(params=None, *, seed=0, position=0, banned=(), prompt=(), out
 
 
 def draw(logits: np.ndarray, samples: list[Sample], num_top: int | None = 0) -> SampledTokens:
-    inputs = make_sample_inputs(samples, len(logits))
+    if num_top is not None:
+        samples = [each._replace(params=replace(each.params, logprobs=num_top)) for each in samples]
+    inputs = make_sample_inputs(samples, *logits.shape)
     return jitted_sample(jnp.asarray(logits, jnp.float32), inputs, num_top=num_top)
 
 
@@ -438,7 +450,8 @@ def test_scores_are_the_models_own_whatever_was_drawn():
 
 def test_given_tokens_are_scored_like_drawn_ones():
     logits = jnp.asarray(np.random.default_rng(3).normal(size=(ROWS, VOCAB)), jnp.float32)
-    result = jitted_sample(logits, make_sample_inputs([], ROWS), num_top=20)
+    greedy = SamplingParams(temperature=0, logprobs=20)
+    result = jitted_sample(logits, make_sample_inputs([request_sample(greedy)] * ROWS, ROWS), num_top=20)
     scores = jitted_score(logits, result.token_ids, num_top=20)
     jax.tree.map(np.testing.assert_array_equal, scores, result.scores)
     assert np.asarray(scores.ranks).tolist() == [1] * ROWS
@@ -457,7 +470,8 @@ def test_inputs_are_padded_with_rows_that_ask_for_nothing():
     assert inputs.top_k.tolist() == [0, 0, 0, 0]
     assert inputs.seeds.tolist() == [2**32 - 1, 0, 0, 0]
     assert inputs.positions.tolist() == [9, 0, 0, 0]
-    assert len(inputs.bias_rows) == len(inputs.seen_rows) == 0
+    assert inputs.num_biases.tolist() == inputs.num_logprobs.tolist() == [-1, -1, -1, -1]
+    assert inputs.marks.shape == (4, 0)
 
 
 def test_unpacking_on_the_device_gives_each_field_bit_for_bit():
@@ -470,12 +484,13 @@ def test_unpacking_on_the_device_gives_each_field_bit_for_bit():
     ]
     chunks = [Chunk(row, [0], row - 1, 0, [1]) for row in range(3)]
     plan = make_plan(chunks, [request._replace(chunk=row) for row, request in enumerate(samples)])
-    packed, sizes = pack_draws(plan, 4, padding_row=3)
-    assert sizes == SampleSizes(4, num_biases=64, num_seen=64)
-    assert packed.shape == (sizes.packed_size,)
-    columns = np.concatenate([plan.changes.columns, PADDING_ROW[:, None]], axis=1)
-    rows, inputs = jax.jit(unpack_draws, static_argnums=1)(packed, sizes, columns)
+    rows, positions = pack_draws(plan, 4, padding_row=3)
     assert rows.tolist() == [0, 1, 2, 3]
+    columns = np.concatenate([plan.changes.columns, PADDING_ROW[:, None]], axis=1)
+    table = Adjustments.allocate(4, 8)
+    for changes in pack_adjustments(plan.adjustments, 4):
+        table = jax.jit(enter_adjustments)(table, changes)
+    inputs = jax.jit(lambda *args: table.inputs_of(inputs_of_rows(*args), args[1]))(columns, rows, positions)
     expected = {
         "temperature": np.float32([all_params[0].temperature, 1, 1e30, 0]),
         "top_p": np.float32([all_params[0].top_p, 1, 1, 1]),
@@ -486,27 +501,54 @@ def test_unpacking_on_the_device_gives_each_field_bit_for_bit():
         "top_k": np.int32([all_params[0].top_k, 0, 2**31 - 1, 0]),
         "seeds": np.uint32([2**32 - 1, 2**32 - 2, 2**32 - 3, 0]),
         "positions": np.int32([0, 1, 2, 0]),
-        "bias_rows": np.int32([0, 1, 2, 2, 2] + [4] * 59),
-        "bias_ids": np.int32([7, 7, 3, 4, 7] + [0] * 59),
-        "bias_values": np.float32([-np.inf, -np.inf, -1e30, 0.1, -np.inf] + [0] * 59),
-        "seen_rows": np.int32([1, 1, 1, 2, 2, 2] + [4] * 58),
-        "seen_ids": np.int32([1, 2, 5] * 2 + [0] * 58),
-        "seen_is_output": np.array([False, False, True] * 2 + [False] * 58),
+        "num_logprobs": np.int32([-1, -1, -1, -1]),
+        "num_biases": np.int32([0, 0, 2, -1]),
+        "is_early": np.array([False] * 4),
+        "marks": np.uint16([[0] * 7 + [2], [0] * 5 + [16, 0, 2], [0, 1, 1, 0, 0, 16, 0, 2], [0] * 8]),
+        "bias_ids": np.int32([[0, 0], [0, 0], [3, 4], [0, 0]]),
+        "bias_values": np.float32([[0, 0], [0, 0], [-1e30, 0.1], [0, 0]]),
     }
     for name in SampleInputs.__dataclass_fields__:
         field = np.asarray(getattr(inputs, name))
+        if name.startswith("bias"):
+            assert field.shape == (4, MAX_LOGIT_BIAS)
+            field = field[:, :2]
         assert field.dtype == expected[name].dtype, name
         np.testing.assert_array_equal(field, expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("num_tokens", "padded_len"), [(1, 64), (64, 64), (65, 256), (1000, 1024), (1025, 4096)])
-def test_flat_arrays_are_padded_to_few_lengths_in_a_dropped_row(num_tokens, padded_len):
-    params = SamplingParams(presence_penalty=1.0)
-    inputs = make_sample_inputs(
-        [request_sample(), request_sample(params, prompt=range(num_tokens), banned=range(num_tokens))], 3
-    )
-    for rows, ids in ((inputs.seen_rows, inputs.seen_ids), (inputs.bias_rows, inputs.bias_ids)):
-        assert rows.tolist() == [1] * num_tokens + [3] * (padded_len - num_tokens)
-        assert ids[:num_tokens].tolist() == list(range(num_tokens))
-    assert np.all(np.isneginf(inputs.bias_values[:num_tokens]))
-    assert not inputs.seen_is_output.any()
+@pytest.mark.parametrize("num_tokens", [1, 64, CHANGED_MARKS, CHANGED_MARKS + 1, 3 * CHANGED_MARKS])
+def test_as_many_calls_enter_adjustments_as_they_need(num_tokens):
+    params = SamplingParams(logit_bias={each: float(each) for each in range(min(num_tokens, MAX_LOGIT_BIAS))})
+    samples = [request_sample(), request_sample(params, banned=range(num_tokens))]
+    calls = pack_adjustments(adjustments_of(samples), 3)
+    assert len(calls) == max(-(-num_tokens // CHANGED_MARKS), -(-len(params.logit_bias or ()) // CHANGED_BIASES))
+    table = Adjustments.allocate(3, 3 * CHANGED_MARKS)
+    for changes in calls:
+        table = enter_adjustments(table, changes)
+    expected = make_sample_inputs(samples, 3, 3 * CHANGED_MARKS)
+    np.testing.assert_array_equal(table.marks, expected.marks)
+    np.testing.assert_array_equal(table.bias_ids, expected.bias_ids)
+    np.testing.assert_array_equal(table.bias_values, expected.bias_values)
+
+
+def test_rows_that_begin_anew_are_empty_before_their_marks_are_entered():
+    samples = [request_sample(banned=[row % 5]) for row in range(2 * ADJUSTED_ROWS + 1)]
+    full = jnp.full((len(samples), 8), 7, jnp.uint16)
+    table = replace(Adjustments.allocate(len(samples), 8), marks=full)
+    for changes in pack_adjustments(adjustments_of(samples), len(samples)):
+        table = enter_adjustments(table, changes)
+    np.testing.assert_array_equal(table.marks, make_sample_inputs(samples, len(samples), 8).marks)
+
+
+def test_draws_are_counted_up_to_the_most_that_a_mark_counts():
+    table = Adjustments.allocate(3, 4)
+    [sample] = [request_sample(SamplingParams(presence_penalty=1.0), output=[2] * (MOST_GENERATED - 1))]
+    for changes in pack_adjustments(adjustments_of([sample]), 3):
+        table = enter_adjustments(table, changes)
+    columns = make_plan([Chunk(0, [0], 0, 0, [1])], [sample]).changes.columns
+    columns, rows = np.concatenate([columns, PADDING_ROW[:, None]], axis=1), jnp.array([0, 1])
+    for _ in range(2):
+        inputs = table.inputs_of(inputs_of_rows(jnp.asarray(columns), rows, rows), rows)
+        table = table.with_drawn(inputs, rows, jnp.array([2, 3]))
+        assert table.marks.tolist() == [[0, 0, GENERATED * MOST_GENERATED, 0], [0] * 4, [0] * 4]

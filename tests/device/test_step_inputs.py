@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged.contract.plan import BeamSelect
-from jpaged.device.sampling.columns import SampleInputs, pack_draws, unpack_draws
+from jpaged.device.sampling.columns import SampleInputs, inputs_of_rows, pack_draws
 from jpaged.device.step.inputs import Bucket, StepInputs, all_buckets, bucket_for, powers_of_two
 from jpaged.device.step.pack import Packer, loaded_size
 from jpaged.device.step.table import StepState, with_latest
@@ -349,8 +349,7 @@ def test_plans_of_changes_are_loaded_like_the_chunks_and_samples_they_stand_for(
         expected = naive_inputs(chunks, spelled.samples, (), bucket, block_size, max_blocks)
         for name in set(StepInputs.__dataclass_fields__) - {"num_draws"}:
             np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name), err_msg=name)
-        draws, sizes = pack_draws(plan, bucket.num_rows, 8)
-        _, unpacked = unpack_draws(draws, sizes, np.asarray(device.state.columns))
+        unpacked = inputs_of_rows(np.asarray(device.state.columns), *pack_draws(plan, bucket.num_rows, 8))
         expected = make_sample_inputs(spelled.samples, bucket.num_rows)
         loaded = jitted_samples(bucket)(device.state)
         for name in SampleInputs.__dataclass_fields__:
@@ -362,7 +361,7 @@ def test_plans_of_changes_are_loaded_like_the_chunks_and_samples_they_stand_for(
         is_decode = (plan.chunks.token_ids < 0).all()
         seen["decodes"] += is_decode
         seen["of fewer than before"] += is_decode and len(plan.draws) < len(in_flight[0][0].draws)
-        seen["with biases"] += is_decode and sizes.num_biases > 0
+        seen["with biases"] += is_decode and plan.draws.is_adjusted
         seen["drawn by its own program"] += packed.draws
 
     for i in range(400):

@@ -87,7 +87,7 @@ def tokens_of_a_loop_without_cache(
     ]
     rows = np.zeros((MODEL_LEN, ENGINE_MODEL.vocab_size), np.float32)
     rows[: len(samples)] = logits[len(prompt) - 1 : len(sequence) - 1]
-    expected = _sample(jnp.asarray(rows), make_sample_inputs(samples, MODEL_LEN))
+    expected = _sample(jnp.asarray(rows), make_sample_inputs(samples, MODEL_LEN, rows.shape[1]))
     return np.asarray(expected)[: len(token_ids)].tolist()
 
 

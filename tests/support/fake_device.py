@@ -18,7 +18,7 @@ from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.request import Request, SamplingParams, derive_seed
 from tests.support.oracles import beam_search_without_cache
-from tests.support.plans import Chunk, Rows, bans_of
+from tests.support.plans import Chunk, Rows
 
 VOCAB_SIZE = 16
 EOS = 3
@@ -415,7 +415,7 @@ class FakeDevice:
         token_ids = self._tokens_fed(seq, chunk)
         assert len(token_ids) == chunk.stop
         assert prefix == hash_prefixes(token_ids, group.request.prefix_salt)[-1], "drawn from another's logits"
-        bans = bans_of(plan, draw_index)
+        bans = self.rows.bans(row, chunk.stop)
         return draw(prefix, chunk.stop, self.rows.seed(row), self.rows.temperature(row), bans)
 
 

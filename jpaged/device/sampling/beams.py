@@ -10,12 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from jpaged.contract.plan import BeamSelect
 from jpaged.contract.result import BeamCandidates
-from jpaged.device.sampling.columns import padded
 from jpaged.device.sampling.filters import top_k
 from jpaged.request import MAX_BEAM_CANDIDATES, MAX_BEAM_WIDTH
 
 CANDIDATE_SIZES = (8, 32, 128, MAX_BEAM_CANDIDATES)
 """Each is a program for each size of batch, compiled when first needed."""
+
+_MIN_FLAT_LEN = 64
 
 _Column = Array | np.ndarray  # numpy on the host, where make_beam_inputs builds it; Array under jit
 
@@ -83,9 +84,9 @@ def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: i
     return BeamInputs(
         group_rows,
         scores,
-        bias_rows=padded(np.array(bias_rows, np.int32), num_rows),
-        bias_ids=padded(np.array(bias_ids, np.int32), 0),
-        bias_values=padded(np.full(len(bias_ids), -np.inf, np.float32), 0),
+        bias_rows=_padded(np.array(bias_rows, np.int32), num_rows),
+        bias_ids=_padded(np.array(bias_ids, np.int32), 0),
+        bias_values=_padded(np.full(len(bias_ids), -np.inf, np.float32), 0),
     )
 
 
@@ -173,3 +174,13 @@ def split_candidates(candidates: Candidates, beams: Sequence[BeamSelect]) -> tup
         )
         for group, beam in enumerate(beams)
     )
+
+
+def _padded(values: np.ndarray, fill: int) -> np.ndarray:
+    """Pad to 64, 256, 1024, ... entries: each length is a program of its own, and padding costs next to nothing."""
+    if len(values) == 0:
+        return values
+    length = _MIN_FLAT_LEN
+    while length < len(values):
+        length *= 4
+    return np.concatenate([values, np.full(length - len(values), fill, values.dtype)])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jpaged.device.sampling.adjustments import adjusted
 from jpaged.device.sampling.chunks import (
     Chunks,
     finite_or_zero,
@@ -17,10 +18,9 @@ from jpaged.device.sampling.chunks import (
 )
 from jpaged.device.sampling.columns import SampleInputs
 from jpaged.device.sampling.filters import Filters, find_threshold
-from jpaged.device.sampling.masks import biased
 from jpaged.device.sampling.noise import draw
-from jpaged.device.sampling.penalties import penalised
 from jpaged.device.sampling.scores import Scores, own_log_normaliser, score_with
+from jpaged.device.sampling.some_rows import of_some_rows
 
 MIN_TEMPERATURE = 1e-5
 """Below this a row is greedy: the division would leave nothing for the noise to decide."""
@@ -48,12 +48,12 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SampleInputs, *, num_top:
     Args:
         logits: float32; -inf marks tokens that cannot be drawn. If a row has no other, token 0 is returned.
         inputs: as many rows as the logits.
-        num_top: most probable tokens to score besides the drawn one (static; fewer if the vocabulary is smaller). None
-            if no log-probabilities were asked for. The drawn token's own then comes without its rank, and costs no
-            further pass over the logits.
+        num_top: most probable tokens to score besides the drawn one (static; fewer if the vocabulary is smaller), for
+            the rows that ask for any. None if no log-probabilities were asked for. The drawn token's own then comes
+            without its rank, and costs no further pass over the logits.
     """
     assert logits.dtype == jnp.float32, logits.dtype
-    adjusted = penalised(biased(logits, inputs), inputs)
+    own = adjusted(logits, inputs)
     is_random = inputs.temperature >= MIN_TEMPERATURE
     filters = Filters(
         top_k=jnp.where(is_random, inputs.top_k, 0),
@@ -62,12 +62,13 @@ def sample(logits: Float[Array, "rows vocab"], inputs: SampleInputs, *, num_top:
         temperature=jnp.where(is_random, inputs.temperature, 1.0),
     )
     # The barriers keep XLA from tearing a pass into several, by what reads its results.
-    chunks = Chunks(*lax.optimization_barrier(summarise(adjusted, 1 / filters.temperature)))
+    chunks = Chunks(*lax.optimization_barrier(summarise(own, 1 / filters.temperature)))
     greatest = jnp.max(chunks.maxima, axis=1)
-    drawn = _draw(adjusted, chunks, finite_or_zero(greatest), filters, inputs)
+    drawn = _draw(own, chunks, finite_or_zero(greatest), filters, inputs)
     token_ids = jnp.where(is_random, drawn, first_of_greatest(chunks, greatest, logits.shape[1]))
-    normaliser = log_normaliser(chunks.maxima, chunks.masses) if adjusted is logits else own_log_normaliser(logits)
-    return SampledTokens(token_ids, score_with(logits, normaliser, token_ids, num_top))
+    normaliser = log_normaliser(chunks.maxima, chunks.masses) if own is logits else own_log_normaliser(logits)
+    num_wanted = jnp.asarray(inputs.num_logprobs)
+    return SampledTokens(token_ids, score_with(logits, normaliser, token_ids, num_top, num_wanted))
 
 
 def _draw(
@@ -81,12 +82,15 @@ def _draw(
     coldness = 1 / filters.temperature
     unfiltered = jnp.full_like(greatest, -jnp.inf), log_masses(chunks, greatest, coldness)
 
-    def filtered() -> tuple[Array, Array]:
-        threshold = jnp.where(filters.is_any, find_threshold(logits, chunks, filters), -jnp.inf)
-        left = summarise(jnp.where(logits >= threshold[:, None], logits, -jnp.inf), coldness)
-        # Rows without filters keep their own: the same sums, compiled differently, may be rounded differently.
-        masses = jnp.where(filters.is_any[:, None], log_masses(left, greatest, coldness), unfiltered[1])
-        return threshold, masses
+    def filtered(rows: Int[Array, " few"]) -> tuple[Array, Array]:
+        own_logits, own_chunks, own_filters = jax.tree.map(lambda each: each[rows], (logits, chunks, filters))
+        threshold = find_threshold(own_logits, own_chunks, own_filters)
+        left = summarise(jnp.where(own_logits >= threshold[:, None], own_logits, -jnp.inf), coldness[rows])
+        return threshold, log_masses(left, greatest[rows], coldness[rows])
 
-    threshold, masses = lax.cond(jnp.any(filters.is_any), filtered, lambda: unfiltered)
+    # Rows without filters keep their own: the same sums, compiled differently, may be rounded differently.
+    is_any = filters.is_any
+    threshold, masses = lax.cond(
+        jnp.any(is_any), lambda: of_some_rows(is_any, filtered, unfiltered), lambda: unfiltered
+    )
     return draw(logits, threshold, masses, coldness, jnp.asarray(inputs.seeds), jnp.asarray(inputs.positions))

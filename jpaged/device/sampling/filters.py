@@ -62,7 +62,10 @@ def find_threshold(logits: Float[Array, "rows vocab"], chunks: Chunks, filters: 
 
 def _list_greatest(logits: Float[Array, "rows vocab"], chunks: Chunks) -> Float[Array, "rows listed"]:
     """The greatest logits in order: n of them are in the n chunks of the greatest maxima."""
-    num_listed = min(_MAX_LISTED, chunks.maxima.shape[1])
+    num_chunks = chunks.maxima.shape[1]
+    num_listed = min(_MAX_LISTED, num_chunks)
+    if num_listed == num_chunks:  # they are all tokens
+        return lax.top_k(logits, num_listed)[0]
     _, best = lax.top_k(chunks.maxima, num_listed)
     found, _ = members_of(logits, best)
     return lax.top_k(found, num_listed)[0]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jpaged.contract.result import TokenScores
 from jpaged.device.sampling.chunks import log_normaliser, summarise
 from jpaged.device.sampling.filters import top_k
+from jpaged.device.sampling.some_rows import of_some_rows
 
 NO_SCORES = TokenScores.plain(np.zeros(0, np.float32))
 
@@ -56,14 +57,36 @@ def score_with(
     normaliser: Float[Array, "rows"],
     targets: Int[Array, "rows"],
     num_top: int | None,
+    num_wanted: Int[Array, "rows"] | None = None,
 ) -> Scores:
-    """``score`` for a known normaliser; without ranks and alternatives if ``num_top`` is None."""
+    """Score as ``score`` does, for a known normaliser.
+
+    Args:
+        logits: the model's own, float32.
+        normaliser: log of the sum of all exponentials of each row.
+        targets: the tokens to score.
+        num_top: as for ``score``; None for neither ranks nor alternatives.
+        num_wanted: alternatives that each row asks for, -1 if not even the rank; None if all rows ask for all.
+            The ranks and alternatives that a row does not ask for may be anything.
+    """
     normaliser = jnp.where(jnp.isfinite(normaliser), normaliser, jnp.nan)  # tells such logits from a masked target
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)
-    top_logits, top_ids = top_k(logits, min(num_top or 0, logits.shape[1]))
+    has_ranks, num_top = num_top is not None, min(num_top or 0, logits.shape[1])
+
+    def rank() -> Int[Array, "rows"]:
+        return 1 + jnp.sum(logits > target_logits, axis=1, dtype=jnp.int32)
+
     ranks = jnp.zeros(targets.shape, jnp.int32)
-    if num_top is not None:
-        ranks = 1 + jnp.sum(logits > target_logits, axis=1, dtype=jnp.int32)
+    if num_wanted is None:
+        top_logits, top_ids = top_k(logits, num_top)
+        ranks = rank() if has_ranks else ranks
+    else:
+        shape = len(logits), num_top
+        none = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+        wants_top = (num_wanted > 0) & (num_top > 0)
+        top_logits, top_ids = of_some_rows(wants_top, lambda rows: tuple(top_k(logits[rows], num_top)), none)
+        if has_ranks:
+            ranks = lax.cond(jnp.any(num_wanted >= 0), rank, lambda: ranks)
     return Scores(target_logits[:, 0] - normaliser, ranks, top_ids, top_logits - normaliser[:, None])
 
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import prod
 
 import numpy as np
 from jaxtyping import Int32
@@ -11,8 +9,10 @@ from jaxtyping import Int32
 from jpaged.contract.plan import BeamSelect, BlockCopy, PromptScore, StepPlan
 from jpaged.contract.rows import COLUMNS, NO_INTS, RowChanges
 from jpaged.device.sampling.beams import make_beam_inputs, num_candidates_of, pack_beam_inputs
-from jpaged.device.sampling.columns import SampleSizes, pack_draws
+from jpaged.device.sampling.columns import pack_draws
+from jpaged.device.step.adjust import pack_adjustments
 from jpaged.device.step.inputs import Bucket, bucket_for
+from jpaged.device.step.layout import Layout
 from jpaged.request import MAX_LOGPROBS
 
 SCORE_ROWS = 64
@@ -23,26 +23,6 @@ CHANGED_ROWS = 64
 
 CHANGED_BLOCKS = 1024
 """Cells of block tables that one call enters into the table."""
-
-
-class Layout:
-    """Named fields that follow one another in one array.
-
-    Args:
-        shapes: shape of each field.
-
-    Attributes:
-        size: length of the array.
-    """
-
-    def __init__(self, **shapes: tuple[int, ...]) -> None:
-        ends = list(accumulate(map(prod, shapes.values()), initial=0))
-        self.size = ends[-1]
-        self._fields = [(name, slice(*ends[i : i + 2]), shape) for i, (name, shape) in enumerate(shapes.items())]
-
-    def split(self, packed) -> dict:
-        """Views of ``packed`` (numpy or jax) by field name."""
-        return {name: packed[where].reshape(shape) for name, where, shape in self._fields}
 
 
 def step_layout(bucket: Bucket) -> Layout:
@@ -82,9 +62,9 @@ def loaded_size(bucket: Bucket) -> int:
 class PackedSamples:
     """The input of a program that samples: see ``pack_draws``."""
 
-    inputs: Int32[np.ndarray, " size"]
-    sizes: SampleSizes
+    inputs: Int32[np.ndarray, "2 rows"]
     num_top: int | None
+    is_adjusted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +95,7 @@ class PackedStep:
         copies: as in the plan.
         bucket: the program of the forward pass; None if there is nothing to compute.
         changes: changes of the table that ``inputs`` have no place for, each the input of one call.
+        adjustments: changes of the adjustments, each the input of one call; see ``pack_adjustments``.
         inputs: inputs that the program loads; see ``loaded_size``.
         num_steps: steps of a burst.
         draws: whether that program draws too: a decode's, with nothing but what all rows ask for.
@@ -129,6 +110,7 @@ class PackedStep:
     copies: tuple[BlockCopy, ...]
     bucket: Bucket | None = None
     changes: tuple[Int32[np.ndarray, " change_size"], ...] = ()
+    adjustments: tuple[Int32[np.ndarray, " adjustment_size"], ...] = ()
     inputs: Int32[np.ndarray, " size"] | None = None
     num_steps: int = 1
     draws: bool = False
@@ -178,19 +160,21 @@ class Packer:
         if len(plan.chunks.rows) == 0:
             assert num_new == num_blocks == 0
             return PackedStep(*moves)
-        num_draws, num_logprobs = len(plan.draws.rows), plan.draws.num_logprobs
+        num_draws, is_adjusted = len(plan.draws.rows), plan.draws.is_adjusted
         bucket = bucket_for(plan, self.buckets)
-        # A program scores no alternatives, or all that a request may ask for.
-        num_top = None if num_logprobs is None else MAX_LOGPROBS if num_logprobs else 0
-        draws = bucket.is_decode and num_top is None and num_draws > 0 and plan.draws.extras.is_empty
+        # A program scores no alternatives, or all that a request may ask for. Few rows have adjustments alone.
+        num_top = None if plan.draws.num_logprobs is None and not is_adjusted else MAX_LOGPROBS
+        draws = bucket.is_decode and num_top is None and num_draws > 0
         samples = None
         if num_draws > 0 and not draws:
-            samples = PackedSamples(*pack_draws(plan, self._num_sample_rows(plan, bucket), self.padding_row), num_top)
+            inputs = pack_draws(plan, self._num_sample_rows(plan, bucket), self.padding_row)
+            samples = PackedSamples(inputs, num_top, is_adjusted)
         is_fitting = num_blocks <= bucket.num_rows  # the inputs of the step have a place for the changed cells
         return PackedStep(
             *moves,
             bucket,
             () if num_new == 0 and is_fitting else self._pack_changes(plan.changes, with_blocks=not is_fitting),
+            () if plan.adjustments.is_empty else pack_adjustments(plan.adjustments, self._num_rows),
             self._pack_inputs(plan, bucket, draws=draws, with_changes=is_fitting),
             plan.num_steps,
             draws,

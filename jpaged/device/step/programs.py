@@ -31,8 +31,9 @@ from jpaged.device.kv.pages import PAGES_AT_ONCE, PageCapacity
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import BlockStream, HostStream
 from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_for
+from jpaged.device.sampling.adjustments import Adjustments
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
-from jpaged.device.sampling.columns import SampleSizes
+from jpaged.device.step.adjust import LAYOUT, enter_adjustments
 from jpaged.device.step.compiling import Compiling
 from jpaged.device.step.inputs import Bucket, all_buckets
 from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
@@ -178,12 +179,13 @@ class Programs:
         # The window is opened once the pool has a size.
         kind = "stream" if self.streams_always and self.stream is not None else "forward"
         keys: list[tuple] = [(kind, self.buckets[-1]), ("copy", max(self.copy_sizes))]
-        keys.append(("sample", SampleSizes(self.config.max_num_seqs), None))
+        keys.append(("sample", self.config.max_num_seqs, None, False))
         total = 0 if kind == "stream" else _num_copied_cells(self) * self._layout.layer_bytes(self.dtype)
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
             total += 2 * most_staged * self.host_bytes_per_block // self.mesh.size
+        total += sum(x.nbytes for x in jax.tree.leaves(self._abstract_adjustments()))  # made when a row needs them
         with InterruptsWait() as interrupts:
             for key in keys:
                 interrupts.check()
@@ -208,10 +210,15 @@ class Programs:
             num_groups=len(self.groups),
         )
 
+    def new_adjustments(self) -> Adjustments:
+        """Adjustments of the table's rows, which have none yet."""
+        sizes = len(self._abstract_state().latest), self.model_config.vocab_size
+        return Adjustments.allocate(*sizes, sharding=replicated(self.mesh))
+
     def warm_up(self, *, with_host_pool: bool = False, use_tqdm: bool = True) -> None:
         """Compile every bucket's step, its plain sampler and all that moves blocks, in parallel.
 
-        Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
+        Log-probabilities, adjustments of logits and beams compile when first asked for.
         """
         # Programs are lowered one after the other, always in this order. JAX numbers Pallas kernels as it meets them,
         # and its own cache finds programs by these numbers too. Ours does not lower what it finds.
@@ -249,7 +256,7 @@ class Programs:
         """The keys of all programs that plain requests need."""
         kind = "stream" if self.streams_always else "forward"
         keys: list[tuple] = [(kind, bucket) for bucket in reversed(self.buckets)]
-        keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
+        keys += [("sample", rows, None, False) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
         keys += [("load", bucket) for bucket in self.buckets]
         keys += [("enter",), ("read",), *(("copy", size) for size in self.copy_sizes)]
         if with_host_pool:
@@ -297,10 +304,15 @@ class Programs:
             case "read":
                 return jax.jit(jnp.copy).lower(state.drawn)
             case "sample":
-                sample_sizes, num_top = sizes
-                packed = self._abstract((sample_sizes.packed_size,), jnp.int32), self._abstract((), jnp.int32)
-                method = _jit(self.steps.sample_next, sample_sizes, num_top, donate=(1,))
-                return method.lower(weights, state.latest, state.columns, state.sample_hidden, *packed)
+                num_rows, num_top, is_adjusted = sizes
+                packed = self._abstract((2, num_rows), jnp.int32), self._abstract((), jnp.int32)
+                arrays = state.latest, state.columns, state.sample_hidden, *packed
+                adjustments = (self._abstract_adjustments(),) if is_adjusted else ()
+                method = _jit(self.steps.sample_next, num_top, donate=(1, 6) if is_adjusted else (1,))
+                return method.lower(weights, *arrays, *adjustments)
+            case "adjust":
+                changes = self._abstract((LAYOUT.size,), jnp.int32)
+                return jax.jit(enter_adjustments, donate_argnums=0).lower(self._abstract_adjustments(), changes)
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
@@ -340,6 +352,9 @@ class Programs:
 
     def _abstract_state(self) -> StepState:
         return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
+
+    def _abstract_adjustments(self) -> Adjustments:
+        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_adjustments))
 
     def host_slots(self, num_host_blocks: int) -> jax.ShapeDtypeStruct:
         """The shape of the slots of a host pool of so many blocks."""

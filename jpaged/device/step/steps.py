@@ -1,6 +1,6 @@
 """The functions of a step that are traced and compiled. They are pure, given the sizes they are built with."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import BlockStream
 from jpaged.device.kv.streaming import RecomputingAttend, StreamingAttend
 from jpaged.device.kv.widening import WideningAttend
+from jpaged.device.sampling.adjustments import Adjustments
 from jpaged.device.sampling.beams import BeamInputs, Candidates, beam_candidates, unpack_beam_inputs
-from jpaged.device.sampling.columns import SampleInputs, SampleSizes, rows_from, unpack_draws
+from jpaged.device.sampling.columns import SampleInputs, inputs_of_rows, rows_from
 from jpaged.device.sampling.draw import SampledTokens, sample
 from jpaged.device.sampling.scores import Scores, score
 from jpaged.device.step.inputs import Bucket
@@ -132,11 +133,11 @@ class Steps:
         inputs: SampleInputs,
         num_top: int | None,
     ) -> SampledTokens:
-        num_rows, has_extras = len(inputs.temperature), len(inputs.bias_rows) + len(inputs.seen_rows) > 0
+        num_rows, is_adjusted = len(inputs.temperature), inputs.marks.shape[1] > 0
         with jax.named_scope(SAMPLING_SCOPE):
             logits = self._whole_rows(self._merge(weights).logits(hidden[:num_rows]))
             draw = partial(sample, num_top=num_top)
-            if self.mesh.size > 1 and not has_extras and num_rows % self.mesh.size == 0:
+            if self.mesh.size > 1 and not is_adjusted and num_rows % self.mesh.size == 0:
                 draw = jax.shard_map(
                     partial(_sample_own_rows, num_top=num_top),
                     in_specs=(P(TENSOR_AXIS), P()),
@@ -147,19 +148,18 @@ class Steps:
 
     def sample_next(
         self,
-        sizes: SampleSizes,
         num_top: int | None,
         weights: list[Array],
         latest: Int[Array, " table_rows"],
         columns: Int[Array, "columns table_rows"],
         hidden: Float[Array, "max_num_seqs hidden_size"],
-        packed: Int[Array, " size"],
+        packed: Int[Array, "2 rows"],
         num_before: Int[Array, ""],
-    ) -> tuple[SampledTokens, Int[Array, " table_rows"]]:
-        """The drawn tokens, and ``latest`` with them.
+        adjustments: Adjustments | None = None,
+    ) -> tuple[SampledTokens, Int[Array, " table_rows"], Adjustments | None]:
+        """The drawn tokens; ``latest`` and the adjustments with them.
 
         Args:
-            sizes: sizes of the packed draws.
             num_top: alternatives to score; see ``sample``.
             weights: weights of the model.
             latest: as in ``StepState``.
@@ -167,11 +167,16 @@ class Steps:
             hidden: ``StepState.sample_hidden``.
             packed: the draws; see ``pack_draws``.
             num_before: steps of the burst before this one.
+            adjustments: adjustments of all rows; None if no row that draws has any.
         """
-        rows, inputs = unpack_draws(packed, sizes, columns)
-        inputs = replace(inputs, positions=inputs.positions + num_before)
+        rows = packed[0]
+        inputs = inputs_of_rows(columns, rows, packed[1] + num_before)
+        if adjustments is not None:
+            inputs = adjustments.inputs_of(inputs, rows)
         sampled = self._sample(weights, hidden, inputs, num_top)
-        return sampled, self._replicate(with_latest(latest, jnp.asarray(rows), sampled.token_ids))
+        if adjustments is not None:
+            adjustments = self._replicate(adjustments.with_drawn(inputs, rows, sampled.token_ids))
+        return sampled, self._replicate(with_latest(latest, rows, sampled.token_ids)), adjustments
 
     def _whole_rows(self, logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
         """Bring each whole row to one device.
