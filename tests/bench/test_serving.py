@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from bench.machine import MachineLimits
 from bench.peers import SERVING
 from bench.report import CONFIGS
 from bench.serving import command
+from bench.serving import options as options_bench
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
 from bench.serving.figures import ExpertBytes, Figures, Floor, experts_of
 from bench.serving.profiling import profile_decode
@@ -487,3 +489,18 @@ def test_a_preset_loads_and_its_peer_has_figures_under_our_names():
         "parallel4_200_tokens",
         "beam4_64x64_tokens",
     } <= names
+
+
+def test_options_are_compared_with_plain_sampling(monkeypatch):
+    chosen = {name: options_bench.OPTIONS[name] for name in ("min_tokens",)}
+    monkeypatch.setattr(options_bench, "OPTIONS", chosen)
+    model = random_model(TINY, jnp.dtype("float32"), make_mesh(1), 0)
+    llm = LLM.from_model(model, TINY, EngineConfig(num_blocks=65, max_num_seqs=1, max_num_batched_tokens=8))
+    args = Namespace(random_weights=None, model=None, quick=True, name=None, commit="none", argv=[])
+    name, report = options_bench.measure_options(llm, args)
+    assert name == "serving_options_demo_cpu_quick"
+    rows = [*chosen, options_bench.MIXED, *(each + options_bench.ALONE for each in chosen)]
+    assert list(report["options"]) == rows
+    for each in report["options"].values():
+        assert each["shares"] == [each["tokens_per_s"] / each["plain"]]
+    assert report["num_programs_compiled"] == 0
