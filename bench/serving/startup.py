@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,34 @@ class StartUp:
         )
 
 
-def start(model_config: ModelConfig, config: EngineConfig, imports_s: float, num_devices: int) -> tuple[LLM, StartUp]:
-    """Make an LLM with random weights over the devices, and wait for every program; returns its times too."""
+def keep_sizes(runner: ModelRunner, batches: Iterable[int]) -> None:
+    """Leave a runner the largest step, and the decodes of some batches: all others would only be compiled."""
+    decodes = [bucket for bucket in runner.buckets if bucket.is_decode]
+    kept = {next((bucket for bucket in decodes if bucket.num_rows >= batch), decodes[-1]) for batch in batches}
+    runner.buckets[:] = [*(bucket for bucket in decodes if bucket in kept), runner.buckets[-1]]
+
+
+def start(
+    model_config: ModelConfig,
+    config: EngineConfig,
+    imports_s: float,
+    num_devices: int,
+    batches: Iterable[int] | None = None,
+) -> tuple[LLM, StartUp]:
+    """Make an LLM with random weights over the devices, and wait for its programs.
+
+    Args:
+        model_config, config: the model and the engine.
+        imports_s: seconds before, for the record.
+        num_devices: devices that share the model.
+        batches: decodes whose sizes are compiled, with the largest step; None compiles every size.
+
+    Returns:
+        The LLM and its times.
+    """
     watch, mesh = Stopwatch(), make_mesh(num_devices)
-    warm_up = None if target_of(mesh).warms_up else True  # as an LLM by default, but not compiled by the steps
+    # As an LLM by default, except that no step compiles anything.
+    warm_up = False if batches is not None else None if target_of(mesh).warms_up else True
     began, cpu_before = time.perf_counter(), _cpu_s()
     with (
         _cache_events() as programs,
@@ -81,13 +105,16 @@ def start(model_config: ModelConfig, config: EngineConfig, imports_s: float, num
     ):
         # No name holds the model: the runner joins its projections, and the single ones would take the pool's place.
         llm = LLM.from_model(_weights(model_config, mesh, watch), model_config, config, mesh=mesh, warm_up=warm_up)
+        if batches is not None:
+            keep_sizes(llm.engine.runner, batches)
+            llm.engine.runner.warm_up()
         total_s = time.perf_counter() - began
         llm.engine.runner.programs.background.wait()
         all_programs_s = time.perf_counter() - began
     return llm, StartUp(
         total_s=total_s,
         weights_s=watch.seconds["weights"],
-        sizing_s=watch.seconds["sizing"] - watch.seconds["compiling"],
+        sizing_s=watch.seconds["sizing"] - (watch.seconds["compiling"] if batches is None else 0.0),
         compiling_s=watch.seconds["compiling"],
         engine_s=watch.seconds["engine"],
         imports_s=imports_s,

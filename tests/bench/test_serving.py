@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +20,14 @@ from bench.machine import MachineLimits
 from bench.peers import SERVING
 from bench.report import CONFIGS
 from bench.serving import command
+from bench.serving import options as options_bench
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
 from bench.serving.figures import ExpertBytes, Figures, Floor, experts_of
 from bench.serving.profiling import profile_decode
 from bench.serving.runs import Bench, TimeIsUp, sampling
 from bench.serving.scenarios import run_workload
 from bench.serving.sizes import QUICK
-from bench.serving.startup import StartUp, start_cold
+from bench.serving.startup import StartUp, keep_sizes, start_cold
 from bench.serving.stopwatch import HOST_PARTS, Stopwatch
 from jpaged import LLM, EngineConfig
 from jpaged.device.step.steps import SAMPLING_SCOPE
@@ -445,6 +447,27 @@ def test_cold_start_is_measured_by_a_process_that_leaves_its_cache(monkeypatch, 
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
 
+def test_kept_sizes_are_the_decodes_that_batches_take_and_the_largest(bench):
+    decodes = [bucket for bucket in bench.runner.buckets if bucket.is_decode]
+    assert [bucket.num_rows for bucket in decodes] == [1, 2, 4]
+    for batches, kept in (([1], [1]), ([2, 1], [1, 2]), ([3], [4]), ([9], [4])):
+        runner = SimpleNamespace(buckets=list(bench.runner.buckets))
+        keep_sizes(runner, batches)  # pyright: ignore[reportArgumentType]
+        expected = [bucket for bucket in decodes if bucket.num_rows in kept]
+        assert runner.buckets == [*expected, bench.runner.buckets[-1]]
+
+
+def test_few_sizes_and_prompts_of_another_length_serve_two_workloads(run_serving, tiny_path, capsys):
+    options = ("--few-sizes", "--prompt-len", "40", "--decode-batches", "1", "--no-breakdown")
+    status, _, report = run_serving(tiny_path, *options, "--workloads", "decode", "prefill32")
+    assert (status, report["failed"], report["sizes"]["prompt_len"]) == (0, {}, 40)
+    assert list(report["figures"]) == ["startup_s", "decode_1_ms", "prefill2_s"]
+    assert all(figure["num_programs_compiled"] == 0 for figure in list(report["figures"].values())[1:])
+    with pytest.raises(SystemExit):
+        run_serving(tiny_path, *options, "--workloads", "parallel4_200")
+    assert "give --workloads decode prefill32, or one of them" in capsys.readouterr().err
+
+
 def test_options_that_need_random_weights_say_so(capsys):
     for options in (["--warm-start"], ["--startup-only"]):
         with pytest.raises(SystemExit):
@@ -466,3 +489,18 @@ def test_a_preset_loads_and_its_peer_has_figures_under_our_names():
         "parallel4_200_tokens",
         "beam4_64x64_tokens",
     } <= names
+
+
+def test_options_are_compared_with_plain_sampling(monkeypatch):
+    chosen = {name: options_bench.OPTIONS[name] for name in ("min_tokens",)}
+    monkeypatch.setattr(options_bench, "OPTIONS", chosen)
+    model = random_model(TINY, jnp.dtype("float32"), make_mesh(1), 0)
+    llm = LLM.from_model(model, TINY, EngineConfig(num_blocks=65, max_num_seqs=1, max_num_batched_tokens=8))
+    args = Namespace(random_weights=None, model=None, quick=True, name=None, commit="none", argv=[])
+    name, report = options_bench.measure_options(llm, args)
+    assert name == "serving_options_demo_cpu_quick"
+    rows = [*chosen, options_bench.MIXED, *(each + options_bench.ALONE for each in chosen)]
+    assert list(report["options"]) == rows
+    for each in report["options"].values():
+        assert each["shares"] == [each["tokens_per_s"] / each["plain"]]
+    assert report["num_programs_compiled"] == 0
