@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chips import here
 from pallas_kernels.paged_attention.call import Scoring
+from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.prefill_plan import DEFAULT_SIZES, Case, PrefillSizes, Run, plan_prefill
 from tests.support.attention import (
@@ -140,6 +142,16 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         case_of(shape, PrefillSizes(stages=4))
     with pytest.raises(NotImplementedError, match="head_dim=224 over a quantised pool: expected at most 192"):
         case_of(replace(shape, head_dim=224, quantized=jnp.int8))
+
+
+@pytest.mark.parametrize(("head_dim", "num_kernels"), [(192, 3), (224, 2)])
+def test_prompts_of_the_widest_heads_over_a_quantised_pool_are_attended_by_the_decode_kernel(
+    head_dim, num_kernels, monkeypatch
+) -> None:
+    monkeypatch.setattr(here, "why_no_hopper", lambda: None)
+    call = abstract_call(Shape(64, 2, 8, 8, 2, head_dim, 16, jnp.bfloat16, jnp.int8), scoring=Scoring(0.1))
+    traced = jax.jit(lambda call: attend_hopper(replace(call, kv=call.kv._replace(layer=0)))).trace(call)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == num_kernels
 
 
 def case_of(shape: Shape, sizes: PrefillSizes = DEFAULT_SIZES) -> Case:
