@@ -134,7 +134,7 @@ def random_tile(case: Case, stored: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(
     ("head_dim", "block_size"),
-    [(32, 8), (64, 16), (96, 64), (128, 8), (128, 16), (128, 256), (160, 16), (192, 32), (224, 8)],
+    [(32, 8), (64, 16), (96, 64), (128, 8), (128, 16), (128, 256), (160, 16), (192, 32)],
 )
 def test_a_tile_is_widened_times_its_scales_to_where_the_tensor_cores_read_it(stored, head_dim, block_size):
     case = make_case(stored, head_dim, block_size)
