@@ -430,7 +430,7 @@ def test_command_goes_on_after_failures_and_time_limits(run_serving, tiny_path, 
 
 
 def test_cold_start_is_measured_by_a_process_that_leaves_its_cache(monkeypatch, tmp_path):
-    times = StartUp(9, 1, 1, 1, 1, 1, 1, 0, 1)
+    times = StartUp(9, 1, 1, 1, 1, 1, 1, 0, 1, 12, 2)
 
     def run(args, **options):
         assert args[1:4] == ["-m", "bench", "serving"]
