@@ -39,14 +39,17 @@ from bench.serving.figures import Figures, Floor, experts_of
 from bench.serving.options import measure_options
 from bench.serving.runs import Bench, TimeIsUp
 from bench.serving.scenarios import run_workload
-from bench.serving.sizes import FULL, QUICK, WORKLOADS
+from bench.serving.sizes import FULL, QUICK, WORKLOADS, Sizes
 from bench.serving.startup import StartUp, start, start_cold
 from jpaged import LLM, EngineConfig
+from jpaged.device.kv.layout import grouping_of
 from jpaged.device.runner import ModelRunner
 from jpaged.models import ModelConfig, load_config
 
 DECODE_BATCHES = (1, 32, 128, 256)
 PREEMPTIONS = ("swap", "recompute", "auto")
+FIXED_WORKLOADS = {"decode", "prefill32"}
+"""Workloads whose steps have the sizes of ``--decode-batches``, or the largest."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +80,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="run the sharegpt1000_2048blocks workload under each of these",
     )
     seconds = "seconds after which a workload stops with what it has (default: %(default)s)"
+    context = f"tokens of the prompts of decode and prefill32; the peers have figures for {FULL.prompt_len} (default)"
+    add("--prompt-len", type=int, metavar="N", help=context)
+    add("--few-sizes", action="store_true", help="compile only the sizes that decode and prefill32 need")
     add("--limit-s", type=float, default=60.0, metavar="X", help=seconds)
     budget = "seconds after which no further workload starts; the current one stops (default: none)"
     add("--budget-s", type=float, metavar="X", help=budget)
@@ -100,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         args.decode_batches = [batch for batch in DECODE_BATCHES if batch <= args.max_num_seqs]
     if max(args.decode_batches) > args.max_num_seqs:
         raise UsageError(f"--decode-batches: at most --max-num-seqs, {args.max_num_seqs}")
+    if args.few_sizes and set(args.workloads) - FIXED_WORKLOADS:
+        raise UsageError(f"--few-sizes: give --workloads {' '.join(sorted(FIXED_WORKLOADS))}, or one of them")
     # All-reduces take their scratch outside of the memory that XLA reserves.
     fraction = "0.95" if args.tensor_parallel_size == 1 else "0.85"
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
@@ -132,14 +140,15 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
     imports_s = time.perf_counter() - args.began
     path, model_config, config = _read_settings(args)
     limits = None if args.startup_only else machine.measure_limits(jnp.dtype(model_config.dtype))
-    llm, startup = start(model_config, config, imports_s, args.tensor_parallel_size)
+    batches = args.decode_batches if args.few_sizes else None
+    llm, startup = start(model_config, config, imports_s, args.tensor_parallel_size, batches)
     print(startup)
     runner = llm.engine.runner
     name = args.name or f"serving_{path.name}_{device_name()}" + "_quick" * args.quick
     report = start_report(
         args,
         is_quick=args.quick,
-        sizes=dataclasses.asdict(QUICK if args.quick else FULL),
+        sizes=dataclasses.asdict(_sizes(args)),
         limit_s=args.limit_s,
         model=dataclasses.asdict(model_config),
         dtype=str(runner.dtype),
@@ -159,11 +168,12 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
         failed={},
     )
     if limits is not None:
-        figures = Figures(report, serving_figures(path.name), lambda: save(name, report, args.out))
+        peers = serving_figures(path.name) if args.prompt_len is None else {}
+        figures = Figures(report, peers, lambda: save(name, report, args.out))
         bench = Bench(
             runner,
             config,
-            QUICK if args.quick else FULL,
+            _sizes(args),
             figures,
             _floor(runner, config, limits.of_devices(args.tensor_parallel_size)),
             args.limit_s,
@@ -171,6 +181,11 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
         )
         _run_workloads(args, report, bench)
     return name, report
+
+
+def _sizes(args: argparse.Namespace) -> Sizes:
+    sizes = QUICK if args.quick else FULL
+    return sizes if args.prompt_len is None else dataclasses.replace(sizes, prompt_len=args.prompt_len)
 
 
 def _read_settings(args: argparse.Namespace) -> tuple[Path, ModelConfig, EngineConfig]:
@@ -223,6 +238,7 @@ def _floor(runner: ModelRunner, config: EngineConfig, limits: machine.MachineLim
         block_size=config.block_size,
         experts=experts_of(model, runner.dtype),
         windows=tuple(spec.sliding_window for spec in model.layer_specs),
+        layers_per_block=grouping_of(model, config).groups.layers_per_block,
     )
 
 
