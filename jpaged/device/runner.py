@@ -30,7 +30,7 @@ from jpaged.device.sampling.scores import NO_SCORES, Scores, first_rows, join_sc
 from jpaged.device.step.in_flight import Results, StepInFlight, StepTimes
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.pack import SCORE_ROWS, PackedSamples, PackedScores, PackedStep, Packer
-from jpaged.device.step.programs import Programs, dtype_of, split_model
+from jpaged.device.step.programs import Programs, dtype_of, new_adjustments, split_model
 from jpaged.device.target import BACKENDS, choose_backend, placement_note, why_no_streaming
 from jpaged.device.weights import device_bytes, prepare_weights
 from jpaged.models import ModelConfig
@@ -264,16 +264,12 @@ class ModelRunner:
             draws = list(zip(token_ids, scores, strict=True))
         else:
             draws = [(tokens.token_ids[:num_draws], first_rows(tokens.scores, num_draws)) for tokens in sampled]
+        scored = zip(prompt_scores, plan.prompt_scores, strict=True)
         token_ids, scores = draws[0] if draws else (np.zeros(0, np.int32), NO_SCORES)
         return StepResult(
             token_ids=token_ids,
             scores=scores,
-            prompt_scores=tuple(
-                [
-                    _cut_scores(parts, len(piece.target_ids))
-                    for parts, piece in zip(prompt_scores, plan.prompt_scores, strict=True)
-                ]
-            ),
+            prompt_scores=tuple([_cut_scores(parts, len(piece.target_ids)) for parts, piece in scored]),
             beams=split_candidates(candidates, plan.beams) if candidates else (),
             later=tuple(draws[1:]),
         )
@@ -285,8 +281,9 @@ class ModelRunner:
         for changes in step.changes:
             self._state = self.programs.get(("enter",))(self._state, changes)
         for changes in step.adjustments:
-            adjustments = self._adjustments or self.programs.new_adjustments()
-            self._adjustments = self.programs.get(("adjust",))(adjustments, changes)
+            self._adjustments = self.programs.get(("adjust",))(
+                self._adjustments or new_adjustments(self.programs), changes
+            )
         self._state = self.programs.get(("load", step.bucket))(self._state, step.inputs)
         if step.streamed is not None:
             assert self.host_pool is not None
@@ -308,22 +305,17 @@ class ModelRunner:
     def _run_and_sample(
         self, step: PackedStep, samples: PackedSamples
     ) -> tuple[Float[Array, "tokens hidden_size"], tuple[SampledTokens, ...]]:
-        """Enqueue the forward passes of a plan, and a program that samples after each of them.
-
-        Returns:
-            The hidden states of the last pass, and the draws after each pass.
-        """
-        is_adjusted, num_rows = samples.is_adjusted, samples.inputs.shape[1]
-        draw = self.programs.get(("sample", num_rows, samples.num_top, is_adjusted))
+        """Enqueue the forward passes of a plan, each followed by draws. Returns the last pass's hidden states too."""
+        draw = self.programs.get(("sample", samples.inputs.shape[1], samples.num_top, samples.is_adjusted))
+        adjustments = self._adjustments if samples.is_adjusted else None
         hidden, sampled = self._state.hidden, []
         for number in range(step.num_steps):
             hidden = self._run(step)
             state = self._state
             args = state.latest, state.columns, state.sample_hidden, samples.inputs, np.int32(number)
-            adjustments = (self._adjustments,) if is_adjusted else ()
-            tokens, latest, adjustments = draw(self._weights, *args, *adjustments)
+            tokens, latest, adjustments = draw(self._weights, *args, adjustments)
             self._state = dataclasses.replace(state, latest=latest)
-            self._adjustments = adjustments if is_adjusted else self._adjustments
+            self._adjustments = adjustments or self._adjustments
             sampled.append(tokens)
         return hidden, tuple(sampled)
 

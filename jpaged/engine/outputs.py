@@ -272,7 +272,7 @@ class Outputs:
         else:
             for number, token_id in enumerate(new_ids, num_read + 1):
                 if detokenizer.append(token_id, may_stop=number >= params.min_tokens):
-                    self._scheduler.stop_at(group, seq, number)
+                    self._scheduler.outcome.stop_at(group, seq, number)
                     break
         if seq.finish_reason is not None:
             self._finish_text(group, seq, detokenizer)

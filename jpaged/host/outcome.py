@@ -215,8 +215,6 @@ class Outcome:
             group, seq = self._rows.member(row)
             drawn = token_ids[:num_draws, draw].tolist()
             is_wrong = any(math.isnan(step.logprobs[draw]) for step in scores[:num_draws])
-            if not is_wrong and self._rows.append(seq, drawn, scores, draw):
-                continue
             self._rows.hand_over(seq, num_draws)
             for number, (token_id, step_scores) in enumerate(zip(drawn, scores, strict=False), 1):
                 if is_wrong and math.isnan(step_scores.logprobs[draw]):

@@ -16,7 +16,7 @@ from jpaged.host.blocks.windows import NEVER
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 
 MOST_STOPS = 4
-"""Stop tokens that the table holds for each row; a sequence with more is asked itself."""
+"""Stop tokens that the table holds for each row; those of a sequence with more are its group's."""
 
 _TAIL_LEN = 256
 _NO_TOKEN = -1  # never drawn
@@ -90,7 +90,7 @@ class RowTable:
         self.is_due: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self.is_adjusted: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)
         self.adjustments = AdjustmentsBuilder()
-        self._is_asked: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)  # tokens go through the sequence itself
+        self._has_more_stops: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)  # than ``MOST_STOPS``
         self._num_logprobs: Int32[np.ndarray, " rows"] = np.full(num_rows, -1, np.int32)
         self._stops: Int32[np.ndarray, "rows stops"] = np.full((num_rows, MOST_STOPS), _NO_TOKEN, np.int32)
         # Tokens that sequences have not read, at positions from flushed to known.
@@ -114,7 +114,7 @@ class RowTable:
             early = group.stop_token_ids if params.min_tokens else ()
             self.adjustments.enter(row, group.request, seq.output_token_ids, early)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self._is_asked[row] = len(group.stop_token_ids) > MOST_STOPS
+        self._has_more_stops[row] = len(group.stop_token_ids) > MOST_STOPS
         self._stops[row] = _NO_TOKEN
         if len(group.stop_token_ids) <= MOST_STOPS:
             self._stops[row, : len(group.stop_token_ids)] = list(group.stop_token_ids)
@@ -295,9 +295,12 @@ class RowTable:
             The rows that took nothing: their tokens are for the sequences.
         """
         num_steps, logprobs = len(token_ids), np.stack([step.logprobs[draws] for step in scores])
-        is_left = self._is_asked[rows] | (self.known[rows] + num_draws >= self.limits[rows])
+        is_left = self.known[rows] + num_draws >= self.limits[rows]
         is_left |= (token_ids[:, :, None] == self._stops[rows][None]).any(axis=(0, 2))
         is_left |= np.isnan(logprobs).any(axis=0)
+        for index in np.flatnonzero(self._has_more_stops[rows]).tolist():
+            group, _ = self.member(int(rows[index]))
+            is_left[index] |= not group.stop_token_ids.isdisjoint(token_ids[:, index].tolist())
         if is_left.any():
             taking = ~is_left
             rows, num_draws, draws = rows[taking], num_draws[taking], draws[taking]
@@ -314,26 +317,6 @@ class RowTable:
             own = range(draw := int(draws[index]), draw + 1)
             self._tail_scores.setdefault(int(rows[index]), []).extend([(step, own) for step in scores])
         return is_left
-
-    def append(self, seq: Sequence, token_ids: list[int], scores: list[TokenScores], draw: int) -> bool:
-        """Append drawn tokens to a steady sequence, each with its scores, unless one of the tokens can end it.
-
-        Returns:
-            Whether the tokens were appended.
-        """
-        if not seq.is_steady:
-            return False
-        assert seq.row is not None
-        row, num_tokens = seq.row, len(token_ids)
-        group, _ = self.member(row)
-        if self.known[row] + num_tokens >= self.limits[row] or not group.stop_token_ids.isdisjoint(token_ids):
-            return False
-        self.flush(row)
-        for token_id, step_scores in zip(token_ids, scores, strict=False):
-            seq.append([token_id], step_scores, range(draw, draw + 1))
-        self.known[row] += num_tokens
-        self._flushed[row] += num_tokens
-        return True
 
     def hand_over(self, seq: Sequence, num_drawn: int) -> None:
         """Give a sequence its state back, for it to append tokens that were pending."""

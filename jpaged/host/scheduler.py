@@ -175,10 +175,6 @@ class Scheduler:
         """
         self.outcome.finish(group, seq, reason)
 
-    def stop_at(self, group: SequenceGroup, seq: Sequence, num_outputs: int) -> None:
-        """End a sequence with its first ``num_outputs`` output tokens, which complete a stop string."""
-        self.outcome.stop_at(group, seq, num_outputs)
-
     def forget_pool(self) -> None:
         """Compute everything again: the content of the pools is lost because a step failed."""
         self._preemption.num_preemptions += self.line.preempt_all()

@@ -53,7 +53,7 @@ def main(directory: str, num_tokens: int, kv_cache_dtype: str) -> None:
     programs = Programs(model, MODEL, config, mesh, backend, max_model_len=1024, num_blocks=NUM_BLOCKS)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step = jax.jit(partial(programs.steps.forward, Bucket(num_tokens, 16), None), donate_argnums=(1, 2))
-        traced = step.trace(programs.weights, programs.abstract_cache(), programs._abstract_state())
+        traced = step.trace(programs.weights, programs.abstract_cache(), programs.abstract_state())
         lowered = traced.lower(lowering_platforms=("cuda",))
     lowered.compile(compiler_options={"xla_dump_to": directory, "xla_dump_hlo_as_text": True})
 

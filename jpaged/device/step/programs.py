@@ -180,7 +180,7 @@ class Programs:
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
             most_staged = MAX_NARROW_BLOCKS if has_copy_engine(self.target) else MAX_STAGED_BLOCKS
             total += 2 * most_staged * self.host_bytes_per_block // self.mesh.size
-        total += sum(x.nbytes for x in jax.tree.leaves(self._abstract_adjustments()))  # made when a row needs them
+        total += _bytes_of(_abstract_adjustments(self))  # made when a row needs them
         with InterruptsWait() as interrupts:
             for key in keys:
                 interrupts.check()
@@ -204,11 +204,6 @@ class Programs:
             sharding=replicated(self.mesh),
             num_groups=len(self.groups),
         )
-
-    def new_adjustments(self) -> Adjustments:
-        """Adjustments of the table's rows, which have none yet."""
-        sizes = len(self._abstract_state().latest), self.model_config.vocab_size
-        return Adjustments.allocate(*sizes, sharding=replicated(self.mesh))
 
     def warm_up(self, *, with_host_pool: bool = False, few: bool = False, use_tqdm: bool = True) -> None:
         """Compile every bucket's step, its plain sampler and all that moves blocks, in parallel.
@@ -275,7 +270,7 @@ class Programs:
             return self._lower_kind(*key)
 
     def _lower_kind(self, kind: str, *sizes: Any) -> jax.stages.Lowered:
-        weights, cache, state = self.weights, self.abstract_cache(), self._abstract_state()
+        weights, cache, state = self.weights, self.abstract_cache(), self.abstract_state()
         as_stored = self.backend, is_narrowed(self.config)
         match kind:
             case "load":
@@ -299,12 +294,10 @@ class Programs:
                 num_rows, num_top, is_adjusted = sizes
                 packed = self._abstract((2, num_rows), jnp.int32), self._abstract((), jnp.int32)
                 arrays = state.latest, state.columns, state.sample_hidden, *packed
-                adjustments = (self._abstract_adjustments(),) if is_adjusted else ()
-                method = _jit(self.steps.sample_next, num_top, donate=(1, 6) if is_adjusted else (1,))
-                return method.lower(weights, *arrays, *adjustments)
+                adjustments = _abstract_adjustments(self) if is_adjusted else None
+                return _jit(self.steps.sample_next, num_top, donate=(1, 6)).lower(weights, *arrays, adjustments)
             case "adjust":
-                changes = self._abstract((LAYOUT.size,), jnp.int32)
-                return jax.jit(enter_adjustments, donate_argnums=0).lower(self._abstract_adjustments(), changes)
+                return _jit(enter_adjustments, donate=(0,)).lower(_abstract_adjustments(self), _abstract_changes(self))
             case "score":
                 num_tokens, num_top = sizes
                 hidden = self._abstract((num_tokens, self.model_config.hidden_size), self.dtype)
@@ -336,17 +329,15 @@ class Programs:
     def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
+    def abstract_state(self) -> StepState:
+        """The shapes of the state."""
+        return _abstracted(self, self.new_state)
+
     def abstract_cache(self) -> KVCache:
         """The shapes of the pool."""
         cache = jax.eval_shape(partial(self._layout.allocate, self.num_blocks))
         sharding = pool_sharding(self.mesh)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), cache)
-
-    def _abstract_state(self) -> StepState:
-        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_state))
-
-    def _abstract_adjustments(self) -> Adjustments:
-        return jax.tree.map(lambda x: self._abstract(x.shape, x.dtype), jax.eval_shape(self.new_adjustments))
 
     def host_slots(self, num_host_blocks: int) -> jax.ShapeDtypeStruct:
         """The shape of the slots of a host pool of so many blocks."""
@@ -391,6 +382,30 @@ def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
         slots = programs.host_slots(num_host_blocks)
         return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)
     return HostStream(window, CopyEngine() if has_copy_engine(programs.target) else PlainCopier())
+
+
+def new_adjustments(programs: Programs) -> Adjustments:
+    """Adjustments of the table's rows, which have none yet."""
+    sizes = max(bucket.num_rows for bucket in programs.buckets) + 1, programs.model_config.vocab_size
+    return Adjustments.allocate(*sizes, sharding=replicated(programs.mesh))
+
+
+def _abstract_adjustments(programs: Programs) -> Adjustments:
+    return _abstracted(programs, partial(new_adjustments, programs))
+
+
+def _abstracted[T](programs: Programs, make: Callable[[], T]) -> T:
+    """The shapes of replicated arrays, as the programs take them."""
+    sharding = replicated(programs.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
+
+
+def _abstract_changes(programs: Programs) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((LAYOUT.size,), jnp.int32, sharding=replicated(programs.mesh))
+
+
+def _bytes_of(arrays: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def _plain_sampler(num_rows: int) -> tuple:
