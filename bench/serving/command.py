@@ -42,6 +42,7 @@ from bench.serving.scenarios import run_workload
 from bench.serving.sizes import FULL, QUICK, WORKLOADS, Sizes
 from bench.serving.startup import StartUp, start, start_cold
 from jpaged import LLM, EngineConfig
+from jpaged.device.kv.layout import grouping_of
 from jpaged.device.runner import ModelRunner
 from jpaged.models import ModelConfig, load_config
 
@@ -237,6 +238,7 @@ def _floor(runner: ModelRunner, config: EngineConfig, limits: machine.MachineLim
         block_size=config.block_size,
         experts=experts_of(model, runner.dtype),
         windows=tuple(spec.sliding_window for spec in model.layer_specs),
+        layers_per_block=grouping_of(model, config).groups.layers_per_block,
     )
 
 

@@ -154,7 +154,7 @@ class ModelRunner:
             self.warm_up(few=warm_up is None, use_tqdm=use_tqdm)
         if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up is not False:
             self.warm_up(few=warm_up is None, use_tqdm=use_tqdm)
-        if self.host_pool is not None:
+        if self.host_pool is not None and self.programs.stream is not None:
             self.host_pool.wait()  # it was made while the programs were
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
@@ -395,7 +395,8 @@ def _make_host_pool(programs: Programs, num_host_blocks: int) -> HostPool | None
         memory = DmaSlots
     elif is_narrowed(programs.config):
         memory = for_narrow_blocks(memory)
-    return HostPool(programs.host_slots(num_host_blocks), memory, programs.get)
+    # A step that waits for a large pool does not hang.
+    return HostPool(programs.host_slots(num_host_blocks), memory, programs.get, lambda: programs.compiling.run())
 
 
 def copy_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:

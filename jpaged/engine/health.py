@@ -16,7 +16,7 @@ class HealthState(enum.StrEnum):
     """The state of an engine that serves."""
 
     OK = "ok"
-    COMPILING = "compiling"  # a program that a step needs
+    COMPILING = "compiling"  # a program that a step needs, or a step waits until host memory is pinned
     DRAINING = "draining"  # takes no more requests, and ends with those that it has
     FAILING = "failing"  # ``MAX_FAILURES`` steps in a row, and none since went well
     HUNG = "hung"  # the step that runs

@@ -206,6 +206,8 @@ def test_floors_are_bytes_over_bandwidth_and_flops_over_rate():
 def test_floor_counts_the_tokens_of_each_window():
     floor = make_floor(windows=(4, None, 40))
     assert floor.decode_s(batch=3, context=10) == pytest.approx((900 + 3 * (4 + 10 + 10) / 3 * 16) / 1e9)
+    floor = make_floor(windows=(4, None, 40), layers_per_block=1)  # each in a block of its own
+    assert floor.decode_s(batch=3, context=10) == pytest.approx((900 + 3 * (4 + 10 + 10) * 16) / 1e9)
 
 
 def test_floor_counts_the_experts_that_tokens_choose():
