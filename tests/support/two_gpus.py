@@ -15,7 +15,7 @@ from flax import nnx
 
 from jpaged.config import EngineConfig
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.step.programs import Programs
+from jpaged.device.step.programs import Programs, abstract_state
 from jpaged.device.target import BACKENDS
 from jpaged.models import LlamaConfig, Rope, fuse_norms, fuse_projections
 from jpaged.models.checkpoint.registry import abstract_model
@@ -53,7 +53,7 @@ def main(directory: str, num_tokens: int, kv_cache_dtype: str) -> None:
     programs = Programs(model, MODEL, config, mesh, backend, max_model_len=1024, num_blocks=NUM_BLOCKS)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         step = jax.jit(partial(programs.steps.forward, Bucket(num_tokens, 16), None), donate_argnums=(1, 2))
-        traced = step.trace(programs.weights, programs.abstract_cache(), programs.abstract_state())
+        traced = step.trace(programs.weights, programs.abstract_cache(), abstract_state(programs))
         lowered = traced.lower(lowering_platforms=("cuda",))
     lowered.compile(compiler_options={"xla_dump_to": directory, "xla_dump_hlo_as_text": True})
 

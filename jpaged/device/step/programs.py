@@ -270,7 +270,7 @@ class Programs:
             return self._lower_kind(*key)
 
     def _lower_kind(self, kind: str, *sizes: Any) -> jax.stages.Lowered:
-        weights, cache, state = self.weights, self.abstract_cache(), self.abstract_state()
+        weights, cache, state = self.weights, self.abstract_cache(), abstract_state(self)
         as_stored = self.backend, is_narrowed(self.config)
         match kind:
             case "load":
@@ -329,10 +329,6 @@ class Programs:
     def _abstract(self, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
-    def abstract_state(self) -> StepState:
-        """The shapes of the state."""
-        return _abstracted(self, self.new_state)
-
     def abstract_cache(self) -> KVCache:
         """The shapes of the pool."""
         cache = jax.eval_shape(partial(self._layout.allocate, self.num_blocks))
@@ -388,6 +384,11 @@ def new_adjustments(programs: Programs) -> Adjustments:
     """Adjustments of the table's rows, which have none yet."""
     sizes = max(bucket.num_rows for bucket in programs.buckets) + 1, programs.model_config.vocab_size
     return Adjustments.allocate(*sizes, sharding=replicated(programs.mesh))
+
+
+def abstract_state(programs: Programs) -> StepState:
+    """The shapes of the state of some programs."""
+    return _abstracted(programs, programs.new_state)
 
 
 def _abstract_adjustments(programs: Programs) -> Adjustments:
