@@ -10,11 +10,12 @@ from jpaged.host.blocks.prefix_cache import PrefixMatch
 from jpaged.host.blocks.streaming import StreamedMatch
 from jpaged.host.blocks.ticket import Ticket
 from jpaged.host.capacity import Capacity, num_blocks_covering, width_name
+from jpaged.host.growth import Growth
 from jpaged.host.line import Line
 from jpaged.host.offload.placement import can_stream, end_of_chunk, has_room
 from jpaged.host.pins import Pins
-from jpaged.host.policies.budget import num_blocks_left_free
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
+from jpaged.host.policies.growth import num_blocks_left_free
 from jpaged.host.policies.sharing import is_worth_waiting
 from jpaged.host.prompt_blocks import PromptBlocks
 from jpaged.host.refusal import Refusal
@@ -54,6 +55,7 @@ class Admission:
         roster: the unfinished requests.
         line: the groups that wait and run.
         pins: the pinned prefixes.
+        growth: expects the blocks that running groups will come to hold.
         max_num_seqs: rows of an iteration at most.
         max_num_batched_tokens: tokens of an iteration at most.
         max_model_len: tokens of prompt and output that a sequence may reach.
@@ -66,6 +68,7 @@ class Admission:
         roster: Roster,
         line: Line,
         pins: Pins,
+        growth: Growth,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -76,6 +79,7 @@ class Admission:
         self._roster = roster
         self._line = line
         self._pins = pins
+        self._growth = growth
         self._eos_token_ids = eos_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
@@ -193,12 +197,19 @@ class Admission:
             return self._found[1]
         if self.num_known_short(group) > 0 or self._is_short_of_any_match(group):
             return None
+        refusal = self._refusal
+        if refusal is not None and self.is_crowded(group, refusal.num_taken_at_least(group, self._blocks.tiers)):
+            return None
         start = self.start(group)
-        if start.num_short > 0:
+        if start.num_short > 0 or self.is_crowded(group, start.ticket.num_blocks):
             self._refusal = self._refuse(group, start)
             return None
         self._refusal, self._found = None, (group, start)
         return start
+
+    def is_crowded(self, group: SequenceGroup, num_blocks: int = 0) -> bool:
+        """Whether a group that takes so many blocks would lead to a preemption, if all grow as expected."""
+        return self._growth.is_short(group, num_blocks)
 
     def _is_short_of_any_match(self, group: SequenceGroup) -> bool:
         """Whether a group cannot start, whatever it matches: blocks that windows pass are taken all the same."""
@@ -311,6 +322,7 @@ class Admission:
             has_windows=has_windows,
             is_running=bool(self._line.running),
             num_short=num_short,
+            num_taken=start.ticket.num_blocks,
             num_freed=blocks.tiers.device.num_freed,
             num_cached=blocks.tiers.device.cache.num_inserted,
             lacking=lacking,

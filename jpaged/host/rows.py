@@ -1,5 +1,6 @@
 """The rows of running sequences: most iterations are arithmetic on columns."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import chain
@@ -58,6 +59,8 @@ class RowTable:
         seq_ids: sequence of each row; -1 for a free row.
         positions: tokens of each steady sequence, pending tokens counted: position of the next token.
         known: tokens of these that the host knows.
+        prompt_lens: tokens of the prompt of each sequence.
+        least_ends: tokens before which each sequence does not end.
         limits: tokens at which each sequence ends.
         capacity: tokens that the blocks of each sequence hold without another block or a copy.
         next_slide: position from which windows have passed a block that each sequence holds.
@@ -82,6 +85,8 @@ class RowTable:
         self.seq_ids: Int64[np.ndarray, " rows"] = np.full(num_rows, -1, np.int64)
         self.positions: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.known: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.prompt_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.least_ends: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.limits: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.capacity: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.next_slide: Int32[np.ndarray, " rows"] = np.full(num_rows, NEVER, np.int32)
@@ -105,6 +110,8 @@ class RowTable:
         params = group.request.params
         self._groups[row], self._seqs[row] = group, seq
         self.seq_ids[row] = seq.seq_id
+        self.prompt_lens[row] = seq.prompt_len
+        self.least_ends[row] = seq.prompt_len + group.least_tokens
         self.limits[row] = seq.prompt_len + group.max_tokens
         self.capacity[row] = 0
         self._can_burst[row] = not params.stop
@@ -176,6 +183,24 @@ class RowTable:
     def owned(self, rows: Int32[np.ndarray, " some"], seq_ids: Int64[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
         """Whether each row still belongs to the sequence that had it when a plan was made."""
         return self.seq_ids[rows] == seq_ids
+
+    def owned_rows(self, without: Iterable[Sequence] = ()) -> Int32[np.ndarray, " some"]:
+        """The rows that have an owner, but for those of some sequences."""
+        is_owned = self.seq_ids >= 0
+        is_owned[[seq.row for seq in without if seq.row is not None]] = False
+        return np.flatnonzero(is_owned).astype(np.int32)
+
+    def progress(
+        self, rows: Int32[np.ndarray, " some"]
+    ) -> tuple[Int64[np.ndarray, " some"], Int64[np.ndarray, " some"], Int64[np.ndarray, " some"]]:
+        """Tokens that each row has drawn, that it draws still before it may end, and that it draws still at most.
+
+        A row that is not steady counts as full as its last block.
+        """
+        starts = self.prompt_lens[rows].astype(np.int64)
+        tokens = np.where(self.is_steady[rows], self.positions[rows], np.maximum(self.capacity[rows], starts))
+        tokens = np.minimum(tokens, self.limits[rows])
+        return tokens - starts, np.maximum(self.least_ends[rows] - tokens, 0), self.limits[rows] - tokens
 
     def restless_groups(self) -> list[SequenceGroup]:
         """The groups with a sequence whose row is not steady, each once."""

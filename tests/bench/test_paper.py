@@ -170,6 +170,7 @@ def test_beams_save_more_than_samples_and_less_than_one_sequence_would():
     assert saved[0] < saved[1] < 3 / 4
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_a_full_pool_swaps_and_ends_sooner_than_by_recomputing():
     maker = TraceMaker(sharegpt, 20, 6)
     recompute = serve(Paged(), maker.at(6))
