@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from jpaged.device.runner import ModelRunner
