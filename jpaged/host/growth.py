@@ -60,7 +60,7 @@ class Growth:
             group: the group that would start.
             num_blocks: blocks that it takes at once.
         """
-        if not (self._is_expected and self._line.running):
+        if not (self._is_expected and self.horizon and self._line.running):
             return False
         device, block_size = self._blocks.tiers.device, self._blocks.block_size
         num_usable, num_used = len(device.blocks), self._blocks.num_used_blocks
