@@ -44,13 +44,13 @@ class Replay:
 
     Args:
         num_steps: steps of each plan: more than one is a multi-step decode.
-        num_rows, num_tokens: rows and tokens of each.
+        num_rows, num_tokens: rows and tokens of a step of each.
         fill: part of the pool that sequences hold in each.
         is_pressed: whether requests wait.
         is_late: whether each was made once the results of the step before were known.
         seconds: modelled time of each.
-        num_preemptions, num_swaps: of all.
-        num_output_tokens: of all.
+        num_preemptions, num_swaps: counters at the end.
+        num_output_tokens: tokens that the requests asked for.
     """
 
     num_steps: Int64[np.ndarray, " plans"]

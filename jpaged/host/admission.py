@@ -79,7 +79,7 @@ class Admission:
         self._roster = roster
         self._line = line
         self._pins = pins
-        self._growth = growth
+        self.growth = growth
         self._eos_token_ids = eos_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
@@ -198,24 +198,20 @@ class Admission:
         if self.num_known_short(group) > 0 or self._is_short_of_any_match(group):
             return None
         refusal = self._refusal
-        if refusal is not None and self.is_crowded(group, refusal.num_taken_at_least(group, self._blocks.tiers)):
+        if refusal is not None and self.growth.is_short(group, refusal.num_taken_at_least(group, self._blocks.tiers)):
             return None
         start = self.start(group)
-        if start.num_short > 0 or self.is_crowded(group, start.ticket.num_blocks):
+        if start.num_short > 0 or self.growth.is_short(group, start.ticket.num_blocks):
             self._refusal = self._refuse(group, start)
             return None
         self._refusal, self._found = None, (group, start)
         return start
 
-    def is_crowded(self, group: SequenceGroup, num_blocks: int = 0) -> bool:
-        """Whether a group that takes so many blocks would lead to a preemption, if all grow as expected."""
-        return self._growth.is_short(group, num_blocks)
-
     def _is_short_of_any_match(self, group: SequenceGroup) -> bool:
         """Whether a group cannot start, whatever it matches: blocks that windows pass are taken all the same."""
         if self._blocks.groups.num_full > 0 or group.is_swapped:
             return False
-        _, target = self._leader_of(group)
+        _, target = _leader_of(group)
         left_free = num_blocks_left_free(self._num_usable, is_running=bool(self._line.running))
         num_taken = self._prompts.num_blocks(NO_MATCH, target) + self._prompts.num_promised()
         return num_taken > self._blocks.num_free_blocks - left_free
@@ -260,7 +256,7 @@ class Admission:
             ticket = self._blocks.to_swap_in(held)
             to_grow = len(held) * len(self._blocks.groups) if is_running else 0  # for the next token of each
             return Start(NO_MATCH, 0, 0, ticket, ticket.num_blocks + to_grow - to_spare, is_ready=False)
-        leader, target = self._leader_of(group)
+        leader, target = _leader_of(group)
         to_grow = self._num_blocks_forked(group, target) if group.num_rows > 1 else 0
         match = self._match(group, leader, target)
         num_reserved = target
@@ -311,7 +307,7 @@ class Admission:
         lacking = None
         is_matched = not (group.is_swapped or group.is_streamed or group.needs_prompt_scores)
         if blocks.enable_prefix_caching and is_matched:
-            leader, target = self._leader_of(group)
+            leader, target = _leader_of(group)
             num_hits = start.match.num_full_blocks(blocks.block_size)
             if num_hits < (target - 1) // blocks.block_size:
                 lacking = leader.hashed.full_blocks(target - 1)[num_hits][1]
@@ -327,11 +323,6 @@ class Admission:
             num_cached=blocks.tiers.device.cache.num_inserted,
             lacking=lacking,
         )
-
-    def _leader_of(self, group: SequenceGroup) -> tuple[Sequence, int]:
-        """The sequence that computes the tokens that all members share, and the number of these tokens."""
-        leader, *others = group.unfinished
-        return leader, group.fork_len() if others else len(leader.token_ids)
 
     def _match(self, group: SequenceGroup, leader: Sequence, target: int) -> PrefixMatch:
         """Match the tokens that the group's leader must compute; one token is always left to compute."""
@@ -355,3 +346,9 @@ class Admission:
             num_tokens = num_ready // len(blocks.groups) * blocks.block_size
             match = blocks.match_prefix(leader.hashed, num_tokens)  # windows need other blocks there
         return match
+
+
+def _leader_of(group: SequenceGroup) -> tuple[Sequence, int]:
+    """The sequence that computes the tokens that all members share, and the number of these tokens."""
+    leader, *others = group.unfinished
+    return leader, group.fork_len() if others else len(leader.token_ids)

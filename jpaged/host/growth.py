@@ -1,5 +1,7 @@
 """Growth: whether the pool will hold a group beside those that run, once all have grown as expected."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Int64
 
@@ -39,17 +41,9 @@ class Growth:
         if group.ends_at_limit or group.is_pin:
             return
         if reason is not FinishReason.LENGTH:
-            self._stops = self._stops.after_stop(self._num_drawn(*self._rows.progress(self._rows.owned_rows())))
+            running = self._progress(np.flatnonzero(self._rows.seq_ids >= 0))
+            self._stops = self._stops.after_stop(self._num_ended + running.num_unsure_drawn)
         self._num_ended += seq.num_outputs
-
-    def _num_drawn(
-        self,
-        num_drawn: Int64[np.ndarray, " rows"],
-        least_left: Int64[np.ndarray, " rows"],
-        most_left: Int64[np.ndarray, " rows"],
-    ) -> int:
-        """Count the tokens drawn by sequences that may stop at any token, from the progress of those that run."""
-        return self._num_ended + int(num_drawn[least_left < most_left].sum())
 
     def is_short(self, group: SequenceGroup, num_blocks: int) -> bool:
         """Whether the running groups and one more are expected to need more blocks than the pool has.
@@ -68,21 +62,49 @@ class Growth:
         if num_used + num_blocks + (self._line.num_rows + group.num_rows) * most_each < (1 - WATERMARK) * num_usable:
             return False  # whatever their ends
         after = [seq for other in self._line.running_after(group.request.priority) for seq in other.unfinished]
-        rows = self._rows.owned_rows(without=after)
+        is_running = self._rows.seq_ids >= 0
+        is_running[[seq.row for seq in after if seq.row is not None]] = False
+        rows = np.flatnonzero(is_running)
         # Sequences that share a block hold a part of it each.
         held = self._rows.capacity[rows] * (num_used / max(device.num_holders, 1))
         held_by_pins = 0.0 if after else max(num_used * block_size - held.sum(), 0.0)
-        num_drawn, least_left, most_left = self._rows.progress(rows)
-        num_unsure = np.count_nonzero(least_left < most_left)
-        num_left_free = num_blocks_left_free(num_usable, is_running=True, num_unsure=num_unsure)
+        running = self._progress(rows)
+        num_left_free = num_blocks_left_free(num_usable, is_running=True, num_unsure=running.num_unsure)
         new_held, new_drawn = np.zeros(group.num_rows), np.zeros(group.num_rows, np.int64)
         new_held[0] = num_blocks * block_size
         new_drawn[: len(group.unfinished)] = [seq.num_outputs for seq in group.unfinished]
         peak = peak_tokens(
             np.concatenate([held, new_held]),
-            np.concatenate([least_left, np.maximum(group.least_tokens - new_drawn, 0)]),
-            np.concatenate([most_left, np.maximum(group.max_tokens - new_drawn, 0)]),
-            self._stops.tokens_left(self._num_drawn(num_drawn, least_left, most_left)),
+            np.concatenate([running.least_left, np.maximum(group.least_tokens - new_drawn, 0)]),
+            np.concatenate([running.most_left, np.maximum(group.max_tokens - new_drawn, 0)]),
+            self._stops.tokens_left(self._num_ended + running.num_unsure_drawn),
             self.horizon,
         )
         return peak + held_by_pins > (num_usable - num_left_free) * block_size
+
+    def _progress(self, rows: Int64[np.ndarray, " rows"]) -> "_Progress":
+        """The progress of the sequences of some rows. One that is not steady counts as full as its last block."""
+        table = self._rows
+        starts, limits = table.prompt_lens[rows].astype(np.int64), table.limits[rows]
+        tokens = np.where(table.is_steady[rows], table.positions[rows], np.maximum(table.capacity[rows], starts))
+        tokens = np.minimum(tokens, limits)
+        least_left, most_left = np.maximum(table.least_ends[rows] - tokens, 0), limits - tokens
+        is_unsure = least_left < most_left
+        num_drawn = int((tokens - starts)[is_unsure].sum())
+        return _Progress(least_left, most_left, np.count_nonzero(is_unsure), num_drawn)
+
+
+class _Progress(NamedTuple):
+    """Progress of running sequences.
+
+    Args:
+        least_left: tokens that each draws before it may end.
+        most_left: tokens that each draws at most.
+        num_unsure: number of those that may end at any token.
+        num_unsure_drawn: tokens that those have drawn.
+    """
+
+    least_left: Int64[np.ndarray, " rows"]
+    most_left: Int64[np.ndarray, " rows"]
+    num_unsure: int
+    num_unsure_drawn: int

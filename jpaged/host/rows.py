@@ -1,6 +1,5 @@
 """The rows of running sequences: most iterations are arithmetic on columns."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import chain
@@ -183,24 +182,6 @@ class RowTable:
     def owned(self, rows: Int32[np.ndarray, " some"], seq_ids: Int64[np.ndarray, " some"]) -> Bool[np.ndarray, " some"]:
         """Whether each row still belongs to the sequence that had it when a plan was made."""
         return self.seq_ids[rows] == seq_ids
-
-    def owned_rows(self, without: Iterable[Sequence] = ()) -> Int32[np.ndarray, " some"]:
-        """The rows that have an owner, but for those of some sequences."""
-        is_owned = self.seq_ids >= 0
-        is_owned[[seq.row for seq in without if seq.row is not None]] = False
-        return np.flatnonzero(is_owned).astype(np.int32)
-
-    def progress(
-        self, rows: Int32[np.ndarray, " some"]
-    ) -> tuple[Int64[np.ndarray, " some"], Int64[np.ndarray, " some"], Int64[np.ndarray, " some"]]:
-        """Tokens that each row has drawn, that it draws still before it may end, and that it draws still at most.
-
-        A row that is not steady counts as full as its last block.
-        """
-        starts = self.prompt_lens[rows].astype(np.int64)
-        tokens = np.where(self.is_steady[rows], self.positions[rows], np.maximum(self.capacity[rows], starts))
-        tokens = np.minimum(tokens, self.limits[rows])
-        return tokens - starts, np.maximum(self.least_ends[rows] - tokens, 0), self.limits[rows] - tokens
 
     def restless_groups(self) -> list[SequenceGroup]:
         """The groups with a sequence whose row is not steady, each once."""

@@ -98,8 +98,7 @@ class Scheduler:
         self.outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows, self.growth)
         self._streaming = Streaming(blocks, self.outcome, self.rows, max_num_batched_tokens)
         rooms = blocks, self.line, self._admission, self.outcome, self.rows, self._streaming
-        windows = Windows(blocks, self.rows, max_num_batched_tokens)
-        self._preemption = Preemption(*rooms, windows, kind=preemption)
+        self._preemption = Preemption(*rooms, Windows(blocks, self.rows, max_num_batched_tokens), kind=preemption)
         self._entry = Entry(*rooms)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can

@@ -78,8 +78,8 @@ def peak_tokens(
 ) -> float:
     """Expect the most tokens that sequences hold at once, now or soon, if each draws one token a step.
 
-    Some ends are known: of sequences that cannot stop early, and of those near their longest length. Such a sequence
-    holds all its tokens until its end. Of the others, ``exp(-t / tokens_left)`` still run after t steps. The sum is
+    The end of a sequence is known if it cannot stop early, or is near its longest length. Such a sequence holds all its
+    tokens until then. Of the others, ``exp(-t / tokens_left)`` still run after t steps. The sum is
     evaluated at every known end, and where growth and stops of the others balance.
 
     Args:
