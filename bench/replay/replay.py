@@ -98,8 +98,9 @@ def replay(work: Workload, setting: Setting) -> Replay:
     if setting.horizon is not None:
         scheduler.growth.horizon = setting.horizon
     for index, (prompt, length) in enumerate(zip(work.prompts, work.output_lens, strict=True)):
-        ends = {"max_tokens": length, "ignore_eos": True} if setting.knows_ends else {"max_tokens": None}
-        scheduler.add(Request(str(index), None, prompt, SamplingParams(**ends), seed=index))
+        max_tokens = length if setting.knows_ends else None
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=setting.knows_ends)
+        scheduler.add(Request(str(index), None, prompt, params, seed=index))
     in_flight: list[tuple[StepPlan, bool]] = []
     rows = []
     while scheduler.has_unfinished:
@@ -117,9 +118,15 @@ def replay(work: Workload, setting: Setting) -> Replay:
         for group in scheduler.update(plan, made_up_result(len(plan.draws), plan.num_steps)):
             if not setting.knows_ends:
                 _stop_if_due(scheduler, group, work)
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    names = "num_steps", "num_rows", "num_tokens", "fill", "is_pressed", "is_late", "seconds"
+    columns = {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
     stats = scheduler.stats()
-    return Replay(*columns, stats.num_preemptions, stats.num_swaps_out, work.num_output_tokens)
+    return Replay(
+        **columns,
+        num_preemptions=stats.num_preemptions,
+        num_swaps=stats.num_swaps_out,
+        num_output_tokens=work.num_output_tokens,
+    )
 
 
 def _stop_if_due(scheduler: Scheduler, group: SequenceGroup, work: Workload) -> None:

@@ -91,7 +91,7 @@ class Growth:
         least_left, most_left = np.maximum(table.least_ends[rows] - tokens, 0), limits - tokens
         is_unsure = least_left < most_left
         num_drawn = int((tokens - starts)[is_unsure].sum())
-        return _Progress(least_left, most_left, np.count_nonzero(is_unsure), num_drawn)
+        return _Progress(least_left, most_left, int(is_unsure.sum()), num_drawn)
 
 
 class _Progress(NamedTuple):

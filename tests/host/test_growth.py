@@ -86,8 +86,7 @@ def test_sequences_that_may_stop_leave_more_free_than_the_watermark():
 
 def make_device(num_blocks: int, *, eos=(), horizon: int = HORIZON) -> FakeDevice:
     blocks = BlockManager(1 + num_blocks, 4, enable_prefix_caching=True)
-    limits = {"max_num_seqs": 16, "max_num_batched_tokens": 64, "max_model_len": 400}
-    scheduler = Scheduler(blocks, **limits, eos_token_ids=eos)
+    scheduler = Scheduler(blocks, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=400, eos_token_ids=eos)
     scheduler.growth.horizon = horizon
     return FakeDevice(scheduler)
 
