@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jpaged.device.step.programs import num_cores
+from jpaged.device.step.program_store import num_cores
 
 RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path(__file__).parent / "configs"

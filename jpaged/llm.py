@@ -10,7 +10,6 @@ import jax
 from flax import nnx
 
 from jpaged.config import EngineConfig
-from jpaged.device.processes import LeadingRunner
 from jpaged.engine.chat import ChatMessage, render_chats
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.inbox import Inbox
@@ -58,7 +57,7 @@ class LLM:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer), or a repository of Hugging Face's hub:
             ORG/NAME or ORG/NAME@REVISION. None is the small model in the package.
         tokenizer: the directory or repository of a tokenizer other than the checkpoint's.
-        warm_up: whether to compile every program now, or each when first needed. None: now, except on a CPU.
+        warm_up: compile every program now, or each when needed. None: the latter on a CPU, else few now, others later.
         use_tqdm: whether to show progress while downloading, loading and compiling.
 
     Raises:
@@ -165,9 +164,9 @@ class LLM:
 
     def close(self) -> None:
         """Let the processes that follow go on, and use this LLM no more. The end of this process does it too."""
-        if self._inbox is not None and isinstance(self.engine.runner, LeadingRunner):
-            with self._inbox.between_steps():
-                self.engine.runner.close()
+        if self._inbox is not None:
+            with self._inbox.between_steps() as engine:
+                engine.close()
 
     def hand_over(self) -> Engine:
         """Give the engine to another owner, as ``AsyncLLM``; this LLM serves no longer."""

@@ -76,21 +76,28 @@ def measure_copies(pool_bytes: int, num_samples: int) -> list[Copy]:
     axes = (NUM_LAYERS, num_tokens, NUM_KV_HEADS, HEAD_DIM)
     k, v = (jax.random.normal(jax.random.key(i), axes, jnp.bfloat16) for i in range(2))
     token_bytes = 2 * (k.nbytes + v.nbytes) // NUM_LAYERS
+    implementations = (None,) if why_no_hopper() else (None, "hopper")
     copies = [
         measure(
-            f"write_kv_{num_tokens}_{name}" + ("" if implementation is None else f"_{implementation}"),
+            _name(f"write_kv_{num_tokens}_{name}", implementation),
             partial(_write_layers, implementation=implementation),
             (k, v, jnp.asarray(slots[:num_tokens], jnp.int32)),
             NUM_LAYERS,
             token_bytes,
         )
         for name, slots in (("decodes", decode_slots), ("of_a_prompt", prompt_slots))
-        for implementation in ((None,) if why_no_hopper() else (None, "hopper"))
+        for implementation in implementations
     ]
     ends = tuple(jnp.asarray(ids, jnp.int32) for ids in np.split(blocks[: 2 * num_copied], 2))
-    copies.append(measure(f"copy_blocks_{num_copied}", copy_blocks, ends, 1, 2 * num_copied * block_bytes))
+    for implementation in implementations:
+        name, program = f"copy_blocks_{num_copied}", partial(copy_blocks, implementation=implementation)
+        copies.append(measure(_name(name, implementation), program, ends, 1, 2 * num_copied * block_bytes))
     pool.delete()
     return copies
+
+
+def _name(name: str, implementation: str | None) -> str:
+    return name if implementation is None else f"{name}_{implementation}"
 
 
 def _write_layers(pool: Array, k: Array, v: Array, slots: Array, *, implementation: str | None) -> Array:

@@ -175,8 +175,8 @@ def _decode(name: str, batch: int, kv_len: int, **options: Any) -> AttentionShap
     return AttentionShape(f"decode_{name}", (1,) * batch, (kv_len,) * batch, **options)
 
 
-def _chunks(name: str, count: int, q_len: int, kv_len: int) -> AttentionShape:
-    return AttentionShape(f"prefill_{name}", (q_len,) * count, (kv_len,) * count)
+def _chunks(name: str, count: int, q_len: int, kv_len: int, **options: Any) -> AttentionShape:
+    return AttentionShape(f"prefill_{name}", (q_len,) * count, (kv_len,) * count, **options)
 
 
 def _ragged() -> AttentionShape:
@@ -212,6 +212,8 @@ MEASURED = (
     _chunks("1x16384", 1, 16_384, 16_384),
     _chunks("8x512_at_8k", 8, 512, 8192),
     _chunks("2x1024_at_4k", 2, 1024, 4096),
+    _chunks("2x1024_at_4k_fp8", 2, 1024, 4096, kv_dtype="float8_e4m3fn"),
+    _chunks("2x1024_at_4k_int8", 2, 1024, 4096, kv_dtype="int8"),
     _mixed(),
 )
 

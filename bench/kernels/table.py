@@ -24,6 +24,8 @@ COMPARISONS = (
     ("block 128 over block 16", "decode_b128_2k_block128", ("decode_b128_2k",)),
     ("fp8 over bf16", "decode_b128_2k_fp8", ("decode_b128_2k",)),
     ("int8 over bf16", "decode_b128_2k_int8", ("decode_b128_2k",)),
+    ("prefill: fp8 over bf16", "prefill_2x1024_at_4k_fp8", ("prefill_2x1024_at_4k",)),
+    ("prefill: int8 over bf16", "prefill_2x1024_at_4k_int8", ("prefill_2x1024_at_4k",)),
 )
 """Ratios of times: a title, one shape, and the shapes whose sum it is compared with."""
 

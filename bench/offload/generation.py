@@ -19,6 +19,7 @@ from bench.offload.predictions import predict_steps
 from bench.offload.shapes import BLOCK_SIZE, Shapes, settings_of
 from bench.report import Table, shown
 from bench.serving.runs import as_prompts
+from bench.serving.startup import keep_sizes
 from jpaged import LLM, EngineConfig, SamplingParams
 from jpaged.contract.plan import BlockCopy, StepPlan
 from jpaged.device.kv.layout import kv_dtype
@@ -134,13 +135,6 @@ def _best_s(run: Callable[[], Any]) -> float:
         jax.block_until_ready(run())
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def keep_sizes(runner: ModelRunner, works: Sequence[Work]) -> None:
-    """Leave a runner the largest step, and the decodes of some works: all others would only be compiled."""
-    decodes = [bucket for bucket in runner.buckets if bucket.is_decode]
-    kept = {next((bucket for bucket in decodes if bucket.num_rows >= work.num_seqs), decodes[-1]) for work in works}
-    runner.buckets[:] = [*(bucket for bucket in decodes if bucket in kept), runner.buckets[-1]]
 
 
 def generate(llm: LLM, shapes: Shapes, work: Work, seed: int) -> tuple[Generation, list[list[int]]]:
@@ -319,7 +313,7 @@ class _Runs:
     ) -> "_Runs":
         """Start the engine of a variant for some works; the others are the last fields."""
         llm = shapes.start(replace(config, **variant.changes))
-        keep_sizes(llm.engine.runner, works)
+        keep_sizes(llm.engine.runner, [work.num_seqs for work in works])
         llm.engine.runner.warm_up(use_tqdm=False)
         variant.tune(llm.engine)
         return cls(llm, shapes, variant.name, *others)

@@ -29,6 +29,7 @@ PAPER = {
 }
 """Scenario of the paper -> its figures."""
 
+USUAL_SEQS, USUAL_STEPS = [32], 32
 USUAL_CONTEXTS = [4096]
 """Tokens of the sequences of ``decode`` and ``peer``."""
 
@@ -36,13 +37,18 @@ USUAL_CONTEXTS = [4096]
 def add_options(group: Any) -> None:
     """Add the options of these scenarios."""
     add = group.add_argument
-    add("--num-seqs", nargs="+", type=int, default=[32], metavar="N", help="decode: sequences (default: 32)")
-    contexts = "decode: tokens of each (default: 4096; 512 with the model in the box)"
+    seqs = "sequences (default: 32; with latency, sweep and throughput the paper's)"
+    add("--num-seqs", nargs="+", type=int, metavar="N", help=seqs)
+    contexts = "tokens of each (default: 4096, or the paper's; 512 with the model in the box)"
     add("--contexts", nargs="+", type=int, metavar="N", help=contexts)
-    add("--num-steps", type=int, default=32, metavar="N", help="decode steps that are timed (default: %(default)s)")
+    steps = f"decode steps that are timed, or tokens of a batch of your own (default: {USUAL_STEPS})"
+    add("--num-steps", type=int, default=USUAL_STEPS, metavar="N", help=steps)
     add("--length", type=int, default=500_000, metavar="N", help="long: tokens of the sequence (default: %(default)s)")
     add("--pool-gib", type=float, default=10.0, metavar="X", help="long: device pool (default: %(default)s)")
-    variants = "host: as the engine chooses; activations, kv, int8: on the host; device (default: host device)"
+    variants = (
+        "host: as the engine chooses; activations, kv, int8: on the host; device (default: host device). long: host is "
+        "the small pool, device the one that holds all"
+    )
     add("--placements", nargs="+", choices=VARIANTS, default=["host", "device"], help=variants)
     memory = "most host memory for KV: batches of the paper that need more become smaller (default: %(default)s)"
     add("--host-memory-gib", type=float, default=96.0, metavar="X", help=memory)
@@ -65,7 +71,7 @@ VARIANTS = {
 def decode(args: Namespace, shapes: Shapes) -> None:
     """Decode steps over KV on the host, beside KV on the device."""
     contexts = shapes.choose_lengths(args.contexts, USUAL_CONTEXTS)
-    works = [_decodes(args, n, context) for n in args.num_seqs for context in contexts]
+    works = [_decodes(args, n, context) for n in args.num_seqs or USUAL_SEQS for context in contexts]
     peers = {name: peer for name, peer in KV_ON_HOST.items() if shapes.name in peer["figures"]}
     for name, peer in peers.items():
         print(f"{name}, {peer['settings']}: {peer['figures'][shapes.name]['step_ms']:g} ms a step")
@@ -74,15 +80,17 @@ def decode(args: Namespace, shapes: Shapes) -> None:
 
 def long(args: Namespace, shapes: Shapes) -> None:
     """One sequence of which the device pool holds a part, beside a pool that holds all of it."""
+    if unknown := set(args.placements) - {"host", "device"}:
+        raise UsageError(f"long takes --placements host device, got {' '.join(sorted(unknown))}")
     work = _decodes(args, 1, args.length)
     shapes = shapes.with_context(work.prompt_len + work.num_tokens)
     num_blocks = int(args.pool_gib * 2**30) // shapes.kv_block_bytes(args.kv_cache_dtype)
     num_all = work.num_blocks + work.num_blocks // 20 + 2
-    variants = [
-        Variant("part", {"kv_placement": "auto", "num_blocks": max(num_blocks, 2)}),
-        Variant("all", {"kv_placement": "device", "num_blocks": num_all, "num_host_blocks": 0}),
-    ]
-    _run(args, shapes, [work], variants)
+    variants = {
+        "host": Variant("part", {"kv_placement": "auto", "num_blocks": max(num_blocks, 2)}),
+        "device": Variant("all", {"kv_placement": "device", "num_blocks": num_all, "num_host_blocks": 0}),
+    }
+    _run(args, shapes, [work], [variants[name] for name in args.placements])
 
 
 def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[[Namespace, Shapes], None]:
@@ -97,7 +105,8 @@ def of_paper(scenario: str, works: Sequence[Work], **settings: Any) -> Callable[
     def run(args: Namespace, shapes: Shapes) -> None:
         block_bytes = shapes.kv_block_bytes(args.kv_cache_dtype)
         most = int(args.host_memory_gib * 2**30) // block_bytes
-        fitting = [_fit(replace(work, prompt_len=work.prompt_len // args.divisor), most) for work in works]
+        chosen = _own_works(args) or works
+        fitting = [_fit(replace(work, prompt_len=work.prompt_len // args.divisor), most) for work in chosen]
         print(PAPER[scenario])
         _run(args, shapes, list(dict.fromkeys(fitting)), content={"paper": PAPER[scenario]}, **settings)
 
@@ -110,7 +119,7 @@ def measure_peer(args: Namespace, shapes: Shapes) -> None:
         raise UsageError("peer needs --random-weights: it makes a model from a config.json")
     command = [args.peer_python, "-m", "bench.peers.run_offloaded_cache", "--config", str(shapes.path.resolve())]
     contexts = shapes.choose_lengths(args.contexts, USUAL_CONTEXTS)
-    command += ["--num-seqs", str(args.num_seqs[0]), "--prompt-len", str(contexts[0])]
+    command += ["--num-seqs", str((args.num_seqs or USUAL_SEQS)[0]), "--prompt-len", str(contexts[0])]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     for line in lines:
@@ -142,6 +151,17 @@ def _fit(work: Work, most_blocks: int) -> Work:
     if num_seqs == 0:
         raise UsageError(f"--host-memory-gib holds {most_blocks:,} blocks, which is less than one sequence of {work}")
     return replace(work, num_seqs=num_seqs)
+
+
+def _own_works(args: Namespace) -> list[Work]:
+    """Batches that the options name, in the place of the paper's; none if they name none.
+
+    Raises:
+        UsageError: the options name only sequences, or only contexts.
+    """
+    if (args.num_seqs is None) != (args.contexts is None):
+        raise UsageError("a batch of your own needs --num-seqs and --contexts")
+    return [Work(n, context, args.num_steps) for n in args.num_seqs or () for context in args.contexts]
 
 
 def _decodes(args: Namespace, num_seqs: int, prompt_len: int) -> Work:

@@ -4,6 +4,7 @@
     python -m bench serving --random-weights llama3-8b            # the shapes of a real model, on a GPU
     python -m bench serving --random-weights llama3-8b --quick    # a first look: less work, a file of its own
     python -m bench serving --random-weights llama3-8b --warm-start --profile traces
+    python -m bench serving --options --device cpu                # the cost of sampling options
     python -m bench serving --random-weights llama3-8b --workloads decode prefill32 sharegpt1000 \\
         --decode-batches 1 32 256 --max-num-seqs 1024 --no-breakdown --name serving_llama3-8b_1024rows
 
@@ -35,16 +36,20 @@ from bench.peers import SERVING, serving_figures
 from bench.report import CONFIGS, device_name, save, start_report
 from bench.serving.demo import measure_model
 from bench.serving.figures import Figures, Floor, experts_of
+from bench.serving.options import measure_options
 from bench.serving.runs import Bench, TimeIsUp
 from bench.serving.scenarios import run_workload
-from bench.serving.sizes import FULL, QUICK, WORKLOADS
+from bench.serving.sizes import FULL, QUICK, WORKLOADS, Sizes
 from bench.serving.startup import StartUp, start, start_cold
-from jpaged import EngineConfig
+from jpaged import LLM, EngineConfig
+from jpaged.device.kv.layout import grouping_of
 from jpaged.device.runner import ModelRunner
-from jpaged.models import load_config
+from jpaged.models import ModelConfig, load_config
 
 DECODE_BATCHES = (1, 32, 128, 256)
 PREEMPTIONS = ("swap", "recompute", "auto")
+FIXED_WORKLOADS = {"decode", "prefill32"}
+"""Workloads whose steps have the sizes of ``--decode-batches``, or the largest."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +60,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(path.name for path in sorted(CONFIGS.iterdir()))
     shapes = f"random weights in the shapes of a config.json: its directory, or one of {known}"
     source.add_argument("--random-weights", metavar="CONFIG", help=shapes)
+    add(
+        "--options",
+        action="store_true",
+        help="the cost of each sampling option, and nothing else",
+    )
     add("--quick", action="store_true", help="less work in every workload, and so figures of other names")
     add("--num-blocks", type=int, help="blocks in the pool (default: all that fit)")
     add("--name", help="name of the result file (default: from the model and the device)")
@@ -70,6 +80,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="run the sharegpt1000_2048blocks workload under each of these",
     )
     seconds = "seconds after which a workload stops with what it has (default: %(default)s)"
+    context = f"tokens of the prompts of decode and prefill32; the peers have figures for {FULL.prompt_len} (default)"
+    add("--prompt-len", type=int, metavar="N", help=context)
+    add("--few-sizes", action="store_true", help="compile only the sizes that decode and prefill32 need")
     add("--limit-s", type=float, default=60.0, metavar="X", help=seconds)
     budget = "seconds after which no further workload starts; the current one stops (default: none)"
     add("--budget-s", type=float, metavar="X", help=budget)
@@ -93,10 +106,14 @@ def run(args: argparse.Namespace) -> int:
         args.decode_batches = [batch for batch in DECODE_BATCHES if batch <= args.max_num_seqs]
     if max(args.decode_batches) > args.max_num_seqs:
         raise UsageError(f"--decode-batches: at most --max-num-seqs, {args.max_num_seqs}")
+    if args.few_sizes and set(args.workloads) - FIXED_WORKLOADS:
+        raise UsageError(f"--few-sizes: give --workloads {' '.join(sorted(FIXED_WORKLOADS))}, or one of them")
     # All-reduces take their scratch outside of the memory that XLA reserves.
     fraction = "0.95" if args.tensor_parallel_size == 1 else "0.85"
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", fraction)
-    if not args.random_weights:
+    if args.options:
+        name, report = _measure_options(args)
+    elif not args.random_weights:
         name, report = measure_model(args)
     else:
         with _cold_start(args) as cold:
@@ -121,29 +138,17 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
     """Name and content of the result file."""
     jnp.zeros(()).block_until_ready()
     imports_s = time.perf_counter() - args.began
-    path = named if (named := CONFIGS / args.random_weights).is_dir() else Path(args.random_weights)
-    try:
-        model_config = load_config(path)
-        config = EngineConfig(
-            num_blocks=args.num_blocks,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            max_model_len=min(args.max_model_len, model_config.max_model_len),
-            enable_prefix_caching=True,
-            kv_cache_dtype=args.kv_cache_dtype,
-            host_memory_bytes=int(args.host_memory_gib * 2**30),
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    path, model_config, config = _read_settings(args)
     limits = None if args.startup_only else machine.measure_limits(jnp.dtype(model_config.dtype))
-    llm, startup = start(model_config, config, imports_s, args.tensor_parallel_size)
+    batches = args.decode_batches if args.few_sizes else None
+    llm, startup = start(model_config, config, imports_s, args.tensor_parallel_size, batches)
     print(startup)
     runner = llm.engine.runner
     name = args.name or f"serving_{path.name}_{device_name()}" + "_quick" * args.quick
     report = start_report(
         args,
         is_quick=args.quick,
-        sizes=dataclasses.asdict(QUICK if args.quick else FULL),
+        sizes=dataclasses.asdict(_sizes(args)),
         limit_s=args.limit_s,
         model=dataclasses.asdict(model_config),
         dtype=str(runner.dtype),
@@ -163,11 +168,12 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
         failed={},
     )
     if limits is not None:
-        figures = Figures(report, serving_figures(path.name), lambda: save(name, report, args.out))
+        peers = serving_figures(path.name) if args.prompt_len is None else {}
+        figures = Figures(report, peers, lambda: save(name, report, args.out))
         bench = Bench(
             runner,
             config,
-            QUICK if args.quick else FULL,
+            _sizes(args),
             figures,
             _floor(runner, config, limits.of_devices(args.tensor_parallel_size)),
             args.limit_s,
@@ -175,6 +181,49 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
         )
         _run_workloads(args, report, bench)
     return name, report
+
+
+def _sizes(args: argparse.Namespace) -> Sizes:
+    sizes = QUICK if args.quick else FULL
+    return sizes if args.prompt_len is None else dataclasses.replace(sizes, prompt_len=args.prompt_len)
+
+
+def _read_settings(args: argparse.Namespace) -> tuple[Path, ModelConfig, EngineConfig]:
+    """The directory of the shapes, the shapes, and the engine's settings."""
+    path = named if (named := CONFIGS / args.random_weights).is_dir() else Path(args.random_weights)
+    try:
+        model_config = load_config(path)
+        return (
+            path,
+            model_config,
+            EngineConfig(
+                num_blocks=args.num_blocks,
+                max_num_seqs=args.max_num_seqs,
+                max_num_batched_tokens=args.max_num_batched_tokens,
+                max_model_len=min(args.max_model_len, model_config.max_model_len),
+                enable_prefix_caching=True,
+                kv_cache_dtype=args.kv_cache_dtype,
+                host_memory_bytes=int(args.host_memory_gib * 2**30),
+            ),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _measure_options(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Name and content of the result file of ``--options``."""
+    if args.random_weights:
+        _, model_config, config = _read_settings(args)
+        llm, _ = start(model_config, config, 0.0, args.tensor_parallel_size)
+    else:
+        llm = LLM(
+            args.model,
+            max_num_seqs=32,
+            max_num_batched_tokens=256,
+            num_blocks=args.num_blocks,
+            enable_prefix_caching=False,
+        )
+    return measure_options(llm, args)
 
 
 def _floor(runner: ModelRunner, config: EngineConfig, limits: machine.MachineLimits) -> Floor:
@@ -189,6 +238,7 @@ def _floor(runner: ModelRunner, config: EngineConfig, limits: machine.MachineLim
         block_size=config.block_size,
         experts=experts_of(model, runner.dtype),
         windows=tuple(spec.sliding_window for spec in model.layer_specs),
+        layers_per_block=grouping_of(model, config).groups.layers_per_block,
     )
 
 

@@ -45,6 +45,7 @@ class Floor:
         bytes_per_block, block_size: size of a block in bytes and in tokens.
         experts: those among the weights; None if every token meets all weights.
         windows: sliding window of each layer in tokens, None for full attention; empty if all layers see everything.
+        layers_per_block: layers that a block holds; None if it holds all.
     """
 
     limits: MachineLimits
@@ -56,6 +57,7 @@ class Floor:
     block_size: int
     experts: ExpertBytes | None = None
     windows: tuple[int | None, ...] = ()
+    layers_per_block: int | None = None
 
     def read_weight_bytes(self, num_tokens: float) -> float:
         """Bytes of weights that a step of so many tokens reads."""
@@ -72,7 +74,8 @@ class Floor:
     def decode_s(self, batch: int, context: int) -> float:
         """Seconds of a step of ``batch`` rows that share nothing. A layer reads the tokens of its window only."""
         seen = [context if window is None else min(window, context) for window in self.windows or (None,)]
-        kv_bytes = batch * sum(seen) / len(seen) * self.bytes_per_block / self.block_size
+        layer_bytes = self.bytes_per_block / (self.layers_per_block or len(seen))
+        kv_bytes = batch * sum(seen) * layer_bytes / self.block_size
         return (self.read_weight_bytes(batch) + kv_bytes) / self.limits.read_bytes_per_s
 
     def compute_s(self, num_tokens: int) -> float:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from flax import nnx
 from bench.serving.stopwatch import Stopwatch
 from jpaged import LLM, EngineConfig
 from jpaged.device.runner import ModelRunner
+from jpaged.device.target import target_of
 from jpaged.engine.loop import Engine
 from jpaged.models import ModelConfig, random_model
 from jpaged.sharding import make_mesh
@@ -36,12 +37,14 @@ class StartUp:
         weights_s: until all weights are on the device.
         sizing_s: the runner without its programs. These are joining projections, the device pool, and the part of the
             host pool's allocation that outlasts compiling.
-        compiling_s: all programs.
+        compiling_s: the programs that the engine begins with.
         engine_s: the engine over them, which measures the cost of copies to the host.
         imports_s: before all that and not in ``total_s``: Python's modules, and the first touch of the device.
-        num_programs: programs that serve.
+        num_programs: programs that serve, once all are there.
         num_from_cache: programs that an earlier process compiled.
         num_compiled: others. JAX does not keep a program that compiles in less than 0.1 s.
+        all_programs_s: from nothing on the device until the background has compiled the last program.
+        busy_cores: cores that this process kept busy in that time.
     """
 
     total_s: float
@@ -53,19 +56,47 @@ class StartUp:
     num_programs: int
     num_from_cache: int
     num_compiled: int
+    all_programs_s: float
+    busy_cores: float
 
     def __str__(self) -> str:
         return (
             f"start-up {self.total_s:.1f} s: weights {self.weights_s:.1f}, sizing the pool {self.sizing_s:.1f}, "
-            f"compiling {self.num_programs} programs {self.compiling_s:.1f}, engine {self.engine_s:.1f}; before it, "
-            f"imports {self.imports_s:.1f}; {self.num_from_cache} programs from the cache, {self.num_compiled} compiled"
+            f"compiling {self.compiling_s:.1f}, engine {self.engine_s:.1f}; before it, imports {self.imports_s:.1f}; "
+            f"all {self.num_programs} programs {self.all_programs_s:.1f}, with {self.busy_cores:.1f} cores busy; "
+            f"{self.num_from_cache} programs from the cache, {self.num_compiled} compiled"
         )
 
 
-def start(model_config: ModelConfig, config: EngineConfig, imports_s: float, num_devices: int) -> tuple[LLM, StartUp]:
-    """Make an LLM with random weights over the devices and compile every program; returns its times too."""
+def keep_sizes(runner: ModelRunner, batches: Iterable[int]) -> None:
+    """Leave a runner the largest step, and the decodes of some batches: all others would only be compiled."""
+    decodes = [bucket for bucket in runner.buckets if bucket.is_decode]
+    kept = {next((bucket for bucket in decodes if bucket.num_rows >= batch), decodes[-1]) for batch in batches}
+    runner.buckets[:] = [*(bucket for bucket in decodes if bucket in kept), runner.buckets[-1]]
+
+
+def start(
+    model_config: ModelConfig,
+    config: EngineConfig,
+    imports_s: float,
+    num_devices: int,
+    batches: Iterable[int] | None = None,
+) -> tuple[LLM, StartUp]:
+    """Make an LLM with random weights over the devices, and wait for its programs.
+
+    Args:
+        model_config, config: the model and the engine.
+        imports_s: seconds before, for the record.
+        num_devices: devices that share the model.
+        batches: decodes whose sizes are compiled, with the largest step; None compiles every size.
+
+    Returns:
+        The LLM and its times.
+    """
     watch, mesh = Stopwatch(), make_mesh(num_devices)
-    began = time.perf_counter()
+    # As an LLM by default, except that no step compiles anything.
+    warm_up = False if batches is not None else None if target_of(mesh).warms_up else True
+    began, cpu_before = time.perf_counter(), _cpu_s()
     with (
         _cache_events() as programs,
         watch.watch(ModelRunner, "__init__", "sizing"),
@@ -73,18 +104,31 @@ def start(model_config: ModelConfig, config: EngineConfig, imports_s: float, num
         watch.watch(Engine, "__init__", "engine"),
     ):
         # No name holds the model: the runner joins its projections, and the single ones would take the pool's place.
-        llm = LLM.from_model(_weights(model_config, mesh, watch), model_config, config, mesh=mesh, warm_up=True)
+        llm = LLM.from_model(_weights(model_config, mesh, watch), model_config, config, mesh=mesh, warm_up=warm_up)
+        if batches is not None:
+            keep_sizes(llm.engine.runner, batches)
+            llm.engine.runner.warm_up()
+        total_s = time.perf_counter() - began
+        llm.engine.runner.programs.background.wait()
+        all_programs_s = time.perf_counter() - began
     return llm, StartUp(
-        total_s=time.perf_counter() - began,
+        total_s=total_s,
         weights_s=watch.seconds["weights"],
-        sizing_s=watch.seconds["sizing"] - watch.seconds["compiling"],
+        sizing_s=watch.seconds["sizing"] - (watch.seconds["compiling"] if batches is None else 0.0),
         compiling_s=watch.seconds["compiling"],
         engine_s=watch.seconds["engine"],
         imports_s=imports_s,
         num_programs=len(llm.engine.runner.programs),
         num_from_cache=llm.engine.runner.programs.num_loaded + programs["hits"],
         num_compiled=programs["misses"],
+        all_programs_s=all_programs_s,
+        busy_cores=(_cpu_s() - cpu_before) / all_programs_s,
     )
+
+
+def _cpu_s() -> float:
+    """Processor time of this process, and of its children that have ended, such as assemblers of GPU code."""
+    return sum(os.times()[:4])
 
 
 def start_cold(args: argparse.Namespace, directory: Path) -> StartUp:

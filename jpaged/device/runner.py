@@ -99,7 +99,7 @@ class ModelRunner:
         config: the engine's settings.
         mesh: the devices.
         channel: to the other processes that have some of them; they have to agree on sizes.
-        warm_up: whether to call ``warm_up``, which costs least then.
+        warm_up: whether to call ``warm_up``, which costs least then; None is for a few sizes of steps alone.
         use_tqdm: show how far it is.
 
     Raises:
@@ -114,7 +114,7 @@ class ModelRunner:
         mesh: jax.sharding.Mesh,
         *,
         channel: Agreeing | None = None,
-        warm_up: bool = False,
+        warm_up: bool | None = False,
         use_tqdm: bool = True,
     ):
         self.model_config = model_config
@@ -150,11 +150,11 @@ class ModelRunner:
         self.host_pool = _make_host_pool(self.programs, self.num_host_blocks)
         self.profile: MachineProfile | None = None
         self._times = StepTimes(self.buckets[-1].num_tokens)
-        if warm_up:
-            self.warm_up(use_tqdm=use_tqdm)
-        if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up:
-            self.warm_up(use_tqdm=use_tqdm)
-        if self.host_pool is not None:
+        if warm_up is not False:
+            self.warm_up(few=warm_up is None, use_tqdm=use_tqdm)
+        if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up is not False:
+            self.warm_up(few=warm_up is None, use_tqdm=use_tqdm)
+        if self.host_pool is not None and self.programs.stream is not None:
             self.host_pool.wait()  # it was made while the programs were
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
@@ -215,9 +215,9 @@ class ModelRunner:
         """Sizes of steps, smallest first."""
         return self.programs.buckets
 
-    def warm_up(self, *, use_tqdm: bool = True) -> None:
-        """Compile the programs that plain requests need (``Programs.warm_up``)."""
-        self.programs.warm_up(with_host_pool=self.num_host_blocks > 0, use_tqdm=use_tqdm)
+    def warm_up(self, *, few: bool = False, use_tqdm: bool = True) -> None:
+        """Compile the programs that plain requests need, or those of a few sizes of steps (``Programs.warm_up``)."""
+        self.programs.warm_up(with_host_pool=self.num_host_blocks > 0, few=few, use_tqdm=use_tqdm)
 
     # A step -------------------------------------------------------------------------------------------------------
 
@@ -232,7 +232,7 @@ class ModelRunner:
         programs that are needed for the first time. Steps run in the order of these calls.
         """
         timing = None if self.host_pool is None else self._times.start(len(self.programs))
-        results = self.start(self._packer.pack(plan))
+        results = self.start(self._packer.pack(plan, self.programs.usable_buckets()))
         for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()
         return StepInFlight(plan, results, timing)
@@ -368,7 +368,7 @@ class ModelRunner:
         rows, lens = np.full(num_chunks, self._packer.padding_row, np.int32), np.full(num_chunks, length, np.int32)
         token_ids = np.zeros(num_chunks * length, np.int32)
         plan = StepPlan(chunks=Chunks(rows, rows.astype(np.int64), np.zeros_like(lens), lens, token_ids))
-        packed = self._packer.pack(plan)
+        packed = self._packer.pack(plan, self.programs.usable_buckets())
         seconds = 0.0
         for _ in range(3):
             started = time.perf_counter()
@@ -395,7 +395,8 @@ def _make_host_pool(programs: Programs, num_host_blocks: int) -> HostPool | None
         memory = DmaSlots
     elif is_narrowed(programs.config):
         memory = for_narrow_blocks(memory)
-    return HostPool(programs.host_slots(num_host_blocks), memory, programs.get)
+    # A step that waits for a large pool does not hang.
+    return HostPool(programs.host_slots(num_host_blocks), memory, programs.get, lambda: programs.compiling.run())
 
 
 def copy_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:

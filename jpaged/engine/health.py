@@ -3,6 +3,8 @@
 import enum
 from dataclasses import dataclass
 
+from jpaged.progress import Progress
+
 HANGS_AFTER_S = 30.0
 """A step that runs for longer is taken to hang. Compilation does not count."""
 
@@ -14,7 +16,7 @@ class HealthState(enum.StrEnum):
     """The state of an engine that serves."""
 
     OK = "ok"
-    COMPILING = "compiling"  # a program that a step needs
+    COMPILING = "compiling"  # a program that a step needs, or a step waits until host memory is pinned
     DRAINING = "draining"  # takes no more requests, and ends with those that it has
     FAILING = "failing"  # ``MAX_FAILURES`` steps in a row, and none since went well
     HUNG = "hung"  # the step that runs
@@ -32,6 +34,7 @@ class Health:
         num_failures: steps that failed in a row.
         step_began: start of the step that runs; None between steps.
         step_ended: end of the last step; None before the first.
+        compiling: progress of the programs that are compiled while steps run; None if all that can be are there.
     """
 
     state: HealthState
@@ -39,6 +42,7 @@ class Health:
     num_failures: int
     step_began: float | None
     step_ended: float | None
+    compiling: Progress | None = None
 
     @property
     def is_healthy(self) -> bool:

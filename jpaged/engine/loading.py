@@ -48,7 +48,7 @@ def load_checkpoint(
         path: the directory.
         config: the engine's settings.
         tokenizer: a tokenizer other than the checkpoint's.
-        warm_up: whether to compile every program now; None is now on an accelerator, later on a CPU.
+        warm_up: as for ``LLM``.
         use_tqdm: whether to show progress.
 
     Returns:
@@ -133,13 +133,16 @@ def start_engine(
         As ``load_checkpoint``.
     """
     enable_compile_cache()
-    if warm_up is None:
-        warm_up = target_of(mesh).warms_up
     channel = open_channel(mesh)
+    if warm_up is None and not target_of(mesh).warms_up:
+        warm_up = False
     with InterruptsWait():
         if channel is None:
             runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
-            return Engine(runner, config, tokenizer, sampling_defaults)
+            engine = Engine(runner, config, tokenizer, sampling_defaults)
+            runner.programs.background.start(runner)  # now, since it disturbs what the engine measures
+            return engine
+        warm_up = warm_up is not False  # all processes run a step in the same size
         options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
         try:
             agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)

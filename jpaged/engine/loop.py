@@ -8,6 +8,7 @@ import numpy as np
 
 from jpaged.config import EngineConfig
 from jpaged.contract.profile import Observations
+from jpaged.device.processes import LeadingRunner
 from jpaged.device.profiler import keep_profile
 from jpaged.device.runner import ModelRunner, StepInFlight
 from jpaged.engine.detokenizer import Tokenizer
@@ -290,7 +291,14 @@ class Engine:
             self.num_output_tokens,
             self.runner.host_pool,
             scheduler.profile,
+            self.runner.programs,
         )
+
+    def close(self) -> None:
+        """Compile nothing more in the background, and let the processes that follow go on."""
+        self.runner.programs.background.stop()
+        if isinstance(self.runner, LeadingRunner):
+            self.runner.close()
 
     def _learn(self, observations: Observations) -> None:
         """Keep the scheduler's profile current, and keep it for later runs from time to time."""

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from jpaged.contract.profile import MachineProfile
 from jpaged.device.kv.host_pool import HostPool
+from jpaged.device.step.programs import Programs
 from jpaged.host.blocks.manager import BlockStats
 from jpaged.host.scheduler import SchedulerStats
 
@@ -20,6 +21,7 @@ class Sources(NamedTuple):
     num_output_tokens: int
     pool: HostPool | None
     profile: MachineProfile | None
+    programs: Programs
 
 
 def _gauge(help_: str, read: Callable[[Sources], Any]) -> Any:
@@ -129,6 +131,11 @@ class EngineStats:
     num_steps: int = _counter(
         "steps planned; a multi-step decode counts each of its steps", lambda of: of.scheduler.num_steps
     )
+    num_programs: int = _gauge("compiled programs that steps can run", lambda of: len(of.programs))
+    num_programs_to_compile: int = _gauge(
+        "programs that are still to be compiled while larger sizes of steps do their work",
+        lambda of: 0 if (now := of.programs.background.progress) is None else now.of - now.done,
+    )
     num_output_tokens: int = _counter(
         "tokens drawn; a beam search counts one for each live beam and step", lambda of: of.num_output_tokens
     )
@@ -158,9 +165,10 @@ def read_stats(
     num_output_tokens: int,
     pool: HostPool | None,
     profile: MachineProfile | None,
+    programs: Programs,
 ) -> EngineStats:
     """The statistics now."""
-    sources = Sources(blocks, scheduler, num_output_tokens, pool, profile)
+    sources = Sources(blocks, scheduler, num_output_tokens, pool, profile, programs)
     return EngineStats(**{name: each.read(sources) for name, each in STATISTICS.items()})
 
 

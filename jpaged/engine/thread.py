@@ -151,7 +151,8 @@ class EngineThread:
     def health(self) -> Health:
         """The health now. Takes no lock and waits for nothing."""
         error = None if self._error is None else f"{type(self._error).__name__}: {self._error}"
-        return Health(self._state(), error, self._num_failures, self._step_began, self._step_ended)
+        steps = self._num_failures, self._step_began, self._step_ended
+        return Health(self._state(), error, *steps, self._engine.runner.programs.background.progress)
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take no more requests, and end the thread once those that it has are finished. Does not wait.
@@ -295,6 +296,7 @@ class EngineThread:
         with self._lock:
             self._error = error
             self._is_closed = self._is_ended = True
+        self._engine.runner.programs.background.stop()
         while not self._orders.empty():
             future, _ = self._orders.get()
             if future.set_running_or_notify_cancel():

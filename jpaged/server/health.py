@@ -63,6 +63,8 @@ def report_of(llm: AsyncLLM) -> Report:
         body["failed_steps"] = health.num_failures
     if health.step_began is not None:
         body["step_running_s"] = round(monotonic() - health.step_began, 3)
+    if health.compiling is not None:
+        body["compiling"] = {"done": health.compiling.done, "of": health.compiling.of}
     return Report(body, health.is_healthy, health.is_ready)
 
 

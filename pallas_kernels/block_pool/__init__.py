@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_pool.hopper import why_not_write, write_kv_hopper
+from pallas_kernels.block_pool.hopper import copy_blocks_hopper, why_not_copy, why_not_write, write_kv_hopper
 from pallas_kernels.block_pool.layout import (
     KV_HEAD_AXIS,
     BlockIds,
@@ -59,6 +59,7 @@ __all__ = [
     "kv_scales_shape",
     "scatter_blocks",
     "shape_of",
+    "why_not_copy",
     "why_not_write",
     "write_kv",
     "write_kv_quantized",
@@ -71,7 +72,7 @@ def _kernels(**runs: Callable[..., Any]) -> dict[str, Kernel]:
 
 WRITES = _kernels(xla=write_kv_xla, hopper=write_kv_hopper, pallas_tpu=write_kv_tpu)
 QUANTIZED_WRITES = _kernels(xla=write_kv_quantized_xla, pallas_tpu=write_kv_quantized_tpu)
-COPIES = _kernels(xla=copy_blocks_xla, pallas_tpu=copy_blocks_tpu)
+COPIES = _kernels(xla=copy_blocks_xla, hopper=copy_blocks_hopper, pallas_tpu=copy_blocks_tpu)
 GATHERS = _kernels(xla=gather_blocks_xla, pallas_tpu=gather_blocks_tpu)
 SCATTERS = _kernels(xla=scatter_blocks_xla, pallas_tpu=scatter_blocks_tpu)
 
@@ -182,13 +183,14 @@ def copy_blocks(
     Args:
         pool: the pool, or its scales, which move the same way; donate it to the enclosing jit.
         src, dst: block ``dst[i]`` becomes a copy of block ``src[i]``. Destinations are distinct; pad with 0 -> 0.
-        implementation: "xla" or "pallas_tpu"; None is "xla". "pallas_tpu" moves blocks of a pool by DMA and leaves
-            block 0 as it is. Its sources and destinations are disjoint, except for block 0. Scales, which are small,
-            XLA moves under either name.
+        implementation: "xla", "hopper" or "pallas_tpu"; None is "xla". The kernels of "hopper" and "pallas_tpu" leave
+            block 0 as it is, and over several devices need ``jax.shard_map``. For them, sources and destinations are
+            disjoint, except for block 0. Scales, which are small, XLA moves under any name.
         interpret: as for ``write_kv``.
 
     Raises:
         ValueError: ids of another shape, or an unknown implementation.
+        NotImplementedError: the implementation named cannot copy blocks of this pool, or not on this device.
     """
     kernel, interpret = _mover(COPIES, pool, implementation, interpret)
     if src.ndim != 1 or src.shape != dst.shape:
@@ -199,7 +201,15 @@ def copy_blocks(
 def gather_blocks(
     pool: BlockPool | KvScales, blocks: BlockIds, *, implementation: str | None = None, interpret: bool = False
 ) -> Blocks | Scales:
-    """Whole blocks, or their scales, in the order asked for; implementations as for ``copy_blocks``."""
+    """Whole blocks, or their scales, in the order asked for.
+
+    Args:
+        pool: the pool, or its scales.
+        blocks: the blocks.
+        implementation: "xla" or "pallas_tpu"; None is "xla". "pallas_tpu" moves blocks of a pool by DMA. Scales XLA
+            moves under either name.
+        interpret: as for ``write_kv``.
+    """
     kernel, interpret = _mover(GATHERS, pool, implementation, interpret)
     return dispatch.run(kernel, pool, blocks, interpret=interpret)
 
@@ -218,7 +228,7 @@ def scatter_blocks(
         pool: the pool, or its scales; donate it to the enclosing jit.
         blocks: destination of each of ``data``.
         data: as ``gather_blocks`` returns it.
-        implementation: as for ``copy_blocks``.
+        implementation: as for ``gather_blocks``; "pallas_tpu" leaves block 0 as it is.
         interpret: as for ``write_kv``.
 
     Raises:

@@ -74,7 +74,7 @@ def grouped_matmul(
         )
     dispatch.check_named(KERNELS, implementation, interpret=interpret)
     if implementation is None:
-        case = why_not_grouped(weights.shape[1:], x.dtype, len(x))
+        case = why_not_grouped(weights.shape[1:], x.dtype)
         implementation = "hopper" if best_implementation(case, num_devices=1).name == "hopper" else "xla"
     run = KERNELS[implementation]
     return dispatch.run(run, x, weights, group_sizes, interpret=interpret, is_transposed=is_transposed)

@@ -6,7 +6,7 @@ The blocks that work at one time share the weights of a group, so that device me
 The weights of a group without rows are not read.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.chips import here
 from pallas_kernels.chips.hopper import SMEM_BYTES
 from pallas_kernels.chips.memory import Ref
-from pallas_kernels.grouped_matmul.plan import plan_tiles
+from pallas_kernels.grouped_matmul.plan import most_tiles, plan_tiles
 from pallas_kernels.paged_attention.hopper.tile import (
     TILE_ROWS,
     Accumulator,
@@ -39,15 +39,13 @@ SLAB = 64
 """Columns of a swizzled row in shared memory: 128 bytes. It is also the step along the features."""
 
 COLUMNS = (256, 192, 128, 64)
-"""Columns of a tile of the result, best first: wide tiles copy the rows of ``x`` less often."""
+"""Columns of a tile of the result, best first: wide tiles copy the rows of ``x`` less often. Few tiles of rows take
+narrow ones, so that every multiprocessor reads weights."""
 
 SLABS_OUT = 2
 """Slabs of the result that a consumer holds in shared memory at one time, at most."""
 
 MOST_STAGES = 8
-
-LEAST_ROWS = 2 * TILE_ROWS
-"""Rows that a tile takes at most, and copies even if there are fewer."""
 
 TWO_CONSUMERS_FROM = 64
 """Rows of a mean group from which two warpgroups share each tile of weights: then most groups fill more than one."""
@@ -70,6 +68,7 @@ class Case:
 
     Args:
         num_features, num_columns: sizes of the matrices.
+        columns: columns of a tile of the result.
         is_transposed: whether the matrices are [columns, features].
         dtype: dtype of the operands and the result.
         consumers: warpgroups that multiply.
@@ -78,6 +77,7 @@ class Case:
 
     num_features: int
     num_columns: int
+    columns: int
     is_transposed: bool
     dtype: jnp.dtype
     consumers: int
@@ -86,10 +86,6 @@ class Case:
     @property
     def tile_rows(self) -> int:
         return self.consumers * TILE_ROWS
-
-    @property
-    def columns(self) -> int:
-        return _columns(self.num_columns)
 
     @property
     def grid_columns(self) -> int:
@@ -110,16 +106,17 @@ class Case:
         return min(MOST_STAGES, (SMEM_BYTES // self.dtype.itemsize - out - 1024) // stage)
 
 
-def _columns(num_columns: int) -> int:
-    return next((columns for columns in COLUMNS if num_columns % columns == 0), 0)
+def columns_of_tile(num_columns: int, num_tiles: int, num_sms: int) -> int:
+    """The widest columns of which all tiles of rows together give every multiprocessor a tile; else the narrowest."""
+    fitting = [columns for columns in COLUMNS if num_columns % columns == 0]
+    filling = (columns for columns in fitting if num_tiles * (num_columns // columns) >= num_sms)
+    return next(filling, fitting[-1])
 
 
-def why_not_grouped(matrix: tuple[int, ...], dtype: jnp.dtype, num_rows: int = LEAST_ROWS) -> str | None:
+def why_not_grouped(matrix: tuple[int, ...], dtype: jnp.dtype) -> str | None:
     """The reason why the kernel cannot take matrices of this shape, whatever the device; None if it can."""
     if dtype not in DTYPES:
         return f"{jnp.dtype(dtype).name}: the kernel takes bfloat16 and float16"
-    if num_rows < LEAST_ROWS:
-        return f"{num_rows} rows: expected {LEAST_ROWS} or more"
     if any(size % SLAB for size in matrix):
         return f"matrices of {list(matrix)}: expected multiples of {SLAB}"
     return None
@@ -145,19 +142,28 @@ def grouped_matmul_hopper(
     Raises:
         NotImplementedError: a case, or a device, that the kernel does not take.
     """
-    reason = why_not_grouped(weights.shape[1:], x.dtype, len(x)) or (None if interpret else here.why_no_hopper())
+    reason = why_not_grouped(weights.shape[1:], x.dtype) or (None if interpret else here.why_no_hopper())
     dispatch.refuse(reason, "implementation='xla' takes it")
-    rows_of_mean = len(x) // len(weights)
-    features, columns = reversed(weights.shape[1:]) if is_transposed else weights.shape[1:]
-    case = Case(
+    num_rows, num_sms = len(x), num_sms or here.num_sms()
+    case = _case_of(x, weights, is_transposed=is_transposed, consumers=consumers, num_sms=num_sms)
+    case = replace(case, is_interpreted=interpret is not None)
+    padded = jnp.pad(x, ((0, max(case.tile_rows - num_rows, 0)), (0, 0)))  # a tile copies all of its rows
+    return _grouped(padded, weights, group_sizes, case=case, num_sms=num_sms, interpret=interpret)[:num_rows]
+
+
+def _case_of(x: Array, weights: Array, *, is_transposed: bool, consumers: int | None, num_sms: int) -> Case:
+    features, num_columns = reversed(weights.shape[1:]) if is_transposed else weights.shape[1:]
+    consumers = consumers or (2 if len(x) // len(weights) >= TWO_CONSUMERS_FROM else 1)
+    num_tiles = most_tiles(len(x), len(weights), consumers * TILE_ROWS)
+    return Case(
         num_features=features,
-        num_columns=columns,
+        num_columns=num_columns,
+        columns=columns_of_tile(num_columns, num_tiles, num_sms),
         is_transposed=is_transposed,
         dtype=jnp.dtype(x.dtype),
-        consumers=consumers or (2 if rows_of_mean >= TWO_CONSUMERS_FROM else 1),
-        is_interpreted=interpret is not None,
+        consumers=consumers,
+        is_interpreted=False,
     )
-    return _grouped(x, weights, group_sizes, case=case, num_sms=num_sms or here.num_sms(), interpret=interpret)
 
 
 @partial(jax.jit, static_argnames=("case", "num_sms", "interpret"))

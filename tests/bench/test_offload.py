@@ -10,6 +10,7 @@ import pytest
 from bench.__main__ import main
 from bench.offload import scenarios
 from bench.offload.busy import NUM_TRACED, shares_of
+from bench.offload.generation import Work
 from bench.offload.predictions import predict_steps
 from bench.offload.shapes import Shapes
 from bench.peers import KV_ON_HOST, run_offloaded_cache
@@ -185,6 +186,23 @@ def test_batches_of_the_paper_shrink_to_the_host_memory(run_offload, monkeypatch
     assert len(set(works)) == len(works)
     with pytest.raises(SystemExit):
         run_offload(scenario, "--host-memory-gib", "0.000001")
+
+
+def test_a_batch_of_your_own_takes_the_place_of_the_papers(run_offload, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(scenarios, "run_variants", lambda *args, keep, **options: ran.append(args) or keep([]))
+    run_offload("throughput", "--num-seqs", "3", "--contexts", "40", "--num-steps", "5", "--placements", "kv")
+    [(_, _, variants, works, _)] = ran
+    assert (works, [variant.name for variant in variants]) == ([Work(3, 40, 5)], ["kv"])
+    with pytest.raises(SystemExit):
+        main(["offload", "throughput", "--num-seqs", "3"])
+    assert "needs --num-seqs and --contexts" in capsys.readouterr().err
+
+
+def test_a_long_sequence_has_two_placements(capsys):
+    with pytest.raises(SystemExit):
+        main(["offload", "long", "--placements", "kv"])
+    assert "long takes --placements host device, got kv" in capsys.readouterr().err
 
 
 def test_a_peer_that_is_not_installed_says_so(run_offload, monkeypatch):

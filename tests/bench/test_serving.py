@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +20,14 @@ from bench.machine import MachineLimits
 from bench.peers import SERVING
 from bench.report import CONFIGS
 from bench.serving import command
+from bench.serving import options as options_bench
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
 from bench.serving.figures import ExpertBytes, Figures, Floor, experts_of
 from bench.serving.profiling import profile_decode
 from bench.serving.runs import Bench, TimeIsUp, sampling
 from bench.serving.scenarios import run_workload
 from bench.serving.sizes import QUICK
-from bench.serving.startup import StartUp, start_cold
+from bench.serving.startup import StartUp, keep_sizes, start_cold
 from bench.serving.stopwatch import HOST_PARTS, Stopwatch
 from jpaged import LLM, EngineConfig
 from jpaged.device.step.steps import SAMPLING_SCOPE
@@ -204,6 +206,8 @@ def test_floors_are_bytes_over_bandwidth_and_flops_over_rate():
 def test_floor_counts_the_tokens_of_each_window():
     floor = make_floor(windows=(4, None, 40))
     assert floor.decode_s(batch=3, context=10) == pytest.approx((900 + 3 * (4 + 10 + 10) / 3 * 16) / 1e9)
+    floor = make_floor(windows=(4, None, 40), layers_per_block=1)  # each in a block of its own
+    assert floor.decode_s(batch=3, context=10) == pytest.approx((900 + 3 * (4 + 10 + 10) * 16) / 1e9)
 
 
 def test_floor_counts_the_experts_that_tokens_choose():
@@ -429,7 +433,7 @@ def test_command_goes_on_after_failures_and_time_limits(run_serving, tiny_path, 
 
 
 def test_cold_start_is_measured_by_a_process_that_leaves_its_cache(monkeypatch, tmp_path):
-    times = StartUp(9, 1, 1, 1, 1, 1, 1, 0, 1)
+    times = StartUp(9, 1, 1, 1, 1, 1, 1, 0, 1, 12, 2)
 
     def run(args, **options):
         assert args[1:4] == ["-m", "bench", "serving"]
@@ -444,6 +448,27 @@ def test_cold_start_is_measured_by_a_process_that_leaves_its_cache(monkeypatch, 
     assert start_cold(args, tmp_path) == times  # pyright: ignore[reportArgumentType]
     assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / "cache")
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_kept_sizes_are_the_decodes_that_batches_take_and_the_largest(bench):
+    decodes = [bucket for bucket in bench.runner.buckets if bucket.is_decode]
+    assert [bucket.num_rows for bucket in decodes] == [1, 2, 4]
+    for batches, kept in (([1], [1]), ([2, 1], [1, 2]), ([3], [4]), ([9], [4])):
+        runner = SimpleNamespace(buckets=list(bench.runner.buckets))
+        keep_sizes(runner, batches)  # pyright: ignore[reportArgumentType]
+        expected = [bucket for bucket in decodes if bucket.num_rows in kept]
+        assert runner.buckets == [*expected, bench.runner.buckets[-1]]
+
+
+def test_few_sizes_and_prompts_of_another_length_serve_two_workloads(run_serving, tiny_path, capsys):
+    options = ("--few-sizes", "--prompt-len", "40", "--decode-batches", "1", "--no-breakdown")
+    status, _, report = run_serving(tiny_path, *options, "--workloads", "decode", "prefill32")
+    assert (status, report["failed"], report["sizes"]["prompt_len"]) == (0, {}, 40)
+    assert list(report["figures"]) == ["startup_s", "decode_1_ms", "prefill2_s"]
+    assert all(figure["num_programs_compiled"] == 0 for figure in list(report["figures"].values())[1:])
+    with pytest.raises(SystemExit):
+        run_serving(tiny_path, *options, "--workloads", "parallel4_200")
+    assert "give --workloads decode prefill32, or one of them" in capsys.readouterr().err
 
 
 def test_options_that_need_random_weights_say_so(capsys):
@@ -467,3 +492,18 @@ def test_a_preset_loads_and_its_peer_has_figures_under_our_names():
         "parallel4_200_tokens",
         "beam4_64x64_tokens",
     } <= names
+
+
+def test_options_are_compared_with_plain_sampling(monkeypatch):
+    chosen = {name: options_bench.OPTIONS[name] for name in ("min_tokens",)}
+    monkeypatch.setattr(options_bench, "OPTIONS", chosen)
+    model = random_model(TINY, jnp.dtype("float32"), make_mesh(1), 0)
+    llm = LLM.from_model(model, TINY, EngineConfig(num_blocks=65, max_num_seqs=1, max_num_batched_tokens=8))
+    args = Namespace(random_weights=None, model=None, quick=True, name=None, commit="none", argv=[])
+    name, report = options_bench.measure_options(llm, args)
+    assert name == "serving_options_demo_cpu_quick"
+    rows = [*chosen, options_bench.MIXED, *(each + options_bench.ALONE for each in chosen)]
+    assert list(report["options"]) == rows
+    for each in report["options"].values():
+        assert each["shares"] == [each["tokens_per_s"] / each["plain"]]
+    assert report["num_programs_compiled"] == 0

@@ -151,7 +151,7 @@ def test_a_step_of_beams_alone_runs_no_sampler():
     chunk = Chunk(0, [1, 2, 3], 0, 3, [1])
     result = runner.execute(make_plan(chunks=(chunk,), beams=(BeamSelect([0], [0.0], 2),)))
     assert result.token_ids.tolist() == []
-    assert {key[0] for key in runner.programs._compiled} == {"enter", "load", "forward", "beam"}
+    assert {key[0] for key in runner.programs.store.programs} == {"enter", "load", "forward", "beam"}
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), unique_by=lambda pair: pair[1], max_size=9))
@@ -192,7 +192,7 @@ def test_any_mixture_of_searches_shares_a_program():
             for start, width in zip(starts, widths, strict=False)
         )
         runner.execute(make_plan(chunks=chunks, beams=beams))
-    assert [key for key in runner.programs._compiled if key[0] == "beam"] == [("beam", 8, 8, 0)], (
+    assert [key for key in runner.programs.store.programs if key[0] == "beam"] == [("beam", 8, 8, 0)], (
         "rows, candidates, bans"
     )
 

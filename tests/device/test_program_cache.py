@@ -1,6 +1,7 @@
 """Programs compiled by one process serve the next, as long as nothing that they are made of has changed."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,9 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
+import jpaged
 from jpaged.device.step import program_cache
-from jpaged.device.step.program_cache import MOST_KEPT, ProgramCache, model_identity, source_digest
+from jpaged.device.step.program_cache import MOST_KEPT, NO_SOURCES, ProgramCache, model_identity, source_digest
 from jpaged.models import random_model
 from jpaged.sharding import make_mesh
 from tests.support.tiny import tiny_config
@@ -219,6 +221,26 @@ def test_code_that_changed_in_any_file_is_other_code(tmp_path):
     assert len(set(digests)) == 3
     assert source_digest([*roots, tmp_path / "c"]) is None
     assert program_cache.SOURCE_DIGEST is not None
+
+
+def test_code_that_no_program_is_made_of_may_change(tmp_path):
+    for name in ("device", "host"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.py").write_text("x = 1")
+    before = source_digest([tmp_path], NO_SOURCES)
+    (tmp_path / "host" / "module.py").write_text("x = 2")
+    assert source_digest([tmp_path], NO_SOURCES) == before
+    (tmp_path / "device" / "module.py").write_text("x = 2")
+    assert source_digest([tmp_path], NO_SOURCES) != before
+
+
+def test_no_program_is_made_of_the_code_that_is_left_out():
+    root = Path(jpaged.__file__).parent
+    names = "|".join(name.removesuffix(".py") for name in NO_SOURCES)
+    paths = [path for path in root.rglob("*.py") if path.relative_to(root).parts[0] not in NO_SOURCES]
+    found = {path.name for path in paths if re.search(rf"jpaged(\.| import )({names})\b", path.read_text())}
+    assert found <= {"__init__.py", "__main__.py"}
+    assert len(paths) > 50
 
 
 def test_a_full_disk_costs_a_warning(root, monkeypatch, caplog):

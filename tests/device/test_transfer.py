@@ -9,6 +9,7 @@ from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Transferred
 from jpaged.device.kv import host_pool as transfer
+from jpaged.device.kv.host_memory import StagedMemory
 from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.runner import ModelRunner
@@ -371,3 +372,14 @@ def test_a_setting_that_needs_a_host_pool_is_refused_where_no_memory_is_free(mon
     monkeypatch.setattr(transfer, "free_machine_bytes", lambda: 4096)
     with pytest.raises(ValueError, match=r"needs a host pool, and the 4,096 bytes .* no room for blocks of 4,096"):
         make_runner(num_host_blocks=None, **setting)
+
+
+def test_a_start_waits_for_no_host_memory_and_the_first_copy_does(monkeypatch):
+    waits = []
+    monkeypatch.setattr(StagedMemory, "wait", lambda memory: waits.append(runner.programs.compiling.is_running))
+    runner = make_runner(num_host_blocks=2)
+    assert waits == []
+    runner.execute(make_plan(to_host=(BlockCopy(1, 0),)))
+    runner.execute(make_plan(from_host=(BlockCopy(0, 1),)))
+    assert waits == [True]
+    assert not runner.programs.compiling.is_running

@@ -18,7 +18,17 @@ from pallas_kernels.paged_attention.hopper.decode_quantized import LEAST_V_SCALE
 from pallas_kernels.paged_attention.hopper.prefill_plan import PrefillSizes
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tuning import Sizes, sizes_for
-from tests.support.attention import LAYER, NO_OPTIONS, Batch, Options, Shape, abstract_call, dense_attention, make_batch
+from tests.support.attention import (
+    LAYER,
+    NO_OPTIONS,
+    Batch,
+    Options,
+    Shape,
+    abstract_call,
+    dense_attention,
+    make_batch,
+    round_scales,
+)
 from tests.support.attention_cases import AttentionCases, Rows
 
 pytestmark = pytest.mark.usefixtures("no_races")
@@ -109,6 +119,8 @@ class TestHopper(AttentionCases):
 def test_both_kernels_together_attend_a_mixed_batch_and_give_zeros_for_padding(quantized, is_reused):
     shape = Shape(16, 4, 5, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
     batch = make_batch(replace(shape, quantized=quantized), [1, 9, 0, 1], [70, 30, 0, 1])
+    if quantized is not None:
+        round_scales(batch)
     num_tokens = int(batch.q_starts[-1])
     before = jnp.zeros(batch.q.shape, shape.dtype).at[:num_tokens].set(7)
     call = replace(batch.call(), into=before if is_reused else None)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu.fragmented_array import Replicated
@@ -17,10 +16,7 @@ from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper import decode_quantized
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeShape, DecodeSizes
 from pallas_kernels.paged_attention.hopper.decode_quantized import EVEN_FIRST, IN_PLACE, with_stored_order
-
-WARPS, LANES = 4, 32
-STORED = {"int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
-
+from tests.support.ptx import LANES, STORED, WARPS, as_register, elements, run_ptx
 
 # Layouts
 
@@ -62,65 +58,6 @@ def from_registers(registers: np.ndarray, layout: Any, shape: tuple[int, ...]) -
     out[at.ravel()] = registers.ravel()
     np.testing.assert_array_equal(out[at], registers)
     return out.reshape(shape)
-
-
-# Instructions
-
-
-def as_type(x: np.ndarray, dtype: Any) -> np.ndarray:
-    """The same bits [..., elements] as elements of another size."""
-    return np.ascontiguousarray(x).view(dtype)
-
-
-def elements(register: np.ndarray, dtype: Any) -> np.ndarray:
-    return as_type(register[..., None], dtype)
-
-
-def as_register(elements: np.ndarray) -> np.ndarray:
-    return as_type(elements, np.uint32)[..., 0]
-
-
-def permute(a: np.ndarray, b: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """PTX's ``prmt``: any four bytes of two registers, each named by four bits."""
-    assert not (order & 0x8888).any(), "the highest bit of four would repeat a byte's sign"
-    eight = as_type(np.stack([a, b], axis=-1), np.uint8)
-    nibbles = order[..., None] >> np.array([0, 4, 8, 12], np.uint32) & 7
-    return as_register(np.take_along_axis(eight, nibbles, axis=-1))
-
-
-def subtract(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return as_register(elements(a, np.float16) - elements(b, np.float16))
-
-
-def convert(pair: np.ndarray) -> np.ndarray:
-    return as_register(elements(pair, STORED["float8_e4m3fn"]).astype(np.float16))
-
-
-INSTRUCTIONS = {
-    "mov.b32": lambda a: a,
-    "xor.b32": np.bitwise_xor,
-    "prmt.b32": permute,
-    "sub.rn.f16x2": subtract,
-    "cvt.rn.f16x2.e4m3x2": convert,
-}
-
-
-def run_ptx(ptx: str, register: np.ndarray, result_types: tuple[Any, ...]) -> list[np.ndarray]:
-    """Assembly of one input, the operand after the results."""
-    named = {f"${len(result_types)}": register}
-    for line in ptx.strip().removeprefix("{").removesuffix("}").split(";"):
-        if not line.strip() or line.strip().startswith(".reg"):
-            continue
-        name, operands = line.split(maxsplit=1)
-        if name == "mov.b32" and operands.startswith("{"):
-            pair, source = operands.removeprefix("{").split("}, ")
-            low, high = np.moveaxis(elements(named[source.strip()], np.uint16), -1, 0)
-            named |= dict(zip(pair.split(", "), (low, high), strict=True))
-            continue
-        result, *sources = operands.strip().split(", ")
-        values = [named[s] if s in named else np.full_like(register, int(s, 0)) for s in sources]
-        named[result] = INSTRUCTIONS[name](*values)
-    return [named[f"${nth}"] for nth in range(len(result_types))]
 
 
 # The warpgroup

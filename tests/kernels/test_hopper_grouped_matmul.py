@@ -7,7 +7,13 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.grouped_matmul.hopper import TWO_CONSUMERS_FROM, Case, _grouped, grouped_matmul_hopper
+from pallas_kernels.grouped_matmul.hopper import (
+    TILE_ROWS,
+    _case_of,
+    _grouped,
+    columns_of_tile,
+    grouped_matmul_hopper,
+)
 from pallas_kernels.grouped_matmul.plan import most_tiles, plan_tiles
 
 pytestmark = pytest.mark.usefixtures("no_races")
@@ -36,6 +42,7 @@ def _expected(x, weights, sizes, *, is_transposed):
         ((5, 0, 70, 1, 30), 140, 192, 64, False, 1),
         ((130, 3), 133, 128, 192, False, 2),  # the last tile reaches beyond the rows
         ((200, 0, 3), 203, 64, 512, True, 1),  # several tiles of a group, and several columns of tiles
+        ((0, 1, 2, 0), 3, 64, 128, True, 1),  # fewer rows than a tile
     ],
 )
 def test_groups_are_multiplied_by_their_own_matrices(sizes, num_rows, features, columns, is_transposed, consumers):
@@ -80,7 +87,6 @@ def test_tiles_hold_each_row_once_and_rows_of_one_group():
         ({"x": jnp.zeros((140, 32), jnp.bfloat16)}, ValueError, "as many features in both"),
         ({"group_sizes": jnp.zeros(3, jnp.int32)}, ValueError, r"group_sizes is int32\[3\]: expected int32\[2\]"),
         ({"implementation": "cuda"}, ValueError, "'cuda' is unknown"),
-        ({"x": jnp.zeros((127, 64), jnp.bfloat16)}, NotImplementedError, "127 rows: expected 128 or more"),
         ({"weights": jnp.zeros((2, 64, 72), jnp.bfloat16)}, NotImplementedError, "expected multiples of 64"),
     ],
 )
@@ -96,9 +102,17 @@ def test_operands_that_do_not_fit_are_refused(changes, error, message):
 
 
 @pytest.mark.parametrize(
+    ("num_columns", "num_tiles", "expected"),
+    [(1536, 132, 256), (1536, 8, 64), (28672, 2, 256), (4096, 2, 64), (4096, 6, 128), (2880, 40, 192), (2880, 4, 64)],
+)
+def test_few_tiles_of_rows_take_narrow_columns(num_columns, num_tiles, expected):
+    assert columns_of_tile(num_columns, num_tiles, 132) == expected
+
+
+@pytest.mark.parametrize(
     ("num_rows", "num_groups", "hidden_size", "ffn"),
-    [(2048, 128, 2048, 768), (16384, 8, 4096, 14336), (1024, 32, 2880, 2880)],
-    ids=["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b"],
+    [(8, 128, 2048, 768), (2048, 128, 2048, 768), (16384, 8, 4096, 14336), (1024, 32, 2880, 2880)],
+    ids=["one token", "qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-20b"],
 )
 def test_compiles_for_the_gpu_at_real_sizes(num_rows, num_groups, hidden_size, ffn):
     sizes = jax.ShapeDtypeStruct((num_groups,), jnp.int32)
@@ -106,9 +120,8 @@ def test_compiles_for_the_gpu_at_real_sizes(num_rows, num_groups, hidden_size, f
         (hidden_size, (2 * ffn, hidden_size), True),
         (ffn, (ffn, hidden_size), False),
     ):
-        x = jax.ShapeDtypeStruct((num_rows, features), jnp.bfloat16)
+        x = jax.ShapeDtypeStruct((max(num_rows, TILE_ROWS), features), jnp.bfloat16)
         weights = jax.ShapeDtypeStruct((num_groups, *matrix), jnp.bfloat16)
-        consumers = 2 if num_rows // num_groups >= TWO_CONSUMERS_FROM else 1
-        case = Case(features, matrix[not is_transposed], is_transposed, jnp.dtype("bfloat16"), consumers, False)
+        case = _case_of(x, weights, is_transposed=is_transposed, consumers=None, num_sms=132)  # pyright: ignore[reportArgumentType]
         traced = _grouped.trace(x, weights, sizes, case=case, num_sms=132, interpret=None)
         traced.lower(lowering_platforms=("cuda",))

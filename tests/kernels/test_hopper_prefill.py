@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.chips import here
 from pallas_kernels.paged_attention.call import Scoring
+from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
 from pallas_kernels.paged_attention.hopper.prefill_plan import DEFAULT_SIZES, Case, PrefillSizes, Run, plan_prefill
 from tests.support.attention import (
@@ -21,6 +23,7 @@ from tests.support.attention import (
     abstract_call,
     dense_attention,
     make_batch,
+    round_scales,
 )
 
 pytestmark = pytest.mark.usefixtures("no_races")
@@ -87,9 +90,41 @@ def test_outputs_wider_than_their_shared_memory() -> None:
     check(make_batch(shape, [11], [75]), sizes=DEFAULT_SIZES)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
-def test_compiles_for_the_gpu_at_real_sizes(head_dim: int) -> None:
-    shape = Shape(4096, 8, 256, num_heads=32, num_kv_heads=8, head_dim=head_dim, block_size=16, dtype=jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("quantized", "head_dim", "block_size", "options"),
+    [
+        (jnp.int8, 64, 16, Options()),
+        (jnp.float8_e4m3fn, 96, 8, Options(sliding_window=40)),
+        (jnp.int8, 128, 128, Options(soft_cap=2.0, sinks=np.linspace(-2, 5, 4))),
+    ],
+)
+def test_quantised_pool_is_attended_as_its_values(quantized, head_dim, block_size, options) -> None:
+    shape = Shape(60, 4, -(-176 // block_size), 4, 2, head_dim, block_size, jnp.bfloat16, quantized)
+    # A decode, a piece of a prompt after its context, a whole prompt; padding. One thread block takes many items.
+    check(make_batch(shape, [1, 20, 34], [40, 150, 34]), options, num_sms=1)
+
+
+def test_prompts_over_a_quantised_pool_get_the_bits_of_a_pool_that_holds_the_values() -> None:
+    shape = Shape(40, 2, 8, num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype=jnp.bfloat16)
+    quantized = make_batch(replace(shape, quantized=jnp.int8), [30, 7], [100, 7])
+    round_scales(quantized)  # bfloat16 then holds the values as they are
+    outputs = [
+        prefill(batch.call(), sizes=SMALL, num_sms=2, interpret=plgpu.InterpretGPUParams())
+        for batch in (quantized, replace(quantized, shape=shape))
+    ]
+    np.testing.assert_array_equal(*(np.asarray(out).view(np.uint16) for out in outputs))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "quantized"),
+    [
+        *((head_dim, None) for head_dim in (64, 80, 96, 128, 192, 256)),
+        *((head_dim, jnp.int8) for head_dim in (32, 96, 192)),
+        (128, jnp.float8_e4m3fn),
+    ],
+)
+def test_compiles_for_the_gpu_at_real_sizes(head_dim, quantized) -> None:
+    shape = Shape(4096, 8, 256, 32, 8, head_dim, 16, jnp.bfloat16, quantized)
     call = abstract_call(shape, scoring=Scoring(0.1, 1000, 30.0))
     traced = prefill.trace(call, sizes=DEFAULT_SIZES, num_sms=132, interpret=None)
     traced.lower(lowering_platforms=("cuda",))
@@ -105,6 +140,18 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         case_of(replace(shape, head_dim=80, num_heads=3))
     with pytest.raises(NotImplementedError, match="shared memory"):
         case_of(shape, PrefillSizes(stages=4))
+    with pytest.raises(NotImplementedError, match="head_dim=224 over a quantised pool: expected at most 192"):
+        case_of(replace(shape, head_dim=224, quantized=jnp.int8))
+
+
+@pytest.mark.parametrize(("head_dim", "num_kernels"), [(192, 3), (224, 2)])
+def test_prompts_of_the_widest_heads_over_a_quantised_pool_are_attended_by_the_decode_kernel(
+    head_dim, num_kernels, monkeypatch
+) -> None:
+    monkeypatch.setattr(here, "why_no_hopper", lambda: None)
+    call = abstract_call(Shape(64, 2, 8, 8, 2, head_dim, 16, jnp.bfloat16, jnp.int8), scoring=Scoring(0.1))
+    traced = jax.jit(lambda call: attend_hopper(replace(call, kv=call.kv._replace(layer=0)))).trace(call)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == num_kernels
 
 
 def case_of(shape: Shape, sizes: PrefillSizes = DEFAULT_SIZES) -> Case:
@@ -112,6 +159,7 @@ def case_of(shape: Shape, sizes: PrefillSizes = DEFAULT_SIZES) -> Case:
         scoring=Scoring(1.0, None, None),
         sizes=sizes,
         dtype=jnp.dtype(jnp.bfloat16),
+        pool_dtype=jnp.dtype(shape.quantized or jnp.bfloat16),
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,

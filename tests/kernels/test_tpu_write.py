@@ -220,6 +220,8 @@ def test_blocks_are_moved_by_name():
     assert_same_bits(written, write_kv(pool, LAYER, k, k, ids(17, 18)))
     scales = jnp.ones(kv_scales_shape(NUM_BLOCKS, 2, 2))
     np.testing.assert_array_equal(np.asarray(copy_blocks(scales, ids(1), ids(5), **by_dma)), np.asarray(scales))
-    for options in ({"interpret": True}, {"implementation": "triton"}, {"implementation": "hopper"}):
+    for options in ({"interpret": True}, {"implementation": "triton"}):
         with pytest.raises(ValueError, match="expected"):
             copy_blocks(pool, ids(1), ids(5), **options)
+    with pytest.raises(ValueError, match="expected"):
+        gather_blocks(pool, ids(1), implementation="hopper")

@@ -17,7 +17,6 @@ from jpaged.device.target import TARGETS
 from jpaged.models import load_config, load_model, random_model, save_checkpoint
 from jpaged.models.layers import moe
 from jpaged.models.layers.moe import (
-    GROUPED_FROM,
     MOST_COUNTED,
     ActivatedGate,
     Weights,
@@ -140,17 +139,17 @@ def test_places_sort_pairs_by_expert_and_keep_their_order(num_pairs):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "copies_gathered", "expected"),
-    [(1, False, "chosen"), (1, True, "all"), (2, False, "all"), (GROUPED_FROM, False, "grouped")],
+    ("tokens", "has_product", "expected"),
+    [(1, False, "chosen"), (2, False, "all"), (1, True, "grouped"), (2, True, "grouped")],
 )
-def test_way_to_compute_experts_follows_the_number_of_tokens(tokens, copies_gathered, expected, monkeypatch):
+def test_way_to_compute_experts_follows_the_number_of_tokens(tokens, has_product, expected, monkeypatch):
     called = []
     for way in ("chosen", "all", "grouped"):
         monkeypatch.setattr(moe, f"{way}_experts", lambda x, *_, way=way: called.append(way))
     rng = np.random.default_rng(6)
     x, routes = _inputs(rng, tokens=tokens, top_k=3)
-    product = partial(grouped_matmul, implementation="xla")
-    compute_experts(x, routes, _weights(rng, bias=False), GATED, product, copies_gathered=copies_gathered)
+    product = partial(grouped_matmul, implementation="xla") if has_product else None
+    compute_experts(x, routes, _weights(rng, bias=False), GATED, product)
     assert called == [expected]
 
 

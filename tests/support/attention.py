@@ -174,6 +174,16 @@ def make_batch(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 
     return Batch(shape, q_lens, q, keys, values, tables, scales)
 
 
+def round_scales(batch: Batch) -> None:
+    """Round the scales of a quantised batch down to powers of two, which ``write_kv_quantized`` makes."""
+    factors = np.exp2(np.floor(np.log2(batch.scales))) / batch.scales
+    batch.scales[:] *= factors
+    for which, rows in enumerate((batch.keys, batch.values)):
+        for numbers, table in zip(rows, batch.tables, strict=True):
+            blocks = table[np.arange(len(numbers)) // batch.shape.block_size]
+            numbers[:] *= factors[blocks, LAYER, which, :, None]
+
+
 def dense_attention(batch: Batch, options: Options = NO_OPTIONS) -> np.ndarray:
     """Dense attention by the textbook, all heads at once, in float64."""
     shape = batch.shape

@@ -97,7 +97,7 @@ def programs_on(mesh: Mesh, shapes: str, num_blocks: int, num_host_blocks: int, 
     return programs
 
 
-def compiled(programs: Programs, kind: str, bucket: Bucket) -> Any:
-    """A step's program."""
+def compiled(programs: Programs, kind: str, size: Bucket | int) -> Any:
+    """The program of a step, or of a move of so many blocks."""
     options = dict(programs.target.compiler_options) | {"xla_gpu_autotune_level": 0}  # nothing can be timed
-    return programs.lower((kind, bucket)).compile(compiler_options=options)
+    return programs.lower((kind, size)).compile(compiler_options=options)

@@ -65,8 +65,8 @@ def make_runner(
         own = runner.programs
         sizes = own.num_blocks, own.max_model_len
         shared = _programs(model_config, dtype, mesh, config, own.target, sizes)
-        shared |= own._compiled
-        own._compiled = shared
+        shared |= own.store.programs
+        own.store.programs = shared
     return runner
 
 

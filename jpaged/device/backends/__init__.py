@@ -59,9 +59,6 @@ class Backend:
     streams_by_dma: ClassVar[bool] = False
     """Whether kernels stream blocks from the host, in place of callbacks."""
 
-    copies_gathered: ClassVar[bool] = False
-    """Whether the compiler copies the weights of all experts before it gathers those of some."""
-
     def pool_heads(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         """KV heads and head_dim of the pool, for a model's over all devices."""
         return num_kv_heads, head_dim
@@ -181,8 +178,7 @@ class Backend:
     def _compute_experts(
         self, gated: Gated, x: Float[Array, "tokens hidden_size"], routes: Routes, weights: Weights
     ) -> Float[Array, "tokens hidden_size"]:
-        product = self.grouped_product(weights)
-        return compute_experts(x, routes, weights, gated, product, copies_gathered=self.copies_gathered)
+        return compute_experts(x, routes, weights, gated, self.grouped_product(weights))
 
     def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
         """``KVCache.copy``. No block but block 0 may be both a source and a destination; block 0 may stay as it is."""

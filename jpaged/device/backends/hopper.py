@@ -4,13 +4,14 @@ from functools import partial
 from typing import ClassVar
 
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jpaged.device.backends import Backend
 from jpaged.device.kv.pool import KVCache
 from jpaged.models.layers.common import AddNorm
 from jpaged.models.layers.moe import GroupedProduct, Weights
-from pallas_kernels.block_pool import why_not_write
+from jpaged.sharding import pool_spec
+from pallas_kernels.block_pool import why_not_copy, why_not_write
 from pallas_kernels.grouped_matmul import grouped_matmul, why_not_grouped
 from pallas_kernels.norm import add_rms_norm
 
@@ -40,6 +41,14 @@ class HopperBackend(Backend):
         if self.interpret or cache.kv_scales is not None or num_tokens < WRITE_KERNEL_FROM:
             return None
         return self.name if why_not_write(cache.pool, num_tokens) is None else None
+
+    def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
+        if self.interpret:
+            return super().copy(cache, src, dst)
+        return self.on_each_device(self._copy_own_heads, (pool_spec(), P(), P()), pool_spec())(cache, src, dst)
+
+    def _copy_own_heads(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
+        return cache.copy(src, dst, self.name if why_not_copy(cache.pool) is None else None)
 
     def _add_norm(
         self,

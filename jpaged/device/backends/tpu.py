@@ -22,7 +22,6 @@ class TpuBackend(Backend):
 
     name: ClassVar[str] = "pallas_tpu"
     streams_by_dma: ClassVar[bool] = True
-    copies_gathered: ClassVar[bool] = True
 
     def pool_heads(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         return pool_rows(num_kv_heads, head_dim, self.name, self.num_devices)

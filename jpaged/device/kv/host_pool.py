@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class HostPool:
             says how many.
         memory: makes the host memory.
         program: compiled programs that move blocks, by kind and size.
+        waiting: surrounds the wait of a step for the host's memory.
 
     Attributes:
         bytes_to_host, bytes_from_host: copied since the start, over all devices.
@@ -81,12 +82,15 @@ class HostPool:
         slots: jax.ShapeDtypeStruct,
         memory: Callable[[jax.ShapeDtypeStruct, Program], HostMemory],
         program: Program,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._memory = memory(slots, program)
         self._bytes_per_block = math.prod(slots.shape[1:]) * slots.dtype.itemsize
         self._in_flight: list[_Transfer] = []
         self._arriving: deque[Arrival] = deque()
         self._staged: deque[tuple[int, Any]] = deque()  # blocks, and an array that is ready when they are not staged
+        self._is_there = False
+        self._waiting = waiting
         self.bytes_to_host = 0
         self.bytes_from_host = 0
         self.stalled_s = 0.0
@@ -100,6 +104,9 @@ class HostPool:
         Returns:
             The cache, which may already hold the first of many arrivals.
         """
+        if not self._is_there:
+            with self._waiting():
+                self.wait()
         self.poll()
         self._store(cache, [BlockCopy(copy.src, copy.dst + _NUM_SCRATCH) for copy in to_host])
         cache = self._request(cache, [BlockCopy(copy.src + _NUM_SCRATCH, copy.dst) for copy in from_host])
@@ -120,12 +127,13 @@ class HostPool:
         return cache
 
     def wait(self) -> None:
-        """Wait until the host's memory can be used, once, before the first step.
+        """Wait until the host's memory can be used, before the first copy.
 
         Raises:
             RuntimeError: it cannot be had.
         """
         self._memory.wait()
+        self._is_there = True
 
     def poll(self, *, has_waited: bool = False) -> None:
         """Release the copies that are over, without waiting, and note their times.
@@ -218,6 +226,7 @@ class HostPool:
         Returns:
             The cache, the link to the host, and the link from it.
         """
+        self.wait()
         times = []
         for num_blocks in MOVE_SIZES:
             cache, *seconds = self._time_copies(cache, num_blocks)

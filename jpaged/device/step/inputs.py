@@ -1,5 +1,6 @@
 """The static sizes of steps, and what a forward pass reads besides weights and cache."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -67,6 +68,29 @@ def all_buckets(
     ]
     # Prompts need a bucket with more tokens than rows: kernels take a bucket of as many for a decode.
     return sorted({*decode, *mixed, Bucket(max(max_num_batched_tokens, max_num_seqs + 1), max_num_seqs)})
+
+
+def in_order_of_need(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Sort sizes of steps by what steps lose without them: without its own size, a step takes the next larger one.
+
+    The largest size of each kind comes first, since it can do the work of all others, then the smallest decode. Each
+    next size saves most: the logarithm of the padding, summed over all sizes that are to be compiled.
+    """
+    chosen: list[Bucket] = []
+    kinds = [[b for b in buckets if b.is_decode == is_decode] for is_decode in (False, True)]
+    chosen += [max(kind) for kind in kinds if kind]
+    chosen += [min(kinds[1])] if len(kinds[1]) > 1 else []
+
+    def saved(bucket: Bucket) -> float:
+        kind = kinds[bucket.is_decode]
+        larger = min(b.num_tokens for b in chosen if b in kind and b > bucket)
+        smaller = max((b.num_tokens for b in chosen if b in kind and b < bucket), default=0)
+        num_served = sum(smaller < b.num_tokens <= bucket.num_tokens for b in kind)
+        return num_served * math.log(larger / bucket.num_tokens)
+
+    while left := [bucket for bucket in buckets if bucket not in chosen]:
+        chosen.append(max(left, key=saved))
+    return chosen
 
 
 def bucket_for(plan: StepPlan, buckets: Sequence[Bucket]) -> Bucket:

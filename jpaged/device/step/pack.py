@@ -171,21 +171,28 @@ class Packer:
         self._layouts = {bucket: step_layout(bucket) for bucket in buckets}
         self._change_layout = change_layout(num_rows)
 
-    def pack(self, plan: StepPlan) -> PackedStep:
-        """All of a plan."""
+    def pack(self, plan: StepPlan, usable: Sequence[Bucket] | None = None) -> PackedStep:
+        """Pack all of a plan.
+
+        Args:
+            plan: the plan.
+            usable: the buckets that the step may have, smallest first; None for all.
+        """
+        buckets = self.buckets if usable is None else usable
         moves = plan.to_host, plan.from_host, plan.copies
         num_new, num_blocks = len(plan.changes.rows), len(plan.changes.blocks)
         if len(plan.chunks.rows) == 0:
             assert num_new == num_blocks == 0
             return PackedStep(*moves)
         num_draws, num_logprobs = len(plan.draws.rows), plan.draws.num_logprobs
-        bucket = bucket_for(plan, self.buckets)
+        bucket = bucket_for(plan, buckets)
         # A program scores no alternatives, or all that a request may ask for.
         num_top = None if num_logprobs is None else MAX_LOGPROBS if num_logprobs else 0
         draws = bucket.is_decode and num_top is None and num_draws > 0 and plan.draws.extras.is_empty
         samples = None
         if num_draws > 0 and not draws:
-            samples = PackedSamples(*pack_draws(plan, self._num_sample_rows(plan, bucket), self.padding_row), num_top)
+            num_rows = _num_sample_rows(plan, bucket, buckets)
+            samples = PackedSamples(*pack_draws(plan, num_rows, self.padding_row), num_top)
         is_fitting = num_blocks <= bucket.num_rows  # the inputs of the step have a place for the changed cells
         return PackedStep(
             *moves,
@@ -273,12 +280,6 @@ class Packer:
             row, block = row + rows_each, block + CHANGED_BLOCKS
         return tuple(packed)
 
-    def _num_sample_rows(self, plan: StepPlan, bucket: Bucket) -> int:
-        """Rows of logits: as few as compiled for, where a chunk of a prompt brings one or none."""
-        if bucket.is_decode:
-            return bucket.num_rows
-        return min(bucket.num_rows for bucket in self.buckets if bucket.num_rows >= len(plan.draws.rows))
-
     def _pack_scores(self, plan: StepPlan, piece: PromptScore) -> PackedScores:
         first = int(plan.chunks.lens[: piece.chunk].sum())
         num_targets = len(piece.target_ids)
@@ -287,6 +288,13 @@ class Packer:
         rows.reshape(-1)[:num_targets] = first + np.arange(num_targets)
         targets.reshape(-1)[:num_targets] = piece.target_ids
         return PackedScores(rows, targets, min(MAX_LOGPROBS, self._vocab_size) if piece.num_logprobs else 0)
+
+
+def _num_sample_rows(plan: StepPlan, bucket: Bucket, buckets: Sequence[Bucket]) -> int:
+    """Rows of logits: as few as compiled for, where a chunk of a prompt brings one or none."""
+    if bucket.is_decode:
+        return bucket.num_rows
+    return min(bucket.num_rows for bucket in buckets if bucket.num_rows >= len(plan.draws.rows))
 
 
 def _pack_beams(beams: tuple[BeamSelect, ...], first_row: int, bucket: Bucket) -> PackedBeams:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 SOURCE_PACKAGES = ("jpaged", "pallas_kernels")
 SOURCE_SUFFIXES = (".py", ".json")
+NO_SOURCES = ("cli", "server", "engine", "host", "docs", "llm.py", "async_llm.py")
+"""Parts of these packages that no module of the device half imports: programs do not depend on them."""
 
 KNOWN_PACKAGES = (*SOURCE_PACKAGES, "flax", "jax", "jaxlib", "numpy", "ml_dtypes", "builtins")
 """Packages whose code the cache identifies, by its content or its version."""
@@ -65,6 +67,10 @@ class ProgramCache:
             log.warning("%s cannot be marked as used: %s", self._directory, error)
         programs = zip(keys, threads.map(self.load, keys), strict=True)
         return {key: program for key, program in programs if program is not None}
+
+    def has(self, key: tuple) -> bool:
+        """Whether there is a file of a program, which may still fail to load."""
+        return self._path(key).exists()
 
     def load(self, key: tuple) -> jax.stages.Compiled | None:
         """Load the program of a key, ready to run; None without a program that this process can use."""
@@ -191,11 +197,17 @@ def _surroundings(devices: Sequence[Any]) -> tuple[object, ...]:
     return versions, where, settings, variables
 
 
-def source_digest(roots: Sequence[Path]) -> str | None:
-    """Hash the code under some directories; None if one of them has no files, as in an archive."""
+def source_digest(roots: Sequence[Path], without: Sequence[str] = ()) -> str | None:
+    """Hash the code under some directories; None if one of them has no files, as in an archive.
+
+    Args:
+        roots: the directories.
+        without: directories and files of the roots that are left out.
+    """
     digest = hashlib.sha256()
     for root in roots:
         paths = sorted(path for path in root.rglob("*") if path.suffix in SOURCE_SUFFIXES)
+        paths = [path for path in paths if path.relative_to(root).parts[0] not in without]
         if not paths:
             return None
         for path in paths:
@@ -214,4 +226,4 @@ def _notice_hit(event: str, **_: Any) -> None:
 jax.monitoring.register_event_listener(_notice_hit)
 
 # At import, since the loaded code runs even if the files change later.
-SOURCE_DIGEST = source_digest([Path(__import__(package).__path__[0]) for package in SOURCE_PACKAGES])
+SOURCE_DIGEST = source_digest([Path(__import__(package).__path__[0]) for package in SOURCE_PACKAGES], NO_SOURCES)

@@ -1,9 +1,6 @@
 """The compiled programs of a model's steps: which there are, lowering, compiling and keeping them."""
 
-import gc
-import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,21 +31,19 @@ from jpaged.device.kv.streaming import most_pages, most_streamed_blocks, window_
 from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.sampling.columns import SampleSizes
 from jpaged.device.step.compiling import Compiling
-from jpaged.device.step.inputs import Bucket, all_buckets
+from jpaged.device.step.inputs import Bucket, all_buckets, in_order_of_need
 from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
+from jpaged.device.step.program_store import Background, ProgramStore
 from jpaged.device.step.steps import Steps
 from jpaged.device.step.table import StepState
 from jpaged.device.target import target_of
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
-from jpaged.progress import counted
 from jpaged.sharding import pool_sharding, replicated
 
-
-def num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+NUM_FIRST = 4
+"""Sizes of steps that are compiled before the first request, if the others are in the background."""
 
 
 class Programs:
@@ -67,7 +62,7 @@ class Programs:
 
     Attributes:
         weights: shapes, types and shardings of the parameters.
-        num_loaded: programs that an earlier start had compiled.
+        background: makes programs while steps run.
     """
 
     def __init__(
@@ -81,7 +76,6 @@ class Programs:
         max_model_len: int,
         num_blocks: int = 0,
     ):
-        self.compiling = Compiling()
         self.model_config = model_config
         self.config = config
         self.mesh = mesh
@@ -116,8 +110,9 @@ class Programs:
         self.num_blocks = num_blocks
         self.max_model_len = max_model_len
         self.steps = self._steps(self.max_burst)
-        self._compiled: dict[tuple, jax.stages.Compiled] = {}
-        self.num_loaded = 0
+        compile_lowered = partial(compile_program, compiler_options=dict(self.target.compiler_options))
+        self.store = ProgramStore(lambda key: self.lower(key), compile_lowered)
+        self.background = Background(self.store, {})
         if self._num_streamable:
             self.open_window(self._num_streamable)
 
@@ -208,47 +203,27 @@ class Programs:
             num_groups=len(self.groups),
         )
 
-    def warm_up(self, *, with_host_pool: bool = False, use_tqdm: bool = True) -> None:
+    def warm_up(self, *, with_host_pool: bool = False, few: bool = False, use_tqdm: bool = True) -> None:
         """Compile every bucket's step, its plain sampler and all that moves blocks, in parallel.
 
         Log-probabilities of alternatives, penalties, logit biases and beams compile when first asked for.
+
+        Args:
+            with_host_pool: whether there is a host pool.
+            few: whether to compile a few buckets alone, and the others in the background.
+            use_tqdm: whether to show progress.
         """
-        # Programs are lowered one after the other, always in this order. JAX numbers Pallas kernels as it meets them,
-        # and its own cache finds programs by these numbers too. Ours does not lower what it finds.
-        keys = [key for key in self.all_keys(with_host_pool=with_host_pool) if key not in self._compiled]
-        threads = ThreadPoolExecutor(max_workers=num_cores())
-        kept = kept_programs(self)
-        with InterruptsWait() as interrupts:
-            try:
-                if kept is not None:
-                    self._compiled |= (loaded := kept.load_all([key for key in keys if _can_be_kept(key)], threads))
-                    self.num_loaded += len(loaded)
-                jobs: dict[Future[tuple[jax.stages.Compiled, bool]], tuple] = {}
-                for key in keys:
-                    interrupts.check()
-                    if key not in self._compiled:
-                        jobs[threads.submit(self._compile, self.lower(key))] = key
-                saves: list[Future[None]] = []
-                bar = {"label": "Compiling", "unit": "program", "is_shown": use_tqdm and bool(jobs)}
-                with counted("compiling", len(jobs), **bar) as count:
-                    for job in as_completed(jobs):
-                        interrupts.check()
-                        self._compiled[jobs[job]], can_be_saved = job.result()
-                        if kept is not None and can_be_saved and _can_be_kept(jobs[job]):
-                            saves.append(threads.submit(kept.save, jobs[job], self._compiled[jobs[job]]))
-                        count(1)
-                for save in saves:
-                    save.result()
-            finally:  # an interruption does not wait for programs whose compilation has not begun
-                threads.shutdown(cancel_futures=True)
-        # Tracing leaves a million objects that stay. Python's garbage collector would visit them between two steps.
-        gc.collect()
-        gc.freeze()
+        kept, keys = kept_programs(self), self.all_keys(with_host_pool=with_host_pool)
+        sizes = {bucket: self._keys_of(bucket) for bucket in in_order_of_need(self.buckets)[NUM_FIRST:] if few}
+        later = {key for of_size in sizes.values() for key in of_size}
+        later -= {key for bucket in self.buckets if bucket not in sizes for key in self._keys_of(bucket)}
+        self.store.make_all([key for key in keys if key not in later], kept, use_tqdm=use_tqdm)
+        if later:
+            self.background = Background(self.store, sizes, kept)
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
         """The keys of all programs that plain requests need."""
-        kind = "stream" if self.streams_always else "forward"
-        keys: list[tuple] = [(kind, bucket) for bucket in reversed(self.buckets)]
+        keys: list[tuple] = [(self._kind, bucket) for bucket in reversed(self.buckets)]
         keys += [("sample", SampleSizes(rows), None) for rows in sorted({bucket.num_rows for bucket in self.buckets})]
         keys += [("load", bucket) for bucket in self.buckets]
         keys += [("enter",), ("read",), *(("copy", size) for size in self.copy_sizes)]
@@ -256,18 +231,35 @@ class Programs:
             keys += [(kind, size) for kind in self.move_kinds for size in MOVE_SIZES]
         return list(dict.fromkeys(keys))
 
+    @property
+    def _kind(self) -> str:
+        return "stream" if self.streams_always else "forward"
+
+    def _keys_of(self, bucket: Bucket) -> list[tuple]:
+        """The keys of the programs that run plain steps of a size."""
+        return [(self._kind, bucket), ("load", bucket), ("sample", SampleSizes(bucket.num_rows), None)]
+
+    def usable_buckets(self) -> Sequence[Bucket]:
+        """The sizes that a step may have now, smallest first: not those that the background still makes."""
+        pending = self.background.pending
+        return [bucket for bucket in self.buckets if bucket not in pending] if pending else self.buckets
+
+    @property
+    def compiling(self) -> Compiling:
+        """The compilation that a step waits for."""
+        return self.store.compiling
+
+    @property
+    def num_loaded(self) -> int:
+        """Programs that an earlier start had compiled."""
+        return self.store.num_loaded
+
     def __len__(self) -> int:
-        return len(self._compiled)
+        return len(self.store.programs)
 
     def get(self, key: tuple) -> jax.stages.Compiled:
         """The program of ``key``: a kind and its static sizes. Compiled on first use."""
-        if key not in self._compiled:
-            with self.compiling.run(), InterruptsWait():
-                self._compiled[key], _ = self._compile(self.lower(key))
-        return self._compiled[key]
-
-    def _compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
-        return compile_program(lowered, dict(self.target.compiler_options))
+        return self.store.get(key)
 
     def lower(self, key: tuple) -> jax.stages.Lowered:
         """The program of ``key``, not compiled."""
@@ -363,11 +355,6 @@ def kept_programs(programs: Programs) -> ProgramCache | None:
     choices = programs.model_config, programs.grouping, programs.backend, config.kv_cache_dtype, programs.target
     devices = list(programs.mesh.devices.flat)
     return program_cache_for(programs.model_identity, devices, str(programs.mesh), weights, sizes, choices)
-
-
-def _can_be_kept(key: tuple) -> bool:
-    """Whether a later process may run the program of a key: those that stream may call back into this one."""
-    return key[0] != "stream"
 
 
 def _num_copied_cells(programs: Programs) -> int:

@@ -17,13 +17,6 @@ Gated = Callable[[Float[Array, "*batch ffn"], Float[Array, "*batch ffn"]], Float
 """Makes the input of the down projection from the results of the gate and up projections."""
 
 
-GROUPED_FROM = 160
-"""Tokens of a step from which a grouped product is used.
-
-All experts for all tokens take two FLOPs for each weight and token. An H200 does 168 of them (731 TFLOP/s) in the time
-that it takes to read the two bytes of the weight (4.35 TB/s). For fewer tokens, the reads last longer in both ways.
-"""
-
 MOST_COUNTED = 4096
 """Pairs whose places are counted in one kernel. The time grows with the square of their number; a sort has several."""
 
@@ -184,10 +177,8 @@ def compute_experts(
     weights: Weights,
     gated: Gated,
     product: GroupedProduct | None = None,
-    *,
-    copies_gathered: bool = False,
 ) -> Float[Array, "tokens hidden_size"]:
-    """Compute the weighted sum of the outputs of each token's experts, in the way that suits the number of tokens.
+    """Compute the weighted sum of the outputs of each token's experts, in the way that suits the device.
 
     Args:
         x: the tokens.
@@ -195,13 +186,12 @@ def compute_experts(
         weights: weights of the experts.
         gated: see ``Gated``.
         product: multiplies groups of rows; None if nothing does it well here.
-        copies_gathered: whether the compiler copies all experts before it gathers some of them.
     """
-    if 2 * routes.experts.size <= len(weights.down) and not copies_gathered:
+    if product is not None:
+        return grouped_experts(x, routes, weights, gated, product)
+    if 2 * routes.experts.size <= len(weights.down):
         return chosen_experts(x, routes, weights, gated)
-    if product is None or len(x) < GROUPED_FROM:
-        return all_experts(x, routes, weights, gated)
-    return grouped_experts(x, routes, weights, gated, product)
+    return all_experts(x, routes, weights, gated)
 
 
 def chosen_experts(

@@ -13,7 +13,7 @@ from pallas_kernels.block_pool.layout import is_quantized, shape_of
 from pallas_kernels.chips import here
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.hopper.decode import attend_decode
-from pallas_kernels.paged_attention.hopper.prefill import attend_prefill
+from pallas_kernels.paged_attention.hopper.prefill import attend_prefill, takes_pool
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
 from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidates, sizes_for
 
@@ -94,8 +94,8 @@ def _attend(
     batch = call.batch._replace(block_tables=jnp.maximum(call.batch.block_tables, 0))
     call = replace(call, batch=batch)
     window = call.scoring.sliding_window
-    # Single queries serve a prefill among decodes too, only less quickly. The prefill kernel reads no quantised pool.
-    has_prefill = call.may_have_prompts and not is_quantized(call.kv.pool.dtype)
+    # Single queries serve a prefill among decodes too, only less quickly.
+    has_prefill = call.may_have_prompts and takes_pool(call)
     if not has_prefill:
         queries = queries_of_tokens(call.num_tokens, kv_lens, cu_q_lens, window)
     else:

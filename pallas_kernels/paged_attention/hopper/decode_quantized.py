@@ -110,7 +110,7 @@ def widened_values(values: Ref, shape: DecodeShape) -> Array:
 
 def _widen(registers: np.ndarray, order: int, shape: DecodeShape) -> tuple[np.ndarray, np.ndarray]:
     """Registers of four bytes, each widened to two registers of float16, with the bytes in the order given."""
-    ptx = (_int8_to_float16 if shape.pool_dtype == jnp.int8 else _float8_to_float16)(order)
+    ptx = widening_ptx(shape.pool_dtype, order)
     i32, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F16Type.get())
     halves = np.empty(registers.shape, object), np.empty(registers.shape, object)
     for index, register in np.ndenumerate(registers):
@@ -118,6 +118,11 @@ def _widen(registers: np.ndarray, order: int, shape: DecodeShape) -> tuple[np.nd
         for half, number in zip(halves, numbers, strict=True):
             half[index] = mgpu.utils.bitcast(number, pair)
     return halves
+
+
+def widening_ptx(pool_dtype: jnp.dtype, order: int) -> str:
+    """PTX that makes two registers of float16 of a register's four numbers, with the bytes in the order given."""
+    return (_int8_to_float16 if pool_dtype == jnp.int8 else _float8_to_float16)(order)
 
 
 def _float8_to_float16(order: int) -> str:

@@ -3,9 +3,11 @@
 One thread block on each multiprocessor takes items of work (see prefill_plan.py) until none are left. Two warpgroups,
 the consumers, take half of an item's tokens each: 64 rows of (token, head). Both read the same tiles of K and V. A
 third warpgroup is the producer. Its warps choose the next item, and copy its queries, keys and values to shared memory.
+Over a quantised pool, a fourth warpgroup widens the tiles that the producer copies (see prefill_widener.py).
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +18,27 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxtyping import Float
 
-from pallas_kernels.block_pool.layout import as_matrices, matrix_of, shape_of
+from pallas_kernels.block_pool.layout import as_matrices, is_quantized, matrix_of, shape_of
 from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.hopper.prefill_consumer import Consumer
 from pallas_kernels.paged_attention.hopper.prefill_memory import (
     ITEM_SLOTS,
+    PRODUCER,
+    WIDENER,
     Inputs,
     Scratch,
     copied,
+    copied_ring,
     for_each_item,
+    num_warpgroups,
+    of_slot,
     scratch_of,
 )
 from pallas_kernels.paged_attention.hopper.prefill_plan import (
     CONSUMERS,
     DEFAULT_SIZES,
+    WIDEST_QUANTIZED,
     Case,
     Item,
     PrefillSizes,
@@ -40,7 +48,13 @@ from pallas_kernels.paged_attention.hopper.prefill_plan import (
     plan_prefill,
     span_of,
 )
+from pallas_kernels.paged_attention.hopper.prefill_widener import widen_tiles
 from pallas_kernels.paged_attention.hopper.tile import LOG2E
+
+REGISTERS_OF_CONSUMER = {False: 240, True: 208}
+"""Is the pool quantised? -> registers of a consumer's thread. The widener takes some of the registers."""
+
+REGISTERS_OF_PRODUCER, REGISTERS_OF_WIDENER = 24, 72
 
 
 def attend_prefill(
@@ -68,6 +82,7 @@ def attend_prefill(
     inputs = Inputs(
         call.q,
         as_matrices(call.kv.pool, case.block_size),
+        None if call.kv.kv_scales is None else call.kv.kv_scales.reshape(-1),
         jnp.asarray(call.kv.layer).reshape(1),
         call.batch.block_tables,
         plan,
@@ -76,17 +91,17 @@ def attend_prefill(
     )
     operands, structure = jax.tree.flatten((inputs, out))
 
-    def body(*refs: Ref, **scratch: Ref) -> None:
-        inputs, out_ref = jax.tree.unflatten(structure, refs)
-        _run_warpgroup(case, inputs, out_ref, Scratch(**scratch))
+    def body(*refs: Ref) -> None:
+        inputs, out_ref = jax.tree.unflatten(structure, refs[: len(operands)])
+        _run_warpgroup(case, inputs, out_ref, Scratch(*refs[len(operands) :]))
 
     plgpu.kernel(
         body,
         out_type=(),
-        scratch_types=scratch_of(case)._asdict(),
+        scratch_types=scratch_of(case),
         grid=(num_sms,),
         grid_names=("block",),
-        num_threads=CONSUMERS + 1,
+        num_threads=num_warpgroups(case),
         thread_name="warpgroup",
         kernel_name="paged_prefill",
         compiler_params=plgpu.CompilerParams(
@@ -106,6 +121,7 @@ def prefill_case(call: Call, sizes: PrefillSizes = DEFAULT_SIZES, *, is_interpre
         scoring=call.scoring,
         sizes=sizes,
         dtype=jnp.dtype(call.q.dtype),
+        pool_dtype=jnp.dtype(call.kv.pool.dtype),
         num_heads=call.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=call.head_dim,
@@ -113,6 +129,12 @@ def prefill_case(call: Call, sizes: PrefillSizes = DEFAULT_SIZES, *, is_interpre
         block_size=shape.block_size,
         is_interpreted=is_interpreted,
     )
+
+
+def takes_pool(call: Call) -> bool:
+    """Whether ``attend_prefill`` takes the pool: 8-bit tiles of large heads exceed shared memory beside wider tiles."""
+    is_wide = call.head_dim > WIDEST_QUANTIZED
+    return not (is_wide and is_quantized(call.kv.pool.dtype))
 
 
 def _by_unit(case: Case, heads: Float[Array, " num_heads"]) -> Float[Array, "units tile_rows"]:
@@ -126,17 +148,24 @@ def _run_warpgroup(case: Case, inputs: Inputs, out_ref: Ref, scratch: Scratch) -
 
     @pl.when(warpgroup < CONSUMERS)
     def _() -> None:
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(REGISTERS_OF_CONSUMER[case.is_quantized], action="increase")
         Consumer(case, inputs, out_ref, scratch, warpgroup).run()
 
-    @pl.when(warpgroup == CONSUMERS)
+    @pl.when(warpgroup == PRODUCER)
     def _() -> None:
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(REGISTERS_OF_PRODUCER, action="decrease")
 
         @plgpu.warp_map
         def _(warp: Array) -> None:
             for i, role in enumerate((_deal, _copy_queries, _copy_keys, _copy_values)):
                 pl.when(warp == i)(partial(role, case, inputs, scratch))
+
+    if case.is_quantized:
+
+        @pl.when(warpgroup == WIDENER)
+        def _() -> None:
+            plgpu.set_max_registers(REGISTERS_OF_WIDENER, action="decrease")
+            widen_tiles(case, scratch)
 
 
 def _deal(case: Case, inputs: Inputs, scratch: Scratch) -> None:
@@ -203,15 +232,16 @@ def _copy_queries(case: Case, inputs: Inputs, scratch: Scratch) -> None:
 
 
 def _copy_keys(case: Case, inputs: Inputs, scratch: Scratch) -> None:
-    _copy_tiles(case, inputs, scratch, 0, scratch.k, scratch.k_full, scratch.k_free)
+    _copy_tiles(case, inputs, scratch, 0)
 
 
 def _copy_values(case: Case, inputs: Inputs, scratch: Scratch) -> None:
-    _copy_tiles(case, inputs, scratch, 1, scratch.v, scratch.v_full, scratch.v_free)
+    _copy_tiles(case, inputs, scratch, 1)
 
 
-def _copy_tiles(case: Case, inputs: Inputs, scratch: Scratch, which: int, smem: Ref, full: Ref, free: Ref) -> None:
-    stages = case.sizes.stages
+def _copy_tiles(case: Case, inputs: Inputs, scratch: Scratch, which: int) -> None:
+    ring = copied_ring(scratch, which)
+    stages = ring.tiles.shape[0]
 
     def copy_item(item: Item, count: Array) -> Array:
         span = span_of(case, item)
@@ -219,20 +249,30 @@ def _copy_tiles(case: Case, inputs: Inputs, scratch: Scratch, which: int, smem: 
         def copy_tile(step: Array, count: Array) -> Array:
             pieces = _pieces(case, inputs, which, item, span.tile(step))  # its loads overlap with the wait
             slot = lax.rem(count, stages)
-            plgpu.barrier_wait(free.at[slot])
+            plgpu.barrier_wait(of_slot(ring.free, slot))
             for i, piece in enumerate(pieces):
-                plgpu.copy_gmem_to_smem(piece, smem.at[slot, pl.ds(i * case.piece, case.piece)], full.at[slot])
+                if ring.scales is not None:
+                    ring.scales[i] = piece.scale  # for the widener, which the copy below signals
+                tokens = pl.ds(i * case.piece, case.piece)
+                plgpu.copy_gmem_to_smem(piece.source, ring.tiles.at[slot, tokens], of_slot(ring.full, slot))
             return count + 1
 
         return lax.fori_loop(0, span.num_tiles, copy_tile, count)
 
     for_each_item(scratch, copy_item, jnp.int32(0))
     for slot in range(stages):  # barriers must outlive the last signal to them
-        plgpu.barrier_wait(free.at[slot])
+        plgpu.barrier_wait(of_slot(ring.free, slot))
 
 
-def _pieces(case: Case, inputs: Inputs, which: int, item: Item, tile: Array) -> list[Ref]:
-    """A tile's pieces in the pool. A visible piece stands in for each piece that the row does not see."""
+class _Piece(NamedTuple):
+    """A piece of a tile in the pool, and its scale in a quantised pool."""
+
+    source: Ref
+    scale: Array | None
+
+
+def _pieces(case: Case, inputs: Inputs, which: int, item: Item, tile: Array) -> list[_Piece]:
+    """A tile's pieces. A visible piece stands in for each piece that the row does not see."""
     kv_head = lax.div(item.unit * case.tile_heads, case.group)
     first_block = lax.div(first_seen(case, item.run.row_pos), case.block_size)
     last_block = lax.div(item.run.kv_len - 1, case.block_size)
@@ -244,8 +284,8 @@ def _pieces(case: Case, inputs: Inputs, which: int, item: Item, tile: Array) -> 
         matrix = matrix_of(
             physical, inputs.layer[0], which, kv_head, num_layers=case.num_layers, num_kv_heads=case.num_kv_heads
         )
-        piece = inputs.pool.at[matrix]
+        source = inputs.pool.at[matrix]
         if case.piece < case.block_size:
-            piece = piece.at[pl.ds(lax.rem(pos, case.block_size), case.piece)]
-        pieces.append(piece)
+            source = source.at[pl.ds(lax.rem(pos, case.block_size), case.piece)]
+        pieces.append(_Piece(source, None if inputs.kv_scales is None else inputs.kv_scales[matrix]))
     return pieces

@@ -9,13 +9,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.prefill_plan import CONSUMERS, Case, Item, Plan, Run
-from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, smem_tile, swizzle_of, swizzling
+from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, smem_tile, swizzle_of, swizzling, tiled_smem
 
 ITEM_SLOTS = 2
 """Items known at one time: the producer chooses the next item while the consumers attend this one."""
 
-ITEM_READERS = 3 + CONSUMERS
-"""Readers of an item: three of the producer's warps, and the consumers."""
+PRODUCER, WIDENER = CONSUMERS, CONSUMERS + 1
+"""Warpgroups after the consumers. Only a launch over a quantised pool has the last."""
+
+
+def num_warpgroups(case: Case) -> int:
+    """Warpgroups of a thread block."""
+    return CONSUMERS + 1 + case.is_quantized
 
 
 class Inputs(NamedTuple):
@@ -23,12 +28,22 @@ class Inputs(NamedTuple):
 
     q: Ref
     pool: Ref  # [blocks * layers * 2 * num_kv_heads, block_size, head_dim]
+    kv_scales: Ref | None  # [blocks * layers * 2 * num_kv_heads], of a quantised pool
     layer: Ref  # [1]
     block_tables: Ref
     plan: Plan
     num_dealt: Ref  # [1]: items taken so far
     slopes: Ref | None  # [units, tile_rows]
     sinks: Ref | None
+
+
+class Ring(NamedTuple):
+    """Tiles of K, or of V, as copies write them, and the barriers of each."""
+
+    tiles: Ref  # [stages, kv_tile, head_dim]
+    full: Ref
+    free: Ref
+    scales: Ref | None = None  # [pieces of a tile], of a quantised pool
 
 
 class Scratch(NamedTuple):
@@ -38,6 +53,8 @@ class Scratch(NamedTuple):
     out: Ref
     k: Ref  # [stages, kv_tile, head_dim]
     v: Ref
+    stored: tuple[Ring, Ring] | None  # K and V of a quantised pool, one tile each, which the widener reads
+    scales: Ref | None  # [2, pieces of a tile], of these tiles; each array takes at least 1 KiB
     score_sums: Ref | None  # stand-ins for accumulators in the interpreter
     out_sums: Ref | None
     items: Ref
@@ -55,6 +72,7 @@ class Scratch(NamedTuple):
 
 def scratch_of(case: Case) -> Scratch:
     stages, pieces = case.sizes.stages, case.kv_tile // case.piece
+    writers = 1 if case.is_quantized else pieces  # the widener signals a whole tile
     score_sums = out_sums = None
     if case.is_interpreted:
         score_sums = plgpu.SMEM((CONSUMERS, TILE_ROWS, case.kv_tile), jnp.float32)
@@ -64,20 +82,48 @@ def scratch_of(case: Case) -> Scratch:
         out=_slabs(case, case.out_slabs),
         k=smem_tile((stages, case.kv_tile, case.head_dim), case.dtype),
         v=smem_tile((stages, case.kv_tile, case.head_dim), case.dtype),
+        stored=(_stored_ring(case), _stored_ring(case)) if case.is_quantized else None,
+        scales=plgpu.SMEM((2, pieces), jnp.float32) if case.is_quantized else None,
         score_sums=score_sums,
         out_sums=out_sums,
         items=plgpu.SMEM((ITEM_SLOTS, 1 + len(Run._fields)), jnp.int32),
         item_full=plgpu.Barrier(num_barriers=ITEM_SLOTS),
-        item_free=plgpu.Barrier(num_arrivals=ITEM_READERS, num_barriers=ITEM_SLOTS),
+        item_free=plgpu.Barrier(num_arrivals=3 + CONSUMERS + case.is_quantized, num_barriers=ITEM_SLOTS),
         q_full=plgpu.Barrier(num_arrivals=case.num_slabs, num_barriers=CONSUMERS),
         q_free=plgpu.Barrier(num_barriers=CONSUMERS),
-        k_full=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+        k_full=plgpu.Barrier(num_arrivals=writers, num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-        v_full=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+        v_full=plgpu.Barrier(num_arrivals=writers, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=CONSUMERS),
         cleared=plgpu.Barrier(num_arrivals=CONSUMERS),
     )
+
+
+def _stored_ring(case: Case) -> Ring:
+    pieces, swizzle = case.kv_tile // case.piece, swizzle_of(case.head_dim, case.pool_dtype.itemsize)[0]
+    return Ring(
+        tiles=tiled_smem((1, case.kv_tile, case.head_dim), case.pool_dtype, swizzle),
+        full=plgpu.Barrier(num_arrivals=pieces),
+        free=plgpu.Barrier(),
+    )
+
+
+def of_slot(barriers: Ref, slot: Array | int) -> Ref:
+    """The barrier of a slot; a ring of one slot has no array of barriers."""
+    return barriers.at[slot] if barriers.shape else barriers
+
+
+def copied_ring(scratch: Scratch, which: int) -> Ring:
+    """The ring of K (0) or of V (1) that copies fill."""
+    if scratch.stored is None or scratch.scales is None:
+        return multiplied_ring(scratch, which)
+    return scratch.stored[which]._replace(scales=scratch.scales.at[which])
+
+
+def multiplied_ring(scratch: Scratch, which: int) -> Ring:
+    """The ring of K (0) or of V (1) that the tensor cores read."""
+    return (Ring(scratch.k, scratch.k_full, scratch.k_free), Ring(scratch.v, scratch.v_full, scratch.v_free))[which]
 
 
 def _slabs(case: Case, num_slabs: int) -> Any:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from pallas_kernels.block_pool.layout import is_quantized
 from pallas_kernels.chips.hopper import SMEM_BYTES
 from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, swizzle_of
@@ -23,6 +24,10 @@ TILE_BYTES = SMEM_BYTES - 2 * 1024
 
 CACHED_KV_BYTES = 32 * 2**20
 """Most bytes of K and V of items in flight: they stay in a cache of 50 MB beside other data."""
+
+
+WIDEST_QUANTIZED = 192
+"""Largest ``head_dim`` over a quantised pool. ptxas compiles each product for an equal share of the registers: 128."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Case:
     scoring: Scoring
     sizes: PrefillSizes
     dtype: jnp.dtype
+    pool_dtype: jnp.dtype
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -70,6 +76,11 @@ class Case:
                 f"blocks of {self.block_size} and tiles of {self.kv_tile} tokens: expected blocks of a multiple of 8, "
                 "and one of the two to divide the other"
             )
+        if self.is_quantized and self.head_dim > WIDEST_QUANTIZED:
+            raise NotImplementedError(
+                f"head_dim={self.head_dim} over a quantised pool: expected at most {WIDEST_QUANTIZED}, for which four "
+                "warpgroups have registers"
+            )
         if self.dtype.itemsize != 2:
             raise NotImplementedError(f"{self.dtype}: the prefill kernel takes bfloat16 and float16")
         # Copies begin at multiples of 128 bytes, and the last token of an odd number of tokens at an even token.
@@ -80,6 +91,10 @@ class Case:
                 f"head_dim={self.head_dim}, kv_tile={self.kv_tile}, stages={self.sizes.stages}: "
                 "more than shared memory holds; choose smaller sizes"
             )
+
+    @property
+    def is_quantized(self) -> bool:
+        return is_quantized(self.pool_dtype)
 
     @property
     def group(self) -> int:
@@ -125,6 +140,8 @@ class Case:
         """Slabs of the output that fit in shared memory beside Q, K and V."""
         row_bytes = self.head_dim * self.dtype.itemsize
         inputs = (CONSUMERS * TILE_ROWS + 2 * self.sizes.stages * self.kv_tile) * row_bytes
+        if self.is_quantized:
+            inputs += 2 * self.kv_tile * self.head_dim  # a tile of K and one of V as stored
         slab_bytes = CONSUMERS * TILE_ROWS * self.slab * self.dtype.itemsize
         fitting = min((TILE_BYTES - inputs) // slab_bytes, self.num_slabs)
         return next((n for n in range(fitting, 0, -1) if self.num_slabs % n == 0), 0)
@@ -184,7 +201,7 @@ def _section(case: Case, num_cached: Float[Array, ""]) -> Int[Array, ""]:
     for units in range(2, case.num_units + 1):
         if case.num_units % units == 0:
             num_kv_heads = max(units * case.tile_heads // case.group, 1)
-            head_bytes = 2 * case.head_dim * case.dtype.itemsize * num_cached
+            head_bytes = 2 * case.head_dim * case.pool_dtype.itemsize * num_cached
             section = jnp.where(num_kv_heads * head_bytes <= CACHED_KV_BYTES, units, section)
     return section
 

@@ -109,8 +109,13 @@ def smem_tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
 
 def tiled_smem(shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int) -> Any:
     """Shared memory for matrices [..., rows, columns] in tiles of eight rows of so many swizzled bytes."""
+    return plgpu.SMEM(shape, dtype, transforms=tiled_transforms(dtype, swizzle))
+
+
+def tiled_transforms(dtype: jnp.dtype, swizzle: int) -> tuple[Any, Any]:
+    """The transforms of ``tiled_smem``."""
     tiling = plgpu.TilingTransform((8, swizzle // dtype.itemsize))  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling(swizzle)))
+    return tiling, swizzling(swizzle)
 
 
 def swizzling(swizzle: int) -> Any:

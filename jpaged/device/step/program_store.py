@@ -1,0 +1,270 @@
+"""Compiled programs, each compiled once: for a step that waits, before all steps, or beside them."""
+
+import gc
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+
+from jax.stages import Compiled, Lowered
+
+from jpaged.device.step.compiling import Compiling
+from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.program_cache import ProgramCache
+from jpaged.interrupts import InterruptsWait
+from jpaged.progress import Progress, counted
+
+log = logging.getLogger(__name__)
+
+
+def num_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class ProgramStore:
+    """The compiled programs by key. A thread that needs a program waits for the thread that compiles it.
+
+    Programs are lowered one after the other. JAX numbers Pallas kernels as it meets them, and its own cache finds
+    programs by these numbers too.
+
+    Args:
+        lower: lowers the program of a key.
+        compile_lowered: compiles a program, and says whether it can be kept.
+
+    Attributes:
+        programs: the programs that are there.
+        num_loaded: programs that an earlier start had compiled.
+        compiling: whether a step waits for a program.
+    """
+
+    def __init__(self, lower: Callable[[tuple], Lowered], compile_lowered: Callable[[Lowered], tuple[Compiled, bool]]):
+        self.programs: dict[tuple, Compiled] = {}
+        self.num_loaded = 0
+        self.compiling = Compiling()
+        self._lower = lower
+        self._compile = compile_lowered
+        self._lowering = threading.Lock()
+        self._lock = threading.Lock()
+        self._claims: dict[tuple, Future[Compiled]] = {}  # programs that a thread is making
+
+    def get(self, key: tuple) -> Compiled:
+        """The program of a key, compiled now if it is not there."""
+        program = self.programs.get(key)
+        if program is None:
+            with self.compiling.run(), InterruptsWait():
+                program = self.make(key)
+        return program
+
+    def make(self, key: tuple, kept: ProgramCache | None = None) -> Compiled:
+        """Compile a program, or wait for the thread that does."""
+        claim = self.claim(key)
+        return claim.result() if claim is not None else self.finish(key, self.lower(key), kept)
+
+    def claim(self, key: tuple) -> Future[Compiled] | None:
+        """Take the task to make a program: None. If another thread has it, return the program to come."""
+        with self._lock:
+            if (program := self.programs.get(key)) is not None:
+                (there := Future[Compiled]()).set_result(program)
+                return there
+            claim = self._claims.get(key)
+            if claim is None:
+                self._claims[key] = Future()
+            return claim
+
+    def load(self, key: tuple, kept: ProgramCache) -> bool:
+        """Load a program that was claimed. Returns whether it could be loaded; otherwise it stays claimed."""
+        program = kept.load(key)
+        if program is not None:
+            self._put(key, program, is_loaded=True)
+        return program is not None
+
+    def lower(self, key: tuple) -> Lowered:
+        """Lower a program that was claimed."""
+        try:
+            with self._lowering:
+                return self._lower(key)
+        except BaseException as error:
+            self._give_up(key, error)
+            raise
+
+    def finish(self, key: tuple, lowered: Lowered, kept: ProgramCache | None) -> Compiled:
+        """Compile a program that was claimed and lowered, and keep it for later runs."""
+        try:
+            program, can_be_saved = self._compile(lowered)
+        except BaseException as error:
+            self._give_up(key, error)
+            raise
+        self._put(key, program)
+        if kept is not None and can_be_saved and can_be_kept(key):
+            kept.save(key, program)
+        return program
+
+    def make_all(self, keys: Sequence[tuple], kept: ProgramCache | None, *, use_tqdm: bool) -> None:
+        """Load or compile programs, and wait for all. This thread lowers them, in their order.
+
+        Args:
+            keys: the keys.
+            kept: programs of earlier runs.
+            use_tqdm: whether to show progress.
+        """
+        claims = {key: self.claim(key) for key in keys}
+        left = [key for key, claim in claims.items() if claim is None]
+        threads = ThreadPoolExecutor(max_workers=num_cores())
+        with InterruptsWait() as interrupts:
+            try:
+                if kept is not None:
+                    loaded = kept.load_all([key for key in left if can_be_kept(key)], threads)
+                    for key, program in loaded.items():
+                        self._put(key, program, is_loaded=True)
+                    left = [key for key in left if key not in loaded]
+                jobs: list[Future[Compiled]] = [claim for claim in claims.values() if claim is not None]
+                for key in left:
+                    interrupts.check()
+                    jobs.append(threads.submit(self.finish, key, self.lower(key), kept))
+                bar = {"label": "Compiling", "unit": "program", "is_shown": use_tqdm and bool(left)}
+                with counted("compiling", len(jobs), **bar) as count:
+                    for job in as_completed(jobs):
+                        interrupts.check()
+                        job.result()
+                        count(1)
+            finally:  # an interruption does not wait for programs whose compilation has not begun
+                threads.shutdown(cancel_futures=True)
+                for key in left:
+                    self._give_up(key, RuntimeError("the compilation was interrupted"))
+        freeze_garbage()
+
+    def _put(self, key: tuple, program: Compiled, *, is_loaded: bool = False) -> None:
+        """Give a claimed program to all that wait for it."""
+        with self._lock:
+            self.num_loaded += is_loaded
+            self.programs[key] = program
+            claim = self._claims.pop(key)
+        claim.set_result(program)
+
+    def _give_up(self, key: tuple, error: BaseException) -> None:
+        """Tell all that wait for a claimed program that it will not come. The next thread that needs it tries again."""
+        with self._lock:
+            claim = self._claims.pop(key, None)
+        if claim is not None:
+            claim.set_exception(error)
+
+
+class Background:
+    """Makes programs in threads of its own while steps run, a size of a step after the other.
+
+    Threads end after the programs that they are making once ``stop`` was called, or once the main thread has ended.
+
+    Args:
+        store: takes the programs.
+        sizes: the keys of each size of a step, in the order of their need.
+        kept: programs of earlier runs.
+        num_threads: threads at most; None leaves half of the cores to the steps.
+
+    Attributes:
+        pending: the sizes whose programs are not all there. A larger size does the work of each.
+    """
+
+    def __init__(
+        self,
+        store: ProgramStore,
+        sizes: Mapping[Bucket, Sequence[tuple]],
+        kept: ProgramCache | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        self._store = store
+        self._kept = kept
+        self._sizes = sizes
+        self.pending = frozenset(sizes)
+        keys = dict.fromkeys(key for keys in sizes.values() for key in keys)
+        self._left = [key for key in reversed(keys) if key not in store.programs]
+        self._num_keys = len(self._left)
+        self._num_done = 0
+        self._is_stopped = False
+        self._order = threading.Lock()  # programs are lowered in their order
+        self._lock = threading.Lock()
+        self._note_ready()
+        names = [f"jpaged-compile-{i}" for i in range(min(num_threads or max(num_cores() // 2, 1), self._num_keys))]
+        self._threads = [threading.Thread(target=self._run, name=name) for name in names]
+        self._num_running = len(self._threads)
+
+    def start(self, owner: object) -> None:
+        """Start the threads. They end too once the owner is collected."""
+        weakref.finalize(owner, self.stop).atexit = False
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Make no further programs. Does not wait for those that are being made."""
+        self._is_stopped = True
+
+    def wait(self) -> None:
+        """Wait until the threads have ended."""
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def progress(self) -> Progress | None:
+        """Programs that are done, or have failed; None once the threads have ended."""
+        return Progress("compiling", self._num_done, self._num_keys) if self._num_running else None
+
+    def _run(self) -> None:
+        try:
+            while (task := self._begin()) is not None:
+                key, make = task
+                try:
+                    make()
+                except Exception as error:
+                    log.warning("%s was not compiled, and a larger size does its work: %s", _name(key), error)
+                with self._lock:
+                    self._num_done += 1
+                    self._note_ready()
+        finally:
+            with self._lock:
+                self._num_running -= 1
+                is_last = self._num_running == 0
+            if is_last:
+                freeze_garbage()
+
+    def _begin(self) -> tuple[tuple, Callable[[], object]] | None:
+        """Take the next program, and lower it if no earlier run kept it. Returns the rest of the work on it."""
+        store = self._store
+        with self._order:
+            if self._is_stopped or not self._left or not threading.main_thread().is_alive():
+                return None
+            key = self._left.pop()
+            if (claim := store.claim(key)) is not None:
+                return key, claim.result
+            kept = self._kept if can_be_kept(key) else None
+            if kept is not None and kept.has(key):
+                return key, lambda: store.load(key, kept) or store.finish(key, store.lower(key), kept)
+            try:
+                lowered = store.lower(key)
+            except Exception as error:
+                (failed := Future[Compiled]()).set_exception(error)
+                return key, failed.result
+            return key, lambda: store.finish(key, lowered, kept)
+
+    def _note_ready(self) -> None:
+        there = self._store.programs
+        self.pending = frozenset(size for size in self.pending if any(key not in there for key in self._sizes[size]))
+
+
+def can_be_kept(key: tuple) -> bool:
+    """Whether a later process may run the program of a key: those that stream may call back into this one."""
+    return key[0] != "stream"
+
+
+def freeze_garbage() -> None:
+    """Let Python's garbage collector forget what tracing leaves: a million objects that stay.
+
+    The collector would visit them between two steps.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def _name(key: tuple) -> str:
+    return f"the program {key[0]!r} of {', '.join(map(str, key[1:]))}"
