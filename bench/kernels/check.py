@@ -38,6 +38,7 @@ def coverage() -> list[AttentionShape]:
         {"num_heads": 71, "num_kv_heads": 1, "head_dim": 64},
         {"dtype": "float16", "kv_dtype": "float16"},
         *({"kv_dtype": kv_dtype, "block_size": size} for kv_dtype in ("float8_e4m3fn", "int8") for size in (16, 64)),
+        *({"kv_dtype": "int8", "head_dim": head_dim} for head_dim in (96, 192, 256)),
         {"dtype": "float16", "kv_dtype": "int8"},
         {"sliding_window": 1},
         {"sliding_window": 200},

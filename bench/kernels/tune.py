@@ -57,7 +57,10 @@ def candidates(shape: AttentionShape) -> list[Sizes]:
         decode = tuning.decode_candidates(shape.group, shape.head_dim, pool_dtype)
         return [Sizes(sizes, PrefillSizes()) for sizes in decode]
     fitting = tuning.decode_candidates(shape.group, shape.head_dim, pool_dtype)[0]
-    return [Sizes(fitting, PrefillSizes(ping_pong=ping_pong)) for ping_pong in (True, False)]
+    prefill = [PrefillSizes(ping_pong=ping_pong) for ping_pong in (True, False)]
+    if shape.is_quantized:  # smaller tiles leave memory for more tiles as the pool stores them
+        prefill += [PrefillSizes(kv_tile=64, stages=stages) for stages in (3, 4)]
+    return [Sizes(fitting, sizes) for sizes in prefill]
 
 
 def tune(shapes: list[AttentionShape], num_samples: int) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def test_an_error_reaches_all_that_wait_and_the_next_one_tries_again():
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_the_background_lowers_in_order_and_sizes_are_ready_once_all_their_programs_are(num_threads):
-    compiler = StubCompiler()
+    compiler, interval = StubCompiler(), sys.getswitchinterval()
     last = KEYS[-1]
     compiler.hold(last)
     background = Background(compiler.store(), SIZES, None, num_threads)
@@ -127,10 +127,12 @@ def test_the_background_lowers_in_order_and_sizes_are_ready_once_all_their_progr
     assert compiler.lowered == KEYS
     assert SMALL in background.pending
     assert background.progress.of == len(KEYS)
+    assert sys.getswitchinterval() < interval
     compiler.allowed[last].set()
     background.wait()
     assert background.pending == frozenset()
     assert background.progress is None
+    assert sys.getswitchinterval() == interval
     assert compiler.num_compiled == dict.fromkeys(KEYS, 1)
 
 

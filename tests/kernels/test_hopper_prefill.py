@@ -93,7 +93,6 @@ def test_outputs_wider_than_their_shared_memory() -> None:
 @pytest.mark.parametrize(
     ("quantized", "head_dim", "block_size", "options"),
     [
-        (jnp.int8, 64, 16, Options()),
         (jnp.float8_e4m3fn, 96, 8, Options(sliding_window=40)),
         (jnp.int8, 128, 128, Options(soft_cap=2.0, sinks=np.linspace(-2, 5, 4))),
     ],
@@ -119,8 +118,8 @@ def test_prompts_over_a_quantised_pool_get_the_bits_of_a_pool_that_holds_the_val
     ("head_dim", "quantized"),
     [
         *((head_dim, None) for head_dim in (64, 80, 96, 128, 192, 256)),
-        *((head_dim, jnp.int8) for head_dim in (32, 96, 192)),
-        (128, jnp.float8_e4m3fn),
+        (96, jnp.int8),
+        (192, jnp.float8_e4m3fn),
     ],
 )
 def test_compiles_for_the_gpu_at_real_sizes(head_dim, quantized) -> None:
@@ -144,14 +143,14 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         case_of(replace(shape, head_dim=224, quantized=jnp.int8))
 
 
-@pytest.mark.parametrize(("head_dim", "num_kernels"), [(192, 3), (224, 2)])
+@pytest.mark.parametrize(("head_dim", "is_taken"), [(192, True), (224, False)])
 def test_prompts_of_the_widest_heads_over_a_quantised_pool_are_attended_by_the_decode_kernel(
-    head_dim, num_kernels, monkeypatch
+    head_dim, is_taken, monkeypatch
 ) -> None:
     monkeypatch.setattr(here, "why_no_hopper", lambda: None)
     call = abstract_call(Shape(64, 2, 8, 8, 2, head_dim, 16, jnp.bfloat16, jnp.int8), scoring=Scoring(0.1))
     traced = jax.jit(lambda call: attend_hopper(replace(call, kv=call.kv._replace(layer=0)))).trace(call)
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == num_kernels
+    assert ("paged_prefill" in str(traced.jaxpr)) == is_taken
 
 
 def case_of(shape: Shape, sizes: PrefillSizes = DEFAULT_SIZES) -> Case:

@@ -252,7 +252,7 @@ def _copy_tiles(case: Case, inputs: Inputs, scratch: Scratch, which: int) -> Non
             plgpu.barrier_wait(of_slot(ring.free, slot))
             for i, piece in enumerate(pieces):
                 if ring.scales is not None:
-                    ring.scales[i] = piece.scale  # for the widener, which the copy below signals
+                    ring.scales[slot, i] = piece.scale  # for the widener, which the copy below signals
                 tokens = pl.ds(i * case.piece, case.piece)
                 plgpu.copy_gmem_to_smem(piece.source, ring.tiles.at[slot, tokens], of_slot(ring.full, slot))
             return count + 1

@@ -43,7 +43,7 @@ class Ring(NamedTuple):
     tiles: Ref  # [stages, kv_tile, head_dim]
     full: Ref
     free: Ref
-    scales: Ref | None = None  # [pieces of a tile], of a quantised pool
+    scales: Ref | None = None  # [stages, pieces of a tile], of a quantised pool
 
 
 class Scratch(NamedTuple):
@@ -53,8 +53,8 @@ class Scratch(NamedTuple):
     out: Ref
     k: Ref  # [stages, kv_tile, head_dim]
     v: Ref
-    stored: tuple[Ring, Ring] | None  # K and V of a quantised pool, one tile each, which the widener reads
-    scales: Ref | None  # [2, pieces of a tile], of these tiles; each array takes at least 1 KiB
+    stored: tuple[Ring, Ring] | None  # K and V of a quantised pool, which the widener reads
+    scales: Ref | None  # [2, stages, pieces of a tile], of both; each array takes at least 1 KiB
     score_sums: Ref | None  # stand-ins for accumulators in the interpreter
     out_sums: Ref | None
     items: Ref
@@ -83,7 +83,7 @@ def scratch_of(case: Case) -> Scratch:
         k=smem_tile((stages, case.kv_tile, case.head_dim), case.dtype),
         v=smem_tile((stages, case.kv_tile, case.head_dim), case.dtype),
         stored=(_stored_ring(case), _stored_ring(case)) if case.is_quantized else None,
-        scales=plgpu.SMEM((2, pieces), jnp.float32) if case.is_quantized else None,
+        scales=plgpu.SMEM((2, case.stored_stages, pieces), jnp.float32) if case.is_quantized else None,
         score_sums=score_sums,
         out_sums=out_sums,
         items=plgpu.SMEM((ITEM_SLOTS, 1 + len(Run._fields)), jnp.int32),
@@ -101,11 +101,12 @@ def scratch_of(case: Case) -> Scratch:
 
 
 def _stored_ring(case: Case) -> Ring:
-    pieces, swizzle = case.kv_tile // case.piece, swizzle_of(case.head_dim, case.pool_dtype.itemsize)[0]
+    stages, pieces = case.stored_stages, case.kv_tile // case.piece
+    swizzle, _ = swizzle_of(case.head_dim, case.pool_dtype.itemsize)
     return Ring(
-        tiles=tiled_smem((1, case.kv_tile, case.head_dim), case.pool_dtype, swizzle),
-        full=plgpu.Barrier(num_arrivals=pieces),
-        free=plgpu.Barrier(),
+        tiles=tiled_smem((stages, case.kv_tile, case.head_dim), case.pool_dtype, swizzle),
+        full=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+        free=plgpu.Barrier(num_barriers=stages),
     )
 
 

@@ -136,15 +136,27 @@ class Case:
         return self.head_dim // self.slab
 
     @property
+    def stored_stages(self) -> int:
+        """Tiles of K, and as many of V, that wait in shared memory as a quantised pool stores them."""
+        if not self.is_quantized:
+            return 0
+        return 2 if self._bytes_beside(2) >= self.num_slabs * self._out_slab_bytes else 1
+
+    @property
     def out_slabs(self) -> int:
         """Slabs of the output that fit in shared memory beside Q, K and V."""
-        row_bytes = self.head_dim * self.dtype.itemsize
-        inputs = (CONSUMERS * TILE_ROWS + 2 * self.sizes.stages * self.kv_tile) * row_bytes
-        if self.is_quantized:
-            inputs += 2 * self.kv_tile * self.head_dim  # a tile of K and one of V as stored
-        slab_bytes = CONSUMERS * TILE_ROWS * self.slab * self.dtype.itemsize
-        fitting = min((TILE_BYTES - inputs) // slab_bytes, self.num_slabs)
+        fitting = min(self._bytes_beside(self.stored_stages) // self._out_slab_bytes, self.num_slabs)
         return next((n for n in range(fitting, 0, -1) if self.num_slabs % n == 0), 0)
+
+    @property
+    def _out_slab_bytes(self) -> int:
+        return CONSUMERS * TILE_ROWS * self.slab * self.dtype.itemsize
+
+    def _bytes_beside(self, stored_stages: int) -> int:
+        """Shared memory that Q, K and V leave, with so many stages of stored tiles."""
+        rows = CONSUMERS * TILE_ROWS + 2 * self.sizes.stages * self.kv_tile
+        stored_rows = 2 * stored_stages * self.kv_tile
+        return TILE_BYTES - self.head_dim * (rows * self.dtype.itemsize + stored_rows * self.pool_dtype.itemsize)
 
 
 class Run(NamedTuple):

@@ -26,6 +26,7 @@ from pallas_kernels.paged_attention.hopper.prefill_memory import (
     copied_ring,
     for_each_item,
     multiplied_ring,
+    of_slot,
 )
 from pallas_kernels.paged_attention.hopper.prefill_plan import Case, Item, span_of
 from pallas_kernels.paged_attention.hopper.tile import swizzle_of, tiled_transforms
@@ -46,17 +47,18 @@ def widen_tiles(case: Case, scratch: Scratch) -> None:
     """Widen all tiles of this thread block's items, K and V in turn."""
     rings = [(copied_ring(scratch, which), multiplied_ring(scratch, which)) for which in range(2)]
     for stored, _ in rings:
-        plgpu.barrier_arrive(stored.free)
+        for stage in range(case.stored_stages):
+            plgpu.barrier_arrive(of_slot(stored.free, stage))
 
     def widen_item(item: Item, count: Array) -> Array:
         def widen_step(_: Array, count: Array) -> Array:
-            slot = lax.rem(count, case.sizes.stages)
+            stage, slot = lax.rem(count, case.stored_stages), lax.rem(count, case.sizes.stages)
             for stored, wide in rings:
-                plgpu.barrier_wait(stored.full)
+                plgpu.barrier_wait(of_slot(stored.full, stage))
                 plgpu.barrier_wait(wide.free.at[slot])
-                _widen_tile(case, stored, wide.tiles.at[slot])
+                _widen_tile(case, stored, stage, wide.tiles.at[slot])
                 plgpu.commit_smem()  # before copies write what was read, and tensor cores read what was written
-                plgpu.barrier_arrive(stored.free)
+                plgpu.barrier_arrive(of_slot(stored.free, stage))
                 plgpu.barrier_arrive(wide.full.at[slot])
             return count + 1
 
@@ -68,9 +70,9 @@ def widen_tiles(case: Case, scratch: Scratch) -> None:
             plgpu.barrier_wait(wide.free.at[slot])
 
 
-def _widen_tile(case: Case, stored: Ring, target: Ref) -> None:
-    tile, scales = stored.tiles.at[0], stored.scales
-    assert scales is not None
+def _widen_tile(case: Case, stored: Ring, stage: Array, target: Ref) -> None:
+    assert stored.scales is not None
+    tile, scales = stored.tiles.at[stage], stored.scales.at[stage]
     if case.is_interpreted:
         of_tokens = jnp.repeat(scales[...], case.piece)
         target[...] = (tile[...].astype(jnp.float32) * of_tokens[:, None]).astype(case.dtype)
