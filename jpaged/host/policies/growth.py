@@ -12,7 +12,7 @@ FIRST_GUESS = 256
 NUM_REMEMBERED = 512
 """Stopped sequences after which an older one counts half."""
 
-HORIZON = 128
+HORIZON = 64
 """Tokens ahead for which growth counts: a group that runs for so long before a preemption is worth its preemption."""
 
 WATERMARK = 0.01
