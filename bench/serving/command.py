@@ -223,6 +223,7 @@ def _measure_options(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             num_blocks=args.num_blocks,
             enable_prefix_caching=False,
         )
+        llm.engine.runner.programs.background.wait()
     return measure_options(llm, args)
 
 
