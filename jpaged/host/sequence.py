@@ -271,6 +271,16 @@ class SequenceGroup:
         return seq.num_tokens - seq.prompt_len >= self.request.params.min_tokens
 
     @property
+    def ends_at_limit(self) -> bool:
+        """Whether no token ends its sequences before their longest length."""
+        return not (self.stop_token_ids or self.request.params.stop)
+
+    @property
+    def least_tokens(self) -> int:
+        """Output tokens that each sequence reaches."""
+        return self.max_tokens if self.ends_at_limit else min(self.request.params.min_tokens, self.max_tokens)
+
+    @property
     def needs_history(self) -> bool:
         """Whether a draw depends on the tokens that were drawn before."""
         return self.request.params.has_penalties or bool(self.request.banned_sequences)

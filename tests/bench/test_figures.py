@@ -276,6 +276,20 @@ def test_pressure_is_that_of_the_result_files():
     assert said in " ".join(README.split())
 
 
+def test_admission_is_that_of_the_result_file():
+    replays, shown = _result("replay")["under_pressure"], _table("simulated")
+    for title in {title.rpartition(", ")[0] for title in replays}:
+        ways = replays[f"{title}, if it fits now"], replays[f"{title}, by growth"]
+        formats = {
+            "num_preemptions": "{:,}",
+            "num_plans": "{:,}",
+            "mean_rows": "{:.1f}",
+            "fill_percent": "{:.1f}%",
+            "tokens_per_s": "{:,.0f}",
+        }
+        assert shown[title] == [" / ".join(form.format(way[name]) for way in ways) for name, form in formats.items()]
+
+
 def test_the_papers_figures_are_those_of_the_result_file():
     experiments, rows = _result("paper")["experiments"], {row[0]: row[1:] for row in _rows()}
     for title, experiment, label in (
