@@ -36,6 +36,7 @@ BENCHMARKS = {
     "host": Benchmark("bench.micro.host", "host time of a plan, --against that of another commit", True),
     "calls": Benchmark("bench.micro.calls", "calls, functions and types of one request through LLM.generate", True),
     "paper": Benchmark("bench.paper.command", "the PagedAttention paper's experiments, simulated", True),
+    "replay": Benchmark("bench.replay.command", "admission under pressure, and padding of steps, simulated", True),
     "tpu-plan": Benchmark("bench.tpu.plan", "bytes and time of the TPU attention kernel, computed", True),
     "tpu-models": Benchmark("bench.tpu.models", "whole models compiled for TPUs: memory, collectives; computed", True),
 }

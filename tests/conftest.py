@@ -94,3 +94,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--soak-steps", type=int, default=4000, help="steps of test_scheduler_soak.py: 4,000 or more, 100,000 by hand"
     )
+
+
+@pytest.fixture
+def no_growth(monkeypatch):
+    """Lets groups start that fit now, whatever their growth: small pools then preempt all the time."""
+    monkeypatch.setattr("jpaged.host.growth.HORIZON", 0)

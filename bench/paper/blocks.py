@@ -80,11 +80,11 @@ PREEMPTING_LOAD = Load("ShareGPT", 3.0, 300)
 
 PER_LAYER = "swap, a pool per layer"
 WAYS = {
-    "recompute": Paged(),
-    "swap": Paged(preemption="swap", num_host_slots=NUM_SLOTS),
-    PER_LAYER: Paged(preemption="swap", num_host_slots=NUM_SLOTS, pieces_per_block=PAPER_PIECES_PER_BLOCK),
+    "recompute": Paged(horizon=0),
+    "swap": Paged(horizon=0, preemption="swap", num_host_slots=NUM_SLOTS),
+    PER_LAYER: Paged(horizon=0, preemption="swap", num_host_slots=NUM_SLOTS, pieces_per_block=PAPER_PIECES_PER_BLOCK),
 }
-"""The host pool is as large as the device's (section 4.5 bounds it so)."""
+"""The host pool is as large as the device's (section 4.5 bounds it so). Groups start if they fit now."""
 
 
 def recovery_s(way: str, block_size: int) -> float:

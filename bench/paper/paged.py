@@ -9,6 +9,7 @@ from bench.workloads import made_up_result
 from jpaged.contract.plan import StepPlan
 from jpaged.contract.profile import Link, MachineProfile
 from jpaged.host.blocks.manager import BlockManager, BlockStats
+from jpaged.host.policies.growth import HORIZON
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import Request, SamplingParams
 
@@ -30,6 +31,7 @@ class Paged:
         num_host_slots: tokens that the host pool holds.
         pieces_per_block: contiguous pieces of a block in a transfer. Ours is one; the paper's system keeps keys and
             values of each layer apart.
+        horizon: tokens ahead for which growth counts at an admission; with 0 a group starts if it fits now.
         candidates: model of the continuations in beam searches.
     """
 
@@ -38,6 +40,7 @@ class Paged:
     preemption: str = "recompute"
     num_host_slots: int = 0
     pieces_per_block: int = 1
+    horizon: int = HORIZON
     candidates: CandidateModel = DEFAULT_CANDIDATES
     name: str = "jpaged"
 
@@ -57,6 +60,7 @@ class Paged:
             preemption=self.preemption,
             profile=self._profile(),
         )
+        scheduler.growth.horizon = self.horizon
         candidates = CandidateSource(self.candidates)
         clock, num_arrived, num_steps = 0.0, 0, 0
         while not tally.is_over(clock):

@@ -62,7 +62,7 @@ class AdjustmentsBuilder:
         self._changed: dict[tuple[int, int], int] = {}
 
     def enter(
-        self, row: int, request: Request, output_token_ids: Sequence[int], early_token_ids: Collection[int]
+        self, row: int, request: Request, output_token_ids: Sequence[int], stop_token_ids: Collection[int]
     ) -> None:
         """Let a row begin anew.
 
@@ -70,12 +70,13 @@ class AdjustmentsBuilder:
             row: the row.
             request: the request of its sequence.
             output_token_ids: tokens that the sequence has generated.
-            early_token_ids: tokens that are banned until it has ``min_tokens``.
+            stop_token_ids: tokens that are banned until it has ``min_tokens``.
         """
         params = request.params
         prompt = request.prompt_token_ids if params.repetition_penalty != 1 else ()
         output = output_token_ids if params.has_penalties else ()
-        self._entered[row] = (request, *_marks(prompt, output, request.banned_token_ids, early_token_ids))
+        early = stop_token_ids if params.min_tokens else ()
+        self._entered[row] = (request, *_marks(prompt, output, request.banned_token_ids, early))
 
     def leave(self, row: int) -> None:
         """Forget a row whose sequence leaves it."""

@@ -10,11 +10,12 @@ from jpaged.host.blocks.prefix_cache import PrefixMatch
 from jpaged.host.blocks.streaming import StreamedMatch
 from jpaged.host.blocks.ticket import Ticket
 from jpaged.host.capacity import Capacity, num_blocks_covering, width_name
+from jpaged.host.growth import Growth
 from jpaged.host.line import Line
 from jpaged.host.offload.placement import can_stream, end_of_chunk, has_room
 from jpaged.host.pins import Pins
-from jpaged.host.policies.budget import num_blocks_left_free
 from jpaged.host.policies.eviction import LEAST_HIT_INSIDE
+from jpaged.host.policies.growth import num_blocks_left_free
 from jpaged.host.policies.sharing import is_worth_waiting
 from jpaged.host.prompt_blocks import PromptBlocks
 from jpaged.host.refusal import Refusal
@@ -54,6 +55,7 @@ class Admission:
         roster: the unfinished requests.
         line: the groups that wait and run.
         pins: the pinned prefixes.
+        growth: expects the blocks that running groups will come to hold.
         max_num_seqs: rows of an iteration at most.
         max_num_batched_tokens: tokens of an iteration at most.
         max_model_len: tokens of prompt and output that a sequence may reach.
@@ -66,6 +68,7 @@ class Admission:
         roster: Roster,
         line: Line,
         pins: Pins,
+        growth: Growth,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -76,6 +79,7 @@ class Admission:
         self._roster = roster
         self._line = line
         self._pins = pins
+        self.growth = growth
         self._eos_token_ids = eos_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
@@ -193,8 +197,11 @@ class Admission:
             return self._found[1]
         if self.num_known_short(group) > 0 or self._is_short_of_any_match(group):
             return None
+        refusal = self._refusal
+        if refusal is not None and self.growth.is_short(group, refusal.num_taken_at_least(group, self._blocks.tiers)):
+            return None
         start = self.start(group)
-        if start.num_short > 0:
+        if start.num_short > 0 or self.growth.is_short(group, start.ticket.num_blocks):
             self._refusal = self._refuse(group, start)
             return None
         self._refusal, self._found = None, (group, start)
@@ -204,7 +211,7 @@ class Admission:
         """Whether a group cannot start, whatever it matches: blocks that windows pass are taken all the same."""
         if self._blocks.groups.num_full > 0 or group.is_swapped:
             return False
-        _, target = self._leader_of(group)
+        _, target = _leader_of(group)
         left_free = num_blocks_left_free(self._num_usable, is_running=bool(self._line.running))
         num_taken = self._prompts.num_blocks(NO_MATCH, target) + self._prompts.num_promised()
         return num_taken > self._blocks.num_free_blocks - left_free
@@ -249,7 +256,7 @@ class Admission:
             ticket = self._blocks.to_swap_in(held)
             to_grow = len(held) * len(self._blocks.groups) if is_running else 0  # for the next token of each
             return Start(NO_MATCH, 0, 0, ticket, ticket.num_blocks + to_grow - to_spare, is_ready=False)
-        leader, target = self._leader_of(group)
+        leader, target = _leader_of(group)
         to_grow = self._num_blocks_forked(group, target) if group.num_rows > 1 else 0
         match = self._match(group, leader, target)
         num_reserved = target
@@ -300,7 +307,7 @@ class Admission:
         lacking = None
         is_matched = not (group.is_swapped or group.is_streamed or group.needs_prompt_scores)
         if blocks.enable_prefix_caching and is_matched:
-            leader, target = self._leader_of(group)
+            leader, target = _leader_of(group)
             num_hits = start.match.num_full_blocks(blocks.block_size)
             if num_hits < (target - 1) // blocks.block_size:
                 lacking = leader.hashed.full_blocks(target - 1)[num_hits][1]
@@ -311,15 +318,11 @@ class Admission:
             has_windows=has_windows,
             is_running=bool(self._line.running),
             num_short=num_short,
+            num_taken=start.ticket.num_blocks,
             num_freed=blocks.tiers.device.num_freed,
             num_cached=blocks.tiers.device.cache.num_inserted,
             lacking=lacking,
         )
-
-    def _leader_of(self, group: SequenceGroup) -> tuple[Sequence, int]:
-        """The sequence that computes the tokens that all members share, and the number of these tokens."""
-        leader, *others = group.unfinished
-        return leader, group.fork_len() if others else len(leader.token_ids)
 
     def _match(self, group: SequenceGroup, leader: Sequence, target: int) -> PrefixMatch:
         """Match the tokens that the group's leader must compute; one token is always left to compute."""
@@ -343,3 +346,9 @@ class Admission:
             num_tokens = num_ready // len(blocks.groups) * blocks.block_size
             match = blocks.match_prefix(leader.hashed, num_tokens)  # windows need other blocks there
         return match
+
+
+def _leader_of(group: SequenceGroup) -> tuple[Sequence, int]:
+    """The sequence that computes the tokens that all members share, and the number of these tokens."""
+    leader, *others = group.unfinished
+    return leader, group.fork_len() if others else len(leader.token_ids)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int32
 from jpaged.contract.plan import StepPlan
 from jpaged.contract.result import BeamCandidates, StepResult, TokenScores
 from jpaged.host.blocks.manager import BlockManager
+from jpaged.host.growth import Growth
 from jpaged.host.line import Line
 from jpaged.host.pins import Pins
 from jpaged.host.roster import Roster
@@ -25,9 +26,12 @@ class Outcome:
         line: the groups that wait and run.
         pins: the pinned prefixes.
         rows: the rows of the running sequences.
+        growth: learns from the sequences that end.
     """
 
-    def __init__(self, blocks: BlockManager, roster: Roster, line: Line, pins: Pins, rows: RowTable) -> None:
+    def __init__(
+        self, blocks: BlockManager, roster: Roster, line: Line, pins: Pins, rows: RowTable, growth: Growth
+    ) -> None:
         self.num_output_tokens = 0
         """Tokens drawn since the start; a beam search counts one for each live beam and step."""
         self._blocks = blocks
@@ -35,6 +39,7 @@ class Outcome:
         self._line = line
         self._pins = pins
         self._rows = rows
+        self._growth = growth
 
     # Sequences ----------------------------------------------------------------------------------------------------
 
@@ -46,6 +51,7 @@ class Outcome:
         seq.finish_reason = reason
         if seq.state is SequenceState.FINISHED:
             return
+        self._growth.note_end(group, seq, reason)
         self.release(seq, is_trusted=reason is not FinishReason.ERROR)
         seq.state = SequenceState.FINISHED
         self._roster.remove_sequence(seq)

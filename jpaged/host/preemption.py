@@ -82,7 +82,7 @@ class Preemption:
         rows_short = self._admission.rows_short(first)
         if rows_short > sum(group.num_rows for group in lower):
             return []
-        if not self._admission.has_room_on_host(first, without=lower):
+        if not self._admission.has_room_on_host(first, without=lower) or self._admission.growth.is_short(first, 0):
             return []
         seq_ids = [seq.seq_id for group in lower for seq in group.running]
         num_held = sum(len(self._blocks.holdings.held_by(seq_id).live_blocks) for seq_id in seq_ids)

@@ -21,6 +21,7 @@ class Refusal:
         has_windows: whether the model has layers with windows.
         is_running: whether other groups were running, for which some blocks must stay free.
         num_short: blocks that it lacked at least.
+        num_taken: blocks that it would have taken.
         num_freed: device blocks that had become free by then, since the start.
         num_cached: blocks that had entered the device's prefix cache by then, since the start.
         lacking: digest of the first block that its match lacked, if more of it can match.
@@ -32,6 +33,7 @@ class Refusal:
     has_windows: bool
     is_running: bool
     num_short: int
+    num_taken: int
     num_freed: int
     num_cached: int
     lacking: bytes | None
@@ -48,3 +50,9 @@ class Refusal:
         if self.is_on_host:
             num_gained += tiers.device.cache.num_inserted - self.num_cached
         return max(self.num_short - num_gained, 0)
+
+    def num_taken_at_least(self, group: SequenceGroup, tiers: TwoTiers) -> int:
+        """Count the blocks that the first waiting group would still take; 0 if it has to be matched again."""
+        if group is not self.group or (self.lacking is not None and tiers.is_cached(self.lacking)):
+            return 0
+        return 0 if self.is_on_host else self.num_taken

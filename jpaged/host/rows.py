@@ -57,6 +57,8 @@ class RowTable:
         seq_ids: sequence of each row; -1 for a free row.
         positions: tokens of each steady sequence, pending tokens counted: position of the next token.
         known: tokens of these that the host knows.
+        prompt_lens: tokens of the prompt of each sequence.
+        least_ends: tokens before which each sequence does not end.
         limits: tokens at which each sequence ends.
         capacity: tokens that the blocks of each sequence hold without another block or a copy.
         next_slide: position from which windows have passed a block that each sequence holds.
@@ -83,6 +85,8 @@ class RowTable:
         self.seq_ids: Int64[np.ndarray, " rows"] = np.full(num_rows, -1, np.int64)
         self.positions: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.known: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.prompt_lens: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
+        self.least_ends: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.limits: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.capacity: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
         self.next_slide: Int32[np.ndarray, " rows"] = np.full(num_rows, NEVER, np.int32)
@@ -107,12 +111,13 @@ class RowTable:
         params = group.request.params
         self._groups[row], self._seqs[row] = group, seq
         self.seq_ids[row] = seq.seq_id
+        self.prompt_lens[row] = seq.prompt_len
+        self.least_ends[row] = seq.prompt_len + group.least_tokens
         self.limits[row] = seq.prompt_len + group.max_tokens
         self.capacity[row] = 0
         self.is_adjusted[row] = group.is_adjusted
         if group.is_adjusted:
-            early = group.stop_token_ids if params.min_tokens else ()
-            self.adjustments.enter(row, group.request, seq.output_token_ids, early)
+            self.adjustments.enter(row, group.request, seq.output_token_ids, group.stop_token_ids)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._has_more_stops[row] = len(group.stop_token_ids) > MOST_STOPS
         self._stops[row] = _NO_TOKEN

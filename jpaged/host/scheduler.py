@@ -12,6 +12,7 @@ from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager, BlockStats
 from jpaged.host.entry import Entry
 from jpaged.host.feed import Feed, compute_all
+from jpaged.host.growth import Growth
 from jpaged.host.line import Line
 from jpaged.host.outcome import Outcome
 from jpaged.host.pins import Pins
@@ -82,21 +83,22 @@ class Scheduler:
         self.line = Line()
         self.pins = Pins(blocks)
         self.rows = RowTable(max_num_seqs, blocks, max_burst)
+        self.growth = Growth(blocks, self.line, self.rows)
         self._admission = Admission(
             blocks,
             self.roster,
             self.line,
             self.pins,
+            self.growth,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             eos_token_ids=self.eos_token_ids,
         )
-        self.outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows)
+        self.outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows, self.growth)
         self._streaming = Streaming(blocks, self.outcome, self.rows, max_num_batched_tokens)
         rooms = blocks, self.line, self._admission, self.outcome, self.rows, self._streaming
-        windows = Windows(blocks, self.rows, max_num_batched_tokens)
-        self._preemption = Preemption(*rooms, windows, kind=preemption)
+        self._preemption = Preemption(*rooms, Windows(blocks, self.rows, max_num_batched_tokens), kind=preemption)
         self._entry = Entry(*rooms)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can

@@ -286,6 +286,16 @@ class SequenceGroup:
         return is_late or has_bans or params.has_penalties or bool(params.logit_bias)
 
     @property
+    def ends_at_limit(self) -> bool:
+        """Whether no token ends its sequences before their longest length."""
+        return not (self.stop_token_ids or self.request.params.stop)
+
+    @property
+    def least_tokens(self) -> int:
+        """Output tokens that each sequence reaches."""
+        return self.max_tokens if self.ends_at_limit else min(self.request.params.min_tokens, self.max_tokens)
+
+    @property
     def needs_prompt_scores(self) -> bool:
         """Whether prompt log-probabilities were asked for and are not complete."""
         if self.request.params.prompt_logprobs is None:

@@ -12,7 +12,7 @@ from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.feed import Feed
 from jpaged.host.offload.placement import end_of_chunk
 from jpaged.host.outcome import Outcome
-from jpaged.host.policies.budget import num_blocks_left_free
+from jpaged.host.policies.growth import num_blocks_left_free
 from jpaged.host.policies.order import schedule_order
 from jpaged.host.rows import RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState

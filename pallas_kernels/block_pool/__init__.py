@@ -11,7 +11,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_pool.hopper import copy_blocks_hopper, why_not_copy, why_not_write, write_kv_hopper
+from pallas_kernels.block_pool.hopper import (
+    copy_blocks_hopper,
+    why_not_copy,
+    why_not_write,
+    why_not_write_quantized,
+    write_kv_hopper,
+    write_kv_quantized_hopper,
+)
 from pallas_kernels.block_pool.layout import (
     KV_HEAD_AXIS,
     BlockIds,
@@ -61,6 +68,7 @@ __all__ = [
     "shape_of",
     "why_not_copy",
     "why_not_write",
+    "why_not_write_quantized",
     "write_kv",
     "write_kv_quantized",
 ]
@@ -71,7 +79,9 @@ def _kernels(**runs: Callable[..., Any]) -> dict[str, Kernel]:
 
 
 WRITES = _kernels(xla=write_kv_xla, hopper=write_kv_hopper, pallas_tpu=write_kv_tpu)
-QUANTIZED_WRITES = _kernels(xla=write_kv_quantized_xla, pallas_tpu=write_kv_quantized_tpu)
+QUANTIZED_WRITES = _kernels(
+    xla=write_kv_quantized_xla, hopper=write_kv_quantized_hopper, pallas_tpu=write_kv_quantized_tpu
+)
 COPIES = _kernels(xla=copy_blocks_xla, hopper=copy_blocks_hopper, pallas_tpu=copy_blocks_tpu)
 GATHERS = _kernels(xla=gather_blocks_xla, pallas_tpu=gather_blocks_tpu)
 SCATTERS = _kernels(xla=scatter_blocks_xla, pallas_tpu=scatter_blocks_tpu)
@@ -153,7 +163,8 @@ def write_kv_quantized(
         layer: which layer, a static number.
         k, v: in any float type.
         slots: as for ``write_kv``. The tokens of a block follow one another, as the tokens of a sequence do.
-        implementation: "xla" or "pallas_tpu"; None is "xla". As for ``write_kv``.
+        implementation: "xla", "hopper" or "pallas_tpu"; None is "xla". As for ``write_kv``, but only "pallas_tpu"
+            leaves block 0 as it is.
         interpret: as for ``write_kv``.
 
     Returns:
@@ -162,6 +173,7 @@ def write_kv_quantized(
     Raises:
         ValueError: a pool that is not quantised, scales of another pool, or a layer that the pool does not have; shapes
             that do not fit together, or an unknown implementation.
+        NotImplementedError: the implementation named cannot write this pool, or not on this device.
     """
     dispatch.check_named(QUANTIZED_WRITES, implementation, interpret=interpret)
     check_kv_scales(pool, kv_scales)

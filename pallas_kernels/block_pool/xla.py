@@ -39,13 +39,13 @@ def write_tokens(
     pool: Stored, layer: LayerIndex, values: Real[Array, "tokens *heads head_dim"], slots: Int[Array, " tokens"]
 ) -> Stored:
     """Store tokens as they are in a pool of any type, or in its sides; see ``write_kv_xla``."""
-    values, slots = _beside_another(pool, values, slots)
+    values, slots = beside_another(pool, values, slots)
     blocks, offsets = jnp.divmod(slots, block_size_of(pool))
     values = values.astype(pool.dtype)
     return pool.at[blocks, layer, ..., offsets, :].set(values, mode="drop", wrap_negative_indices=False)
 
 
-def _beside_another(
+def beside_another(
     pool: Stored, values: Real[Array, "tokens *heads head_dim"], slots: Int[Array, " tokens"]
 ) -> tuple[Real[Array, "two_or_more *heads head_dim"], Int[Array, " two_or_more"]]:
     """The tokens to write, a single one beside another that is dropped.
@@ -77,7 +77,7 @@ def write_quantized(
     slots: Int[Array, " tokens"],
 ) -> tuple[Stored, StoredScales]:
     """Round and store tokens in a quantised pool, or in its sides; arguments as for ``quantize``."""
-    values, slots = _beside_another(pool, values, slots)
+    values, slots = beside_another(pool, values, slots)
     stored, scales, old, new = quantize(pool, scales, layer, values, slots)
     blocks = slots // block_size_of(pool)
     is_first = jnp.diff(blocks, prepend=-1) != 0

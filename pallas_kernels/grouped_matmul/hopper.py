@@ -8,7 +8,7 @@ The weights of a group without rows are not read.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ TWO_CONSUMERS_FROM = 64
 class Scratch(NamedTuple):
     """Shared memory and barriers: ``full`` memory can be read, ``free`` memory can be written."""
 
-    x: Ref  # [stages, rows, SLAB]
+    x: Ref  # [stages, rows, SLAB] in two views: copies of rows from any row on, and products
     w: Ref  # [stages, columns, SLAB], or [stages, SLAB, columns]
     out: Ref  # [consumers, slabs_out, TILE_ROWS, SLAB]
     sums: Ref | None  # stands in for accumulators in the interpreter
@@ -222,20 +222,30 @@ def _grouped(
 def _scratch_of(case: Case) -> Scratch:
     w = (case.columns, SLAB) if case.is_transposed else (SLAB, case.columns)
     out = (case.consumers, case.slabs_out, TILE_ROWS, SLAB)
-    if case.is_interpreted:  # the interpreter keeps views apart, and swizzles nothing
-        out_smem = plgpu.SMEM(out, case.dtype)
-    else:
-        out_smem = plgpu.RefUnion(
-            plgpu.SMEM(out, case.dtype, transforms=(swizzling(2 * SLAB),)), smem_tile(out, case.dtype)
-        )
     return Scratch(
-        x=smem_tile((case.stages, case.tile_rows, SLAB), case.dtype),
+        x=_two_views((case.stages, case.tile_rows, SLAB), case),
         w=smem_tile((case.stages, *w), case.dtype),
-        out=out_smem,
+        out=_two_views(out, case),
         sums=plgpu.SMEM((case.consumers, TILE_ROWS, case.columns), jnp.float32) if case.is_interpreted else None,
         full=plgpu.Barrier(num_arrivals=2, num_barriers=case.stages),
         free=plgpu.Barrier(num_arrivals=case.consumers, num_barriers=case.stages),
     )
+
+
+def _two_views(shape: tuple[int, ...], case: Case) -> Any:
+    """Shared memory that copies address by rows, and products in tiles of eight rows.
+
+    A copy between device memory and tiles of rows would have to begin at a multiple of eight rows.
+    """
+    if case.is_interpreted:  # the interpreter keeps views apart, and swizzles nothing
+        return plgpu.SMEM(shape, case.dtype)
+    rows = plgpu.SMEM(shape, case.dtype, transforms=(swizzling(2 * SLAB),))
+    return plgpu.RefUnion(rows, smem_tile(shape, case.dtype))
+
+
+def _views(memory: Ref, case: Case) -> tuple[Ref, Ref]:
+    """The view of copies and that of products."""
+    return (memory, memory) if case.is_interpreted else (memory[0], memory[1])
 
 
 @dataclass(frozen=True)
@@ -263,6 +273,7 @@ class _Worker:
     def produce(self) -> None:
         """Copy the operands of all items to shared memory."""
         case, scratch = self.case, self.scratch
+        copied, _ = _views(scratch.x, case)
 
         def copy_item(nth: Array, count: Array) -> Array:
             tile, column = self._item(nth)
@@ -272,7 +283,7 @@ class _Worker:
             def copy_step(step: Array, count: Array) -> Array:
                 slot, features = lax.rem(count, case.stages), pl.ds(step * SLAB, SLAB)
                 plgpu.barrier_wait(scratch.free.at[slot])
-                plgpu.copy_gmem_to_smem(self.x.at[rows, features], scratch.x.at[slot], scratch.full.at[slot])
+                plgpu.copy_gmem_to_smem(self.x.at[rows, features], copied.at[slot], scratch.full.at[slot])
                 part = matrix.at[columns, features] if case.is_transposed else matrix.at[features, columns]
                 plgpu.copy_gmem_to_smem(part, scratch.w.at[slot], scratch.full.at[slot])
                 return count + 1
@@ -316,13 +327,14 @@ class _Worker:
     def _multiply(self, sums: Accumulator, consumer: Array, count: Array) -> None:
         slot = lax.rem(count, self.case.stages)
         plgpu.barrier_wait(self.scratch.full.at[slot])
-        x = self.scratch.x.at[slot, pl.ds(consumer * TILE_ROWS, TILE_ROWS)]
+        _, multiplied = _views(self.scratch.x, self.case)
+        x = multiplied.at[slot, pl.ds(consumer * TILE_ROWS, TILE_ROWS)]
         accumulate(sums, x, self.scratch.w.at[slot], transpose_b=self.case.is_transposed)
 
     def _write(self, nth: Array, consumer: Array, total: Array) -> None:
         """Write the rows of a tile that are its group's."""
-        case, smem = self.case, self.scratch.out
-        copied, written = (smem, smem) if case.is_interpreted else (smem[0], smem[1])
+        case = self.case
+        copied, written = _views(self.scratch.out, case)
         tile, column = self._item(nth)
         first = self.tiles[1, tile] + consumer * TILE_ROWS
         num_rows = jnp.clip(self.tiles[2, tile] - consumer * TILE_ROWS, 0, TILE_ROWS)

@@ -2,7 +2,7 @@
 
 import json
 
-from bench.peers import KERNELS, SERVING
+from bench.peers import KERNELS, KV_ON_HOST, SERVING
 from bench.report import RESULTS
 from tests.support import tpu_aot
 
@@ -98,6 +98,41 @@ def test_figures_of_the_page_on_host_memory_are_those_of_the_result_files():
     ]
     assert f"blocks came from the host at {link:.0f} GB/s" in page
     assert f"attention read KV on the device at {read / 1e12:.1f} TB/s" in " ".join(page.split())
+
+
+HOST_DECODES = {
+    "llama3-8b, 4,096 tokens: K and V": ("llama3-8b", None),
+    "the same in int8": ("llama3-8b_int8", None),
+    "opt-13b, 1,024 tokens: K and V": ("opt-13b_kv", "opt-13b"),
+    "opt-13b: activations": ("opt-13b", "opt-13b"),
+    "opt-6.7b, 1,024 tokens: K and V": ("opt-6.7b_kv", "opt-6.7b"),
+    "opt-6.7b: activations": ("opt-6.7b", "opt-6.7b"),
+}
+"""Row of the README -> its result, and the shapes of the peer."""
+
+
+def test_decodes_over_the_host_are_those_of_the_result_files():
+    table, [peer] = _table("32 sequences, one H200"), KV_ON_HOST.values()
+    assert set(HOST_DECODES) < set(table)
+    for title, (name, shapes) in HOST_DECODES.items():
+        [variant] = _result(f"offload_decode_{name}_nvidia-h200")["variants"]
+        [run] = variant["runs"]
+        best = run["best"]
+        assert (run["work"]["num_seqs"], best["num_programs_compiled"]) == (32, 0)
+        rates = [f"{best[key] / 1e9:.1f}" for key in ("kv_bytes_per_s", "link_bytes_per_s")]
+        ratio = "" if shapes is None else f"{peer['figures'][shapes]['step_ms'] / best['step_ms']:.2f}"
+        assert table[title] == [f"{best['step_ms']:.0f}", *rates, f"{best['share_of_copies']:.0%}", ratio], title
+
+
+def test_the_servers_figures_are_those_of_the_result_file():
+    table, result = _table("llama3-8b over HTTP"), _result("serve_llama3-8b_nvidia-h200")
+    assert table["`LLM.generate`"][0] == f"{result['offline']['tokens_per_s']:,.0f}"
+    at_once, half = result["phases"]
+    for row, phase, decimals in (("all at once", at_once, 2), ("half the rate", half, 3)):
+        times = [f"{phase[key]:.{decimals}f}" for key in ("ttft_p50_s", "ttft_p99_s")]
+        steps = "" if phase["rate"] is None else f"{phase['ttft_p99_steps']:.1f}"
+        between = [f"{1e3 * phase[key]:.1f}" for key in ("itl_p50_s", "itl_p99_s")]
+        assert table[row] == [f"{phase['tokens_per_s']:,.0f}", *times, steps, *between]
 
 
 def _served(figure: dict | None, decimals: int) -> str:
@@ -239,6 +274,20 @@ def test_pressure_is_that_of_the_result_files():
         f"spilled prefixes included, and steps waited {swap['transfer_stalled_s']:.2f} s of {swap['elapsed_s']:.0f} "
     )
     assert said in " ".join(README.split())
+
+
+def test_admission_is_that_of_the_result_file():
+    replays, shown = _result("replay")["under_pressure"], _table("simulated")
+    for title in {title.rpartition(", ")[0] for title in replays}:
+        ways = replays[f"{title}, if it fits now"], replays[f"{title}, by growth"]
+        formats = {
+            "num_preemptions": "{:,}",
+            "num_plans": "{:,}",
+            "mean_rows": "{:.1f}",
+            "fill_percent": "{:.1f}%",
+            "tokens_per_s": "{:,.0f}",
+        }
+        assert shown[title] == [" / ".join(form.format(way[name]) for way in ways) for name, form in formats.items()]
 
 
 def test_the_papers_figures_are_those_of_the_result_file():

@@ -172,8 +172,8 @@ def test_beams_save_more_than_samples_and_less_than_one_sequence_would():
 
 def test_a_full_pool_swaps_and_ends_sooner_than_by_recomputing():
     maker = TraceMaker(sharegpt, 20, 6)
-    recompute = serve(Paged(), maker.at(6))
-    swap = serve(Paged(preemption="swap", num_host_slots=NUM_SLOTS), maker.at(6))
+    recompute = serve(Paged(horizon=0), maker.at(6))
+    swap = serve(Paged(horizon=0, preemption="swap", num_host_slots=NUM_SLOTS), maker.at(6))
     assert recompute.num_preemptions > 0 == recompute.num_swaps
     assert swap.num_swaps > 0
     assert swap.latency_s < recompute.latency_s < math.inf

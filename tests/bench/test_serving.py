@@ -386,6 +386,7 @@ def run_serving(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.starts_first
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_command_measures_all_workloads(run_serving, tiny_path, tmp_path):

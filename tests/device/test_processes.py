@@ -56,7 +56,7 @@ def interrupted_at(number):
 with fail_at(3):  # in both processes
     llm = LLM(sys.argv[3], tensor_parallel_size=4, **SETTINGS)
     if llm.is_leader:
-        with_few_sizes(llm)
+        with_few_sizes(llm).engine.scheduler.growth.horizon = 0  # requests preempt each other
         try:
             greedy_tokens(llm)
         except RuntimeError as error:

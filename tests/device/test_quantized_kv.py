@@ -124,6 +124,7 @@ def test_blocks_come_back_from_the_host_with_their_scales(setting, num_devices):
     assert runner.host_pool.bytes_to_host == 2 * runner.bytes_per_block, "scales included"
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_tokens_do_not_depend_on_swaps_hits_siblings_or_the_batch():
     runner = int8_runner()
     shared, other = prompt_of(13), prompt_of(9, step=5)

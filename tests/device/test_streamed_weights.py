@@ -88,6 +88,7 @@ def test_tokens_equal_those_of_weights_on_the_device(name):
     assert llm.stats().prefix_cache_hit_rate > 0
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 def test_tokens_are_the_same_after_preemption(preemption):
     settings = replace(SETTINGS, num_blocks=9, preemption=preemption, enable_prefix_caching=False)

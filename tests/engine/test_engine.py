@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from jpaged.config import EngineConfig
 from jpaged.device.sampling.draw import sample
 from jpaged.engine.loop import Engine
+from jpaged.host.policies.growth import HORIZON
 from jpaged.llm import LLM
 from jpaged.models import load_config, load_model
 from jpaged.models.groups import grouped
@@ -119,8 +120,9 @@ class EngineMachine(RuleBasedStateMachine):
         rows=st.integers(2, ROWS),
         caching=st.booleans(),
         max_burst=st.integers(1, 3),
+        horizon=st.sampled_from([0, 0, 8, HORIZON]),
     )
-    def start(self, num_blocks, num_host_blocks, preemption, budget, rows, caching, max_burst):
+    def start(self, num_blocks, num_host_blocks, preemption, budget, rows, caching, max_burst, horizon):
         self.engine = tiny_engine(
             num_blocks=num_blocks,
             num_host_blocks=num_host_blocks,
@@ -130,6 +132,7 @@ class EngineMachine(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             max_burst=max_burst,
         )
+        self.engine.scheduler.growth.horizon = horizon
         self.requests = {}
         self.finished = {}
         self.pins = set()
@@ -368,6 +371,7 @@ TestEngineMachine.settings = settings(
 )
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_preemption_is_as_constant_as_the_state_machine_needs():
     engine = tiny_engine(num_blocks=10, max_num_batched_tokens=8)
     for i in range(12):
@@ -520,6 +524,7 @@ def test_a_prefix_is_not_pinned_where_a_request_under_way_needs_the_room():
         engine.step()
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 def test_searches_and_samples_come_back_from_preemption_unchanged(preemption):
     """The same requests with room for all of them and with room for one: the way back does not show."""
@@ -715,7 +720,7 @@ def ctrl_c_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("ctrl_c_interrupts")
+@pytest.mark.usefixtures("ctrl_c_interrupts", "no_growth")
 def test_ctrl_c_on_whatever_line_of_a_step_changes_nothing():
     """Two samples, a search and a swap, interrupted once: the same results, no block lost."""
 

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 from flax import nnx
 
 from jpaged.device.runner import ModelRunner
@@ -52,6 +53,7 @@ def assert_close_but_rounded(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found - expected).max() > 1e-4, "KV came back from the host"
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_requests_come_back_from_a_swap_with_close_log_probabilities():
     engine = make_engine(num_blocks=13, preemption="swap")
     assert_close_but_rounded(logprobs_of(engine, PROMPTS), logprobs_of(tiny_engine(), PROMPTS))

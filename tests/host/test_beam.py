@@ -113,6 +113,7 @@ HF_RUNS = sorted(
 """One way to preempt a checkpoint; both with grouped heads, learned positions and a sliding window."""
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.parametrize(("case", "preemption"), HF_RUNS)
 def test_searches_and_log_probabilities_under_pressure_equal_hugging_face(case, preemption):
     """All searches and greedy requests of a case in one batch, in a pool that holds few of them."""

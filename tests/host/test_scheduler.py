@@ -166,6 +166,7 @@ def test_prompts_over_a_quantized_pool_are_cut_between_blocks():
     assert [len(c.token_ids) for plan in plans for c in plan.chunks if c.seq_id == 2] == [4, 2]
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_a_size_leaves_a_prompt_over_a_quantized_pool_a_block():
     """16 tokens beside 14 decodes would leave the prompt 2 in each step, which is no block."""
     scheduler = make_scheduler(rows=16, budget=64, step_sizes=((16, 16), (64, 16)), is_quantized=True)
@@ -209,6 +210,7 @@ def test_rows_limit_the_sequences_in_a_step():
     assert max(len(plan.chunks) for plan in plans) == 3
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_latest_arrival_is_preempted_and_resumes_before_anyone_is_admitted():
     scheduler = make_scheduler(num_blocks=7)  # 6 blocks of 4
     groups = [scheduler.add(request(name, 8, max_tokens=9)) for name in "abc"]
@@ -239,6 +241,7 @@ def test_parallel_samples_compute_the_prompt_once_and_fork():
     assert [s.output_token_ids for s in group.sequences] == [drawn(100, i, 6, 9) for i in range(3)]
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_a_resumed_group_shares_its_prompt_again():
     scheduler = make_scheduler(num_blocks=11)  # 10 blocks of 4
     scheduler.add(request("a", 4, max_tokens=28))
@@ -460,6 +463,7 @@ def test_max_tokens_beyond_the_context_ends_with_it():
     assert group.sequences[0].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.parametrize("num_blocks", [11, 12, 13, 14])
 def test_a_group_preempted_while_it_grows_leaves_no_copy_behind(num_blocks):
     scheduler = make_scheduler(num_blocks)

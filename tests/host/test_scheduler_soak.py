@@ -163,6 +163,7 @@ class Episode:
             groups=groups,
         )
         self.scheduler = self.device.scheduler
+        self.scheduler.growth.horizon = (0, 8, 0, 128, 0)[seed % 5]
         self.blocks = self.scheduler.blocks
         self.texts = [draw.choices(range(VOCAB_SIZE), k=64) for _ in range(3)]  # what prompts begin with
         self.salts = draw.choice([[b""], [b"", b"other"]])
@@ -568,6 +569,7 @@ def num_distinct_blocks(device: FakeDevice, group: SequenceGroup) -> int:
     return len({block for seq in group.sequences for block in device.scheduler.blocks.block_table(seq.seq_id)})
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_a_swapped_group_comes_back_bit_equal_and_as_shared_as_it_was():
     device = make_device(11, num_host_blocks=10, caching=False)
     first = add(device, "first", 8, max_tokens=30)
@@ -587,6 +589,7 @@ def test_a_swapped_group_comes_back_bit_equal_and_as_shared_as_it_was():
     assert min(chunk.start for chunk in later) == num_computed, "nothing is computed again"
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_a_full_host_pool_falls_back_to_recompute():
     device = make_device(7, num_host_blocks=1, caching=False)
     groups = [add(device, name, 8, max_tokens=9) for name in "ab"]
@@ -598,6 +601,7 @@ def test_a_full_host_pool_falls_back_to_recompute():
     assert starts.count(0) == 2
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.parametrize(("profile", "is_swap"), [(SWAP_IS_CHEAPER, True), (RECOMPUTE_IS_CHEAPER, False), (None, True)])
 def test_auto_preempts_by_what_costs_less_and_swaps_until_rates_are_known(profile, is_swap):
     device = make_device(7, num_host_blocks=6, preemption="auto")
@@ -608,6 +612,7 @@ def test_auto_preempts_by_what_costs_less_and_swaps_until_rates_are_known(profil
     assert stats.num_swaps_out == stats.num_swaps_in == is_swap
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.parametrize(("token_s", "num_computed"), [(0.05, 20), (0.25, 12), (0.75, 4), (4.0, 0)])
 def test_a_restore_computes_its_first_blocks_while_the_others_arrive(token_s, num_computed):
     """The step takes ``token_s`` for each token, and the link 1 s for each of 6 blocks of 4 tokens."""
@@ -639,6 +644,7 @@ def test_a_prompt_found_in_the_host_tier_is_restored_by_both_ways():
     finish_all(device, again)
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_sequences_that_share_tokens_and_8_bit_blocks_come_back_whole():
     for width, is_quantized in ((2, False), (1, True)):
         device = make_device(15, num_host_blocks=20, preemption="swap", is_quantized=is_quantized, budget=64)
@@ -667,6 +673,7 @@ def test_a_higher_priority_makes_a_lower_one_yield_and_is_not_overtaken(preempti
     finish_all(device, high, low, waiting)
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 def test_nothing_of_equal_priority_is_admitted_before_a_preempted_group(preemption):
     device = make_device(9, num_host_blocks=8, preemption=preemption)
@@ -682,6 +689,7 @@ def test_nothing_of_equal_priority_is_admitted_before_a_preempted_group(preempti
     finish_all(device, first, second, small)
 
 
+@pytest.mark.usefixtures("no_growth")
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 def test_a_beam_group_is_preempted_and_resumed_as_one(preemption):
     device = make_device(17, num_host_blocks=16, preemption=preemption)
@@ -713,6 +721,7 @@ def test_at_most_one_block_is_copied_a_fork(width):
     assert blocks.stats().num_copies > width
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_a_pinned_prefix_survives_pool_pressure_and_a_failed_step():
     device = make_device(13, num_host_blocks=4)
     scheduler = device.scheduler
@@ -824,6 +833,7 @@ def test_no_group_is_preempted_for_a_request_that_shares_the_blocks_it_would_gai
     finish_all(device, first, low, sharing)
 
 
+@pytest.mark.usefixtures("no_growth")
 def test_a_group_that_resumes_from_blocks_on_the_device_preempts_none_while_a_step_is_in_flight():
     device = make_device(12, block_size=1, num_host_blocks=32, rows=8, budget=64, model_len=60)
     scheduler = device.scheduler

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from jax.experimental.mosaic.gpu.fragmented_array import Replicated
 
+from pallas_kernels.chips.hopper_ptx import EVEN_FIRST, IN_PLACE
 from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper import decode_quantized
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeShape, DecodeSizes
-from pallas_kernels.paged_attention.hopper.decode_quantized import EVEN_FIRST, IN_PLACE, with_stored_order
+from pallas_kernels.paged_attention.hopper.decode_quantized import with_stored_order
 from tests.support.ptx import LANES, STORED, WARPS, as_register, elements, run_ptx
 
 # Layouts

@@ -3,9 +3,6 @@
 Shared memory is an array of bytes here. The code's PTX is executed byte by byte.
 """
 
-from types import SimpleNamespace
-from typing import Any, NamedTuple
-
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,7 +12,8 @@ from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.hopper import prefill_widener
 from pallas_kernels.paged_attention.hopper.prefill_plan import DEFAULT_SIZES, Case
 from pallas_kernels.paged_attention.hopper.tile import swizzle_of
-from tests.support.ptx import LANES, STORED, WARPS, run_ptx
+from tests.support.ptx import STORED, WARPS
+from tests.support.warpgroup import STAND_INS, Memory
 
 SWIZZLED_BY = {128: lambda row: row % 8, 64: lambda row: row // 2 % 4, 32: lambda row: row // 4 % 2}
 """Bytes of a swizzled row -> the number with which its row swaps chunks of 16 bytes, as PTX defines the swizzles."""
@@ -33,72 +31,10 @@ def image_of(tile: np.ndarray) -> np.ndarray:
     return image.reshape(-1)
 
 
-class Kind(NamedTuple):
-    """A type of the compiler's: of so many elements."""
-
-    dtype: Any
-    count: int = 1
-
-
-class Memory:
-    """Shared memory, and the accesses to it: the offsets of each thread."""
-
-    def __init__(self, image: np.ndarray):
-        self.image = image
-        self.accesses: list[np.ndarray] = []
-
-    def at(self, offsets: np.ndarray, num_bytes: int) -> np.ndarray:
-        assert not (offsets % num_bytes).any(), "aligned"
-        self.accesses.append(offsets)
-        return offsets[..., None] + np.arange(num_bytes)
-
-
-def load(kind: Kind, pointer: tuple[Memory, np.ndarray]) -> np.ndarray:
-    memory, offsets = pointer
-    dtype = np.dtype(kind.dtype)
-    loaded = memory.image[memory.at(offsets, kind.count * dtype.itemsize)].view(dtype)
-    return loaded if kind.count > 1 else loaded[..., 0]
-
-
-def store(value: np.ndarray, pointer: tuple[Memory, np.ndarray]) -> None:
-    memory, offsets = pointer
-    memory.image[memory.at(offsets, 4 * value.shape[-1])] = np.ascontiguousarray(value).view(np.uint8)
-
-
 @pytest.fixture(autouse=True)
 def warpgroup(monkeypatch):
     """Stands in for the compiler in prefill_widener.py."""
-    stand_ins = {
-        "mgpu": SimpleNamespace(
-            utils=SimpleNamespace(
-                inline_ptx=run_ptx,
-                c=lambda value, kind: np.full((WARPS, LANES), value, np.uint32),
-                # The widener is not the first warpgroup.
-                thread_idx=lambda: 384 + np.arange(WARPS * LANES, dtype=np.uint32).reshape(WARPS, LANES),
-                memref_ptr=lambda memory: memory,
-                getelementptr=lambda memory, at, kind: (memory, at[0].astype(np.int64)),
-            )
-        ),
-        "ir": SimpleNamespace(
-            IntegerType=SimpleNamespace(get_signless=lambda bits: np.dtype(f"u{bits // 8}")),
-            VectorType=SimpleNamespace(get=lambda shape, element: Kind(element, *shape)),
-            F32Type=SimpleNamespace(get=lambda: Kind(np.float32)),
-        ),
-        "arith": SimpleNamespace(
-            addi=np.add,
-            muli=np.multiply,
-            divui=np.floor_divide,
-            remui=np.remainder,
-            xori=np.bitwise_xor,
-            andi=np.bitwise_and,
-        ),
-        "llvm": SimpleNamespace(load=load, store=store),
-        "vector": SimpleNamespace(
-            extract=lambda words, _, at: words[..., at[0]],
-            from_elements=lambda _, words: np.stack(words, axis=-1),
-        ),
-    }
-    for name, stand_in in stand_ins.items():
+    for name, stand_in in STAND_INS.items():
         monkeypatch.setattr(prefill_widener, name, stand_in)
 
 

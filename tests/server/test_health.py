@@ -99,6 +99,12 @@ def test_every_state_has_its_statuses_and_no_error_text_leaves_the_server(state,
     assert answers[1][1] == {"state": state.value, "failed_steps": 3}
 
 
+def test_a_server_tells_what_it_compiles_beside_its_steps():
+    now = Health(HealthState.OK, None, 0, None, None, Progress("compiling", 3, 8))
+    llm = SimpleNamespace(health=lambda: now)
+    assert ask(lambda: report_of(llm), "/health") == [(200, {"state": "ok", "compiling": {"done": 3, "of": 8}})]
+
+
 def test_a_running_server_answers_all_of_them(served):
     for path in ("/live", "/health", "/ping", "/ready"):
         answer = served.wire.get(path)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from jpaged.engine import thread as engine_thread
 from jpaged.engine.outputs import StepOutput
 from jpaged.server import ServerSettings
 from jpaged.server.keys import KEYS_VARIABLE, KeyRing
-from jpaged.server.run import check_exposure, serve
+from jpaged.server.run import SWITCH_INTERVAL_S, check_exposure, serve
 from tests.support.tiny import tiny_engine
 
 TIMEOUT_S = 300
@@ -182,6 +183,18 @@ def ends(monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("ends")
+def test_threads_take_short_turns_while_a_server_runs(path):
+    usual = sys.getswitchinterval()
+
+    def make() -> AsyncLLM:
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
+        raise ValueError("seen")
+
+    with pytest.raises(ValueError, match="seen"):
+        run(path, make, lambda client: None)
+    assert sys.getswitchinterval() == usual > SWITCH_INTERVAL_S
+
+
 def test_a_signal_ends_a_server_that_loads(path):
     may_load = threading.Event()
 

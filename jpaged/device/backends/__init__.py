@@ -137,7 +137,7 @@ class Backend:
         return cache.write(layer, k, v, slots, self._writer(cache, len(k)))
 
     def _writer(self, cache: KVCache, num_tokens: int) -> str | None:
-        """The implementation of ``write_kv`` for so many tokens; None is XLA's."""
+        """The implementation of ``KVCache.write`` for so many tokens; None is XLA's."""
         return None
 
     def grouped_product(self, weights: Weights) -> GroupedProduct | None:

@@ -11,7 +11,7 @@ from jpaged.device.kv.pool import KVCache
 from jpaged.models.layers.common import AddNorm
 from jpaged.models.layers.moe import GroupedProduct, Weights
 from jpaged.sharding import pool_spec
-from pallas_kernels.block_pool import why_not_copy, why_not_write
+from pallas_kernels.block_pool import why_not_copy, why_not_write, why_not_write_quantized
 from pallas_kernels.grouped_matmul import grouped_matmul, why_not_grouped
 from pallas_kernels.norm import add_rms_norm
 
@@ -38,7 +38,11 @@ class HopperBackend(Backend):
         return None if any(reasons) else partial(grouped_matmul, implementation=self.name)
 
     def _writer(self, cache: KVCache, num_tokens: int) -> str | None:
-        if self.interpret or cache.kv_scales is not None or num_tokens < WRITE_KERNEL_FROM:
+        if self.interpret:
+            return None
+        if cache.kv_scales is not None:
+            return self.name if why_not_write_quantized(cache.pool) is None else None
+        if num_tokens < WRITE_KERNEL_FROM:
             return None
         return self.name if why_not_write(cache.pool, num_tokens) is None else None
 

@@ -107,14 +107,15 @@ class KVCache:
             layer: index of the layer.
             k, v: K and V of the tokens, in any float type.
             slots: as ``write_kv`` takes them.
-            implementation: implementation of ``write_kv``; a quantised pool has one only.
+            implementation: implementation of ``write_kv``, or of ``write_kv_quantized``.
 
         Raises:
             ValueError: the pool has no such layer, or the shapes do not fit the pool.
         """
         if self.kv_scales is None:
             return type(self)(write_kv(self.pool, layer, k, v, slots, implementation=implementation))
-        return type(self)(*write_kv_quantized(self.pool, self.kv_scales, layer, k, v, slots))
+        written = write_kv_quantized(self.pool, self.kv_scales, layer, k, v, slots, implementation=implementation)
+        return type(self)(*written)
 
     def attend(
         self,

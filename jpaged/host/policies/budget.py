@@ -1,15 +1,6 @@
-"""The size of an iteration: tokens to compute, and blocks that an admission leaves free."""
+"""The size of an iteration, in tokens to compute."""
 
-import math
 from collections.abc import Iterable, Sequence
-
-WATERMARK = 0.01
-"""Fraction of the pool that an admission leaves free, so that running sequences can grow before one is preempted."""
-
-
-def num_blocks_left_free(num_usable_blocks: int, *, is_running: bool) -> int:
-    """Count the blocks that an admission must leave free: none while no group runs."""
-    return math.ceil(WATERMARK * num_usable_blocks) if is_running else 0
 
 
 def find_token_budget(

@@ -27,6 +27,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Float
 
+from pallas_kernels.chips.hopper_ptx import EVEN_FIRST, IN_PLACE, widening_ptx
 from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.decode_memory import DecodeShape
 from pallas_kernels.paged_attention.hopper.tile import COLUMN, MATRIX
@@ -38,9 +39,6 @@ IN_ORDER = plgpu.Layout.TILED(
     Tiling(((64, 8), (16, 8), (2, 2), (2, 1))), warp_dims=(-8,), lane_dims=(-6, -5), vector_dim=-2
 )
 """Layout of an output with its dims in order: a thread has two adjacent dims of each of two heads."""
-
-IN_PLACE, EVEN_FIRST = 0x3210, 0x3120
-"""Orders of a register's bytes: the number of each byte, in four bits, from the lowest byte."""
 
 ROWS_APART = 8
 """Distance between two rows that a thread holds."""
@@ -118,31 +116,6 @@ def _widen(registers: np.ndarray, order: int, shape: DecodeShape) -> tuple[np.nd
         for half, number in zip(halves, numbers, strict=True):
             half[index] = mgpu.utils.bitcast(number, pair)
     return halves
-
-
-def widening_ptx(pool_dtype: jnp.dtype, order: int) -> str:
-    """PTX that makes two registers of float16 of a register's four numbers, with the bytes in the order given."""
-    return (_int8_to_float16 if pool_dtype == jnp.int8 else _float8_to_float16)(order)
-
-
-def _float8_to_float16(order: int) -> str:
-    reorder = "mov.b32 bytes, $2" if order == IN_PLACE else f"prmt.b32 bytes, $2, $2, {order:#x}"
-    return f"""{{
-        .reg .b32 bytes; .reg .b16 low, high;
-        {reorder}; mov.b32 {{low, high}}, bytes;
-        cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high;
-    }}"""
-
-
-def _int8_to_float16(order: int) -> str:
-    """PTX that adds to 0x6400, 1024 in float16 with a last bit of 1. A flipped sign bit turns x into x + 128."""
-    low, high = (0x4040 | order >> shift & 0xF | (order >> shift + 4 & 0xF) << 8 for shift in (0, 8))
-    return f"""{{
-        .reg .b32 bytes, offset;
-        xor.b32 bytes, $2, 0x80808080; mov.b32 offset, 0x64806480;
-        prmt.b32 $0, bytes, 0x64646464, {low:#x}; sub.rn.f16x2 $0, $0, offset;
-        prmt.b32 $1, bytes, 0x64646464, {high:#x}; sub.rn.f16x2 $1, $1, offset;
-    }}"""
 
 
 def load_scales(scales: Ref, shape: DecodeShape) -> Scales:

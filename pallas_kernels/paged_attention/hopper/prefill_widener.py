@@ -18,8 +18,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.chips.hopper import WARPS
+from pallas_kernels.chips.hopper_ptx import IN_PLACE, widening_ptx
 from pallas_kernels.chips.memory import Ref
-from pallas_kernels.paged_attention.hopper.decode_quantized import IN_PLACE, widening_ptx
 from pallas_kernels.paged_attention.hopper.prefill_memory import (
     Ring,
     Scratch,

@@ -1,0 +1,1 @@
+"""Workloads replayed through the real scheduler and block manager, on a modelled device."""

@@ -1,0 +1,65 @@
+"""Replays of workloads without a device: a pool under pressure, and the padding of steps.
+
+    python -m bench replay          # some seconds
+
+The scheduler and the block manager run as they are, with one step in flight. A step's time is modelled: llama3-8b on
+one H200, fitted to measured steps. Under pressure, works run in 2,048 blocks: with and without expected growth, with
+ends that the scheduler knows or not. Writes bench/results/replay.json.
+"""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from bench import workloads
+from bench.replay.replay import Setting, replay
+from bench.replay.step_time import H200
+from bench.report import Table, save, start_report
+from jpaged.device.step.inputs import all_buckets
+from jpaged.device.target import TARGETS
+
+NUM_PRESSURE_BLOCKS = 2048
+COLUMNS = ("steps", "plans", "late", "rows/step", "fill %", "preempted", "tokens/s")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark."""
+    parser.add_argument("--num-requests", type=int, default=1000, metavar="N", help="requests (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay, print and save."""
+    pressure = _under_pressure(args.num_requests)
+    print(Table("2,048 blocks", *COLUMNS, first=68).text({title: _cells(row) for title, row in pressure.items()}))
+    report = start_report(
+        args, num_requests=args.num_requests, step_time=dataclasses.asdict(H200), under_pressure=pressure
+    )
+    print(f"\nwritten to {save('replay', report, args.out)}")
+    return 0
+
+
+def _cells(row: dict[str, float]) -> list[Any]:
+    names = ("num_steps", "num_plans", "num_late_plans", "mean_rows", "fill_percent", "num_preemptions", "tokens_per_s")
+    return [row[name] for name in names]
+
+
+def _under_pressure(num_requests: int) -> dict[str, dict[str, float]]:
+    """Figures of each way to admit, by title."""
+    works = {
+        f"sharegpt{num_requests}": workloads.sharegpt(num_requests, 1),
+        "200 requests of 64 and 1,000 tokens": workloads.uniform(200, 64, 1000),
+    }
+    rows = {}
+    for name, work in works.items():
+        for knows_ends in (True, False):
+            for horizon, way in ((0, "if it fits now"), (None, "by growth")):
+                ends = "known ends" if knows_ends else "stops"
+                setting = dataclasses.replace(_small_pool(), horizon=horizon, knows_ends=knows_ends)
+                rows[f"{name}, {ends}, {way}"] = replay(work, setting).figures()
+    return rows
+
+
+def _small_pool() -> Setting:
+    target = TARGETS["gpu"]
+    buckets = all_buckets(256, 2048, target.least_rows, target.halfway_from)
+    return Setting(NUM_PRESSURE_BLOCKS, tuple(buckets), 256, 2048)
