@@ -12,12 +12,16 @@ OFFLOAD_CACHES = ("auto", "kv", "activations")
 OFFLOAD_DTYPES = ("auto", "int8")
 WEIGHT_PLACEMENTS = ("device", "host")
 GENERATION_CONFIGS = ("auto", "none")
+DEFAULT_NUM_ROWS = 256
 DEFAULT_TOKEN_BUDGET = 2048
+MOST_DEFAULT_ROWS = 1024
+MOST_DEFAULT_TOKENS = 8192
 MAX_SEQS = 1 << 16
 MAX_BATCHED_TOKENS = 1 << 20
 MAX_SLOTS = 2**31 - 1
 """Slots of a pool are numbered in int32."""
 MAX_BURST = 64
+MAX_INTER_TOKEN_MS = 1e6
 MAX_HOST_BYTES = 2**63 - 1
 
 _NAME = Rule(str, lambda name: isinstance(name, str) and name != "", "a name from pallas_kernels")
@@ -56,12 +60,24 @@ class EngineConfig:
         number_above(0, 1),
         "fraction of the device memory that JAX may take, for weights, workspace and KV cache together",
     )
-    max_num_seqs: int = setting(256, integer(1, MAX_SEQS), "most sequences in one step")
+    max_num_seqs: int | None = setting(
+        None,
+        optional(integer(1, MAX_SEQS)),
+        "most sequences in one step",
+        unset=f"{DEFAULT_NUM_ROWS}; on an accelerator up to {MOST_DEFAULT_ROWS}, as many as its memory serves well",
+    )
     max_num_batched_tokens: int | None = setting(
         None,
         optional(integer(1, MAX_BATCHED_TOKENS)),
         "most tokens in one step; longer prompts are computed in chunks",
-        unset=f"{DEFAULT_TOKEN_BUDGET}, or ``max_num_seqs`` if that is more",
+        unset=f"{DEFAULT_TOKEN_BUDGET}, or ``max_num_seqs`` if more; up to {MOST_DEFAULT_TOKENS} on an accelerator",
+    )
+    max_inter_token_ms: float | None = setting(
+        None,
+        optional(number_above(0, MAX_INTER_TOKEN_MS)),
+        "most milliseconds that a step with decodes should take: prompts beside them are computed in chunks as short "
+        "as that, by the rates of the device, which are measured where there is a host pool",
+        unset="100 on an accelerator, no bound on a CPU",
     )
     max_model_len: int | None = setting(
         None,
@@ -147,16 +163,16 @@ class EngineConfig:
             lambda x: x is None or x * self.block_size <= MAX_SLOTS,
             f"at most {MAX_SLOTS // self.block_size} blocks of {self.block_size} tokens",
         ).check("num_blocks", self.num_blocks)
-        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.most_rows:
             raise ValueError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.max_num_seqs}: "
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.most_rows}: "
                 "every running sequence needs one token a step; raise the first or lower the second"
             )
         if self.token_budget < self._least_token_budget:
             raise ValueError(
                 f"max_num_batched_tokens={self.token_budget} with kv_cache_dtype={self.kv_cache_dtype!r}: expected at "
                 f"least {self._least_token_budget}, a block of {self.block_size} prompt tokens beside "
-                f"{self.max_num_seqs - 1} decodes; raise it, or lower max_num_seqs or block_size"
+                f"{self.most_rows - 1} decodes; raise it, or lower max_num_seqs or block_size"
             )
         if self.num_host_blocks is not None and self.host_memory_bytes is not None:
             raise ValueError(
@@ -180,11 +196,16 @@ class EngineConfig:
             )
 
     @property
+    def most_rows(self) -> int:
+        """``max_num_seqs`` with the least of its defaults filled in."""
+        return self.max_num_seqs or DEFAULT_NUM_ROWS
+
+    @property
     def token_budget(self) -> int:
-        """``max_num_batched_tokens`` with its default filled in."""
+        """``max_num_batched_tokens`` with the least of its defaults filled in."""
         return self.max_num_batched_tokens or max(DEFAULT_TOKEN_BUDGET, self._least_token_budget)
 
     @property
     def _least_token_budget(self) -> int:
         """A token of each sequence. Prompts over an 8-bit pool are computed in whole blocks, and take one beside."""
-        return self.max_num_seqs + (self.block_size - 1 if self.kv_cache_dtype != "auto" else 0)
+        return self.most_rows + (self.block_size - 1 if self.kv_cache_dtype != "auto" else 0)

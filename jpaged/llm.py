@@ -47,15 +47,14 @@ class LLM:
     """Generates text with a Hugging Face checkpoint over a paged KV cache.
 
     >>> llm = LLM("path/to/checkpoint")  # doctest: +SKIP
-    >>> [output] = llm.generate("def add(a, b):")  # doctest: +SKIP
-    >>> output.outputs[0].text  # doctest: +SKIP
+    >>> llm.generate("def add(a, b):")[0].outputs[0].text  # doctest: +SKIP
 
-    Its methods may be called from several threads, which share the steps of the engine. Arguments of vLLM's LLM are
-    taken too, where they mean something here: ``jpaged/docs/from-vllm.md`` lists them.
+    Its methods may be called from several threads, which share the steps of the engine. ``jpaged/docs/from-vllm.md``
+    lists the arguments of vLLM's LLM that are taken too.
 
     Args:
-        model: a checkpoint directory (config.json, *.safetensors, tokenizer), or a repository of Hugging Face's hub:
-            ORG/NAME or ORG/NAME@REVISION. None is the small model in the package.
+        model: a checkpoint directory (config.json, *.safetensors, tokenizer), or a repository of Hugging Face's hub,
+            ORG/NAME or ORG/NAME@REVISION; None is the small model in the package.
         tokenizer: the directory or repository of a tokenizer other than the checkpoint's.
         warm_up: compile every program now, or each when needed. None: the latter on a CPU, else few now, others later.
         use_tqdm: whether to show progress while downloading, loading and compiling.
@@ -75,8 +74,9 @@ class LLM:
         block_size: int = 16,
         num_blocks: int | None = None,
         memory_fraction: float = 0.9,
-        max_num_seqs: int = 256,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
+        max_inter_token_ms: float | None = None,
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         max_burst: int | None = None,

@@ -169,6 +169,7 @@ class _Runner:
     num_blocks: int
     max_burst: int
     timed: dict[str, list[float]]
+    max_inter_token_ms = None
     num_host_blocks = 0
     num_window_blocks = 0
     max_streamed_blocks = 0
@@ -178,9 +179,9 @@ class _Runner:
     groups = LayerGroups.single()
 
     def __post_init__(self) -> None:
-        self.buckets = all_buckets(self.config.max_num_seqs, self.config.token_budget)
+        self.buckets = all_buckets(self.config.most_rows, self.config.token_budget)
         max_blocks = self.max_model_len // self.config.block_size
-        num_rows = self.config.max_num_seqs + 1
+        num_rows = self.config.most_rows + 1
         self._packer = Packer(self.buckets, num_rows, max_blocks, self.model_config.vocab_size)
 
     def enqueue(self, plan: StepPlan) -> Any:

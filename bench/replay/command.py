@@ -4,21 +4,28 @@
 
 The scheduler and the block manager run as they are, with one step in flight. A step's time is modelled: llama3-8b on
 one H200, fitted to measured steps. Under pressure, works run in 2,048 blocks: with and without expected growth, with
-ends that the scheduler knows or not. Writes bench/results/replay.json.
+ends that the scheduler knows or not. Padding is that of decodes in a pool that holds all requests. Writes
+bench/results/replay.json.
 """
 
 import argparse
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from bench import workloads
-from bench.replay.replay import Setting, replay
+from bench.replay.replay import Replay, Setting, replay
 from bench.replay.step_time import H200
 from bench.report import Table, save, start_report
+from jpaged.config import MOST_DEFAULT_ROWS, MOST_DEFAULT_TOKENS
 from jpaged.device.step.inputs import all_buckets
 from jpaged.device.target import TARGETS
 
 NUM_PRESSURE_BLOCKS = 2048
+NUM_BLOCKS = 51_647
+"""The pool that an H200 has beside the weights of llama3-8b."""
+
 COLUMNS = ("steps", "plans", "late", "rows/step", "fill %", "preempted", "tokens/s")
 
 
@@ -31,8 +38,15 @@ def run(args: argparse.Namespace) -> int:
     """Replay, print and save."""
     pressure = _under_pressure(args.num_requests)
     print(Table("2,048 blocks", *COLUMNS, first=68).text({title: _cells(row) for title, row in pressure.items()}))
+    padding = _padding(args.num_requests)
+    table = Table(f"sharegpt{args.num_requests}, 1,024 rows", "sizes", "% of row-steps", "% of time", first=68)
+    print("\n" + table.text({title: list(row.values()) for title, row in padding.items()}))
     report = start_report(
-        args, num_requests=args.num_requests, step_time=dataclasses.asdict(H200), under_pressure=pressure
+        args,
+        num_requests=args.num_requests,
+        step_time=dataclasses.asdict(H200),
+        under_pressure=pressure,
+        padding=padding,
     )
     print(f"\nwritten to {save('replay', report, args.out)}")
     return 0
@@ -63,3 +77,29 @@ def _small_pool() -> Setting:
     target = TARGETS["gpu"]
     buckets = all_buckets(256, 2048, target.least_rows, target.halfway_from)
     return Setting(NUM_PRESSURE_BLOCKS, tuple(buckets), 256, 2048)
+
+
+def _padding(num_requests: int) -> dict[str, dict[str, float]]:
+    """Cost of the padding of decodes, for several lists of sizes."""
+    target = TARGETS["gpu"]
+    buckets = all_buckets(MOST_DEFAULT_ROWS, MOST_DEFAULT_TOKENS, target.least_rows, target.halfway_from)
+    setting = Setting(NUM_BLOCKS, tuple(buckets), MOST_DEFAULT_ROWS, MOST_DEFAULT_TOKENS)
+    done = replay(workloads.sharegpt(num_requests, 1), setting)
+    own = [size.num_rows for size in buckets if size.is_decode]
+    sizes = {
+        "the engine's sizes": own,
+        "powers of two, and those halfway from 64 on": [16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024],
+        "every 16 rows": list(range(16, MOST_DEFAULT_ROWS + 1, 16)),
+    }
+    return {title: _padding_of(done, np.array(rows)) for title, rows in sizes.items()}
+
+
+def _padding_of(done: Replay, sizes: np.ndarray) -> dict[str, float]:
+    is_decode = done.num_tokens == done.num_rows
+    num_steps, num_rows = done.num_steps[is_decode], done.num_rows[is_decode]
+    padded = sizes[np.searchsorted(sizes, num_rows)]
+    return {
+        "num_sizes": len(sizes),
+        "row_steps_percent": float(100 * (num_steps * (padded - num_rows)).sum() / (num_steps * num_rows).sum()),
+        "seconds_percent": float(100 * (num_steps * H200.padding_s(num_rows, padded)).sum() / done.seconds.sum()),
+    }

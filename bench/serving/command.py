@@ -42,6 +42,7 @@ from bench.serving.scenarios import run_workload
 from bench.serving.sizes import FULL, QUICK, WORKLOADS, Sizes
 from bench.serving.startup import StartUp, start, start_cold
 from jpaged import LLM, EngineConfig
+from jpaged.config import DEFAULT_NUM_ROWS
 from jpaged.device.kv.layout import grouping_of
 from jpaged.device.runner import ModelRunner
 from jpaged.models import ModelConfig, load_config
@@ -92,7 +93,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--startup-only", action="store_true", help="start, print how long that took, and end")
     add("--host-memory-gib", type=float, default=16.0, metavar="X", help="size of the host pool (default: %(default)s)")
     add("--max-model-len", type=int, default=2048, metavar="N", help="tokens (default: %(default)s)")
-    add("--max-num-seqs", type=int, default=256, metavar="N", help="rows of a step (default: %(default)s)")
+    add("--max-num-seqs", type=int, metavar="N", help="rows of a step (default: the engine's)")
     add("--max-num-batched-tokens", type=int, metavar="N", help="tokens of a step (default: the engine's)")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices that share a model (default: 1)")
     add("--kv-cache-dtype", default="auto", metavar="TYPE", help="auto, fp8 or int8 (default: %(default)s)")
@@ -102,10 +103,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and save; 1 if a workload failed."""
     if not args.random_weights and (args.warm_start or args.startup_only):
         raise UsageError("--warm-start and --startup-only need --random-weights")
+    most_rows = args.max_num_seqs or DEFAULT_NUM_ROWS
     if args.decode_batches is None:
-        args.decode_batches = [batch for batch in DECODE_BATCHES if batch <= args.max_num_seqs]
-    if max(args.decode_batches) > args.max_num_seqs:
-        raise UsageError(f"--decode-batches: at most --max-num-seqs, {args.max_num_seqs}")
+        args.decode_batches = [batch for batch in DECODE_BATCHES if batch <= most_rows]
+    if max(args.decode_batches) > most_rows:
+        raise UsageError(f"--decode-batches: at most --max-num-seqs, {most_rows}")
     if args.few_sizes and set(args.workloads) - FIXED_WORKLOADS:
         raise UsageError(f"--few-sizes: give --workloads {' '.join(sorted(FIXED_WORKLOADS))}, or one of them")
     # All-reduces take their scratch outside of the memory that XLA reserves.
@@ -143,7 +145,7 @@ def _measure(args: argparse.Namespace, cold: StartUp | None) -> tuple[str, dict[
     batches = args.decode_batches if args.few_sizes else None
     llm, startup = start(model_config, config, imports_s, args.tensor_parallel_size, batches)
     print(startup)
-    runner = llm.engine.runner
+    runner, config = llm.engine.runner, llm.engine.config
     name = args.name or f"serving_{path.name}_{device_name()}" + "_quick" * args.quick
     report = start_report(
         args,

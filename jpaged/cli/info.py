@@ -20,6 +20,7 @@ from jpaged.contract.layer_groups import LayerGroups
 from jpaged.device.kv.host_memory import has_copy_engine
 from jpaged.device.kv.host_pool import num_host_blocks_for
 from jpaged.device.kv.layout import grouping_of, host_layout, pool_layout
+from jpaged.device.kv.limits import with_limits
 from jpaged.device.kv.sizing import check_pools, num_blocks_that_fit
 from jpaged.device.profile_file import load_profile, profile_path
 from jpaged.device.runner import check_settings
@@ -79,6 +80,19 @@ class PoolInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitsInfo:
+    """Limits of a step; ``max_inter_token_ms`` is None where prompts beside decodes have no bound of their own."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_inter_token_ms: float | None
+
+    def __str__(self) -> str:
+        limits = f"{self.max_num_seqs:,} sequences and {self.max_num_batched_tokens:,} tokens at most"
+        return limits if self.max_inter_token_ms is None else f"{limits}; {self.max_inter_token_ms:g} ms beside decodes"
+
+
+@dataclass(frozen=True, slots=True)
 class HostPoolInfo:
     """The host pool, sized by the memory that is free now unless the settings say otherwise."""
 
@@ -103,6 +117,7 @@ class Info:
     compile_cache_dir: str | None
     model: ModelInfo
     kv_cache: PoolInfo
+    limits: LimitsInfo
     layer_groups: GroupsInfo | None
     host_pool: HostPoolInfo
     numa_node: int | None
@@ -129,6 +144,7 @@ class Info:
             "dtype": model.dtype_note,
             "KV cache": f"{pool.bytes_per_token:,} bytes a token; {pool.num_blocks:,} blocks of {pool.block_size} "
             f"are {_size(pool.pool_bytes)} and hold {pool.num_tokens:,} tokens",
+            "step": str(self.limits),
             "layer groups": str(self.layer_groups or ""),
             "rates": _describe_rates(self.profile),
             "host pool": _describe_host_pool(self.host_pool, self.numa_node),
@@ -167,6 +183,7 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     weights = jax.tree.leaves(state)
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
     backend = choose_backend(model_config, config, dtype, mesh)
+    config = with_limits(model_config, config, dtype, mesh, backend, weight_bytes=device_bytes(weights))
     check_pools(model_config, config, dtype, mesh)
     layout = pool_layout(model_config, config, dtype, backend)
     groups = grouping_of(model_config, config).groups
@@ -199,6 +216,11 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
             dtype_note=_dtype_note(path, model_config, config, target_of(mesh)),
         ),
         kv_cache=kv_cache,
+        limits=LimitsInfo(
+            config.most_rows,
+            config.token_budget,
+            config.max_inter_token_ms or target_of(mesh).max_inter_token_ms,
+        ),
         layer_groups=describe_groups(model_config, config, dtype, backend, kv_cache.num_blocks),
         host_pool=_plan_host_pool(model_config, config, groups, kv_cache, host_bytes_per_block, target_of(mesh)),
         numa_node=find_numa_node(),
@@ -231,7 +253,7 @@ def _plan_pool(
         config.memory_fraction,
         reserved_bytes=weight_bytes,
         least_blocks=most_blocks + 1,
-        useful_blocks=config.max_num_seqs * most_blocks + 1,
+        useful_blocks=config.most_rows * most_blocks + 1,
     )
     num_blocks, num_usable = max(0, num_blocks), max(0, num_blocks - 1)
     num_tokens = num_usable * block_size
@@ -263,7 +285,7 @@ def _plan_host_pool(
         config,
         target,
         bytes_per_block,
-        useful_blocks=config.max_num_seqs * groups.num_blocks(max_model_len, config.block_size, config.token_budget),
+        useful_blocks=config.most_rows * groups.num_blocks(max_model_len, config.block_size, config.token_budget),
     )
     kind = "pinned_host" if has_copy_engine(target) else "unpinned_host"
     return HostPoolInfo(num_blocks, num_blocks * bytes_per_block, kind)

@@ -20,6 +20,7 @@ from jpaged.device.kv.dma import DmaSlots
 from jpaged.device.kv.host_memory import memory_for
 from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
 from jpaged.device.kv.layout import is_narrowed, why_no_activations, why_not_narrowed
+from jpaged.device.kv.limits import with_limits
 from jpaged.device.kv.narrow_slots import for_narrow_blocks
 from jpaged.device.kv.sizing import PoolSizer, check_streamed_context, check_way_to_stream
 from jpaged.device.profiler import make_profile
@@ -119,27 +120,28 @@ class ModelRunner:
         use_tqdm: bool = True,
     ):
         self.model_config = model_config
-        self.config = config
         self.mesh = mesh
         check_axes(replicated(mesh))
         max_model_len = check_settings(model_config, dataclasses.replace(config, tensor_parallel_size=mesh.size))
         backend = choose_backend(model_config, config, dtype_of(model), mesh)
         prepare_weights(model, model_config, config, mesh, backend)
+        least: Callable[[int], int] = channel.least if channel is not None else lambda number: number
+        config = self.config = with_limits(model_config, config, dtype_of(model), mesh, backend, least=least)
         self.programs = Programs(model, model_config, config, mesh, backend, max_model_len=max_model_len)
+        self.max_inter_token_ms = config.max_inter_token_ms or self.programs.target.max_inter_token_ms
         self.groups = self.programs.groups
         """The layer groups, each with block tables of its own."""
         if (note := placement_note(config, self.programs.target)) is not None:
             log.warning(note)
         _, self._weights, _ = split_model(model)
         self.weight_bytes = sum(x.nbytes for x in self._weights)
-        least: Callable[[int], int] = channel.least if channel is not None else lambda number: number
         sizer = PoolSizer(self.programs, config, mesh, weight_bytes=device_bytes(self._weights), least=least)
         guessed_bytes = sizer.guess()
         num_host_blocks = num_host_blocks_for(
             config,
             self.programs.target,
             self.host_bytes_per_block,
-            useful_blocks=config.max_num_seqs * self.programs.most_blocks,
+            useful_blocks=config.most_rows * self.programs.most_blocks,
         )
         self.num_host_blocks = least(num_host_blocks)
         if config.kv_placement != "device":

@@ -31,6 +31,7 @@ class Target:
         has_own_memory: whether the devices' memory is apart from the machine's, and reports how much of it is free.
         dtype: dtype that "auto" means; None is the checkpoint's, or bfloat16 for a checkpoint in float32.
         max_burst: steps of a multi-step decode.
+        max_inter_token_ms: milliseconds that a step with decodes should take at most; None is no bound.
         least_rows: rows of the smallest program for decodes; see also ``least_rows_of``.
         halfway_from: tokens from which there is a program about halfway between two powers of two; None for no such.
         warms_up: whether programs are compiled before the first request.
@@ -47,6 +48,7 @@ class Target:
     has_own_memory: bool = True
     dtype: str | None = None
     max_burst: int = 4  # planning a step takes the host about as long as a small step runs
+    max_inter_token_ms: float | None = 100.0
     least_rows: int = 16  # fewer rows read the same weights, and take as long
     # Llama-3-8B on an H200 decodes 64 rows in 5.9 ms and 256 in 10.9, less than half of it attention. So padding costs.
     halfway_from: int | None = 64
@@ -109,6 +111,7 @@ TARGETS = {
             has_own_memory=False,
             dtype="float32",
             max_burst=1,
+            max_inter_token_ms=None,
             least_rows=1,
             halfway_from=None,
             warms_up=False,

@@ -1,6 +1,7 @@
 """The engine's loop: adds and aborts requests, and keeps a step in flight."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,10 +56,12 @@ class Engine:
             raise ValueError(
                 f"block_size={config.block_size} is not the runner's {runner.config.block_size}: give that"
             )
-        for name in ("max_num_seqs", "token_budget"):
+        config = _with_limits_of(runner.config, config)
+        for name in ("most_rows", "token_budget"):
             asked, most = getattr(config, name), getattr(runner.config, name)
             if asked > most:
-                raise ValueError(f"{name}={asked} is more than the runner's {most}: lower it or build another runner")
+                shown = {"most_rows": "max_num_seqs"}.get(name, name)
+                raise ValueError(f"{shown}={asked} is more than the runner's {most}: lower it or build another runner")
         # Checks what an 8-bit pool demands.
         config = dataclasses.replace(config, kv_cache_dtype=runner.config.kv_cache_dtype)
         num_host_blocks = _num_host_blocks(runner, config)
@@ -79,7 +82,7 @@ class Engine:
         self.blocks.is_quantized = runner.config.kv_cache_dtype != "auto"
         self.scheduler = Scheduler(
             self.blocks,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=config.most_rows,
             max_num_batched_tokens=config.token_budget,
             max_model_len=runner.max_model_len,
             eos_token_ids=(
@@ -91,6 +94,8 @@ class Engine:
             preemption=config.preemption,
             profile=runner.profile,
         )
+        inter_token_ms = config.max_inter_token_ms or runner.max_inter_token_ms
+        self.scheduler.max_step_s = math.inf if inter_token_ms is None else inter_token_ms / 1e3
         self.sampling_defaults = dict(sampling_defaults or {})
         self.default_params = SamplingParams(**self.sampling_defaults)
         self.prompts = PromptReader(tokenizer, runner.model_config, self.default_params)
@@ -314,6 +319,15 @@ class Engine:
         for _ in self._in_flight:
             self.scheduler.drop()
         self._in_flight.clear()
+
+
+def _with_limits_of(most: EngineConfig, config: EngineConfig) -> EngineConfig:
+    """Fill in the limits of a step that a config leaves open, from those of a runner."""
+    rows = config.max_num_seqs or most.max_num_seqs
+    tokens = config.max_num_batched_tokens or most.max_num_batched_tokens
+    if rows is not None and tokens is not None and rows > tokens:
+        rows, tokens = (tokens, tokens) if config.max_num_seqs is None else (rows, rows)
+    return dataclasses.replace(config, max_num_seqs=rows, max_num_batched_tokens=tokens)
 
 
 def _placement(runner: ModelRunner, config: EngineConfig) -> Placement:

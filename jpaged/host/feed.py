@@ -20,6 +20,11 @@ class Feed(NamedTuple):
         return self.target - self.seq.num_computed
 
 
+def longest_context(feeds: list[Feed]) -> int:
+    """The most tokens before the next chunk of a prompt."""
+    return max([feed.seq.num_computed for feed in feeds if feed.num_tokens > 1], default=0)
+
+
 def compute_all(plan: PlanBuilder, feeds: list[Feed], outcome: Outcome) -> None:
     """Add feeds to a plan: single tokens first, then chunks of prompts while the budget lasts."""
     for feed in feeds:

@@ -1,5 +1,6 @@
 """Decides, for each iteration, which sequences run and with which blocks: admit, chunk, preempt, resume, finish."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,13 +12,13 @@ from jpaged.contract.result import StepResult
 from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager, BlockStats
 from jpaged.host.entry import Entry
-from jpaged.host.feed import Feed, compute_all
+from jpaged.host.feed import Feed, compute_all, longest_context
 from jpaged.host.growth import Growth
 from jpaged.host.line import Line
 from jpaged.host.outcome import Outcome
 from jpaged.host.pins import Pins
 from jpaged.host.plan_builder import PlanBuilder
-from jpaged.host.policies.budget import find_token_budget
+from jpaged.host.policies.budget import find_token_budget, tokens_within
 from jpaged.host.preemption import Preemption
 from jpaged.host.roster import Roster
 from jpaged.host.rows import NO_DECODES, Decodes, RowTable
@@ -34,14 +35,12 @@ class Scheduler:
 
     In each iteration, every running sequence that has a token to feed decodes it. Then chunked prompts take their next
     chunk of the token budget left, and waiting groups are admitted by priority and arrival. When blocks run out, the
-    group that would be served last is preempted whole: swapped to the host pool, or freed to be computed again. No
-    group is admitted before a preempted one. Of equal priority, every running group therefore arrived before every
-    waiting one.
+    group served last is preempted whole: swapped, or freed to be computed again. No group is admitted before it. Of
+    equal priority, every running group therefore arrived before every waiting one.
 
     ``plan = schedule()`` must be followed by ``update(plan, result)`` before the next ``schedule()``. In between,
-    ``schedule_ahead()`` may plan the following step, which is updated after the first. The device must run plans in
-    order: blocks that an update frees may be written by the next plan, while the plan in flight still computes a
-    useless token of the sequence that held them.
+    ``schedule_ahead()`` may plan the following step, which is updated after the first. Devices must run plans in order:
+    the next plan may write blocks that an update frees, of a sequence that the plan in flight still computes.
 
     Args:
         blocks: the bookkeeping of the pools; the scheduler is its one writer.
@@ -79,6 +78,7 @@ class Scheduler:
         self.step_sizes = tuple(step_sizes)
         self.preemption = preemption
         self.profile = profile
+        self.max_step_s = math.inf  # of a step with decodes and prompts, by the profile
         self.roster = Roster(blocks.block_size)
         self.line = Line()
         self.pins = Pins(blocks)
@@ -284,6 +284,7 @@ class Scheduler:
                 max_num_tokens=self.max_num_batched_tokens,
                 step_sizes=self.step_sizes,
                 least_prompt=self._chunk_unit,
+                most_beside=tokens_within(self.profile, self.max_step_s, longest_context(feeds)),
             )
         plan = PlanBuilder(self.rows, budget, copies, self._chunk_unit)
         plan.decode(decodes, num_draws)

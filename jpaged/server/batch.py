@@ -115,7 +115,7 @@ async def run_batch(
     """
     queue = dict.fromkeys(("max_waiting_sequences", "max_waiting_tokens"), 1 << 24)  # bounded by ``places``
     app = create_app(llm, replace(settings, **queue), KeyRing.load(None, {}), aliases)
-    places = asyncio.Semaphore(llm.engine.config.max_num_seqs + NUM_WAITING)
+    places = asyncio.Semaphore(llm.engine.config.most_rows + NUM_WAITING)
     waiting, first_lines = set(batch.waiting), {}
     bar = tqdm(total=batch.num_lines, initial=batch.num_done, unit="request", disable=not use_tqdm)
 

@@ -237,7 +237,7 @@ class Server:
         The engine counts the blocks of pinned prefixes too, when it is the call's turn.
         """
         engine, params, longest = self.llm.engine, call.params, max(call.prompts, key=len)
-        most, blocks = engine.config.max_num_seqs, engine.blocks
+        most, blocks = engine.config.most_rows, engine.blocks
         capacity = Capacity(
             blocks.num_blocks - 1 + blocks.num_host_blocks,
             0,
@@ -313,7 +313,7 @@ def _limits(llm: AsyncLLM, settings: ServerSettings) -> Limits:
     return Limits(
         settings.max_waiting_sequences,
         settings.max_waiting_tokens,
-        num_places=config.max_num_seqs + max(1, config.max_num_seqs // 16),
+        num_places=config.most_rows + max(1, config.most_rows // 16),
         max_unstarted_tokens=4 * config.token_budget,
     )
 

@@ -290,6 +290,13 @@ def test_admission_is_that_of_the_result_file():
         assert shown[title] == [" / ".join(form.format(way[name]) for way in ways) for name, form in formats.items()]
 
 
+def test_padding_is_that_of_the_result_file():
+    shown = _table("sizes of steps")
+    for title, row in _result("replay")["padding"].items():
+        percents = [f"{row[name]:#.3g}%" for name in ("row_steps_percent", "seconds_percent")]
+        assert shown[title] == [str(row["num_sizes"]), *percents]
+
+
 def test_the_papers_figures_are_those_of_the_result_file():
     experiments, rows = _result("paper")["experiments"], {row[0]: row[1:] for row in _rows()}
     for title, experiment, label in (

@@ -35,4 +35,5 @@ def test_command_compares_ways_to_admit(tmp_path, capsys):
     assert main(["replay", "--num-requests", "30", "--out", str(tmp_path), "--commit", "abc"]) == 0
     report = json.loads((tmp_path / "replay.json").read_text())
     assert all(row["num_steps"] > 0 for row in report["under_pressure"].values())
+    assert all(0 < row["seconds_percent"] < row["row_steps_percent"] for row in report["padding"].values())
     assert "sharegpt30, stops, by growth" in capsys.readouterr().out

@@ -246,6 +246,13 @@ def test_an_accelerator_has_fewer_small_buckets():
     assert all_buckets(6, 20, 16) == [Bucket(6, 6), Bucket(20, 6)]
 
 
+def test_many_rows_have_a_size_for_every_tile_of_a_product():
+    rows = [bucket.num_rows for bucket in all_buckets(1024, 8192, 16, 64) if bucket.is_decode]
+    assert rows == [16, 32, 64, 96, 128, 192, *range(256, 1025, 64)]
+    assert [bucket.num_rows for bucket in all_buckets(300, 2048, 16, 64) if bucket.is_decode][-2:] == [256, 300]
+    assert [bucket.num_rows for bucket in all_buckets(1024, 8192) if bucket.is_decode][-2:] == [512, 1024]
+
+
 def test_sizes_halfway_begin_where_they_are_said_to():
     decode, mixed = [(96, 96), (192, 192)], [(192, 96), (384, 192), (768, 256), (1536, 256)]
     plain = set(all_buckets(256, 2048, 16))

@@ -718,7 +718,7 @@ def test_info_says_which_sampling_parameters_the_checkpoint_names(checkpoints, t
 def test_info_as_text_has_a_line_for_everything(run):
     _, out, _ = run("info", "--attention-implementation", "xla")
     assert [line.split("  ")[0] for line in out.splitlines()] == [
-        "versions", "devices", "attention", "compile cache", "model", "shape", "weights", "KV cache", "host pool",
-        "preemption",
+        "versions", "devices", "attention", "compile cache", "model", "shape", "weights", "KV cache", "step",
+        "host pool", "preemption",
     ]  # fmt: skip
     assert "xla (as asked)" in out

@@ -503,6 +503,18 @@ def test_equal_pins_share_their_blocks_and_are_counted_once():
         add(engine, "too long", [20] * 4, max_tokens=26, temperature=0, ignore_eos=True)
 
 
+def test_limits_that_are_left_open_are_those_of_the_runner():
+    sizes = {"block_size": ENGINE_SIZES.block_size, "num_blocks": 9}
+    limits = [
+        Engine(engine_runner(), EngineConfig(**sizes, **given)).config
+        for given in ({}, {"max_num_seqs": ROWS - 1}, {"max_num_seqs": 2, "max_num_batched_tokens": 7})
+    ]
+    expected = [(ROWS, BUDGET), (ROWS - 1, BUDGET), (2, 7)]
+    assert [(config.max_num_seqs, config.max_num_batched_tokens) for config in limits] == expected
+    with pytest.raises(ValueError, match=f"max_num_seqs={ROWS + 1} is more than the runner's {ROWS}"):
+        Engine(engine_runner(), EngineConfig(**sizes, max_num_seqs=ROWS + 1))
+
+
 def test_an_engine_that_must_swap_needs_a_runner_with_a_host_pool(monkeypatch):
     monkeypatch.setattr(engine_runner(), "num_host_blocks", 0)
     with pytest.raises(ValueError, match="preemption='swap' needs a host pool"):

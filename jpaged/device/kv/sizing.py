@@ -127,7 +127,7 @@ class PoolSizer:
                 self._config.memory_fraction,
                 reserved_bytes=reserved_bytes,
                 least_blocks=most_blocks + 1,
-                useful_blocks=self._config.max_num_seqs * most_blocks + 1,
+                useful_blocks=self._config.most_rows * most_blocks + 1,
             )
         )
 
@@ -186,7 +186,7 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
     max_model_len = config.max_model_len or model.max_model_len
     groups = grouping_of(model, config).groups
     most_blocks = groups.num_blocks(max_model_len, config.block_size, config.token_budget)
-    useful_blocks = config.max_num_seqs * most_blocks
+    useful_blocks = config.most_rows * most_blocks
     local_bytes = host_layout(layout, config).block_bytes * len(mesh.local_devices) // mesh.size
     num_host_blocks = num_host_blocks_for(config, target, local_bytes, useful_blocks=useful_blocks)
     if config.num_blocks is not None:

@@ -10,6 +10,9 @@ from jaxtyping import Array, Int
 
 from jpaged.contract.plan import StepPlan
 
+TILED_FROM, ROW_TILE = 256, 64
+"""Rows of a decode from which padding costs more than reading the weights, and rows that a product computes at once."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
@@ -43,7 +46,8 @@ def all_buckets(
 ) -> list[Bucket]:
     """Every bucket a plan can need: as many tokens as rows for decodes, more when prompts are among them.
 
-    A mixed step has fewer rows than tokens: half as many rows do, and otherwise the next bucket.
+    A mixed step has fewer rows than tokens: half as many rows do, and otherwise the next bucket. Where there are sizes
+    halfway, many rows have a size for every ``ROW_TILE``: a product computes that many rows at once anyway.
 
     Args:
         max_num_seqs: rows at most.
@@ -60,7 +64,10 @@ def all_buckets(
         far_apart = [(a, b) for a, b in pairwise(powers) if a >= halfway_from and 2 * (b - a) > a]
         return [*powers, *(-(-(a + b) // 32) * 16 for a, b in far_apart)]  # multiples of 16, as matrix units like them
 
-    decode = [Bucket(rows, rows) for rows in sizes(least_rows, max_num_seqs)]
+    rows = sizes(least_rows, max_num_seqs)
+    if halfway_from is not None:
+        rows += range(TILED_FROM + ROW_TILE, max_num_seqs, ROW_TILE)
+    decode = [Bucket(num_rows, num_rows) for num_rows in rows]
     mixed = [
         Bucket(tokens, min(tokens // 2, max_num_seqs))
         for tokens in sizes(max(32, 8 * least_rows), max_num_batched_tokens)

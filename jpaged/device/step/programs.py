@@ -94,10 +94,10 @@ class Programs:
         self.host_bytes_per_block = self._host_layout.block_bytes
         self.share_on_host = share_on_host(self._layout, config)
         grid = self.target.least_rows_of(model_config), self.target.halfway_from
-        self.buckets = all_buckets(config.max_num_seqs, config.token_budget, *grid)
+        self.buckets = all_buckets(config.most_rows, config.token_budget, *grid)
         self.stream: BlockStream | None = None
         self._num_streamable = 0  # blocks on the host
-        most_copies = config.max_num_seqs * len(self.groups)
+        most_copies = config.most_rows * len(self.groups)
         self.copy_sizes = sorted({min(8, most_copies), most_copies})
         """Sizes of the copying programs: a step copies one block for each row and layer group at most."""
         self.keeps_activations = keeps_activations(model_config, config)
@@ -174,7 +174,7 @@ class Programs:
         # The window is opened once the pool has a size.
         kind = "stream" if self.streams_always and self.stream is not None else "forward"
         keys: list[tuple] = [(kind, self.buckets[-1]), ("copy", max(self.copy_sizes))]
-        keys.append(_plain_sampler(self.config.max_num_seqs))
+        keys.append(_plain_sampler(self.config.most_rows))
         total = 0 if kind == "stream" else _num_copied_cells(self) * self._layout.layer_bytes(self.dtype)
         if has_host_pool(self.config, self.target) and self.move_kinds == ("gather", "scatter"):
             keys += [(kind, MOVE_SIZES[-1]) for kind in self.move_kinds]
