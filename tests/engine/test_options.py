@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ MODEL = tiny_config(
     num_layers=1, vocab_size=48, head_dim=8, max_position_embeddings=64, dtype="float32", eos_token_ids=(3,)
 )
 CONFIG = EngineConfig(block_size=8, num_blocks=33, max_num_seqs=4, max_num_batched_tokens=16, max_burst=4)
-OPTIONS = (
+OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"top_p": 0.8, "top_k": 9},
     {"min_tokens": 9, "stop_token_ids": list(range(5, 15))},
@@ -53,7 +54,11 @@ def runner() -> ModelRunner:
 def generate(params: list[SamplingParams], **changes):
     """Tokens, text, reason and scores of every completion."""
     llm = LLM.from_engine(Engine(runner(), replace(CONFIG, **changes), Numerals()))
-    prompts = [{"prompt_token_ids": [(7 * i + j) % 40 for j in range(5 + 3 * i)]} for i in range(len(params))]
+    prompts: list[Any] = [
+        {"prompt_token_ids": [(7 * i + j) % 40 for j in range(5 + 3 * i)]} for i in range(len(params))
+    ]
+        {"prompt_token_ids": [(7 * i + j) % 40 for j in range(5 + 3 * i)]} for i in range(len(params))
+    ]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     found = [
         (each.token_ids, each.text, each.finish_reason, scores_of(each.logprobs))
@@ -100,8 +105,8 @@ def test_options_of_some_rows_change_no_other_and_do_not_depend_on_the_schedule(
 
 
 def test_rows_with_options_are_preempted_and_go_on():
-    common = {"max_tokens": 24, "ignore_eos": True, "logprobs": 1}
-    options = (
+    common: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "logprobs": 1}
+    options: tuple[dict[str, Any], ...] = (
         {"repetition_penalty": 1.3},
         {"min_tokens": 20, "stop_token_ids": list(range(5, 20)), "logit_bias": {9: 2}},
     )
@@ -128,7 +133,7 @@ def test_rows_with_options_are_preempted_and_go_on():
 @pytest.mark.parametrize("options", [*OPTIONS, {"stop": "40 41 42"}])
 def test_every_option_leaves_bursts_to_all_rows(options):
     engine, sizes = Engine(runner(), CONFIG, Numerals()), []
-    common = {"temperature": 0.0, "max_tokens": 17, "ignore_eos": True, "seed": 0}
+    common: dict[str, Any] = {"temperature": 0.0, "max_tokens": 17, "ignore_eos": True, "seed": 0}
     schedule_ahead = engine.scheduler.schedule_ahead
 
     def noted():
