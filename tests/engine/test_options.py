@@ -57,8 +57,6 @@ def generate(params: list[SamplingParams], **changes):
     prompts: list[Any] = [
         {"prompt_token_ids": [(7 * i + j) % 40 for j in range(5 + 3 * i)]} for i in range(len(params))
     ]
-        {"prompt_token_ids": [(7 * i + j) % 40 for j in range(5 + 3 * i)]} for i in range(len(params))
-    ]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     found = [
         (each.token_ids, each.text, each.finish_reason, scores_of(each.logprobs))
