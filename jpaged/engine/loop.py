@@ -249,7 +249,7 @@ class Engine:
         A step that fails or is interrupted costs the running requests a recomputation, but no token.
         """
         self.failed_step = ()
-        num_tokens = 0
+        num_tokens = num_steps = 0
         with InterruptsWait() as interrupts:
             if self.outputs.unread:  # an error left them
                 self.outputs.read()
@@ -265,7 +265,8 @@ class Engine:
                             self._in_flight.append(self.runner.enqueue(ahead))
                         result = self.runner.fetch(self._in_flight[0])
                     step = self._in_flight.pop(0)
-                    num_tokens = step.plan.num_tokens * step.plan.num_steps
+                    num_steps = step.plan.num_steps
+                    num_tokens = step.plan.num_tokens * num_steps
                     touched = self.scheduler.update(step.plan, result)
                 except BaseException:
                     self.failed_step = tuple([group.request.request_id for group in self.scheduler.line.running])
@@ -281,7 +282,7 @@ class Engine:
                 self.outputs.read()
             if self._in_flight and not self.scheduler.has_unfinished:
                 self._drop_in_flight()
-        return dataclasses.replace(self.outputs.take(), num_tokens=num_tokens)
+        return dataclasses.replace(self.outputs.take(), num_tokens=num_tokens, num_steps=num_steps)
 
     def take(self) -> StepOutput:
         """The output that no step has returned yet: that of aborts."""

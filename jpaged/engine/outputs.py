@@ -47,6 +47,7 @@ class StepOutput:
         failed: by request id, errors that ended requests whose text could not be made.
         started: by request id, the requests that got their first token.
         num_tokens: tokens that the step computed, those of prompts and those of decodes.
+        num_steps: steps of the model that it took: several for a multi-step decode.
         seconds: time that the step took, if the engine thread made it.
     """
 
@@ -55,6 +56,7 @@ class StepOutput:
     failed: dict[str, Exception] = field(default_factory=dict)
     started: dict[str, FirstToken] = field(default_factory=dict)
     num_tokens: int = 0
+    num_steps: int = 0
     seconds: float = 0.0
 
     @property

@@ -226,6 +226,32 @@ def test_an_order_that_fails_is_its_callers_error_alone():
         assert served.thread.health().state is HealthState.OK
 
 
+@pytest.mark.parametrize(
+    ("step_s", "has_room", "expected"),
+    [(0.0, True, 4), (0.0025, True, 4), (0.003, True, 3), (0.006, True, 1), (0.5, True, 1), (0.5, False, 4)],
+)
+def test_bursts_are_short_while_a_newcomer_would_find_room(step_s, has_room, expected):
+    assert module.burst_for(step_s, 4, has_room=has_room) == expected
+
+
+def test_bursts_follow_the_times_of_steps_and_the_free_rows(monkeypatch):
+    asked = []
+
+    def burst_for(step_s: float, most: int, *, has_room: bool) -> int:
+        asked.append((most, has_room, step_s > 0))
+        return 1 if has_room else most
+
+    monkeypatch.setattr(module, "burst_for", burst_for)
+    served = Served(max_burst=3, max_num_seqs=2)
+    go_on = served.add_and_hold("one", max_tokens=30)
+    served.thread.add(served.request("other", max_tokens=20), is_streamed=True)
+    go_on()
+    served.result("one")
+    served.thread.shutdown(TIMEOUT_S)
+    assert set(asked) == {(3, True, True), (3, False, True)}, "one row was free in the beginning and in the end"
+    assert served.engine.scheduler.max_burst == 1
+
+
 def test_a_step_that_hangs_is_seen_and_compilation_is_none(monkeypatch):
     with serving() as served:
         go_on = served.add_and_hold("a")
