@@ -17,6 +17,7 @@ class Growth:
     """Expects the growth of running sequences from their limits, and from sequences that have stopped.
 
     Layers with windows, and sequences with blocks on the host, grow in other ways. Nothing is expected of them.
+    Searches start if they fit now, since their beams go on to share most of the blocks that they fill.
 
     Args:
         blocks: the bookkeeping of the pools.
@@ -54,7 +55,7 @@ class Growth:
             group: the group that would start.
             num_blocks: blocks that it takes at once.
         """
-        if not (self._is_expected and self.horizon and self._line.running):
+        if not (self._is_expected and self.horizon and self._line.running) or group.beam is not None:
             return False
         device, block_size = self._blocks.tiers.device, self._blocks.block_size
         num_usable, num_used = len(device.blocks), self._blocks.num_used_blocks

@@ -141,6 +141,13 @@ def test_a_group_starts_beside_one_that_ends_before_the_pool_is_full():
     assert device.scheduler.stats().num_preemptions == 0
 
 
+def test_a_search_starts_if_it_fits_now():
+    device = make_device(20)
+    add(device, "a", 4, max_tokens=60, ignore_eos=True)
+    add(device, "b", 4, max_tokens=30, ignore_eos=True, n=2, use_beam_search=True)
+    assert max(run(device)) == 2
+
+
 def test_growth_of_a_lower_priority_keeps_nothing_waiting():
     device = make_device(20)
     add(device, "low", 4, max_tokens=70, ignore_eos=True, priority=1)
