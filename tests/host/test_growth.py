@@ -5,12 +5,13 @@ import itertools
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.policies.growth import BLOCKS_EACH, FIRST_GUESS, HORIZON, Stops, num_blocks_left_free, peak_tokens
 from jpaged.host.scheduler import Scheduler
-from jpaged.request import Request, SamplingParams
+from jpaged.host.sequence import SequenceGroup
+from jpaged.request import FinishReason, Request, SamplingParams
 from tests.support.fake_device import FakeDevice
 
 EOS = 2
@@ -171,3 +172,34 @@ def test_requests_that_may_stop_are_preempted_less_often():
         run(device)
         num_preemptions.append(device.scheduler.stats().num_preemptions)
     assert 2 * num_preemptions[1] <= num_preemptions[0]
+
+
+# The estimate of lengths ----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from(["step", "abort waiting", "abort running", "fail waiting"]), max_size=40))
+@settings(max_examples=25)
+def test_only_stops_shorten_the_lengths_that_are_expected(events):
+    device = make_device(60, eos=(EOS,))
+    scheduler = device.scheduler
+    for i in range(40):
+        limits = {"max_tokens": 80, "ignore_eos": i % 5 == 0, "min_tokens": i % 3}
+        add(device, str(i), 10 + i % 3, **limits)
+    groups = list(scheduler.roster.groups)
+    for event in events:
+        stops, expected = num_stopped(groups), scheduler.growth.tokens_left
+        queue = scheduler.line.running if event == "abort running" else scheduler.line.waiting
+        if event == "step":
+            run(device, 3)
+        elif queue:
+            reason = FinishReason.ERROR if event == "fail waiting" else FinishReason.ABORT
+            scheduler.abort(queue[-1].request.request_id, reason)
+            assert scheduler.growth.tokens_left == expected
+        assert scheduler.growth.num_drawn == sum(
+            seq.num_outputs for group in groups for seq in group.sequences if not group.ends_at_limit
+        )
+        assert num_stopped(groups) > stops or scheduler.growth.tokens_left >= expected
+
+
+def num_stopped(groups: list[SequenceGroup]) -> int:
+    return sum(seq.finish_reason is FinishReason.STOP for group in groups for seq in group.sequences)
