@@ -65,29 +65,38 @@ class Growth:
             group: the group that would start.
             num_blocks: blocks that it takes at once.
         """
-        if not (self._is_expected and self.horizon and self._line.running):
+        after = self._line.running_after(group.request.priority)
+        if not (self._is_expected and self.horizon and len(self._line.running) > len(after)):
             return False
         device, block_size = self._blocks.tiers.device, self._blocks.block_size
-        num_usable, num_used = len(device.blocks), self._blocks.num_used_blocks
+        num_usable, num_used, num_holders = len(device.blocks), self._blocks.num_used_blocks, device.num_holders
         most_each = -(-self.horizon // block_size) + 1
         if num_used + num_blocks + (self._line.num_rows + group.num_rows) * most_each < (1 - WATERMARK) * num_usable:
             return False  # whatever their ends
-        after = [seq for other in self._line.running_after(group.request.priority) for seq in other.unfinished]
         is_running = self._rows.seq_ids >= 0
-        is_running[[seq.row for seq in after if seq.row is not None]] = False
+        starting = [(group, group.num_rows)]
+        if self._line.num_rows > np.count_nonzero(is_running):
+            counted = [other for other in self._line.running if other.request.priority <= group.request.priority]
+            starting += [(other, other.num_rows_missing) for other in counted]
+        if after:
+            seqs = [seq for other in after for seq in other.unfinished]
+            is_running[[seq.row for seq in seqs if seq.row is not None]] = False
+            seq_ids = [seq.seq_id for seq in seqs if seq.state.holds_blocks]
+            num_used -= self._blocks.num_blocks_freed_by(seq_ids)
+            num_holders -= sum([len(self._blocks.holdings.held_by(seq_id).device_blocks) for seq_id in seq_ids])
         rows = np.flatnonzero(is_running)
         # Sequences that share a block hold a part of it each.
-        held = self._rows.capacity[rows] * (num_used / max(device.num_holders, 1))
-        held_by_pins = 0.0 if after else max(num_used * block_size - held.sum(), 0.0)
+        held = self._rows.capacity[rows] * (num_used / max(num_holders, 1))
+        held_by_pins = max(num_used * block_size - held.sum(), 0.0)
         running = self._progress(rows)
         num_left_free = num_blocks_left_free(num_usable, is_running=True, num_unsure=running.num_unsure)
-        new_held, new_drawn = np.zeros(group.num_rows), np.zeros(group.num_rows, np.int64)
+        least_left, most_left = np.array([_left(other, n) for other, num in starting for n in range(num)], np.int64).T
+        new_held = np.zeros(len(most_left))
         new_held[0] = num_blocks * block_size
-        new_drawn[: len(group.unfinished)] = [seq.num_outputs for seq in group.unfinished]
         peak = peak_tokens(
             np.concatenate([held, new_held]),
-            np.concatenate([running.least_left, np.maximum(group.least_tokens - new_drawn, 0)]),
-            np.concatenate([running.most_left, np.maximum(group.max_tokens - new_drawn, 0)]),
+            np.concatenate([running.least_left, least_left]),
+            np.concatenate([running.most_left, most_left]),
             self.tokens_left,
             self.horizon,
         )
@@ -115,3 +124,10 @@ class _Progress(NamedTuple):
     least_left: Int64[np.ndarray, " rows"]
     most_left: Int64[np.ndarray, " rows"]
     num_unsure: int
+
+
+def _left(group: SequenceGroup, index: int) -> tuple[int, int]:
+    """The least and the most tokens that a sequence of a group has still to draw, or a beam that a search forks."""
+    unfinished = group.unfinished
+    num_drawn = unfinished[min(index, len(unfinished) - 1)].num_outputs
+    return max(group.least_tokens - num_drawn, 0), max(group.max_tokens - num_drawn, 0)

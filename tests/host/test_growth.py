@@ -203,3 +203,81 @@ def test_only_stops_shorten_the_lengths_that_are_expected(events):
 
 def num_stopped(groups: list[SequenceGroup]) -> int:
     return sum(seq.finish_reason is FinishReason.STOP for group in groups for seq in group.sequences)
+
+
+# Priorities, pins, searches -------------------------------------------------------------------------------------------
+
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(4, 150), st.integers(1, 200), st.booleans(), st.integers(1, 3)),
+    min_size=3,
+    max_size=8,
+)
+"""Priority, tokens of the prompt, most tokens drawn, whether the prompt begins as others do, samples."""
+
+
+@given(REQUESTS, st.integers(60, 100))
+@settings(max_examples=15)
+def test_a_group_preempts_others_only_if_it_can_start_then(requests, num_blocks):
+    device = make_device(num_blocks, eos=(EOS,))
+    scheduler, preemption = device.scheduler, device.scheduler._preemption
+    yield_to_first = preemption.yield_to_first
+
+    def checked(profile) -> None:
+        num_preemptions = preemption.num_preemptions
+        yield_to_first(profile)
+        assert preemption.num_preemptions == num_preemptions or scheduler._admission.can_admit_first()
+
+    preemption.yield_to_first = checked
+    for i, (priority, prompt_len, max_tokens, is_shared, n) in enumerate(requests):
+        max_tokens = min(max_tokens, (num_blocks * 4 - prompt_len) // n - 8)
+        if max_tokens > 0:
+            sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=i % 2 == 0, n=n)
+            prompt = [3 + (7 if is_shared else 31 + i) * j % 90 for j in range(prompt_len)]
+            scheduler.add(Request(str(i), None, prompt, sampling, 0, priority=priority))
+        run(device, 4)
+    run(device, 150)
+
+
+@pytest.mark.parametrize("high_prompt", [150, 170, 190])
+def test_a_group_that_would_outgrow_the_pool_with_its_prompt_preempts_nothing(high_prompt):
+    device = make_device(100)
+    add(device, "low", 90, max_tokens=200, ignore_eos=True, priority=1)
+    run(device, 9)
+    add(device, "first", 160, max_tokens=190, ignore_eos=True)
+    run(device, 9)
+    add(device, "high", high_prompt, max_tokens=80, ignore_eos=True)
+    num_running = run(device, 60)
+    assert num_running == [2] * 60
+    assert device.scheduler.stats().num_preemptions == 0
+
+
+@pytest.mark.parametrize("has_low", [False, True])
+def test_pins_count_beside_groups_of_lower_priority_too(has_low):
+    """Of 100 blocks, 50 are pinned: "first" grows to 25, and "high" to 30."""
+    device = make_device(100)
+    scheduler = device.scheduler
+    scheduler.pin(Request("pin", None, [5] * 200, SamplingParams(max_tokens=1), 0))
+    run(device)
+    add(device, "first", 40, max_tokens=60, ignore_eos=True)
+    run(device, 2)
+    if has_low:
+        add(device, "low", 4, max_tokens=30, ignore_eos=True, priority=1)
+        run(device, 2)
+    add(device, "high", 60, max_tokens=60, ignore_eos=True)
+    assert run(device, 4)[-1] == 1 + has_low
+    assert scheduler.stats().num_preemptions == 0
+
+
+def test_a_search_that_has_not_forked_is_expected_to_grow_by_its_width():
+    device = make_device(60)
+    scheduler = device.scheduler
+    params = SamplingParams(use_beam_search=True, n=8, max_tokens=20, temperature=0, ignore_eos=True)
+    scheduler.add(Request("search", None, list(range(3, 83)), params, 0))
+    run(device, 1)
+    [search] = scheduler.line.running
+    assert search.num_rows_missing == 7
+    add(device, "b", 64, max_tokens=20, ignore_eos=True)
+    assert run(device, 1) == [1]
+    run(device)
+    assert scheduler.stats().num_preemptions == 0
