@@ -87,12 +87,7 @@ class Admission:
         self._prompts = PromptBlocks(blocks, line, max_num_batched_tokens)
         self._num_usable = len(blocks.tiers.device.blocks)
         self._whole = Capacity(
-            self._num_usable,
-            0,
-            blocks.block_size,
-            max_model_len,
-            groups=blocks.groups,
-            max_chunk=max_num_batched_tokens,
+            self._num_usable, 0, blocks.block_size, max_model_len, groups=blocks.groups, max_chunk=self._max_chunk
         )
         self._most_on_host = min(blocks.num_host_blocks, blocks.placement.max_streamed_blocks)
         self._refusal: Refusal | None = None  # the last one

@@ -17,6 +17,7 @@ class Growth:
     """Expects the growth of running sequences from their limits, and from sequences that have stopped.
 
     Layers with windows, and sequences with blocks on the host, grow in other ways. Nothing is expected of them.
+    Searches start if they fit now, since their beams go on to share most of the blocks that they fill.
 
     Args:
         blocks: the bookkeeping of the pools.
@@ -66,7 +67,8 @@ class Growth:
             num_blocks: blocks that it takes at once.
         """
         after = self._line.running_after(group.request.priority)
-        if not (self._is_expected and self.horizon and len(self._line.running) > len(after)):
+        is_beside = len(self._line.running) > len(after)
+        if not (self._is_expected and self.horizon and is_beside) or group.beam is not None:
             return False
         device, block_size = self._blocks.tiers.device, self._blocks.block_size
         num_usable, num_used, num_holders = len(device.blocks), self._blocks.num_used_blocks, device.num_holders
@@ -74,10 +76,6 @@ class Growth:
         if num_used + num_blocks + (self._line.num_rows + group.num_rows) * most_each < (1 - WATERMARK) * num_usable:
             return False  # whatever their ends
         is_running = self._rows.seq_ids >= 0
-        starting = [(group, group.num_rows)]
-        if self._line.num_rows > np.count_nonzero(is_running):
-            counted = [other for other in self._line.running if other.request.priority <= group.request.priority]
-            starting += [(other, other.num_rows_missing) for other in counted]
         if after:
             seqs = [seq for other in after for seq in other.unfinished]
             is_running[[seq.row for seq in seqs if seq.row is not None]] = False
@@ -90,13 +88,12 @@ class Growth:
         held_by_pins = max(num_used * block_size - held.sum(), 0.0)
         running = self._progress(rows)
         num_left_free = num_blocks_left_free(num_usable, is_running=True, num_unsure=running.num_unsure)
-        least_left, most_left = np.array([_left(other, n) for other, num in starting for n in range(num)], np.int64).T
-        new_held = np.zeros(len(most_left))
+        new_held, new_drawn = np.zeros(group.num_rows), np.array([seq.num_outputs for seq in group.unfinished])
         new_held[0] = num_blocks * block_size
         peak = peak_tokens(
             np.concatenate([held, new_held]),
-            np.concatenate([running.least_left, least_left]),
-            np.concatenate([running.most_left, most_left]),
+            np.concatenate([running.least_left, np.maximum(group.least_tokens - new_drawn, 0)]),
+            np.concatenate([running.most_left, np.maximum(group.max_tokens - new_drawn, 0)]),
             self.tokens_left,
             self.horizon,
         )
@@ -124,10 +121,3 @@ class _Progress(NamedTuple):
     least_left: Int64[np.ndarray, " rows"]
     most_left: Int64[np.ndarray, " rows"]
     num_unsure: int
-
-
-def _left(group: SequenceGroup, index: int) -> tuple[int, int]:
-    """The least and the most tokens that a sequence of a group has still to draw, or a beam that a search forks."""
-    unfinished = group.unfinished
-    num_drawn = unfinished[min(index, len(unfinished) - 1)].num_outputs
-    return max(group.least_tokens - num_drawn, 0), max(group.max_tokens - num_drawn, 0)

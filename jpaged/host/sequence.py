@@ -259,11 +259,6 @@ class SequenceGroup:
         return 1 if len(self.sequences) == 1 else len(self.unfinished)
 
     @property
-    def num_rows_missing(self) -> int:
-        """Rows that the group, which runs, has still to take: those of a search that has not forked so far."""
-        return self.num_rows - sum([seq.row is not None for seq in self.sequences])
-
-    @property
     def is_swapped(self) -> bool:
         return SequenceState.SWAPPED in [seq.state for seq in self.sequences]
 

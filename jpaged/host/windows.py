@@ -6,7 +6,7 @@ from jaxtyping import Int32
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.feed import Feed
 from jpaged.host.rows import RowTable
-from jpaged.host.sequence import Sequence
+from jpaged.host.sequence import Sequence, SequenceGroup
 
 
 class Windows:
@@ -39,13 +39,16 @@ class Windows:
         """
         rows = self._rows
         for row in decodes[rows.positions[decodes] > rows.next_slide[decodes]].tolist():
-            self._slide(rows.member(row)[1])
-        for _, seq, _ in feeds:
+            self._slide(*rows.member(row))
+        for group, seq, _ in feeds:
             if seq.num_computed >= rows.next_slide[seq.row]:
-                self._slide(seq)
+                self._slide(group, seq)
 
-    def _slide(self, seq: Sequence) -> None:
+    def _slide(self, group: SequenceGroup, seq: Sequence) -> None:
         position = seq.num_computed
+        if group.is_pin:  # keeps what a request sees that shares its full blocks
+            block_size = self._blocks.block_size
+            position = min(position, seq.prompt_len // block_size * block_size)
         if self._blocks.enable_prefix_caching:
             passed = max(position - self._least_window + 1, 0)
             self._blocks.publish(seq.seq_id, seq.hashed, min(seq.num_known, passed))

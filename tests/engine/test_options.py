@@ -113,7 +113,7 @@ def test_rows_with_options_are_preempted_and_go_on():
     engine = Engine(runner(), replace(CONFIG, num_blocks=10), Numerals())
 
     def add(name: str, priority: int, params: SamplingParams, length: int) -> None:
-        prompt = {"prompt_token_ids": [(7 * int(name) + j) % 40 for j in range(length)]}
+        prompt: Any = {"prompt_token_ids": [(7 * int(name) + j) % 40 for j in range(length)]}
         engine.add(engine.make_request(name, prompt, params, priority))
 
     finished = {}
@@ -141,5 +141,6 @@ def test_every_option_leaves_bursts_to_all_rows(options):
 
     engine.scheduler.schedule_ahead = noted
     params = [SamplingParams(**common), SamplingParams(**common | {"stop_token_ids": []} | options)]
-    LLM.from_engine(engine).generate([{"prompt_token_ids": [1, 2]}] * 2, params, use_tqdm=False)
+    prompts: list[Any] = [{"prompt_token_ids": [1, 2]}] * 2
+    LLM.from_engine(engine).generate(prompts, params, use_tqdm=False)
     assert sizes.count(4) >= 3

@@ -142,6 +142,13 @@ def test_a_group_starts_beside_one_that_ends_before_the_pool_is_full():
     assert device.scheduler.stats().num_preemptions == 0
 
 
+def test_a_search_starts_if_it_fits_now():
+    device = make_device(20)
+    add(device, "a", 4, max_tokens=60, ignore_eos=True)
+    add(device, "b", 4, max_tokens=30, ignore_eos=True, n=2, use_beam_search=True)
+    assert max(run(device)) == 2
+
+
 def test_growth_of_a_lower_priority_keeps_nothing_waiting():
     device = make_device(20)
     add(device, "low", 4, max_tokens=70, ignore_eos=True, priority=1)
@@ -205,8 +212,7 @@ def num_stopped(groups: list[SequenceGroup]) -> int:
     return sum(seq.finish_reason is FinishReason.STOP for group in groups for seq in group.sequences)
 
 
-# Priorities, pins, searches -------------------------------------------------------------------------------------------
-
+# Priorities and pins --------------------------------------------------------------------------------------------------
 
 REQUESTS = st.lists(
     st.tuples(st.integers(0, 2), st.integers(4, 150), st.integers(1, 200), st.booleans(), st.integers(1, 3)),
@@ -266,18 +272,4 @@ def test_pins_count_beside_groups_of_lower_priority_too(has_low):
         run(device, 2)
     add(device, "high", 60, max_tokens=60, ignore_eos=True)
     assert run(device, 4)[-1] == 1 + has_low
-    assert scheduler.stats().num_preemptions == 0
-
-
-def test_a_search_that_has_not_forked_is_expected_to_grow_by_its_width():
-    device = make_device(60)
-    scheduler = device.scheduler
-    params = SamplingParams(use_beam_search=True, n=8, max_tokens=20, temperature=0, ignore_eos=True)
-    scheduler.add(Request("search", None, list(range(3, 83)), params, 0))
-    run(device, 1)
-    [search] = scheduler.line.running
-    assert search.num_rows_missing == 7
-    add(device, "b", 64, max_tokens=20, ignore_eos=True)
-    assert run(device, 1) == [1]
-    run(device)
     assert scheduler.stats().num_preemptions == 0

@@ -12,8 +12,10 @@ from jpaged.contract.layer_groups import LayerGroup, LayerGroups
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
 from jpaged.host.blocks.prefix_cache import PrefixMatch
+from jpaged.host.scheduler import Scheduler
 from jpaged.models.groups import grouped, ungrouped
 from jpaged.models.spec import LayerSpec
+from jpaged.request import Request, SamplingParams
 from tests.support.blocks import snapshot
 
 # How layers are divided
@@ -113,6 +115,18 @@ def test_a_window_frees_blocks_that_it_has_passed_and_other_groups_keep_theirs()
     manager.check_invariants()
     manager.free("a")
     assert manager.num_free_blocks == 29
+
+
+def test_a_pin_keeps_the_blocks_that_a_request_sees_which_shares_its_full_blocks():
+    groups = LayerGroups((LayerGroup(1, None), LayerGroup(1, 8)))
+    blocks = BlockManager(30, 4, enable_prefix_caching=True, groups=groups)
+    scheduler = Scheduler(blocks, max_num_seqs=2, max_num_batched_tokens=32, max_model_len=64)
+    scheduler.pin(Request("pin", None, list(range(15)), SamplingParams(max_tokens=1), 0))
+    scheduler.add(Request("beside", None, list(range(20, 25)), SamplingParams(max_tokens=9), 0))
+    pin = int(scheduler.schedule().chunks.seq_ids[0])
+    scheduler.schedule_ahead()
+    assert blocks.block_table(pin, 1)[0] == 0, "no token from the 13th on sees the first block"
+    assert all(blocks.block_table(pin, 1)[1:]), "the 13th token sees the second block, and the 16th does not"
 
 
 @pytest.mark.parametrize("position", [-1, 7])
