@@ -15,7 +15,7 @@ from jpaged.device.kv.sizing import check_pools
 from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
 from jpaged.device.runner import ModelRunner, check_settings
 from jpaged.device.step.compile_cache import enable_compile_cache
-from jpaged.device.step.program_cache import SOURCE_DIGEST
+from jpaged.device.step.program_cache import CODE_DIGEST
 from jpaged.device.target import target_of
 from jpaged.device.weights import check_host_weights
 from jpaged.engine.detokenizer import Tokenizer
@@ -145,7 +145,7 @@ def start_engine(
         warm_up = warm_up is not False  # all processes run a step in the same size
         options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
         try:
-            agree(channel, code=SOURCE_DIGEST, config=config, model_config=model_config)
+            agree(channel, code=CODE_DIGEST, config=config, model_config=model_config)
             if channel.is_leader:
                 leading = LeadingRunner(load(), model_config, config, mesh, **options)
                 return Engine(leading, config, tokenizer, sampling_defaults)

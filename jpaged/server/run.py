@@ -10,7 +10,6 @@ import resource
 import signal
 import socket
 import stat
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jpaged.async_llm import AsyncLLM
 from jpaged.engine.health import HealthState
+from jpaged.interpreter import short_switches
 from jpaged.server.app import create_app
 from jpaged.server.connections import ConnectionLimits, limited
 from jpaged.server.dashboard.routes import OPEN_PATHS, page_routes
@@ -38,14 +38,7 @@ WATCH_EVERY_S = 1.0
 """The health of the engine is looked at this often, to end a server whose engine is lost."""
 
 GRACE_S = 2.0
-"""Time that the last responses and the engine's thread get after the deadline of a drain."""
-
-SWITCH_INTERVAL_S = 0.0005
-"""Time after which the event loop's thread lets the engine's thread go on.
-
-The engine's thread gives the interpreter up in each of its calls of JAX, a few dozen in a step. With Python's own
-interval the engine would wait for 5 ms each time, while the loop encodes the tokens of the step before.
-"""
+"""Time that the last responses, the engine's thread and the compiling threads get after the deadline of a drain."""
 
 _SPARE_FILES = 512
 
@@ -79,12 +72,12 @@ def serve(
     keys = KeyRing.load(settings.api_key_file)
     check_exposure(settings, keys)
     _allow_files(settings.max_connections + _SPARE_FILES)
-    with _bound(settings) as listener, _short_switches():
+    with _bound(settings) as listener, short_switches():
         life = _Life(make_llm, settings, keys, listener, on_ready, aliases)
         with asyncio.Runner(loop_factory=life.config.get_loop_factory()) as runner:
             status = runner.run(life.run())
         if life.is_stuck:
-            _log.critical("a thread of the engine does not end: the process does")
+            _log.warning("the process ends, and threads of the engine with it")
             with contextlib.suppress(OSError):
                 _remove(settings)
             logging.shutdown()
@@ -225,7 +218,11 @@ class _Life:
         server.admission.close()
         await _first(server.admission.wait_until_empty(), self._stop_now.wait(), asyncio.sleep(deadline_s))
         await _first(server.llm.drain(0), asyncio.sleep(GRACE_S))
-        self.is_stuck = server.llm.health().state not in (HealthState.STOPPED, HealthState.DEAD)
+        background = server.llm.engine.runner.programs.background
+        is_over = await loop.run_in_executor(None, background.wait, 0.0 if self._stop_now.is_set() else GRACE_S)
+        if not is_over:
+            _log.info("the end does not wait for the programs that are being compiled")
+        self.is_stuck = not is_over or server.llm.health().state not in (HealthState.STOPPED, HealthState.DEAD)
         left_s = 0.0 if self._stop_now.is_set() else max(end - loop.time(), 0.0)
         self.config.timeout_graceful_shutdown = round(left_s + GRACE_S)
 
@@ -310,17 +307,6 @@ def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
 
 
 # The address ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _short_switches() -> Iterator[None]:
-    """Let threads take turns at ``SWITCH_INTERVAL_S``."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
 
 
 @contextmanager

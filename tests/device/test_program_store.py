@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,9 +13,11 @@ import pytest
 
 from jpaged.device.step import programs
 from jpaged.device.step.inputs import Bucket, all_buckets, in_order_of_need
+from jpaged.device.step.program_cache import ProgramCache
 from jpaged.device.step.program_store import Background, ProgramStore
 from jpaged.device.step.programs import Programs
 from jpaged.engine.loop import Engine
+from jpaged.interpreter import short_switches
 from jpaged.request import SamplingParams
 from tests.support.tiny import make_runner, tiny_config
 
@@ -224,6 +227,21 @@ def test_steps_do_the_work_with_larger_sizes_until_theirs_are_there(half_warm):
     assert (engine.stats().num_programs, engine.stats().num_programs_to_compile) == (num_programs, 0)
 
 
+@pytest.mark.parametrize("warm_up", [True, None])
+def test_programs_and_the_pool_go_with_a_runner_that_compiled_before_it_served(warm_up, monkeypatch):
+    monkeypatch.setattr(programs, "NUM_FIRST", 2)
+    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "enable_prefix_caching": False}
+    runner = make_runner(model_config=tiny_config(num_layers=1), warm_up=warm_up, has_own_programs=True, **sizes)
+    engine = Engine(runner, runner.config)
+    runner.programs.background.start(runner)
+    assert runner.programs.background.wait(TIMEOUT_S)
+    program = next(iter(runner.programs.store.programs.values()))
+    alive = [weakref.ref(each) for each in (engine, runner, runner.cache.pool, runner.programs, program)]
+    del engine, runner, program
+    gc.collect()
+    assert [each() for each in alive] == [None] * len(alive)
+
+
 def test_a_runner_that_is_collected_stops_its_background():
     calls, runner = [], make_runner()
     background = runner.programs.background
@@ -251,6 +269,73 @@ store = ProgramStore(lambda key: key, compile_slowly)
 Background(store, {Bucket(2, 2): [("forward",), ("load",)]}, None, 1).start(has_begun)
 has_begun.wait()
 """
+
+
+def test_kept_programs_that_cannot_be_read_leave_no_claim_behind(caplog, monkeypatch, tmp_path):
+    def has(self, key):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(ProgramCache, "has", has)
+    compiler = StubCompiler()
+    store = compiler.store()
+    background = Background(store, SIZES, ProgramCache(tmp_path, ()), 1)
+    background.start(compiler)
+    assert background.wait(TIMEOUT_S)
+    assert background.pending == {SMALL, MIDDLE}
+    assert len([record for record in caplog.records if "Permission denied" in record.message]) == len(KEYS)
+    assert store.get(KEYS[0]) == f"program {KEYS[0]}"
+
+
+def test_a_background_that_is_not_started_makes_no_progress():
+    background = Background(StubCompiler().store(), SIZES)
+    assert background.progress is None
+    assert background.pending == {SMALL, MIDDLE}
+    assert background.wait(0)
+
+
+def test_a_wait_for_the_background_ends_in_time():
+    compiler, first = StubCompiler(), KEYS[0]
+    compiler.hold(first)
+    background = Background(compiler.store(), SIZES, None, 1)
+    background.start(compiler)
+    assert compiler.begun[first].wait(TIMEOUT_S)
+    assert not background.wait(0)
+    compiler.allowed[first].set()
+    assert background.wait(TIMEOUT_S)
+
+
+def test_a_failed_program_that_another_thread_claimed_meanwhile_is_not_given_up_again():
+    first, failing = KEYS[:2]
+    compiler = StubCompiler(fails=[("lower", failing)])
+    compiler.hold(first)
+    store = compiler.store()
+    with ThreadPoolExecutor(1) as threads:
+        made = threads.submit(store.make_all, [first, failing], None, use_tqdm=False)
+        assert compiler.begun[first].wait(TIMEOUT_S)
+        while (claim := store.claim(failing)) is not None:  # by make_all, until lowering fails
+            with pytest.raises(RuntimeError, match="cannot be lowered"):
+                claim.result(TIMEOUT_S)
+        compiler.allowed[first].set()
+        with pytest.raises(RuntimeError, match="cannot be lowered"):
+            made.result(TIMEOUT_S)
+    claim = store.claim(failing)
+    assert claim is not None
+    assert not claim.done()
+
+
+def test_the_switch_interval_is_short_until_the_last_of_several_backgrounds_ends():
+    compilers, interval = [StubCompiler(), StubCompiler()], sys.getswitchinterval()
+    backgrounds = []
+    for compiler in compilers:
+        compiler.hold(KEYS[0])
+        backgrounds.append(Background(compiler.store(), SIZES, None, 1))
+        backgrounds[-1].start(compiler)
+    with short_switches():
+        for compiler, background in zip(compilers, backgrounds, strict=True):
+            compiler.allowed[KEYS[0]].set()
+            assert background.wait(TIMEOUT_S)
+            assert sys.getswitchinterval() < interval
+    assert sys.getswitchinterval() == interval
 
 
 def test_a_process_that_ends_waits_for_the_program_being_compiled_and_begins_no_other():

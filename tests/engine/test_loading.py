@@ -1,16 +1,31 @@
 """A start compiles all programs, a few, or none before the engine is there."""
 
+import asyncio
+import gc
+import sys
+import threading
+import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flax import nnx
 
-from jpaged import LLM, EngineConfig
+import jpaged
+import pallas_kernels
+from jpaged import LLM, AsyncLLM, EngineConfig, SamplingParams
+from jpaged.device.step import programs
+from jpaged.device.step.program_cache import SOURCE_DIGEST, source_digest
+from jpaged.device.step.programs import Programs
 from jpaged.device.target import TARGETS
 from jpaged.engine import loading
+from jpaged.engine.loading import module_loader
 from jpaged.sharding import make_mesh
-from tests.support.tiny import TINY, tiny_engine
+from tests.support.tiny import TINY, tiny_config, tiny_engine, tiny_model
+
+TIMEOUT_S = 60
 
 
 class Started:
@@ -55,7 +70,88 @@ def test_several_processes_leave_nothing_to_a_background(start, asked, warms_up,
     assert runner.started_for == []
 
 
-def test_an_llm_that_is_closed_compiles_nothing_more(monkeypatch):
+def test_processes_agree_on_all_code_since_engines_and_schedulers_must_be_the_same(start, monkeypatch):
+    codes = []
+    monkeypatch.setattr(loading, "agree", lambda *_, code, **__: codes.append(code))
+    start(False, warms_up=False, num_processes=2)
+    packages = [Path(package.__path__[0]) for package in (jpaged, pallas_kernels)]
+    assert codes == [source_digest(packages)] != [SOURCE_DIGEST]
+
+
+@pytest.fixture
+def accelerated(monkeypatch):
+    """The CPU as a device that compiles a few sizes first.
+
+    Returns:
+        An event: the background lowers nothing before it.
+    """
+    lower, go_on = Programs.lower, threading.Event()
+
+    def wait_and_lower(self, key):
+        is_early = threading.current_thread().name.startswith("jpaged-compile")
+        assert not is_early or go_on.wait(TIMEOUT_S)
+        return lower(self, key)
+
+    monkeypatch.setattr(Programs, "lower", wait_and_lower)
+    monkeypatch.setattr(programs, "NUM_FIRST", 2)
+    monkeypatch.setattr(loading, "target_of", lambda mesh: replace(TARGETS["cpu"], warms_up=True))
+    yield go_on
+    go_on.set()
+
+
+def start_tiny() -> Any:
+    """An engine with few sizes, as an accelerator starts it."""
+    model_config = tiny_config(num_layers=1)
+    sizes: dict[str, Any] = {"block_size": 8, "num_blocks": 64, "max_num_seqs": 2, "max_num_batched_tokens": 8}
+    config = EngineConfig(enable_prefix_caching=False, **sizes)
+    load = module_loader(nnx.clone(tiny_model(model_config)), model_config, config, make_mesh(1))
+    return loading.start_engine(load, model_config, config, make_mesh(1), None, warm_up=None, use_tqdm=False)
+
+
+def compiling_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("jpaged-compile")]
+
+
+def test_an_engine_whose_background_ended_while_it_served_goes_with_its_last_user(accelerated):
+    interval = sys.getswitchinterval()
+    llm = AsyncLLM.from_llm(LLM.from_engine(start_tiny()))
+    runner = llm.engine.runner
+    alive = [weakref.ref(each) for each in (llm.engine, runner, runner.cache.pool, runner.programs)]
+    background = runner.programs.background
+    del runner
+
+    async def generate():
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        return [output async for output in llm.generate({"prompt_token_ids": [1, 2, 3]}, params)][-1]
+
+    assert llm.health().compiling is not None
+    assert len(asyncio.run(generate()).outputs[0].token_ids) == 3
+    accelerated.set()
+    assert background.wait(TIMEOUT_S)
+    assert llm.health().compiling is None
+    llm.shutdown()
+    del llm, background
+    gc.collect()
+    assert [each() for each in alive] == [None] * len(alive)
+    assert compiling_threads() == []
+    assert sys.getswitchinterval() == interval
+
+
+def test_an_llm_that_is_closed_while_it_compiles_leaves_no_thread_and_no_runner(accelerated):
+    llm = LLM.from_engine(start_tiny())
+    assert compiling_threads()
+    runner = weakref.ref(llm.engine.runner)
+    background = llm.engine.runner.programs.background
+    llm.close()
+    accelerated.set()
+    assert background.wait(TIMEOUT_S)
+    assert compiling_threads() == []
+    del llm, background
+    gc.collect()
+    assert runner() is None
+
+
+def test_an_llm_that_is_closed_compiles_compiles_nothing_more(monkeypatch):
     engine, stopped = tiny_engine(), []
     monkeypatch.setattr(engine.runner.programs.background, "stop", lambda: stopped.append(True))
     LLM.from_engine(engine).close()

@@ -17,11 +17,14 @@ import httpx
 import pytest
 
 from jpaged import LLM, AsyncLLM
+from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.program_store import Background, ProgramStore
 from jpaged.engine import thread as engine_thread
 from jpaged.engine.outputs import StepOutput
+from jpaged.interpreter import SWITCH_INTERVAL_S
 from jpaged.server import ServerSettings
 from jpaged.server.keys import KEYS_VARIABLE, KeyRing
-from jpaged.server.run import SWITCH_INTERVAL_S, check_exposure, serve
+from jpaged.server.run import check_exposure, serve
 from tests.support.tiny import tiny_engine
 
 TIMEOUT_S = 300
@@ -195,6 +198,28 @@ def test_threads_take_short_turns_while_a_server_runs(path):
     assert sys.getswitchinterval() == usual > SWITCH_INTERVAL_S
 
 
+@pytest.mark.usefixtures("ends")
+def test_a_signal_ends_a_server_whose_background_compiles(path, monkeypatch):
+    gate, may_end = Gate(), threading.Event()
+    gate.may_go_on.set()
+    store = ProgramStore(lambda key: key, lambda key: (may_end.wait(TIMEOUT_S), False))
+    background = Background(store, {Bucket(2, 2): [("forward",)]}, None, 1)
+    monkeypatch.setattr(gate.llm.engine.runner.programs, "background", background)
+    background.start(gate)
+
+    def scenario(client: Client) -> None:
+        client.wait_until_ready()
+        assert client.complete().status_code == 200
+        client.send(signal.SIGTERM)
+
+    with pytest.raises(Ended, match="0"):
+        run(path, lambda: gate.llm, scenario)
+    assert not Path(path).exists()
+    may_end.set()
+    assert background.wait(TIMEOUT_S)
+
+
+@pytest.mark.usefixtures("ends")
 def test_a_signal_ends_a_server_that_loads(path):
     may_load = threading.Event()
 

@@ -70,7 +70,7 @@ class ProgramCache:
 
     def has(self, key: tuple) -> bool:
         """Whether there is a file of a program, which may still fail to load."""
-        return self._path(key).exists()
+        return self._is_ones_own() and is_ones_own(self._path(key))
 
     def load(self, key: tuple) -> jax.stages.Compiled | None:
         """Load the program of a key, ready to run; None without a program that this process can use."""
@@ -226,4 +226,8 @@ def _notice_hit(event: str, **_: Any) -> None:
 jax.monitoring.register_event_listener(_notice_hit)
 
 # At import, since the loaded code runs even if the files change later.
-SOURCE_DIGEST = source_digest([Path(__import__(package).__path__[0]) for package in SOURCE_PACKAGES], NO_SOURCES)
+_ROOTS = [Path(__import__(package).__path__[0]) for package in SOURCE_PACKAGES]
+CODE_DIGEST = source_digest(_ROOTS)
+"""Digest of all code: the processes of an engine have to agree on it."""
+SOURCE_DIGEST = source_digest(_ROOTS, NO_SOURCES)
+"""Digest of the code that programs depend on."""

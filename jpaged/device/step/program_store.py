@@ -1,27 +1,24 @@
 """Compiled programs, each compiled once: for a step that waits, before all steps, or beside them."""
 
-import gc
 import logging
 import os
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from time import monotonic
 
 from jax.stages import Compiled, Lowered
 
 from jpaged.device.step.compiling import Compiling
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.program_cache import ProgramCache
+from jpaged.interpreter import FROZEN_OBJECTS, SHORT_SWITCHES
 from jpaged.interrupts import InterruptsWait
 from jpaged.progress import Progress, counted
 
 log = logging.getLogger(__name__)
-
-SWITCH_S = 0.0005
-"""Python's switch interval while programs are lowered beside steps. A step waits so long whenever it takes the lock of
-the interpreter: with Python's own 5 ms, steps of 1 ms took 5 on a CPU, and 2 with this."""
 
 
 def num_cores() -> int:
@@ -79,29 +76,32 @@ class ProgramStore:
                 self._claims[key] = Future()
             return claim
 
+    @contextmanager
+    def owned(self, key: tuple) -> Iterator[None]:
+        """Give a claimed program up if the block fails."""
+        try:
+            yield
+        except BaseException as error:
+            self._give_up(key, error)
+            raise
+
     def load(self, key: tuple, kept: ProgramCache) -> bool:
         """Load a program that was claimed. Returns whether it could be loaded; otherwise it stays claimed."""
-        program = kept.load(key)
+        with self.owned(key):
+            program = kept.load(key)
         if program is not None:
             self._put(key, program, is_loaded=True)
         return program is not None
 
     def lower(self, key: tuple) -> Lowered:
         """Lower a program that was claimed."""
-        try:
-            with self._lowering:
-                return self._lower(key)
-        except BaseException as error:
-            self._give_up(key, error)
-            raise
+        with self.owned(key), self._lowering:
+            return self._lower(key)
 
     def finish(self, key: tuple, lowered: Lowered, kept: ProgramCache | None) -> Compiled:
         """Compile a program that was claimed and lowered, and keep it for later runs."""
-        try:
+        with self.owned(key):
             program, can_be_saved = self._compile(lowered)
-        except BaseException as error:
-            self._give_up(key, error)
-            raise
         self._put(key, program)
         if kept is not None and can_be_saved and can_be_kept(key):
             kept.save(key, program)
@@ -117,6 +117,7 @@ class ProgramStore:
         """
         claims = {key: self.claim(key) for key in keys}
         left = [key for key, claim in claims.items() if claim is None]
+        making: dict[tuple, Future[Compiled]] = {}
         threads = ThreadPoolExecutor(max_workers=num_cores())
         with InterruptsWait() as interrupts:
             try:
@@ -126,10 +127,12 @@ class ProgramStore:
                         self._put(key, program, is_loaded=True)
                     left = [key for key in left if key not in loaded]
                 jobs: list[Future[Compiled]] = [claim for claim in claims.values() if claim is not None]
-                for key in left:
+                while left:
                     interrupts.check()
-                    jobs.append(threads.submit(self.finish, key, self.lower(key), kept))
-                bar = {"label": "Compiling", "unit": "program", "is_shown": use_tqdm and bool(left)}
+                    key = left.pop(0)
+                    making[key] = threads.submit(self.finish, key, self.lower(key), kept)
+                jobs += making.values()
+                bar = {"label": "Compiling", "unit": "program", "is_shown": use_tqdm and bool(making)}
                 with counted("compiling", len(jobs), **bar) as count:
                     for job in as_completed(jobs):
                         interrupts.check()
@@ -137,9 +140,9 @@ class ProgramStore:
                         count(1)
             finally:  # an interruption does not wait for programs whose compilation has not begun
                 threads.shutdown(cancel_futures=True)
-                for key in left:
+                for key in (*left, *(key for key, job in making.items() if job.cancelled())):
                     self._give_up(key, RuntimeError("the compilation was interrupted"))
-        freeze_garbage()
+        FROZEN_OBJECTS.collect_and_freeze()
 
     def _put(self, key: tuple, program: Compiled, *, is_loaded: bool = False) -> None:
         """Give a claimed program to all that wait for it."""
@@ -187,35 +190,45 @@ class Background:
         self._left = [key for key in reversed(keys) if key not in store.programs]
         self._num_keys = len(self._left)
         self._num_done = 0
+        self._num_running = 0
         self._is_stopped = False
         self._order = threading.Lock()  # programs are lowered in their order
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection may call ``stop`` in a thread that holds it
         self._note_ready()
-        names = [f"jpaged-compile-{i}" for i in range(min(num_threads or max(num_cores() // 2, 1), self._num_keys))]
-        self._threads = [threading.Thread(target=self._run, name=name) for name in names]
-        self._num_running = len(self._threads)
+        self._num_threads = min(num_threads or max(num_cores() // 2, 1), self._num_keys)
+        self._threads: list[threading.Thread] = []
 
     def start(self, owner: object) -> None:
         """Start the threads. They end too once the owner is collected."""
-        if self._threads:
-            self._interval = sys.getswitchinterval()
-            sys.setswitchinterval(min(SWITCH_S, self._interval))
         weakref.finalize(owner, self.stop).atexit = False
+        names = [f"jpaged-compile-{i}" for i in range(self._num_threads)]
+        self._threads = [threading.Thread(target=self._run, name=name) for name in names]
+        self._num_running = len(names)
+        if names:
+            SHORT_SWITCHES.enter()
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Make no further programs. Does not wait for those that are being made."""
-        self._is_stopped = True
+        """Make no further programs, and let the collector free the engine. Does not wait for programs being made."""
+        with self._lock:
+            self._is_stopped = True
+            FROZEN_OBJECTS.thaw()
 
-    def wait(self) -> None:
-        """Wait until the threads have ended."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the threads have ended. Returns whether they have.
+
+        Args:
+            timeout_s: seconds to wait at most.
+        """
+        end = None if timeout_s is None else monotonic() + timeout_s
         for thread in self._threads:
-            thread.join()
+            thread.join(None if end is None else max(end - monotonic(), 0.0))
+        return self._num_running == 0
 
     @property
     def progress(self) -> Progress | None:
-        """Programs that are done, or have failed; None once the threads have ended."""
+        """Programs that are done, or have failed; None before the start, and once the threads have ended."""
         return Progress("compiling", self._num_done, self._num_keys) if self._num_running else None
 
     def _run(self) -> None:
@@ -231,12 +244,12 @@ class Background:
                     self._note_ready()
         finally:
             with self._lock:
+                is_last = self._num_running == 1
+                if is_last and not self._is_stopped:
+                    FROZEN_OBJECTS.collect_and_freeze()
                 self._num_running -= 1
-                is_last = self._num_running == 0
             if is_last:
-                if sys.getswitchinterval() == SWITCH_S:
-                    sys.setswitchinterval(self._interval)
-                freeze_garbage()
+                SHORT_SWITCHES.leave()
 
     def _begin(self) -> tuple[tuple, Callable[[], object]] | None:
         """Take the next program, and lower it if no earlier run kept it. Returns the rest of the work on it."""
@@ -248,14 +261,18 @@ class Background:
             if (claim := store.claim(key)) is not None:
                 return key, claim.result
             kept = self._kept if can_be_kept(key) else None
-            if kept is not None and kept.has(key):
-                return key, lambda: store.load(key, kept) or store.finish(key, store.lower(key), kept)
             try:
+                with store.owned(key):
+                    is_kept = kept is not None and kept.has(key)
+                if kept is not None and is_kept:
+                    return key, lambda: store.load(key, kept) or store.finish(key, store.lower(key), kept)
                 lowered = store.lower(key)
             except Exception as error:
                 (failed := Future[Compiled]()).set_exception(error)
                 return key, failed.result
-            gc.freeze()  # or a collection would visit all that tracing left, while steps wait
+            with self._lock:
+                if not self._is_stopped:
+                    FROZEN_OBJECTS.freeze()  # or a collection would visit all that tracing left, while steps wait
             return key, lambda: store.finish(key, lowered, kept)
 
     def _note_ready(self) -> None:
@@ -266,15 +283,6 @@ class Background:
 def can_be_kept(key: tuple) -> bool:
     """Whether a later process may run the program of a key: those that stream may call back into this one."""
     return key[0] != "stream"
-
-
-def freeze_garbage() -> None:
-    """Let Python's garbage collector forget what tracing leaves: a million objects that stay.
-
-    The collector would visit them between two steps.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _name(key: tuple) -> str:

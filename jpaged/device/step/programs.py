@@ -1,5 +1,6 @@
 """The compiled programs of a model's steps: which there are, lowering, compiling and keeping them."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -112,7 +113,7 @@ class Programs:
         self.max_model_len = max_model_len
         self.steps = self._steps(self.max_burst)
         compile_lowered = partial(compile_program, compiler_options=dict(self.target.compiler_options))
-        self.store = ProgramStore(lambda key: self.lower(key), compile_lowered)
+        self.store = ProgramStore(partial(_lower_by, weakref.ref(self)), compile_lowered)
         self.background = Background(self.store, {})
         if self._num_streamable:
             self.open_window(self._num_streamable)
@@ -345,6 +346,13 @@ class Programs:
         cache = jax.eval_shape(partial(self._host_layout.allocate, 1))
         blocks = jax.eval_shape(KVCache.gather, cache, jax.ShapeDtypeStruct((num_blocks,), jnp.int32))
         return jax.ShapeDtypeStruct(blocks.shape, blocks.dtype, sharding=pool_sharding(self.mesh))
+
+
+def _lower_by(programs: weakref.ref[Programs], key: tuple) -> jax.stages.Lowered:
+    """Lower a program. No cycle joins the programs and their store, so that both go with their last user."""
+    if (those := programs()) is None:
+        raise RuntimeError("the engine was dropped while its programs were compiled")
+    return those.lower(key)
 
 
 def kept_programs(programs: Programs) -> ProgramCache | None:
