@@ -79,7 +79,7 @@ class Admission:
         self._roster = roster
         self._line = line
         self._pins = pins
-        self.growth = growth
+        self._growth = growth
         self._eos_token_ids = eos_token_ids
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
@@ -87,12 +87,7 @@ class Admission:
         self._prompts = PromptBlocks(blocks, line, max_num_batched_tokens)
         self._num_usable = len(blocks.tiers.device.blocks)
         self._whole = Capacity(
-            self._num_usable,
-            0,
-            blocks.block_size,
-            max_model_len,
-            groups=blocks.groups,
-            max_chunk=max_num_batched_tokens,
+            self._num_usable, 0, blocks.block_size, max_model_len, groups=blocks.groups, max_chunk=self._max_chunk
         )
         self._most_on_host = min(blocks.num_host_blocks, blocks.placement.max_streamed_blocks)
         self._refusal: Refusal | None = None  # the last one
@@ -197,11 +192,10 @@ class Admission:
             return self._found[1]
         if self.num_known_short(group) > 0 or self._is_short_of_any_match(group):
             return None
-        refusal = self._refusal
-        if refusal is not None and self.growth.is_short(group, refusal.num_taken_at_least(group, self._blocks.tiers)):
+        if self._refusal is not None and self._growth.is_short(group, self.num_known_taken(group)):
             return None
         start = self.start(group)
-        if start.num_short > 0 or self.growth.is_short(group, start.ticket.num_blocks):
+        if start.num_short > 0 or self._growth.is_short(group, start.ticket.num_blocks):
             self._refusal = self._refuse(group, start)
             return None
         self._refusal, self._found = None, (group, start)
@@ -221,6 +215,10 @@ class Admission:
         if self._refusal is None:
             return 0
         return self._refusal.num_short_now(group, self._blocks.tiers, is_running=bool(self._line.running))
+
+    def num_known_taken(self, group: SequenceGroup) -> int:
+        """Count the blocks that the first waiting group is known to take at least, without another match."""
+        return 0 if self._refusal is None else self._refusal.num_taken_at_least(group, self._blocks.tiers)
 
     def forget_refusal(self) -> None:
         """Match the first group again: the content of the pools is lost."""

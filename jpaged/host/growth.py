@@ -3,13 +3,13 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.line import Line
 from jpaged.host.policies.growth import HORIZON, WATERMARK, Stops, num_blocks_left_free, peak_tokens
 from jpaged.host.rows import RowTable
-from jpaged.host.sequence import Sequence, SequenceGroup
+from jpaged.host.sequence import SequenceGroup
 from jpaged.request import FinishReason
 
 
@@ -26,6 +26,7 @@ class Growth:
 
     Attributes:
         horizon: tokens ahead for which growth counts. With 0 a group starts if it fits now.
+        num_drawn: tokens drawn since the start by sequences that may stop at any token; written here alone.
     """
 
     def __init__(self, blocks: BlockManager, line: Line, rows: RowTable) -> None:
@@ -34,17 +35,27 @@ class Growth:
         self._rows = rows
         self._is_expected = blocks.groups.is_plain and blocks.placement.kind == "device"
         self._stops = Stops()
-        self._num_ended = 0  # tokens of ended sequences that might have stopped
+        self.num_drawn = 0
         self.horizon = HORIZON
 
-    def note_end(self, group: SequenceGroup, seq: Sequence, reason: FinishReason) -> None:
-        """Count a sequence that ends now."""
-        if group.ends_at_limit or group.is_pin:
-            return
-        if reason is not FinishReason.LENGTH:
-            running = self._progress(np.flatnonzero(self._rows.seq_ids >= 0))
-            self._stops = self._stops.after_stop(self._num_ended + running.num_unsure_drawn)
-        self._num_ended += seq.num_outputs
+    @property
+    def tokens_left(self) -> float:
+        """The tokens that a sequence which may stop at any token is expected to draw still."""
+        return self._stops.tokens_left(self.num_drawn)
+
+    def note_draw(self, group: SequenceGroup) -> None:
+        """Count a token that a sequence of a group has drawn."""
+        self.num_drawn += group.may_stop
+
+    def note_draws(self, rows: Int32[np.ndarray, " draws"], num_tokens: Int32[np.ndarray, " draws"]) -> None:
+        """Count the tokens that the sequences of some rows have drawn: so many each."""
+        may_stop = self._rows.least_ends[rows] < self._rows.limits[rows]
+        self.num_drawn += int(num_tokens[may_stop].sum())
+
+    def note_end(self, group: SequenceGroup, reason: FinishReason) -> None:
+        """Count a sequence that ends now, if it stopped by itself. An abort says nothing about its length."""
+        if reason is FinishReason.STOP and group.may_stop:
+            self._stops = self._stops.after_stop(self.num_drawn)
 
     def is_short(self, group: SequenceGroup, num_blocks: int) -> bool:
         """Whether the running groups and one more are expected to need more blocks than the pool has.
@@ -55,30 +66,35 @@ class Growth:
             group: the group that would start.
             num_blocks: blocks that it takes at once.
         """
-        if not (self._is_expected and self.horizon and self._line.running) or group.beam is not None:
+        after = self._line.running_after(group.request.priority)
+        is_beside = len(self._line.running) > len(after)
+        if not (self._is_expected and self.horizon and is_beside) or group.beam is not None:
             return False
         device, block_size = self._blocks.tiers.device, self._blocks.block_size
-        num_usable, num_used = len(device.blocks), self._blocks.num_used_blocks
+        num_usable, num_used, num_holders = len(device.blocks), self._blocks.num_used_blocks, device.num_holders
         most_each = -(-self.horizon // block_size) + 1
         if num_used + num_blocks + (self._line.num_rows + group.num_rows) * most_each < (1 - WATERMARK) * num_usable:
             return False  # whatever their ends
-        after = [seq for other in self._line.running_after(group.request.priority) for seq in other.unfinished]
         is_running = self._rows.seq_ids >= 0
-        is_running[[seq.row for seq in after if seq.row is not None]] = False
+        if after:
+            seqs = [seq for other in after for seq in other.unfinished]
+            is_running[[seq.row for seq in seqs if seq.row is not None]] = False
+            seq_ids = [seq.seq_id for seq in seqs if seq.state.holds_blocks]
+            num_used -= self._blocks.num_blocks_freed_by(seq_ids)
+            num_holders -= sum([len(self._blocks.holdings.held_by(seq_id).device_blocks) for seq_id in seq_ids])
         rows = np.flatnonzero(is_running)
         # Sequences that share a block hold a part of it each.
-        held = self._rows.capacity[rows] * (num_used / max(device.num_holders, 1))
-        held_by_pins = 0.0 if after else max(num_used * block_size - held.sum(), 0.0)
+        held = self._rows.capacity[rows] * (num_used / max(num_holders, 1))
+        held_by_pins = max(num_used * block_size - held.sum(), 0.0)
         running = self._progress(rows)
         num_left_free = num_blocks_left_free(num_usable, is_running=True, num_unsure=running.num_unsure)
-        new_held, new_drawn = np.zeros(group.num_rows), np.zeros(group.num_rows, np.int64)
+        new_held, new_drawn = np.zeros(group.num_rows), np.array([seq.num_outputs for seq in group.unfinished])
         new_held[0] = num_blocks * block_size
-        new_drawn[: len(group.unfinished)] = [seq.num_outputs for seq in group.unfinished]
         peak = peak_tokens(
             np.concatenate([held, new_held]),
             np.concatenate([running.least_left, np.maximum(group.least_tokens - new_drawn, 0)]),
             np.concatenate([running.most_left, np.maximum(group.max_tokens - new_drawn, 0)]),
-            self._stops.tokens_left(self._num_ended + running.num_unsure_drawn),
+            self.tokens_left,
             self.horizon,
         )
         return peak + held_by_pins > (num_usable - num_left_free) * block_size
@@ -90,9 +106,7 @@ class Growth:
         tokens = np.where(table.is_steady[rows], table.positions[rows], np.maximum(table.capacity[rows], starts))
         tokens = np.minimum(tokens, limits)
         least_left, most_left = np.maximum(table.least_ends[rows] - tokens, 0), limits - tokens
-        is_unsure = least_left < most_left
-        num_drawn = int((tokens - starts)[is_unsure].sum())
-        return _Progress(least_left, most_left, int(is_unsure.sum()), num_drawn)
+        return _Progress(least_left, most_left, int((least_left < most_left).sum()))
 
 
 class _Progress(NamedTuple):
@@ -102,10 +116,8 @@ class _Progress(NamedTuple):
         least_left: tokens that each draws before it may end.
         most_left: tokens that each draws at most.
         num_unsure: number of those that may end at any token.
-        num_unsure_drawn: tokens that those have drawn.
     """
 
     least_left: Int64[np.ndarray, " rows"]
     most_left: Int64[np.ndarray, " rows"]
     num_unsure: int
-    num_unsure_drawn: int

@@ -51,7 +51,7 @@ class Outcome:
         seq.finish_reason = reason
         if seq.state is SequenceState.FINISHED:
             return
-        self._growth.note_end(group, seq, reason)
+        self._growth.note_end(group, reason)
         self.release(seq, is_trusted=reason is not FinishReason.ERROR)
         seq.state = SequenceState.FINISHED
         self._roster.remove_sequence(seq)
@@ -201,6 +201,8 @@ class Outcome:
                 is_left = is_owned & ~is_steady
                 is_left[steady] = table.take(rows[steady], num_draws[steady], token_ids[:, steady], scores, steady)
         self.num_output_tokens += int(num_draws[is_owned].sum())
+        is_taken = is_owned & ~is_left
+        self._growth.note_draws(rows[is_taken], num_draws[is_taken])
         if is_left.any():
             self._take_left(plan, token_ids, [scores for _, scores in steps], is_left)
         return touched
@@ -228,6 +230,7 @@ class Outcome:
                     self._fail(group, ErrorCause.NOT_FINITE)
                     break
                 seq.append([token_id], step_scores, range(draw, draw + 1))
+                self._growth.note_draw(group)
                 num_outputs = seq.num_outputs
                 is_stop = token_id in group.stop_token_ids and num_outputs > group.request.params.min_tokens
                 if is_stop or num_outputs >= group.max_tokens:

@@ -8,6 +8,7 @@ from jpaged.contract.profile import MachineProfile
 from jpaged.host.admission import Admission
 from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
 from jpaged.host.feed import Feed
+from jpaged.host.growth import Growth
 from jpaged.host.line import Line
 from jpaged.host.offload.restore import can_split, spans_of
 from jpaged.host.offload.split import BlockShape, Load, is_swap_cheaper
@@ -33,6 +34,7 @@ class Preemption:
         rows: the rows of the running sequences.
         streaming: the running sequences that keep blocks on the host.
         windows: frees blocks that windows have passed.
+        growth: expects the blocks that running groups will come to hold.
         kind: "swap", "recompute", or "auto": the cheaper one. A full host pool always means recompute.
     """
 
@@ -45,6 +47,7 @@ class Preemption:
         rows: RowTable,
         streaming: Streaming,
         windows: Windows,
+        growth: Growth,
         *,
         kind: str,
     ) -> None:
@@ -58,6 +61,7 @@ class Preemption:
         self._rows = rows
         self._streaming = streaming
         self._windows = windows
+        self._growth = growth
 
     def yield_to_first(self, profile: MachineProfile | None) -> None:
         """Preempt groups of lower priority than the first waiting group, if and while that lets it start.
@@ -66,11 +70,10 @@ class Preemption:
             profile: rates of this machine; None until they are measured: "auto" swaps then.
         """
         self._streaming.move_out(self._line.waiting)  # preempts no group
-        lower, first = self.groups_to_yield(), self._line.waiting[0]
+        lower = self.groups_to_yield()
         while lower:
             self._preempt(lower.pop(), profile)
-            has_room = self._admission.rows_short(first) <= 0 and self._admission.has_room_on_host(first)
-            if has_room and self._admission.start(first).num_short <= 0:
+            if self._admission.can_admit_first():
                 return
 
     def groups_to_yield(self) -> list[SequenceGroup]:
@@ -82,7 +85,9 @@ class Preemption:
         rows_short = self._admission.rows_short(first)
         if rows_short > sum(group.num_rows for group in lower):
             return []
-        if not self._admission.has_room_on_host(first, without=lower) or self._admission.growth.is_short(first, 0):
+        if not self._admission.has_room_on_host(first, without=lower):
+            return []
+        if self._growth.is_short(first, self._admission.num_known_taken(first)):
             return []
         seq_ids = [seq.seq_id for group in lower for seq in group.running]
         num_held = sum(len(self._blocks.holdings.held_by(seq_id).live_blocks) for seq_id in seq_ids)
@@ -90,6 +95,9 @@ class Preemption:
             return []
         start = self._admission.start(first)
         num_blocks = self._blocks.num_blocks_freed_by(seq_ids, match=start.match)
+        num_matched = self._blocks.num_blocks_freed_by(seq_ids) - num_blocks
+        if self._growth.is_short(first, start.ticket.num_blocks + num_matched):
+            return []
         is_needed = rows_short > 0 or start.num_short > 0 or not self._admission.has_room_on_host(first)
         return lower if is_needed and start.num_short <= num_blocks else []
 

@@ -99,7 +99,8 @@ class Scheduler:
         self.outcome = Outcome(blocks, self.roster, self.line, self.pins, self.rows, self.growth)
         self._streaming = Streaming(blocks, self.outcome, self.rows, max_num_batched_tokens)
         rooms = blocks, self.line, self._admission, self.outcome, self.rows, self._streaming
-        self._preemption = Preemption(*rooms, Windows(blocks, self.rows, max_num_batched_tokens), kind=preemption)
+        windows = Windows(blocks, self.rows, max_num_batched_tokens)
+        self._preemption = Preemption(*rooms, windows, self.growth, kind=preemption)
         self._entry = Entry(*rooms)
         self._num_in_flight = 0  # plans scheduled and not updated
         self._can_be_followed = False  # whether the newest plan in flight can
@@ -229,8 +230,7 @@ class Scheduler:
         decodes = self.rows.decodes()
         feeds = self._preemption.feeds(decodes.rows)
         plan = self._plan(decodes, np.ones_like(decodes.rows), feeds, copies, may_admit=may_admit)
-        self._send_off(plan)
-        return plan
+        return self._send_off(plan)
 
     def schedule_ahead(self) -> StepPlan | None:
         """Plan the step after the one in flight; None if that one's results come first, or if there is nothing to do.
@@ -263,8 +263,7 @@ class Scheduler:
         plan = self._plan(decodes, num_draws, feeds, copies, may_admit=may_admit)
         if plan.is_empty:
             return None
-        self._send_off(plan)
-        return plan
+        return self._send_off(plan)
 
     def _plan(
         self,
@@ -296,11 +295,12 @@ class Scheduler:
         transfers = self.blocks.tiers.take_transfers()
         return self._streaming.name_blocks(plan.build(transfers.to_host, transfers.from_host))
 
-    def _send_off(self, plan: StepPlan) -> None:
-        """Mark the plan as in flight."""
+    def _send_off(self, plan: StepPlan) -> StepPlan:
+        """Mark the plan as in flight. Returns the plan."""
         self._num_in_flight += 1
         self._can_be_followed = plan.can_be_followed
         self._sums.count(plan.num_steps)
+        return plan
 
     # Results ------------------------------------------------------------------------------------------------------
 

@@ -296,6 +296,11 @@ class SequenceGroup:
         return self.max_tokens if self.ends_at_limit else min(self.request.params.min_tokens, self.max_tokens)
 
     @property
+    def may_stop(self) -> bool:
+        """Whether a token may end its sequences before their longest length."""
+        return self.least_tokens < self.max_tokens
+
+    @property
     def needs_prompt_scores(self) -> bool:
         """Whether prompt log-probabilities were asked for and are not complete."""
         if self.request.params.prompt_logprobs is None:

@@ -5,12 +5,13 @@ import itertools
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.policies.growth import BLOCKS_EACH, FIRST_GUESS, HORIZON, Stops, num_blocks_left_free, peak_tokens
 from jpaged.host.scheduler import Scheduler
-from jpaged.request import Request, SamplingParams
+from jpaged.host.sequence import SequenceGroup
+from jpaged.request import FinishReason, Request, SamplingParams
 from tests.support.fake_device import FakeDevice
 
 EOS = 2
@@ -178,3 +179,97 @@ def test_requests_that_may_stop_are_preempted_less_often():
         run(device)
         num_preemptions.append(device.scheduler.stats().num_preemptions)
     assert 2 * num_preemptions[1] <= num_preemptions[0]
+
+
+# The estimate of lengths ----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from(["step", "abort waiting", "abort running", "fail waiting"]), max_size=40))
+@settings(max_examples=25)
+def test_only_stops_shorten_the_lengths_that_are_expected(events):
+    device = make_device(60, eos=(EOS,))
+    scheduler = device.scheduler
+    for i in range(40):
+        limits = {"max_tokens": 80, "ignore_eos": i % 5 == 0, "min_tokens": i % 3}
+        add(device, str(i), 10 + i % 3, **limits)
+    groups = list(scheduler.roster.groups)
+    for event in events:
+        stops, expected = num_stopped(groups), scheduler.growth.tokens_left
+        queue = scheduler.line.running if event == "abort running" else scheduler.line.waiting
+        if event == "step":
+            run(device, 3)
+        elif queue:
+            reason = FinishReason.ERROR if event == "fail waiting" else FinishReason.ABORT
+            scheduler.abort(queue[-1].request.request_id, reason)
+            assert scheduler.growth.tokens_left == expected
+        assert scheduler.growth.num_drawn == sum(
+            seq.num_outputs for group in groups for seq in group.sequences if not group.ends_at_limit
+        )
+        assert num_stopped(groups) > stops or scheduler.growth.tokens_left >= expected
+
+
+def num_stopped(groups: list[SequenceGroup]) -> int:
+    return sum(seq.finish_reason is FinishReason.STOP for group in groups for seq in group.sequences)
+
+
+# Priorities and pins --------------------------------------------------------------------------------------------------
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(4, 150), st.integers(1, 200), st.booleans(), st.integers(1, 3)),
+    min_size=3,
+    max_size=8,
+)
+"""Priority, tokens of the prompt, most tokens drawn, whether the prompt begins as others do, samples."""
+
+
+@given(REQUESTS, st.integers(60, 100))
+@settings(max_examples=15)
+def test_a_group_preempts_others_only_if_it_can_start_then(requests, num_blocks):
+    device = make_device(num_blocks, eos=(EOS,))
+    scheduler, preemption = device.scheduler, device.scheduler._preemption
+    yield_to_first = preemption.yield_to_first
+
+    def checked(profile) -> None:
+        num_preemptions = preemption.num_preemptions
+        yield_to_first(profile)
+        assert preemption.num_preemptions == num_preemptions or scheduler._admission.can_admit_first()
+
+    preemption.yield_to_first = checked
+    for i, (priority, prompt_len, max_tokens, is_shared, n) in enumerate(requests):
+        max_tokens = min(max_tokens, (num_blocks * 4 - prompt_len) // n - 8)
+        if max_tokens > 0:
+            sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=i % 2 == 0, n=n)
+            prompt = [3 + (7 if is_shared else 31 + i) * j % 90 for j in range(prompt_len)]
+            scheduler.add(Request(str(i), None, prompt, sampling, 0, priority=priority))
+        run(device, 4)
+    run(device, 150)
+
+
+@pytest.mark.parametrize("high_prompt", [150, 170, 190])
+def test_a_group_that_would_outgrow_the_pool_with_its_prompt_preempts_nothing(high_prompt):
+    device = make_device(100)
+    add(device, "low", 90, max_tokens=200, ignore_eos=True, priority=1)
+    run(device, 9)
+    add(device, "first", 160, max_tokens=190, ignore_eos=True)
+    run(device, 9)
+    add(device, "high", high_prompt, max_tokens=80, ignore_eos=True)
+    num_running = run(device, 60)
+    assert num_running == [2] * 60
+    assert device.scheduler.stats().num_preemptions == 0
+
+
+@pytest.mark.parametrize("has_low", [False, True])
+def test_pins_count_beside_groups_of_lower_priority_too(has_low):
+    """Of 100 blocks, 50 are pinned: "first" grows to 25, and "high" to 30."""
+    device = make_device(100)
+    scheduler = device.scheduler
+    scheduler.pin(Request("pin", None, [5] * 200, SamplingParams(max_tokens=1), 0))
+    run(device)
+    add(device, "first", 40, max_tokens=60, ignore_eos=True)
+    run(device, 2)
+    if has_low:
+        add(device, "low", 4, max_tokens=30, ignore_eos=True, priority=1)
+        run(device, 2)
+    add(device, "high", 60, max_tokens=60, ignore_eos=True)
+    assert run(device, 4)[-1] == 1 + has_low
+    assert scheduler.stats().num_preemptions == 0

@@ -71,6 +71,8 @@ class BlockTier:
 
     def num_freed_by(self, tables: Iterable[Sequence[int]], *, but: Set[int] = frozenset()) -> int:
         """Count the blocks that only these block tables hold, without those in ``but``."""
+        if not but and self.num_holders == len(self.blocks) - len(self.free):
+            return sum(map(len, tables))  # no block is shared
         holders = Counter(block for table in tables for block in table)
         return sum(self.ref_counts[block] == count for block, count in holders.items() if block not in but)
 
