@@ -1,4 +1,4 @@
-"""What threads of the device half bring about while an engine serves."""
+"""Changes that threads of the device half make while an engine serves."""
 
 import logging
 from collections.abc import Set
