@@ -36,6 +36,7 @@ class Target:
         halfway_from: tokens from which there is a program about halfway between two powers of two; None for no such.
         warms_up: whether programs are compiled before the first request.
         keeps_programs: whether compiled programs are kept between runs.
+        tunes_programs: whether the compiler times kernels on the device, and keeps the fastest.
         pool_bytes: bytes of the block pool at most; None leaves that to ``memory_fraction``.
         host_pool_bytes: bytes of the host pool at most.
         addresses_host_memory: whether devices read and write pinned memory of the host at its own addresses.
@@ -54,6 +55,7 @@ class Target:
     halfway_from: int | None = 64
     warms_up: bool = True
     keeps_programs: bool = True
+    tunes_programs: bool = False
     pool_bytes: int | None = None
     host_pool_bytes: int = 4 * GIB
     addresses_host_memory: bool = False
@@ -119,7 +121,7 @@ TARGETS = {
             pool_bytes=GIB,
             streamed_dtypes=("auto", "int8"),  # XLA copies a pool of fp8 to write to it
         ),
-        Target(platform="gpu", compiler_options=_GPU_OPTIONS, addresses_host_memory=True),
+        Target(platform="gpu", compiler_options=_GPU_OPTIONS, addresses_host_memory=True, tunes_programs=True),
         Target(platform="tpu", calls_back=False, streamed_dtypes=("auto",)),
     )
 }

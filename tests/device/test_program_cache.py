@@ -109,6 +109,16 @@ def test_what_jax_has_loaded_itself_is_not_saved_again(root):
     assert outputs == ["True True\n", "False True\n"]
 
 
+def test_jax_keeps_nothing_that_one_thread_compiles_without_it(root):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    with program_cache.unkept_by_jax():
+        jax.jit(lambda x: 3 * x).lower(jnp.ones(3)).compile()
+        assert stored_in(root) == []
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(double).result()
+    assert stored_in(root) != []
+
+
 def test_whatever_changes_is_another_cache(root, monkeypatch):
     program_cache_for("model", (1, 2)).save((), double())
     assert program_cache_for("model", (1, 2)).load(()) is not None

@@ -290,6 +290,49 @@ def test_kept_programs_that_cannot_be_read_leave_no_claim_behind(caplog, monkeyp
     assert store.get(KEYS[0]) == f"program {KEYS[0]}"
 
 
+class NotedPrograms(ProgramCache):
+    """Notes which programs are to be kept, and has none."""
+
+    def __init__(self):
+        self.saved = []
+
+    def has(self, key):
+        return False
+
+    def save(self, key, program):
+        self.saved.append(key)
+
+
+@pytest.mark.parametrize("is_tuned", [False, True])
+def test_programs_tuned_beside_steps_are_not_kept(is_tuned):
+    compiler, kept, (first, second) = StubCompiler(), NotedPrograms(), KEYS[:2]
+    compiler.hold(second)
+    store = compiler.store()
+    background = Background(store, SIZES, kept, 1, is_tuned=is_tuned)
+    background.start(compiler)
+    assert compiler.begun[second].wait(TIMEOUT_S)
+    store.get(first)  # as a step does
+    compiler.allowed[second].set()
+    assert background.wait(TIMEOUT_S)
+    assert kept.saved == [key for key in KEYS if key != second or not is_tuned]
+
+
+def test_a_program_that_fails_once_is_made_after_the_others(caplog):
+    class Flaky(StubCompiler):
+        def compile(self, key):
+            if self.num_compiled[key]:
+                self.fails.clear()
+            return super().compile(key)
+
+    compiler = Flaky(fails=KEYS[:1])
+    background = Background(compiler.store(), SIZES, None, 1)
+    background.start(compiler)
+    assert background.wait(TIMEOUT_S)
+    assert background.pending == frozenset()
+    assert compiler.lowered == [*KEYS, KEYS[0]]
+    assert not caplog.records
+
+
 def test_a_background_that_is_not_started_makes_no_progress():
     background = Background(StubCompiler().store(), SIZES)
     assert background.progress is None

@@ -8,14 +8,16 @@ written.
 
 import hashlib
 import logging
+import math
 import os
 import pickle
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
@@ -23,6 +25,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax._src import config as jax_config  # the only settings of JAX's own cache for one thread
 from jax.experimental import serialize_executable
 
 log = logging.getLogger(__name__)
@@ -130,6 +133,16 @@ def compile_program(
     _this_thread.is_hit = False
     program = lowered.compile(compiler_options=compiler_options)
     return program, not _this_thread.is_hit
+
+
+@contextmanager
+def unkept_by_jax() -> Iterator[None]:
+    """Let JAX keep neither the programs that this thread compiles in the block, nor the kernels chosen for them."""
+    with (
+        jax_config.persistent_cache_min_compile_time_secs(math.inf),
+        jax_config.persistent_cache_enable_xla_caches("none"),
+    ):
+        yield
 
 
 def model_identity(model: nnx.Module) -> str | None:

@@ -13,7 +13,7 @@ from jax.stages import Compiled, Lowered
 
 from jpaged.device.step.compiling import Compiling
 from jpaged.device.step.inputs import Bucket
-from jpaged.device.step.program_cache import ProgramCache
+from jpaged.device.step.program_cache import ProgramCache, unkept_by_jax
 from jpaged.interpreter import FROZEN_OBJECTS, SHORT_SWITCHES
 from jpaged.interrupts import InterruptsWait
 from jpaged.progress import Progress, counted
@@ -39,12 +39,14 @@ class ProgramStore:
     Attributes:
         programs: the programs that are there.
         num_loaded: programs that an earlier start had compiled.
+        num_asked: programs that steps have asked for.
         compiling: whether a step waits for a program.
     """
 
     def __init__(self, lower: Callable[[tuple], Lowered], compile_lowered: Callable[[Lowered], tuple[Compiled, bool]]):
         self.programs: dict[tuple, Compiled] = {}
         self.num_loaded = 0
+        self.num_asked = 0
         self.compiling = Compiling()
         self._lower = lower
         self._compile = compile_lowered
@@ -54,6 +56,7 @@ class ProgramStore:
 
     def get(self, key: tuple) -> Compiled:
         """The program of a key, compiled now if it is not there."""
+        self.num_asked += 1
         program = self.programs.get(key)
         if program is None:
             with self.compiling.run(), InterruptsWait():
@@ -98,12 +101,21 @@ class ProgramStore:
         with self.owned(key), self._lowering:
             return self._lower(key)
 
-    def finish(self, key: tuple, lowered: Lowered, kept: ProgramCache | None) -> Compiled:
-        """Compile a program that was claimed and lowered, and keep it for later runs."""
+    def finish(self, key: tuple, lowered: Lowered, kept: ProgramCache | None, *, if_idle: bool = False) -> Compiled:
+        """Compile a program that was claimed and lowered, and keep it for later runs.
+
+        Args:
+            key: the key.
+            lowered: the program, not compiled.
+            kept: programs of earlier runs.
+            if_idle: whether to keep the program only if no step asked for a program meanwhile.
+        """
+        num_asked = self.num_asked
         with self.owned(key):
             program, can_be_saved = self._compile(lowered)
+        is_disturbed = if_idle and self.num_asked != num_asked
         self._put(key, program)
-        if kept is not None and can_be_saved and can_be_kept(key):
+        if kept is not None and can_be_saved and can_be_kept(key) and not is_disturbed:
             kept.save(key, program)
         return program
 
@@ -163,13 +175,16 @@ class ProgramStore:
 class Background:
     """Makes programs in threads of its own while steps run, a size of a step after the other.
 
-    Threads end after the programs that they are making once ``stop`` was called, or once the main thread has ended.
+    Threads end after the programs that they are making once ``stop`` was called, or once the main thread has ended. A
+    program that fails is tried once more, after the others: steps may have taken the memory that its compilation needs.
 
     Args:
         store: takes the programs.
         sizes: the keys of each size of a step, in the order of their need.
         kept: programs of earlier runs.
         num_threads: threads at most; None leaves half of the cores to the steps.
+        is_tuned: whether compiling times kernels on the device. Steps beside it make these times wrong, so that such
+            programs are not kept.
 
     Attributes:
         pending: the sizes whose programs are not all there. A larger size does the work of each.
@@ -181,9 +196,13 @@ class Background:
         sizes: Mapping[Bucket, Sequence[tuple]],
         kept: ProgramCache | None = None,
         num_threads: int | None = None,
+        *,
+        is_tuned: bool = False,
     ) -> None:
         self._store = store
         self._kept = kept
+        self._is_tuned = is_tuned
+        self._failed: set[tuple] = set()  # once
         self._sizes = sizes
         self.pending = frozenset(sizes)
         keys = dict.fromkeys(key for keys in sizes.values() for key in keys)
@@ -238,6 +257,9 @@ class Background:
                 try:
                     make()
                 except Exception as error:
+                    if self._tries_again(key):
+                        log.info("%s was not compiled, and is tried again after the others: %s", _name(key), error)
+                        continue
                     log.warning("%s was not compiled, and a larger size does its work: %s", _name(key), error)
                 with self._lock:
                     self._num_done += 1
@@ -250,6 +272,21 @@ class Background:
                 self._num_running -= 1
             if is_last:
                 SHORT_SWITCHES.leave()
+
+    def _tries_again(self, key: tuple) -> bool:
+        """Queue a program that failed for the first time."""
+        with self._lock:
+            is_first = key not in self._failed
+            if is_first:
+                self._failed.add(key)
+                self._left.insert(0, key)
+            return is_first
+
+    def _finish(self, key: tuple, lowered: Lowered, kept: ProgramCache | None) -> Compiled:
+        if not self._is_tuned or kept is None:
+            return self._store.finish(key, lowered, kept)
+        with unkept_by_jax():
+            return self._store.finish(key, lowered, kept, if_idle=True)
 
     def _begin(self) -> tuple[tuple, Callable[[], object]] | None:
         """Take the next program, and lower it if no earlier run kept it. Returns the rest of the work on it."""
@@ -265,7 +302,7 @@ class Background:
                 with store.owned(key):
                     is_kept = kept is not None and kept.has(key)
                 if kept is not None and is_kept:
-                    return key, lambda: store.load(key, kept) or store.finish(key, store.lower(key), kept)
+                    return key, lambda: store.load(key, kept) or self._finish(key, store.lower(key), kept)
                 lowered = store.lower(key)
             except Exception as error:
                 (failed := Future[Compiled]()).set_exception(error)
@@ -273,7 +310,7 @@ class Background:
             with self._lock:
                 if not self._is_stopped:
                     FROZEN_OBJECTS.freeze()  # or a collection would visit all that tracing left, while steps wait
-            return key, lambda: store.finish(key, lowered, kept)
+            return key, lambda: self._finish(key, lowered, kept)
 
     def _note_ready(self) -> None:
         there = self._store.programs

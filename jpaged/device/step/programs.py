@@ -222,7 +222,7 @@ class Programs:
         later -= {key for bucket in self.buckets if bucket not in sizes for key in self._keys_of(bucket)}
         self.store.make_all([key for key in keys if key not in later], kept, use_tqdm=use_tqdm)
         if later:
-            self.background = Background(self.store, sizes, kept)
+            self.background = Background(self.store, sizes, kept, is_tuned=self.target.tunes_programs)
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
         """The keys of all programs that plain requests need."""
