@@ -247,7 +247,7 @@ class LeadingRunner(ModelRunner):
         mesh: Mesh,
         *,
         channel: Channel,
-        warm_up: bool | None = False,
+        warm_up: bool = False,
         use_tqdm: bool = True,
     ):
         self._channel = channel

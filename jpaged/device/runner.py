@@ -220,7 +220,7 @@ class ModelRunner:
         return self.programs.buckets
 
     def warm_up(self, *, few: bool = False, use_tqdm: bool = True) -> None:
-        """Compile the programs that plain requests need, or those of a few sizes of steps (``Programs.warm_up``)."""
+        """Compile the programs that plain requests need, of all sizes of steps or of a few (``Programs.warm_up``)."""
         self.programs.warm_up(with_host_pool=self.num_host_blocks > 0, few=few, use_tqdm=use_tqdm)
 
     # A step -------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Target:
         max_inter_token_ms: milliseconds that a step with decodes should take at most; None is no bound.
         least_rows: rows of the smallest program for decodes; see also ``least_rows_of``.
         halfway_from: tokens from which there is a program about halfway between two powers of two; None for no such.
-        warms_up: whether programs are compiled before the first request.
+        warms_up: whether an engine begins with the programs of a few sizes, and compiles the others while it serves.
         keeps_programs: whether compiled programs are kept between runs.
         tunes_programs: whether the compiler times kernels on the device, and keeps the fastest.
         pool_bytes: bytes of the block pool at most; None leaves that to ``memory_fraction``.
