@@ -235,8 +235,10 @@ class ModelRunner:
         The call waits for no step. It waits for copies between the pools when too many are in flight. It compiles
         programs that are needed for the first time. Steps run in the order of these calls.
         """
-        timing = None if self.host_pool is None else self._times.start(len(self.programs))
-        results = self.start(self._packer.pack(plan, self.programs.usable_buckets()))
+        buckets, timing = self.programs.usable_buckets(), None
+        if self.host_pool is not None:
+            timing = self._times.start(len(self.programs), has_all_sizes=len(buckets) == len(self.buckets))
+        results = self.start(self._packer.pack(plan, buckets))
         for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()
         return StepInFlight(plan, results, timing)
