@@ -12,6 +12,7 @@ from jpaged.contract.profile import Observations
 from jpaged.device.processes import LeadingRunner
 from jpaged.device.profiler import keep_profile
 from jpaged.device.runner import ModelRunner, StepInFlight
+from jpaged.engine.changes import Changes
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.outputs import Outputs, StepOutput
 from jpaged.engine.prompts import Prompt, PromptReader, pair_up
@@ -90,10 +91,10 @@ class Engine:
                 *end_token_ids(tokenizer, runner.model_config.vocab_size),
             ),
             max_burst=min(config.max_burst or runner.max_burst, runner.max_burst),
-            step_sizes=[(size.num_tokens, size.num_rows) for size in runner.buckets if not size.is_decode],
             preemption=config.preemption,
             profile=runner.profile,
         )
+        self._changes = Changes(runner, self.scheduler)
         inter_token_ms = config.max_inter_token_ms or runner.max_inter_token_ms
         self.scheduler.max_step_s = math.inf if inter_token_ms is None else inter_token_ms / 1e3
         self.sampling_defaults = dict(sampling_defaults or {})
@@ -253,6 +254,7 @@ class Engine:
         with InterruptsWait() as interrupts:
             if self.outputs.unread:  # an error left them
                 self.outputs.read()
+            self._changes.note()
             if self.scheduler.has_unfinished:
                 try:
                     if not self._in_flight:

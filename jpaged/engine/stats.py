@@ -136,6 +136,10 @@ class EngineStats:
         "programs that are still to be compiled while larger sizes of steps do their work",
         lambda of: 0 if (now := of.programs.background.progress) is None else now.of - now.done,
     )
+    num_sizes_missing: int = _gauge(
+        "sizes of steps whose programs are not there, since they are still to be compiled or failed",
+        lambda of: len(of.programs.background.pending),
+    )
     num_output_tokens: int = _counter(
         "tokens drawn; a beam search counts one for each live beam and step", lambda of: of.num_output_tokens
     )

@@ -49,7 +49,7 @@ class Scheduler:
         max_model_len: tokens of prompt and output that a sequence may reach.
         eos_token_ids: the model's end-of-sequence ids.
         max_burst: steps of one multi-step decode at most, which only runs while no group can be admitted.
-        step_sizes: tokens and rows of the compiled steps that take prompts; empty if steps are not padded.
+        step_sizes: tokens and rows of the compiled steps that take prompts, which may change; empty without padding.
         preemption: "swap", "recompute", or "auto": the cheaper by ``profile``. A full host pool always means recompute.
         profile: rates of this machine; None until they are measured: "auto" swaps then, and a restore transfers all.
     """

@@ -41,6 +41,7 @@ def wait_until(is_true):
 def test_all_pieces_are_pinned_and_returned(driver):
     memory = PinnedMemory(10 * UNIT, UNIT, GPU)
     memory.wait()
+    assert memory.failure() is None
     assert memory.piece_bytes == 4 * UNIT
     pieces = [memory.address + at for at in (0, 4 * UNIT, 8 * UNIT)]
     assert names(driver, "cuMemHostRegister_v2") == pieces
@@ -60,6 +61,7 @@ def test_a_driver_that_refuses_is_told_to_the_thread_that_waits(driver, monkeypa
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"122,880 bytes could not be pinned: .*out of memory; lower num_host"):
             memory.wait()
+    assert "could not be pinned" in str(memory.failure())
 
 
 def test_memory_that_is_dropped_while_it_is_pinned_is_returned_without_a_wait(driver, monkeypatch):

@@ -217,6 +217,8 @@ def test_steps_do_the_work_with_larger_sizes_until_theirs_are_there(half_warm):
     early = tokens()
     assert {key for key in runner.programs.store.programs if key[0] == "forward"} == first
     stats = engine.stats()
+    assert stats.num_sizes_missing == len(runner.buckets) - 2
+    assert engine.scheduler.step_sizes == ((8, 2),)
     assert stats.num_programs_to_compile == runner.programs.background.progress.of > 0
     go_on.set()
     runner.programs.background.wait()
@@ -224,6 +226,8 @@ def test_steps_do_the_work_with_larger_sizes_until_theirs_are_there(half_warm):
     assert num_programs == len(runner.programs.all_keys()) == stats.num_programs + stats.num_programs_to_compile
     assert runner.programs.usable_buckets() == runner.buckets
     assert tokens() == early
+    assert engine.scheduler.step_sizes == tuple((b.num_tokens, b.num_rows) for b in runner.buckets if not b.is_decode)
+    assert engine.stats().num_sizes_missing == 0
     assert (engine.stats().num_programs, engine.stats().num_programs_to_compile) == (num_programs, 0)
 
 

@@ -836,3 +836,36 @@ def test_tokens_and_logprobs_equal_hugging_face(case, block_size):
     assert [output.outputs[0].token_ids for output in again] == [output.outputs[0].token_ids for output in outputs]
     assert llm.stats().prefix_hit_tokens >= 64
     assert llm.stats().num_used_blocks == 0
+
+
+class UnpinnableMemory:
+    """Host memory that the driver refuses to pin."""
+
+    is_staged = False
+
+    def wait(self):
+        raise self.failure()
+
+    def failure(self):
+        return RuntimeError("it could not be pinned")
+
+    def forget(self):
+        pass
+
+
+def test_host_memory_that_cannot_be_pinned_costs_recomputation_and_no_request(monkeypatch, caplog):
+    host_pool = engine_runner().host_pool
+    monkeypatch.setattr(host_pool, "_memory", UnpinnableMemory())
+    monkeypatch.setattr(host_pool, "_is_there", False)
+    results = []
+    for num_blocks in (NUM_BLOCKS, 13):
+        engine = tiny_engine(num_blocks=num_blocks, preemption="swap")
+        for i in range(4):
+            prompt, search = list(range(i, 2 * i + 6)), {"use_beam_search": True, "n": 2, "temperature": 0}
+            add(engine, str(i), prompt, max_tokens=14, ignore_eos=True, early_stopping="never", **search)
+        results.append({name: [o.token_ids for o in output.outputs] for name, output in run(engine).items()})
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert (stats.num_swaps_in, stats.num_host_blocks) == (0, 0)
+    assert results[0] == results[1]
+    assert [record.levelname for record in caplog.records if "could not be pinned" in record.message] == ["ERROR"] * 2

@@ -147,6 +147,9 @@ class DmaSlots:
     def wait(self) -> None:
         self._slots.block_until_ready()
 
+    def failure(self) -> None:
+        return None
+
     def _empty(self) -> Any:
         return jax.device_put(np.zeros(self._shape.shape, self._shape.dtype), self._shape.sharding)
 

@@ -115,6 +115,10 @@ class HostMemory(Protocol):
         """
         ...
 
+    def failure(self) -> BaseException | None:
+        """The error for which the memory cannot be had; None while it may come. Does not wait."""
+        ...
+
 
 class StagedMemory:
     """Slots in ordinary host memory, one array for each device; JAX copies blocks through staging arrays.
@@ -162,6 +166,9 @@ class StagedMemory:
 
     def wait(self) -> None:
         pass  # it is ready at once
+
+    def failure(self) -> None:
+        return None
 
     def _settle(self, least: int) -> None:
         """Write blocks that left into their slots: the first ``least`` batches, and those after them that are ready."""
@@ -276,6 +283,10 @@ class PinnedSlots:
         for part in self.parts.values():
             part.memory.wait()
 
+    def failure(self) -> BaseException | None:
+        failures = (part.memory.failure() for part in self.parts.values())
+        return next((error for error in failures if error is not None), None)
+
     def _start(self, program: Callable[..., Array], arrays: KVCache | Array, copies: Sequence[BlockCopy]) -> Copying:
         timed = self.announce(copies)
         self.latest = Copying(program(arrays), timed)
@@ -383,6 +394,9 @@ class PlainMemory:
 
     def wait(self) -> None:
         pass  # it is ready at once
+
+    def failure(self) -> None:
+        return None
 
 
 def memory_for(target: Target, *, is_streamed: bool = False) -> Callable[[jax.ShapeDtypeStruct, Program], HostMemory]:

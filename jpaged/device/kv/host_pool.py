@@ -74,7 +74,7 @@ class HostPool:
 
     Attributes:
         bytes_to_host, bytes_from_host: copied since the start, over all devices.
-        stalled_s: seconds in which a step waited for copies.
+        stalled_s: seconds in which a step waited for copies, or for the host's memory.
     """
 
     def __init__(
@@ -105,8 +105,10 @@ class HostPool:
             The cache, which may already hold the first of many arrivals.
         """
         if not self._is_there:
+            started = time.perf_counter()
             with self._waiting():
                 self.wait()
+            self.stalled_s += time.perf_counter() - started
         self.poll()
         self._store(cache, [BlockCopy(copy.src, copy.dst + _NUM_SCRATCH) for copy in to_host])
         cache = self._request(cache, [BlockCopy(copy.src + _NUM_SCRATCH, copy.dst) for copy in from_host])
@@ -134,6 +136,10 @@ class HostPool:
         """
         self._memory.wait()
         self._is_there = True
+
+    def failure(self) -> BaseException | None:
+        """The error for which the host's memory cannot be had; None while it may come. Does not wait."""
+        return None if self._is_there else self._memory.failure()
 
     def poll(self, *, has_waited: bool = False) -> None:
         """Release the copies that are over, without waiting, and note their times.

@@ -89,6 +89,9 @@ class NarrowSlots:
     def wait(self) -> None:
         self._pinned.wait()
 
+    def failure(self) -> BaseException | None:
+        return self._pinned.failure()
+
 
 def _fill(
     parts: dict[int, Part], shape: jax.ShapeDtypeStruct, token: Int[Array, " 1"]

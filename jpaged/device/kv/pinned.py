@@ -64,6 +64,10 @@ class PinnedMemory:
         """
         self._pinned.result()
 
+    def failure(self) -> BaseException | None:
+        """The error for which the memory was not pinned; None if it is, or is being pinned."""
+        return self._pinned.exception() if self._pinned.done() else None
+
 
 def why_no_pinned_memory() -> str | None:
     """The reason why this process cannot pin memory for its GPUs; None if it can."""

@@ -29,7 +29,7 @@ from jpaged.host.blocks.stats import BlockStats, count_blocks
 from jpaged.host.blocks.streaming import StreamedBlocks
 from jpaged.host.blocks.swap import Swap
 from jpaged.host.blocks.ticket import OutOfBlocks, Ticket
-from jpaged.host.blocks.tier import Transfers, TwoTiers
+from jpaged.host.blocks.tier import BlockTier, Transfers, TwoTiers
 from jpaged.host.blocks.windows import WindowedBlocks
 from jpaged.host.offload.placement import KV_ON_DEVICE, Placement
 
@@ -337,6 +337,14 @@ class BlockManager:
     def check_invariants(self) -> None:
         """Assert everything this class promises about its state, at the cost of a walk over all of it. For tests."""
         self.holdings.check_invariants(self.tiers)
+
+
+def drop_host_tier(blocks: BlockManager) -> None:
+    """Use no host tier from now on. Nothing may be stored in it."""
+    host = blocks.tiers.host
+    assert len(host.free) == len(host.blocks)
+    blocks.num_host_blocks = 0
+    blocks.tiers.host = BlockTier(range(0), blocks.block_size)
 
 
 def _check_sizes(num_blocks: int, block_size: int, num_host_blocks: int, num_window_blocks: int) -> None:
