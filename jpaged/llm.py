@@ -56,8 +56,7 @@ class LLM:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer), or a repository of Hugging Face's hub,
             ORG/NAME or ORG/NAME@REVISION; None is the small model in the package.
         tokenizer: the directory or repository of a tokenizer other than the checkpoint's.
-        warm_up: whether to compile every program now, or each when needed. None means when needed on a CPU. Elsewhere,
-            a few are compiled now, and the others while requests are served.
+        warm_up: whether to compile every program now, or each when needed. None compiles a few now; on a CPU, none.
         use_tqdm: whether to show progress while downloading, loading and compiling.
 
     Raises:

@@ -53,12 +53,12 @@ class StepInFlight(NamedTuple):
     Args:
         plan: the plan.
         results: results that the step will have.
-        timing: its circumstances; None without a host pool.
+        timing: its circumstances.
     """
 
     plan: StepPlan
     results: Results
-    timing: Timing | None
+    timing: Timing
 
 
 class StepTimes:
