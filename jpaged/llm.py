@@ -56,7 +56,7 @@ class LLM:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer), or a repository of Hugging Face's hub,
             ORG/NAME or ORG/NAME@REVISION; None is the small model in the package.
         tokenizer: the directory or repository of a tokenizer other than the checkpoint's.
-        warm_up: compile every program now, or each when needed. None: the latter on a CPU, else few now, others later.
+        warm_up: whether to compile every program now, or each when needed. None compiles a few now; on a CPU, none.
         use_tqdm: whether to show progress while downloading, loading and compiling.
 
     Raises:

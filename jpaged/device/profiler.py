@@ -75,15 +75,16 @@ def measure_profile(runner: Measurable) -> MachineProfile:
     """Measure copies both ways, and prefills that write to block 0 at most.
 
     Three steps are timed: one of a single token, one of the largest size with short chunks, and one with long chunks,
-    whose tokens attend to more. Where decodes stream KV, projections and reads of the pool are timed too.
+    whose tokens attend to more. Both fill the largest size, so that neither times padding: smaller sizes may not be
+    compiled yet. Where decodes stream KV, projections and reads of the pool are timed too.
 
     Args:
         runner: has a host pool; no step is in flight.
     """
     assert runner.host_pool is not None
     bucket = runner.buckets[-1]
-    longest = min(runner.max_model_len, bucket.num_tokens)
-    num_long = min(bucket.num_tokens // longest, bucket.num_rows)
+    num_long = min(-(-bucket.num_tokens // runner.max_model_len), bucket.num_rows)
+    longest = min(runner.max_model_len, bucket.num_tokens // num_long)
     num_short = min(SHORT_CHUNKS * num_long, bucket.num_rows)
     shortest = max(num_long * longest // num_short, 1)
     fixed_s = runner.time_prefill(1, 1)

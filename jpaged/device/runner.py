@@ -235,7 +235,7 @@ class ModelRunner:
         The call waits for no step. It waits for copies between the pools when too many are in flight. It compiles
         programs that are needed for the first time. Steps run in the order of these calls.
         """
-        timing = None if self.host_pool is None else self._times.start(len(self.programs))
+        timing = self._times.start(len(self.programs), has_all_sizes=not self.programs.background.pending)
         results = self.start(self._packer.pack(plan, self.programs.usable_buckets()))
         for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()
@@ -257,7 +257,7 @@ class ModelRunner:
         """Wait for the results of a step. Its moves between the pools may still be in flight."""
         plan, num_draws = step.plan, len(step.plan.draws.rows)
         drawn, sampled, candidates, prompt_scores = jax.device_get(step.results)
-        if step.timing is not None and self.host_pool is not None:
+        if self.host_pool is not None:
             self.host_pool.poll()
             self._times.learn(plan, step.timing, len(self.programs))
         if drawn is not None:

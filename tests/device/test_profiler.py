@@ -86,6 +86,19 @@ def test_the_second_start_measures_nothing(root, monkeypatch):
     assert second.profile == first.profile
 
 
+@pytest.mark.parametrize("max_model_len", [5, 9, 10, 16, 40])
+def test_prefills_that_are_timed_fill_the_largest_size(max_model_len, monkeypatch):
+    runner = make_runner(num_host_blocks=8, max_model_len=max_model_len)
+    timed, largest = [], runner.buckets[-1]
+    monkeypatch.setattr(runner, "time_prefill", lambda *chunks: timed.append(chunks) or 1.0 + chunks[0] * chunks[1])
+    runner.measure_profile()
+    assert timed.pop(0) == (1, 1)
+    for num_chunks, length in timed:
+        assert length <= max_model_len
+        assert num_chunks <= largest.num_rows
+        assert largest.num_tokens - num_chunks < num_chunks * length <= largest.num_tokens
+
+
 def test_averages_are_kept_from_time_to_time(root, monkeypatch):
     monkeypatch.setattr(loop, "LEAST_LEARNT", 2)
     runner = make_runner(num_host_blocks=64)

@@ -3,6 +3,8 @@
 Shared memory is an array of bytes here. The code's PTX is executed byte by byte.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -65,6 +67,12 @@ def random_tile(case: Case, stored: str) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     tile = rng.integers(0, 256, (case.kv_tile, case.head_dim), np.uint8).view(STORED[stored])
     return tile, rng.uniform(0.01, 2, case.kv_tile // case.piece).astype(np.float32)
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_only_queries_in_the_type_that_tiles_are_widened_to_are_taken(stored):
+    with pytest.raises(NotImplementedError, match="queries in float16 over a quantised pool: expected bfloat16"):
+        dataclasses.replace(make_case(stored, 64, 16), dtype=jnp.dtype(jnp.float16))
 
 
 @pytest.mark.parametrize("stored", STORED)

@@ -1,4 +1,4 @@
-"""Writes of a step's K and V into a quantised pool on Hopper GPUs, with a Mosaic GPU kernel that rescales blocks.
+"""Writes of K and V into a quantised pool on Hopper GPUs, with a Mosaic GPU kernel that rescales blocks.
 
 XLA writes the tokens and the scales. Few blocks need rescaling, since scales grow seldom. XLA could only copy the
 blocks of all tokens, or loop over some, which makes the host wait for the loop's condition. A thread block of the
@@ -85,7 +85,7 @@ def _rescale(
     *,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> BlockPool:
-    """Multiply the numbers of each token's block, one layer, by the ratio of their head, if it is between 0 and 1."""
+    """Multiply the numbers of each token's block by the ratio of their head in one layer, where it is in (0, 1)."""
     shape = shape_of(pool)
     num_tokens, num_heads = len(blocks), 2 * shape.num_kv_heads
     size = shape.block_size * shape.head_dim

@@ -83,6 +83,10 @@ class Case:
             )
         if self.dtype.itemsize != 2:
             raise NotImplementedError(f"{self.dtype}: the prefill kernel takes bfloat16 and float16")
+        if self.is_quantized and self.dtype != jnp.bfloat16:
+            raise NotImplementedError(
+                f"queries in {self.dtype} over a quantised pool: expected bfloat16, to which the kernel widens tiles"
+            )
         # Copies begin at multiples of 128 bytes, and the last token of an odd number of tokens at an even token.
         if 2 * self.tile_heads * self.slab * self.dtype.itemsize % 128:
             raise NotImplementedError(f"head_dim={self.head_dim} with a group of {self.group}: expected an even group")

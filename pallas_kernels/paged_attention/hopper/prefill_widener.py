@@ -126,8 +126,8 @@ def _place_in_square(square: Square) -> tuple[ir.Value, ir.Value]:
     """The row and the chunk of this thread.
 
     Shared memory serves eight threads at a time. Where a row has four chunks, the eight threads take two rows which
-    differ in their lowest and in their highest bit. Swizzling by these bits parts the chunks of the two rows: the
-    highest parts those of the 8-bit tile, and the lowest, those of the other tile.
+    differ in their lowest and in their highest bit. Swizzles by these bits keep the chunks of the two rows apart. The
+    highest bit does so in the 8-bit tile, and the lowest bit in the other tile.
     """
     lane = _remainder(mgpu.utils.thread_idx(), 32)
     chunk = _remainder(lane, square.chunks)
@@ -138,7 +138,7 @@ def _place_in_square(square: Square) -> tuple[ir.Value, ir.Value]:
 
 
 def _offset(head_dim: int, itemsize: int, row: ir.Value, column: int, within: ir.Value) -> ir.Value:
-    """The offset in a swizzled tile [.., head_dim] of the byte that lies ``within`` bytes after a column of a row."""
+    """The offset in a swizzled tile [.., head_dim] of the byte ``within`` bytes after a column of a row."""
     swizzle, columns = swizzle_of(head_dim, itemsize)
     matrix = arith.muli(_quotient(row, 8), _i32(8 * head_dim * itemsize))
     matrix = arith.addi(matrix, _i32(column // columns * 8 * swizzle))
