@@ -76,7 +76,7 @@ class EngineConfig:
         None,
         optional(number_above(0, MAX_INTER_TOKEN_MS)),
         "most milliseconds that a step with decodes should take: prompts beside them are computed in chunks as short "
-        "as that, by the rates of the device, which are measured where there is a host pool",
+        "as that, by the rates of the device, which are measured where there is a host pool; without one, no effect",
         unset="100 on an accelerator, no bound on a CPU",
     )
     max_model_len: int | None = setting(
@@ -164,8 +164,10 @@ class EngineConfig:
             f"at most {MAX_SLOTS // self.block_size} blocks of {self.block_size} tokens",
         ).check("num_blocks", self.num_blocks)
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.most_rows:
+            by_default = " (the default)" if self.max_num_seqs is None else ""
             raise ValueError(
-                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than max_num_seqs={self.most_rows}: "
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than "
+                f"max_num_seqs={self.most_rows}{by_default}: "
                 "every running sequence needs one token a step; raise the first or lower the second"
             )
         if self.token_budget < self._least_token_budget:

@@ -1,6 +1,6 @@
 """Replays of workloads without a device: a pool under pressure, and the padding of steps.
 
-    python -m bench replay          # some seconds
+    python -m bench replay          # about half a minute
 
 The scheduler and the block manager run as they are, with one step in flight. A step's time is modelled: llama3-8b on
 one H200, fitted to measured steps. Under pressure, works run in 2,048 blocks: with and without expected growth, with
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bench import workloads
+from bench import UsageError, workloads
 from bench.replay.replay import Replay, Setting, replay
 from bench.replay.step_time import H200
 from bench.report import Table, save, start_report
@@ -36,6 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay, print and save."""
+    if args.num_requests < 1:
+        raise UsageError(f"--num-requests {args.num_requests}: expected 1 or more")
     pressure = _under_pressure(args.num_requests)
     print(Table("2,048 blocks", *COLUMNS, first=68).text({title: _cells(row) for title, row in pressure.items()}))
     padding = _padding(args.num_requests)

@@ -98,8 +98,8 @@ cache.
 
 _SERVE = """\
 Serve a model over HTTP, under the names of OpenAI's API: /v1/completions, /v1/chat/completions and more. On an
-accelerator all programs are compiled before the first request, and kept for the next start; meanwhile /health tells
-the progress. On a CPU each is compiled when it is first needed.
+accelerator the programs of a few sizes are compiled before the first request, and the others beside the requests;
+all are kept for the next start, and /health tells the progress. On a CPU each is compiled when it is first needed.
 
 SIGTERM and Ctrl-C take no more requests and let those finish that run; a second one ends them. SIGHUP reads the
 file of keys again. The exit status is 1 if the engine is lost.
