@@ -220,9 +220,10 @@ class _Life:
         await _first(server.llm.drain(0), asyncio.sleep(GRACE_S))
         background = server.llm.engine.runner.programs.background
         is_over = await loop.run_in_executor(None, background.wait, 0.0 if self._stop_now.is_set() else GRACE_S)
-        if not is_over:
-            _log.info("the end does not wait for the programs that are being compiled")
-        self.is_stuck = not is_over or server.llm.health().state not in (HealthState.STOPPED, HealthState.DEAD)
+        has_ended = server.llm.health().state in (HealthState.STOPPED, HealthState.DEAD)
+        if not has_ended:
+            _log.critical("the engine's thread does not end")
+        self.is_stuck = not (is_over and has_ended)
         left_s = 0.0 if self._stop_now.is_set() else max(end - loop.time(), 0.0)
         self.config.timeout_graceful_shutdown = round(left_s + GRACE_S)
 
