@@ -19,6 +19,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.compilation_cache import compilation_cache
 
+from jpaged.interpreter import FROZEN_OBJECTS
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,7 +50,7 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
-MAX_MAPPINGS = 30_000
+MAX_MAPPINGS = 20_000
 """Memory mappings of a worker from which it drops compiled programs; each program has five, and Linux allows 65,530."""
 
 
@@ -57,7 +59,7 @@ def pytest_runtest_teardown(item, nextitem):
     is_last_of_module = nextitem is None or nextitem.path != item.path
     if is_last_of_module and _num_mappings() > MAX_MAPPINGS:
         jax.clear_caches()
-        gc.collect()
+        FROZEN_OBJECTS.collect_and_freeze()  # frozen engines that were dropped have programs too
 
 
 def _num_mappings():
