@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jpaged.config import EngineConfig
-from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
+from jpaged.contract.plan import Chunks, StepPlan
 from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.dma import DmaSlots
@@ -147,8 +147,8 @@ class ModelRunner:
         if config.kv_placement != "device":
             target = self.programs.target
             check_way_to_stream(model_config, config, self.dtype, target, backend, self.num_host_blocks)
-            sizes = self.num_blocks, self.num_host_blocks
-            check_streamed_context(model_config, config, *sizes, self.programs.share_on_host)
+            sizes, programs = (self.num_blocks, self.num_host_blocks), self.programs
+            check_streamed_context(model_config, config, *sizes, programs.share_on_host, programs.layers_at_once)
             self.programs.open_window(self.num_host_blocks)
         self.host_pool = _make_host_pool(self.programs, self.num_host_blocks)
         self.profile: MachineProfile | None = None
@@ -246,8 +246,8 @@ class ModelRunner:
         if step.to_host or step.from_host:
             assert self.host_pool is not None
             self.cache = self.host_pool.start(self.cache, step.to_host, step.from_host)
-        if step.copies:
-            self._copy(step.copies)
+        for src, dst in step.copies:
+            self.cache = self.programs.get(("copy", len(src)))(self.cache, src, dst)
         results = self._compute(step) if step.bucket is not None else Results()
         if step.from_host and self.host_pool is not None:
             self.cache = self.host_pool.finish(self.cache)
@@ -312,8 +312,7 @@ class ModelRunner:
         adjustments = self._adjustments if samples.is_adjusted else None
         hidden, sampled = self._state.hidden, []
         for number in range(step.num_steps):
-            hidden = self._run(step)
-            state = self._state
+            hidden, state = self._run(step), self._state
             args = state.latest, state.columns, state.sample_hidden, samples.inputs, np.int32(number)
             tokens, latest, adjustments = draw(self._weights, *args, adjustments)
             self._state = dataclasses.replace(state, latest=latest)
@@ -329,7 +328,8 @@ class ModelRunner:
 
     def _run(self, step: PackedStep) -> Float[Array, "tokens hidden_size"]:
         """Enqueue the program of a step over the loaded inputs. Returns hidden states, valid until the next pass."""
-        key, streamed = ("forward", step.bucket), ()
+        has_shared = step.has_shared and self.programs.background.has(("shared", step.bucket))
+        key, streamed = ("shared" if has_shared else "forward", step.bucket), ()
         if step.streamed is not None:
             assert self.programs.stream is not None
             key, streamed = ("stream", step.bucket), self.programs.stream.take_inputs()
@@ -380,15 +380,6 @@ class ModelRunner:
             seconds = time.perf_counter() - started
         return seconds
 
-    def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
-        """All block copies of a step; padding copies block 0 onto itself."""
-        for wave in copy_waves(copies):
-            size = min([size for size in self.programs.copy_sizes if size >= len(wave)])
-            src, dst = np.zeros(size, np.int32), np.zeros(size, np.int32)
-            src[: len(wave)] = [copy.src for copy in wave]
-            dst[: len(wave)] = [copy.dst for copy in wave]
-            self.cache = self.programs.get(("copy", size))(self.cache, src, dst)
-
 
 def _make_host_pool(programs: Programs, num_host_blocks: int) -> HostPool | None:
     if not num_host_blocks:
@@ -400,21 +391,6 @@ def _make_host_pool(programs: Programs, num_host_blocks: int) -> HostPool | None
         memory = for_narrow_blocks(memory)
     # A step that waits for a large pool does not hang.
     return HostPool(programs.host_slots(num_host_blocks), memory, programs.get, lambda: programs.compiling.run())
-
-
-def copy_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
-    """Split copies into waves: no block is a source and a destination in one, and each is read before it is written.
-
-    A block may be both: one that was copied and then freed may be the destination of the next copy. Mostly there is
-    one wave.
-    """
-    left, waves = list(copies), []
-    while left:
-        still_read = {copy.src for copy in left}
-        waves.append([copy for copy in left if copy.dst not in still_read])
-        assert waves[-1], f"copies in a circle: {left}"
-        left = [copy for copy in left if copy.dst in still_read]
-    return waves
 
 
 def _cut_scores(parts: list[Scores], num_rows: int) -> TokenScores:

@@ -94,6 +94,7 @@ class Engine:
             preemption=config.preemption,
             profile=runner.profile,
         )
+        self.scheduler.shared_prefix.least_saved = runner.programs.least_shared_tokens
         self._changes = Changes(runner, self.scheduler)
         inter_token_ms = config.max_inter_token_ms or runner.max_inter_token_ms
         self.scheduler.max_step_s = math.inf if inter_token_ms is None else inter_token_ms / 1e3

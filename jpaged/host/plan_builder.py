@@ -1,5 +1,6 @@
 """A StepPlan under construction: chunks, and what their logits are read for."""
 
+import struct
 from collections import defaultdict
 
 import numpy as np
@@ -30,6 +31,7 @@ class PlanBuilder:
         self._decodes = NO_DECODES
         self._positions: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
         self._num_draws: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
+        self._shared_lens: Int32[np.ndarray, " decodes"] | None = None
         self._needs_tokens = False
         self._chunks: list[tuple[int, int, int, int]] = []  # row, sequence, start, length
         self._token_ids: list[int] = []
@@ -47,15 +49,22 @@ class PlanBuilder:
         """Whether the budget allows a chunk of any prompt."""
         return self.budget >= self._unit
 
-    def decode(self, decodes: Decodes, num_draws: Int32[np.ndarray, " decodes"]) -> None:
+    def decode(
+        self,
+        decodes: Decodes,
+        num_draws: Int32[np.ndarray, " decodes"],
+        shared_lens: Int32[np.ndarray, " decodes"] | None = None,
+    ) -> None:
         """Let steady rows feed their newest token and draw; called once, before anything is added.
 
         Args:
             decodes: the rows.
             num_draws: tokens that each draws.
+            shared_lens: as in ``StepPlan``.
         """
         if len(num_draws) == 0:
             return
+        self._shared_lens = shared_lens
         self._decodes, self._num_draws = decodes, num_draws
         self._positions = self._rows.draw(decodes, num_draws)
         self.budget -= len(num_draws)
@@ -113,6 +122,7 @@ class PlanBuilder:
             prompt_scores=tuple(self._prompt_scores),
             beams=tuple([_select(group, chunks) for group, chunks in self._beams.items()]),
             num_steps=int(self._num_draws.max(initial=1)),
+            shared_lens=None if self._chunks else self._shared_lens,
         )
 
     def _build_chunks(self) -> Chunks:
@@ -121,7 +131,8 @@ class PlanBuilder:
         decodes = self._decodes.rows, self._decodes.seq_ids, self._positions - 1, np.ones(num_decodes, np.int32)
         if not self._chunks:
             return Chunks(*decodes, token_ids)
-        token_ids[num_decodes:] = self._token_ids
+        # An assignment of the list would take three times as long.
+        token_ids[num_decodes:] = np.frombuffer(struct.pack(f"={len(self._token_ids)}i", *self._token_ids), np.int32)
         added = np.array(self._chunks, np.int64).T
         columns = zip(decodes, added, strict=True)
         rows, seq_ids, starts, lens = [

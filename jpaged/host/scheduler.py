@@ -24,6 +24,7 @@ from jpaged.host.roster import Roster
 from jpaged.host.rows import NO_DECODES, Decodes, RowTable
 from jpaged.host.search.beam import BeamSearch
 from jpaged.host.sequence import Sequence, SequenceGroup
+from jpaged.host.shared_prefix import SharedPrefix
 from jpaged.host.stats import SchedulerStats, StepSums, read_stats
 from jpaged.host.streaming import Streaming
 from jpaged.host.windows import Windows
@@ -83,6 +84,7 @@ class Scheduler:
         self.line = Line()
         self.pins = Pins(blocks)
         self.rows = RowTable(max_num_seqs, blocks, max_burst)
+        self.shared_prefix = SharedPrefix(blocks, self.rows)
         self.growth = Growth(blocks, self.line, self.rows)
         self._admission = Admission(
             blocks,
@@ -224,11 +226,9 @@ class Scheduler:
             if self.line.running:
                 self._preemption.yield_to_first(self.profile)
         num_preemptions = self._preemption.num_preemptions
-        copies = self._preemption.make_room(self.profile) if self.line.running else []
+        room = self._preemption.make_room(self.profile)
         may_admit = self._preemption.num_preemptions == num_preemptions
-        decodes = self.rows.decodes()
-        feeds = self._preemption.feeds(decodes.rows)
-        plan = self._plan(decodes, np.ones_like(decodes.rows), feeds, copies, may_admit=may_admit)
+        plan = self._plan(room.decodes, np.ones_like(room.decodes.rows), room.feeds, room.copies, may_admit=may_admit)
         return self._send_off(plan)
 
     def schedule_ahead(self) -> StepPlan | None:
@@ -286,7 +286,7 @@ class Scheduler:
                 most_beside=tokens_within(self.profile, self.max_step_s, longest_context(feeds)),
             )
         plan = PlanBuilder(self.rows, budget, copies, self._chunk_unit)
-        plan.decode(decodes, num_draws)
+        plan.decode(decodes, num_draws, self.shared_prefix.lens(decodes))
         if feeds:
             compute_all(plan, feeds, self.outcome)
         if may_admit:

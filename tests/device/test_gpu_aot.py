@@ -1,6 +1,7 @@
 """Steps through the real GPU compiler, for a GPU that is not there: no step copies the pool."""
 
 import math
+from fractions import Fraction
 
 import jax
 import pytest
@@ -38,11 +39,23 @@ def mesh():
     ],
     ids=lambda value: "-".join(value.values()) or "device" if isinstance(value, dict) else value,
 )
-def test_no_step_copies_the_pool(mesh, shapes, settings, bucket):
+def test_no_step_copies_the_pool(mesh, shapes, settings, bucket, monkeypatch):
+    """Both layers of an 8-bit block are streamed at once to decodes, and one after the other to chunks."""
+    monkeypatch.setattr("jpaged.device.kv.layout.MOST_AT_ONCE", Fraction(1, 1 if bucket.is_decode else 2))
     is_streamed = "kv_placement" in settings
     programs = programs_on(mesh, shapes, 20_000, 2048 * is_streamed, **settings)
     pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(programs.abstract_cache()))
     memory = compiled(programs, "stream" if is_streamed else "forward", bucket).memory_analysis()
+    assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
+    assert memory.temp_size_in_bytes < pool_bytes / 4
+
+
+@pytest.mark.parametrize("shapes", ["llama3-8b", "opt-6.7b"])
+def test_no_step_that_reads_shared_tokens_once_copies_the_pool(mesh, shapes):
+    programs = programs_on(mesh, shapes, 20_000, 0)
+    assert programs.least_shared_tokens < math.inf
+    pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(programs.abstract_cache()))
+    memory = compiled(programs, "shared", Bucket(32, 32)).memory_analysis()
     assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
     assert memory.temp_size_in_bytes < pool_bytes / 4
 

@@ -27,6 +27,8 @@ NUM_BLOCKS, NUM_SLOTS = 80, 96
 SLOTS_PER_PIECE = 40
 DIRECTIONS = "to_host", "from_host"
 
+plain_start = PlainCopier.start
+
 
 class LateCopier:
     """Stands for a copy engine: copies start when a test says so, or when a program waits for them."""
@@ -236,6 +238,36 @@ def test_stores_are_over_before_the_next_program_and_loads_when_they_land(runner
     jax.block_until_ready(is_over)
     assert arrival.moving.is_ready()
     np.testing.assert_array_equal(bits(cache)[9], bits(cache)[1])
+
+
+def test_neighbouring_blocks_come_in_one_copy_from_neighbouring_slots_of_one_piece(runner):
+    pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
+    slots = [36, 37, 38, 39, 40, 41, 60]
+    pool._memory.store(cache, [BlockCopy(block, slot) for block, slot in enumerate(slots, 1)])
+    arrival = pool._memory.request(cache, [BlockCopy(slot, 20 + i + (i > 1)) for i, slot in enumerate(slots)])
+    jax.block_until_ready(arrival.moving.token)
+    [copier] = pool.copiers
+    [(_, copies, _)] = copier.waiting
+    assert copies["num_rows"].tolist() == [2, 2, 2, 1], (
+        "a hole among the blocks, the end of a piece, and one among slots"
+    )
+    cache, _ = pool._memory.land(cache, arrival)
+    np.testing.assert_array_equal(bits(cache)[[20, 21, *range(23, 28)]], bits(cache)[1:8])
+
+
+@pytest.mark.parametrize("is_narrow", [False, True])
+def test_the_link_is_measured_by_copies_that_change_no_block(runner, narrow_runner, is_narrow):
+    runner = narrow_runner if is_narrow else runner
+    pool, cache = make_pool("pinned", runner, is_narrow=is_narrow), random_cache(runner, 1)
+    before, nums_of_rows = bits(cache), set()
+    [copier] = pool.copiers
+    with mock.patch.object(PlainCopier, "start", autospec=True) as start:
+        start.side_effect = lambda *args: nums_of_rows.update(args[-1]["num_rows"].tolist()) or plain_start(*args)
+        cache, *links = pool.measure(cache)
+    assert not copier.waiting
+    assert min(link.bytes_per_s for link in links) > 0
+    np.testing.assert_array_equal(bits(cache)[1:], before[1:])
+    assert nums_of_rows == {4, 32}, "neighbours move at once"
 
 
 def test_the_copier_tells_the_time_of_a_transfer(runner):

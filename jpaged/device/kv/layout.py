@@ -16,9 +16,19 @@ from jpaged.models.checkpoint.config import ModelConfig
 from jpaged.models.groups import Grouping, grouped, ungrouped
 from jpaged.models.spec import LayerSpec
 from pallas_kernels import block_pool_shape, is_quantized, kv_scales_shape
+from pallas_kernels.paged_attention import can_read_once
 
 KV_DTYPES = {"fp8": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
 """Types of quantised pools, by the setting ``kv_cache_dtype``."""
+
+ROW_BYTES = 1 << 16
+"""Rows of a strided copy that have so many bytes move at the link's speed: at 53.7 GB/s on an H200.
+
+Rows of 32 KiB moved at 48.6 GB/s there.
+"""
+
+MOST_AT_ONCE = Fraction(1, 8)
+"""Part of the layers that is streamed at once at most, rounded up. A window has space for two such parts."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,22 @@ def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: B
     return PoolLayout(num_layers, num_kv_heads, head_dim, pool_block_size(model, config), stored)
 
 
+def least_shared_tokens(layout: PoolLayout, model: ModelConfig, config: EngineConfig, backend: Backend) -> float:
+    """Tokens that the decodes of a step must save for reading a prefix once that they share; infinite if it never pays.
+
+    Args:
+        layout: the pool.
+        model: its layers: some may read the prefix row by row all the same.
+        config: the engine's settings.
+        backend: knows the least bytes.
+    """
+    may_share = [can_read_once(spec.sliding_window, spec.alibi, layout.dtype) for spec in model.layer_specs]
+    if config.kv_placement != "device" or not any(may_share):
+        return math.inf
+    token_bytes = 2 * layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
+    return backend.least_shared_bytes * backend.num_devices / token_bytes
+
+
 def host_layout(layout: PoolLayout, config: EngineConfig) -> PoolLayout:
     """The layout of blocks in the host pool: that of the device's pool, or of an 8-bit one.
 
@@ -170,6 +196,21 @@ def host_layout(layout: PoolLayout, config: EngineConfig) -> PoolLayout:
 def share_on_host(layout: PoolLayout, config: EngineConfig) -> Fraction:
     """The bytes of a block in the host pool, as a part of those in the device's; arguments of ``host_layout``."""
     return Fraction(host_layout(layout, config).block_bytes, layout.block_bytes)
+
+
+def layers_at_once(layout: PoolLayout, config: EngineConfig, backend: Backend) -> int:
+    """Layers of a block that are best streamed at once: as many as make rows of ``ROW_BYTES``.
+
+    A row of a strided copy holds such neighbouring layers of one block.
+
+    Args:
+        layout, config: as for ``host_layout``.
+        backend: its own copies of blocks, by DMA, join no layers.
+    """
+    if backend.streams_by_dma:
+        return 1
+    wanted = round(ROW_BYTES * layout.num_layers / host_layout(layout, config).block_bytes)
+    return max(min(wanted, math.ceil(MOST_AT_ONCE * layout.num_layers)), 1)
 
 
 def is_narrowed(config: EngineConfig) -> bool:

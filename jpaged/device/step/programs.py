@@ -20,6 +20,8 @@ from jpaged.device.kv.layout import (
     host_layout,
     is_narrowed,
     keeps_activations,
+    layers_at_once,
+    least_shared_tokens,
     pool_layout,
     share_on_host,
 )
@@ -34,7 +36,7 @@ from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.step.adjust import LAYOUT, enter_adjustments
 from jpaged.device.step.compiling import Compiling
 from jpaged.device.step.inputs import Bucket, all_buckets, in_order_of_need
-from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
+from jpaged.device.step.pack import SCORE_ROWS, change_layout, copy_sizes, loaded_size
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.step.program_store import Background, ProgramStore
 from jpaged.device.step.steps import Steps
@@ -65,6 +67,7 @@ class Programs:
     Attributes:
         weights: shapes, types and shardings of the parameters.
         background: makes programs while steps run.
+        least_shared_tokens: tokens that plans with ``shared_lens`` save at least; may be infinite.
     """
 
     def __init__(
@@ -94,13 +97,13 @@ class Programs:
         self.bytes_per_block = self._layout.block_bytes
         self.host_bytes_per_block = self._host_layout.block_bytes
         self.share_on_host = share_on_host(self._layout, config)
+        self.least_shared_tokens = least_shared_tokens(self._layout, model_config, config, backend)
+        self.layers_at_once = layers_at_once(self._layout, config, backend)
         grid = self.target.least_rows_of(model_config), self.target.halfway_from
         self.buckets = all_buckets(config.most_rows, config.token_budget, *grid)
         self.stream: BlockStream | None = None
         self._num_streamable = 0  # blocks on the host
-        most_copies = config.most_rows * len(self.groups)
-        self.copy_sizes = sorted({min(8, most_copies), most_copies})
-        """Sizes of the copying programs: a step copies one block for each row and layer group at most."""
+        self.copy_sizes = copy_sizes(config.most_rows, len(self.groups))
         self.keeps_activations = keeps_activations(model_config, config)
         """Whether blocks hold activations: every step then streams, and computes K and V."""
         fixed = graphdef, tree, mesh, backend, self.grouping, config.block_size, self.keeps_activations
@@ -221,8 +224,7 @@ class Programs:
         later = {key for of_size in sizes.values() for key in of_size}
         later -= {key for bucket in self.buckets if bucket not in sizes for key in self._keys_of(bucket)}
         self.store.make_all([key for key in keys if key not in later], kept, use_tqdm=use_tqdm)
-        if later:
-            self.background = Background(self.store, sizes, kept, is_tuned=self.target.tunes_programs)
+        self.background = Background(self.store, sizes, kept, is_tuned=self.target.tunes_programs)
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
         """The keys of all programs that plain requests need."""
@@ -281,9 +283,10 @@ class Programs:
             case "enter":
                 size = change_layout(len(state.latest)).size
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
-            case "forward":
+            case "forward" | "shared":
                 (bucket,) = sizes
-                return _jit(self._pass_of(bucket), bucket, None, donate=(1, 2)).lower(weights, cache, state)
+                run = partial(self.steps.decode, reads_shared=True) if kind == "shared" else self._pass_of(bucket)
+                return _jit(run, bucket, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
                 assert self.stream is not None
                 (bucket,) = sizes
@@ -374,14 +377,14 @@ def _num_copied_cells(programs: Programs) -> int:
         return 6 * max(PAGES_AT_ONCE)
     window = None if programs.stream is None else programs.stream.window
     # A batch as it arrives, and widened.
-    return 0 if window is None or not window.is_narrow else 2 * window.batches.size
+    return 0 if window is None or not window.is_narrow else window.batches.num_cells + window.batches.size
 
 
 def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
     """The stream of some programs, and the window for so many blocks of the host."""
     num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
-    sizes = num_host_blocks, programs.num_blocks, num_layers
-    window = window_for(*sizes, with_pages=with_pages, share=programs.share_on_host)
+    sizes, most = (num_host_blocks, programs.num_blocks, num_layers), programs.layers_at_once
+    window = window_for(*sizes, with_pages=with_pages, share=programs.share_on_host, layers_at_once=most)
     if programs.streams_by_dma:
         slots = programs.host_slots(num_host_blocks)
         return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)

@@ -61,11 +61,13 @@ def publish(
         blocks = hash_blocks(prefix.digest, token_ids[start * block_size : stop], block_size)
     if holding.starts:
         return _publish_groups(cache, holding, prefix, blocks)
-    for tokens, digest in blocks:
-        known = cache.insert(prefix.link(tokens, digest), holding.blocks[holding.num_published])
+    for (tokens, digest), block in zip(blocks, holding.blocks[start:], strict=False):
+        known = cache.insert(prefix.link(tokens, digest), block)
         if len(tokens) == cache.block_bytes:
-            prefix = holding.prefix = known
+            prefix = known
             holding.num_published += 1
+    if holding.num_published:
+        holding.prefix = prefix
     return holding.blocks[start : holding.num_published]
 
 
@@ -104,6 +106,7 @@ def _publish_again(cache: PrefixCache, holding: Holding, prefix: Prefix) -> None
         return
     start = len(holding.host_blocks)  # the host's tier holds entries of its own
     for link, block in zip(prefix.chain()[start:], holding.blocks[start:], strict=False):
-        entered = cache.prefix_of(block)  # perhaps before the block was full
-        if entered is None or entered.num_last_tokens < link.num_last_tokens:
+        entered = cache.prefix_of(block)
+        # It may have been entered before it was full.
+        if entered is not link and (entered is None or entered.num_last_tokens < link.num_last_tokens):
             cache.insert(link, block)
