@@ -2,7 +2,19 @@
 
 from dataclasses import dataclass
 
-from jpaged.rules import FLAG, Rule, check_all, documented, integer, number_above, one_of, optional, setting
+from jpaged.rules import (
+    FLAG,
+    Rule,
+    Setting,
+    check_all,
+    documented,
+    integer,
+    number,
+    number_above,
+    one_of,
+    optional,
+    setting,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
@@ -35,6 +47,9 @@ class EngineConfig:
     Raises:
         ValueError: a setting out of range, with the value and the range; settings that exclude each other.
     """
+LEAST_INTER_TOKEN_MS = 0.1
+"""No step is shorter: its program takes as long to start."""
+
 
     dtype: str = setting(
         "auto",
@@ -74,9 +89,10 @@ class EngineConfig:
     )
     max_inter_token_ms: float | None = setting(
         None,
-        optional(number_above(0, MAX_INTER_TOKEN_MS)),
+        optional(number(LEAST_INTER_TOKEN_MS, MAX_INTER_TOKEN_MS)),
         "most milliseconds that a step with decodes should take: prompts beside them are computed in chunks as short "
-        "as that, by the rates of the device, which are measured where there is a host pool; without one, no effect",
+        "as that, by the rates of the device, which are measured where there is a host pool and ``preemption`` is "
+        "auto; otherwise, no effect",
         unset="100 on an accelerator, no bound on a CPU",
     )
     max_model_len: int | None = setting(

@@ -1,6 +1,7 @@
 """The engine's loop: adds and aborts requests, and keeps a step in flight."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,8 @@ from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
 from jpaged.request import FinishReason, Request, SamplingParams
+
+log = logging.getLogger(__name__)
 
 LEAST_LEARNT = 64
 """Steps after which a profile is kept for later runs: after 64, 128, 256 and so on."""
@@ -97,6 +100,13 @@ class Engine:
         self._changes = Changes(runner, self.scheduler)
         inter_token_ms = config.max_inter_token_ms or runner.max_inter_token_ms
         self.scheduler.max_step_s = math.inf if inter_token_ms is None else inter_token_ms / 1e3
+        if (profile := runner.profile) is not None and self.scheduler.max_step_s < profile.prefill_fixed_s:
+            log.warning(
+                "max_inter_token_ms=%g is less than the %.3g ms that a step of one token takes here: prompts beside "
+                "decodes are computed in the smallest chunks",
+                inter_token_ms,
+                1e3 * profile.prefill_fixed_s,
+            )
         self.sampling_defaults = dict(sampling_defaults or {})
         self.default_params = SamplingParams(**self.sampling_defaults)
         self.prompts = PromptReader(tokenizer, runner.model_config, self.default_params)
