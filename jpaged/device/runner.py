@@ -235,7 +235,7 @@ class ModelRunner:
         The call waits for no step. It waits for copies between the pools when too many are in flight. It compiles
         programs that are needed for the first time. Steps run in the order of these calls.
         """
-        timing = self._times.start(len(self.programs), has_all_sizes=not self.programs.background.pending)
+        timing = self._times.start(len(self.programs), is_settled=self.programs.background.is_over)
         results = self.start(self._packer.pack(plan, self.programs.usable_buckets()))
         for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()

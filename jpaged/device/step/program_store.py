@@ -181,6 +181,7 @@ class Background:
     Args:
         store: takes the programs.
         sizes: the keys of each size of a step, in the order of their need.
+        options: the keys of programs for steps with options, which come after all sizes.
         kept: programs of earlier runs.
         num_threads: threads at most; None leaves half of the cores to the steps.
         is_tuned: whether compiling times kernels on the device. Steps beside it make these times wrong, so that such
@@ -197,6 +198,7 @@ class Background:
         kept: ProgramCache | None = None,
         num_threads: int | None = None,
         *,
+        options: Sequence[tuple] = (),
         is_tuned: bool = False,
     ) -> None:
         self._store = store
@@ -204,8 +206,9 @@ class Background:
         self._is_tuned = is_tuned
         self._failed: set[tuple] = set()  # once
         self._sizes = sizes
+        self._options = frozenset(options)
         self.pending = frozenset(sizes)
-        keys = dict.fromkeys(key for keys in sizes.values() for key in keys)
+        keys = dict.fromkeys([*(key for keys in sizes.values() for key in keys), *options])
         self._left = [key for key in reversed(keys) if key not in store.programs]
         self._num_keys = len(self._left)
         self._num_done = 0
@@ -250,6 +253,11 @@ class Background:
         """Programs that are done, or have failed; None before the start, and once the threads have ended."""
         return Progress("compiling", self._num_done, self._num_keys) if self._num_running else None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no program is being made, and no size is still to come: all are there, or failed for good."""
+        return self._num_running == 0 and (not self.pending or bool(self._threads))
+
     def _run(self) -> None:
         try:
             while (task := self._begin()) is not None:
@@ -260,7 +268,8 @@ class Background:
                     if self._tries_again(key):
                         log.info("%s was not compiled, and is tried again after the others: %s", _name(key), error)
                         continue
-                    log.warning("%s was not compiled, and a larger size does its work: %s", _name(key), error)
+                    instead = "a request that needs it waits" if key in self._options else "a larger size does its work"
+                    log.warning("%s was not compiled, and %s: %s", _name(key), instead, error)
                 with self._lock:
                     self._num_done += 1
                     self._note_ready()
