@@ -1,6 +1,7 @@
 """The engine's own settings: default, check and help of each."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from jpaged.rules import (
     FLAG,
@@ -24,6 +25,7 @@ OFFLOAD_CACHES = ("auto", "kv", "activations")
 OFFLOAD_DTYPES = ("auto", "int8")
 WEIGHT_PLACEMENTS = ("device", "host")
 GENERATION_CONFIGS = ("auto", "none")
+WARM_UPS = ("auto", "all", "first", "none")
 DEFAULT_NUM_ROWS = 256
 DEFAULT_TOKEN_BUDGET = 2048
 MOST_DEFAULT_ROWS = 1024
@@ -33,10 +35,37 @@ MAX_BATCHED_TOKENS = 1 << 20
 MAX_SLOTS = 2**31 - 1
 """Slots of a pool are numbered in int32."""
 MAX_BURST = 64
+LEAST_INTER_TOKEN_MS = 0.1
+"""No step is shorter: its program takes as long to start."""
+
 MAX_INTER_TOKEN_MS = 1e6
 MAX_HOST_BYTES = 2**63 - 1
 
 _NAME = Rule(str, lambda name: isinstance(name, str) and name != "", "a name from pallas_kernels")
+
+WARM_UP = Setting(
+    one_of(*WARM_UPS),
+    "programs that are compiled before the first request: all, those of every size of a step; first, those of a few "
+    "sizes, and the others in the background; none, each when a step first needs it; or auto, first on an accelerator "
+    "and none on a CPU",
+    name="warm_up",
+    default="auto",
+)
+"""A setting of the start of an engine, which leaves nothing behind in it."""
+
+_WARM_UP_FLAGS = {True: "all", False: "none", None: "auto"}
+
+
+def warm_up_word(value: Any) -> str:
+    """The word for a value of ``warm_up``; True, False and None stand for all, none and auto.
+
+    Raises:
+        ValueError: another value.
+    """
+    if value is None or isinstance(value, bool):
+        return _WARM_UP_FLAGS[value]
+    WARM_UP.rule.check(WARM_UP.name, value)
+    return value
 
 
 @documented
@@ -47,9 +76,6 @@ class EngineConfig:
     Raises:
         ValueError: a setting out of range, with the value and the range; settings that exclude each other.
     """
-LEAST_INTER_TOKEN_MS = 0.1
-"""No step is shorter: its program takes as long to start."""
-
 
     dtype: str = setting(
         "auto",
