@@ -216,28 +216,14 @@ def half_warm(monkeypatch):
     runner.programs.background.wait()
 
 
-def test_requests_with_options_compile_nothing_once_the_background_has_ended(half_warm):
-    runner, go_on = half_warm
-    go_on.set()
-    assert runner.programs.background.wait(TIMEOUT_S)
-    num_programs, engine = len(runner.programs), Engine(runner, runner.config)
-    options = {"logprobs": 2}, {"presence_penalty": 0.5}, {"logit_bias": {1: 2.0}}, {"min_tokens": 2}
-    for number, each in enumerate(options):
-        params = SamplingParams(temperature=0, max_tokens=3, **each)
-        engine.add(engine.make_request(str(number), {"prompt_token_ids": [1, 2, 3]}, params))
-    while engine.has_unfinished:
-        engine.step()
-    assert len(runner.programs) == num_programs
-
-
 def test_steps_do_the_work_with_larger_sizes_until_theirs_are_there(half_warm):
     runner, go_on = half_warm
     engine = Engine(runner, runner.config)
     first = {("forward", Bucket(8, 2)), ("forward", Bucket(2, 2))}
 
-    def tokens():
-        prompt, params = {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-        engine.add(engine.make_request("a", prompt, params))
+    def tokens(**options):
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, **options)
+        engine.add(engine.make_request("a", {"prompt_token_ids": [1, 2, 3]}, params))
         while not (finished := engine.step().finished):
             pass
         return finished[0].outputs[0].token_ids
@@ -255,6 +241,8 @@ def test_steps_do_the_work_with_larger_sizes_until_theirs_are_there(half_warm):
     assert num_programs == len(made) == stats.num_programs + stats.num_programs_to_compile
     assert runner.programs.usable_buckets() == runner.buckets
     assert tokens() == early
+    assert tokens(logprobs=2) == early
+    assert tokens(logit_bias={4: 1e9}) == [4] * 3
     assert engine.scheduler.step_sizes == tuple((b.num_tokens, b.num_rows) for b in runner.buckets if not b.is_decode)
     assert engine.stats().num_sizes_missing == 0
     assert (engine.stats().num_programs, engine.stats().num_programs_to_compile) == (num_programs, 0)
