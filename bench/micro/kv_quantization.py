@@ -270,9 +270,9 @@ class NoStream:
     def __init__(self, window: Window):
         self.window = window
 
-    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> tuple[KVCache, Array]:
+    def start(self, cache: KVCache, layer: int, cells: range, *after: Array) -> tuple[KVCache, Array]:
         """Start no copies."""
-        del layer, first_cell, after
+        del layer, cells, after
         return cache, jnp.zeros(1, jnp.int32)
 
     def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> tuple[KVCache, T]:

@@ -148,8 +148,8 @@ class ModelRunner:
         if config.kv_placement != "device":
             target = self.programs.target
             check_way_to_stream(model_config, config, self.dtype, target, backend, self.num_host_blocks)
-            sizes = self.num_blocks, self.num_host_blocks
-            check_streamed_context(model_config, config, *sizes, self.programs.share_on_host)
+            sizes, programs = (self.num_blocks, self.num_host_blocks), self.programs
+            check_streamed_context(model_config, config, *sizes, programs.share_on_host, programs.layers_at_once)
             self.programs.open_window(self.num_host_blocks)
         self.host_pool = _make_host_pool(self.programs, self.num_host_blocks)
         self.profile: MachineProfile | None = None

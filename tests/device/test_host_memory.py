@@ -238,6 +238,21 @@ def test_stores_are_over_before_the_next_program_and_loads_when_they_land(runner
     np.testing.assert_array_equal(bits(cache)[9], bits(cache)[1])
 
 
+def test_neighbouring_blocks_come_in_one_copy_from_neighbouring_slots_of_one_piece(runner):
+    pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
+    slots = [36, 37, 38, 39, 40, 41, 60]
+    pool._memory.store(cache, [BlockCopy(block, slot) for block, slot in enumerate(slots, 1)])
+    arrival = pool._memory.request(cache, [BlockCopy(slot, 20 + i + (i > 1)) for i, slot in enumerate(slots)])
+    jax.block_until_ready(arrival.moving.token)
+    [copier] = pool.copiers
+    [(_, copies, _)] = copier.waiting
+    assert copies["num_rows"].tolist() == [2, 2, 2, 1], (
+        "a hole among the blocks, the end of a piece, and one among slots"
+    )
+    cache, _ = pool._memory.land(cache, arrival)
+    np.testing.assert_array_equal(bits(cache)[[20, 21, *range(23, 28)]], bits(cache)[1:8])
+
+
 def test_the_copier_tells_the_time_of_a_transfer(runner):
     pool, cache = make_pool("pinned", runner), random_cache(runner, 1)
     cache = pool.finish(pool.start(cache, [BlockCopy(1, 0)], [BlockCopy(0, 9)]))

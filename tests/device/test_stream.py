@@ -18,7 +18,7 @@ from jpaged.contract.plan import BlockCopy, Streamed
 from jpaged.contract.rows import host_cell
 from jpaged.device.backends.xla import XlaBackend
 from jpaged.device.kv.copy_engine import PlainCopier, strided
-from jpaged.device.kv.layout import keeps_activations
+from jpaged.device.kv.layout import PoolLayout, keeps_activations, layers_at_once
 from jpaged.device.kv.pages import PageCapacity
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.sizing import check_way_to_stream
@@ -71,6 +71,24 @@ def shared(dtype=jnp.float32, model_config=MODEL, **settings) -> ModelRunner:
     return runner
 
 
+@cache
+def _made_by_twos(dtype, **settings) -> ModelRunner:
+    with (
+        mock.patch("jpaged.device.kv.layout.ROW_BYTES", 1 << 30),
+        mock.patch("jpaged.device.kv.layout.MOST_AT_ONCE", Fraction(1, 2)),
+    ):
+        return make_streaming(dtype, **settings)
+
+
+def shared_by_twos(dtype=jnp.float32, **settings) -> ModelRunner:
+    """As ``shared``, but layers arrive by twos: the first two of three, and the last one alone."""
+    runner = _made_by_twos(dtype, **settings)
+    assert runner.programs.stream is not None
+    assert runner.programs.stream.window.layers_at_once == 2
+    runner.forget_pool()
+    return runner
+
+
 def shared_with_pages(
     dtype=jnp.float32, model_config=MHA, *, kv_cache_dtype="auto", pool_sizes=(32768, 512)
 ) -> ModelRunner:
@@ -102,15 +120,17 @@ def run(runner: ModelRunner, chunks, streamed=None, to_host=()) -> tuple[list[in
 
 
 @pytest.mark.parametrize(
-    ("dtype", "settings"),
+    ("make", "dtype", "settings"),
     [
-        (jnp.bfloat16, {}),
-        (jnp.float32, {"kv_cache_dtype": "int8"}),
-        (jnp.bfloat16, {"offload_dtype": "int8"}),
-        (jnp.float32, {"offload_dtype": "int8"}),
+        (shared, jnp.bfloat16, {}),
+        (shared_by_twos, jnp.float32, {"kv_cache_dtype": "int8"}),
+        (shared, jnp.bfloat16, {"offload_dtype": "int8"}),
+        (shared_by_twos, jnp.float32, {"offload_dtype": "int8"}),
     ],
 )
-def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_the_device(dtype, settings, monkeypatch):
+def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_the_device(
+    make, dtype, settings, monkeypatch
+):
     """Three rows in one step: all full blocks on the host, some of them, and none. Narrow blocks come in batches."""
     monkeypatch.setattr("jpaged.device.kv.stream.WIDENED_AT_ONCE", 3)
     num_on_host, rows = [5, 2, 0], range(3)
@@ -118,7 +138,7 @@ def test_chunks_and_decodes_over_blocks_on_the_host_equal_those_over_blocks_on_t
     tables = [[first + 6 * row + i for i in range(6)] for row in rows]
     results = []
     for is_streaming in (False, True):
-        runner = shared(dtype, **settings)
+        runner = make(dtype, **settings)
         window = runner.num_window_blocks
         assert window < first
         run(runner, [Chunk(i, PROMPTS[i][:20], 0, 40, tables[i]) for i in rows])
@@ -266,12 +286,16 @@ def test_activations_are_kept_where_they_are_smaller():
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"kv_cache_dtype": "int8"}, {"offload_dtype": "int8", "num_host_blocks": 512}],
+    ("make", "settings"),
+    [
+        (shared, {}),
+        (shared_by_twos, {"kv_cache_dtype": "int8"}),
+        (shared, {"offload_dtype": "int8", "num_host_blocks": 512}),
+    ],
     ids=["kv", "int8", "narrow"],
 )
-def test_a_step_that_streams_allocates_nothing_of_the_pools_size(settings):
-    check_that_nothing_of_the_pools_size_is_allocated(shared(**settings))
+def test_a_step_that_streams_allocates_nothing_of_the_pools_size(make, settings):
+    check_that_nothing_of_the_pools_size_is_allocated(make(**settings))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -311,20 +335,30 @@ def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
     assert window_for(101, 1000, 4, with_pages=False) == Window(51, 4)
     assert window_for(10**6, 1000, 4, with_pages=False) == Window(499, 4)
     assert most_streamed_blocks(Window(50, 4)) == 100
+    # Layers arrive together where the window then has room for as many blocks.
+    by_twos = Window(100, 4, layers_at_once=2)
+    assert window_for(100, 1000, 4, with_pages=False, layers_at_once=2) == by_twos
+    assert most_streamed_blocks(by_twos) == 100
+    assert window_for(499, 1000, 4, with_pages=False, layers_at_once=3) == Window(499, 4, layers_at_once=2)
+    assert window_for(10**6, 1000, 4, with_pages=False, layers_at_once=3) == Window(499, 4)
     # Pages: two cells of K and V for every page, and two parts for those on the host.
     assert window_for(100, 1000, 40, with_pages=True) == Window(60, 40)
     assert window_for(10**6, 1000, 4, with_pages=True) == Window(749, 4)
     assert most_pages(Window(60, 40), 1000) == PageCapacity((60 * 40 - 2 * 940) // 4, 940)
     assert most_pages(Window(2, 4), 1000).num_streamed == 0
+    assert most_pages(Window(60, 40, layers_at_once=3), 1000).num_streamed == (60 * 40 - 2 * 940) // 8
 
 
 @pytest.mark.parametrize("share", [Fraction(132, 256), Fraction(132, 512), Fraction(2052, 4096)])
 @pytest.mark.parametrize("num_layers", [1, 3, 32])
-@given(num_host_blocks=st.integers(1, 5000), num_blocks=st.integers(4, 10**6))
+@given(num_host_blocks=st.integers(1, 5000), num_blocks=st.integers(4, 10**6), most=st.integers(1, 4))
 def test_a_window_for_narrow_blocks_holds_them_as_they_arrive_and_widened(
-    share, num_layers, num_host_blocks, num_blocks
+    share, num_layers, num_host_blocks, num_blocks, most
 ):
-    window = window_for(num_host_blocks, num_blocks, num_layers, with_pages=False, share=share)
+    sizes = num_host_blocks, num_blocks, num_layers
+    window = window_for(*sizes, with_pages=False, share=share, layers_at_once=most)
+    assert 1 <= window.layers_at_once <= most
+    share *= window.layers_at_once
     number, size, num_cells = window.batches
     assert number * (size + 2 * num_cells) <= window.num_cells <= num_layers * (num_blocks - 1) // 2
     assert size * share <= num_cells
@@ -333,6 +367,18 @@ def test_a_window_for_narrow_blocks_holds_them_as_they_arrive_and_widened(
     elif window.num_cells > 10:
         assert number * size > 0.9 * (window.num_cells / (1 + 2 * share)) - 3
     assert size <= 3 * WIDENED_AT_ONCE
+
+
+def test_layers_arrive_together_where_one_of_them_makes_short_rows():
+    def at_once(num_kv_heads: int, dtype: str, num_layers: int = 32, **settings) -> int:
+        layout = PoolLayout(num_layers, num_kv_heads, 128, 16, jnp.dtype(dtype))
+        return layers_at_once(layout, EngineConfig(**settings), XlaBackend("as asked"))
+
+    assert at_once(8, "bfloat16") == 1
+    assert at_once(8, "int8") == 2, "rows as long as those of 16 bits"
+    assert at_once(8, "bfloat16", offload_dtype="int8") == 2
+    assert at_once(1, "int8", num_layers=8) == 1, "two of eight parts are in the window at once"
+    assert at_once(1, "int8", num_layers=28) == 4
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Int64, Integer
 
 from jpaged.device.kv.pinned import call_driver
 
@@ -35,6 +35,24 @@ def strided(*columns: Integer[np.ndarray, " copies"] | int) -> Copies:
     for name, column in zip(STRIDED.names or (), columns, strict=True):
         copies[name] = column
     return copies
+
+
+def runs_of(
+    slots: Integer[np.ndarray, " n"], slots_per_piece: int, is_first: Bool[np.ndarray, " n"]
+) -> tuple[Int64[np.ndarray, " runs"], Int64[np.ndarray, " runs"]]:
+    """Divide slots into runs of neighbours in one piece, each of which one copy moves.
+
+    Args:
+        slots: the slots.
+        slots_per_piece: no copy spans slots of two pieces of so many.
+        is_first: slots that start a run in any case.
+
+    Returns:
+        The index at which each run starts, and its slots.
+    """
+    is_first = is_first | (np.diff(slots, prepend=-2) != 1) | (slots % slots_per_piece == 0)
+    starts = np.flatnonzero(is_first)
+    return starts, np.diff(starts, append=len(slots))
 
 
 class Timed(Protocol):

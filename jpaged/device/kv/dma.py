@@ -213,10 +213,10 @@ class _Arriving:
     named: Int[Array, " most_plus_1"]
     interpret: Any
 
-    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> tuple[KVCache, Any]:
+    def start(self, cache: KVCache, layer: int, cells: range, *after: Array) -> tuple[KVCache, Any]:
         del after  # the pool comes from every earlier reader of the cells
         pool, semaphore = start_layer_tpu(
-            cache.pool, self.slots, self.named, layer, first_cell, interpret=self.interpret
+            cache.pool, self.slots, self.named, layer, cells.start, interpret=self.interpret
         )
         return KVCache(pool), semaphore
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, Int32, Int64
+from jaxtyping import Array, Int, Int32
 
 from jpaged.contract.plan import BlockCopy
-from jpaged.device.kv.copy_engine import Copier, CopyEngine, PlainCopier, Timed, stream_of, strided
+from jpaged.device.kv.copy_engine import Copier, Copies, CopyEngine, PlainCopier, Timed, runs_of, stream_of, strided
 from jpaged.device.kv.pinned import PinnedMemory, pointer_of, why_no_pinned_memory
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.target import Target
@@ -323,8 +323,8 @@ class Part:
 
     def store(self, stream: int | None, arrays: Sequence[Any]) -> None:
         copies, timed = self.moves.popleft()
-        cells, slots, widths = self._places(arrays, [(copy.src, copy.dst) for copy in copies])
-        timed.append(self.copier.start_timed(stream, _STORES, strided(cells, widths, slots, widths, widths, 1)))
+        moved = self._copies(arrays, [(copy.src, copy.dst) for copy in copies], to_host=True)
+        timed.append(self.copier.start_timed(stream, _STORES, moved))
         self.copier.wait(stream, _STORES)
 
     def load(self, stream: int | None, arrays: Sequence[Any]) -> None:
@@ -333,8 +333,8 @@ class Part:
 
     def fill(self, stream: int | None, arrays: Sequence[Any]) -> None:
         copies, timed = self.moves.popleft()
-        cells, slots, widths = self._places(arrays, [(copy.dst, copy.src) for copy in copies])
-        timed.append(self.copier.start_timed(stream, _LOADS, strided(slots, widths, cells, widths, widths, 1)))
+        moved = self._copies(arrays, [(copy.dst, copy.src) for copy in copies], to_host=False)
+        timed.append(self.copier.start_timed(stream, _LOADS, moved))
 
     def land(self, stream: int | None, arrays: Sequence[Any]) -> None:
         if pointer_of(arrays[0]) != self.pool_address:
@@ -344,15 +344,19 @@ class Part:
     def wait_for_loads(self, stream: int | None) -> None:
         self.copier.wait(stream, _LOADS)
 
-    def _places(
-        self, arrays: Sequence[Any], pairs: Sequence[tuple[int, int]]
-    ) -> tuple[Int64[np.ndarray, " pieces"], Int64[np.ndarray, " pieces"], Int64[np.ndarray, " pieces"]]:
-        """The pieces of blocks and slots: addresses in the cache, addresses in the slots, and bytes."""
-        blocks, slots = np.array(pairs, np.int64).reshape(-1, 2, 1).swapaxes(0, 1)
-        widths = np.array([math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays], np.int64)
-        cells = np.array([pointer_of(array) for array in arrays], np.int64) + blocks * widths
-        pieces = self.memory.address + slots * self.slot_bytes + np.cumsum(widths) - widths
-        return cells.reshape(-1), pieces.reshape(-1), np.tile(widths, len(blocks))
+    def _copies(self, arrays: Sequence[Any], pairs: Sequence[tuple[int, int]], *, to_host: bool) -> Copies:
+        """The copies of blocks, each with its slot: one for each array of the cache and run of neighbours."""
+        blocks, slots = np.array(pairs, np.int64).reshape(-1, 2).T
+        is_apart = np.diff(blocks, prepend=-2) != 1
+        starts, lengths = runs_of(slots, self.memory.piece_bytes // self.slot_bytes, is_apart)
+        copies, piece = [], self.memory.address + slots[starts] * self.slot_bytes
+        for array in arrays:
+            width = math.prod(array.shape[1:]) * array.dtype.itemsize
+            ends = (pointer_of(array) + blocks[starts] * width, width), (piece, self.slot_bytes)
+            src, dst = ends if to_host else reversed(ends)
+            copies.append(strided(*src, *dst, width, lengths))
+            piece = piece + width
+        return np.concatenate(copies)
 
 
 _Method = Callable[[Part, int | None, Sequence[Any]], None]

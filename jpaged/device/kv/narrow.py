@@ -36,10 +36,12 @@ def widen(
     return dequantize_blocks(stored, scales, like.dtype)
 
 
-def narrow_in(cells: Float[Array, "cells 1 2 num_kv_heads block_size head_dim"], num_blocks: int) -> NarrowBlocks:
-    """Narrow blocks of one layer that lie side by side in the memory of some cells, from the first byte on."""
-    *heads, block_size, head_dim = cells.shape[1:]
-    shape = (num_blocks, *heads, block_size * head_dim + SCALE_BYTES)
+def narrow_in(
+    cells: Float[Array, "cells 1 2 num_kv_heads block_size head_dim"], num_blocks: int, num_layers: int
+) -> NarrowBlocks:
+    """Narrow blocks of some layers that lie side by side in the memory of some cells, from the first byte on."""
+    *heads, block_size, head_dim = cells.shape[2:]
+    shape = (num_blocks, num_layers, *heads, block_size * head_dim + SCALE_BYTES)
     return lax.bitcast_convert_type(cells, jnp.uint8).reshape(-1)[: math.prod(shape)].reshape(shape)
 
 

@@ -17,6 +17,7 @@ from jpaged.device.kv.layout import (
     host_layout,
     is_narrowed,
     keeps_activations,
+    layers_at_once,
     pool_layout,
     share_on_host,
 )
@@ -202,8 +203,8 @@ def check_pools(model: ModelConfig, config: EngineConfig, dtype: jax.typing.DTyp
     )
     if config.kv_placement != "device":
         check_way_to_stream(model, config, dtype, target, backend, num_host_blocks)
-        share = share_on_host(layout, config)
-        check_streamed_context(model, config, num_blocks, num_host_blocks, share)
+        share, at_once = share_on_host(layout, config), layers_at_once(layout, config, backend)
+        check_streamed_context(model, config, num_blocks, num_host_blocks, share, at_once)
 
 
 def check_way_to_stream(
@@ -247,7 +248,7 @@ def check_way_to_stream(
 
 
 def check_streamed_context(
-    model: ModelConfig, config: EngineConfig, num_blocks: int, num_host_blocks: int, share: Fraction
+    model: ModelConfig, config: EngineConfig, num_blocks: int, num_host_blocks: int, share: Fraction, at_once: int
 ) -> None:
     """Check that both pools together hold the context asked for.
 
@@ -256,13 +257,14 @@ def check_streamed_context(
         config: the engine's settings, with ``kv_placement`` other than "device".
         num_blocks: blocks of the device's pool.
         num_host_blocks: blocks of the host pool.
-        share: as for ``window_for``.
+        share, at_once: ``share`` and ``layers_at_once`` of ``window_for``.
 
     Raises:
         ValueError: no block can be streamed, or ``max_model_len`` is longer than what the pools hold.
     """
     with_pages = keeps_activations(model, config)
-    window = window_for(num_host_blocks, num_blocks, len(model.layer_specs), with_pages=with_pages, share=share)
+    sizes = num_host_blocks, num_blocks, len(model.layer_specs)
+    window = window_for(*sizes, with_pages=with_pages, share=share, layers_at_once=at_once)
     on_host = most_blocks_on_host(window, num_host_blocks, num_blocks, with_pages=with_pages)
     if on_host == 0:
         raise ValueError(

@@ -4,34 +4,34 @@ The window is the first blocks of the pool. A cell of the window holds K and V o
 a pool of one layer does. So attention reads the window and the pool by one block table, in one call.
 
 Cells of even layers and of odd layers lie apart: while one layer attends, the cells of the next are filled (KVPR, arXiv
-2411.17089, overlaps copies and compute in the same way).
+2411.17089, overlaps copies and compute in the same way). Where a layer of a block is small, the same holds for
+neighbouring layers, which arrive together.
+
+Scales of a quantised pool are small, so that one copy brings them for all layers.
 """
 
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.buffer_callback import buffer_callback
-from jaxtyping import Array, Int, Int32, Int64
+from jaxtyping import Array, Float32, Int, Int32, Int64
 
-from jpaged.device.kv.copy_engine import Copier, Copies, stream_of, strided
+from jpaged.device.kv.copy_engine import Copier, Copies, runs_of, stream_of, strided
 from jpaged.device.kv.host_memory import Source
 from jpaged.device.kv.pinned import pointer_of
 from jpaged.device.kv.pool import KVCache
 
 NUM_BUFFERS = 2
 """Parts of the window: one is filled while another is read."""
-
-Token = Int[Array, " 1"]
-"""The result of a callback, by which another one comes later."""
 
 WINDOW_START = 1
 """The first block of the window: block 0 is padding."""
@@ -65,12 +65,14 @@ class Window:
     Args:
         num_blocks: blocks of the window.
         num_layers: layers of the pool.
-        share: part of a cell that a block takes as it arrives.
+        share: part of a cell that a layer of a block takes as it arrives.
+        layers_at_once: neighbouring layers that arrive together, in neighbouring cells for each block.
     """
 
     num_blocks: int
     num_layers: int
     share: Fraction = Fraction(1)
+    layers_at_once: int = 1
 
     @property
     def num_cells(self) -> int:
@@ -86,22 +88,37 @@ class Window:
     def batches(self) -> Batches:
         """The most blocks that a layer streams."""
         if not self.is_narrow:
-            return Batches(1, self.num_cells // NUM_BUFFERS, self.num_cells // NUM_BUFFERS)
-        wanted = max(int(self.num_cells / (1 + NUM_BUFFERS * self.share)) // WIDENED_AT_ONCE, 1)
+            size = self.num_cells // (NUM_BUFFERS * self.layers_at_once)
+            return Batches(1, size, size * self.layers_at_once)
+        wanted = max(int(self.num_cells / (1 + NUM_BUFFERS * self._arriving_share)) // WIDENED_AT_ONCE, 1)
         found = [self._in_batches(number) for number in (max(wanted - 1, 1), wanted)]
         return max(found, key=lambda batches: batches.number * batches.size)
 
     def _in_batches(self, number: int) -> Batches:
         """The largest of so many batches, with a cell for each block beside those in which it arrives."""
-        most, share = self.num_cells // number, self.share
+        most, share = self.num_cells // number, self._arriving_share
         sizes = range(1, most + 1)
         size = bisect_right(sizes, most, key=lambda size: size + NUM_BUFFERS * math.ceil(size * share))
         return Batches(number, size, math.ceil(size * share))
 
     @property
+    def _arriving_share(self) -> Fraction:
+        """The cells that a block takes as it arrives."""
+        return self.share * self.layers_at_once
+
+    @property
     def first(self) -> int:
         """The first cell."""
         return WINDOW_START * self.num_layers
+
+    def arriving_with(self, layer: int) -> range:
+        """The layers that arrive together with this one."""
+        first = layer - layer % self.layers_at_once
+        return range(first, min(first + self.layers_at_once, self.num_layers))
+
+    def buffer_of(self, layer: int) -> int:
+        """The number of the part in which a layer arrives."""
+        return layer // self.layers_at_once % NUM_BUFFERS
 
     def places(self, layer: int, blocks: Int[Array, "..."]) -> Int[Array, "..."]:
         """The blocks of the view that are one layer of these blocks of the pool."""
@@ -113,7 +130,12 @@ class Window:
 
 
 def num_cells_for(num_blocks: int, share: Fraction) -> int:
-    """Cells of a window that holds so many narrow blocks."""
+    """Cells of a window that holds so many narrow blocks.
+
+    Args:
+        num_blocks: the blocks.
+        share: cells that a block takes as it arrives.
+    """
     number = max(num_blocks // WIDENED_AT_ONCE, 1)
     size = -(-num_blocks // number)
     return number * (size + NUM_BUFFERS * math.ceil(size * share))
@@ -127,13 +149,13 @@ class Stream(Protocol):
         """The cells."""
         ...
 
-    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> tuple[KVCache, Any]:
-        """Start to fill the cells of a layer. The first layer comes first.
+    def start(self, cache: KVCache, layer: int, cells: range, *after: Array) -> tuple[KVCache, Any]:
+        """Start to fill the cells of layers that arrive together. The first layers come first.
 
         Args:
             cache: the cache.
-            layer: the layer.
-            first_cell: the first of the neighbouring cells to fill.
+            layer: the first of these layers.
+            cells: the cells for all the blocks that a layer streams at most.
             after: the token of the start before, and an array that depends on every earlier reader of the cells.
 
         Returns:
@@ -142,13 +164,13 @@ class Stream(Protocol):
         ...
 
     def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> tuple[KVCache, T]:
-        """Wait until the cells of a layer are filled.
+        """Wait until the cells of layers that arrive together are filled.
 
         Args:
             cache: the cache.
-            layer: the layer.
+            layer: the first of these layers.
             arrays: arrays that every later reader and writer of the pool takes, and returned for them.
-            after: the token of the layer, then arrays that come first.
+            after: the token of the layers, then arrays that come first.
         """
         ...
 
@@ -199,7 +221,7 @@ class _Load(NamedTuple):
 
 
 class HostStream:
-    """Streams blocks by callbacks, which start the copies; see ``BlockStream`` and ``Stream``.
+    """Streams blocks by callbacks, which start the copies; see ``BlockStream``.
 
     Args:
         window: the cells.
@@ -213,7 +235,7 @@ class HostStream:
         self._copier = copier
         self._loaded: deque[_Load] = deque()
         self._running: _Load | None = None
-        self._addresses: list[int] = []  # of the arrays of the cache
+        self._addresses: list[int] = []  # of the pool and, in a quantised one, of the scales that arrive
 
     def load(self, source: Source, slots: Int32[np.ndarray, " streamed"]) -> None:
         """Name the blocks of the program that is enqueued next, by their slots."""
@@ -223,9 +245,9 @@ class HostStream:
     def take_inputs(self) -> tuple[Array, ...]:
         return ()
 
-    def given(self, *inputs: Array) -> "HostStream":
+    def given(self, *inputs: Array) -> "_Callbacks":
         del inputs
-        return self
+        return _Callbacks(self)
 
     def forget(self) -> None:
         """Drop what was named for programs that did not run, and wait for the copies of one that failed."""
@@ -233,80 +255,131 @@ class HostStream:
         with suppress(RuntimeError):  # of the device
             self._copier.finish()  # no copy may write to a pool that is gone
 
-    # Inside a program ---------------------------------------------------------------------------------------------
-    #
-    # XLA does not know that the cells change: for XLA, these callbacks only read the pool. So whatever reads or writes
-    # the pool after a callback takes the callback's result, and a callback takes the result of every earlier reader.
+    # For callbacks ------------------------------------------------------------------------------------------------
 
-    def start(self, cache: KVCache, layer: int, first_cell: int, *after: Array) -> tuple[KVCache, Token]:
-        leaves = jax.tree.leaves(cache)
-        widths = [_bytes_of_cell(leaf) for leaf in leaves]
+    def start(self, stream: int | None, layer: int, first_cell: int, pool: Any, *scales: Any) -> None:
+        """Start the copies of layers that arrive together.
 
-        def run(context: Any, out: Any, *arrays: Any) -> None:
-            del out
-            pool = arrays[: len(leaves)]
-            if layer == 0:
-                self._running = self._loaded.popleft()
-                self._addresses = [pointer_of(array) for array in pool]
-            self._require_in_place(pool)
-            self._copier.start(stream_of(context), layer % NUM_BUFFERS, self._copies(layer, first_cell, widths))
+        Args:
+            stream: as for ``Copier``.
+            layer: the first of these layers.
+            first_cell: the first cell to fill.
+            pool: the pool.
+            scales: the array for the scales of all layers, if they come with these layers.
+        """
+        if layer == 0:
+            self._running = self._loaded.popleft()
+            self._addresses = [pointer_of(array) for array in (pool, *scales)]
+        self._require_in_place(pool)
+        cell_bytes = _bytes_of_each(pool)
+        copies = [self._copies(layer, first_cell, cell_bytes)]
+        copies += [self._copies_of_scales(cell_bytes, _bytes_of_each(array)) for array in scales]
+        self._copier.start(stream, self.window.buffer_of(layer), np.concatenate(copies))
 
-        return cache, buffer_callback(run, jax.ShapeDtypeStruct((1,), jnp.int32))(*leaves, *after)
+    def wait(self, stream: int | None, layer: int, pool: Any, *scales: Any) -> None:
+        """Let the program go on once the copies are over that ``start`` started. Arguments as for ``start``."""
+        self._require_in_place(pool, *scales)
+        self._copier.wait(stream, self.window.buffer_of(layer))
 
-    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> tuple[KVCache, T]:
-        leaves, (passed, tree) = jax.tree.leaves(cache), jax.tree.flatten(arrays)
-
-        def run(context: Any, out: Any, *arrays: Any) -> None:
-            del out
-            self._require_in_place(arrays[: len(leaves)])
-            self._copier.wait(stream_of(context), layer % NUM_BUFFERS)
-
-        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in passed]
-        aliases = {len(leaves) + i: i for i in range(len(passed))}
-        waited = buffer_callback(run, shapes, input_output_aliases=aliases)(*leaves, *passed, *after)
-        return cache, jax.tree.unflatten(tree, waited)
-
-    def _require_in_place(self, leaves: Sequence[Any]) -> None:
-        """Raise RuntimeError if the program moved the pool: the cells would be elsewhere."""
-        if [pointer_of(leaf) for leaf in leaves] != self._addresses:
+    def _require_in_place(self, *arrays: Any) -> None:
+        """Raise RuntimeError if the program moved the arrays: the copies would be elsewhere."""
+        if [pointer_of(array) for array in arrays] != self._addresses[: len(arrays)]:
             raise RuntimeError(
                 "this version of JAX does not write to a donated pool in place: use kv_placement='device'"
             )
 
-    def _copies(self, layer: int, first_cell: int, widths: Sequence[int]) -> Copies:
-        """The copies of a layer: a slot holds all layers of K and V, then all layers of their scales, if there are any.
+    def _copies(self, layer: int, first_cell: int, cell_bytes: int) -> Copies:
+        """The copies of K and V of layers that arrive together, with the scales that a narrow block has among them."""
+        assert self._running is not None
+        (address, pitch, _), firsts, lengths = self._running
+        window, batches = self.window, self.window.batches
+        layer_bytes = int(cell_bytes * window.share)
+        block_bytes = window.layers_at_once * layer_bytes
+        batch, place = np.divmod(np.cumsum(lengths) - lengths, batches.size)
+        src = address + layer * layer_bytes + firsts * pitch
+        dst = self._addresses[0] + (first_cell + batch * batches.num_cells) * cell_bytes + place * block_bytes
+        return strided(src, pitch, dst, block_bytes, len(window.arriving_with(layer)) * layer_bytes, lengths)
 
-        A slot of a narrow block holds all layers, each with its scales.
+    def _copies_of_scales(self, cell_bytes: int, block_bytes: int) -> Copies:
+        """The copies of the scales of all layers, which lie behind all layers of K and V in a slot.
 
         Args:
-            layer: the layer.
-            first_cell: the first cell to fill.
-            widths: bytes of a cell, in each array of the cache.
+            cell_bytes: bytes of a cell.
+            block_bytes: bytes of a block's scales.
         """
         assert self._running is not None
-        (start, pitch, _), firsts, lengths = self._running
-        batches = self.window.batches
-        batch, place = np.divmod(np.cumsum(lengths) - lengths, batches.size)
-        copies = []
-        for address, cell_bytes in zip(self._addresses, widths, strict=True):
-            width = int(cell_bytes * self.window.share)
-            src = start + layer * width + firsts * pitch
-            dst = address + (first_cell + batch * batches.num_cells) * cell_bytes + place * width
-            copies.append(strided(src, pitch, dst, width, width, lengths))
-            start += self.window.num_layers * width
-        return np.concatenate(copies)
+        (address, pitch, _), firsts, lengths = self._running
+        src = address + self.window.num_layers * cell_bytes + firsts * pitch
+        dst = self._addresses[1] + (np.cumsum(lengths) - lengths) * block_bytes
+        return strided(src, pitch, dst, block_bytes, block_bytes, lengths)
 
 
-def _bytes_of_cell(layers: Any) -> int:
-    """Bytes of one block of an array of the cache as one layer."""
-    return math.prod(layers.shape[1:]) * layers.dtype.itemsize
+class _Callbacks:
+    """The ``Stream`` inside one program, whose callbacks copy. Lives during one trace, which meets layers in order.
+
+    XLA does not know that cells and scales change: for XLA, these callbacks only read the pool. So whatever reads or
+    writes the pool after a callback takes the callback's result, and a callback takes the result of every earlier
+    reader. The scales that arrive pass through every wait, in place, to whatever reads them.
+
+    Args:
+        host: starts the copies, and waits for them.
+    """
+
+    def __init__(self, host: HostStream) -> None:
+        self.window = host.window
+        self._host = host
+        self._cells: dict[int, range] = {}  # by the first of the layers that arrive together
+        self._scales: Float32[Array, "most_streamed num_layers 2 num_kv_heads"] | None = None
+
+    def start(self, cache: KVCache, layer: int, cells: range, *after: Array) -> tuple[KVCache, Int[Array, " 1"]]:
+        host, self._cells[layer] = self._host, cells
+        shapes = [jax.ShapeDtypeStruct((1,), jnp.int32)]
+        if layer == 0 and cache.kv_scales is not None:
+            sizes = len(cells) // self.window.layers_at_once, self.window.num_layers, *cache.kv_scales.shape[2:]
+            shapes.append(jax.ShapeDtypeStruct(sizes, cache.kv_scales.dtype))
+
+        def run(context: Any, out: Any, pool: Any, *others: Any) -> None:
+            del others
+            host.start(stream_of(context), layer, cells.start, pool, *out[1:])
+
+        token, *made = buffer_callback(run, shapes)(cache.pool, *after)
+        if made:
+            [self._scales] = made
+        return cache, token
+
+    def wait[T](self, cache: KVCache, layer: int, arrays: T, *after: Array) -> tuple[KVCache, T]:
+        host, num_scales = self._host, 0 if self._scales is None else 1
+        passed, tree = jax.tree.flatten((self._scales, arrays))
+
+        def run(context: Any, out: Any, pool: Any, *others: Any) -> None:
+            del out
+            host.wait(stream_of(context), layer, pool, *others[:num_scales])
+
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in passed]
+        aliases = {1 + i: i for i in range(len(passed))}
+        waited = buffer_callback(run, shapes, input_output_aliases=aliases)(cache.pool, *passed, *after)
+        self._scales, arrays = jax.tree.unflatten(tree, waited)
+        return self._with_scales(cache, layer), arrays
+
+    def _with_scales(self, cache: KVCache, layer: int) -> KVCache:
+        """Store the scales of layers that have arrived in their cells. Cells that no block fills take any number."""
+        if self._scales is None or cache.kv_scales is None:
+            return cache
+        layers, most = self.window.arriving_with(layer), self.window.layers_at_once
+        scales = self._scales[:, layers.start : layers.stop]
+        scales = jnp.pad(scales, ((0, 0), (0, most - len(layers)), (0, 0), (0, 0))).reshape(-1, 1, *scales.shape[2:])
+        stored = lax.dynamic_update_slice_in_dim(cache.kv_scales, scales, self._cells[layer].start, 0)
+        return replace(cache, kv_scales=stored)
+
+
+def _bytes_of_each(array: Any) -> int:
+    """Bytes of each element of an array's first axis."""
+    return math.prod(array.shape[1:]) * array.dtype.itemsize
 
 
 def _runs(
     slots: Int32[np.ndarray, " streamed"], slots_per_piece: int, batch: int
 ) -> tuple[Int64[np.ndarray, " runs"], Int64[np.ndarray, " runs"]]:
     """Divide slots into runs of neighbours in one piece and in one batch: the first slot of each, and its slots."""
-    is_first = np.arange(len(slots)) % batch == 0
-    is_first[1:] |= (np.diff(slots) != 1) | (slots[1:] % slots_per_piece == 0)
-    starts = np.flatnonzero(is_first)
-    return slots[starts].astype(np.int64), np.diff(starts, append=len(slots))
+    starts, lengths = runs_of(slots, slots_per_piece, np.arange(len(slots)) % batch == 0)
+    return slots[starts].astype(np.int64), lengths

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from jpaged.device.backends import Backend, HeadArrays, Rows
@@ -32,15 +33,25 @@ class StreamingAttend(PagedAttend):
         self._stream = stream
         self._window = stream.window
         self._starts = starts
-        self._cache, self._arriving = stream.start(self._cache, 0, self._first_cell(0), starts)
+        self._cache, self._arriving = stream.start(self._cache, 0, self._arriving_cells(0), starts)
 
     @property
     def cache(self) -> KVCache:
         return self._cache.as_blocks(self._window.num_layers)
 
-    def _first_cell(self, layer: int) -> int:
-        """The first cell that the streamed blocks of a layer fill as they arrive."""
-        return self._window.first + layer % NUM_BUFFERS * most_streamed_blocks(self._window)
+    def _arriving_cells(self, layer: int) -> range:
+        """The cells that the streamed blocks of a layer, and of those that arrive with it, fill as they arrive."""
+        return self._part(layer, self._window.first, self._window.batches.num_cells)
+
+    def _part(self, layer: int, first: int, num_cells: int) -> range:
+        """The cells of a layer's part, for parts of so many cells that lie side by side from the first on."""
+        start = first + self._window.buffer_of(layer) * num_cells
+        return range(start, start + num_cells)
+
+    def _cells_of(self, layer: int, ranks: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """The cells of a layer of streamed blocks, as attention reads them, by the ranks of the blocks."""
+        num_layers = self._window.layers_at_once
+        return self._arriving_cells(layer).start + ranks * num_layers + layer % num_layers
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
         layer, window = spec.layer, self._window
@@ -48,30 +59,33 @@ class StreamingAttend(PagedAttend):
         self._starts, slots = self._receive(layer, q, (self._starts, self._rows.slots))
         self._rows = self._rows._replace(slots=slots)
         tables = self._rows.block_tables
-        cells = self._take_in(layer) + self._starts[:, None] - 1 - tables
+        self._take_in(layer)
+        cells = self._cells_of(layer, self._starts[:, None] - 1 - tables)
         rows = self._rows._replace(
             block_tables=jnp.where(tables < 0, cells, window.places(layer, tables)),
             slots=window.slots(layer, slots, self._cache.block_size),
         )
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
 
-    def _take_in(self, layer: int) -> int:
-        """Make cells hold the blocks of a layer that have arrived, as attention reads them. Returns the first cell."""
-        return self._first_cell(layer)
+    def _take_in(self, layer: int) -> None:
+        """Make cells hold the blocks of a layer that have arrived, as attention reads them."""
 
     def _receive[T](self, layer: int, q: Array, arrays: T) -> T:
-        """Let the blocks of the next layer come, and wait for those of this layer.
+        """Let the next layers' blocks come, and wait for this layer's, unless they came with the layer before.
 
         Args:
             layer: the layer.
             q: depends on all that read the pool before.
             arrays: arrays that every later reader and writer of the pool takes, and returned for them.
         """
-        after = [self._arriving, q]
-        if layer + 1 < self._window.num_layers:
-            # The layer before has read the same cells.
-            first_cell = self._first_cell(layer + 1)
-            self._cache, self._arriving = self._stream.start(self._cache, layer + 1, first_cell, *after)
+        together, after = self._window.arriving_with(layer), [self._arriving, q]
+        if layer > together.start:
+            return lax.optimization_barrier((arrays, q))[0]
+        if (next_layer := together.stop) < self._window.num_layers:
+            # The layers before have read the same cells.
+            self._cache, self._arriving = self._stream.start(
+                self._cache, next_layer, self._arriving_cells(next_layer), *after
+            )
             after.append(self._arriving)
         self._cache, arrays = self._stream.wait(self._cache, layer, arrays, *after)
         return arrays
@@ -106,8 +120,9 @@ class RecomputingAttend(StreamingAttend):
         """Keep the source of the next layer's K and V."""
         self._source = source
 
-    def _first_cell(self, layer: int) -> int:
-        return self._window.first + self._most.num_computed + layer % NUM_BUFFERS * self._most.num_streamed
+    def _arriving_cells(self, layer: int) -> range:
+        num_cells = self._most.num_streamed * self._window.layers_at_once
+        return self._part(layer, self._window.first + self._most.num_computed, num_cells)
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
         layer, window = spec.layer, self._window
@@ -135,7 +150,7 @@ class RecomputingAttend(StreamingAttend):
     def _compute(self, layer: int, source: Source) -> None:
         """Fill the computed cells with K and V of the inputs of all pages, as many at a time as ``PAGES_AT_ONCE``."""
         block_size, (pages, *details, num_pages, _) = self._cache.block_size, self._pages
-        pages = jnp.where(pages < 0, self._first_cell(layer) - 1 - pages, self._window.places(layer, pages))
+        pages = jnp.where(pages < 0, self._cells_of(layer, -1 - pages), self._window.places(layer, pages))
         offsets = jnp.arange(2 * block_size, dtype=jnp.int32)
 
         def compute(first: Int[Array, ""], size: int, number: Int[Array, ""], cache: KVCache) -> KVCache:
@@ -164,7 +179,13 @@ class RecomputingAttend(StreamingAttend):
 
 
 def window_for(
-    num_host_blocks: int, num_blocks: int, num_layers: int, *, with_pages: bool, share: Fraction = Fraction(1)
+    num_host_blocks: int,
+    num_blocks: int,
+    num_layers: int,
+    *,
+    with_pages: bool,
+    share: Fraction = Fraction(1),
+    layers_at_once: int = 1,
 ) -> Window:
     """Size a window so that one step streams all blocks of the host pool, unless that takes too much of the pool.
 
@@ -173,14 +194,20 @@ def window_for(
         num_blocks: blocks of the device's pool, of which a window takes half at most, and three quarters for pages.
         num_layers: layers of a block.
         with_pages: whether blocks hold activations.
-        share: part of a cell that a block takes as it arrives.
+        share: part of a cell that a layer of a block takes as it arrives.
+        layers_at_once: layers that arrive together, or fewer if the window then lacks space for the blocks.
     """
-    num_cells, most = NUM_BUFFERS * num_host_blocks, (num_blocks - 1) // 2
+    most = 3 * (num_blocks - 1) // 4 if with_pages else (num_blocks - 1) // 2
+    num_cells = NUM_BUFFERS * layers_at_once * num_host_blocks
     if with_pages:  # K and V of a page take two cells
-        num_cells, most = (2 + NUM_BUFFERS) * num_host_blocks + 2 * num_blocks, 3 * (num_blocks - 1) // 4
+        num_cells += 2 * (num_host_blocks + num_blocks)
     if share < 1:  # narrow blocks are widened into cells of their own
-        num_cells = num_cells_for(num_host_blocks, share)
-    return Window(min(-(-num_cells // num_layers), most), num_layers, share)
+        num_cells = num_cells_for(num_host_blocks, share * layers_at_once)
+    wanted = -(-num_cells // num_layers)
+    if wanted > most and layers_at_once > 1:
+        sizes, fewer = (num_host_blocks, num_blocks, num_layers), layers_at_once - 1
+        return window_for(*sizes, with_pages=with_pages, share=share, layers_at_once=fewer)
+    return Window(min(wanted, most), num_layers, share, layers_at_once)
 
 
 def most_streamed_blocks(window: Window) -> int:
@@ -197,7 +224,9 @@ def most_blocks_on_host(window: Window, num_host_blocks: int, num_blocks: int, *
 def most_pages(window: Window, num_blocks: int) -> PageCapacity:
     """Most pages of one step: in all blocks of the pool beside the window, and as many on the host as it then holds.
 
-    K and V of a page take two cells. A page on the host takes one cell of each part besides.
+    K and V of a page take two cells. A page on the host takes a cell of each part besides, for each layer that arrives
+    together.
     """
     num_resident = num_blocks - window.num_blocks
-    return PageCapacity(max((window.num_cells - 2 * num_resident) // (2 + NUM_BUFFERS), 0), num_resident)
+    cells_each = 2 + NUM_BUFFERS * window.layers_at_once
+    return PageCapacity(max((window.num_cells - 2 * num_resident) // cells_each, 0), num_resident)

@@ -20,6 +20,7 @@ from jpaged.device.kv.layout import (
     host_layout,
     is_narrowed,
     keeps_activations,
+    layers_at_once,
     pool_layout,
     share_on_host,
 )
@@ -95,6 +96,7 @@ class Programs:
         self.bytes_per_block = self._layout.block_bytes
         self.host_bytes_per_block = self._host_layout.block_bytes
         self.share_on_host = share_on_host(self._layout, config)
+        self.layers_at_once = layers_at_once(self._layout, config, backend)
         grid = self.target.least_rows_of(model_config), self.target.halfway_from
         self.buckets = all_buckets(config.most_rows, config.token_budget, *grid)
         self.stream: BlockStream | None = None
@@ -376,14 +378,14 @@ def _num_copied_cells(programs: Programs) -> int:
         return 6 * max(PAGES_AT_ONCE)
     window = None if programs.stream is None else programs.stream.window
     # A batch as it arrives, and widened.
-    return 0 if window is None or not window.is_narrow else 2 * window.batches.size
+    return 0 if window is None or not window.is_narrow else window.batches.num_cells + window.batches.size
 
 
 def _new_stream(programs: Programs, num_host_blocks: int) -> BlockStream:
     """The stream of some programs, and the window for so many blocks of the host."""
     num_layers, with_pages = len(programs.model_config.layer_specs), programs.keeps_activations
-    sizes = num_host_blocks, programs.num_blocks, num_layers
-    window = window_for(*sizes, with_pages=with_pages, share=programs.share_on_host)
+    sizes, most = (num_host_blocks, programs.num_blocks, num_layers), programs.layers_at_once
+    window = window_for(*sizes, with_pages=with_pages, share=programs.share_on_host, layers_at_once=most)
     if programs.streams_by_dma:
         slots = programs.host_slots(num_host_blocks)
         return DmaStream(window, slots, programs.mesh, is_interpreted=programs.backend.interpret)
