@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -11,8 +12,7 @@ from jpaged.contract.draws import NO_DRAWS, Draws
 from jpaged.contract.rows import NO_CHANGES, NO_INTS, RowChanges
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
+class BlockCopy(NamedTuple):
     """Block ``dst`` becomes a copy of block ``src``, in the pools that the list of copies names."""
 
     src: int

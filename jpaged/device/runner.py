@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jpaged.config import EngineConfig
-from jpaged.contract.plan import BlockCopy, Chunks, StepPlan
+from jpaged.contract.plan import Chunks, StepPlan
 from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.dma import DmaSlots
@@ -247,8 +247,8 @@ class ModelRunner:
         if step.to_host or step.from_host:
             assert self.host_pool is not None
             self.cache = self.host_pool.start(self.cache, step.to_host, step.from_host)
-        if step.copies:
-            self._copy(step.copies)
+        for src, dst in step.copies:
+            self.cache = self.programs.get(("copy", len(src)))(self.cache, src, dst)
         results = self._compute(step) if step.bucket is not None else Results()
         if step.from_host and self.host_pool is not None:
             self.cache = self.host_pool.finish(self.cache)
@@ -381,15 +381,6 @@ class ModelRunner:
             seconds = time.perf_counter() - started
         return seconds
 
-    def _copy(self, copies: tuple[BlockCopy, ...]) -> None:
-        """All block copies of a step; padding copies block 0 onto itself."""
-        for wave in copy_waves(copies):
-            size = min([size for size in self.programs.copy_sizes if size >= len(wave)])
-            src, dst = np.zeros(size, np.int32), np.zeros(size, np.int32)
-            src[: len(wave)] = [copy.src for copy in wave]
-            dst[: len(wave)] = [copy.dst for copy in wave]
-            self.cache = self.programs.get(("copy", size))(self.cache, src, dst)
-
 
 def _make_host_pool(programs: Programs, num_host_blocks: int) -> HostPool | None:
     if not num_host_blocks:
@@ -410,21 +401,6 @@ def _awaited(pool: HostPool | None, programs: Programs, channel: Agreeing | None
     if pool is not None and programs.stream is not None:
         pool.wait()
     return pool
-
-
-def copy_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
-    """Split copies into waves: no block is a source and a destination in one, and each is read before it is written.
-
-    A block may be both: one that was copied and then freed may be the destination of the next copy. Mostly there is
-    one wave.
-    """
-    left, waves = list(copies), []
-    while left:
-        still_read = {copy.src for copy in left}
-        waves.append([copy for copy in left if copy.dst not in still_read])
-        assert waves[-1], f"copies in a circle: {left}"
-        left = [copy for copy in left if copy.dst in still_read]
-    return waves
 
 
 def _cut_scores(parts: list[Scores], num_rows: int) -> TokenScores:

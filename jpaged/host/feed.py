@@ -8,21 +8,22 @@ from jpaged.host.sequence import Sequence, SequenceGroup
 
 
 class Feed(NamedTuple):
-    """A running sequence, and the number of its tokens that should be in the pool after the next iteration."""
+    """A running sequence, and the tokens of it that the next iteration should compute: from ``start`` to ``target``."""
 
     group: SequenceGroup
     seq: Sequence
+    start: int
     target: int
 
     @property
     def num_tokens(self) -> int:
         """Tokens still to compute."""
-        return self.target - self.seq.num_computed
+        return self.target - self.start
 
 
 def longest_context(feeds: list[Feed]) -> int:
     """The most tokens before the next chunk of a prompt."""
-    return max([feed.seq.num_computed for feed in feeds if feed.num_tokens > 1], default=0)
+    return max([feed.start for feed in feeds if feed.num_tokens > 1], default=0)
 
 
 def compute_all(plan: PlanBuilder, feeds: list[Feed], outcome: Outcome) -> None:
@@ -31,7 +32,6 @@ def compute_all(plan: PlanBuilder, feeds: list[Feed], outcome: Outcome) -> None:
         if feed.num_tokens == 1:
             plan.add(feed.group, feed.seq, 1)
     for feed in feeds:
-        start, num_tokens = feed.seq.num_computed, feed.num_tokens
-        if num_tokens > 1 and plan.has_budget:
-            plan.add(feed.group, feed.seq, num_tokens)
-            outcome.publish_planned(feed.seq, start)
+        if feed.num_tokens > 1 and plan.has_budget:
+            plan.add(feed.group, feed.seq, feed.num_tokens)
+            outcome.publish_planned(feed.seq, feed.start)

@@ -111,10 +111,9 @@ class Outcome:
         chunks = plan.chunks
         is_due = ~self._rows.is_steady[chunks.rows] & self._rows.owned(chunks.rows, chunks.seq_ids)
         block_size = self._blocks.block_size
-        for index in np.flatnonzero(is_due).tolist():
-            group, seq = self._rows.member(int(chunks.rows[index]))
-            start = int(chunks.starts[index])
-            stop = start + int(chunks.lens[index])
+        columns = chunks.rows[is_due], chunks.starts[is_due], chunks.stops[is_due]
+        for row, start, stop in zip(*[column.tolist() for column in columns], strict=True):
+            group, seq = self._rows.member(row)
             if stop // block_size > start // block_size:
                 self.publish(seq)
             if stop == group.fork_at:
@@ -261,36 +260,45 @@ class Outcome:
         search = group.beam
         assert search is not None
         outputs, scores = [seq.output_token_ids for seq in live], search.scores
-        is_wrong = bool(np.isnan(candidates.scores).any())
+        is_wrong = math.isnan(candidates.scores[0])  # all of them are NaN, or none
         self.num_output_tokens += 0 if is_wrong else len(live)
         continuations = [] if is_wrong else search.advance(outputs, candidates)
         if is_wrong or not (continuations or search.finished):
             group.error = ErrorCause.NOT_FINITE if is_wrong else ErrorCause.NO_CONTINUATION
             search.give_up(outputs, scores)
-        successors: list[Sequence] = []
-        group.sequences = successors
+        group.sequences = []
         kept = {live[beam.parent].seq_id for beam in continuations}
-        for seq in live:
-            if seq.seq_id not in kept:  # their rows are for the children
-                self._rows.leave(seq)
-                self._blocks.free(seq.seq_id)
-                self._roster.remove_sequence(seq)
+        ended = [seq for seq in live if seq.seq_id not in kept]
         for beam in continuations:
-            parent = live[beam.parent]
+            child = parent = live[beam.parent]
             if parent.seq_id in kept:
                 kept.remove(parent.seq_id)
-                child = parent
-                successors.append(child)
+                group.sequences.append(parent)
             else:
-                child = self._roster.fork_sequence(group, parent)
-                self._blocks.fork(parent.seq_id, child.seq_id)
-                child.state = SequenceState.RUNNING
-                self._rows.enter(group, child)
-                self._rows.hold(child)
+                child = self._fork_beam(group, parent, ended)
             child.token_ids.append(beam.token_id)
             child.cumulative_logprob = beam.cumulative_logprob
+        for seq in ended:
+            self._rows.leave(seq)
+            self._blocks.free(seq.seq_id)
+            self._roster.remove_sequence(seq)
         if not continuations:
             self._end_search(group)
+
+    def _fork_beam(self, group: SequenceGroup, parent: Sequence, ended: list[Sequence]) -> Sequence:
+        """Append a beam that continues another one: one that ended, whose row and shared blocks stay, or a new one."""
+        if ended:
+            child = ended.pop()
+            child.follow(parent)
+            group.sequences.append(child)
+            self._blocks.fork(parent.seq_id, child.seq_id, is_new=False)
+        else:
+            child = self._roster.fork_sequence(group, parent)
+            self._blocks.fork(parent.seq_id, child.seq_id)
+            child.state = SequenceState.RUNNING
+            self._rows.enter(group, child)
+        self._rows.hold(child)
+        return child
 
     def _end_search(self, group: SequenceGroup) -> None:
         """Replace the live sequences of a search by its results."""

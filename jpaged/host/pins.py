@@ -1,7 +1,8 @@
 """Pinned prefixes: prompts whose blocks stay in the pool, and the capacity that they leave to others."""
 
+from jpaged.host.blocks.holdings import common_len
 from jpaged.host.blocks.manager import BlockManager
-from jpaged.host.sequence import SequenceGroup, SequenceState, common_len
+from jpaged.host.sequence import SequenceGroup, SequenceState
 from jpaged.request import Request
 
 

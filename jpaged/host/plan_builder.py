@@ -1,5 +1,6 @@
 """A StepPlan under construction: chunks, and what their logits are read for."""
 
+import struct
 from collections import defaultdict
 
 import numpy as np
@@ -121,7 +122,8 @@ class PlanBuilder:
         decodes = self._decodes.rows, self._decodes.seq_ids, self._positions - 1, np.ones(num_decodes, np.int32)
         if not self._chunks:
             return Chunks(*decodes, token_ids)
-        token_ids[num_decodes:] = self._token_ids
+        # An assignment of the list would take three times as long.
+        token_ids[num_decodes:] = np.frombuffer(struct.pack(f"={len(self._token_ids)}i", *self._token_ids), np.int32)
         added = np.array(self._chunks, np.int64).T
         columns = zip(decodes, added, strict=True)
         rows, seq_ids, starts, lens = [

@@ -1,5 +1,7 @@
 """Preemption: takes blocks from the groups served last, when those before them are short of blocks or rows."""
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Int32
 
@@ -15,10 +17,24 @@ from jpaged.host.offload.split import BlockShape, Load, is_swap_cheaper
 from jpaged.host.outcome import Outcome
 from jpaged.host.policies.order import schedule_order
 from jpaged.host.policies.victim import choose_victim
-from jpaged.host.rows import RowTable
+from jpaged.host.rows import Decodes, RowTable
 from jpaged.host.sequence import SequenceGroup, SequenceState, num_shared_tokens
 from jpaged.host.streaming import Streaming
 from jpaged.host.windows import Windows
+
+
+class Room(NamedTuple):
+    """The sequences that have the blocks for the next plan.
+
+    Args:
+        decodes: steady rows.
+        feeds: tokens that other sequences feed, in schedule order.
+        copies: copies to make before.
+    """
+
+    decodes: Decodes
+    feeds: list[Feed]
+    copies: list[BlockCopy]
 
 
 class Preemption:
@@ -101,13 +117,6 @@ class Preemption:
         is_needed = rows_short > 0 or start.num_short > 0 or not self._admission.has_room_on_host(first)
         return lower if is_needed and start.num_short <= num_blocks else []
 
-    def feeds(self, decodes: Int32[np.ndarray, " decodes"]) -> list[Feed]:
-        """The tokens that each running sequence, which has the blocks, feeds next to ``decodes``: steady rows."""
-        feeds = self._all_feeds()
-        if self._windows.is_used:
-            return self._windows.cut(self._windows.limit(feeds, decodes))
-        return self._streaming.cut(feeds)
-
     def wanted(self, decodes: Int32[np.ndarray, " decodes"]) -> list[Feed]:
         """The tokens that each running sequence should feed next to ``decodes``, in schedule order.
 
@@ -122,22 +131,27 @@ class Preemption:
         if not self._rows.num_restless:
             return []
         groups = sorted(self._rows.restless_groups(), key=schedule_order)
-        return [Feed(group, seq, target) for group in groups for seq, target in group.targets() if not seq.is_steady]
+        return [feed for group in groups for feed in _feeds_of(group)]
 
-    def make_room(self, profile: MachineProfile | None) -> list[BlockCopy]:
+    def make_room(self, profile: MachineProfile | None) -> Room:
         """Give every running sequence the blocks for all its tokens; preempt from the back while blocks are short.
 
         Args:
             profile: as in ``yield_to_first``.
-
-        Returns:
-            The copies to make before.
         """
         self._streaming.move_out(self._line.waiting)
-        decodes = self._rows.decodes().rows
-        copies = self.append(decodes, np.ones_like(decodes), self.wanted(decodes))
-        if copies is not None:
-            return copies
+        decodes = self._rows.decodes()
+        feeds = self.wanted(decodes.rows)
+        copies = self.append(decodes.rows, np.ones_like(decodes.rows), feeds)
+        if copies is None:
+            copies = self._append_in_order(profile)
+            decodes = self._rows.decodes()
+            feeds = self.wanted(decodes.rows)
+        room = self._windows if self._windows.is_used else self._streaming
+        return Room(decodes, room.cut(feeds), copies)
+
+    def _append_in_order(self, profile: MachineProfile | None) -> list[BlockCopy]:
+        """Give one group after the other the blocks that it lacks, and preempt from the back. Returns the copies."""
         self._streaming.move_out((), is_short=True)
         copies, index = [], 0
         while index < len(self._line.running):
@@ -169,8 +183,8 @@ class Preemption:
             self._windows.slide(decodes, feeds)
         growing, num_tokens = rows.missing(decodes, rows.positions[decodes] - 1 + num_draws)
         if feeds:
-            fed = np.array([seq.row for _, seq, _ in feeds], np.int32)
-            more = np.array([target for _, _, target in feeds], np.int32) - rows.capacity[fed]
+            fed = np.array([feed.seq.row for feed in feeds], np.int32)
+            more = np.array([feed.target for feed in feeds], np.int32) - rows.capacity[fed]
             growing = np.concatenate([growing, fed[more > 0]])
             num_tokens = np.concatenate([num_tokens, more[more > 0]])
         if len(growing) == 0:
@@ -181,15 +195,14 @@ class Preemption:
             )
         except OutOfBlocks:
             return None
-        rows.grow(growing, num_tokens)
+        rows.grow(growing, num_tokens, copies)
         return copies
 
     def _append_group(self, group: SequenceGroup) -> list[BlockCopy] | None:
         steady = [seq for seq, _ in group.targets() if seq.is_steady]
         decodes = np.array([seq.row for seq in steady], np.int32)
-        feeds = [Feed(group, seq, target) for seq, target in group.targets() if not seq.is_steady]
         limit = self._windows.limit if self._windows.is_used else self._streaming.limit
-        return self.append(decodes, np.ones_like(decodes), limit(feeds, decodes))
+        return self.append(decodes, np.ones_like(decodes), limit(_feeds_of(group), decodes))
 
     def _drop_swapped_after(self, group: SequenceGroup) -> bool:
         """Drop the swapped group served last, after ``group``, if its host blocks let streamed blocks move out."""
@@ -257,3 +270,8 @@ class Preemption:
         for seq in group.unfinished:
             self._rows.leave(seq)
         return True
+
+
+def _feeds_of(group: SequenceGroup) -> list[Feed]:
+    """The tokens that the sequences of a group feed, without those of steady rows."""
+    return [Feed(group, seq, seq.num_computed, target) for seq, target in group.targets() if not seq.is_steady]

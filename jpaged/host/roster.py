@@ -60,9 +60,8 @@ class Roster:
 
     def fork_sequence(self, group: SequenceGroup, parent: Sequence) -> Sequence:
         """Append and register a sequence that continues the computed tokens of another one."""
-        child = self.new_sequence(group, 0, parent.token_ids[: parent.num_computed])
-        child.hashed = parent.hashed.fork(child.token_ids)
-        child.num_computed = parent.num_computed
+        child = self.new_sequence(group, 0, list(group.request.prompt_token_ids))
+        child.follow(parent)
         self.enter_sequence(group, child)
         return child
 

@@ -9,8 +9,10 @@ from jaxtyping import Bool, Float32, Int32, Int64
 
 from jpaged.contract.adjustments import AdjustmentsBuilder
 from jpaged.contract.layer_groups import LayerGroups
+from jpaged.contract.plan import BlockCopy
 from jpaged.contract.result import TokenScores
 from jpaged.contract.rows import COLUMNS, NO_CHANGES, NO_INTS, RowChanges, pack_row
+from jpaged.host.blocks.holdings import common_len
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.blocks.windows import NEVER
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
@@ -75,9 +77,8 @@ class RowTable:
         self._groups: list[SequenceGroup | None] = [None] * num_rows
         self._seqs: list[Sequence | None] = [None] * num_rows
         self._tables: list[list[int]] = [[] for _ in range(num_rows)]  # live views of the cells of each row
-        self._entered: list[int] = []  # rows with a new owner since the last plan
+        self._entered: dict[int, bytes] = {}  # columns of rows with a new owner since the last plan
         self._changed: dict[int, int] = {}  # first logical block that changed since the last plan, by row
-        self._cells: dict[int, bytes] = {}  # columns of rows with a new owner
         self.num_restless = 0
         """Rows that have an owner and are not steady; written here alone."""
         self._decodes: Decodes | None = None  # as long as they are the same
@@ -123,8 +124,7 @@ class RowTable:
         self._stops[row] = _NO_TOKEN
         if len(group.stop_token_ids) <= MOST_STOPS:
             self._stops[row, : len(group.stop_token_ids)] = list(group.stop_token_ids)
-        self._cells[row] = pack_row(params, seq.seed, seq.prompt_len, is_adjusted=group.is_adjusted)
-        self._entered.append(row)
+        self._entered[row] = pack_row(params, seq.seed, seq.prompt_len, is_adjusted=group.is_adjusted)
         self.num_restless += 1
         seq.rows, seq.row = self, row
 
@@ -136,12 +136,12 @@ class RowTable:
         self.num_restless -= 1
         seq.rows = seq.row = None
         self._groups[row] = self._seqs[row] = None
+        self._tables[row] = []
         self.seq_ids[row] = -1
         self.is_due[row] = False
-        if self._cells.pop(row, None) is not None:
-            self._entered.remove(row)
         if self.is_adjusted[row]:
             self.adjustments.leave(row)
+        self._entered.pop(row, None)
         self._changed.pop(row, None)
         heappush(self._free, row)
 
@@ -196,12 +196,12 @@ class RowTable:
     # Blocks -------------------------------------------------------------------------------------------------------
 
     def hold(self, seq: Sequence) -> None:
-        """Note that a sequence holds blocks it did not hold before: all of them are told to the device."""
+        """Note that a sequence holds other blocks than before: those that differ are told to the device."""
         if (row := seq.row) is not None:
             holding = self._blocks.holdings.held_by(seq.seq_id)
+            self.change_from(row, common_len(self._tables[row], holding.blocks) // len(self._blocks.groups))
             self.capacity[row] = self._blocks.holdings.num_tokens(holding)
             self._tables[row] = holding.blocks
-            self._changed[row] = 0
             if holding.starts:
                 self.next_slide[row] = self._blocks.windows.next_slide(seq.seq_id)
 
@@ -214,15 +214,21 @@ class RowTable:
         short = rows[is_short]
         return short, -(-ends[is_short] // block_size) * block_size - self.capacity[short]
 
-    def grow(self, rows: Int32[np.ndarray, " some"], num_tokens: Int32[np.ndarray, " some"]) -> None:
-        """Note that the block tables of some rows have grown, or have another last block."""
-        changed = self._changed
-        for row, first in zip(rows.tolist(), (self.capacity[rows] // self._blocks.block_size).tolist(), strict=True):
-            changed[row] = min(first, changed.get(row, first))
+    def grow(
+        self, rows: Int32[np.ndarray, " some"], num_tokens: Int32[np.ndarray, " some"], copies: list[BlockCopy]
+    ) -> None:
+        """Note that the blocks of some rows hold more tokens, and that ``copies`` replace last blocks of theirs."""
+        num_groups, copied = len(self._blocks.groups), {copy.dst for copy in copies}
+        num_held = -(-self.capacity[rows] // self._blocks.block_size)
         self.capacity[rows] += num_tokens
+        for row, held in zip(rows.tolist(), num_held.tolist(), strict=True):
+            table = self._tables[row]
+            is_copied = held > 0 and table[(held - 1) * num_groups] in copied
+            if is_copied or len(table) > held * num_groups:
+                self.change_from(row, held - is_copied)
 
     def change_from(self, row: int, first: int) -> None:
-        """Note that blocks of a row have moved to the host, from logical block ``first`` on."""
+        """Note that blocks of a row are others, or on the host, from logical block ``first`` on."""
         self._changed[row] = min(first, self._changed.get(row, first))
 
     @property
@@ -236,10 +242,10 @@ class RowTable:
         if not self._entered and not self._changed:
             return NO_CHANGES
         tables = {row: (first, self._tables[row]) for row, first in self._changed.items()}
-        cells = b"".join([self._cells.pop(row) for row in self._entered])
+        columns = b"".join(self._entered.values())
         changes = RowChanges(
-            np.array(self._entered, np.int32),
-            np.frombuffer(cells, np.int32).reshape(len(self._entered), len(COLUMNS)).T,
+            np.array(list(self._entered), np.int32),
+            np.frombuffer(columns, np.int32).reshape(len(self._entered), len(COLUMNS)).T,
             *_changed_cells(tables, self._blocks.groups),
         )
         self._entered.clear()
@@ -253,12 +259,8 @@ class RowTable:
         if self._decodes is None or self._num_sure <= 0:
             rows = np.flatnonzero(self.is_steady & (self.positions < self.limits)).astype(np.int32)
             self._num_sure = int((self.limits[rows] - self.positions[rows]).min(initial=_TAIL_LEN))
-            self._decodes = Decodes(
-                rows,
-                seq_ids=self.seq_ids[rows],
-                is_adjusted=bool(self.is_adjusted[rows].any()),
-                num_logprobs=self.num_logprobs(rows),
-            )
+            is_adjusted, num_logprobs = bool(self.is_adjusted[rows].any()), self.num_logprobs(rows)
+            self._decodes = Decodes(rows, self.seq_ids[rows], is_adjusted, num_logprobs)
         return self._decodes
 
     def num_draws(self, decodes: Decodes, max_burst: int) -> Int32[np.ndarray, " decodes"]:

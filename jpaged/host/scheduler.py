@@ -224,11 +224,9 @@ class Scheduler:
             if self.line.running:
                 self._preemption.yield_to_first(self.profile)
         num_preemptions = self._preemption.num_preemptions
-        copies = self._preemption.make_room(self.profile) if self.line.running else []
+        room = self._preemption.make_room(self.profile)
         may_admit = self._preemption.num_preemptions == num_preemptions
-        decodes = self.rows.decodes()
-        feeds = self._preemption.feeds(decodes.rows)
-        plan = self._plan(decodes, np.ones_like(decodes.rows), feeds, copies, may_admit=may_admit)
+        plan = self._plan(room.decodes, np.ones_like(room.decodes.rows), room.feeds, room.copies, may_admit=may_admit)
         return self._send_off(plan)
 
     def schedule_ahead(self) -> StepPlan | None:

@@ -9,6 +9,7 @@ from jaxtyping import Int32
 
 from jpaged.contract.result import TokenScores
 from jpaged.host.blocks.hashed_tokens import HashedTokens
+from jpaged.host.blocks.holdings import common_len
 from jpaged.host.search.beam import BeamSearch
 from jpaged.request import FinishReason, Request
 
@@ -105,6 +106,13 @@ class Sequence:
         self._token_ids += token_ids
         self._scores += scores
         self._num_scored += len(token_ids)
+
+    def follow(self, parent: "Sequence") -> None:
+        """Continue the computed tokens of another sequence with the same prompt, instead of its own."""
+        start, stop = self.prompt_len, parent.num_computed
+        self.token_ids[start:] = parent.token_ids[start:stop]
+        self.hashed.follow(parent.hashed, start, stop)
+        self.num_computed = stop
 
     def cut(self, num_outputs: int) -> None:
         """Drop the output tokens behind the first ``num_outputs`` of a sequence that has ended."""
@@ -341,11 +349,3 @@ def num_shared_tokens(sequences: list[Sequence]) -> int:
     """Tokens that all sequences begin with."""
     first, *others = (seq.token_ids for seq in sequences)
     return min((common_len(first, other) for other in others), default=len(first))
-
-
-def common_len(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:
-        return length
-    return next(i for i in range(length) if a[i] != b[i])

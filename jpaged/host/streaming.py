@@ -152,10 +152,9 @@ class Streaming:
         limited = []
         for feed in feeds:
             if feed.group.is_streamed and feed.num_tokens > 1:
-                start = feed.seq.num_computed
                 num_held = self._num_held(feed.seq)
-                room = max(num_held + max(num_free, 0), start // block_size + 1) * block_size
-                stop = end_of_chunk(start, self._max_chunk, block_size)
+                room = max(num_held + max(num_free, 0), feed.start // block_size + 1) * block_size
+                stop = end_of_chunk(feed.start, self._max_chunk, block_size)
                 feed = feed._replace(target=min(feed.target, room, stop))
                 num_free -= max(self._blocks.holdings.num_covering(feed.target) - num_held, 0)
             limited.append(feed)

@@ -40,9 +40,9 @@ class Windows:
         rows = self._rows
         for row in decodes[rows.positions[decodes] > rows.next_slide[decodes]].tolist():
             self._slide(*rows.member(row))
-        for group, seq, _ in feeds:
-            if seq.num_computed >= rows.next_slide[seq.row]:
-                self._slide(group, seq)
+        for feed in feeds:
+            if feed.start >= rows.next_slide[feed.seq.row]:
+                self._slide(feed.group, feed.seq)
 
     def _slide(self, group: SequenceGroup, seq: Sequence) -> None:
         position = seq.num_computed
@@ -68,12 +68,11 @@ class Windows:
         limited = []
         for feed in feeds:
             if feed.num_tokens > 1:
-                start = feed.seq.num_computed
-                stop = min(feed.target, (start + max(budget, 0)) // unit * unit)
-                if stop <= start:
+                stop = min(feed.target, (feed.start + max(budget, 0)) // unit * unit)
+                if stop <= feed.start:
                     continue
                 feed = feed._replace(target=stop)
-                budget -= stop - start
+                budget -= feed.num_tokens
             limited.append(feed)
         return limited
 

@@ -54,6 +54,16 @@ def test_host_times_the_parts_of_a_plan(tmp_path, capsys):
     assert "schedule" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("work", "num_seqs"), [("beams", 8), ("prompts", 3)])
+def test_host_times_searches_and_prompts(work, num_seqs, tmp_path, capsys):
+    options = [f"--num-{work}", str(num_seqs), "--num-plans", "3", "--prompt-len", "20"]
+    assert main(["host", *options, "--out", str(tmp_path), "--commit", "abc"]) == 0
+    report = json.loads((tmp_path / f"host_{num_seqs}_{work}.json").read_text())
+    assert (report["work"], report["num_seqs"], report["max_burst"]) == (work, num_seqs, 1)
+    assert all(us >= 0 for us in report["median_us"].values())
+    assert f"{num_seqs} {work}: update" in capsys.readouterr().out
+
+
 def test_two_commits_alternate_and_each_is_called_by_its_own_command(tmp_path, monkeypatch, capsys):
     commands = []
 

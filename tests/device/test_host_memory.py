@@ -27,6 +27,8 @@ NUM_BLOCKS, NUM_SLOTS = 80, 96
 SLOTS_PER_PIECE = 40
 DIRECTIONS = "to_host", "from_host"
 
+plain_start = PlainCopier.start
+
 
 class LateCopier:
     """Stands for a copy engine: copies start when a test says so, or when a program waits for them."""
@@ -251,6 +253,21 @@ def test_neighbouring_blocks_come_in_one_copy_from_neighbouring_slots_of_one_pie
     )
     cache, _ = pool._memory.land(cache, arrival)
     np.testing.assert_array_equal(bits(cache)[[20, 21, *range(23, 28)]], bits(cache)[1:8])
+
+
+@pytest.mark.parametrize("is_narrow", [False, True])
+def test_the_link_is_measured_by_copies_that_change_no_block(runner, narrow_runner, is_narrow):
+    runner = narrow_runner if is_narrow else runner
+    pool, cache = make_pool("pinned", runner, is_narrow=is_narrow), random_cache(runner, 1)
+    before, nums_of_rows = bits(cache), set()
+    [copier] = pool.copiers
+    with mock.patch.object(PlainCopier, "start", autospec=True) as start:
+        start.side_effect = lambda *args: nums_of_rows.update(args[-1]["num_rows"].tolist()) or plain_start(*args)
+        cache, *links = pool.measure(cache)
+    assert not copier.waiting
+    assert min(link.bytes_per_s for link in links) > 0
+    np.testing.assert_array_equal(bits(cache)[1:], before[1:])
+    assert nums_of_rows == {4, 32}, "neighbours move at once"
 
 
 def test_the_copier_tells_the_time_of_a_transfer(runner):

@@ -15,8 +15,9 @@ from jpaged.contract.plan import BeamSelect, BlockCopy
 from jpaged.device.kv import sizing
 from jpaged.device.kv.host_pool import MOVE_SIZES
 from jpaged.device.kv.sizing import num_blocks_that_fit
-from jpaged.device.runner import ModelRunner, copy_waves
+from jpaged.device.runner import ModelRunner
 from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.pack import copy_waves
 from jpaged.device.step.program_cache import ProgramCache
 from jpaged.device.step.programs import Programs, kept_programs
 from jpaged.device.target import TARGETS

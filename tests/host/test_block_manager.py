@@ -914,11 +914,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
         parent_id = self.pick(data)
         parent = self.sequences[parent_id]
         self.compute(parent_id, parent, len(parent.tokens))
+        others = self.sequences.keys() - {parent_id}
         for tokens in branches:
-            child_id = self.next_id
-            self.next_id += 1
-            self.manager.fork(parent_id, child_id)
+            child_id = data.draw(st.sampled_from([self.next_id, *sorted(others)]))
+            is_new = child_id == self.next_id
+            self.next_id += is_new
+            self.manager.fork(parent_id, child_id, is_new=is_new)
+            ended = self.sequences.get(child_id)
             self.sequences[child_id] = copy.deepcopy(parent)
+            self.released([] if ended is None else ended.table)
             self.append_to(child_id, tokens)
 
     @precondition(lambda self: self.sequences)
@@ -928,7 +932,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if include_partial:
             self.publish(seq_id, self.sequences[seq_id], include_partial)
         self.manager.free(seq_id)
-        table = self.sequences.pop(seq_id).table
+        self.released(self.sequences.pop(seq_id).table)
+
+    def released(self, table: list[int]) -> None:
+        """A sequence gave up its blocks."""
         refs = self.refs()
         for block in reversed(table):
             if refs[block] == 0 and block in self.cache.values():
@@ -947,6 +954,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             lambda: m.append(unknown),
             lambda: m.free(unknown),
             lambda: m.fork(unknown, unknown),
+            lambda: m.fork(unknown, unknown, is_new=False),
             lambda: m.publish(unknown, [], 0),
             lambda: m.swap_out([unknown]),
             lambda: m.swap_in([unknown]),

@@ -42,13 +42,19 @@ def test_each_full_block_is_hashed_once_while_the_tokens_grow():
     assert [len(call.args[1]) for call in made.call_args_list] == [4, 4, 4]
 
 
-def test_a_fork_keeps_the_hashes_of_the_shared_tokens_alone():
+@pytest.mark.parametrize("num_hashed", [0, 4, 12])
+def test_a_sequence_that_follows_another_keeps_the_hashes_of_the_shared_tokens_alone(num_hashed):
     hashed = HashedTokens(list(range(12)), 4, b"salt")
     hashed.full_blocks(12)
+    own = [*range(5), 50, 51, 52, 53, 54, 55, 56]
+    child = HashedTokens(own, 4, b"salt")
+    child.full_blocks(num_hashed)
+    own[5:] = range(5, 9)
+    child.follow(hashed, 5, 9)
+    own += [77, 78, 79]
     other = [*range(9), 77, 78, 79]
-    child = hashed.fork(other[:9])
-    assert child.salt == b"salt"
     assert list(child.blocks(0, 9)) == names_of(other[:9], b"salt", 4)
+    assert list(child.blocks(0, 12)) == names_of(other, b"salt", 4)
     assert list(hashed.blocks(0, 12)) == names_of(list(range(12)), b"salt", 4)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jpaged.contract.result import StepResult, TokenScores
+from jpaged.contract.result import BeamCandidates, StepResult, TokenScores
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
 from jpaged.request import Request, SamplingParams
@@ -40,8 +40,34 @@ def test_a_row_is_entered_once_and_then_told_of_new_blocks_alone():
         changes.append((plan.changes.rows.tolist(), plan.changes.block_indices.tolist()))
         scheduler.update(plan, results_of(plan, 5))
     news = [(rows, indices) for rows, indices in changes if rows or indices]
-    assert news[:2] == [([0], [0]), ([], [0])], "the prompt's last block might have been copied before the first write"
-    assert news[2:] == [([], [1]), ([], [2]), ([], [3])], "a block every four tokens"
+    assert news == [([0], [0]), ([], [1]), ([], [2]), ([], [3])], "a block every four tokens"
+
+
+def test_beams_go_on_in_the_rows_of_others_and_a_row_is_told_of_the_blocks_that_differ_alone():
+    scheduler, device, parents = make_scheduler(rows=2), Rows(), [(0, 0), (0, 1), (0, 1), (0, 1), (1, 1), (1, 0)]
+    group = scheduler.add(request("a", list(range(10)), use_beam_search=True, n=2, temperature=0, max_tokens=12))
+    changes = []
+    for chosen in parents:
+        plan = scheduler.schedule()
+        device.enter(plan)
+        changes.append((plan.changes.rows.tolist(), sorted(plan.changes.block_indices.tolist()), len(plan.copies)))
+        for chunk in device.chunks(plan, BLOCK_SIZE):
+            held = scheduler.blocks.block_table(chunk.seq_id)
+            assert list(chunk.block_table) == held[: len(chunk.block_table)]
+        scheduler.update(plan, StepResult(*NO_DRAWS, beams=(candidates_of(chosen),)))
+    assert changes[:2] == [([0], [0, 1, 2], 0), ([1], [0, 1, 2, 2], 1)], "one of two copies the block that both write"
+    assert changes[2:4] == [([], [], 0), ([], [3, 3], 0)], "each has its own block, and fills it"
+    assert changes[4:] == [([], [], 0), ([], [2, 3, 3], 1)], "the second goes on in the row of the first, which ended"
+    assert [seq.row for seq in group.sequences] == [0, 1]
+
+
+NO_DRAWS = np.zeros(0, np.int32), TokenScores.plain(np.zeros(0, np.float32))
+
+
+def candidates_of(parents: tuple[int, ...]) -> BeamCandidates:
+    """Candidates that let a beam go on for each of these beams, and as many that are not chosen."""
+    both = np.array([*parents, *parents], np.int32)
+    return BeamCandidates(both, np.arange(len(both), dtype=np.int32), -np.arange(len(both), dtype=np.float32))
 
 
 def test_a_row_that_changes_hands_within_a_plan_has_the_blocks_of_the_new_owner():

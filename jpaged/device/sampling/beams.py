@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -70,22 +71,21 @@ def make_beam_inputs(beams: Sequence[BeamSelect], *, first_row: int, num_rows: i
     """
     shape = num_rows, _most_beams(num_candidates_of(beams))
     group_rows, scores = np.full(shape, num_rows, np.int32), np.zeros(shape, np.float32)
-    bias_rows, bias_ids = [], []
     assert all(2 * len(beam.chunks) <= beam.num_candidates for beam in beams), "two for each beam, at least"
-    row = first_row
-    for group, beam in enumerate(beams):
-        rows = range(row, row + len(beam.chunks))
-        group_rows[group, : len(rows)] = rows
-        scores[group, : len(rows)] = beam.scores
-        bias_rows += np.repeat(rows, len(beam.banned_token_ids)).tolist()
-        bias_ids += [*beam.banned_token_ids] * len(rows)
-        row += len(rows)
-    assert row <= num_rows, (row, num_rows)
+    widths = np.array([len(beam.chunks) for beam in beams])
+    ends = np.cumsum(widths)
+    assert first_row + ends[-1] <= num_rows, (first_row, ends[-1], num_rows)
+    index = np.arange(ends[-1], dtype=np.int32)
+    places = np.repeat(np.arange(len(beams)), widths), index - np.repeat(ends - widths, widths)
+    group_rows[places] = first_row + index
+    scores[places] = list(chain.from_iterable([beam.scores for beam in beams]))
+    banned = [beam.banned_token_ids for beam in beams for _ in beam.chunks]
+    bias_ids = np.array(list(chain.from_iterable(banned)), np.int32)
     return BeamInputs(
         group_rows,
         scores,
-        bias_rows=_padded(np.array(bias_rows, np.int32), num_rows),
-        bias_ids=_padded(np.array(bias_ids, np.int32), 0),
+        bias_rows=_padded(np.repeat(first_row + index, list(map(len, banned))), num_rows),
+        bias_ids=_padded(bias_ids, 0),
         bias_values=_padded(np.full(len(bias_ids), -np.inf, np.float32), 0),
     )
 
@@ -166,13 +166,9 @@ def beam_candidates(logits: Float[Array, "rows vocab"], inputs: BeamInputs, *, n
 
 def split_candidates(candidates: Candidates, beams: Sequence[BeamSelect]) -> tuple[BeamCandidates, ...]:
     """Candidates fetched to the host, one result per search with as many as it asked for."""
+    fields = [np.asarray(field) for field in (candidates.beams, candidates.token_ids, candidates.scores)]
     return tuple(
-        BeamCandidates(
-            np.asarray(candidates.beams)[group, : beam.num_candidates],
-            np.asarray(candidates.token_ids)[group, : beam.num_candidates],
-            np.asarray(candidates.scores)[group, : beam.num_candidates],
-        )
-        for group, beam in enumerate(beams)
+        [BeamCandidates(*[field[group, : beam.num_candidates] for field in fields]) for group, beam in enumerate(beams)]
     )
 
 

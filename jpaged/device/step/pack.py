@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Int32
@@ -58,6 +59,12 @@ def loaded_size(bucket: Bucket) -> int:
     return step_layout(bucket).size + 2 * bucket.num_rows
 
 
+def copy_sizes(most_rows: int, num_groups: int) -> list[int]:
+    """Sizes of the copying programs: a step copies one block for each row and layer group at most."""
+    most_copies = most_rows * num_groups
+    return sorted({min(8, most_copies), most_copies})
+
+
 @dataclass(frozen=True, slots=True)
 class PackedSamples:
     """The input of a program that samples: see ``pack_draws``."""
@@ -92,7 +99,7 @@ class PackedStep:
     Args:
         to_host: as in the plan.
         from_host: as in the plan.
-        copies: as in the plan.
+        copies: blocks to copy, and the blocks that become their copies, each the input of one call.
         bucket: the program of the forward pass; None if there is nothing to compute.
         changes: changes of the table that ``inputs`` have no place for, each the input of one call.
         adjustments: changes of the adjustments, each the input of one call; see ``pack_adjustments``.
@@ -107,7 +114,7 @@ class PackedStep:
 
     to_host: tuple[BlockCopy, ...]
     from_host: tuple[BlockCopy, ...]
-    copies: tuple[BlockCopy, ...]
+    copies: tuple[Int32[np.ndarray, "2 copies"], ...]
     bucket: Bucket | None = None
     changes: tuple[Int32[np.ndarray, " change_size"], ...] = ()
     adjustments: tuple[Int32[np.ndarray, " adjustment_size"], ...] = ()
@@ -150,6 +157,7 @@ class Packer:
         self._vocab_size = vocab_size
         self._streams_always = streams_always
         self._num_cells = num_rows * max_blocks * num_groups  # of all tables: the place of padding, which is dropped
+        self._copy_sizes = copy_sizes(num_rows - 1, num_groups)
         self._layouts = {bucket: step_layout(bucket) for bucket in buckets}
         self._change_layout = change_layout(num_rows)
 
@@ -161,7 +169,7 @@ class Packer:
             usable: the buckets that the step may have, smallest first; None for all.
         """
         buckets = self.buckets if usable is None else usable
-        moves = plan.to_host, plan.from_host, plan.copies
+        moves = plan.to_host, plan.from_host, self._pack_copies(plan.copies) if plan.copies else ()
         num_new, num_blocks = len(plan.changes.rows), len(plan.changes.blocks)
         if len(plan.chunks.rows) == 0:
             assert num_new == num_blocks == 0
@@ -189,6 +197,15 @@ class Packer:
             tuple([self._pack_scores(plan, piece) for piece in plan.prompt_scores]),
             self._pack_streamed(plan),
         )
+
+    def _pack_copies(self, copies: Sequence[BlockCopy]) -> tuple[Int32[np.ndarray, "2 copies"], ...]:
+        """All copies of a plan; padding copies block 0 onto itself."""
+        packed = []
+        for wave in copy_waves(copies):
+            size = min([size for size in self._copy_sizes if size >= len(wave)])
+            packed.append(np.zeros((2, size), np.int32))
+            packed[-1][:, : len(wave)] = np.array(wave, np.int32).T
+        return tuple(packed)
 
     def _pack_streamed(self, plan: StepPlan) -> Int32[np.ndarray, " streamed"] | None:
         """The blocks that the program streams; None if it cannot stream."""
@@ -222,7 +239,8 @@ class Packer:
             fields["stream_starts"][:num_chunks] = plan.streamed.starts
         num_draws, read = len(plan.draws.rows), plan.draws.chunks
         if plan.beams:
-            read = np.concatenate([read, *(np.array(beam.chunks, np.int32) for beam in plan.beams)])
+            beams = list(chain.from_iterable([beam.chunks for beam in plan.beams]))
+            read = np.concatenate([read, np.array(beams, np.int32)])
         fields["sample_tokens"][: len(read)] = ends[read] - 1
         fields["sample_rows"][:num_draws] = plan.draws.rows
         fields["sample_rows"][num_draws:] = self.padding_row
@@ -271,6 +289,21 @@ class Packer:
         rows.reshape(-1)[:num_targets] = first + np.arange(num_targets)
         targets.reshape(-1)[:num_targets] = piece.target_ids
         return PackedScores(rows, targets, min(MAX_LOGPROBS, self._vocab_size) if piece.num_logprobs else 0)
+
+
+def copy_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
+    """Split copies into waves: no block is a source and a destination in one, and each is read before it is written.
+
+    A block may be both: one that was copied and then freed may be the destination of the next copy. Mostly there is
+    one wave.
+    """
+    left, waves = list(copies), []
+    while left:
+        still_read = {copy.src for copy in left}
+        waves.append([copy for copy in left if copy.dst not in still_read])
+        assert waves[-1], f"copies in a circle: {left}"
+        left = [copy for copy in left if copy.dst in still_read]
+    return waves
 
 
 def _num_sample_rows(plan: StepPlan, bucket: Bucket, buckets: Sequence[Bucket]) -> int:

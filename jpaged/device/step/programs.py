@@ -35,7 +35,7 @@ from jpaged.device.sampling.beams import empty_beam_inputs, pack_beam_inputs
 from jpaged.device.step.adjust import LAYOUT, enter_adjustments
 from jpaged.device.step.compiling import Compiling
 from jpaged.device.step.inputs import Bucket, all_buckets, in_order_of_need
-from jpaged.device.step.pack import SCORE_ROWS, change_layout, loaded_size
+from jpaged.device.step.pack import SCORE_ROWS, change_layout, copy_sizes, loaded_size
 from jpaged.device.step.program_cache import ProgramCache, compile_program, model_identity, program_cache_for
 from jpaged.device.step.program_store import Background, ProgramStore
 from jpaged.device.step.steps import Steps
@@ -101,9 +101,7 @@ class Programs:
         self.buckets = all_buckets(config.most_rows, config.token_budget, *grid)
         self.stream: BlockStream | None = None
         self._num_streamable = 0  # blocks on the host
-        most_copies = config.most_rows * len(self.groups)
-        self.copy_sizes = sorted({min(8, most_copies), most_copies})
-        """Sizes of the copying programs: a step copies one block for each row and layer group at most."""
+        self.copy_sizes = copy_sizes(config.most_rows, len(self.groups))
         self.keeps_activations = keeps_activations(model_config, config)
         """Whether blocks hold activations: every step then streams, and computes K and V."""
         fixed = graphdef, tree, mesh, backend, self.grouping, config.block_size, self.keeps_activations

@@ -44,7 +44,7 @@ class Append:
     def append(self, appends: Sequence[tuple[Hashable, int]]) -> list[BlockCopy]:
         """Append as the ticket and its commit do, at less cost in the common case."""
         growing = [self._growth(*append) for append in appends]
-        most = self._num_groups * sum([2 + num_tokens // self._tiers.block_size for _, num_tokens in growing])
+        most = self._num_groups * (2 * len(growing) + sum([num for _, num in growing]) // self._tiers.block_size)
         if most > len(self._tiers.device.free) or self._tiers.has_loads:
             return self.ticket(appends).commit()
         self._tiers.num_changes += sum([num_tokens for _, num_tokens in growing]) > 0
@@ -58,24 +58,24 @@ class Append:
 
     def _grow(self, growing: Sequence[_Growth]) -> list[BlockCopy]:
         num_groups, tiers = self._num_groups, self._tiers
-        return [copy for holding, num_tokens in growing for copy in _grow(tiers, holding, num_tokens, num_groups)]
+        copies: list[BlockCopy] = []
+        for holding, num_tokens in growing:
+            must_copy = num_tokens > 0 and _must_copy_last_block(tiers, holding)
+            if must_copy:
+                copies += _copy_last_block(tiers, holding, num_groups)
+            if num_tokens <= holding.num_empty:
+                holding.num_empty -= num_tokens
+            else:
+                _extend(tiers, holding, num_tokens, num_groups)
+        return copies
 
 
-def _grow(tiers: TwoTiers, holding: Holding, num_tokens: int, num_groups: int) -> list[BlockCopy]:
-    """Give a sequence the blocks for its tokens, which must be there. Returns the copies to run."""
-    if holding.num_empty == 0 and 0 < num_tokens <= tiers.block_size:  # most appends: kept free of other work
-        for _ in range(num_groups):
-            holding.blocks.append(tiers.take())
-        holding.num_empty = tiers.block_size - num_tokens
-        return []
-    num_held = len(holding.blocks) // num_groups * tiers.block_size - holding.num_empty
-    must_copy = num_tokens > 0 and _must_copy_last_block(tiers, holding)
-    copies = _copy_last_block(tiers, holding, num_groups) if must_copy else []
-    num_blocks = -(-(num_held + num_tokens) // tiers.block_size)
-    while len(holding.blocks) < num_blocks * num_groups:
-        holding.blocks.append(tiers.take())
-    holding.num_empty = num_blocks * tiers.block_size - num_held - num_tokens
-    return copies
+def _extend(tiers: TwoTiers, holding: Holding, num_tokens: int, num_groups: int) -> None:
+    """Give a sequence further blocks for its tokens, which must be there."""
+    num_beyond = num_tokens - holding.num_empty
+    num_blocks = -(-num_beyond // tiers.block_size)
+    holding.blocks += [tiers.take() for _ in range(num_blocks * num_groups)]
+    holding.num_empty = num_blocks * tiers.block_size - num_beyond
 
 
 def _num_blocks_alone(tiers: TwoTiers, holding: Holding, num_tokens: int, num_groups: int) -> int:

@@ -12,7 +12,7 @@ class HashedTokens:
     """The tokens of one sequence and the hashes of its full blocks, which lookups only read.
 
     Args:
-        token_ids: the tokens; the owner may append to the list, and changes nothing else.
+        token_ids: the tokens; the owner may append to the list, and changes nothing else but before ``follow``.
         block_size: tokens in a block.
         salt: separates users of one cache.
 
@@ -33,11 +33,11 @@ class HashedTokens:
         """Count the tokens."""
         return len(self._token_ids)
 
-    def fork(self, token_ids: Sequence[int]) -> "HashedTokens":
-        """The hashes of another sequence, whose tokens are the first tokens of this one."""
-        child = HashedTokens(token_ids, self._block_size, self.salt)
-        child._full = self._full[: len(token_ids) // self._block_size]
-        return child
+    def follow(self, other: "HashedTokens", start: int, stop: int) -> None:
+        """Note that the tokens from ``start`` on have become those of another sequence, up to its token ``stop``."""
+        first, last = start // self._block_size, stop // self._block_size
+        if first <= len(self._full):
+            self._full[first:] = other._full[first:last]
 
     def full_blocks(self, num_tokens: int) -> Sequence[HashedBlock]:
         """The full blocks of the first ``num_tokens`` tokens, and perhaps more."""

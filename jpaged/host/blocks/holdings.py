@@ -53,6 +53,9 @@ class Holding:
         return Holding(*copied, starts=self.starts[:])
 
 
+_NOTHING = Holding([], 0)
+
+
 class Holdings:
     """The holding of every sequence, by its id. Written by the block manager and its rooms.
 
@@ -98,6 +101,19 @@ class Holdings:
         num_held = self.num_tokens(self.held_by(seq_id))
         if not 0 <= start <= stop <= num_held:
             raise ValueError(f"positions [{start}, {stop}): sequence {seq_id!r} holds [0, {num_held})")
+
+    def fork(self, parent_id: Hashable, child_id: Hashable, tiers: TwoTiers) -> None:
+        """Give a sequence all blocks of another one. It keeps those that it shares already, and releases its others.
+
+        Raises ValueError for an unknown or swapped parent.
+        """
+        parent, child = self.held_by(parent_id), self.on_device.get(child_id, _NOTHING)
+        assert not child.host_blocks, "a streamed sequence is never forked"
+        num_kept = common_len(parent.blocks, child.blocks) if self.groups.is_plain else 0
+        tiers.device.share(parent.live_blocks[num_kept:])
+        tiers.release(child.live_blocks[num_kept:])
+        self.on_device[child_id] = parent.fork()
+        tiers.num_changes += 1
 
     def release(self, seq_id: Hashable, tiers: TwoTiers) -> None:
         """Forget a sequence, and remove it from the holders of its blocks. Raises ValueError if it is unknown."""
@@ -168,6 +184,18 @@ class Holdings:
                 cached = tiers.device.cache.prefix_of(block)
                 num_held = self.block_size - h.num_empty
                 assert cached is None or cached.num_last_tokens <= num_held, "an owner writes no cached slot"
+
+
+def common_len(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning of two lists, found by halving what is unknown of it."""
+    known, most = 0, min(len(a), len(b))
+    while known < most:
+        middle = (known + most + 1) // 2
+        if a[known:middle] == b[known:middle]:
+            known = middle
+        else:
+            most = middle - 1
+    return known
 
 
 def _count(tables: Iterable[Sequence[int]]) -> Counter[int]:

@@ -155,16 +155,17 @@ class BlockManager:
         """
         return self.to_reserve(seq_id, num_tokens, match=match, num_queried=None if is_query else 0).commit()
 
-    def fork(self, parent_id: Hashable, child_id: Hashable) -> None:
+    def fork(self, parent_id: Hashable, child_id: Hashable, *, is_new: bool = True) -> None:
         """Start ``child_id`` with all blocks of ``parent_id``, the partial last one too (4.4).
 
-        No data moves until one of them appends. Raises ValueError for an unknown or swapped parent, or a name in use.
+        No data moves until one of them appends. A child that is not new releases its own blocks, as ``free`` does.
+        Raises ValueError for an unknown or swapped sequence, or if the name of a new one is in use.
         """
-        parent = self.holdings.held_by(parent_id)
-        self.holdings.require_new(child_id)
-        self.tiers.num_changes += 1
-        self.tiers.device.share(parent.live_blocks)
-        self.holdings.on_device[child_id] = parent.fork()
+        if is_new:
+            self.holdings.require_new(child_id)
+        else:
+            self.holdings.held_by(child_id)
+        self.holdings.fork(parent_id, child_id, self.tiers)
 
     # Running ------------------------------------------------------------------------------------------------------
 

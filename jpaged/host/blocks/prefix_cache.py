@@ -16,9 +16,11 @@ from typing import Self
 TOKEN_BYTES = 8
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Prefix:
     """The tokens of a chain of blocks, linked from the last block back to the salt. All but the last are full.
+
+    Never changed. There is one for each block, and to make a frozen one would take six times as long.
 
     Args:
         parent: the prefix before the last block; None for the empty prefix.
@@ -28,37 +30,44 @@ class Prefix:
         group: layer group whose KV of the last block is meant. The prefixes before have group 0, and serve all groups.
     """
 
-    parent: Self | None = field(repr=False)
+    parent: "Prefix | None" = field(repr=False)
     tokens: bytes
     salt: bytes
     digest: bytes
     group: int = 0
 
     @classmethod
-    def empty(cls, salt: bytes = b"") -> Self:
+    def empty(cls, salt: bytes = b"") -> "Prefix":
         """The prefix of no tokens, from which every chain under ``salt`` starts."""
         return cls(None, b"", salt, _sha256(salt))
 
-    def extend(self, tokens: bytes) -> Self:
+    def extend(self, tokens: bytes) -> "Prefix":
         """This prefix, all full blocks, followed by one more, whose token ids are ``tokens`` (see ``split_blocks``)."""
         return self.link(tokens, hash_block(self.digest, tokens))
 
-    def link(self, tokens: bytes, digest: bytes) -> Self:
+    def link(self, tokens: bytes, digest: bytes) -> "Prefix":
         """Extend as ``extend`` does, with the digest that ``hash_block`` made."""
-        return type(self)(self, tokens, self.salt, digest)
+        return Prefix(self, tokens, self.salt, digest)
 
-    def of_group(self, group: int) -> Self:
+    def of_group(self, group: int) -> "Prefix":
         """The same tokens, for another layer group."""
         if group == self.group:
             return self
-        return type(self)(self.parent, self.tokens, self.salt, self.digest, group)
+        return Prefix(self.parent, self.tokens, self.salt, self.digest, group)
 
     @property
     def key(self) -> bytes:
         """The digest, and the group if it is not the first."""
-        return _key(self.digest, self.group)
+        return self.digest if self.group == 0 else _key(self.digest, self.group)
 
-    def cut(self, num_tokens: int) -> Self:
+    @property
+    def key_before(self) -> bytes:
+        """The key of the prefix without its last block, of the same group."""
+        parent = self.parent
+        assert parent is not None, "no block holds no tokens"
+        return parent.digest if self.group == 0 else _key(parent.digest, self.group)
+
+    def cut(self, num_tokens: int) -> "Prefix":
         """This prefix with only the first ``num_tokens`` tokens of its last block."""
         if num_tokens == self.num_last_tokens:
             return self
@@ -71,7 +80,7 @@ class Prefix:
         """Tokens in the last block."""
         return len(self.tokens) // TOKEN_BYTES
 
-    def chain(self) -> list[Self]:
+    def chain(self) -> "list[Prefix]":
         """The prefixes that end with the first block, the second, ..., the last one: this one."""
         links, link = [], self
         while link.parent is not None:
@@ -183,28 +192,36 @@ class PrefixCache:
         Returns:
             The prefix to extend next: the one already recorded, if the content was known, so that chains share links.
         """
-        known = self.find_cover(prefix)
+        key = prefix.key
+        is_new = key not in self._blocks and len(prefix.tokens) == self.block_bytes
+        known = None if is_new else self.find_cover(prefix)
         if known is not None:
             return self._prefixes[known]
-        before = self.evict(block)
-        assert before is None or prefix.tokens.startswith(before.tokens), "cached tokens are never overwritten"
-        if prefix.key not in self._blocks:  # of two prefixes with one digest, the second goes uncached
+        if (before := self.evict(block)) is not None:
+            assert prefix.tokens.startswith(before.tokens), "cached tokens are never overwritten"
+        if key not in self._blocks:  # of two prefixes with one digest, the second goes uncached
             self.num_inserted += 1
-            self._blocks[prefix.key] = block
+            self._blocks[key] = block
             self._prefixes[block] = prefix
-            insort(self._children.setdefault(_key_before(prefix), []), (prefix.tokens, block))
+            child = prefix.tokens, block
+            siblings = self._children.get(key_before := prefix.key_before)
+            if siblings is None:
+                self._children[key_before] = [child]
+            else:
+                insort(siblings, child)
         return prefix
 
     def evict(self, block: int) -> Prefix | None:
         """Forget ``block``, which is about to be overwritten. Returns the prefix that it held, None if not cached."""
         prefix = self._prefixes.pop(block, None)
-        if prefix is not None:
-            del self._blocks[prefix.key]
-            siblings = self._children[_key_before(prefix)]
-            if len(siblings) == 1:
-                del self._children[_key_before(prefix)]
-            else:
-                del siblings[bisect_left(siblings, (prefix.tokens, block))]
+        if prefix is None:
+            return None
+        del self._blocks[prefix.key]
+        siblings = self._children[key_before := prefix.key_before]
+        if len(siblings) == 1:
+            del self._children[key_before]
+        else:
+            del siblings[bisect_left(siblings, (prefix.tokens, block))]
         return prefix
 
     def check_invariants(self) -> None:
@@ -216,7 +233,7 @@ class PrefixCache:
             assert 0 < len(prefix.tokens) <= TOKEN_BYTES * self.block_size
             assert prefix.parent is not None
             assert all(len(link.tokens) == TOKEN_BYTES * self.block_size for link in prefix.parent.chain())
-            assert (prefix.tokens, block) in self._children[_key_before(prefix)]
+            assert (prefix.tokens, block) in self._children[prefix.key_before]
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,11 +303,6 @@ def _num_common_tokens(a: bytes, b: bytes) -> int:
 
 def _key(digest: bytes, group: int) -> bytes:
     return digest if group == 0 else digest + group.to_bytes(2, "little")
-
-
-def _key_before(prefix: Prefix) -> bytes:
-    assert prefix.parent is not None, "no block holds no tokens"
-    return _key(prefix.parent.digest, prefix.group)
 
 
 def _sha256(data: bytes) -> bytes:

@@ -104,6 +104,7 @@ def _publish_again(cache: PrefixCache, holding: Holding, prefix: Prefix) -> None
         return
     start = len(holding.host_blocks)  # the host's tier holds entries of its own
     for link, block in zip(prefix.chain()[start:], holding.blocks[start:], strict=False):
-        entered = cache.prefix_of(block)  # perhaps before the block was full
-        if entered is None or entered.num_last_tokens < link.num_last_tokens:
+        entered = cache.prefix_of(block)
+        # It may have been entered before it was full.
+        if entered is not link and (entered is None or entered.num_last_tokens < link.num_last_tokens):
             cache.insert(link, block)

@@ -90,8 +90,7 @@ class Reserve:
             block, copies = tiers.copy(copied.block)
             blocks.append(block)
         num_cells = -(-num_tokens // block_size) * len(groups)
-        while len(blocks) < num_cells:
-            blocks.append(tiers.take())
+        blocks += [tiers.take() for _ in range(num_cells - len(blocks))]
         num_full = match.num_full_blocks(block_size)
         prefix = match.prefix
         if groups.is_plain and num_full:

@@ -36,8 +36,11 @@ class BlockTier:
         Returns:
             The block, and the cached prefix it held until now, if any.
         """
-        block = next(block for block in self.free if block not in avoid) if avoid else next(iter(self.free))
-        del self.free[block]
+        if avoid:
+            block = next(block for block in self.free if block not in avoid)
+            del self.free[block]
+        else:
+            block, _ = self.free.popitem(last=False)
         assert self.ref_counts[block] == 0, "a free block has no holder"
         self.ref_counts[block] = 1
         self.num_holders += 1
@@ -51,20 +54,21 @@ class BlockTier:
 
     def share(self, blocks: Sequence[int]) -> None:
         """Add one holder to blocks that are held."""
+        ref_counts = self.ref_counts
         for block in blocks:
-            self.ref_counts[block] += 1
+            ref_counts[block] += 1
         self.num_holders += len(blocks)
 
     def release(self, blocks: Sequence[int]) -> list[int]:
         """Remove one holder from each block of a sequence. Returns the blocks that are free now."""
-        freed = []
+        ref_counts, free, cached, freed = self.ref_counts, self.free, self.cache.blocks, []
         self.num_holders -= len(blocks)
         for block in order_release(blocks):
-            self.ref_counts[block] -= 1
-            if self.ref_counts[block] == 0:
-                self.free[block] = None
-                if enters_at_front(block in self.cache):
-                    self.free.move_to_end(block, last=False)
+            ref_counts[block] -= 1
+            if ref_counts[block] == 0:
+                free[block] = None
+                if enters_at_front(block in cached):
+                    free.move_to_end(block, last=False)
                 freed.append(block)
         self.num_freed += len(freed)
         return freed

@@ -6,6 +6,7 @@ decides which beams run. The semantics are those of Hugging Face ``generate(num_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jpaged.contract.result import BeamCandidates
 from jpaged.request import FinishReason, SamplingParams
@@ -28,8 +29,7 @@ class Hypothesis:
     finish_reason: FinishReason
 
 
-@dataclass(frozen=True, slots=True)
-class Continuation:
+class Continuation(NamedTuple):
     """A beam of the next step: beam ``parent`` of this step and one more token."""
 
     parent: int
@@ -81,8 +81,8 @@ class BeamSearch:
         live: list[Continuation] = []
         rows = zip(candidates.beams.tolist(), candidates.token_ids.tolist(), candidates.scores.tolist(), strict=True)
         for rank, (parent, token_id, logprob) in enumerate(rows):
-            if logprob == float("-inf"):
-                break  # the vocabulary had no more to offer
+            if logprob == float("-inf") or (len(live) == self.width <= rank):
+                break  # the vocabulary had no more to offer, or the search needs no more
             is_stop = token_id in self.stop_token_ids
             if is_stop or length >= self.max_tokens:
                 # One that the width would have dropped is no result: it only shows that others go on.
@@ -92,7 +92,8 @@ class BeamSearch:
                     self.finished.append(Hypothesis(tokens, logprob, self.score(logprob, length), reason))
             elif len(live) < self.width:
                 live.append(Continuation(parent, token_id, logprob))
-        self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[: self.width]
+        if self.finished:
+            self.finished = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)[: self.width]
         self.scores = [beam.cumulative_logprob for beam in live]
         return [] if self._is_over(length) else live
 
