@@ -1,6 +1,7 @@
 """Steps through the real GPU compiler, for a GPU that is not there: no step copies the pool."""
 
 import math
+from fractions import Fraction
 
 import jax
 import pytest
@@ -38,7 +39,9 @@ def mesh():
     ],
     ids=lambda value: "-".join(value.values()) or "device" if isinstance(value, dict) else value,
 )
-def test_no_step_copies_the_pool(mesh, shapes, settings, bucket):
+def test_no_step_copies_the_pool(mesh, shapes, settings, bucket, monkeypatch):
+    """Both layers of an 8-bit block are streamed at once to decodes, and one after the other to chunks."""
+    monkeypatch.setattr("jpaged.device.kv.layout.MOST_AT_ONCE", Fraction(1, 1 if bucket.is_decode else 2))
     is_streamed = "kv_placement" in settings
     programs = programs_on(mesh, shapes, 20_000, 2048 * is_streamed, **settings)
     pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(programs.abstract_cache()))

@@ -74,7 +74,7 @@ def _extend(tiers: TwoTiers, holding: Holding, num_tokens: int, num_groups: int)
     """Give a sequence further blocks for its tokens, which must be there."""
     num_beyond = num_tokens - holding.num_empty
     num_blocks = -(-num_beyond // tiers.block_size)
-    holding.blocks += [tiers.take() for _ in range(num_blocks * num_groups)]
+    holding.blocks += tiers.take_all(num_blocks * num_groups)
     holding.num_empty = num_blocks * tiers.block_size - num_beyond
 
 

@@ -61,11 +61,13 @@ def publish(
         blocks = hash_blocks(prefix.digest, token_ids[start * block_size : stop], block_size)
     if holding.starts:
         return _publish_groups(cache, holding, prefix, blocks)
-    for tokens, digest in blocks:
-        known = cache.insert(prefix.link(tokens, digest), holding.blocks[holding.num_published])
+    for (tokens, digest), block in zip(blocks, holding.blocks[start:], strict=False):
+        known = cache.insert(prefix.link(tokens, digest), block)
         if len(tokens) == cache.block_bytes:
-            prefix = holding.prefix = known
+            prefix = known
             holding.num_published += 1
+    if holding.num_published:
+        holding.prefix = prefix
     return holding.blocks[start : holding.num_published]
 
 

@@ -90,7 +90,7 @@ class Reserve:
             block, copies = tiers.copy(copied.block)
             blocks.append(block)
         num_cells = -(-num_tokens // block_size) * len(groups)
-        blocks += [tiers.take() for _ in range(num_cells - len(blocks))]
+        blocks += tiers.take_all(num_cells - len(blocks))
         num_full = match.num_full_blocks(block_size)
         prefix = match.prefix
         if groups.is_plain and num_full:

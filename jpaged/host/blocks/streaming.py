@@ -106,7 +106,7 @@ class StreamedBlocks:
                 prefix, num_published, homes = swapped.prefix, swapped.num_published, swapped.blocks
                 del self._holdings.on_host[seq_id]
             blocks = [host_cell(index) for index in range(len(homes))]
-            blocks += [*kept, *(self._tiers.take() for _ in range(num_taken))]
+            blocks += [*kept, *self._tiers.take_all(num_taken)]
             num_empty = len(blocks) * self._tiers.block_size - num_tokens
             self._holdings.on_device[seq_id] = Holding(
                 blocks, num_empty, prefix, num_published, host_blocks=array("i", homes)

@@ -36,15 +36,24 @@ class BlockTier:
         Returns:
             The block, and the cached prefix it held until now, if any.
         """
-        if avoid:
-            block = next(block for block in self.free if block not in avoid)
-            del self.free[block]
-        else:
-            block, _ = self.free.popitem(last=False)
+        block = next(block for block in self.free if block not in avoid) if avoid else next(iter(self.free))
+        del self.free[block]
         assert self.ref_counts[block] == 0, "a free block has no holder"
         self.ref_counts[block] = 1
         self.num_holders += 1
         return block, self.cache.evict(block)
+
+    def take_next(self, count: int) -> list[int]:
+        """Take, for one holder each, the free blocks that are reused next, of which there must be as many.
+
+        They stay in ``cache``.
+        """
+        blocks = [self.free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            assert self.ref_counts[block] == 0, "a free block has no holder"
+            self.ref_counts[block] = 1
+        self.num_holders += count
+        return blocks
 
     def hold(self, block: int) -> None:
         """Add one holder to a block, which leaves the free queue if it was there."""
@@ -61,15 +70,15 @@ class BlockTier:
 
     def release(self, blocks: Sequence[int]) -> list[int]:
         """Remove one holder from each block of a sequence. Returns the blocks that are free now."""
-        ref_counts, free, cached, freed = self.ref_counts, self.free, self.cache.blocks, []
+        ref_counts, free, cached = self.ref_counts, self.free, self.cache.blocks
         self.num_holders -= len(blocks)
-        for block in order_release(blocks):
+        for block in blocks:
             ref_counts[block] -= 1
-            if ref_counts[block] == 0:
-                free[block] = None
-                if enters_at_front(block in cached):
-                    free.move_to_end(block, last=False)
-                freed.append(block)
+        freed = [block for block in order_release(blocks) if ref_counts[block] == 0]
+        for block in freed:
+            free[block] = None
+            if enters_at_front(block in cached):
+                free.move_to_end(block, last=False)
         self.num_freed += len(freed)
         return freed
 
@@ -182,6 +191,15 @@ class TwoTiers:
         if evicted is not None and self.host.blocks:
             self._spill(block, evicted)
         return block
+
+    def take_all(self, count: int) -> list[int]:
+        """Take several blocks as ``take`` does."""
+        blocks, evict, can_spill = self.device.take_next(count), self.device.cache.evict, bool(self.host.blocks)
+        for block in blocks:
+            evicted = evict(block)
+            if can_spill and evicted is not None:
+                self._spill(block, evicted)
+        return blocks
 
     def copy(self, src: int) -> tuple[int, list[BlockCopy]]:
         """Take a device block for a copy of ``src``.
