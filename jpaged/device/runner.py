@@ -313,8 +313,7 @@ class ModelRunner:
         adjustments = self._adjustments if samples.is_adjusted else None
         hidden, sampled = self._state.hidden, []
         for number in range(step.num_steps):
-            hidden = self._run(step)
-            state = self._state
+            hidden, state = self._run(step), self._state
             args = state.latest, state.columns, state.sample_hidden, samples.inputs, np.int32(number)
             tokens, latest, adjustments = draw(self._weights, *args, adjustments)
             self._state = dataclasses.replace(state, latest=latest)
@@ -330,7 +329,8 @@ class ModelRunner:
 
     def _run(self, step: PackedStep) -> Float[Array, "tokens hidden_size"]:
         """Enqueue the program of a step over the loaded inputs. Returns hidden states, valid until the next pass."""
-        key, streamed = ("forward", step.bucket), ()
+        has_shared = step.has_shared and self.programs.background.has(("shared", step.bucket))
+        key, streamed = ("shared" if has_shared else "forward", step.bucket), ()
         if step.streamed is not None:
             assert self.programs.stream is not None
             key, streamed = ("stream", step.bucket), self.programs.stream.take_inputs()

@@ -404,3 +404,26 @@ def test_the_switch_interval_is_short_until_the_last_of_several_backgrounds_ends
 def test_a_process_that_ends_waits_for_the_program_being_compiled_and_begins_no_other():
     ended = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=TIMEOUT_S)
     assert (ended.returncode, ended.stdout) == (0, "compiled ('forward',)\n"), ended.stderr
+
+
+def test_one_more_program_is_made_after_the_start_alone_and_once():
+    compiler, wanted, later = StubCompiler(), ("shared", SMALL), ("shared", MIDDLE)
+    compiler.hold(KEYS[-1])
+    store = compiler.store()
+    background = Background(store, SIZES, None, 1)
+    assert not background.has(wanted)
+    background.start(compiler)
+    assert compiler.begun[KEYS[-1]].wait(TIMEOUT_S)
+    assert not background.has(wanted)
+    background.has(wanted)  # made by now, or not: it is made once
+    compiler.allowed[KEYS[-1]].set()
+    background.wait()
+    assert set(store.programs) == {*KEYS, wanted}
+    assert not background.has(later)  # when all threads have ended
+    background.wait()
+    assert background.has(later)
+    background.stop()
+    assert not background.has(("shared", Bucket(8, 8)))
+    assert max(compiler.num_compiled.values()) == 1
+    assert len(compiler.num_compiled) == len(KEYS) + 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("jpaged-compile")]

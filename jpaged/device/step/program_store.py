@@ -219,10 +219,13 @@ class Background:
         self._note_ready()
         self._num_threads = min(num_threads or max(num_cores() // 2, 1), self._num_keys)
         self._threads: list[threading.Thread] = []
+        self._is_started = False
+        self._wanted: set[tuple] = set()
 
     def start(self, owner: object) -> None:
         """Start the threads. They end too once the owner is collected."""
         weakref.finalize(owner, self.stop).atexit = False
+        self._is_started = True
         names = [f"jpaged-compile-{i}" for i in range(self._num_threads)]
         self._threads = [threading.Thread(target=self._run, name=name) for name in names]
         self._num_running = len(names)
@@ -230,6 +233,24 @@ class Background:
             SHORT_SWITCHES.enter()
         for thread in self._threads:
             thread.start()
+
+    def has(self, key: tuple) -> bool:
+        """Whether a program is there. If not, make it after those of all sizes, in a thread more, once started."""
+        if key in self._store.programs:
+            return True
+        with self._lock:
+            if not self._is_started or self._is_stopped or key in self._wanted:
+                return False
+            self._wanted.add(key)
+            self._left.insert(0, key)
+            self._num_keys += 1
+            if self._num_running == 0:
+                SHORT_SWITCHES.enter()
+            self._num_running += 1
+            thread = threading.Thread(target=self._run, name=f"jpaged-compile-{len(self._threads)}")
+            self._threads.append(thread)
+        thread.start()
+        return False
 
     def stop(self) -> None:
         """Make no further programs, and let the collector free the engine. Does not wait for programs being made."""
@@ -256,7 +277,7 @@ class Background:
     @property
     def is_over(self) -> bool:
         """Whether no program is being made, and no size is still to come: all are there, or failed for good."""
-        return self._num_running == 0 and (not self.pending or bool(self._threads))
+        return self._num_running == 0 and (self._is_started or not self.pending)
 
     def _run(self) -> None:
         try:
@@ -268,8 +289,7 @@ class Background:
                     if self._tries_again(key):
                         log.info("%s was not compiled, and is tried again after the others: %s", _name(key), error)
                         continue
-                    instead = "a request that needs it waits" if key in self._options else "a larger size does its work"
-                    log.warning("%s was not compiled, and %s: %s", _name(key), instead, error)
+                    log.warning("%s was not compiled, and %s: %s", _name(key), self._instead_of(key), error)
                 with self._lock:
                     self._num_done += 1
                     self._note_ready()
@@ -281,6 +301,12 @@ class Background:
                 self._num_running -= 1
             if is_last:
                 SHORT_SWITCHES.leave()
+
+    def _instead_of(self, key: tuple) -> str:
+        """The way in which steps do without a program."""
+        if key in self._options:
+            return "a request that needs it waits"
+        return "steps do without it" if key in self._wanted else "a larger size does its work"
 
     def _tries_again(self, key: tuple) -> bool:
         """Queue a program that failed for the first time."""
