@@ -1,9 +1,11 @@
 """Test-wide strictness: no silent promotion of dtypes or ranks; eight fake devices; programs compiled once a worker."""
 
 import atexit
+import functools
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -50,16 +52,27 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)
 
 
-MAX_MAPPINGS = 20_000
-"""Memory mappings of a worker from which it drops compiled programs; each program has five, and Linux allows 65,530."""
+MAX_MAPPINGS = 12_000
+"""Memory mappings of a worker from which it drops compiled programs; each kernel has three, and Linux allows 65,530."""
 
 
+@pytest.hookimpl(trylast=True)  # after the fixtures' own ends, which may ask for a module's engine again
 def pytest_runtest_teardown(item, nextitem):
     """Keep a worker below Linux's limit of memory mappings: beyond it, XLA's compiler ends the process by a signal."""
     is_last_of_module = nextitem is None or nextitem.path != item.path
     if is_last_of_module and _num_mappings() > MAX_MAPPINGS:
-        jax.clear_caches()
-        FROZEN_OBJECTS.collect_and_freeze()  # frozen engines that were dropped have programs too
+        _drop_programs()
+
+
+def _drop_programs():
+    """Drop JAX's programs, and those of the engines that test modules keep: a module makes its own again."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "tests":
+            for value in vars(module).values():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    value.cache_clear()
+    jax.clear_caches()
+    FROZEN_OBJECTS.collect_and_freeze()  # frozen engines that were dropped have programs too
 
 
 def _num_mappings():

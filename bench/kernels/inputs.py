@@ -111,6 +111,8 @@ def attend(q: Array, inputs: Inputs, layer: int, shape: AttentionShape, implemen
     options["sinks"] = None if sinks is None else jnp.asarray(sinks)
     if inputs.kv_scales is not None:
         options["kv_scales"] = inputs.kv_scales
+    if shape.reads_shared_once:
+        options["shared_lens"] = jnp.where(inputs.kv_lens > 0, shape.shared_blocks * shape.block_size, 0)
     return paged_attention(
         q,
         inputs.pool,

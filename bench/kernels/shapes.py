@@ -33,6 +33,7 @@ class AttentionShape:
         dtype: type of the queries.
         kv_dtype: type of the pool.
         shared_blocks: number of blocks at the beginning that all rows share.
+        reads_shared_once: whether these are told to ``paged_attention`` as shared tokens.
         padding_tokens: queries after the last row's.
         has_alibi, has_sinks: whether each head has a slope, a sink.
     """
@@ -47,6 +48,7 @@ class AttentionShape:
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
     shared_blocks: int = 0
+    reads_shared_once: bool = False
     padding_tokens: int = 0
     sliding_window: int | None = None
     soft_cap: float | None = None
@@ -149,6 +151,7 @@ class AttentionShape:
             "longest_q_len": max(self.q_lens),
             "kv_lens": {"sum": sum(self.kv_lens), "min": min(self.kv_lens), "max": max(self.kv_lens)},
             "shared_blocks": self.shared_blocks,
+            "reads_shared_once": self.reads_shared_once,
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
@@ -184,11 +187,12 @@ def _ragged() -> AttentionShape:
     return AttentionShape("decode_b128_ragged", (1,) * 128, tuple(kv_lens.tolist()))
 
 
-def _shared_prefix() -> AttentionShape:
-    """256 requests of the workload sharedprefix341_500, each half-way through its answer."""
-    work = shared_prefix(256, PREFIX_LEN)
+def _shared_prefix(name: str, prefix_len: int, *, reads_once: bool = False) -> AttentionShape:
+    """256 requests of the workload sharedprefix341_500, or with another prefix, each half-way through its answer."""
+    work = shared_prefix(256, prefix_len)
     lens = (len(prompt) + output_len // 2 for prompt, output_len in zip(work.prompts, work.output_lens, strict=True))
-    return AttentionShape("decode_b256_shared_prefix", (1,) * 256, tuple(lens), shared_blocks=PREFIX_LEN // 16)
+    shared = {"shared_blocks": prefix_len // 16, "reads_shared_once": reads_once}
+    return AttentionShape(f"decode_b256_shared_{name}", (1,) * 256, tuple(lens), **shared)
 
 
 def _mixed() -> AttentionShape:
@@ -207,7 +211,10 @@ MEASURED = (
     _decode("b128_2k_block128", 128, 2048, block_size=128),
     _decode("b128_2k_fp8", 128, 2048, kv_dtype="float8_e4m3fn"),
     _decode("b128_2k_int8", 128, 2048, kv_dtype="int8"),
-    _shared_prefix(),
+    _shared_prefix("prefix", PREFIX_LEN),
+    _shared_prefix("prefix_read_once", PREFIX_LEN, reads_once=True),
+    _shared_prefix("4k", 4096),
+    _shared_prefix("4k_read_once", 4096, reads_once=True),
     _chunks("4x4096", 4, 4096, 4096),
     _chunks("1x16384", 1, 16_384, 16_384),
     _chunks("8x512_at_8k", 8, 512, 8192),

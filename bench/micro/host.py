@@ -17,6 +17,7 @@ The two commits alternate, and the table has medians over the repeats. Writes ``
 import argparse
 import cProfile
 import json
+import math
 import os
 import pstats
 import subprocess
@@ -225,8 +226,10 @@ class _Runner:
         max_blocks = self.max_model_len // self.config.block_size
         num_rows = self.config.most_rows + 1
         self._packer = Packer(self.buckets, num_rows, max_blocks, self.model_config.vocab_size)
-        background = SimpleNamespace(pending=frozenset())
-        self.programs = SimpleNamespace(background=background, usable_buckets=lambda: self.buckets)
+        background = SimpleNamespace(pending=frozenset(), is_over=True)
+        self.programs = SimpleNamespace(
+            background=background, usable_buckets=lambda: self.buckets, least_shared_tokens=math.inf
+        )
 
     def enqueue(self, plan: StepPlan) -> Any:
         start = time.thread_time()

@@ -313,8 +313,11 @@ class _Runs:
     ) -> "_Runs":
         """Start the engine of a variant for some works; the others are the last fields."""
         llm = shapes.start(replace(config, **variant.changes))
-        keep_sizes(llm.engine.runner, [work.num_seqs for work in works])
-        llm.engine.runner.warm_up(use_tqdm=False)
+        runner = llm.engine.runner
+        keep_sizes(runner, [work.num_seqs for work in works])
+        runner.warm_up(use_tqdm=False)
+        if runner.programs.stream is not None:  # with "auto", the first prompts that stream would wait for these
+            runner.programs.store.make_all([("stream", size) for size in runner.buckets], None, use_tqdm=False)
         variant.tune(llm.engine)
         return cls(llm, shapes, variant.name, *others)
 

@@ -12,6 +12,7 @@ from bench.serving.runs import Bench, Run, TimeIsUp, sampling
 from bench.serving.sizes import WORKLOADS
 from bench.workloads import Workload, uniform
 from jpaged import BeamSearchParams
+from jpaged.device.step.programs import kept_programs
 
 WARM_UP_ROWS, WARM_UP_LEN = 32, 8
 """Size of the short run before a timed one, which loads the programs of forks and swaps."""
@@ -41,11 +42,25 @@ def _sharegpt(bench: Bench, _: Any) -> None:
     _throughput(bench, _sharegpt_name(bench), _sharegpt_work(bench))
 
 
-def _shared_prefix(bench: Bench, _: Any) -> None:
-    sizes = bench.sizes
-    prefix_len = 341 // sizes.length_divisor
-    work = workloads.shared_prefix(sizes.num_shared_prefix, prefix_len, vocab_size=bench.vocab_size)
-    _throughput(bench, f"sharedprefix{prefix_len}_{sizes.num_shared_prefix}", _cut(work, bench), unit="requests")
+def _few_shots(bench: Bench, _: Any) -> None:
+    _shared_prefix(bench, bench.sizes.num_shared_prefix, 341)
+
+
+def _system_prompt(bench: Bench, _: Any) -> None:
+    _shared_prefix(bench, bench.sizes.num_system_prompt, 4096)
+
+
+def _shared_prefix(bench: Bench, count: int, prefix_len: int) -> None:
+    prefix_len //= bench.sizes.length_divisor
+    work = _cut(workloads.shared_prefix(count, prefix_len, vocab_size=bench.vocab_size), bench)
+    programs = bench.runner.programs
+    decodes = [bucket for bucket in programs.buckets if bucket.is_decode]
+    # An engine makes them in the background once a step could use them.
+    keys = [("shared", size) for size in decodes if (size.num_rows - 1) * prefix_len >= programs.least_shared_tokens]
+    programs.store.make_all(keys, kept_programs(programs), use_tqdm=False)
+    if keys:  # their first runs also load them and record their CUDA graphs
+        bench.run(bench.llm(), work.prompts, [sampling(max_tokens=length) for length in work.output_lens])
+    _throughput(bench, f"sharedprefix{prefix_len}_{count}", work, unit="requests")
 
 
 def _parallel(bench: Bench, _: Any) -> None:
@@ -175,9 +190,10 @@ def _prefill(bench: Bench, options: Any) -> None:
     bench.figures.add_step("prefill", profile_prefill(llm, timed, traced, _trace_path(options, "prefill")))
 
 
-_RUNS: dict[str, Callable[[Bench, Any], None]] = dict(
-    zip(WORKLOADS, (_sharegpt, _decode, _prefill, _shared_prefix, _parallel, _beams, _under_pressure), strict=True)
-)
+_IN_ORDER = (
+    _sharegpt, _decode, _prefill, _few_shots, _system_prompt, _parallel, _beams, _under_pressure,
+)  # fmt: skip
+_RUNS: dict[str, Callable[[Bench, Any], None]] = dict(zip(WORKLOADS, _IN_ORDER, strict=True))
 
 
 def _throughput(bench: Bench, name: str, work: Workload, *, n: int = 1, unit: str = "tokens") -> None:

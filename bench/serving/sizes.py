@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 WORKLOADS = (
-    "sharegpt1000", "decode", "prefill32", "sharedprefix341_500", "parallel4_200", "beam4_64x64",
-    "sharegpt1000_2048blocks",
+    "sharegpt1000", "decode", "prefill32", "sharedprefix341_500", "sharedprefix4096_256",
+    "parallel4_200", "beam4_64x64", "sharegpt1000_2048blocks",
 )  # fmt: skip
 
 
@@ -13,7 +13,7 @@ class Sizes:
     """Sizes of the workloads. A figure is named after its work, so shortened work has no peer.
 
     Args:
-        num_sharegpt, num_shared_prefix, num_parallel: numbers of requests.
+        num_sharegpt, num_shared_prefix, num_system_prompt, num_parallel: numbers of requests.
         length_divisor: divisor of the lengths of these requests.
         prompt_len: tokens of the prompts of decodes and prefills.
         decode_lens: tokens of the two runs whose difference is the time of a decode step.
@@ -25,6 +25,7 @@ class Sizes:
 
     num_sharegpt: int = 1000
     num_shared_prefix: int = 500
+    num_system_prompt: int = 256
     num_parallel: int = 200
     length_divisor: int = 1
     prompt_len: int = 1024
@@ -41,6 +42,7 @@ FULL = Sizes()
 QUICK = Sizes(
     num_sharegpt=100,
     num_shared_prefix=50,
+    num_system_prompt=32,
     num_parallel=20,
     length_divisor=4,
     decode_lens=(9, 41),

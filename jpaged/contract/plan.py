@@ -112,6 +112,9 @@ class StepPlan:
             reads chunk i, and nothing else is made of the logits.
         streamed: blocks on the host that the chunks attend to, as they are after ``to_host``; None if there are none.
             Such a plan is no burst.
+        shared_lens: tokens at the front of each chunk's sequence that the device may read once for all of them: one
+            number where block tables begin with the same blocks, which hold these tokens already, and 0 elsewhere.
+            All chunks are decodes then. None if no sequences share enough.
     """
 
     copies: tuple[BlockCopy, ...] = ()
@@ -125,6 +128,7 @@ class StepPlan:
     from_host: tuple[BlockCopy, ...] = ()
     num_steps: int = 1
     streamed: Streamed | None = None
+    shared_lens: Int32[np.ndarray, " chunks"] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -31,6 +31,7 @@ class PlanBuilder:
         self._decodes = NO_DECODES
         self._positions: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
         self._num_draws: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
+        self._shared_lens: Int32[np.ndarray, " decodes"] | None = None
         self._needs_tokens = False
         self._chunks: list[tuple[int, int, int, int]] = []  # row, sequence, start, length
         self._token_ids: list[int] = []
@@ -48,15 +49,22 @@ class PlanBuilder:
         """Whether the budget allows a chunk of any prompt."""
         return self.budget >= self._unit
 
-    def decode(self, decodes: Decodes, num_draws: Int32[np.ndarray, " decodes"]) -> None:
+    def decode(
+        self,
+        decodes: Decodes,
+        num_draws: Int32[np.ndarray, " decodes"],
+        shared_lens: Int32[np.ndarray, " decodes"] | None = None,
+    ) -> None:
         """Let steady rows feed their newest token and draw; called once, before anything is added.
 
         Args:
             decodes: the rows.
             num_draws: tokens that each draws.
+            shared_lens: as in ``StepPlan``.
         """
         if len(num_draws) == 0:
             return
+        self._shared_lens = shared_lens
         self._decodes, self._num_draws = decodes, num_draws
         self._positions = self._rows.draw(decodes, num_draws)
         self.budget -= len(num_draws)
@@ -114,6 +122,7 @@ class PlanBuilder:
             prompt_scores=tuple(self._prompt_scores),
             beams=tuple([_select(group, chunks) for group, chunks in self._beams.items()]),
             num_steps=int(self._num_draws.max(initial=1)),
+            shared_lens=None if self._chunks else self._shared_lens,
         )
 
     def _build_chunks(self) -> Chunks:

@@ -24,6 +24,7 @@ from jpaged.host.roster import Roster
 from jpaged.host.rows import NO_DECODES, Decodes, RowTable
 from jpaged.host.search.beam import BeamSearch
 from jpaged.host.sequence import Sequence, SequenceGroup
+from jpaged.host.shared_prefix import SharedPrefix
 from jpaged.host.stats import SchedulerStats, StepSums, read_stats
 from jpaged.host.streaming import Streaming
 from jpaged.host.windows import Windows
@@ -83,6 +84,7 @@ class Scheduler:
         self.line = Line()
         self.pins = Pins(blocks)
         self.rows = RowTable(max_num_seqs, blocks, max_burst)
+        self.shared_prefix = SharedPrefix(blocks, self.rows)
         self.growth = Growth(blocks, self.line, self.rows)
         self._admission = Admission(
             blocks,
@@ -284,7 +286,7 @@ class Scheduler:
                 most_beside=tokens_within(self.profile, self.max_step_s, longest_context(feeds)),
             )
         plan = PlanBuilder(self.rows, budget, copies, self._chunk_unit)
-        plan.decode(decodes, num_draws)
+        plan.decode(decodes, num_draws, self.shared_prefix.lens(decodes))
         if feeds:
             compute_all(plan, feeds, self.outcome)
         if may_admit:

@@ -19,7 +19,7 @@ from pallas_kernels.block_pool.layout import (
 )
 from pallas_kernels.chips import here
 from pallas_kernels.dispatch import INTERPRETERS, Choice, Kernel, best_implementation, why_cannot_run
-from pallas_kernels.paged_attention.call import Attended, Batch, Call, Heads, KvLayer, Scoring
+from pallas_kernels.paged_attention.call import Attended, Batch, Call, Heads, KvLayer, Scoring, can_read_once
 from pallas_kernels.paged_attention.hopper import attend_hopper
 from pallas_kernels.paged_attention.hopper import why_not as why_not_hopper
 from pallas_kernels.paged_attention.reference import attend_reference
@@ -34,6 +34,7 @@ __all__ = [
     "Attended",
     "Choice",
     "best_implementation",
+    "can_read_once",
     "kernels_here",
     "paged_attention",
     "pool_rows",
@@ -101,6 +102,7 @@ def paged_attention(
     sinks: Float[Array, " num_heads"] | None = None,
     kv_scales: KvScales | None = None,
     into: Float[Array, "tokens num_heads head_dim"] | None = None,
+    shared_lens: Int[Array, " num_seqs"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "tokens num_heads head_dim"]:
@@ -125,6 +127,10 @@ def paged_attention(
         kv_scales: the scales of a quantised pool (``write_kv_quantized``), read only; None for any other pool.
         into: the result of an earlier call over the same rows, which no later operation reads. Its memory may take
             this call's result, and its padding is zeros already.
+        shared_lens: tokens of each row in a prefix that decodes may read once for all rows (Hydragen,
+            arXiv:2402.05099). The number is the same for all rows whose tables begin with the same blocks of so many
+            tokens, and 0 for the others. A row has tokens after its prefix. Results differ by rounding alone. Prompts,
+            windows, slopes, quantised pools and TPUs read each row by itself.
         implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``. Over several devices,
             "hopper" and "pallas_tpu" need ``jax.shard_map``.
         interpret: run the kernels of the implementation named in Pallas's interpreter, on any device.
@@ -146,6 +152,7 @@ def paged_attention(
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         into=into,
+        shared_lens=shared_lens,
     )
     _check_heads_of_pool(call)
     return dispatch.run(IMPLEMENTATIONS[implementation or _best(call)], call, interpret=interpret)
@@ -227,6 +234,7 @@ def _checked_call(
     sliding_window: int | None,
     soft_cap: float | None,
     into: Array | None = None,
+    shared_lens: Array | None = None,
 ) -> Call:
     """The call that these arguments make, all but the heads of its queries and its pool checked."""
     _check_rows(q, *batch)
@@ -234,11 +242,16 @@ def _checked_call(
     _check_types(q, kv.pool, kv.kv_scales)
     if into is not None and (into.shape, into.dtype) != (q.shape, q.dtype):
         raise ValueError(f"into is {into.dtype}{list(into.shape)}: expected what q is, {q.dtype}{list(q.shape)}")
+    if shared_lens is not None and (shared_lens.shape, shared_lens.dtype) != (batch.kv_lens.shape, jnp.int32):
+        raise ValueError(
+            f"shared_lens is {shared_lens.dtype}{list(shared_lens.shape)}: expected int32{list(batch.kv_lens.shape)}, "
+            "a number of tokens for each row"
+        )
     for name, array in heads._asdict().items():
         if array is not None and array.shape != (q.shape[1],):
             raise ValueError(f"{name} has shape {array.shape}: expected ({q.shape[1]},), one for each query head")
     scoring = _scoring(q, sm_scale, sliding_window, soft_cap)
-    return Call(q=q, kv=kv, batch=batch, scoring=scoring, heads=heads, into=into)
+    return Call(q=q, kv=kv, batch=batch, scoring=scoring, heads=heads, into=into, shared_lens=shared_lens)
 
 
 def _check_heads_of_pool(call: Call) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_pool.layout import BlockPool, KvScales, LayerIndex
+from pallas_kernels.block_pool.layout import BlockPool, KvScales, LayerIndex, is_quantized
 
 
 class KvLayer(NamedTuple):
@@ -57,6 +57,7 @@ class Call:
         scoring: the scores of queries and keys.
         heads: numbers of each query head.
         into: memory that may take the outputs, with zeros for padding; None if there is none.
+        shared_lens: as for ``paged_attention``; None if every row is to be read by itself.
     """
 
     q: Float[Array, "tokens num_heads head_dim"]
@@ -65,6 +66,7 @@ class Call:
     scoring: Scoring = field(metadata={"static": True})
     heads: Heads = NO_HEADS
     into: Float[Array, "tokens num_heads head_dim"] | None = None
+    shared_lens: Int[Array, " num_seqs"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -93,9 +95,25 @@ class Call:
         return self.num_tokens > self.num_seqs
 
     @property
+    def reads_shared_once(self) -> bool:
+        """Whether the batch has shared tokens, and implementations may read them once for all rows."""
+        is_wanted = self.shared_lens is not None and not self.may_have_prompts
+        has_slopes = self.heads.alibi_slopes is not None
+        return is_wanted and can_read_once(self.scoring.sliding_window, has_slopes, self.kv.pool.dtype)
+
+    @property
     def case(self) -> tuple[tuple[int, ...], jax.numpy.dtype, tuple[int, ...], jax.numpy.dtype]:
         """Shape and type of the queries and of the pool, which decide whether kernels take the call."""
         return self.q.shape, self.q.dtype, self.kv.pool.shape, self.kv.pool.dtype
+
+
+def can_read_once(sliding_window: int | None, has_slopes: bool, pool_dtype: jax.numpy.dtype) -> bool:
+    """Whether tokens that rows share can be read once.
+
+    Windows hide such tokens from some rows, and ALiBi's slopes depend on the distance to each row's query. Over 8-bit
+    pools, the decode kernel of Hopper GPUs keeps outputs in an order of its own.
+    """
+    return sliding_window is None and not has_slopes and not is_quantized(pool_dtype)
 
 
 class Attended(NamedTuple):

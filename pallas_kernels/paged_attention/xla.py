@@ -24,14 +24,22 @@ LEAST = -1e30
 PREFILL_TILE = 64
 CHUNK_TOKENS = 128
 
+SMALL_STEP_TOKENS, SMALL_TILE = 64, 8
+"""Steps of prompts that are so small have one pass, of short tiles: it compiles in two thirds of the time of two."""
+
 
 class Rows(NamedTuple):
-    """The rows that one pass attends; ``q_lens`` is 0 for all other rows."""
+    """The rows that one pass attends; ``q_lens`` is 0 for all other rows.
+
+    Queries see no position before ``first_seen``, and none from ``seen_end`` on; None limits nothing.
+    """
 
     block_tables: Int[Array, "num_seqs max_blocks"]
     kv_lens: Int[Array, " num_seqs"]
     cu_q_lens: Int[Array, " num_seqs_plus_1"]
     q_lens: Int[Array, " num_seqs"]
+    first_seen: Int[Array, " num_seqs"] | None = None
+    seen_end: Int[Array, " num_seqs"] | None = None
 
 
 class GroupedHeads(NamedTuple):
@@ -45,9 +53,11 @@ class Tiles(NamedTuple):
     """The queries of a pass, packed without gaps and cut into tiles of equal length.
 
     ``row_and_position`` says whose query it is (num_seqs past the last one) and where it sits in its sequence.
+    ``token`` is its index in the batch.
     """
 
     q: Float[Array, "tiles num_kv_heads tile_len group head_dim"]
+    token: Int[Array, "tiles tile_len"]
     row_and_position: Int[Array, "tiles tile_len 2"]
     packed_start: Int[Array, " num_seqs_plus_1"]  # row i's queries are packed_start[i]:packed_start[i + 1]
 
@@ -98,14 +108,61 @@ def attend_xla(call: Call) -> Float[Array, "tokens num_heads head_dim"]:
     def attend(is_attended: Bool[Array, " num_seqs"], max_queries: int, tile_len: int) -> Array:
         rows = Rows(*call.batch, jnp.where(is_attended, q_lens, 0))
         tiles = _pack(grouped_q, rows, max_queries, tile_len)
-        out = _attend_tiles(tiles, rows, call.kv, call.scoring, heads)
+        out = _divided(_attend_tiles(tiles, rows, call.kv, call.scoring, heads))
+        return _unpack(out, tiles, rows, num_tokens).reshape(call.q.shape).astype(call.q.dtype)
+
+    if call.reads_shared_once:
+        assert call.shared_lens is not None
+        shared = _attend_shared(grouped_q, call, call.shared_lens)
+        rows = Rows(*call.batch, q_lens, first_seen=jnp.where(q_lens > 0, call.shared_lens, 0))
+        tiles = _pack(grouped_q, rows, num_tokens, 1)
+        out = _divided(_attend_tiles(tiles, rows, call.kv, call.scoring, heads, _of_tiles(shared, tiles, rows)))
         return _unpack(out, tiles, rows, num_tokens).reshape(call.q.shape).astype(call.q.dtype)
 
     if not call.may_have_prompts:
         # Tiles of one query serve a prefill among decodes too, only less quickly.
         return attend(q_lens > 0, num_tokens, 1)
+    if num_tokens <= SMALL_STEP_TOKENS:
+        return attend(q_lens > 0, num_tokens, min(SMALL_TILE, num_tokens))
     # Two passes, because a long tile costs the same for a single query as for as many as the tile holds.
     return attend(q_lens == 1, call.num_seqs, 1) + attend(q_lens > 1, num_tokens, min(PREFILL_TILE, num_tokens))
+
+
+def _attend_shared(
+    q: Float[Array, "tokens num_kv_heads group head_dim"], call: Call, shared_lens: Int[Array, " num_seqs"]
+) -> Softmax:
+    """The softmaxes of all queries over the shared tokens, [tokens, num_kv_heads, 1, group]."""
+    num_tokens, shared_len = len(q), shared_lens.max()
+    rows = Rows(
+        call.batch.block_tables[shared_lens.argmax()][None],
+        (shared_len + num_tokens)[None],
+        jnp.array([0, num_tokens], jnp.int32),
+        jnp.where(shared_len > 0, num_tokens, 0)[None],
+        seen_end=shared_len[None],
+    )
+    tiles = _pack(q, rows, num_tokens, min(PREFILL_TILE, num_tokens))
+    done = _attend_tiles(tiles, rows, call.kv, call.scoring, GroupedHeads(None, None))
+
+    def by_token(x: Float[Array, "tiles num_kv_heads tile_len group *head_dim"]) -> Array:
+        return jnp.moveaxis(x, 1, 2).reshape(-1, x.shape[1], 1, *x.shape[3:])[:num_tokens]
+
+    return jax.tree.map(by_token, done)
+
+
+def _of_tiles(shared: Softmax, tiles: Tiles, rows: Rows) -> Softmax:
+    """The softmaxes over the shared tokens of tiles of one query; those of rows without such tokens are empty."""
+    assert rows.first_seen is not None
+    row, _ = jnp.unstack(tiles.row_and_position[:, 0], axis=-1)
+    has_shared = rows.first_seen.at[row].get(mode="fill", fill_value=0) > 0
+
+    def of_tiles(x: Array, empty: float) -> Array:
+        return jnp.where(has_shared.reshape(-1, *[1] * (x.ndim - 1)), x[tiles.token[:, 0]], empty)
+
+    return Softmax(of_tiles(shared.top, LEAST), of_tiles(shared.total, 0), of_tiles(shared.weighted, 0))
+
+
+def _divided(done: Softmax) -> Float[Array, "tiles num_kv_heads tile_len group head_dim"]:
+    return done.weighted / jnp.where(done.total == 0, 1, done.total)[..., None]
 
 
 def _starts(lens: Int[Array, " n"]) -> Int[Array, " n_plus_1"]:
@@ -129,6 +186,7 @@ def _pack(q: Float[Array, "tokens num_kv_heads group head_dim"], rows: Rows, max
     tiled = q.at[token].get(mode="clip").reshape(num_tiles, tile_len, *q.shape[1:])
     return Tiles(
         tiled.transpose(0, 2, 1, 3, 4),
+        token.reshape(num_tiles, tile_len),
         jnp.stack([row, position], axis=-1).reshape(num_tiles, tile_len, 2),
         packed_start,
     )
@@ -162,10 +220,12 @@ def _segments(tiles: Tiles, rows: Rows, window: int | None, block_size: int, chu
 
     position_of_packed = rows.kv_lens[owner] - end[owner]
     context_end = position_of_packed + jnp.minimum(end[owner], (tile + 1) * tile_len)
-    context_start = jnp.zeros_like(context_end)
+    if rows.seen_end is not None:
+        context_end = jnp.minimum(context_end, rows.seen_end[owner])
+    context_start = jnp.zeros_like(context_end) if rows.first_seen is None else rows.first_seen[owner]
     if window is not None:
         first_query = position_of_packed + jnp.maximum(begin[owner], tile * tile_len)
-        context_start = jnp.maximum(first_query - window + 1, 0)
+        context_start = jnp.maximum(first_query - window + 1, context_start)
     chunks = -(-(context_end - context_start // block_size * block_size) // chunk_len)
     first_item = _starts(jnp.where(row < num_seqs, chunks, 0))
     return Segments(jnp.stack([owner, tile, context_start, context_end, first_item[:-1]], axis=-1), first_item)
@@ -186,7 +246,9 @@ def _attend_tiles(
     kv: KvLayer,
     scoring: Scoring,
     heads: GroupedHeads,
-) -> Float[Array, "tiles num_kv_heads tile_len group head_dim"]:
+    earlier: Softmax | None = None,
+) -> Softmax:
+    """The softmaxes of the tiles, which go on from earlier ones if there are any."""
     block_size = shape_of(kv.pool).block_size
     chunk_blocks, items_per_iteration = _sizes(tiles, kv.pool, rows.block_tables.shape[1])
     segments = _segments(tiles, rows, scoring.sliding_window, block_size, chunk_blocks * block_size)
@@ -201,9 +263,17 @@ def _attend_tiles(
     top = jnp.full(shape, LEAST, jnp.float32) if sinks is None else jnp.broadcast_to(sinks[None, :, None, :], shape)
     total = jnp.full(shape, 0 if sinks is None else 1, jnp.float32)
     start = Softmax(top, total, jnp.zeros(tiles.q.shape, jnp.float32))
+    if earlier is not None:
+        start = _joined(start, earlier)
     iterations = -(-segments.first_item[-1] // items_per_iteration)
-    done = lax.fori_loop(0, iterations, attend_some, start)
-    return done.weighted / jnp.where(done.total == 0, 1, done.total)[..., None]
+    return lax.fori_loop(0, iterations, attend_some, start)
+
+
+def _joined(one: Softmax, other: Softmax) -> Softmax:
+    top = jnp.maximum(one.top, other.top)
+    keeps = [jnp.exp(part.top - top) for part in (one, other)]
+    total = one.total * keeps[0] + other.total * keeps[1]
+    return Softmax(top, total, one.weighted * keeps[0][..., None] + other.weighted * keeps[1][..., None])
 
 
 def _attend_items(

@@ -149,12 +149,14 @@ def test_predictions_are_those_of_the_planner(num_kv_heads, saves):
     assert predicted["planned_ms"] <= min(predicted["kv_ms"], predicted["activations_ms"], predicted["paper_ms"])
 
 
-def test_a_long_sequence_is_measured_over_a_part_of_its_blocks_and_over_all(run_offload):
+def test_a_long_sequence_is_measured_over_a_part_of_its_blocks_and_over_all(run_offload, monkeypatch):
+    monkeypatch.setattr("bench.offload.generation.SHORT_LEN", 16)  # the first run streams nothing
     options = ("--length", "200", "--num-steps", "6", "--repeats", "1", "--max-num-batched-tokens", "32")
     _, report = run_offload("long", *options, "--pool-gib", "0.00018", "--num-layers", "4")
     part, whole = report["variants"]
     assert part["settings"]["num_blocks"] == 11 < 200 / 16 < whole["settings"]["num_blocks"]
     assert part["runs"][0]["best"]["bytes_from_host"] > 0
+    assert part["runs"][0]["best"]["num_programs_compiled"] == 0, "the prompt waits for none"
     assert (part["settings"]["kv_placement"], whole["settings"]["kv_placement"]) == ("auto", "device")
     assert whole["runs"][0]["are_tokens_equal"]
 

@@ -43,6 +43,7 @@ SIZES = replace(
     QUICK,
     num_sharegpt=12,
     num_shared_prefix=6,
+    num_system_prompt=3,
     num_parallel=3,
     length_divisor=16,
     prompt_len=32,
@@ -399,7 +400,8 @@ def test_command_measures_all_workloads(run_serving, tiny_path, tmp_path):
     ]
     assert list(report["figures"]) == [
         "startup_s", "sharegpt12_tokens_per_s", "decode_1_ms", "decode_4_ms", "prefill2_s",
-        "sharedprefix21_6_requests_per_s", "parallel4_3_tokens_per_s", "beam4_2x4_tokens_per_s", *pressure,
+        "sharedprefix21_6_requests_per_s", "sharedprefix256_3_requests_per_s", "parallel4_3_tokens_per_s",
+        "beam4_2x4_tokens_per_s", *pressure,
     ]  # fmt: skip
     assert report["figures"]["sharegpt12_6blocks_swap_tokens_per_s"]["num_preemptions"] > 0
     assert report["figures"]["sharegpt12_tokens_per_s"]["num_programs_compiled"] == 0

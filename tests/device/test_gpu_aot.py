@@ -50,6 +50,16 @@ def test_no_step_copies_the_pool(mesh, shapes, settings, bucket, monkeypatch):
     assert memory.temp_size_in_bytes < pool_bytes / 4
 
 
+@pytest.mark.parametrize("shapes", ["llama3-8b", "opt-6.7b"])
+def test_no_step_that_reads_shared_tokens_once_copies_the_pool(mesh, shapes):
+    programs = programs_on(mesh, shapes, 20_000, 0)
+    assert programs.least_shared_tokens < math.inf
+    pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(programs.abstract_cache()))
+    memory = compiled(programs, "shared", Bucket(32, 32)).memory_analysis()
+    assert memory.alias_size_in_bytes >= pool_bytes, "the donated pool is written in place"
+    assert memory.temp_size_in_bytes < pool_bytes / 4
+
+
 @pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "fp8"}], ids=["bf16", "fp8"])
 def test_copies_of_blocks_take_no_memory_of_their_own(mesh, settings):
     programs = programs_on(mesh, "llama3-8b", 20_000, 0, **settings)

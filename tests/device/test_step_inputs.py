@@ -103,7 +103,10 @@ def plans(draw, max_seqs, max_tokens, block_size):
 def naive_inputs(chunks, samples, beams, bucket, block_size, max_blocks=MAX_BLOCKS):
     """The content of each field, one token at a time."""
     tokens = {name: [0] * bucket.num_tokens for name in ("token_ids", "positions", "prompt_lens", "slots")}
-    rows = {name: [0] * bucket.num_rows for name in ("kv_lens", "stream_starts", "sample_tokens", "num_draws")}
+    rows = {
+        name: [0] * bucket.num_rows
+        for name in ("kv_lens", "stream_starts", "sample_tokens", "num_draws", "shared_lens")
+    }
     tables = [[0] * max_blocks for _ in range(bucket.num_rows)]
     cu_q_lens, last_token = [0], {}
     index = 0

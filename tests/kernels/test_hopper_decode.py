@@ -29,7 +29,7 @@ from tests.support.attention import (
     make_batch,
     round_scales,
 )
-from tests.support.attention_cases import AttentionCases, Rows
+from tests.support.attention_cases import Rows, SharedPrefixCases
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
@@ -98,7 +98,7 @@ def test_tiles_of_a_large_block_that_lie_behind_the_window_are_no_ones_part():
     check(make_batch(shape, [1], [240]), Options(sliding_window=140), num_sms=4)
 
 
-class TestHopper(AttentionCases):
+class TestHopper(SharedPrefixCases):
     """Both kernels together."""
 
     # A decode, a piece of a prompt, a decode at a block's end, no queries, a first token; padding.

@@ -39,7 +39,7 @@ from tests.support.attention import (
     jitted_attention,
     make_batch,
 )
-from tests.support.attention_cases import OPTIONS, AttentionCases, Rows
+from tests.support.attention_cases import OPTIONS, AttentionCases, Rows, SharedPrefixCases
 
 ANYWHERE = [name for name in IMPLEMENTATIONS if name not in INTERPRETERS]
 """The implementations that need no device of their own; test_hopper_*.py and test_tpu_*.py interpret the others."""
@@ -70,7 +70,7 @@ class PortableCases(AttentionCases):
         np.testing.assert_allclose(out, right, atol=TOLERANCE[dtype], rtol=0)
 
 
-class TestXla(PortableCases):
+class TestXla(PortableCases, SharedPrefixCases):
     implementation = "xla"
 
 
@@ -413,6 +413,7 @@ def good_arguments() -> dict:
         ({"pool": INT8_POOL, "kv_scales": jnp.zeros((4, 2, 2, 2), jnp.bfloat16)}, "kv_scales is bfloat16"),
         ({"pool": INT8_POOL, "q": jnp.zeros((3, 4, 16), jnp.int8)}, "q is int8 and the pool int8"),
         ({"into": jnp.zeros((2, 4, 16))}, r"into is float32\[2, 4, 16\]: expected what q is, float32\[3, 4, 16\]"),
+        ({"shared_lens": jnp.zeros(3, jnp.int32)}, r"shared_lens is int32\[3\]: expected int32\[2\]"),
         (
             {"implementation": "cuda"},
             r"implementation='cuda' is unknown: expected None or one of \['hopper', 'pallas_tpu', 'reference', 'xla'\]",

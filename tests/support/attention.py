@@ -1,7 +1,7 @@
 """Ragged batches over a pool of NaN, and dense attention in float64, against which all implementations are tested."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ NO_OPTIONS = Options()
 class Batch:
     """Ragged rows: their queries, and the dense K and V of each, [kv_len, num_kv_heads, head_dim].
 
-    A quantised pool has scales, and K and V are what it holds exactly.
+    A quantised pool has scales, and K and V are what it holds exactly. ``shared_lens`` is as for ``paged_attention``.
     """
 
     shape: Shape
@@ -74,6 +74,7 @@ class Batch:
     values: list[np.ndarray]
     tables: np.ndarray
     scales: np.ndarray
+    shared_lens: np.ndarray | None = None
 
     @property
     def q_starts(self) -> np.ndarray:
@@ -120,6 +121,7 @@ class Batch:
             batch=calls.Batch(*self.rows()),
             scoring=options.scoring(self.shape.head_dim),
             heads=options.heads(),
+            shared_lens=None if self.shared_lens is None else jnp.asarray(self.shared_lens),
         )
 
     def attend(self, implementation: str, options: Options = NO_OPTIONS) -> np.ndarray:
@@ -131,6 +133,7 @@ class Batch:
             LAYER,
             *self.rows(),
             kv_scales=None if scales is None else jnp.asarray(scales),
+            shared_lens=None if self.shared_lens is None else jnp.asarray(self.shared_lens),
             implementation=implementation,
             **options.as_arguments(),
         )
@@ -172,6 +175,22 @@ def make_batch(shape: Shape, q_lens: list[int], kv_lens: list[int], seed: int = 
     q = normal(shape.num_tokens, shape.num_heads, shape.head_dim)
     keys, values = ([context(row, which) for row in range(shape.num_seqs)] for which in range(2))
     return Batch(shape, q_lens, q, keys, values, tables, scales)
+
+
+def share_front(batch: Batch, rows: list[int], num_blocks: int, *, is_read_once: bool = False) -> Batch:
+    """The batch with the first blocks of ``rows[0]`` at the front of all these rows, as shared tokens.
+
+    Args:
+        is_read_once: whether the tables of the other rows name a wrong block there, which nothing may read.
+    """
+    num_tokens, shared_lens = num_blocks * batch.shape.block_size, np.zeros_like(batch.kv_lens)
+    shared_lens[rows] = num_tokens
+    wrong = batch.shape.num_blocks - 1
+    for row in rows[1:]:
+        batch.tables[row, :num_blocks] = wrong if is_read_once else batch.tables[rows[0], :num_blocks]
+        batch.keys[row][:num_tokens] = batch.keys[rows[0]][:num_tokens]
+        batch.values[row][:num_tokens] = batch.values[rows[0]][:num_tokens]
+    return replace(batch, shared_lens=shared_lens)
 
 
 def round_scales(batch: Batch) -> None:

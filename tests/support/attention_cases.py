@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.support.attention import NO_OPTIONS, Batch, Options, Shape, dense_attention, make_batch
+from tests.support.attention import NO_OPTIONS, Batch, Options, Shape, dense_attention, make_batch, share_front
 
 SLOPES, SINKS = np.array([0.5, 0.25, 0.125, 0.0625]), np.array([-1.0, 0.0, 2.0, 5.0])
 OPTIONS = {
@@ -86,3 +86,28 @@ class AttentionCases:
             batch.keys[row][:num_tokens] = batch.keys[0][:num_tokens]
             batch.values[row][:num_tokens] = batch.values[0][:num_tokens]
         self.check(batch)
+
+
+class SharedPrefixCases(AttentionCases):
+    """More cases, of an implementation that reads shared tokens once, by the table of the first row that has them."""
+
+    def decodes_that_share(self, *, is_read_once: bool) -> Batch:
+        """Decodes of which three share half of a table, among them the row of one token more, and one shares none."""
+        shape = self.DECODE.shape
+        num_blocks = shape.max_blocks // 2
+        end = num_blocks * shape.block_size
+        batch = make_batch(shape, [1, 1, 1, 1], [shape.block_size + 3, end + 2 * shape.block_size, end + 1, end + 5])
+        return share_front(batch, [1, 2, 3], num_blocks, is_read_once=is_read_once)
+
+    @pytest.mark.parametrize(
+        "options", [Options(), Options(0.7, None, 1.5, None, SINKS)], ids=["plain", "scale_cap_and_sinks"]
+    )
+    def test_decodes_read_shared_tokens_once(self, options):
+        self.check(self.decodes_that_share(is_read_once=True), options)
+
+    def test_shared_tokens_behind_windows_and_under_slopes_are_read_by_each_row(self):
+        self.check(self.decodes_that_share(is_read_once=False), OPTIONS["all"])
+
+    def test_batch_that_shares_nothing_may_say_so(self):
+        batch = self.DECODE.make()
+        self.check(replace(batch, shared_lens=np.zeros_like(batch.kv_lens)))

@@ -153,6 +153,7 @@ class FakeDevice:
         chunks = self._resolved(self.rows.chunks(plan, self.block_size))
         self._check_rows(plan)
         self._check_chunks(plan, chunks)
+        self._check_shared(plan, chunks)
         chunks = self._streaming(plan, chunks)
         self._check_moves(plan, chunks)
         to_host, from_host, copies = (_columns(moves) for moves in (plan.to_host, plan.from_host, plan.copies))
@@ -321,6 +322,23 @@ class FakeDevice:
             )
             live = [group.first_live(chunk.start, self.block_size) for group in self.groups.groups]
             assert list(holding.starts) == ([] if self.groups.is_plain else live), "windows leave no block behind"
+
+    def _check_shared(self, plan: StepPlan, chunks: list[Chunk]) -> None:
+        """Assert that rows which share tokens have them in the same blocks, where the step writes nothing."""
+        if plan.shared_lens is None:
+            return
+        assert plan.shared_lens.dtype == np.int32
+        lens = plan.shared_lens.tolist()
+        assert (plan.chunks.lens == 1).all()
+        [num_tokens] = set(lens) - {0}
+        sharing = [chunk for chunk, length in zip(chunks, lens, strict=True) if length]
+        assert len(sharing) > 1
+        assert all(num_tokens <= chunk.start for chunk in sharing)
+        num_blocks, rest = divmod(num_tokens, self.block_size)
+        assert rest == 0
+        for index, group in enumerate(self.groups.groups):
+            fronts = {tuple(chunk.block_table[index :: len(self.groups)][:num_blocks]) for chunk in sharing}
+            assert group.window is not None or len(fronts) == 1
 
     def _seen(self, chunk: Chunk) -> list[int]:
         """The cells of its row that a chunk reads or writes."""

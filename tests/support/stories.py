@@ -63,6 +63,8 @@ def make_device(
         max_burst=max_burst,
         step_sizes=step_sizes,
     )
+    if placement is KV_ON_DEVICE and not is_quantized:
+        scheduler.shared_prefix.least_saved = 1  # as much is shared as can be, and the device checks it
     return FakeDevice(scheduler)
 
 

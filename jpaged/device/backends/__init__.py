@@ -1,5 +1,6 @@
 """The interface of the engine to the kernels of a platform, and the parts that all platforms share."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ class Rows(NamedTuple):
     block_tables: Int[Array, "rows max_blocks"]
     kv_lens: Int[Array, " rows"]
     cu_q_lens: Int[Array, " rows_plus_1"]
+    shared_lens: Int[Array, " rows"] | None = None
 
 
 class HeadArrays(NamedTuple):
@@ -58,6 +60,9 @@ class Backend:
 
     streams_by_dma: ClassVar[bool] = False
     """Whether kernels stream blocks from the host, in place of callbacks."""
+
+    least_shared_bytes: ClassVar[float] = math.inf
+    """K and V of a layer that the rows of a decode must save for a device to read a prefix faster that they share."""
 
     def pool_heads(self, num_kv_heads: int, head_dim: int) -> tuple[int, int]:
         """KV heads and head_dim of the pool, for a model's over all devices."""
@@ -120,6 +125,7 @@ class Backend:
             sinks=head_arrays.sinks,
             alibi_slopes=head_arrays.alibi_slopes,
             into=into,
+            shared_lens=rows.shared_lens,
             implementation=self.name,
             interpret=self.interpret,
         )

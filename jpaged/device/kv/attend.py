@@ -10,12 +10,19 @@ from jpaged.device.step.inputs import StepInputs
 from jpaged.models.spec import LayerSpec, check_head_arrays
 
 
-def rows_of_groups(inputs: StepInputs, num_groups: int) -> list[Rows]:
-    """The places of a step's tokens in the pool, for each layer group."""
+def rows_of_groups(inputs: StepInputs, num_groups: int, *, reads_shared: bool = False) -> list[Rows]:
+    """The places of a step's tokens in the pool, for each layer group.
+
+    Args:
+        inputs: the step.
+        num_groups: layer groups.
+        reads_shared: whether tokens that rows share are read once.
+    """
     tables, slots = inputs.block_tables, inputs.slots
+    lens = inputs.kv_lens, inputs.cu_q_lens, inputs.shared_lens if reads_shared else None
     if num_groups == 1:
-        return [Rows(slots, tables, inputs.kv_lens, inputs.cu_q_lens)]
-    return [Rows(slots[i], tables[i], inputs.kv_lens, inputs.cu_q_lens) for i in range(num_groups)]
+        return [Rows(slots, tables, *lens)]
+    return [Rows(slots[i], tables[i], *lens) for i in range(num_groups)]
 
 
 class PagedAttend:

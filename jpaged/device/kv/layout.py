@@ -16,6 +16,7 @@ from jpaged.models.checkpoint.config import ModelConfig
 from jpaged.models.groups import Grouping, grouped, ungrouped
 from jpaged.models.spec import LayerSpec
 from pallas_kernels import block_pool_shape, is_quantized, kv_scales_shape
+from pallas_kernels.paged_attention import can_read_once
 
 KV_DTYPES = {"fp8": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
 """Types of quantised pools, by the setting ``kv_cache_dtype``."""
@@ -164,6 +165,22 @@ def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: B
     stored = kv_dtype(config.kv_cache_dtype, dtype)
     num_layers = grouping_of(model, config).groups.layers_per_block
     return PoolLayout(num_layers, num_kv_heads, head_dim, pool_block_size(model, config), stored)
+
+
+def least_shared_tokens(layout: PoolLayout, model: ModelConfig, config: EngineConfig, backend: Backend) -> float:
+    """Tokens that the decodes of a step must save for reading a prefix once that they share; infinite if it never pays.
+
+    Args:
+        layout: the pool.
+        model: its layers: some may read the prefix row by row all the same.
+        config: the engine's settings.
+        backend: knows the least bytes.
+    """
+    may_share = [can_read_once(spec.sliding_window, spec.alibi, layout.dtype) for spec in model.layer_specs]
+    if config.kv_placement != "device" or not any(may_share):
+        return math.inf
+    token_bytes = 2 * layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
+    return backend.least_shared_bytes * backend.num_devices / token_bytes
 
 
 def host_layout(layout: PoolLayout, config: EngineConfig) -> PoolLayout:

@@ -132,6 +132,7 @@ class StepInputs:
         stream_starts: first streamed block of each row, as in ``Streamed``.
         sample_tokens: index of the token whose logits are read by each draw, then by each live beam; 0 for padding.
         num_draws: tokens that each row of a burst has still to draw, this step's counted. 0 outside of bursts.
+        shared_lens: as ``paged_attention`` takes them.
     """
 
     token_ids: Int[Array, " tokens"]
@@ -144,3 +145,4 @@ class StepInputs:
     stream_starts: Int[Array, " rows"]
     sample_tokens: Int[Array, " rows"]
     num_draws: Int[Array, " rows"]
+    shared_lens: Int[Array, " rows"]

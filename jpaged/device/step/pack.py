@@ -39,6 +39,7 @@ def step_layout(bucket: Bucket) -> Layout:
         sample_tokens=(rows,),
         sample_rows=(rows,),
         num_draws=(rows,),  # 0 outside of bursts
+        shared_lens=(rows,),
         num_steps=(1,),  # 0 if the program is to draw nothing
     )
 
@@ -110,6 +111,7 @@ class PackedStep:
         beams: searches; None without.
         scores: pieces of prompts to score.
         streamed: blocks on the host that the program streams; None for a program that streams none.
+        has_shared: whether rows share tokens that the program may read once.
     """
 
     to_host: tuple[BlockCopy, ...]
@@ -125,6 +127,7 @@ class PackedStep:
     beams: PackedBeams | None = None
     scores: tuple[PackedScores, ...] = ()
     streamed: Int32[np.ndarray, " streamed"] | None = None
+    has_shared: bool = False
 
 
 class Packer:
@@ -196,6 +199,7 @@ class Packer:
             _pack_beams(plan.beams, num_draws, bucket) if plan.beams else None,
             tuple([self._pack_scores(plan, piece) for piece in plan.prompt_scores]),
             self._pack_streamed(plan),
+            plan.shared_lens is not None and bucket.is_decode,
         )
 
     def _pack_copies(self, copies: Sequence[BlockCopy]) -> tuple[Int32[np.ndarray, "2 copies"], ...]:
@@ -244,6 +248,8 @@ class Packer:
         fields["sample_tokens"][: len(read)] = ends[read] - 1
         fields["sample_rows"][:num_draws] = plan.draws.rows
         fields["sample_rows"][num_draws:] = self.padding_row
+        if plan.shared_lens is not None:
+            fields["shared_lens"][:num_chunks] = plan.shared_lens
         if plan.num_steps > 1:
             fields["num_draws"][:num_draws] = plan.draws.num_tokens
         fields["num_steps"][:] = plan.num_steps if draws else 0

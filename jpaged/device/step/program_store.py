@@ -181,6 +181,7 @@ class Background:
     Args:
         store: takes the programs.
         sizes: the keys of each size of a step, in the order of their need.
+        options: the keys of programs for steps with options, which come after all sizes.
         kept: programs of earlier runs.
         num_threads: threads at most; None leaves half of the cores to the steps.
         is_tuned: whether compiling times kernels on the device. Steps beside it make these times wrong, so that such
@@ -197,6 +198,7 @@ class Background:
         kept: ProgramCache | None = None,
         num_threads: int | None = None,
         *,
+        options: Sequence[tuple] = (),
         is_tuned: bool = False,
     ) -> None:
         self._store = store
@@ -204,8 +206,9 @@ class Background:
         self._is_tuned = is_tuned
         self._failed: set[tuple] = set()  # once
         self._sizes = sizes
+        self._options = frozenset(options)
         self.pending = frozenset(sizes)
-        keys = dict.fromkeys(key for keys in sizes.values() for key in keys)
+        keys = dict.fromkeys([*(key for keys in sizes.values() for key in keys), *options])
         self._left = [key for key in reversed(keys) if key not in store.programs]
         self._num_keys = len(self._left)
         self._num_done = 0
@@ -216,10 +219,13 @@ class Background:
         self._note_ready()
         self._num_threads = min(num_threads or max(num_cores() // 2, 1), self._num_keys)
         self._threads: list[threading.Thread] = []
+        self._is_started = False
+        self._wanted: set[tuple] = set()
 
     def start(self, owner: object) -> None:
         """Start the threads. They end too once the owner is collected."""
         weakref.finalize(owner, self.stop).atexit = False
+        self._is_started = True
         names = [f"jpaged-compile-{i}" for i in range(self._num_threads)]
         self._threads = [threading.Thread(target=self._run, name=name) for name in names]
         self._num_running = len(names)
@@ -227,6 +233,24 @@ class Background:
             SHORT_SWITCHES.enter()
         for thread in self._threads:
             thread.start()
+
+    def has(self, key: tuple) -> bool:
+        """Whether a program is there. If not, make it after those of all sizes, in a thread more, once started."""
+        if key in self._store.programs:
+            return True
+        with self._lock:
+            if not self._is_started or self._is_stopped or key in self._wanted:
+                return False
+            self._wanted.add(key)
+            self._left.insert(0, key)
+            self._num_keys += 1
+            if self._num_running == 0:
+                SHORT_SWITCHES.enter()
+            self._num_running += 1
+            thread = threading.Thread(target=self._run, name=f"jpaged-compile-{len(self._threads)}")
+            self._threads.append(thread)
+        thread.start()
+        return False
 
     def stop(self) -> None:
         """Make no further programs, and let the collector free the engine. Does not wait for programs being made."""
@@ -250,6 +274,11 @@ class Background:
         """Programs that are done, or have failed; None before the start, and once the threads have ended."""
         return Progress("compiling", self._num_done, self._num_keys) if self._num_running else None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no program is being made, and no size is still to come: all are there, or failed for good."""
+        return self._num_running == 0 and (self._is_started or not self.pending)
+
     def _run(self) -> None:
         try:
             while (task := self._begin()) is not None:
@@ -260,7 +289,7 @@ class Background:
                     if self._tries_again(key):
                         log.info("%s was not compiled, and is tried again after the others: %s", _name(key), error)
                         continue
-                    log.warning("%s was not compiled, and a larger size does its work: %s", _name(key), error)
+                    log.warning("%s was not compiled, and %s: %s", _name(key), self._instead_of(key), error)
                 with self._lock:
                     self._num_done += 1
                     self._note_ready()
@@ -272,6 +301,12 @@ class Background:
                 self._num_running -= 1
             if is_last:
                 SHORT_SWITCHES.leave()
+
+    def _instead_of(self, key: tuple) -> str:
+        """The way in which steps do without a program."""
+        if key in self._options:
+            return "a request that needs it waits"
+        return "steps do without it" if key in self._wanted else "a larger size does its work"
 
     def _tries_again(self, key: tuple) -> bool:
         """Queue a program that failed for the first time."""

@@ -21,6 +21,7 @@ from jpaged.device.kv.layout import (
     is_narrowed,
     keeps_activations,
     layers_at_once,
+    least_shared_tokens,
     pool_layout,
     share_on_host,
 )
@@ -43,6 +44,7 @@ from jpaged.device.step.table import StepState
 from jpaged.device.target import target_of
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
+from jpaged.request import MAX_LOGPROBS
 from jpaged.sharding import pool_sharding, replicated
 
 NUM_FIRST = 4
@@ -66,6 +68,7 @@ class Programs:
     Attributes:
         weights: shapes, types and shardings of the parameters.
         background: makes programs while steps run.
+        least_shared_tokens: tokens that plans with ``shared_lens`` save at least; may be infinite.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Programs:
         self.bytes_per_block = self._layout.block_bytes
         self.host_bytes_per_block = self._host_layout.block_bytes
         self.share_on_host = share_on_host(self._layout, config)
+        self.least_shared_tokens = least_shared_tokens(self._layout, model_config, config, backend)
         self.layers_at_once = layers_at_once(self._layout, config, backend)
         grid = self.target.least_rows_of(model_config), self.target.halfway_from
         self.buckets = all_buckets(config.most_rows, config.token_budget, *grid)
@@ -209,7 +213,7 @@ class Programs:
     def warm_up(self, *, with_host_pool: bool = False, few: bool = False, use_tqdm: bool = True) -> None:
         """Compile every bucket's step, its plain sampler and all that moves blocks, in parallel.
 
-        Log-probabilities, adjustments of logits and beams compile when first asked for.
+        Others compile when first asked for; those of ``option_keys`` come in the background too, after the buckets.
 
         Args:
             with_host_pool: whether there is a host pool.
@@ -221,8 +225,8 @@ class Programs:
         later = {key for of_size in sizes.values() for key in of_size}
         later -= {key for bucket in self.buckets if bucket not in sizes for key in self._keys_of(bucket)}
         self.store.make_all([key for key in keys if key not in later], kept, use_tqdm=use_tqdm)
-        if later:
-            self.background = Background(self.store, sizes, kept, is_tuned=self.target.tunes_programs)
+        options, is_tuned = option_keys(self) if few else [], self.target.tunes_programs
+        self.background = Background(self.store, sizes, kept, options=options, is_tuned=is_tuned)
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
         """The keys of all programs that plain requests need."""
@@ -281,9 +285,10 @@ class Programs:
             case "enter":
                 size = change_layout(len(state.latest)).size
                 return jax.jit(StepState.enter, donate_argnums=0).lower(state, self._abstract((size,), jnp.int32))
-            case "forward":
+            case "forward" | "shared":
                 (bucket,) = sizes
-                return _jit(self._pass_of(bucket), bucket, None, donate=(1, 2)).lower(weights, cache, state)
+                run = partial(self.steps.decode, reads_shared=True) if kind == "shared" else self._pass_of(bucket)
+                return _jit(run, bucket, None, donate=(1, 2)).lower(weights, cache, state)
             case "stream":
                 assert self.stream is not None
                 (bucket,) = sizes
@@ -415,6 +420,13 @@ def _abstract_changes(programs: Programs) -> jax.ShapeDtypeStruct:
 
 def _bytes_of(arrays: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def option_keys(programs: Programs) -> list[tuple]:
+    """The keys of the programs that draw with adjustments, and with log-probabilities alone, for all sizes."""
+    sizes = dict.fromkeys(bucket.num_rows for bucket in in_order_of_need(programs.buckets))
+    kinds = [(MAX_LOGPROBS, True), (MAX_LOGPROBS, False)]
+    return [("adjust",), *(("sample", num_rows, *kind) for num_rows in sizes for kind in kinds)]
 
 
 def _plain_sampler(num_rows: int) -> tuple:

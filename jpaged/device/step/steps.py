@@ -67,6 +67,7 @@ class Steps:
         cache: KVCache,
         state: StepState,
         *streamed: Array,
+        reads_shared: bool = False,
     ) -> tuple[KVCache, StepState, Float[Array, "tokens hidden_size"]]:
         """Run a forward pass over the loaded inputs. Returns the hidden states of all tokens too.
 
@@ -75,11 +76,12 @@ class Steps:
             stream: brings the blocks that are on the host; None if there are none.
             weights, cache, state: the arrays.
             streamed: inputs of the stream.
+            reads_shared: whether tokens that rows share are read once.
         """
         num_groups = len(self.grouping.groups)
         inputs = state.step_inputs(bucket, self.block_size, num_groups)
         model = self._merge(weights)
-        rows, *others = rows_of_groups(inputs, num_groups)
+        rows, *others = rows_of_groups(inputs, num_groups, reads_shared=reads_shared)
         if others:
             attend = GroupedAttend(cache, [rows, *others], self.backend, self.grouping.layers)
         elif stream is None:
@@ -99,6 +101,7 @@ class Steps:
         cache: KVCache,
         state: StepState,
         *streamed: Array,
+        reads_shared: bool = False,
     ) -> tuple[KVCache, StepState]:
         """Run forward passes and plain sampling, as many as loaded, each fed with the tokens drawn before.
 
@@ -107,7 +110,7 @@ class Steps:
         num_steps = state.num_steps(bucket)
 
         def step(before: tuple[KVCache, StepState]) -> tuple[KVCache, StepState]:
-            cache, state, hidden = self.forward(bucket, stream, weights, *before, *streamed)
+            cache, state, hidden = self.forward(bucket, stream, weights, *before, *streamed, reads_shared=reads_shared)
 
             def draw() -> tuple[Int[Array, " rows"], Float[Array, " rows"]]:
                 tokens = self._sample(weights, state.sample_hidden, state.sample_inputs(bucket), None)

@@ -134,6 +134,7 @@ class StepState:
             stream_starts=fields["stream_starts"],
             sample_tokens=fields["sample_tokens"],
             num_draws=jnp.maximum(fields["num_draws"] - self.number, 0),
+            shared_lens=jnp.where(goes_on, fields["shared_lens"], 0),  # a row that has ended has no table
         )
 
     def sample_inputs(self, bucket: Bucket) -> SampleInputs:

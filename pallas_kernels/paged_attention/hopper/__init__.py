@@ -12,9 +12,10 @@ from pallas_kernels import dispatch
 from pallas_kernels.block_pool.layout import is_quantized, shape_of
 from pallas_kernels.chips import here
 from pallas_kernels.paged_attention.call import Call
-from pallas_kernels.paged_attention.hopper.decode import attend_decode
+from pallas_kernels.paged_attention.hopper.decode import attend_decode, decode_shape
 from pallas_kernels.paged_attention.hopper.prefill import attend_prefill, takes_pool
 from pallas_kernels.paged_attention.hopper.schedule import queries_of_rows, queries_of_tokens
+from pallas_kernels.paged_attention.hopper.shared_prefix import attend_shared
 from pallas_kernels.paged_attention.hopper.tuning import Sizes, decode_candidates, sizes_for
 
 
@@ -101,8 +102,15 @@ def _attend(
     else:
         queries = queries_of_rows(kv_lens, cu_q_lens, window)
     assert call.into is not None
+    begun = None
+    if call.reads_shared_once:
+        assert call.shared_lens is not None
+        num_workers = num_sms * sizes.decode.workers_per_sm
+        shape = decode_shape(call, sizes.decode, num_workers=num_workers, is_interpreted=interpret is not None)
+        launch = {"sizes": sizes.prefill, "num_sms": num_sms, "interpret": interpret}
+        queries, begun = attend_shared(call, call.shared_lens, queries, shape, **launch)
     out = jax.new_ref(call.into)
-    attend_decode(out, queries, call, sizes=sizes.decode, num_sms=num_sms, interpret=interpret)
+    attend_decode(out, queries, call, sizes=sizes.decode, num_sms=num_sms, interpret=interpret, begun=begun)
     if has_prefill:
         attend_prefill(out, call, sizes=sizes.prefill, num_sms=num_sms, interpret=interpret)
     return out[...]

@@ -32,6 +32,7 @@ from pallas_kernels.paged_attention.hopper.decode_consumer import (
     store_output,
 )
 from pallas_kernels.paged_attention.hopper.decode_memory import (
+    Begun,
     DecodeShape,
     DecodeSizes,
     Inputs,
@@ -65,6 +66,7 @@ def attend_decode(
     sizes: DecodeSizes,
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None = None,
+    begun: Begun | None = None,
 ) -> None:
     """Attend single queries and write their outputs, and nothing else, into ``out`` (like q).
 
@@ -73,9 +75,25 @@ def attend_decode(
         call: the rest; its layer is on the device, so that one compiled kernel serves all layers.
         num_sms: multiprocessors to fill.
         interpret: settings of Pallas's interpreter for Mosaic GPU; None runs on a GPU.
+        begun: softmaxes over the positions before ``queries.kv_begin``, for queries where that is above 0.
     """
+    shape = decode_shape(call, sizes, num_workers=num_sms * sizes.workers_per_sm, is_interpreted=interpret is not None)
+    schedule = schedule_decode(
+        queries,
+        num_kv_heads=shape.num_kv_heads,
+        block_size=shape.block_size,
+        tile_tokens=shape.tile,
+        num_workers=shape.num_workers,
+    )
+    heads = HeadColumns(*(_by_kv_head(x, shape) for x in call.heads))
+    parts = _attend(out, call, schedule, heads, begun, shape, interpret)
+    _merge(out, *parts, schedule, heads.sinks, shape, interpret)
+
+
+def decode_shape(call: Call, sizes: DecodeSizes, *, num_workers: int, is_interpreted: bool) -> DecodeShape:
+    """The static properties of a launch."""
     pool, pool_shape = call.kv.pool, shape_of(call.kv.pool)
-    shape = DecodeShape(
+    return DecodeShape(
         num_layers=pool_shape.num_layers,
         num_kv_heads=pool_shape.num_kv_heads,
         group=call.num_heads // pool_shape.num_kv_heads,
@@ -85,19 +103,9 @@ def attend_decode(
         pool_dtype=pool.dtype,
         scoring=call.scoring,
         sizes=sizes,
-        num_workers=num_sms * sizes.workers_per_sm,
-        is_interpreted=interpret is not None,
+        num_workers=num_workers,
+        is_interpreted=is_interpreted,
     )
-    schedule = schedule_decode(
-        queries,
-        num_kv_heads=shape.num_kv_heads,
-        block_size=shape.block_size,
-        tile_tokens=shape.tile,
-        num_workers=shape.num_workers,
-    )
-    heads = HeadColumns(*(_by_kv_head(x, shape) for x in call.heads))
-    parts = _attend(out, call, schedule, heads, shape, interpret)
-    _merge(out, *parts, schedule, heads.sinks, shape, interpret)
 
 
 def _by_kv_head(
@@ -128,6 +136,7 @@ def _attend(
     call: Call,
     schedule: Schedule,
     heads: HeadColumns,
+    begun: Begun | None,
     shape: DecodeShape,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> tuple[Float[Array, "parts rows columns"], Float[Array, "parts 64 columns"]]:
@@ -149,6 +158,7 @@ def _attend(
         schedule.last_segment,
         heads.slopes,
         heads.sinks,
+        begun,
     )
     operands, structure = jax.tree.flatten((inputs, out))
 

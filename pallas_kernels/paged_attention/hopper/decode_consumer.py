@@ -117,13 +117,29 @@ def _attend_tiles(
             total * each_row(shrink, total) + unscaled,
         )
 
-    start = (
-        plgpu.layout_cast(jnp.zeros((shape.rows, columns), jnp.float32), MATRIX),
-        plgpu.layout_cast(jnp.full((columns,), LEAST, jnp.float32), ROW),
-        plgpu.layout_cast(jnp.zeros((tile, columns), jnp.float32), MATRIX),
-    )
-    output, top, total = lax.fori_loop(0, at.num_tiles, attend_tile, start)
+    output, top, total = lax.fori_loop(0, at.num_tiles, attend_tile, _start(inputs, at, shape))
     return output, top, total.sum(axis=0)
+
+
+def _start(inputs: Inputs, at: Segment, shape: DecodeShape) -> tuple[Array, Array, Array]:
+    """Output, largest score and the sum's share of each token of a tile, before the first tile of a segment."""
+    tile, columns = shape.tile, shape.columns
+    if inputs.begun is None:
+        return (
+            plgpu.layout_cast(jnp.zeros((shape.rows, columns), jnp.float32), MATRIX),
+            plgpu.layout_cast(jnp.full((columns,), LEAST, jnp.float32), ROW),
+            plgpu.layout_cast(jnp.zeros((tile, columns), jnp.float32), MATRIX),
+        )
+    begun = inputs.begun
+    # Of an item's segments, only the first starts no later than the first position that the query sees.
+    is_begun = (at.kv_begin > 0) & (at.start <= at.kv_begin)
+    entry = jnp.where(is_begun, at.token, jnp.int32(begun.sums.shape[0] - 1))
+    return (
+        plgpu.load(begun.outputs.at[entry, at.kv_head], layout=MATRIX, optimized=False),
+        load_row(begun.sums.at[entry, at.kv_head]),
+        # A normalised output has a sum of 1. Where the softmax is empty, the first score makes this sum 0.
+        plgpu.layout_cast(jnp.full((tile, columns), 1 / tile, jnp.float32), MATRIX),
+    )
 
 
 def _is_partial(at: Segment, start: Array, shape: DecodeShape) -> Array:

@@ -146,6 +146,13 @@ class Scratch(NamedTuple):
     out: Any  # [columns, rows]
 
 
+class Begun(NamedTuple):
+    """Softmaxes that go on over the blocks of the kernel. The entry after those of all tokens is empty."""
+
+    outputs: Any  # [tokens + 1, num_kv_heads, rows, columns], normalised
+    sums: Any  # [tokens + 1, num_kv_heads, columns]: log2 of the sums of weights
+
+
 class Inputs(NamedTuple):
     """The operands of the kernel, in device memory."""
 
@@ -160,6 +167,7 @@ class Inputs(NamedTuple):
     last_segment: Ref
     slopes: Ref | None  # [num_kv_heads, columns]
     sinks: Ref | None
+    begun: Begun | None  # None: every softmax starts empty
 
 
 def columns_that_fit(head_dim: int, pool_dtype: jnp.dtype, workers_per_sm: int) -> int:

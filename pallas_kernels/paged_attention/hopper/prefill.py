@@ -6,6 +6,8 @@ third warpgroup is the producer. Its warps choose the next item, and copy its qu
 Over a quantised pool, a fourth warpgroup widens the tiles that the producer copies (see prefill_widener.py).
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,17 +18,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from pallas_kernels.block_pool.layout import as_matrices, is_quantized, matrix_of, shape_of
 from pallas_kernels.chips.memory import Ref
-from pallas_kernels.paged_attention.call import Call
+from pallas_kernels.paged_attention.call import NO_HEADS, Call
 from pallas_kernels.paged_attention.hopper.prefill_consumer import Consumer
 from pallas_kernels.paged_attention.hopper.prefill_memory import (
     ITEM_SLOTS,
     PRODUCER,
+    SUM_COLUMNS,
     WIDENER,
     Inputs,
+    Parts,
     Scratch,
     copied,
     copied_ring,
@@ -41,15 +45,17 @@ from pallas_kernels.paged_attention.hopper.prefill_plan import (
     WIDEST_QUANTIZED,
     Case,
     Item,
+    Plan,
     PrefillSizes,
     Run,
     first_seen,
     locate,
     plan_prefill,
+    plan_whole,
     span_of,
 )
 from pallas_kernels.paged_attention.hopper.prefill_widener import widen_tiles
-from pallas_kernels.paged_attention.hopper.tile import LOG2E
+from pallas_kernels.paged_attention.hopper.tile import LOG2E, TILE_ROWS
 
 REGISTERS_OF_CONSUMER = {False: 240, True: 208}
 """Is the pool quantised? -> registers of a consumer's thread. The widener takes some of the registers."""
@@ -79,25 +85,71 @@ def attend_prefill(
     plan = plan_prefill(case, call.num_tokens, call.batch.kv_lens, call.batch.cu_q_lens)
     if len(plan.runs) == 0:
         return
+    _launch(case, call, call.batch.block_tables, plan, out, num_sms, interpret)
+
+
+def attend_whole(
+    call: Call,
+    block_tables: Int[Array, "parts max_blocks"],
+    part_lens: Int[Array, " parts"],
+    *,
+    sizes: PrefillSizes = DEFAULT_SIZES,
+    num_sms: int,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[Case, Parts]:
+    """Attend all queries over the parts of one context, which each query sees whole, without sinks.
+
+    Args:
+        call: queries and layer; the layer is on the device.
+        block_tables: the blocks of each part.
+        part_lens: tokens of each part. Parts without tokens come last, and have undefined results.
+        num_sms: multiprocessors to fill.
+        interpret: settings of Pallas's interpreter for Mosaic GPU; None runs on a GPU.
+
+    Returns:
+        The launch, and the softmaxes of each query.
+    """
+    case = replace(prefill_case(call, sizes, is_interpreted=interpret is not None), is_causal=False)
+    plan = plan_whole(case, call.num_tokens, part_lens)
+    call = replace(call, heads=NO_HEADS)
+    return case, Parts(*_launch(case, call, block_tables, plan, None, num_sms, interpret))
+
+
+def _launch(
+    case: Case,
+    call: Call,
+    block_tables: Int[Array, "num_seqs max_blocks"],
+    plan: Plan,
+    out: jax.Ref | None,
+    num_sms: int,
+    interpret: plgpu.InterpretGPUParams | None,
+) -> Sequence[Array]:
+    """Attend the items of a plan. Write their outputs into ``out``, or return ``Parts`` if there is no ``out``."""
     inputs = Inputs(
         call.q,
         as_matrices(call.kv.pool, case.block_size),
         None if call.kv.kv_scales is None else call.kv.kv_scales.reshape(-1),
         jnp.asarray(call.kv.layer).reshape(1),
-        call.batch.block_tables,
+        block_tables,
         plan,
         jax.new_ref(jnp.zeros((1,), jnp.int32)),
         *(None if x is None else _by_unit(case, x) for x in call.heads),
     )
     operands, structure = jax.tree.flatten((inputs, out))
+    num_operands, num_parts = len(operands), len(block_tables)
+    tiles = num_parts, CONSUMERS * len(plan.runs) // num_parts, case.num_units, TILE_ROWS
+    results = [jax.ShapeDtypeStruct((*tiles, width), jnp.float32) for width in (case.head_dim, SUM_COLUMNS)]
+    results = tuple(results) if out is None else ()
 
     def body(*refs: Ref) -> None:
-        inputs, out_ref = jax.tree.unflatten(structure, refs[: len(operands)])
-        _run_warpgroup(case, inputs, out_ref, Scratch(*refs[len(operands) :]))
+        inputs, out_ref = jax.tree.unflatten(structure, refs[:num_operands])
+        scratch = Scratch(*refs[num_operands + len(results) :])
+        target = Parts(*refs[num_operands : num_operands + 2]) if out_ref is None else out_ref
+        _run_warpgroup(case, inputs, target, scratch)
 
-    plgpu.kernel(
+    return plgpu.kernel(
         body,
-        out_type=(),
+        out_type=results,
         scratch_types=scratch_of(case),
         grid=(num_sms,),
         grid_names=("block",),
@@ -143,13 +195,13 @@ def _by_unit(case: Case, heads: Float[Array, " num_heads"]) -> Float[Array, "uni
     return jnp.tile(units, (1, case.tile_tokens))
 
 
-def _run_warpgroup(case: Case, inputs: Inputs, out_ref: Ref, scratch: Scratch) -> None:
+def _run_warpgroup(case: Case, inputs: Inputs, out: Ref | Parts, scratch: Scratch) -> None:
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < CONSUMERS)
     def _() -> None:
         plgpu.set_max_registers(REGISTERS_OF_CONSUMER[case.is_quantized], action="increase")
-        Consumer(case, inputs, out_ref, scratch, warpgroup).run()
+        Consumer(case, inputs, out, scratch, warpgroup).run()
 
     @pl.when(warpgroup == PRODUCER)
     def _() -> None:

@@ -13,7 +13,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.chips.memory import Ref
-from pallas_kernels.paged_attention.hopper.prefill_memory import Inputs, Scratch, copied, for_each_item, multiplied
+from pallas_kernels.paged_attention.hopper.prefill_memory import (
+    SUM_COLUMNS,
+    Inputs,
+    Parts,
+    Scratch,
+    copied,
+    for_each_item,
+    multiplied,
+)
 from pallas_kernels.paged_attention.hopper.prefill_plan import (
     CONSUMERS,
     Case,
@@ -54,10 +62,10 @@ class _Running(NamedTuple):
 class Consumer:
     """Attends half of the tokens of this block's items."""
 
-    def __init__(self, case: Case, inputs: Inputs, out_ref: Ref, scratch: Scratch, index: Array) -> None:
+    def __init__(self, case: Case, inputs: Inputs, out: Ref | Parts, scratch: Scratch, index: Array) -> None:
         self._case = case
         self._inputs = inputs
-        self._out_ref = out_ref
+        self._out = out
         self._scratch = scratch
         self._index = index
 
@@ -83,7 +91,7 @@ class Consumer:
     def _attend(self, item: Item, count: Array, sums: Accumulator) -> Array:
         case, scratch = self._case, self._scratch
         span = span_of(case, item)
-        first_pos = item.run.first_pos + self._index * case.tile_tokens
+        first_pos = item.run.first_pos + (self._index * case.tile_tokens if case.is_causal else 0)
         num_ahead, first_behind = masked_steps(case, span, first_pos)
         slopes = _load_unit(self._inputs.slopes, item)
 
@@ -184,8 +192,9 @@ class Consumer:
         scores, factor = powers_of_two(scores, case.scoring)
         if slopes is None and not is_masked:
             return scores, factor
-        token = lax.div(position_in_tile(case.kv_tile, 0), case.tile_heads)
-        distance = position_in_tile(case.kv_tile, 1) + (tile * case.kv_tile - first_pos) - token  # 0 at the query
+        distance = position_in_tile(case.kv_tile, 1) + (tile * case.kv_tile - first_pos)
+        if case.is_causal:
+            distance = distance - lax.div(position_in_tile(case.kv_tile, 0), case.tile_heads)  # 0 at the query
         if slopes is not None:
             scores = scores * factor + spread(slopes, case.kv_tile) * distance.astype(jnp.float32)
             factor = 1.0
@@ -221,6 +230,12 @@ class Consumer:
     def _write(self, item: Item, softmax: Softmax, total: Array) -> None:
         """Write the outputs of the item's tokens."""
         case = self._case
+        if isinstance(self._out, Parts):
+            tile = lax.div(item.run.first_token, case.tile_tokens) + self._index
+            outputs, sums = (ref.at[item.run.row, tile, item.unit] for ref in self._out)
+            outputs[...] = total * spread(1 / softmax.total, case.head_dim)
+            sums[...] = spread(softmax.top + jnp.log2(softmax.total), SUM_COLUMNS)
+            return
         sinks = _load_unit(self._inputs.sinks, item)
         scale = 1.0
         if sinks is not None:
@@ -235,9 +250,9 @@ class Consumer:
                 target = smem.at[self._index, slab]
                 target[...] = out[:, start : start + case.slab].reshape(target.shape)
             plgpu.commit_smem()
-            self._copy_out(item, first_slab)
+            self._copy_out(item, first_slab, self._out)
 
-    def _copy_out(self, item: Item, first_slab: int) -> None:
+    def _copy_out(self, item: Item, first_slab: int, out: Ref) -> None:
         case = self._case
         first_token = self._index * case.tile_tokens
         num_tokens = jnp.clip(item.run.num_tokens - first_token, 0, case.tile_tokens)
@@ -249,7 +264,7 @@ class Consumer:
             for slab in range(case.out_slabs):
                 columns = pl.ds((first_slab + slab) * case.slab, case.slab)
                 source = copied(case, self._scratch.out).at[self._index, slab, pl.ds(start, size)]
-                plgpu.copy_smem_to_gmem(source, self._out_ref.at[tokens, heads, columns])
+                plgpu.copy_smem_to_gmem(source, out.at[tokens, heads, columns])
 
         size = case.tile_tokens
         while size:  # a copy for each bit of num_tokens

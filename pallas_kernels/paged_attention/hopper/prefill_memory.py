@@ -14,6 +14,9 @@ from pallas_kernels.paged_attention.hopper.tile import TILE_ROWS, smem_tile, swi
 ITEM_SLOTS = 2
 """Items known at one time: the producer chooses the next item while the consumers attend this one."""
 
+SUM_COLUMNS = 8
+"""Repeated columns of ``Parts.sums``, since a warpgroup stores whole matrices."""
+
 PRODUCER, WIDENER = CONSUMERS, CONSUMERS + 1
 """Warpgroups after the consumers. Only a launch over a quantised pool has the last."""
 
@@ -35,6 +38,13 @@ class Inputs(NamedTuple):
     num_dealt: Ref  # [1]: items taken so far
     slopes: Ref | None  # [units, tile_rows]
     sinks: Ref | None
+
+
+class Parts(NamedTuple):
+    """Outputs of a launch without a causal mask, for each part of the context, in tiles as computed."""
+
+    outputs: Any  # [parts, tiles of tokens, units, TILE_ROWS, head_dim], normalised, float32
+    sums: Any  # [parts, tiles of tokens, units, TILE_ROWS, SUM_COLUMNS]: log2 of the sums of weights, repeated
 
 
 class Ring(NamedTuple):

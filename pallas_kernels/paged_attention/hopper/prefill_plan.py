@@ -67,6 +67,7 @@ class Case:
     num_layers: int
     block_size: int
     is_interpreted: bool
+    is_causal: bool = True  # else each query sees all of the context, and outputs are parts
 
     def __post_init__(self) -> None:
         if self.kv_tile % TILE_ROWS:
@@ -211,6 +212,21 @@ def plan_prefill(
     return Plan(jnp.stack(fields, axis=1)[longest_first], jnp.stack([ends[-1], _section(case, num_cached)]))
 
 
+def plan_whole(case: Case, num_tokens: int, part_lens: Int[Array, " parts"]) -> Plan:
+    """The runs of so many queries, each of which sees all of each part of a context. Empty parts come last.
+
+    A part is a row of its own, and each query stands at its last position.
+    """
+    num_parts, start = len(part_lens), jnp.arange(0, num_tokens, case.item_tokens, dtype=jnp.int32)
+    part = jnp.repeat(jnp.arange(num_parts, dtype=jnp.int32), start.size)
+    tokens = jnp.minimum(num_tokens - start, case.item_tokens)
+    last = part_lens[part] - 1
+    fields = Run(part, jnp.tile(start, num_parts), jnp.tile(tokens, num_parts), last, last, last + 1)
+    num_runs = (part_lens > 0).sum(dtype=jnp.int32) * start.size
+    section = _section(case, part_lens.sum(dtype=jnp.float32))
+    return Plan(jnp.stack(fields, axis=1), jnp.stack([num_runs, section]))
+
+
 def _section(case: Case, num_cached: Float[Array, ""]) -> Int[Array, ""]:
     """The largest divisor of the units whose K and V stay in the cache, with so many tokens; 1 if there is none."""
     section = jnp.int32(1)
@@ -258,7 +274,8 @@ class Span(NamedTuple):
 
 def span_of(case: Case, item: Item) -> Span:
     """The tiles with positions that some query of the item sees."""
-    end = lax.div(item.run.first_pos + item.run.num_tokens + (case.kv_tile - 1), case.kv_tile)
+    num_seen = item.run.first_pos + (item.run.num_tokens if case.is_causal else 1)
+    end = lax.div(num_seen + (case.kv_tile - 1), case.kv_tile)
     return Span(lax.div(first_seen(case, item.run.first_pos), case.kv_tile), end)
 
 
