@@ -1,8 +1,21 @@
 """The engine's own settings: default, check and help of each."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from jpaged.rules import FLAG, Rule, check_all, documented, integer, number_above, one_of, optional, setting
+from jpaged.rules import (
+    FLAG,
+    Rule,
+    Setting,
+    check_all,
+    documented,
+    integer,
+    number,
+    number_above,
+    one_of,
+    optional,
+    setting,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "fp8", "int8")
@@ -12,6 +25,7 @@ OFFLOAD_CACHES = ("auto", "kv", "activations")
 OFFLOAD_DTYPES = ("auto", "int8")
 WEIGHT_PLACEMENTS = ("device", "host")
 GENERATION_CONFIGS = ("auto", "none")
+WARM_UPS = ("auto", "all", "first", "none")
 DEFAULT_NUM_ROWS = 256
 DEFAULT_TOKEN_BUDGET = 2048
 MOST_DEFAULT_ROWS = 1024
@@ -21,10 +35,37 @@ MAX_BATCHED_TOKENS = 1 << 20
 MAX_SLOTS = 2**31 - 1
 """Slots of a pool are numbered in int32."""
 MAX_BURST = 64
+LEAST_INTER_TOKEN_MS = 0.1
+"""No step is shorter: its program takes as long to start."""
+
 MAX_INTER_TOKEN_MS = 1e6
 MAX_HOST_BYTES = 2**63 - 1
 
 _NAME = Rule(str, lambda name: isinstance(name, str) and name != "", "a name from pallas_kernels")
+
+WARM_UP = Setting(
+    one_of(*WARM_UPS),
+    "programs that are compiled before the first request: all, those of every size of a step; first, those of a few "
+    "sizes, and the others in the background; none, each when a step first needs it; or auto, first on an accelerator "
+    "and none on a CPU",
+    name="warm_up",
+    default="auto",
+)
+"""A setting of the start of an engine, which leaves nothing behind in it."""
+
+_WARM_UP_FLAGS = {True: "all", False: "none", None: "auto"}
+
+
+def warm_up_word(value: Any) -> str:
+    """The word for a value of ``warm_up``; True, False and None stand for all, none and auto.
+
+    Raises:
+        ValueError: another value.
+    """
+    if value is None or isinstance(value, bool):
+        return _WARM_UP_FLAGS[value]
+    WARM_UP.rule.check(WARM_UP.name, value)
+    return value
 
 
 @documented
@@ -74,9 +115,10 @@ class EngineConfig:
     )
     max_inter_token_ms: float | None = setting(
         None,
-        optional(number_above(0, MAX_INTER_TOKEN_MS)),
+        optional(number(LEAST_INTER_TOKEN_MS, MAX_INTER_TOKEN_MS)),
         "most milliseconds that a step with decodes should take: prompts beside them are computed in chunks as short "
-        "as that, by the rates of the device, which are measured where there is a host pool; without one, no effect",
+        "as that, by the rates of the device, which are measured where there is a host pool and ``preemption`` is "
+        "auto; otherwise, no effect",
         unset="100 on an accelerator, no bound on a CPU",
     )
     max_model_len: int | None = setting(

@@ -1,6 +1,6 @@
 """LLM: text generation from Python, in whole batches and in streams."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -9,7 +9,7 @@ from uuid import uuid4
 import jax
 from flax import nnx
 
-from jpaged.config import EngineConfig
+from jpaged.config import EngineConfig, warm_up_word
 from jpaged.engine.chat import ChatMessage, render_chats
 from jpaged.engine.detokenizer import Tokenizer
 from jpaged.engine.inbox import Inbox
@@ -56,7 +56,8 @@ class LLM:
         model: a checkpoint directory (config.json, *.safetensors, tokenizer), or a repository of Hugging Face's hub,
             ORG/NAME or ORG/NAME@REVISION; None is the small model in the package.
         tokenizer: the directory or repository of a tokenizer other than the checkpoint's.
-        warm_up: whether to compile every program now, or each when needed. None compiles a few now; on a CPU, none.
+        warm_up: sizes of steps to compile now: "all"; "first", a few, and the others in the background; "none", each
+            when needed; "auto", "first" or on a CPU "none". True, False and None stand for all, none and auto.
         use_tqdm: whether to show progress while downloading, loading and compiling.
 
     Raises:
@@ -92,11 +93,10 @@ class LLM:
         tensor_parallel_size: int = 1,
         attention_implementation: str | None = None,
         interpret: bool = False,
-        warm_up: bool | None = None,
+        warm_up: str | bool | None = "auto",
         use_tqdm: bool = True,
     ):
-        given = locals()
-        config = EngineConfig(**{name: given[name] for name in settings_of(EngineConfig)})
+        config = _config_of(locals())
         shows = use_tqdm and jax.process_index() == 0
         source = _directory_of(model, shows), config, None if tokenizer is None else _load_tokenizer(tokenizer, shows)
         self._serve(load_checkpoint(*source, warm_up=warm_up, use_tqdm=use_tqdm))
@@ -110,7 +110,7 @@ class LLM:
         *,
         tokenizer: Tokenizer | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        warm_up: bool | None = None,
+        warm_up: str | bool | None = "auto",
         use_tqdm: bool = True,
     ) -> Self:
         """Serve a module that is in memory (``jpaged/docs/models.md`` has an example).
@@ -245,7 +245,7 @@ class LLM:
         Args:
             messages: ``{"role": ..., "content": ...}`` of a conversation in order, or a list of such conversations.
             sampling_params, use_tqdm: as for ``generate``.
-            options: those of ``jpaged.engine.chat.render_chat``, as ``add_generation_prompt`` and ``tools``.
+            options: those of ``jpaged.engine.chat.chat_text``, as ``add_generation_prompt`` and ``tools``.
 
         Returns, Raises: as ``generate``. A ValueError too without a chat template, or if it refuses the messages.
         """
@@ -346,6 +346,12 @@ class LLM:
 
 
 LLM.__doc__ = describe(LLM.__doc__, EngineConfig)
+
+
+def _config_of(given: Mapping[str, Any]) -> EngineConfig:
+    """The settings of the engine among the arguments of an LLM. All of these are checked before anything is loaded."""
+    warm_up_word(given["warm_up"])
+    return EngineConfig(**{name: given[name] for name in settings_of(EngineConfig)})
 
 
 def _directory_of(model: object, use_tqdm: bool) -> Path:

@@ -123,7 +123,7 @@ class SamplingParams:
     n: int = _parameter(
         1,
         integer(1, MAX_N),
-        "completions of the prompt, computed together",
+        f"completions of the prompt, computed together; at most {MAX_N}",
         beams=None,
     )
     best_of: int | None = _parameter(
@@ -188,7 +188,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = _parameter(
         None,
         optional(Rule(dict, lambda x: isinstance(x, Mapping), "a mapping of token id to number")),
-        "token id -> number added to its logit",
+        f"token id -> number added to its logit; at most {MAX_LOGIT_BIAS} of them",
         beams=lambda value: not value,
         unset="none",
     )
@@ -204,7 +204,7 @@ class SamplingParams:
         optional(
             Rule(list, _is_strings, f"a non-empty string, or a list or tuple of them, at most {MAX_STOP_STRINGS}")
         ),
-        "text that ends the completion, and is no part of it; may be a special token",
+        f"text that ends the completion, and is no part of it; may be a special token; at most {MAX_STOP_STRINGS}",
         beams=lambda value: not value,
         unset="none; may be given several times",
     )
@@ -229,21 +229,23 @@ class SamplingParams:
     logprobs: int | None = _parameter(
         None,
         optional(integer(0, MAX_LOGPROBS)),
-        "also return the model's own log-probability of each token, and of this many most probable ones",
+        "also return the model's own log-probability of each token, and of this many most probable ones, "
+        f"0 to {MAX_LOGPROBS}",
         beams=lambda value: value is None,
         unset="off",
     )
     prompt_logprobs: int | None = _parameter(
         None,
         optional(integer(0, MAX_LOGPROBS)),
-        "the same for the tokens of the prompt but the first",
+        f"the same for the tokens of the prompt but the first, 0 to {MAX_LOGPROBS}",
         beams=None,
         unset="off",
     )
     bad_words: list[str] | tuple[str, ...] | None = _parameter(  # noqa: RUF009
         None,
         optional(Rule(list, _is_words, f"a list or tuple of non-empty strings, at most {MAX_BAD_WORDS}")),
-        "texts that are never generated: the last token of each may not follow its other tokens",
+        "texts that are never generated: the last token of each may not follow its other tokens; at most "
+        f"{MAX_BAD_WORDS}",
         beams=lambda value: not value,
         unset="none",
     )
@@ -335,7 +337,9 @@ class BeamSearchParams:
         ValueError: a value out of range, with the value and the range.
     """
 
-    beam_width: int = setting(MISSING, integer(1, MAX_BEAM_WIDTH), "sequences followed at once, and returned")
+    beam_width: int = setting(
+        MISSING, integer(1, MAX_BEAM_WIDTH), f"sequences followed at once, and returned; at most {MAX_BEAM_WIDTH}"
+    )
     max_tokens: int = setting(MISSING, integer(1), "most tokens to generate")
     length_penalty: float = setting(1.0, _LENGTH_PENALTY, _LENGTH_PENALTY_HELP)
     early_stopping: bool | str = setting(False, _EARLY_STOPPING, _EARLY_STOPPING_HELP)

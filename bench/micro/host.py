@@ -226,7 +226,7 @@ class _Runner:
         max_blocks = self.max_model_len // self.config.block_size
         num_rows = self.config.most_rows + 1
         self._packer = Packer(self.buckets, num_rows, max_blocks, self.model_config.vocab_size)
-        background = SimpleNamespace(pending=frozenset())
+        background = SimpleNamespace(pending=frozenset(), is_over=True)
         self.programs = SimpleNamespace(
             background=background, usable_buckets=lambda: self.buckets, least_shared_tokens=math.inf
         )

@@ -52,13 +52,15 @@ def _system_prompt(bench: Bench, _: Any) -> None:
 
 def _shared_prefix(bench: Bench, count: int, prefix_len: int) -> None:
     prefix_len //= bench.sizes.length_divisor
-    work = workloads.shared_prefix(count, prefix_len, vocab_size=bench.vocab_size)
+    work = _cut(workloads.shared_prefix(count, prefix_len, vocab_size=bench.vocab_size), bench)
     programs = bench.runner.programs
     decodes = [bucket for bucket in programs.buckets if bucket.is_decode]
     # An engine makes them in the background once a step could use them.
     keys = [("shared", size) for size in decodes if (size.num_rows - 1) * prefix_len >= programs.least_shared_tokens]
     programs.store.make_all(keys, kept_programs(programs), use_tqdm=False)
-    _throughput(bench, f"sharedprefix{prefix_len}_{count}", _cut(work, bench), unit="requests")
+    if keys:  # their first runs also load them and record their CUDA graphs
+        bench.run(bench.llm(), work.prompts, [sampling(max_tokens=length) for length in work.output_lens])
+    _throughput(bench, f"sharedprefix{prefix_len}_{count}", work, unit="requests")
 
 
 def _parallel(bench: Bench, _: Any) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     sampling_params(args, CHAT_MAX_TOKENS, {})  # finds mistakes before anything loads
-    llm = start.load(args, max_num_seqs=1)
+    llm = start.load(args, num_sequences=1)
     params = sampling_params(args, CHAT_MAX_TOKENS, llm.engine.sampling_defaults)
     if getattr(llm.tokenizer, "chat_template", None) is None:
         raise ValueError(

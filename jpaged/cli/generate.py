@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" and args.is_leader else args.prompt
     if not prompt:
         _check_empty_prompt(args)
-    llm = start.load(args, max_num_seqs=params.num_sequences)
+    llm = start.load(args, num_sequences=params.num_sequences)
     params = generate_params(args, llm.engine.sampling_defaults)
     if args.max_tokens is None:
         params = cap(params, llm.max_model_len)

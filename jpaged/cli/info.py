@@ -81,15 +81,23 @@ class PoolInfo:
 
 @dataclass(frozen=True, slots=True)
 class LimitsInfo:
-    """Limits of a step; ``max_inter_token_ms`` is None where prompts beside decodes have no bound of their own."""
+    """Limits of a step.
+
+    ``max_inter_token_ms`` is None where prompts beside decodes have no bound of their own: by the settings, or without
+    the rates of the device. ``least_step_ms`` is the time of a step of one token, if an earlier run kept it.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_inter_token_ms: float | None
+    least_step_ms: float | None
 
     def __str__(self) -> str:
         limits = f"{self.max_num_seqs:,} sequences and {self.max_num_batched_tokens:,} tokens at most"
-        return limits if self.max_inter_token_ms is None else f"{limits}; {self.max_inter_token_ms:g} ms beside decodes"
+        if self.max_inter_token_ms is None:
+            return f"{limits}; no bound beside decodes"
+        bound = f"{limits}; {self.max_inter_token_ms:g} ms beside decodes"
+        return bound if self.least_step_ms is None else f"{bound}, of which one token takes {self.least_step_ms:.3g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +200,10 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
     cache_dir = enable_compile_cache()
     kept_at = profile_path(model_config, config, dtype, backend.name, mesh)
     profile = load_profile(kept_at)
+    host_pool = _plan_host_pool(model_config, config, groups, kv_cache, host_bytes_per_block, target_of(mesh))
+    # Without these, an engine measures no rates.
+    is_measured = host_pool.num_blocks > 0 and config.preemption == "auto"
+    inter_token_ms = config.max_inter_token_ms or target_of(mesh).max_inter_token_ms
     return Info(
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         devices=describe_devices(jax.devices()),
@@ -219,10 +231,11 @@ def gather_info(path: str | Path | None, config: EngineConfig) -> Info:
         limits=LimitsInfo(
             config.most_rows,
             config.token_budget,
-            config.max_inter_token_ms or target_of(mesh).max_inter_token_ms,
+            inter_token_ms if is_measured else None,
+            None if profile is None else 1e3 * profile.prefill_fixed_s,
         ),
         layer_groups=describe_groups(model_config, config, dtype, backend, kv_cache.num_blocks),
-        host_pool=_plan_host_pool(model_config, config, groups, kv_cache, host_bytes_per_block, target_of(mesh)),
+        host_pool=host_pool,
         numa_node=find_numa_node(),
         profile=None if profile is None else report(profile),
         profile_path=None if profile is None else str(kept_at),

@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from jpaged.config import EngineConfig
-from jpaged.request import MAX_LOGPROBS, BeamSearchParams, SamplingParams
+from jpaged.config import WARM_UP, EngineConfig
+from jpaged.request import BeamSearchParams, SamplingParams
 from jpaged.rules import Setting, settings_of
 from jpaged.server.settings import ServerSettings
 
@@ -23,14 +23,20 @@ PARAMETERS_OF_DRAWING = ("temperature", "top_p", "top_k", "min_p")
 
 EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
 
-ENGINE_OPTIONS = tuple(
-    name
-    for name in settings_of(EngineConfig)
-    # A command sets the sizes of a step itself, has --no-prefix-caching, and draws the seeds of its requests.
-    if name not in ("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "seed")
-)
 SERVING_OPTIONS = tuple(name for name in settings_of(EngineConfig) if name != "enable_prefix_caching")
-"""Settings of an engine that computes requests of many clients."""
+"""Settings of an engine that computes requests of many clients; --no-prefix-caching has a default of its own."""
+
+ENGINE_OPTIONS = tuple(name for name in SERVING_OPTIONS if name != "seed")
+"""Settings of an engine that computes the requests of one command, which draws their seeds."""
+
+MAX_BATCHED_TOKENS = 512
+"""Most tokens of a step of such a command: prompts are computed in pieces, so that it compiles small programs only."""
+
+_OWN_DEFAULTS = {
+    "max_num_seqs": "as many as the prompt asks for",
+    "max_num_batched_tokens": f"{MAX_BATCHED_TOKENS}, or what that many sequences need",
+}
+"""Defaults of a command with one prompt at a time, in words."""
 
 SERVER_OPTIONS = tuple(settings_of(ServerSettings))
 BATCH_OPTIONS = "served_model_name", "strict_params", "max_prompts", "max_sequences", "max_logprobs_entries"
@@ -99,7 +105,8 @@ cache.
 _SERVE = """\
 Serve a model over HTTP, under the names of OpenAI's API: /v1/completions, /v1/chat/completions and more. On an
 accelerator the programs of a few sizes are compiled before the first request, and the others beside the requests;
-all are kept for the next start, and /health tells the progress. On a CPU each is compiled when it is first needed.
+all are kept for the next start, and /health tells the progress. On a CPU each is compiled when it is first needed,
+unless --warm-up says otherwise.
 
 SIGTERM and Ctrl-C take no more requests and let those finish that run; a second one ends them. SIGHUP reads the
 file of keys again. The exit status is 1 if the engine is lost.
@@ -199,7 +206,12 @@ def make_parser() -> argparse.ArgumentParser:
     info = add_command("info", "show the machine, the model and the KV cache", _INFO)
     info.add_argument("--json", action="store_true", help="print one JSON object")
     for command in (generate, chat, serve, batch, info):
-        _add_engine_options(command, SERVING_OPTIONS if command in (serve, batch) else ENGINE_OPTIONS)
+        is_serving, is_single = command in (serve, batch), command in (generate, chat)
+        group = _add_engine_options(
+            command, SERVING_OPTIONS if is_serving else ENGINE_OPTIONS, _OWN_DEFAULTS if is_single else {}
+        )
+        if is_serving:
+            _add(group, WARM_UP, shown=WARM_UP.shown_default, default=WARM_UP.default)
         _add_process_options(command)
         command.add_argument("--debug", action="store_true", help="show where an error was raised: Python's traceback")
     for command in (generate, chat, serve, batch):
@@ -241,7 +253,7 @@ def _as_option(name: str) -> str:
 _PROCESSES = "coordinator_address", "num_processes", "process_id"
 _SETTINGS = (
     *SERVING_OPTIONS, *SERVER_OPTIONS, *SAMPLING_OPTIONS, *COMPLETION_OPTIONS, *BEAM_OPTIONS, *_PROCESSES,
-    "use_beam_search",
+    "use_beam_search", "warm_up",
 )  # fmt: skip
 _SETTING = re.compile(rf"(?<![\w/.-])({'|'.join(_SETTINGS)})\b(?:=('?)([^\s,:;)]+)\2)?")
 
@@ -262,7 +274,7 @@ def as_typed(message: str) -> str:
     return _SETTING.sub(option, message).replace("expected None or ", "expected ")
 
 
-def _add_engine_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+def _add_engine_options(parser: argparse.ArgumentParser, names: Iterable[str], own_defaults: Mapping[str, str]) -> Any:
     group = parser.add_argument_group("model and engine")
     group.add_argument(
         "--model",
@@ -273,7 +285,9 @@ def _add_engine_options(parser: argparse.ArgumentParser, names: Iterable[str]) -
     settings = settings_of(EngineConfig)
     for name in names:
         each = settings[name]
-        _add(group, each, shown="" if each.rule.type is bool else each.shown_default, default=each.default)
+        shown = "" if each.rule.type is bool else own_defaults.get(name, each.shown_default)
+        _add(group, each, shown=shown, default=each.default)
+    return group
 
 
 def _add_server_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
@@ -317,8 +331,8 @@ def _add_completion_options(parser: argparse.ArgumentParser) -> None:
         "n": "1; with --beam-width as many as it finds",
         "best_of": "-n",
         "min_tokens": "0",
-        "logprobs": f"off; 0 to {MAX_LOGPROBS}, needs --json",
-        "prompt_logprobs": f"off; 0 to {MAX_LOGPROBS}, needs --json",
+        "logprobs": "off; needs --json",
+        "prompt_logprobs": "off; needs --json",
     }
     for name in COMPLETION_OPTIONS:
         flags = ("-n",) if name == "n" else ()

@@ -5,37 +5,40 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from jpaged.cli.options import SERVING_OPTIONS, engine_settings
+from jpaged.cli.options import MAX_BATCHED_TOKENS, SERVING_OPTIONS, engine_settings
 
 if TYPE_CHECKING:
     from jpaged.async_llm import AsyncLLM
     from jpaged.llm import LLM
-
-MAX_BATCHED_TOKENS = 512
-"""Most tokens of a step: prompts are computed in pieces, so that one short command compiles small programs only."""
 
 
 class Followed(Exception):
     """This process did what the leading one decided, which is all that it had to do."""
 
 
-def load(args: argparse.Namespace, *, max_num_seqs: int) -> "LLM":
+def load(args: argparse.Namespace, *, num_sequences: int) -> "LLM":
     """The LLM that the options ask for. Each program is compiled when it is first needed: a command needs few.
+
+    Args:
+        args: the options given.
+        num_sequences: sequences that run at once.
 
     Raises:
         Followed: another process leads, and has ended.
     """
     from jpaged.llm import LLM
 
+    settings = engine_settings(args)
+    num_rows = settings["max_num_seqs"] = num_sequences if args.max_num_seqs is None else args.max_num_seqs
+    if args.max_num_batched_tokens is None:
+        # A block of a prompt fits beside the decodes, as 8-bit pools need.
+        settings["max_num_batched_tokens"] = max(MAX_BATCHED_TOKENS, num_rows + args.block_size)
     llm = LLM(
         args.model,
-        max_num_seqs=max_num_seqs,
-        # A block of a prompt fits beside the decodes, as 8-bit pools need.
-        max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_num_seqs + args.block_size),
         enable_prefix_caching=not args.no_prefix_caching,
-        warm_up=False,
+        warm_up="none",
         use_tqdm=sys.stderr.isatty(),
-        **engine_settings(args),
+        **settings,
     )
     if not llm.is_leader:
         llm.follow()
@@ -55,6 +58,7 @@ def load_for_many(args: argparse.Namespace) -> "AsyncLLM":
     llm = LLM(
         args.model,
         enable_prefix_caching=not args.no_prefix_caching,
+        warm_up=args.warm_up,
         use_tqdm=sys.stderr.isatty(),
         **engine_settings(args, SERVING_OPTIONS),
     )

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.contract.result import StepResult, TokenScores
 from jpaged.device.kv.dma import DmaSlots
 from jpaged.device.kv.host_memory import memory_for
-from jpaged.device.kv.host_pool import HostPool, num_host_blocks_for
+from jpaged.device.kv.host_pool import HostPool, agreed_pool, num_host_blocks_for
 from jpaged.device.kv.layout import is_narrowed, why_no_activations, why_not_narrowed
 from jpaged.device.kv.limits import with_limits
 from jpaged.device.kv.narrow_slots import for_narrow_blocks
@@ -42,9 +42,10 @@ log = logging.getLogger(__name__)
 
 
 class Agreeing(Protocol):
-    """Processes that agree on numbers."""
+    """Processes that agree on what they have."""
 
     def least(self, number: int) -> int: ...
+    def gather(self, message: Any) -> list[Any]: ...
 
 
 def check_settings(model_config: ModelConfig, config: EngineConfig) -> int:
@@ -157,8 +158,8 @@ class ModelRunner:
             self.warm_up(few=warm_up is None, use_tqdm=use_tqdm)
         if guessed_bytes is not None and sizer.correct(guessed_bytes) and warm_up is not False:
             self.warm_up(few=warm_up is None, use_tqdm=use_tqdm)
-        if self.host_pool is not None and self.programs.stream is not None:
-            self.host_pool.wait()  # it was made while the programs were
+        self.host_pool = _awaited(self.host_pool, self.programs, channel)  # it was made while the programs were
+        self.num_host_blocks = 0 if self.host_pool is None else self.num_host_blocks
         self.cache = self.programs.new_cache()
         self._state = self.programs.new_state()
         self._adjustments: Adjustments | None = None  # made when a row first needs any
@@ -235,7 +236,7 @@ class ModelRunner:
         The call waits for no step. It waits for copies between the pools when too many are in flight. It compiles
         programs that are needed for the first time. Steps run in the order of these calls.
         """
-        timing = self._times.start(len(self.programs), has_all_sizes=not self.programs.background.pending)
+        timing = self._times.start(len(self.programs), is_settled=self.programs.background.is_over)
         results = self.start(self._packer.pack(plan, self.programs.usable_buckets()))
         for array in jax.tree.leaves((results.drawn, results.sampled, results.candidates)):
             array.copy_to_host_async()
@@ -391,6 +392,15 @@ def _make_host_pool(programs: Programs, num_host_blocks: int) -> HostPool | None
         memory = for_narrow_blocks(memory)
     # A step that waits for a large pool does not hang.
     return HostPool(programs.host_slots(num_host_blocks), memory, programs.get, lambda: programs.compiling.run())
+
+
+def _awaited(pool: HostPool | None, programs: Programs, channel: Agreeing | None) -> HostPool | None:
+    """The host pool, there where a step may need it at once or other processes depend on it; None if it cannot be."""
+    if channel is not None:
+        return agreed_pool(pool, channel.gather)
+    if pool is not None and programs.stream is not None:
+        pool.wait()
+    return pool
 
 
 def _cut_scores(parts: list[Scores], num_rows: int) -> TokenScores:

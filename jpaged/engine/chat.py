@@ -1,6 +1,6 @@
 """Conversations: messages to the text that the model's chat template makes of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jpaged.engine.prompts import TokensPrompt
@@ -9,7 +9,13 @@ ChatMessage = Mapping[str, Any]
 """A message: ``{"role": "user", "content": "..."}``. The content may be a list of parts, all of them texts."""
 
 
-def render_chat(
+def render_chat(tokenizer: Any, messages: Sequence[ChatMessage], **options: Any) -> tuple[str, list[int]]:
+    """The text and the token ids of a conversation; see ``chat_text``."""
+    text = chat_text(tokenizer, messages, **options)
+    return text, list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def chat_text(
     tokenizer: Any,
     messages: Sequence[ChatMessage],
     *,
@@ -18,8 +24,9 @@ def render_chat(
     continue_final_message: bool = False,
     tools: list[dict[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[str, list[int]]:
-    """The text and the token ids of a conversation.
+    apply: Callable[..., str] | None = None,
+) -> str:
+    """The text of a conversation.
 
     Args:
         tokenizer: the model's Hugging Face tokenizer.
@@ -29,6 +36,7 @@ def render_chat(
         continue_final_message: whether the answer continues the last message instead.
         tools: the tools that the template describes to the model.
         chat_template_kwargs: further variables of the template.
+        apply: renders in place of the tokenizer's ``apply_chat_template``, with its arguments.
 
     Raises:
         ValueError: no tokenizer or no template, messages of a wrong form, or messages that the template refuses.
@@ -47,7 +55,7 @@ def render_chat(
         for i, message in enumerate(messages)
     ]
     try:
-        text = tokenizer.apply_chat_template(
+        return (apply or tokenizer.apply_chat_template)(
             plain,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
@@ -56,9 +64,8 @@ def render_chat(
             tokenize=False,
             **dict(chat_template_kwargs or {}),
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"the chat template refuses the messages: {error}") from error
-    return text, list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def render_chats(tokenizer: Any, messages: Any, **options: Any) -> tuple[list[str], list[TokensPrompt]]:

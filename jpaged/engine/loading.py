@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jpaged.config import EngineConfig
+from jpaged.config import EngineConfig, warm_up_word
 from jpaged.device.kv.sizing import check_pools
 from jpaged.device.processes import LeadingRunner, agree, follow, open_channel
 from jpaged.device.runner import ModelRunner, check_settings
@@ -39,7 +39,7 @@ def load_checkpoint(
     config: EngineConfig,
     tokenizer: Tokenizer | None = None,
     *,
-    warm_up: bool | None,
+    warm_up: str | bool | None,
     use_tqdm: bool,
 ) -> Engine | Follow:
     """Load a checkpoint directory and start an engine.
@@ -113,7 +113,7 @@ def start_engine(
     mesh: jax.sharding.Mesh,
     tokenizer: Tokenizer | None,
     *,
-    warm_up: bool | None,
+    warm_up: str | bool | None,
     use_tqdm: bool,
     sampling_defaults: Mapping[str, Any] | None = None,
 ) -> Engine | Follow:
@@ -133,17 +133,18 @@ def start_engine(
         As ``load_checkpoint``.
     """
     enable_compile_cache()
-    channel = open_channel(mesh)
-    if warm_up is None and not target_of(mesh).warms_up:
-        warm_up = False
+    channel, word = open_channel(mesh), warm_up_word(warm_up)
+    if word == "auto":
+        word = "first" if target_of(mesh).warms_up else "none"
     with InterruptsWait():
         if channel is None:
-            runner = ModelRunner(load(), model_config, config, mesh, warm_up=warm_up, use_tqdm=use_tqdm)
+            few = None if word == "first" else word == "all"
+            runner = ModelRunner(load(), model_config, config, mesh, warm_up=few, use_tqdm=use_tqdm)
             engine = Engine(runner, config, tokenizer, sampling_defaults)
             runner.programs.background.start(runner)  # now, since it disturbs what the engine measures
             return engine
-        warm_up = warm_up is not False  # all processes run a step in the same size
-        options = {"channel": channel, "warm_up": warm_up, "use_tqdm": use_tqdm}
+        # All processes run a step in the same size, so that no size may come later.
+        options = {"channel": channel, "warm_up": word != "none", "use_tqdm": use_tqdm}
         try:
             agree(channel, code=CODE_DIGEST, config=config, model_config=model_config)
             if channel.is_leader:

@@ -1,6 +1,7 @@
 """The engine's loop: adds and aborts requests, and keeps a step in flight."""
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jpaged.config import EngineConfig
-from jpaged.contract.profile import Observations
+from jpaged.contract.profile import MachineProfile, Observations
 from jpaged.device.processes import LeadingRunner
 from jpaged.device.profiler import keep_profile
 from jpaged.device.runner import ModelRunner, StepInFlight
@@ -24,6 +25,8 @@ from jpaged.host.offload.profile import learn
 from jpaged.host.scheduler import Scheduler
 from jpaged.interrupts import InterruptsWait
 from jpaged.request import FinishReason, Request, SamplingParams
+
+log = logging.getLogger(__name__)
 
 LEAST_LEARNT = 64
 """Steps after which a profile is kept for later runs: after 64, 128, 256 and so on."""
@@ -96,8 +99,7 @@ class Engine:
         )
         self.scheduler.shared_prefix.least_saved = runner.programs.least_shared_tokens
         self._changes = Changes(runner, self.scheduler)
-        inter_token_ms = config.max_inter_token_ms or runner.max_inter_token_ms
-        self.scheduler.max_step_s = math.inf if inter_token_ms is None else inter_token_ms / 1e3
+        self.scheduler.max_step_s = _max_step_s(config.max_inter_token_ms or runner.max_inter_token_ms, runner.profile)
         self.sampling_defaults = dict(sampling_defaults or {})
         self.default_params = SamplingParams(**self.sampling_defaults)
         self.prompts = PromptReader(tokenizer, runner.model_config, self.default_params)
@@ -323,6 +325,20 @@ class Engine:
         for _ in self._in_flight:
             self.scheduler.drop()
         self._in_flight.clear()
+
+
+def _max_step_s(inter_token_ms: float | None, profile: MachineProfile | None) -> float:
+    """The most seconds of a step with decodes. A bound that no step can keep is logged."""
+    if inter_token_ms is None:
+        return math.inf
+    if profile is not None and inter_token_ms < (least_ms := 1e3 * profile.prefill_fixed_s):
+        log.warning(
+            "max_inter_token_ms=%g is less than the %.3g ms that a step of one token takes here: prompts beside "
+            "decodes are computed in the smallest chunks",
+            inter_token_ms,
+            least_ms,
+        )
+    return inter_token_ms / 1e3
 
 
 def _with_limits_of(most: EngineConfig, config: EngineConfig) -> EngineConfig:

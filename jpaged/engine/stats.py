@@ -133,7 +133,7 @@ class EngineStats:
     )
     num_programs: int = _gauge("compiled programs that steps can run", lambda of: len(of.programs))
     num_programs_to_compile: int = _gauge(
-        "programs that are still to be compiled while larger sizes of steps do their work",
+        "programs that are still to be compiled beside the steps, which meanwhile have larger sizes or wait",
         lambda of: 0 if (now := of.programs.background.progress) is None else now.of - now.done,
     )
     num_sizes_missing: int = _gauge(

@@ -132,7 +132,7 @@ class PlanBuilder:
         if not self._chunks:
             return Chunks(*decodes, token_ids)
         # An assignment of the list would take three times as long.
-        token_ids[num_decodes:] = np.frombuffer(struct.pack(f"={len(self._token_ids)}i", *self._token_ids), np.int32)
+        token_ids[num_decodes:] = np.frombuffer(struct.pack(f"{len(self._token_ids)}i", *self._token_ids), np.int32)
         added = np.array(self._chunks, np.int64).T
         columns = zip(decodes, added, strict=True)
         rows, seq_ids, starts, lens = [

@@ -116,15 +116,15 @@ class RowTable:
         self.least_ends[row] = seq.prompt_len + group.least_tokens
         self.limits[row] = seq.prompt_len + group.max_tokens
         self.capacity[row] = 0
-        self.is_adjusted[row] = group.is_adjusted
-        if group.is_adjusted:
+        self.is_adjusted[row] = is_adjusted = group.is_adjusted
+        if is_adjusted:
             self.adjustments.enter(row, group.request, seq.output_token_ids, group.stop_token_ids)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self._has_more_stops[row] = len(group.stop_token_ids) > MOST_STOPS
         self._stops[row] = _NO_TOKEN
         if len(group.stop_token_ids) <= MOST_STOPS:
             self._stops[row, : len(group.stop_token_ids)] = list(group.stop_token_ids)
-        self._entered[row] = pack_row(params, seq.seed, seq.prompt_len, is_adjusted=group.is_adjusted)
+        self._entered[row] = pack_row(params, seq.seed, seq.prompt_len, is_adjusted=is_adjusted)
         self.num_restless += 1
         seq.rows, seq.row = self, row
 

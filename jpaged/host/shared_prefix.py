@@ -35,8 +35,9 @@ class SharedPrefix:
         return self._lens
 
     def _find(self, decodes: Decodes) -> Int32[np.ndarray, " decodes"] | None:
-        groups, block_size = self._blocks.groups, self._blocks.block_size
-        if math.isinf(self.least_saved) or groups.num_full == 0:
+        groups, block_size, device = self._blocks.groups, self._blocks.block_size, self._blocks.tiers.device
+        most_saved = device.num_holders - (len(device.blocks) - len(device.free))  # by any prefixes of any sequences
+        if most_saved * block_size < self.least_saved or groups.num_full == 0:
             return None
         tables = [self._blocks.holdings.held_by(seq_id).blocks for seq_id in decodes.seq_ids.tolist()]
         if len(groups) > 1:  # a logical block is its blocks of all groups without a window

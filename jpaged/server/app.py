@@ -66,8 +66,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        server.template.start()
         async with server.metrics.watching():
             yield
+        server.template.close()
         await server.feed.close()
         server.prefixes.close()
         if server.tracing is not None:

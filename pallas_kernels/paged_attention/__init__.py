@@ -127,10 +127,10 @@ def paged_attention(
         kv_scales: the scales of a quantised pool (``write_kv_quantized``), read only; None for any other pool.
         into: the result of an earlier call over the same rows, which no later operation reads. Its memory may take
             this call's result, and its padding is zeros already.
-        shared_lens: a batch of decodes may read a prefix that rows share once (Hydragen, arXiv:2402.05099). It is the
-            same number for all rows whose tables begin with the same blocks of so many tokens, and 0 for all other
-            rows. Each such row has tokens after these. Results differ by rounding alone. It has no effect over several
-            queries a row, windows, slopes and quantised pools, and none on TPUs.
+        shared_lens: tokens of each row in a prefix that decodes may read once for all rows (Hydragen,
+            arXiv:2402.05099). The number is the same for all rows whose tables begin with the same blocks of so many
+            tokens, and 0 for the others. A row has tokens after its prefix. Results differ by rounding alone. Prompts,
+            windows, slopes, quantised pools and TPUs read each row by itself.
         implementation: a key of ``IMPLEMENTATIONS``; None takes ``best_implementation()``. Over several devices,
             "hopper" and "pallas_tpu" need ``jax.shard_map``.
         interpret: run the kernels of the implementation named in Pallas's interpreter, on any device.

@@ -108,10 +108,10 @@ class Call:
 
 
 def can_read_once(sliding_window: int | None, has_slopes: bool, pool_dtype: jax.numpy.dtype) -> bool:
-    """Whether tokens that rows share can be read once: all rows see them, and score them wherever a row's query is.
+    """Whether tokens that rows share can be read once.
 
-    Windows hide them from some rows, and ALiBi's slopes depend on the distance. Outputs over 8-bit pools have an order
-    of their own in the decode kernel of Hopper GPUs.
+    Windows hide such tokens from some rows, and ALiBi's slopes depend on the distance to each row's query. Over 8-bit
+    pools, the decode kernel of Hopper GPUs keeps outputs in an order of its own.
     """
     return sliding_window is None and not has_slopes and not is_quantized(pool_dtype)
 

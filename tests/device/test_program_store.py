@@ -15,7 +15,7 @@ from jpaged.device.step import programs
 from jpaged.device.step.inputs import Bucket, all_buckets, in_order_of_need
 from jpaged.device.step.program_cache import ProgramCache
 from jpaged.device.step.program_store import Background, ProgramStore
-from jpaged.device.step.programs import Programs
+from jpaged.device.step.programs import Programs, option_keys
 from jpaged.engine.loop import Engine
 from jpaged.interpreter import short_switches
 from jpaged.request import SamplingParams
@@ -165,6 +165,20 @@ def test_a_program_that_fails_is_reported_once_and_its_size_stays_with_a_larger_
     assert background.progress is None
 
 
+def test_programs_of_options_come_after_all_sizes_and_one_that_fails_keeps_no_size_away(caplog):
+    options = [("adjust",), ("sample", 4, 20, True)]
+    compiler = StubCompiler(fails=options[1:])
+    background = Background(compiler.store(), SIZES, None, 1, options=options)
+    assert not background.is_over
+    with caplog.at_level(logging.WARNING):
+        background.start(compiler)
+        assert background.wait(TIMEOUT_S)
+    assert compiler.lowered == [*KEYS, *options, options[1]]
+    assert len([record for record in caplog.records if "a request that needs it waits" in record.message]) == 1
+    assert background.pending == frozenset()
+    assert background.is_over
+
+
 def test_stopping_ends_the_threads_after_the_programs_that_they_compile():
     compiler, first = StubCompiler(), KEYS[0]
     compiler.hold(first)
@@ -207,9 +221,9 @@ def test_steps_do_the_work_with_larger_sizes_until_theirs_are_there(half_warm):
     engine = Engine(runner, runner.config)
     first = {("forward", Bucket(8, 2)), ("forward", Bucket(2, 2))}
 
-    def tokens():
-        prompt, params = {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
-        engine.add(engine.make_request("a", prompt, params))
+    def tokens(**options):
+        params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, **options)
+        engine.add(engine.make_request("a", {"prompt_token_ids": [1, 2, 3]}, params))
         while not (finished := engine.step().finished):
             pass
         return finished[0].outputs[0].token_ids
@@ -223,9 +237,12 @@ def test_steps_do_the_work_with_larger_sizes_until_theirs_are_there(half_warm):
     go_on.set()
     runner.programs.background.wait()
     num_programs = engine.stats().num_programs
-    assert num_programs == len(runner.programs.all_keys()) == stats.num_programs + stats.num_programs_to_compile
+    made = {*runner.programs.all_keys(), *option_keys(runner.programs)}
+    assert num_programs == len(made) == stats.num_programs + stats.num_programs_to_compile
     assert runner.programs.usable_buckets() == runner.buckets
     assert tokens() == early
+    assert tokens(logprobs=2) == early
+    assert tokens(logit_bias={4: 1e9}) == [4] * 3
     assert engine.scheduler.step_sizes == tuple((b.num_tokens, b.num_rows) for b in runner.buckets if not b.is_decode)
     assert engine.stats().num_sizes_missing == 0
     assert (engine.stats().num_programs, engine.stats().num_programs_to_compile) == (num_programs, 0)

@@ -1,21 +1,29 @@
 """Blocks that leave for the host and come back: bit for bit, in the order the plan promises, and their times."""
 
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jpaged.config import EngineConfig
 from jpaged.contract.plan import BlockCopy
 from jpaged.contract.profile import Transferred
 from jpaged.device.kv import host_pool as transfer
 from jpaged.device.kv.host_memory import StagedMemory
-from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES
+from jpaged.device.kv.host_pool import MAX_STAGED_BLOCKS, MOVE_SIZES, agreed_pool
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.runner import ModelRunner
+from jpaged.device.step.inputs import Bucket
+from jpaged.device.step.program_store import Background, ProgramStore
 from jpaged.device.target import TARGETS
+from jpaged.engine.loop import Engine
 from jpaged.request import SamplingParams
-from jpaged.sharding import pool_sharding
+from jpaged.sharding import make_mesh, pool_sharding
 from tests.support import tiny
 from tests.support.plans import Chunk, Sample, make_plan
 
@@ -267,15 +275,17 @@ def test_the_measured_profile_is_positive_and_leaves_the_pools_as_they_were():
     assert_same_bits(content(runner)[9], before[1])
 
 
+def prefill_observed(runner, num_tokens, start=0):
+    """Compute a chunk; returns what was observed since the last one."""
+    params = SamplingParams(temperature=0)
+    chunk = Chunk(0, [1] * num_tokens, start, start + num_tokens, [1, 2, 3])
+    runner.execute(make_plan(chunks=(chunk,), samples=(Sample(0, 0, start + num_tokens, 0, params, (), (), ()),)))
+    return [(each.num_tokens, each.context_len) for each in runner.take_observations().prefills]
+
+
 def test_large_steps_are_observed_and_small_ones_are_not():
     runner = make_runner()
-    params = SamplingParams(temperature=0)
-
-    def prefill(num_tokens, start=0):
-        chunk = Chunk(0, [1] * num_tokens, start, start + num_tokens, [1, 2, 3])
-        runner.execute(make_plan(chunks=(chunk,), samples=(Sample(0, 0, start + num_tokens, 0, params, (), (), ()),)))
-        return [(each.num_tokens, each.context_len) for each in runner.take_observations().prefills]
-
+    prefill = partial(prefill_observed, runner)
     for num_tokens in (3, 16):  # compiles, which no time is to include
         prefill(num_tokens)
     assert prefill(3) == []
@@ -285,6 +295,43 @@ def test_large_steps_are_observed_and_small_ones_are_not():
     assert prefill(8) == [], "it may be padded, or slowed down by what is compiled"
     runner.programs.background.pending = frozenset()
     assert prefill(8) == [(8, 0)]
+
+
+def test_steps_are_observed_though_a_size_failed_for_good():
+    def fail(key):
+        raise RuntimeError("it does not compile")
+
+    runner, missing = make_runner(), Bucket(1, 1)
+    background = Background(ProgramStore(fail, fail), {missing: [("forward", missing)]})
+    runner.programs.background = background
+    for num_tokens in (3, 16, 8):
+        assert prefill_observed(runner, num_tokens) == [], "it is still to be compiled"
+    background.start(runner)
+    assert background.wait(60)
+    assert background.pending == {missing}
+    assert prefill_observed(runner, 8) == [(8, 0)]
+
+
+@pytest.mark.parametrize("reason", [None, "2 bytes could not be pinned"])
+def test_a_process_without_its_host_pool_tells_all_processes(reason, caplog, monkeypatch):
+    pool = make_runner().host_pool
+    with monkeypatch.context() as patch:
+        if reason is not None:
+            patch.setattr(pool, "wait", Mock(side_effect=RuntimeError(reason)))
+        gathered = Mock(side_effect=lambda own: [None, own])
+        assert agreed_pool(pool, gathered) is (pool if reason is None else None)
+        gathered.assert_called_once_with(reason)
+    assert agreed_pool(pool, lambda own: [own, reason]) is (pool if reason is None else None)
+    logged = [record.message for record in caplog.records if f"process 1: {reason}" in record.message]
+    assert len(logged) == (0 if reason is None else 2)
+
+
+def test_a_runner_goes_on_without_the_host_pool_that_another_process_cannot_have():
+    channel = SimpleNamespace(least=lambda number: number, gather=lambda own: [own, "it could not be pinned"])
+    config = EngineConfig(block_size=8, num_blocks=8, max_num_seqs=1, max_num_batched_tokens=8, num_host_blocks=2)
+    runner = ModelRunner(nnx.clone(tiny.tiny_model()), tiny.TINY, config, make_mesh(1), channel=channel)
+    assert (runner.host_pool, runner.num_host_blocks) == (None, 0)
+    assert Engine(runner, config).stats().num_host_blocks == 0
 
 
 def test_a_forgotten_pool_takes_what_was_under_way_with_it():

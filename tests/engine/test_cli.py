@@ -18,6 +18,7 @@ from jpaged.cli.info import gather_info
 from jpaged.cli.options import ENGINE_OPTIONS, engine_settings
 from jpaged.cli.terminal import to_json
 from jpaged.config import EngineConfig
+from jpaged.contract.profile import Link, MachineProfile
 from jpaged.device.target import TARGETS
 from jpaged.engine.loading import load_checkpoint
 from jpaged.models import random_model, save_checkpoint
@@ -388,7 +389,7 @@ def test_every_setting_is_an_option_or_is_left_out_on_purpose():
     """A new setting has to be made an option, or named here."""
     args = cli.make_parser().parse_args(["generate", "a"])
     left_out = set(settings_of(EngineConfig)) - set(ENGINE_OPTIONS)
-    assert left_out == {"max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "seed"}
+    assert left_out == {"enable_prefix_caching", "seed"}
     assert all(hasattr(args, name) for name in (*ENGINE_OPTIONS, "no_prefix_caching"))
     left_out = {name for name in settings_of(SamplingParams) if not hasattr(args, name)}
     assert left_out == {"use_beam_search", "logit_bias", *OF_PROGRAMS}
@@ -396,10 +397,10 @@ def test_every_setting_is_an_option_or_is_left_out_on_purpose():
 
 
 def test_every_option_of_the_engine_reaches_its_settings():
-    values = {int: "7", float: "0.5", str: "xla"}
+    values, large = {int: "7", float: "0.5", str: "xla"}, {"max_num_batched_tokens": "300"}
     for name in ENGINE_OPTIONS:
         rule = settings_of(EngineConfig)[name].rule
-        value = rule.choices[-1] if rule.choices else values.get(rule.type, "")
+        value = rule.choices[-1] if rule.choices else large.get(name, values.get(rule.type, ""))
         argv = ["info", f"--{name.replace('_', '-')}", *filter(None, [value])]
         config = EngineConfig(**engine_settings(cli.make_parser().parse_args(argv)))
         assert str(getattr(config, name)) == (value or "True")
@@ -698,6 +699,52 @@ def test_info_says_how_requests_make_way(run):
     pool, preemption = last_lines("--num-host-blocks", "1024", "--preemption", "auto")
     assert pool == "1,024 blocks are 1.00 MiB of unpinned host memory", "1,024 x 16 tokens x 64 bytes"
     assert preemption.startswith("auto: swap or recompute")
+
+
+def test_info_says_which_bound_of_a_step_is_in_effect(run, monkeypatch):
+    def step(*options):
+        [line] = [line for line in run("info", *options)[1].splitlines() if line.startswith("step ")]
+        return line.removeprefix("step").strip()
+
+    limits, pool = "256 sequences and 2,048 tokens at most", ("--num-host-blocks", "64")
+    asked = "--max-inter-token-ms", "20"
+    assert step() == f"{limits}; no bound beside decodes"
+    assert step(*asked) == f"{limits}; no bound beside decodes", "no rates are measured without a host pool"
+    assert step(*asked, *pool, "--preemption", "swap") == f"{limits}; no bound beside decodes"
+    assert step(*asked, *pool) == f"{limits}; 20 ms beside decodes"
+    link = Link(0.0, 1e9, 1e9)
+    kept = MachineProfile(1, link, link, (), 0.0031, 1e-6, 0.0, 0.0, 0.0)
+    monkeypatch.setattr("jpaged.cli.info.load_profile", lambda path: kept)
+    assert step(*asked, *pool) == f"{limits}; 20 ms beside decodes, of which one token takes 3.1"
+    sizes = "--max-num-seqs", "4", "--max-num-batched-tokens", "32"
+    assert step(*sizes) == "4 sequences and 32 tokens at most; no bound beside decodes"
+
+
+def test_a_command_chooses_the_sizes_of_a_step_unless_options_do(monkeypatch):
+    given = []
+
+    def noted(model, **settings):
+        given.append((settings["max_num_seqs"], settings["max_num_batched_tokens"]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(jpaged.llm, "LLM", noted)
+    for options in (
+        ["-n", "3"],
+        ["-n", "600"],
+        ["-n", "3", "--max-num-seqs", "5"],
+        ["--max-num-batched-tokens", "64"],
+        ["--max-num-seqs", "600", "--max-num-batched-tokens", "700"],
+    ):
+        assert cli.main(["generate", "a", *options]) == 2
+    assert given == [(3, 512), (600, 616), (5, 512), (1, 64), (600, 700)]
+
+
+def test_a_server_and_a_batch_choose_when_to_compile():
+    parser = cli.make_parser()
+    for command in (["serve"], ["batch", "in", "out"]):
+        assert parser.parse_args(command).warm_up == "auto"
+        assert parser.parse_args([*command, "--warm-up", "first"]).warm_up == "first"
+    assert not hasattr(parser.parse_args(["generate", "a"]), "warm_up")
 
 
 def test_info_reads_no_weights(run, checkpoints, tmp_path):

@@ -869,3 +869,17 @@ def test_host_memory_that_cannot_be_pinned_costs_recomputation_and_no_request(mo
     assert (stats.num_swaps_in, stats.num_host_blocks) == (0, 0)
     assert results[0] == results[1]
     assert [record.levelname for record in caplog.records if "could not be pinned" in record.message] == ["ERROR"] * 2
+
+
+def test_a_bound_below_the_time_of_a_step_is_logged_once_that_time_is_known(caplog, monkeypatch):
+    runner = tiny_engine().runner
+    monkeypatch.setattr(runner, "profile", dataclasses.replace(runner.profile, prefill_fixed_s=0.0031))
+    for bound, num_logged in ((3.2, 0), (None, 0), (2, 1)):
+        caplog.clear()
+        tiny_engine(max_inter_token_ms=bound)
+        found = [
+            record.message
+            for record in caplog.records
+            if "max_inter_token_ms=2 is less than the 3.1 ms" in record.message
+        ]
+        assert len(found) == num_logged

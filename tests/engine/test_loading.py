@@ -55,7 +55,18 @@ def start(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "warms_up", "few"), [(None, True, None), (None, False, False), (True, False, True), (False, True, False)]
+    ("asked", "warms_up", "few"),
+    [
+        (None, True, None),
+        (None, False, False),
+        (True, False, True),
+        (False, True, False),
+        ("auto", True, None),
+        ("auto", False, False),
+        ("all", False, True),
+        ("first", False, None),
+        ("none", True, False),
+    ],
 )
 def test_the_default_is_a_few_programs_now_where_compiling_takes_long(start, asked, warms_up, few):
     runner = start(asked, warms_up=warms_up)
@@ -63,7 +74,16 @@ def test_the_default_is_a_few_programs_now_where_compiling_takes_long(start, ask
     assert runner.started_for == [runner]
 
 
-@pytest.mark.parametrize(("asked", "warms_up", "expected"), [(None, True, True), (None, False, False)])
+@pytest.mark.parametrize("asked", ["yes", "", 1, 0, "True", ["all"]])
+def test_another_time_to_compile_is_refused_before_anything_is_loaded(asked, monkeypatch):
+    monkeypatch.setattr("jpaged.llm.load_checkpoint", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match=r"warm_up=.* is not valid: expected one of auto, all, first, none"):
+        LLM(warm_up=asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "warms_up", "expected"), [(None, True, True), (None, False, False), ("first", False, True)]
+)
 def test_several_processes_leave_nothing_to_a_background(start, asked, warms_up, expected):
     runner = start(asked, warms_up=warms_up, num_processes=2)
     assert runner.warm_up is expected

@@ -14,6 +14,7 @@ from bench.peers import SERVING
 from bench.report import RESULTS
 from jpaged import BeamSearchParams, EngineConfig, SamplingParams
 from jpaged.rules import settings_of
+from jpaged.server.protocol.sampling import MAX_CHARACTERS, MAX_STOP_TOKEN_IDS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "jpaged" / "docs"
@@ -193,6 +194,12 @@ def test_settings_are_those_of_the_code(cls):
     expected = settings_rows(cls)
     shown = [line for line in section.splitlines() if line.startswith("| `")]
     assert shown == expected, "the table in jpaged/docs/settings.md has to be:\n" + "\n".join(expected)
+
+
+def test_bounds_of_the_server_are_those_of_the_code():
+    text = " ".join((DOCS / "settings.md").read_text().split())
+    assert f"`stop` and `bad_words` have at most {MAX_CHARACTERS} characters each" in text
+    assert f"`stop_token_ids` at most {MAX_STOP_TOKEN_IDS} entries" in text
 
 
 def test_table_of_tpus_is_that_of_the_measurements():

@@ -1,12 +1,14 @@
 """SamplingParams refuses every value it cannot honour, by name, and passes on every value it can."""
 
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jpaged.request import (
+    MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_N,
@@ -123,6 +125,24 @@ def test_too_many_entries_are_refused():
         SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 0.0))
     with pytest.raises(ValueError, match="stop"):
         SamplingParams(stop=["x"] * (MAX_STOP_STRINGS + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "value_of"),
+    [
+        ("n", MAX_N, lambda number: number),
+        ("logit_bias", MAX_LOGIT_BIAS, lambda number: dict.fromkeys(range(number), 1.0)),
+        ("stop", MAX_STOP_STRINGS, lambda number: ["x"] * number),
+        ("bad_words", MAX_BAD_WORDS, lambda number: ["x"] * number),
+        ("logprobs", MAX_LOGPROBS, lambda number: number),
+        ("prompt_logprobs", MAX_LOGPROBS, lambda number: number),
+    ],
+)
+def test_the_most_of_a_parameter_is_taken_and_its_help_has_the_number(name, most, value_of):
+    assert getattr(SamplingParams(**{name: value_of(most)}), name) == value_of(most)
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value_of(most + 1)})
+    assert re.search(rf"\b{most}\b", settings_of(SamplingParams)[name].help)
 
 
 @pytest.mark.parametrize("token_id", [-1, 1.0, True, "a", None])

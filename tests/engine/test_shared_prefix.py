@@ -1,6 +1,5 @@
 """Decodes that share a prefix read it once, and draw the tokens of a loop without a cache."""
 
-import dataclasses
 from functools import cache
 from unittest import mock
 
@@ -11,7 +10,7 @@ from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
 from jpaged.request import SamplingParams
 from tests.support.oracles import greedy_without_cache
-from tests.support.tiny import make_runner, tiny_config, tiny_model
+from tests.support.tiny import keep_few_sizes, make_runner, tiny_config, tiny_model
 
 MODEL_LEN = 64
 MODELS = {
@@ -26,7 +25,7 @@ LENS = [20, 18, 23, 15]
 @cache
 def runner_of(name: str) -> ModelRunner:
     sizes = {"block_size": 4, "num_blocks": 120, "max_num_seqs": 4, "max_num_batched_tokens": 16, "max_burst": 4}
-    runner = make_runner(model_config=MODELS[name], has_own_programs=True, **sizes)
+    runner = keep_few_sizes(make_runner(model_config=MODELS[name], has_own_programs=True, **sizes))
     runner.programs.background.start(runner)
     return runner
 
@@ -66,14 +65,6 @@ def test_tokens_are_those_of_a_loop_without_cache(name):
     tokens, keys = run(engine, PROMPTS, LENS)
     assert tokens == right
     assert [key for key in keys if key[0] == "shared"]
-
-
-def test_a_step_does_not_wait_for_the_program():
-    runner = make_runner(block_size=4)
-    engine = Engine(runner, dataclasses.replace(runner.config, max_burst=1))
-    tokens, keys = run(engine, PROMPTS[:1] * 2, [6, 6])
-    assert tokens[0] == tokens[1]
-    assert not [key for key in keys if key[0] == "shared"]
 
 
 def test_backends_that_gain_nothing_are_told_of_nothing(monkeypatch):

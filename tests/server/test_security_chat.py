@@ -3,11 +3,13 @@
 import json
 import socket
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jpaged.engine.template_process import TemplateProcess
 from jpaged.server.protocol.chat import MAX_MESSAGES, ChatBody
 from tests.server.bystander import bystander
 from tests.server.conftest import Served
@@ -94,6 +96,24 @@ def test_no_request_brings_a_template_or_the_arguments_of_one(served):
     refused(served, "/v1/completions", {"prompt": "x", "chat_template": evil})
     response = post(served, "/tokenize", {"prompt": "x", "chat_template": evil})
     assert response.headers["x-jpaged-ignored-params"] == "chat_template"
+
+
+def test_a_template_without_an_end_holds_no_other_request(served, monkeypatch):
+    endless = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    process = TemplateProcess(endless, timeout_s=0.2)
+    monkeypatch.setattr(served.server.template, "_process", process)
+    for path in (CHAT, "/tokenize"):
+        message = refused(served, path, {"messages": HELLO})
+        assert message == "the chat template refuses the messages: it takes more than 0.2 s, or more memory than it may"
+    process._timeout_s = 600
+    asked = threading.Thread(target=post, args=(served, CHAT, {"messages": HELLO}))
+    asked.start()
+    while not process._child.is_alive:
+        time.sleep(0.01)
+    assert post(served, "/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert asked.is_alive()
+    process.close()
+    asked.join()
 
 
 def test_the_text_of_a_control_token_in_a_message_is_text(served):

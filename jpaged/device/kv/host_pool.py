@@ -1,6 +1,7 @@
 """The host pool: blocks in host memory, asynchronous copies between them and the device pool, their rates."""
 
 import itertools
+import logging
 import math
 import os
 import time
@@ -34,6 +35,8 @@ from jpaged.device.kv.narrow_slots import NarrowSlots
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.kv.stream import BlockStream
 from jpaged.device.target import Target
+
+log = logging.getLogger(__name__)
 
 MAX_STAGED_BLOCKS = StagedMemory.most_staged
 """Most blocks that staged memory stages at once."""
@@ -329,6 +332,28 @@ def has_host_pool(config: EngineConfig, target: Target) -> bool:
         return True
     has_use = config.enable_prefix_caching or config.preemption != "recompute"
     return has_use if target.has_own_memory else config.preemption == "swap"
+
+
+def agreed_pool(pool: HostPool | None, gather: Callable[[str | None], list[str | None]]) -> HostPool | None:
+    """The host pool, if all processes have theirs: a process without it could not take part in a step that copies.
+
+    Waits until the memory of each can be used. The log of every process says which of them has none, and why.
+
+    Args:
+        pool: this process's.
+        gather: returns the values of all processes, in order; see ``Channel.gather``.
+    """
+    reason = None
+    try:
+        if pool is not None:
+            pool.wait()
+    except RuntimeError as error:
+        reason = str(error)
+    failures = [f"process {number}: {each}" for number, each in enumerate(gather(reason)) if each is not None]
+    if not failures:
+        return pool
+    log.error("there is no host pool, and preempted requests are computed again: %s", "; ".join(failures))
+    return None
 
 
 def num_host_blocks_for(config: EngineConfig, target: Target, bytes_per_block: int, *, useful_blocks: int) -> int:

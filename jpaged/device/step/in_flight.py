@@ -36,15 +36,15 @@ class Timing(NamedTuple):
         started_s: time of the call, by ``time.perf_counter``.
         num_programs: programs compiled before the call.
         was_idle: whether no step was in flight before the call.
-        has_all_sizes: whether programs of all sizes of steps were there. Else the step may be padded to a larger size,
-            and compilation may slow it down.
+        is_settled: whether no program was being compiled beside the step, nor still to be. Else the step may be padded
+            to a larger size for now, and compilation may slow it down.
     """
 
     number: int
     started_s: float
     num_programs: int
     was_idle: bool
-    has_all_sizes: bool
+    is_settled: bool
 
 
 class StepInFlight(NamedTuple):
@@ -74,11 +74,11 @@ class StepTimes:
         self._newest_waited_for = 0  # the number of a step: it has run
         self._prefills: list[Prefilled] = []
 
-    def start(self, num_programs: int, *, has_all_sizes: bool) -> Timing:
-        """Note the start of the next step, with the programs compiled so far: those of all sizes, or not."""
+    def start(self, num_programs: int, *, is_settled: bool) -> Timing:
+        """Note the start of the next step, with the programs compiled so far; see ``Timing``."""
         was_idle = self._newest_waited_for == self._num_started
         self._num_started += 1
-        return Timing(self._num_started, time.perf_counter(), num_programs, was_idle, has_all_sizes)
+        return Timing(self._num_started, time.perf_counter(), num_programs, was_idle, is_settled)
 
     def learn(self, plan: StepPlan, timing: Timing, num_programs: int) -> None:
         """Note a step whose results are there: its time, if it was a large prefill that ran alone."""
@@ -86,7 +86,7 @@ class StepTimes:
             self._newest_waited_for = timing.number
         num_prompt_tokens = int(plan.chunks.lens[plan.chunks.lens > 1].sum())
         is_large = 4 * num_prompt_tokens >= max(self._most_tokens, 2 * plan.num_tokens) and plan.streamed is None
-        is_alone = timing.was_idle and timing.has_all_sizes and self._newest_waited_for == timing.number
+        is_alone = timing.was_idle and timing.is_settled and self._newest_waited_for == timing.number
         if is_large and is_alone and num_programs == timing.num_programs and not plan.prompt_scores:
             num_before = int(plan.chunks.starts @ plan.chunks.lens) // plan.num_tokens
             seconds = time.perf_counter() - timing.started_s

@@ -181,6 +181,7 @@ class Background:
     Args:
         store: takes the programs.
         sizes: the keys of each size of a step, in the order of their need.
+        options: the keys of programs for steps with options, which come after all sizes.
         kept: programs of earlier runs.
         num_threads: threads at most; None leaves half of the cores to the steps.
         is_tuned: whether compiling times kernels on the device. Steps beside it make these times wrong, so that such
@@ -197,6 +198,7 @@ class Background:
         kept: ProgramCache | None = None,
         num_threads: int | None = None,
         *,
+        options: Sequence[tuple] = (),
         is_tuned: bool = False,
     ) -> None:
         self._store = store
@@ -204,8 +206,9 @@ class Background:
         self._is_tuned = is_tuned
         self._failed: set[tuple] = set()  # once
         self._sizes = sizes
+        self._options = frozenset(options)
         self.pending = frozenset(sizes)
-        keys = dict.fromkeys(key for keys in sizes.values() for key in keys)
+        keys = dict.fromkeys([*(key for keys in sizes.values() for key in keys), *options])
         self._left = [key for key in reversed(keys) if key not in store.programs]
         self._num_keys = len(self._left)
         self._num_done = 0
@@ -271,6 +274,11 @@ class Background:
         """Programs that are done, or have failed; None before the start, and once the threads have ended."""
         return Progress("compiling", self._num_done, self._num_keys) if self._num_running else None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether no program is being made, and no size is still to come: all are there, or failed for good."""
+        return self._num_running == 0 and (self._is_started or not self.pending)
+
     def _run(self) -> None:
         try:
             while (task := self._begin()) is not None:
@@ -281,8 +289,7 @@ class Background:
                     if self._tries_again(key):
                         log.info("%s was not compiled, and is tried again after the others: %s", _name(key), error)
                         continue
-                    instead = "steps do without it" if key in self._wanted else "a larger size does its work"
-                    log.warning("%s was not compiled, and %s: %s", _name(key), instead, error)
+                    log.warning("%s was not compiled, and %s: %s", _name(key), self._instead_of(key), error)
                 with self._lock:
                     self._num_done += 1
                     self._note_ready()
@@ -294,6 +301,12 @@ class Background:
                 self._num_running -= 1
             if is_last:
                 SHORT_SWITCHES.leave()
+
+    def _instead_of(self, key: tuple) -> str:
+        """The way in which steps do without a program."""
+        if key in self._options:
+            return "a request that needs it waits"
+        return "steps do without it" if key in self._wanted else "a larger size does its work"
 
     def _tries_again(self, key: tuple) -> bool:
         """Queue a program that failed for the first time."""

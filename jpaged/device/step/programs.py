@@ -44,6 +44,7 @@ from jpaged.device.step.table import StepState
 from jpaged.device.target import target_of
 from jpaged.interrupts import InterruptsWait
 from jpaged.models import ModelConfig
+from jpaged.request import MAX_LOGPROBS
 from jpaged.sharding import pool_sharding, replicated
 
 NUM_FIRST = 4
@@ -212,7 +213,7 @@ class Programs:
     def warm_up(self, *, with_host_pool: bool = False, few: bool = False, use_tqdm: bool = True) -> None:
         """Compile every bucket's step, its plain sampler and all that moves blocks, in parallel.
 
-        Log-probabilities, adjustments of logits and beams compile when first asked for.
+        Others compile when first asked for; those of ``option_keys`` come in the background too, after the buckets.
 
         Args:
             with_host_pool: whether there is a host pool.
@@ -224,7 +225,8 @@ class Programs:
         later = {key for of_size in sizes.values() for key in of_size}
         later -= {key for bucket in self.buckets if bucket not in sizes for key in self._keys_of(bucket)}
         self.store.make_all([key for key in keys if key not in later], kept, use_tqdm=use_tqdm)
-        self.background = Background(self.store, sizes, kept, is_tuned=self.target.tunes_programs)
+        options, is_tuned = option_keys(self) if few else [], self.target.tunes_programs
+        self.background = Background(self.store, sizes, kept, options=options, is_tuned=is_tuned)
 
     def all_keys(self, *, with_host_pool: bool = False) -> list[tuple]:
         """The keys of all programs that plain requests need."""
@@ -418,6 +420,13 @@ def _abstract_changes(programs: Programs) -> jax.ShapeDtypeStruct:
 
 def _bytes_of(arrays: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def option_keys(programs: Programs) -> list[tuple]:
+    """The keys of the programs that draw with adjustments, and with log-probabilities alone, for all sizes."""
+    sizes = dict.fromkeys(bucket.num_rows for bucket in in_order_of_need(programs.buckets))
+    kinds = [(MAX_LOGPROBS, True), (MAX_LOGPROBS, False)]
+    return [("adjust",), *(("sample", num_rows, *kind) for num_rows in sizes for kind in kinds)]
 
 
 def _plain_sampler(num_rows: int) -> tuple:

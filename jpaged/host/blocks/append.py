@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from itertools import islice
 
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.holdings import Holding, Holdings
@@ -57,33 +58,33 @@ class Append:
         return holding, num_tokens
 
     def _grow(self, growing: Sequence[_Growth]) -> list[BlockCopy]:
-        num_groups, tiers = self._num_groups, self._tiers
+        """Give sequences the blocks for their tokens, which must be there. Returns the copies to run."""
+        tiers, num_groups = self._tiers, self._num_groups
         copies: list[BlockCopy] = []
         for holding, num_tokens in growing:
-            must_copy = num_tokens > 0 and _must_copy_last_block(tiers, holding)
-            if must_copy:
+            if num_tokens > 0 and _must_copy_last_block(tiers, holding):
                 copies += _copy_last_block(tiers, holding, num_groups)
-            if num_tokens <= holding.num_empty:
-                holding.num_empty -= num_tokens
-            else:
-                _extend(tiers, holding, num_tokens, num_groups)
+        nums = [_num_new_blocks(tiers, *growth) for growth in growing]
+        taken = iter(tiers.take_all(sum(nums) * num_groups))
+        for (holding, num_tokens), num_blocks in zip(growing, nums, strict=True):
+            if num_blocks > 0:
+                holding.blocks += islice(taken, num_blocks * num_groups)
+            holding.num_empty += num_blocks * tiers.block_size - num_tokens
         return copies
 
 
-def _extend(tiers: TwoTiers, holding: Holding, num_tokens: int, num_groups: int) -> None:
-    """Give a sequence further blocks for its tokens, which must be there."""
-    num_beyond = num_tokens - holding.num_empty
-    num_blocks = -(-num_beyond // tiers.block_size)
-    holding.blocks += tiers.take_all(num_blocks * num_groups)
-    holding.num_empty = num_blocks * tiers.block_size - num_beyond
-
-
 def _num_blocks_alone(tiers: TwoTiers, holding: Holding, num_tokens: int, num_groups: int) -> int:
-    num_new = -(-max(num_tokens - holding.num_empty, 0) // tiers.block_size) * num_groups
+    num_new = _num_new_blocks(tiers, holding, num_tokens) * num_groups
     if num_tokens == 0 or not _must_copy_last_block(tiers, holding):
         return num_new
     num_loads = sum([tiers.is_loading(block) for block in holding.blocks[-num_groups:]])
     return tiers.num_needed(num_new + num_groups - num_loads, num_loads=num_loads)
+
+
+def _num_new_blocks(tiers: TwoTiers, holding: Holding, num_tokens: int) -> int:
+    """Count the logical blocks that the tokens need beyond the empty slots."""
+    num_beyond = num_tokens - holding.num_empty
+    return -(-num_beyond // tiers.block_size) if num_beyond > 0 else 0
 
 
 def _must_copy_last_block(tiers: TwoTiers, holding: Holding) -> bool:

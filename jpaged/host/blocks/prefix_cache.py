@@ -112,7 +112,7 @@ def hash_block(digest: bytes, tokens: bytes) -> bytes:
 def split_blocks(token_ids: Sequence[int], block_size: int) -> list[bytes]:
     """The blocks of ``token_ids`` as fixed-width bytes (8 a token); the last one may be partial, never empty."""
     block_bytes = TOKEN_BYTES * block_size
-    data = struct.pack(f"<{len(token_ids)}q", *token_ids)
+    data = struct.pack(f"{len(token_ids)}q", *token_ids)
     return [data[start : start + block_bytes] for start in range(0, len(data), block_bytes)]
 
 

@@ -25,12 +25,17 @@ def find_shared(
         The tokens; None if no prefix saves so many.
     """
     rows = _most_alike(tables, num_full, range(len(tables)), 1)
-    if not rows or (len(rows) - 1) * max([num_full[row] for row in rows]) * block_size < least_saved:
+    alike, end = rows, 2
+    while longer := _most_alike(tables, num_full, alike, end):
+        alike, end = longer, 2 * end
+    if not rows or (len(rows) - 1) * (end - 1) * block_size < least_saved:
         return None
-    leader = _leader(tables, num_full, rows)
-    lens = np.zeros(len(tables), np.int32)
+    # No two rows of these have more than end - 1 blocks in common.
+    leader = max(alike, key=num_full.__getitem__)
+    lens, guess = np.zeros(len(tables), np.int32), 0
     for row in rows:
-        lens[row] = _num_common(tables[row], tables[leader], min(num_full[row], num_full[leader]))
+        most = min(num_full[row], num_full[leader], end - 1)
+        lens[row] = guess = _num_common(tables[row], tables[leader], most, min(guess, most))
     longest_first = np.sort(lens)[::-1].astype(np.int64)
     saved = longest_first * np.arange(len(lens)) * block_size
     best = int(saved.argmax())
@@ -51,19 +56,13 @@ def _most_alike(
     return [row for row in rows if num_full[row] >= num_blocks and tables[row][num_blocks - 1] == block]
 
 
-def _leader(tables: Sequence[Sequence[Hashable]], num_full: Sequence[int], rows: list[int]) -> int:
-    """The row whose prefix is compared with those of the others, found in steps of twice the length."""
-    num_blocks = 1
-    while alike := _most_alike(tables, num_full, rows, 2 * num_blocks):
-        rows, num_blocks = alike, 2 * num_blocks
-    return max(rows, key=num_full.__getitem__)
-
-
-def _num_common(table: Sequence[Hashable], other: Sequence[Hashable], most: int) -> int:
-    """The blocks that two tables have in common at their front, up to a number."""
-    if table[:most] == other[:most]:
-        return most
-    low, high = 0, most  # the first blocks up to low are the same, those up to high are not
+def _num_common(table: Sequence[Hashable], other: Sequence[Hashable], most: int, guess: int) -> int:
+    """The blocks that two tables have in common at their front, up to a number; one comparison for a right guess."""
+    low, high = 0, guess  # the first blocks up to low are the same, and those up to high are not
+    if table[:guess] == other[:guess]:
+        if guess == most or table[guess] != other[guess]:
+            return guess
+        low, high = guess + 1, most + 1
     while high - low > 1:
         middle = (low + high) // 2
         if table[low:middle] == other[low:middle]:

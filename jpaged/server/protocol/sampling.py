@@ -13,6 +13,8 @@ from jpaged.server.protocol.body import Body, ignored_header
 MAX_CHARACTERS = 4096
 """Most characters of all stop strings together, and of all bad words, which every prompt of a request tokenises."""
 
+MAX_STOP_TOKEN_IDS = 1024
+
 _SAMPLING = (
     "n", "best_of", "use_beam_search", "length_penalty", "early_stopping", "temperature", "top_p", "top_k", "min_p",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids",
@@ -72,7 +74,7 @@ class GenerationBody(Body):
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[Count], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[Count], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     max_tokens: Count | None = None
