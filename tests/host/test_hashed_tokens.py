@@ -53,8 +53,10 @@ def test_a_sequence_that_follows_another_keeps_the_hashes_of_the_shared_tokens_a
     child.follow(hashed, 5, 9)
     own += [77, 78, 79]
     other = [*range(9), 77, 78, 79]
-    assert list(child.blocks(0, 9)) == names_of(other[:9], b"salt", 4)
-    assert list(child.blocks(0, 12)) == names_of(other, b"salt", 4)
+    with mock.patch.object(hashed_tokens, "hash_blocks", side_effect=hash_blocks) as made:
+        assert list(child.blocks(0, 9)) == names_of(other[:9], b"salt", 4)
+        assert list(child.blocks(0, 12)) == names_of(other, b"salt", 4)
+    assert [len(call.args[1]) for call in made.call_args_list] == [1, 4], "no shared block is hashed again"
     assert list(hashed.blocks(0, 12)) == names_of(list(range(12)), b"salt", 4)
 
 

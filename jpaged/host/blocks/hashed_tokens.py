@@ -12,7 +12,7 @@ class HashedTokens:
     """The tokens of one sequence and the hashes of its full blocks, which lookups only read.
 
     Args:
-        token_ids: the tokens; the owner may append to the list, and changes nothing else but before ``follow``.
+        token_ids: the tokens. The owner appends to the list, and makes any other change right before ``follow``.
         block_size: tokens in a block.
         salt: separates users of one cache.
 
@@ -34,10 +34,12 @@ class HashedTokens:
         return len(self._token_ids)
 
     def follow(self, other: "HashedTokens", start: int, stop: int) -> None:
-        """Note that the tokens from ``start`` on have become those of another sequence, up to its token ``stop``."""
-        first, last = start // self._block_size, stop // self._block_size
-        if first <= len(self._full):
-            self._full[first:] = other._full[first:last]
+        """Note that the tokens from ``start`` on have become those of another sequence, up to its token ``stop``.
+
+        The tokens before ``start`` are the same in both: hashes of these are taken over too.
+        """
+        first, last = min(start // self._block_size, len(self._full)), stop // self._block_size
+        self._full[first:] = other._full[first:last]
 
     def full_blocks(self, num_tokens: int) -> Sequence[HashedBlock]:
         """The full blocks of the first ``num_tokens`` tokens, and perhaps more."""
