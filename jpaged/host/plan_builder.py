@@ -11,6 +11,7 @@ from jpaged.contract.plan import NO_CHUNKS, BeamSelect, BlockCopy, Chunks, Promp
 from jpaged.contract.rows import ON_DEVICE
 from jpaged.host.rows import NO_DECODES, Decodes, RowTable
 from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
+from jpaged.host.shared_prefix import SharedPrefix
 
 
 class PlanBuilder:
@@ -18,20 +19,23 @@ class PlanBuilder:
 
     Args:
         rows: the rows of the running sequences.
+        shared_prefix: finds what the steady rows share.
         budget: tokens that may still be added; goes down.
         copies: the copies decided so far; the scheduler adds more.
         unit: a chunk that leaves some of its tokens to later steps ends at a multiple of this many tokens.
     """
 
-    def __init__(self, rows: RowTable, budget: int, copies: list[BlockCopy], unit: int = 1):
+    def __init__(
+        self, rows: RowTable, shared_prefix: SharedPrefix, budget: int, copies: list[BlockCopy], unit: int = 1
+    ):
         self.budget = budget
         self._unit = unit
         self.copies = copies
         self._rows = rows
+        self._shared_prefix = shared_prefix
         self._decodes = NO_DECODES
         self._positions: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
         self._num_draws: Int32[np.ndarray, " decodes"] = NO_CHUNKS.rows
-        self._shared_lens: Int32[np.ndarray, " decodes"] | None = None
         self._needs_tokens = False
         self._chunks: list[tuple[int, int, int, int]] = []  # row, sequence, start, length
         self._token_ids: list[int] = []
@@ -49,22 +53,15 @@ class PlanBuilder:
         """Whether the budget allows a chunk of any prompt."""
         return self.budget >= self._unit
 
-    def decode(
-        self,
-        decodes: Decodes,
-        num_draws: Int32[np.ndarray, " decodes"],
-        shared_lens: Int32[np.ndarray, " decodes"] | None = None,
-    ) -> None:
+    def decode(self, decodes: Decodes, num_draws: Int32[np.ndarray, " decodes"]) -> None:
         """Let steady rows feed their newest token and draw; called once, before anything is added.
 
         Args:
             decodes: the rows.
             num_draws: tokens that each draws.
-            shared_lens: as in ``StepPlan``.
         """
         if len(num_draws) == 0:
             return
-        self._shared_lens = shared_lens
         self._decodes, self._num_draws = decodes, num_draws
         self._positions = self._rows.draw(decodes, num_draws)
         self.budget -= len(num_draws)
@@ -122,7 +119,7 @@ class PlanBuilder:
             prompt_scores=tuple(self._prompt_scores),
             beams=tuple([_select(group, chunks) for group, chunks in self._beams.items()]),
             num_steps=int(self._num_draws.max(initial=1)),
-            shared_lens=None if self._chunks else self._shared_lens,
+            shared_lens=None if self._chunks else self._shared_prefix.lens(self._decodes, self._positions),
         )
 
     def _build_chunks(self) -> Chunks:

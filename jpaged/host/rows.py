@@ -217,7 +217,7 @@ class RowTable:
     def grow(
         self, rows: Int32[np.ndarray, " some"], num_tokens: Int32[np.ndarray, " some"], copies: list[BlockCopy]
     ) -> None:
-        """Note that the blocks of some rows hold more tokens, and that ``copies`` replace last blocks of theirs."""
+        """Note that the blocks of some rows hold more tokens, and that ``copies`` replace some of their last blocks."""
         num_groups, copied = len(self._blocks.groups), {copy.dst for copy in copies}
         num_held = -(-self.capacity[rows] // self._blocks.block_size)
         self.capacity[rows] += num_tokens

@@ -84,7 +84,7 @@ class Scheduler:
         self.line = Line()
         self.pins = Pins(blocks)
         self.rows = RowTable(max_num_seqs, blocks, max_burst)
-        self.shared_prefix = SharedPrefix(blocks, self.rows)
+        self.shared_prefix = SharedPrefix(blocks)
         self.growth = Growth(blocks, self.line, self.rows)
         self._admission = Admission(
             blocks,
@@ -285,8 +285,8 @@ class Scheduler:
                 least_prompt=self._chunk_unit,
                 most_beside=tokens_within(self.profile, self.max_step_s, longest_context(feeds)),
             )
-        plan = PlanBuilder(self.rows, budget, copies, self._chunk_unit)
-        plan.decode(decodes, num_draws, self.shared_prefix.lens(decodes))
+        plan = PlanBuilder(self.rows, self.shared_prefix, budget, copies, self._chunk_unit)
+        plan.decode(decodes, num_draws)
         if feeds:
             compute_all(plan, feeds, self.outcome)
         if may_admit:

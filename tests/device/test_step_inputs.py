@@ -326,6 +326,7 @@ def test_each_step_of_a_burst_feeds_what_the_one_before_drew_where_it_belongs(bl
         done = np.array([row for row in range(4) if row not in rows])
         assert not actual.slots[done].any(), "who is done writes to block 0"
         assert not actual.block_tables[done].any(), "and so does a kernel that finds slots by the block tables"
+        assert actual.kv_lens[done].max() <= 1, "and attends to no more than that"
         assert actual.cu_q_lens.tolist() == [0, 1, 2, 3, 3]
 
 

@@ -95,3 +95,18 @@ def test_samples_of_a_prompt_share_its_full_blocks_while_they_decode():
     step_until(device, lambda: len(device.scheduler.line.running) == 1)
     assert step(device).plan.shared_lens is None
     finish_all(device, samples, other)
+
+
+def test_nothing_is_looked_for_while_prompts_are_computed(monkeypatch):
+    searches = []
+    monkeypatch.setattr("jpaged.host.shared_prefix.find_shared", lambda tables, *_: searches.append(len(tables)))
+    device = make_device()
+    first = add(device, "first", 6, n=2, max_tokens=8, ignore_eos=True)
+    step_until(device, lambda: searches)
+    assert searches == [2]
+    second = add(device, "second", 9, max_tokens=4, ignore_eos=True)
+    assert len(step(device).plan.chunks.lens) == 3
+    assert searches == [2]
+    step(device)
+    assert searches == [2, 3]
+    finish_all(device, first, second)

@@ -213,11 +213,12 @@ class Background:
         self._num_keys = len(self._left)
         self._num_done = 0
         self._num_running = 0
+        self._num_taking = 0  # threads that will still look for a program to make
         self._is_stopped = False
         self._order = threading.Lock()  # programs are lowered in their order
         self._lock = threading.RLock()  # a collection may call ``stop`` in a thread that holds it
         self._note_ready()
-        self._num_threads = min(num_threads or max(num_cores() // 2, 1), self._num_keys)
+        self._most_threads = num_threads or max(num_cores() // 2, 1)
         self._threads: list[threading.Thread] = []
         self._is_started = False
         self._wanted: set[tuple] = set()
@@ -226,16 +227,12 @@ class Background:
         """Start the threads. They end too once the owner is collected."""
         weakref.finalize(owner, self.stop).atexit = False
         self._is_started = True
-        names = [f"jpaged-compile-{i}" for i in range(self._num_threads)]
-        self._threads = [threading.Thread(target=self._run, name=name) for name in names]
-        self._num_running = len(names)
-        if names:
-            SHORT_SWITCHES.enter()
-        for thread in self._threads:
-            thread.start()
+        with self._lock:
+            for _ in range(min(self._most_threads, self._num_keys)):
+                self._start_thread()
 
     def has(self, key: tuple) -> bool:
-        """Whether a program is there. If not, make it after those of all sizes, in a thread more, once started."""
+        """Whether a program is there. If not, make it after all others, once started."""
         if key in self._store.programs:
             return True
         with self._lock:
@@ -244,13 +241,19 @@ class Background:
             self._wanted.add(key)
             self._left.insert(0, key)
             self._num_keys += 1
-            if self._num_running == 0:
-                SHORT_SWITCHES.enter()
-            self._num_running += 1
-            thread = threading.Thread(target=self._run, name=f"jpaged-compile-{len(self._threads)}")
-            self._threads.append(thread)
-        thread.start()
+            if self._num_taking < self._most_threads:
+                self._start_thread()
         return False
+
+    def _start_thread(self) -> None:
+        """Let one thread more make programs; the lock is held."""
+        if self._num_running == 0:
+            SHORT_SWITCHES.enter()
+        self._num_running += 1
+        self._num_taking += 1
+        thread = threading.Thread(target=self._run, name=f"jpaged-compile-{len(self._threads)}")
+        self._threads.append(thread)
+        thread.start()
 
     def stop(self) -> None:
         """Make no further programs, and let the collector free the engine. Does not wait for programs being made."""
@@ -327,9 +330,11 @@ class Background:
         """Take the next program, and lower it if no earlier run kept it. Returns the rest of the work on it."""
         store = self._store
         with self._order:
-            if self._is_stopped or not self._left or not threading.main_thread().is_alive():
-                return None
-            key = self._left.pop()
+            with self._lock:
+                if self._is_stopped or not self._left or not threading.main_thread().is_alive():
+                    self._num_taking -= 1
+                    return None
+                key = self._left.pop()
             if (claim := store.claim(key)) is not None:
                 return key, claim.result
             kept = self._kept if can_be_kept(key) else None

@@ -110,6 +110,7 @@ class StepState:
         rows = jnp.where(goes_on, fields["rows"], padding_row)
         starts = fields["starts"] + jnp.minimum(self.number, jnp.maximum(fields["num_draws"] - 1, 0))
         kv_lens = starts + cu_q_lens[1:] - cu_q_lens[:-1]
+        kv_lens = jnp.where(goes_on, kv_lens, jnp.minimum(kv_lens, 1))
         is_token = index < cu_q_lens[-1]
         positions = jnp.where(is_token, starts[chunks] + index - cu_q_lens[chunks], 0)
         is_fed = is_token & goes_on[chunks]

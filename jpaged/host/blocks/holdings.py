@@ -103,7 +103,7 @@ class Holdings:
             raise ValueError(f"positions [{start}, {stop}): sequence {seq_id!r} holds [0, {num_held})")
 
     def fork(self, parent_id: Hashable, child_id: Hashable, tiers: TwoTiers) -> None:
-        """Give a sequence all blocks of another one. It keeps those that it shares already, and releases its others.
+        """Give a sequence all blocks of another one. Blocks that both hold stay; the child's others are released.
 
         Raises ValueError for an unknown or swapped parent.
         """
@@ -187,7 +187,7 @@ class Holdings:
 
 
 def common_len(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning of two lists, found by halving what is unknown of it."""
+    """Length of the common beginning of two lists, found by bisection."""
     known, most = 0, min(len(a), len(b))
     while known < most:
         middle = (known + most + 1) // 2

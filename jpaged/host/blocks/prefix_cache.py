@@ -20,7 +20,7 @@ TOKEN_BYTES = 8
 class Prefix:
     """The tokens of a chain of blocks, linked from the last block back to the salt. All but the last are full.
 
-    Never changed. There is one for each block, and to make a frozen one would take six times as long.
+    A prefix never changes. Each cached block has one, and a frozen one would take six times as long to make.
 
     Args:
         parent: the prefix before the last block; None for the empty prefix.

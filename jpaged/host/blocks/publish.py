@@ -107,6 +107,6 @@ def _publish_again(cache: PrefixCache, holding: Holding, prefix: Prefix) -> None
     start = len(holding.host_blocks)  # the host's tier holds entries of its own
     for link, block in zip(prefix.chain()[start:], holding.blocks[start:], strict=False):
         entered = cache.prefix_of(block)
-        # It may have been entered before it was full.
+        # The block may have been entered before it was full.
         if entered is not link and (entered is None or entered.num_last_tokens < link.num_last_tokens):
             cache.insert(link, block)

@@ -46,7 +46,7 @@ class BlockTier:
     def take_next(self, count: int) -> list[int]:
         """Take, for one holder each, the free blocks that are reused next, of which there must be as many.
 
-        They stay in ``cache``.
+        The cache keeps the entries of these blocks.
         """
         blocks = [self.free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
