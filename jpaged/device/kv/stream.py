@@ -239,8 +239,9 @@ class HostStream:
 
     def load(self, source: Source, slots: Int32[np.ndarray, " streamed"]) -> None:
         """Name the blocks of the program that is enqueued next, by their slots."""
-        assert len(slots) <= self.window.num_cells
-        self._loaded.append(_Load(source, *_runs(slots, source.slots_per_piece, self.window.batches.size)))
+        batches = self.window.batches
+        assert len(slots) <= batches.number * batches.size
+        self._loaded.append(_Load(source, *_runs(slots, source.slots_per_piece, batches.size)))
 
     def take_inputs(self) -> tuple[Array, ...]:
         return ()
