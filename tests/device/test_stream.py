@@ -376,6 +376,7 @@ def test_layers_arrive_together_where_one_of_them_makes_short_rows():
 
     assert at_once(8, "bfloat16") == 1
     assert at_once(8, "int8") == 2, "rows as long as those of 16 bits"
+    assert at_once(8, "int8", kv_placement="auto") == 1, "the larger window would take blocks from the device's pool"
     assert at_once(8, "bfloat16", offload_dtype="int8") == 2
     assert at_once(1, "int8", num_layers=8) == 1, "two of eight parts are in the window at once"
     assert at_once(1, "int8", num_layers=28) == 4

@@ -205,11 +205,14 @@ def layers_at_once(layout: PoolLayout, config: EngineConfig, backend: Backend) -
 
     A row of a strided copy holds such neighbouring layers of one block.
 
+    With "auto" placement, layers arrive one by one. The window of two layers at once takes another device block for
+    every 16 blocks of the host pool, if they have 32 layers. Steps would stream what these blocks could have kept.
+
     Args:
         layout, config: as for ``host_layout``.
         backend: its own copies of blocks, by DMA, join no layers.
     """
-    if backend.streams_by_dma:
+    if backend.streams_by_dma or config.kv_placement == "auto":
         return 1
     wanted = round(ROW_BYTES * layout.num_layers / host_layout(layout, config).block_bytes)
     return max(min(wanted, math.ceil(MOST_AT_ONCE * layout.num_layers)), 1)
