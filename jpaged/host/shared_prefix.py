@@ -8,7 +8,7 @@ from jaxtyping import Int32
 
 from jpaged.contract.layer_groups import LayerGroups
 from jpaged.host.blocks.manager import BlockManager
-from jpaged.host.policies.shared_prefix import find_shared
+from jpaged.host.policies.shared_prefix import QUERY_COST, find_shared
 from jpaged.host.rows import NO_DECODES, Decodes
 
 
@@ -48,7 +48,7 @@ class SharedPrefix:
         if len(groups) > 1:
             tables = [_of_full_groups(cells, groups) for cells in tables]
         num_full = (positions - 1) // block_size  # the newest token is not in the pool yet
-        return find_shared(tables, num_full.tolist(), block_size, self.least_saved)
+        return find_shared(tables, num_full.tolist(), block_size, self.least_saved, QUERY_COST)
 
 
 def _of_full_groups(cells: list[int], groups: LayerGroups) -> Sequence[Hashable]:

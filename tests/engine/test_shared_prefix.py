@@ -3,9 +3,12 @@
 from functools import cache
 from unittest import mock
 
+import jax.numpy as jnp
 import pytest
 
+from jpaged.config import EngineConfig
 from jpaged.device.backends.xla import XlaBackend
+from jpaged.device.kv.layout import least_shared_tokens, pool_layout
 from jpaged.device.runner import ModelRunner
 from jpaged.engine.loop import Engine
 from jpaged.request import SamplingParams
@@ -65,6 +68,14 @@ def test_tokens_are_those_of_a_loop_without_cache(name):
     tokens, keys = run(engine, PROMPTS, LENS)
     assert tokens == right
     assert [key for key in keys if key[0] == "shared"]
+
+
+def test_processes_that_have_programs_at_different_times_share_nothing(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    config, backend = EngineConfig(), XlaBackend("as asked", 1)
+    model = MODELS["plain"]
+    layout = pool_layout(model, config, jnp.dtype(jnp.float32), backend)
+    assert least_shared_tokens(layout, model, config, backend) == float("inf")
 
 
 def test_backends_that_gain_nothing_are_told_of_nothing(monkeypatch):

@@ -36,7 +36,7 @@ def saved_by(tables, num_full, members):
 @given(rows(), st.integers(1, 40))
 def test_rows_that_share_have_the_same_full_blocks_at_their_front(table_rows, least):
     tables, num_full = table_rows
-    lens = find_shared(tables, num_full, 2, least)
+    lens = find_shared(tables, num_full, 2, least, 0)
     if lens is None:
         return
     [num_tokens] = set(lens.tolist()) - {0}
@@ -52,7 +52,7 @@ def test_nothing_saved_is_nothing_found(table_rows):
     tables, num_full = table_rows
     pairs = [(a, b) for a in range(len(tables)) for b in range(a)]
     is_shared = any(saved_by(tables, num_full, pair) > 0 for pair in pairs)
-    assert (find_shared(tables, num_full, 2, 1) is not None) == is_shared
+    assert (find_shared(tables, num_full, 2, 1, 0) is not None) == is_shared
 
 
 SYSTEM = list(range(100, 140))
@@ -75,14 +75,21 @@ OTHER = list(range(200, 210))
 )
 def test_group_that_saves_most(fronts, expected):
     tables = [[*front, 1000 + row, 2000 + row] for row, front in enumerate(fronts)]
-    lens = find_shared(tables, [len(front) + 1 for front in fronts], 1, 2)
+    lens = find_shared(tables, [len(front) + 1 for front in fronts], 1, 2, 0)
     assert expected == (None if lens is None else lens.tolist())
 
 
 def test_prefix_must_save_enough():
     tables = [[*SYSTEM, 1000 + row] for row in range(3)]
-    assert find_shared(tables, [40] * 3, 16, 40 * 16 * 2) is not None
-    assert find_shared(tables, [40] * 3, 16, 40 * 16 * 2 + 1) is None
+    assert find_shared(tables, [40] * 3, 16, 40 * 16 * 2, 0) is not None
+    assert find_shared(tables, [40] * 3, 16, 40 * 16 * 2 + 1, 0) is None
+
+
+@pytest.mark.parametrize(("num_alike", "is_shared"), [(2, False), (4, False), (5, True), (24, True)])
+def test_few_rows_do_not_let_many_queries_attend_their_prefix(num_alike, is_shared):
+    tables = [[*(SYSTEM if row < num_alike else [500 + row]), 1000 + row] for row in range(24)]
+    lens = find_shared(tables, [len(table) - 1 for table in tables], 16, 1, 1 / 8)
+    assert (lens is not None) == is_shared
 
 
 def test_samples_of_a_prompt_share_its_full_blocks_while_they_decode():
@@ -102,7 +109,7 @@ def test_nothing_is_looked_for_while_prompts_are_computed(monkeypatch):
     monkeypatch.setattr("jpaged.host.shared_prefix.find_shared", lambda tables, *_: searches.append(len(tables)))
     device = make_device()
     first = add(device, "first", 6, n=2, max_tokens=8, ignore_eos=True)
-    step_until(device, lambda: searches)
+    step_until(device, lambda: len(searches) > 0)
     assert searches == [2]
     second = add(device, "second", 9, max_tokens=4, ignore_eos=True)
     assert len(step(device).plan.chunks.lens) == 3

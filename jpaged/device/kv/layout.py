@@ -170,6 +170,8 @@ def pool_layout(model: ModelConfig, config: EngineConfig, dtype: Any, backend: B
 def least_shared_tokens(layout: PoolLayout, model: ModelConfig, config: EngineConfig, backend: Backend) -> float:
     """Tokens that the decodes of a step must save for reading a prefix once that they share; infinite if it never pays.
 
+    Several processes read it row by row: each would have the program that reads it once at a time of its own.
+
     Args:
         layout: the pool.
         model: its layers: some may read the prefix row by row all the same.
@@ -177,7 +179,7 @@ def least_shared_tokens(layout: PoolLayout, model: ModelConfig, config: EngineCo
         backend: knows the least bytes.
     """
     may_share = [can_read_once(spec.sliding_window, spec.alibi, layout.dtype) for spec in model.layer_specs]
-    if config.kv_placement != "device" or not any(may_share):
+    if config.kv_placement != "device" or jax.process_count() > 1 or not any(may_share):
         return math.inf
     token_bytes = 2 * layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
     return backend.least_shared_bytes * backend.num_devices / token_bytes
