@@ -25,6 +25,9 @@ _NO_RATES = (
 )  # fmt: skip
 """Settings that no rate depends on."""
 
+_VERSION = 2
+"""Goes up whenever a rate is measured in another way, so that no kept profile has rates of the old way."""
+
 
 def profile_path(
     model_config: ModelConfig, config: EngineConfig, dtype: np.dtype, attention: str, mesh: jax.sharding.Mesh
@@ -47,7 +50,7 @@ def profile_path(
         return None
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NO_RATES}
     devices = [device.device_kind for device in mesh.devices.flat]
-    text = repr((platform.node(), devices, model_config, settings, str(dtype), attention))
+    text = repr((_VERSION, platform.node(), devices, model_config, settings, str(dtype), attention))
     return Path(root) / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 

@@ -335,11 +335,12 @@ def test_a_window_takes_the_host_pool_or_a_part_of_the_devices_pool():
     assert window_for(101, 1000, 4, with_pages=False) == Window(51, 4)
     assert window_for(10**6, 1000, 4, with_pages=False) == Window(499, 4)
     assert most_streamed_blocks(Window(50, 4)) == 100
-    # Layers arrive together where the window then has room for as many blocks.
+    # Layers arrive together where the window then has room for as many blocks, and takes a quarter of the pool at most.
     by_twos = Window(100, 4, layers_at_once=2)
     assert window_for(100, 1000, 4, with_pages=False, layers_at_once=2) == by_twos
     assert most_streamed_blocks(by_twos) == 100
-    assert window_for(499, 1000, 4, with_pages=False, layers_at_once=3) == Window(499, 4, layers_at_once=2)
+    assert window_for(200, 1000, 4, with_pages=False, layers_at_once=3) == Window(200, 4, layers_at_once=2)
+    assert window_for(499, 1000, 4, with_pages=False, layers_at_once=3) == Window(250, 4)
     assert window_for(10**6, 1000, 4, with_pages=False, layers_at_once=3) == Window(499, 4)
     # Pages: two cells of K and V for every page, and two parts for those on the host.
     assert window_for(100, 1000, 40, with_pages=True) == Window(60, 40)

@@ -195,7 +195,8 @@ def window_for(
         num_layers: layers of a block.
         with_pages: whether blocks hold activations.
         share: part of a cell that a layer of a block takes as it arrives.
-        layers_at_once: layers that arrive together, or fewer if the window then lacks space for the blocks.
+        layers_at_once: layers that arrive together, or fewer if the window would take more than half of its most: a
+            faster link is no reason to hold fewer tokens.
     """
     most = 3 * (num_blocks - 1) // 4 if with_pages else (num_blocks - 1) // 2
     num_cells = NUM_BUFFERS * layers_at_once * num_host_blocks
@@ -204,7 +205,7 @@ def window_for(
     if share < 1:  # narrow blocks are widened into cells of their own
         num_cells = num_cells_for(num_host_blocks, share * layers_at_once)
     wanted = -(-num_cells // num_layers)
-    if wanted > most and layers_at_once > 1:
+    if wanted > most // 2 and layers_at_once > 1:
         sizes, fewer = (num_host_blocks, num_blocks, num_layers), layers_at_once - 1
         return window_for(*sizes, with_pages=with_pages, share=share, layers_at_once=fewer)
     return Window(min(wanted, most), num_layers, share, layers_at_once)
