@@ -300,7 +300,7 @@ class Background:
             with self._lock:
                 is_last = self._num_running == 1
                 if is_last and not self._is_stopped:
-                    FROZEN_OBJECTS.collect_and_freeze()
+                    FROZEN_OBJECTS.freeze()  # without a collection, for which steps would wait
                 self._num_running -= 1
             if is_last:
                 SHORT_SWITCHES.leave()
