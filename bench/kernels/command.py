@@ -1,7 +1,8 @@
 """Attention kernels on the current device: speed beside the peers' and the device's own limits, and correctness.
 
     python -m bench kernels             # all shapes, all implementations and peers, one run
-    python -m bench kernels --check     # errors against float64, at real sizes and over all that kernels may take
+    python -m bench kernels --check     # errors against float64, at real sizes and over all that kernels may take;
+                                        # bits of writes and copies against XLA's
     python -m bench kernels --tune      # try kernel sizes, save the best for this device
 
 A program attends several layers of one pool, as a model does. Each layer's queries are the outputs of the layer before.
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from bench import machine
-from bench.kernels import check, copies, timing
+from bench.kernels import check, check_writes, copies, timing
 from bench.kernels.compiling import Source, compile_all, one_line
 from bench.kernels.contenders import Contender, abstract_arguments, all_contenders
 from bench.kernels.inputs import make_queries
@@ -36,6 +37,7 @@ from bench.kernels.shapes import MEASURED, AttentionShape, choose
 from bench.kernels.table import Rows
 from bench.kernels.tune import tune
 from bench.report import device_name, save, start_report
+from pallas_kernels.chips.here import why_no_hopper
 
 NUM_SAMPLES, NUM_QUICK_SAMPLES = 9, 3
 
@@ -48,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--tune", action="store_true", help="kernel sizes only")
     add("--shapes", metavar="WORDS", help="parts of the names of shapes, separated by commas (default: all)")
     add("--implementations", metavar="NAMES", help="ours and peers, separated by commas (default: all)")
-    add("--no-copies", action="store_true", help="without the writes into a large pool")
+    add("--no-copies", action="store_true", help="without the writes into a pool")
     add("--pool-gb", type=float, metavar="X", help="size of that pool in 10^9 bytes (default: at most 60)")
     add("--quick", action="store_true", help="fewer repeats; with --check: without the shapes that are measured")
     add("--shrink", type=int, default=1, metavar="N", help="divide batches and lengths, for a slow device")
@@ -194,10 +196,20 @@ def _check(args: argparse.Namespace) -> int:
         except Exception as error:
             problem, shown = one_line(error), ""
         num_checked += 1
-        num_wrong += problem is not None
-        print(f"{case_name:72} {name:10} {shown:15} {'ok' if problem is None else f'WRONG: {problem}'}", flush=True)
+        num_wrong += _print_verdict(case_name, name, shown, problem)
+    if args.shapes is None and not args.no_copies and _is_wanted("hopper", args) and not why_no_hopper():
+        for case_name, find_problem in check_writes.cases():
+            num_checked += 1
+            num_wrong += _print_verdict(case_name, "hopper", "", find_problem("hopper"))
     print(f"{num_checked} checked, {num_wrong} wrong")
     return 1 if num_wrong else 0
+
+
+def _print_verdict(case_name: str, implementation: str, shown: str, problem: str | None) -> bool:
+    """Print a line; whether the case is wrong."""
+    verdict = "ok" if problem is None else f"WRONG: {problem}"
+    print(f"{case_name:72} {implementation:10} {shown:15} {verdict}", flush=True)
+    return problem is not None
 
 
 def _shrunk(shapes: list[AttentionShape], args: argparse.Namespace) -> list[AttentionShape]:

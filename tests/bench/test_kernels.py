@@ -14,7 +14,7 @@ import pytest
 
 from bench import machine
 from bench.__main__ import main
-from bench.kernels import check, command, copies, timing, tune
+from bench.kernels import check, check_writes, command, copies, timing, tune
 from bench.kernels.contenders import Ours
 from bench.kernels.inputs import make_queries
 from bench.kernels.shapes import MEASURED, NOWHERE, UNSEEN, AttentionShape, choose
@@ -333,6 +333,31 @@ def test_check_command_prints_every_case_and_fails_if_one_is_wrong(monkeypatch, 
     put(monkeypatch, "hopper", scaled)
     assert main([*args, "xla,hopper"]) == 1
     assert "WRONG: error above 0.01" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["copy_blocks_7", "write_kv_37", "write_kv_quantized_37_int8"])
+def test_check_of_writes_finds_one_wrong_element(name, monkeypatch):
+    monkeypatch.setattr(check_writes, "NUM_BLOCKS", 24)
+    find_problem = dict(check_writes.cases())[name]
+    assert find_problem("xla") is None
+    num_calls = iter(range(100))
+
+    def spoiled(run):
+        def spoil(pool, *args, **options):
+            out = run(pool, *args, **options)
+            if next(num_calls) != 2 * (check_writes.NUM_REPEATS - 1):  # ours, of the last repeat
+                return out
+            first = out[0] if isinstance(out, tuple) else out
+            first = first.at[3, 1, 1, 2, 5, 7].add(1)
+            return (first, *out[1:]) if isinstance(out, tuple) else first
+
+        return spoil
+
+    for write in ("_copy", "_write", "_write_quantized"):
+        monkeypatch.setattr(check_writes, write, spoiled(getattr(check_writes, write)))
+    problem = find_problem("xla")
+    assert problem is not None
+    assert problem.startswith("1 of ")
 
 
 # Table
