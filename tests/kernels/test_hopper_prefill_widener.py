@@ -58,7 +58,9 @@ def make_case(stored: str, head_dim: int, block_size: int) -> Case:
 def widen(case: Case, tile: np.ndarray, scales: np.ndarray) -> tuple[Memory, Memory]:
     """The 8-bit tile and the other tile in shared memory, which holds nonsense at first."""
     stored, target = Memory(image_of(tile)), Memory(np.full(2 * tile.size, 0xA5, np.uint8))
-    prefill_widener._widen_chunks(case, stored, Memory(scales.view(np.uint8)), target)
+    words = prefill_widener._load_words(case, stored)
+    factors = prefill_widener._load_factors(case, Memory(scales.view(np.uint8)))
+    prefill_widener._store_chunks(case, words, factors, target)
     return stored, target
 
 

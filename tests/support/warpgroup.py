@@ -53,7 +53,7 @@ STAND_INS = {
     ),
     "ir": SimpleNamespace(
         IntegerType=SimpleNamespace(get_signless=lambda bits: np.dtype(f"u{bits // 8}")),
-        VectorType=SimpleNamespace(get=lambda shape, element: Kind(element, *shape)),
+        VectorType=SimpleNamespace(get=lambda shape, element: Kind(getattr(element, "dtype", element), *shape)),
         F32Type=SimpleNamespace(get=lambda: Kind(np.float32)),
     ),
     "arith": SimpleNamespace(
