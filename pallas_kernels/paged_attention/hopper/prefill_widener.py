@@ -1,13 +1,16 @@
 """Widening of 8-bit tiles to bfloat16 in the prefill kernel: a warpgroup between the producer and the consumers.
 
 The tensor cores read K and V from shared memory. So the widener copies each tile from shared memory to shared memory,
-times its scales. The consumers then read bfloat16 tiles, as over a pool of bfloat16.
+times its scales. The consumers then read bfloat16 tiles, as over a pool of bfloat16. A tile waits in the widener's
+registers for the consumers to free memory; meanwhile the producer copies the next tile.
 
 A thread widens 16 numbers of one row at a time, a chunk. Tiles are swizzled: the row flips some bits of the offset of
 each 16 bytes. A warp takes a square of 32 chunks. The order of its threads makes them access all banks of shared memory
 alike, both in the 8-bit tile and in the other.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from pallas_kernels.chips.hopper import WARPGROUP, WARPS
-from pallas_kernels.chips.hopper_ptx import IN_PLACE, widening_ptx
+from pallas_kernels.chips.hopper_ptx import IN_PLACE, scaled_ptx, widening_ptx
 from pallas_kernels.chips.memory import Ref
 from pallas_kernels.paged_attention.hopper.prefill_memory import (
     Ring,
@@ -35,6 +38,12 @@ from pallas_kernels.paged_attention.hopper.tile import swizzle_of, tiled_transfo
 
 CHUNK = 16
 """Numbers that a thread widens at a time: 16 bytes, which become two times 16 bytes."""
+
+LEAST_NORMAL = 1 << 23
+"""Bits of the smallest normal number of float32."""
+
+LARGEST_POWER = 127 + 100 << 23
+"""Bits of 2^100 in float32."""
 
 SCALE_PTX = """{
     .reg .b16 low, high; .reg .f32 first, second;
@@ -100,12 +109,12 @@ def _load_tile(case: Case, stored: Ring, stage: Array) -> Numbers:
 
     def load(_: mgpu.LaunchContext, tile: ir.Value, scales: ir.Value) -> Numbers:
         return Numbers(
-            _as_array(words, _load_words(case, tile), is_signed=True),
-            _as_array(factors, _load_factors(case, scales), is_signed=None),
+            _as_array(words, _load_words(case, tile)),
+            _as_array(factors, _load_factors(case, scales)),
         )
 
     arguments = (_tile_type(case, case.pool_dtype), plgpu.RefType())
-    results = Numbers(_array_type(words, jnp.int32), _array_type(factors, jnp.float32))
+    results = Numbers(_array_type(words), _array_type(factors))
     return plgpu.inline_mgpu(arg_types=arguments, return_type=results)(load)(tile, scales)
 
 
@@ -147,14 +156,14 @@ def _layouts(case: Case) -> tuple[Any, Any]:
     return plgpu.Layout.WG_STRIDED((num_words,), vec_size=4), plgpu.Layout.WG_STRIDED((num_factors,), vec_size=1)
 
 
-def _array_type(layout: Any, dtype: Any) -> plgpu.ShapeDtypeStruct:
-    return plgpu.ShapeDtypeStruct(layout.to_mgpu().shape, jnp.dtype(dtype), layout)
+def _array_type(layout: Any) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct(layout.to_mgpu().shape, jnp.dtype(jnp.int32), layout)
 
 
-def _as_array(layout: Any, registers: list[ir.Value], *, is_signed: bool | None) -> Any:
+def _as_array(layout: Any, registers: list[ir.Value]) -> Any:
     held = np.empty(len(registers), object)
     held[:] = registers
-    return mgpu.FragmentedArray(_registers=held, _layout=layout.to_mgpu(), _is_signed=is_signed)
+    return mgpu.FragmentedArray(_registers=held, _layout=layout.to_mgpu(), _is_signed=True)
 
 
 def _steps(case: Case) -> range:
@@ -178,25 +187,48 @@ def _load_words(case: Case, stored: ir.Value) -> list[ir.Value]:
 
 
 def _load_factors(case: Case, scales: ir.Value) -> list[ir.Value]:
-    """The scales of this thread's rows."""
+    """The scales of this thread's rows, in bits of float32."""
     row, _ = _place(case)
     pieces = [_quotient(arith.addi(row, _i32(rows)), case.piece) for rows in _steps(case)]
-    number = ir.VectorType.get((1,), ir.F32Type.get())
+    number = ir.VectorType.get((1,), _i32_type())
     return [_load(scales, number, arith.muli(piece, _i32(4))) for piece in pieces]
 
 
 def _store_chunks(case: Case, words: list[ir.Value], factors: list[ir.Value], target: ir.Value) -> None:
-    """Widen this thread's chunks into the other tile."""
+    """Widen this thread's chunks into the other tile: faster if its scales are powers of two, as the pool's are."""
+    scales = [vector.extract(factor, [], [0]) for factor in factors]
+    _if_else(
+        _are_powers(scales),
+        lambda: _store_widened(case, words, partial(_widen_by_power, case.pool_dtype), _twice(scales), target),
+        lambda: _store_widened(case, words, partial(_widen, case.pool_dtype), _as_floats(scales), target),
+    )
+
+
+def _store_widened(
+    case: Case,
+    words: list[ir.Value],
+    widen: Callable[[ir.Value, ir.Value], list[ir.Value]],
+    scales: list[ir.Value],
+    target: ir.Value,
+) -> None:
     row, chunk = _place(case)
     chunks = iter(words)
     for column in _columns(case):
         start = _offset(case.head_dim, 2, row, column, arith.muli(chunk, _i32(2 * CHUNK)))
-        for rows, factor in zip(_steps(case), factors, strict=True):
-            scale = vector.extract(factor, [], [0])
-            numbers = [half for word in _unpack(next(chunks)) for half in _widen(word, scale, case.pool_dtype)]
+        for rows, scale in zip(_steps(case), scales, strict=True):
+            numbers = [half for word in _unpack(next(chunks)) for half in widen(word, scale)]
             at = arith.addi(start, _i32(2 * rows * case.head_dim))
             _store(target, _pack(numbers[:4]), at)
             _store(target, _pack(numbers[4:]), arith.xori(at, _i32(CHUNK)))
+
+
+def _if_else(condition: ir.Value, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    choice = scf.IfOp(condition, has_else=True)
+    for block, body in ((choice.then_block, then), (choice.else_block, otherwise)):
+        assert block is not None
+        with ir.InsertionPoint(block):
+            body()
+            scf.yield_([])
 
 
 def _place(case: Case) -> tuple[ir.Value, ir.Value]:
@@ -233,15 +265,45 @@ def _offset(head_dim: int, itemsize: int, row: ir.Value, column: int, within: ir
     return arith.addi(matrix, arith.xori(offset, flipped))
 
 
-def _widen(word: ir.Value, scale: ir.Value, pool_dtype: jnp.dtype) -> list[ir.Value]:
-    """Two registers of bfloat16 of a register of stored numbers."""
-    i32 = ir.IntegerType.get_signless(32)
+def _widen(pool_dtype: jnp.dtype, word: ir.Value, scale: ir.Value) -> list[ir.Value]:
+    """Two registers of bfloat16 of a register of stored numbers, times any scale."""
+    i32 = _i32_type()
     halves = mgpu.utils.inline_ptx(widening_ptx(pool_dtype, IN_PLACE), word, result_types=(i32, i32))
     return [mgpu.utils.inline_ptx(SCALE_PTX, half, scale, result_types=i32) for half in halves]
 
 
+def _widen_by_power(pool_dtype: jnp.dtype, word: ir.Value, power: ir.Value) -> list[ir.Value]:
+    """The same registers, times a power of two that stands in the register twice."""
+    i32 = _i32_type()
+    return list(mgpu.utils.inline_ptx(scaled_ptx(pool_dtype), word, power, result_types=(i32, i32)))
+
+
+def _are_powers(scales: list[ir.Value]) -> ir.Value:
+    """Whether all scales, in bits of float32, are powers of two that ``scaled_ptx`` takes."""
+    mantissas, distances = _i32(0), _i32(0)
+    for scale in scales:
+        mantissas = arith.ori(mantissas, arith.andi(scale, _i32(LEAST_NORMAL - 1)))
+        distances = arith.maxui(distances, arith.subi(scale, _i32(LEAST_NORMAL)))  # huge for numbers below
+    are_whole = arith.cmpi(arith.CmpIPredicate.eq, mantissas, _i32(0))
+    are_near = arith.cmpi(arith.CmpIPredicate.ule, distances, _i32(LARGEST_POWER - LEAST_NORMAL))
+    return arith.andi(are_whole, are_near)
+
+
+def _twice(scales: list[ir.Value]) -> list[ir.Value]:
+    """The upper halves, which are bfloat16 numbers, in both halves."""
+    return [arith.muli(_quotient(scale, 1 << 16), _i32(0x10001)) for scale in scales]
+
+
+def _as_floats(scales: list[ir.Value]) -> list[ir.Value]:
+    return [mgpu.utils.bitcast(scale, ir.F32Type.get()) for scale in scales]
+
+
+def _i32_type() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
 def _i32(value: int) -> ir.Value:
-    return mgpu.utils.c(value, ir.IntegerType.get_signless(32))
+    return mgpu.utils.c(value, _i32_type())
 
 
 def _quotient(x: ir.Value, divisor: int) -> ir.Value:
@@ -253,7 +315,7 @@ def _remainder(x: ir.Value, divisor: int) -> ir.Value:
 
 
 def _four() -> ir.Type:
-    return ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+    return ir.VectorType.get((4,), _i32_type())
 
 
 def _pointer(ref: ir.Value, offset: ir.Value) -> ir.Value:
