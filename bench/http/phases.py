@@ -10,6 +10,7 @@ from bench.http.load import jobs_of, run_load, summary
 from bench.workloads import Workload, poisson_arrivals
 
 STEP, LAG = "jpaged:step_seconds", "jpaged:event_loop_lag_seconds"
+FIRST_STEPS = "jpaged:first_token_steps"
 
 
 def run_phases(
@@ -46,6 +47,7 @@ def _run_phase(address: tuple[str, int], work: Workload, rate: float | None, num
         "tokens_per_s": done / seconds,
         "step_s": step_s,
         "ttft_p99_steps": ttft_s / step_s if ttft_s and step_s else None,
+        "first_token_steps_p99": after.quantile_since(before, FIRST_STEPS, 0.99),
         "loop_lag_p99_s": after.quantile_since(before, LAG, 0.99),
     }
 

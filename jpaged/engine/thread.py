@@ -268,8 +268,8 @@ class EngineThread:
         """Bound the next multi-step decodes, after a step of the model that took so long."""
         mean = step_s if self._mean_step_s is None else self._mean_step_s
         self._mean_step_s = mean + _SHARE_OF_LAST * (step_s - mean)
-        scheduler = self._engine.scheduler
-        has_room = scheduler.line.num_rows < scheduler.max_num_seqs
+        scheduler, line = self._engine.scheduler, self._engine.scheduler.line
+        has_room = line.num_rows < scheduler.max_num_seqs and not line.waiting  # others come before a newcomer
         scheduler.max_burst = burst_for(self._mean_step_s, self._most_burst, has_room=has_room)
 
     def _retry_or_give_up(self, error: Exception) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jpaged.contract.plan import StepPlan, Streamed
+from jpaged.contract.profile import MachineProfile
 from jpaged.host.blocks.holdings import Holding
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.feed import Feed
@@ -175,6 +176,14 @@ class Streaming:
         return self._blocks.holdings.num_covering(int(self._rows.capacity[seq.row]))
 
     # Plans --------------------------------------------------------------------------------------------------------
+
+    def link_s(self, profile: MachineProfile | None) -> float:
+        """Seconds in which the host blocks of all streamed sequences arrive: a step of them takes no less."""
+        members = self.members
+        if not members or profile is None:
+            return 0.0
+        num_blocks = sum([len(self._holding(seq).host_blocks) for _, seq in members])
+        return num_blocks * profile.block_bytes / profile.from_host.bytes_per_s
 
     def name_blocks(self, plan: StepPlan) -> StepPlan:
         """The plan with the host blocks that its chunks attend to."""

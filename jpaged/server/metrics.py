@@ -1,7 +1,8 @@
 """The metrics of a server, under vLLM's names: one listener sees each request start, gain tokens and end."""
 
 import asyncio
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -66,6 +67,10 @@ LATENCY = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 24
 STEP_TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 ANSWER = [0.1, 0.5, 1, 5, 30, 120]
 SHORT = [0.001, 0.0025, 0.005]
+STEPS = [1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64, 256, 1024]
+
+MOST_STEPS = 4096
+"""Steps that a request may wait for and be counted exactly."""
 
 
 @dataclass(slots=True)
@@ -110,6 +115,7 @@ class Metrics(Collector):
         self._answers: Counter[tuple[str, str, str]] = Counter()  # handler, method, status
         self._answer_s: dict[str, Histogram] = {}  # by handler
         self.ttft, self.itl = Recent(), Recent()
+        self._step_ends: deque[float] = deque(maxlen=MOST_STEPS)
         self._make_histograms(one_two_five(llm.max_model_len))
         self.registry = CollectorRegistry()
         self.registry.register(self)
@@ -148,6 +154,9 @@ class Metrics(Collector):
         )
         self._step_tokens = histogram("vllm:iteration_tokens_total", "tokens that each step computed", STEP_TOKENS)
         self._step_s = histogram("jpaged:step_seconds", "seconds that each step took", sorted({*SHORT, *TTFT}))
+        self._first_steps = histogram(
+            "jpaged:first_token_steps", "steps that ended between a request and its first token", STEPS
+        )
         self._lag = histogram(
             "jpaged:event_loop_lag_seconds", "seconds by which the event loop is late", sorted({*SHORT, *TTFT})
         )
@@ -158,6 +167,7 @@ class Metrics(Collector):
         """Take the output of a step."""
         now = monotonic()
         if output.num_tokens:
+            self._step_ends.append(now)
             self._step_tokens.observe(output.num_tokens)
             self._step_s.observe(output.seconds)
         self._note_gaps(output.deltas, now)
@@ -194,6 +204,7 @@ class Metrics(Collector):
     def _start(self, request_id: str, first: FirstToken, now: float) -> None:
         self._ttft.observe(now - first.arrived)
         self.ttft.add(now - first.arrived)
+        self._first_steps.observe(len(self._step_ends) - bisect_right(self._step_ends, first.arrived))
         self._num_prompt_tokens += len(first.request.prompt_token_ids)
         self._num_cached_tokens += first.num_cached_tokens
         self._running[request_id] = _Running(first.request.params.max_tokens, now)

@@ -124,6 +124,37 @@ def test_decodes_over_the_host_are_those_of_the_result_files():
         assert table[title] == [f"{best['step_ms']:.0f}", *rates, f"{best['share_of_copies']:.0%}", ratio], title
 
 
+def test_restores_are_those_of_the_result_files():
+    table = _table("ms to the next token, one H200")
+    for name in ("llama3-8b", "opt-13b"):
+        [restore] = _result(f"offload_restore_{name}_nvidia-h200")["restores"]
+        assert (restore["num_tokens"], restore["num_decodes"]) == (8000, 0)
+        times = [f"{restore['ways'][way]['restore_ms']:.1f}" for way in ("swap", "recompute", "both", "auto")]
+        assert table[name] == [*times, f"{restore['gain_of_both']:.2f}"]
+
+
+def test_shared_prefixes_and_prompts_over_8_bit_pools_are_those_of_the_result_file():
+    result = _result("kernels_shared_and_8bit_nvidia-h200")
+    us = {row["shape"]: f"{row['us']:.1f}" for row in result["rows"]}
+    rows, prefill = {row[0]: row[1:] for row in _rows()}, "prefill_2x1024_at_4k"
+    for title, shape, other in (
+        ("batch 256 behind one prefix of 341, read once", "decode_b256_shared_prefix_read_once", None),
+        ("behind one prefix of 4,096, read once", "decode_b256_shared_4k_read_once", None),
+        ("prefill, 2 chunks of 1024 at 4k, KV in fp8", f"{prefill}_fp8", prefill),
+    ):
+        assert rows[title] == [us[shape], us[other or shape.removesuffix("_read_once")]]
+    assert f"| KV in int8 | {us[f'{prefill}_int8']} | {us[prefill]} |" in README
+    copies = {copy["name"]: copy for copy in result["copies"]}
+    ours, other = copies["copy_blocks_64_hopper"], copies["copy_blocks_64"]
+    assert f"takes {ours['us']:.1f} us, {ours['bytes_per_s'] / 1e12:.2f} TB/s read and written; XLA takes" in README
+    assert f"{other['us']:.1f} us, and allocates {other['temporary_bytes'] >> 20} MiB" in README
+    limits = result["limits"]
+    assert (
+        f"{limits['read_bytes_per_s'] / 1e12:.2f} TB/s read, {limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s):"
+        in README
+    )
+
+
 def test_the_servers_figures_are_those_of_the_result_file():
     table, result = _table("llama3-8b over HTTP"), _result("serve_llama3-8b_nvidia-h200")
     assert table["`LLM.generate`"][0] == f"{result['offline']['tokens_per_s']:,.0f}"

@@ -252,6 +252,26 @@ def test_bursts_follow_the_times_of_steps_and_the_free_rows(monkeypatch):
     assert served.engine.scheduler.max_burst == 1
 
 
+def test_bursts_are_long_while_others_wait_for_blocks(monkeypatch):
+    """A row is free, and a newcomer would come after the request that finds no blocks."""
+    asked = []
+
+    def burst_for(step_s: float, most: int, *, has_room: bool) -> int:
+        scheduler = served.engine.scheduler
+        asked.append((bool(scheduler.line.waiting), scheduler.line.num_rows < scheduler.max_num_seqs, has_room))
+        return most
+
+    monkeypatch.setattr(module, "burst_for", burst_for)
+    with serving(max_burst=3, max_num_seqs=3, num_blocks=13, block_size=4) as served:
+        for name in ("one", "other"):
+            served.thread.add(served.request(name, max_tokens=36), is_streamed=True)
+        served.result("one")
+        served.result("other")
+    assert (True, True, False) in asked
+    assert (True, True, True) not in asked
+    assert (False, True, True) in asked
+
+
 def test_a_step_that_hangs_is_seen_and_compilation_is_none(monkeypatch):
     with serving() as served:
         go_on = served.add_and_hold("a")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jpaged.contract.profile import Link, MachineProfile
 from jpaged.contract.rows import host_cell
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.offload.placement import Placement, blocks_moved_together, end_of_chunk, has_room
@@ -273,6 +274,20 @@ def test_blocks_that_the_device_caches_stay_there_or_move_to_the_host_first(kind
     assert len(plan.to_host) == len(streamed(plan)) == num_moved
     assert plan.chunks[0].start == 88
     finish_all(device, group)
+
+
+@pytest.mark.parametrize(("bytes_per_s", "chunk"), [(1e3, 15), (1e9, 4)])
+def test_a_prompt_gets_the_time_in_which_the_link_brings_the_blocks_of_others(bytes_per_s, chunk):
+    """2 ms a token of 10 allowed; 2 blocks of 1,000 bytes take 2 s of a slow link."""
+    device = make(num_blocks=24)
+    scheduler = device.scheduler
+    link = Link(0.0, bytes_per_s, bytes_per_s)
+    scheduler.profile = MachineProfile(1000, link, link, (), 0.002, 0.002, 0.0, 0.0, 0.0)
+    first = add(device, "first", 9, max_tokens=20, ignore_eos=True)
+    step_until(device, lambda: num_on_host(device, first) == 2)
+    scheduler.max_step_s = 0.01
+    add(device, "second", 30, max_tokens=5, ignore_eos=True)
+    assert [each.stop - each.start for each in step(device).chunks] == [1, chunk]
 
 
 def test_no_sequence_bursts_beside_a_streamed_one():

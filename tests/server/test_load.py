@@ -71,6 +71,7 @@ def test_a_phase_has_a_rate_and_the_figures_of_the_server(child):
         assert phase["tokens_per_s"] == pytest.approx(work.num_output_tokens / phase["seconds"])
         assert phase["step_s"] > 0
         assert phase["ttft_p99_steps"] == pytest.approx(phase["ttft_p99_s"] / phase["step_s"])
+        assert phase["first_token_steps_p99"] >= 1
 
 
 def test_streams_whose_clients_leave_leak_nothing(child):

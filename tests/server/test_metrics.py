@@ -15,6 +15,7 @@ from jpaged import LLM, AsyncLLM, FinishReason, RequestOutputKind, SamplingParam
 from jpaged.engine.outputs import FirstToken, StepOutput
 from jpaged.request import CompletionDelta
 from jpaged.server import ServerSettings, create_app
+from jpaged.server import metrics as module
 from jpaged.server.admission import Demand
 from jpaged.server.counting import Counting
 from jpaged.server.errors import CANCELLED_STATUS, ApiError
@@ -237,6 +238,23 @@ def test_requests_of_one_step_are_observed_together_and_ends_in_error_are_counte
         assert found["vllm:inter_token_latency_seconds_count"] == 2
         assert found[f"vllm:request_success_total/{FinishReason.ERROR}"] == 1
         assert list(metrics._running) == ["a"]
+
+    serve(task)
+
+
+def test_the_steps_before_a_first_token_are_those_that_ended_since_the_request(monkeypatch):
+    async def task(llm, metrics):
+        request = llm.engine.make_request("a", PROMPT, GREEDY)
+        clock = iter(range(1, 100))
+        monkeypatch.setattr(module, "monotonic", lambda: float(next(clock)))
+        for _ in range(5):
+            metrics.listen(StepOutput(num_tokens=1))
+        metrics.listen(StepOutput())  # no step
+        started = {name: FirstToken(request, 0, arrived, None) for name, arrived in (("a", 2.5), ("b", 5.0))}
+        metrics.listen(StepOutput(num_tokens=1, started=started))
+        found = samples(metrics)
+        assert found["jpaged:first_token_steps_count"] == 2
+        assert found["jpaged:first_token_steps_sum"] == 4 + 1  # the third to the fifth, and their own
 
     serve(task)
 
