@@ -1,7 +1,7 @@
 """Token ids to text as they arrive: whole characters only, stop strings cut off."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 CONTEXT_TOKENS = 6
 """Prompt tokens decoded with the first output token: some tokenizers drop the space before a text's first token."""
@@ -11,12 +11,62 @@ MAX_CHARACTER_TOKENS = 4
 
 REPLACEMENT = "\ufffd"
 
+_PLAIN_MODULES = {"transformers.tokenization_utils_base", "transformers.tokenization_utils_tokenizers"}
+"""Modules of ``decode`` and ``_decode``, for tokenizers of transformers whose classes have none of their own."""
+
 
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that jpaged uses."""
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str: ...
+
+
+class TokenDecoder:
+    """Decodes as a tokenizer does, at a fraction of its time: for all texts of one tokenizer.
+
+    The checks that transformers wraps around its library take longer than the library itself.
+
+    Args:
+        tokenizer: the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        library = _library_of(tokenizer)
+        self._decode: Any = (tokenizer if library is None else library).decode
+        self._is_byte_level = library is not None and _is_byte_level(library)
+        self._texts: tuple[dict[int, str], dict[int, str]] = {}, {}  # without special tokens, and with them
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """The text of tokens."""
+        return self._decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def added(self, context: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text that tokens add to that of a context.
+
+        Returns:
+            Empty unless it is sure that both the context and the tokens end with a whole character.
+        """
+        before = self._sure_text(context[-1], skip_special_tokens) if context else ""
+        if not before:
+            return ""
+        if self._is_byte_level:  # the bytes of tokens are joined, whatever the tokens around them
+            texts = [self._sure_text(token_id, skip_special_tokens) for token_id in token_ids]
+            return "".join(texts) if all(texts) else ""
+        if len(context) > 1:
+            before = self.decode(list(context), skip_special_tokens=skip_special_tokens)
+        after = self.decode([*context, *token_ids], skip_special_tokens=skip_special_tokens)
+        is_sure = not before.endswith(REPLACEMENT) and not after.endswith(REPLACEMENT) and after.startswith(before)
+        return after[len(before) :] if is_sure else ""
+
+    def _sure_text(self, token_id: int, skip_special_tokens: bool) -> str:
+        """The text of a token by itself; empty if it has replacements."""
+        texts = self._texts[skip_special_tokens]
+        text = texts.get(token_id)
+        if text is None:
+            text = self.decode([token_id], skip_special_tokens=skip_special_tokens)
+            text = texts[token_id] = "" if REPLACEMENT in text else text
+        return text
 
 
 class _State(NamedTuple):
@@ -43,7 +93,7 @@ class Detokenizer:
     """The text of one completion, grown token by token.
 
     Args:
-        tokenizer: decodes token ids.
+        tokenizer: decodes token ids; a ``TokenDecoder`` of it saves each text the time to make one.
         prompt_token_ids: the tokens before the completion.
         stop_strings: the text ends before the first of these to appear.
         includes_stop: whether the text ends behind that stop string instead.
@@ -52,14 +102,14 @@ class Detokenizer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | TokenDecoder,
         prompt_token_ids: Sequence[int],
         stop_strings: Sequence[str] = (),
         *,
         includes_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._decoder = tokenizer if isinstance(tokenizer, TokenDecoder) else TokenDecoder(tokenizer)
         self._stop_strings = stop_strings
         self._includes_stop = includes_stop
         self._skip_special_tokens = skip_special_tokens
@@ -102,7 +152,17 @@ class Detokenizer:
 
     def extend(self, token_ids: Sequence[int], *, may_stop: bool = False) -> None:
         """Add tokens. Text that still waits for the rest of a character is held back, though never for long."""
-        before = self._state._replace(num_tokens=self._state.num_tokens + len(token_ids))
+        state, num_tokens = self._state, self._state.num_tokens + len(token_ids)
+        if state.text and not _is_waiting(state):
+            added = self._decoder.added(state.ids, token_ids, skip_special_tokens=self._skip_special_tokens)
+            if added:
+                text, new_ids, stop = state.text + added, tuple(token_ids), None
+                if may_stop and self._stop_strings:
+                    end, stop = self._find_stop(text, len(state.text))
+                    text = text[:end]
+                self._state = _State(text, num_tokens, new_ids, len(new_ids), False, stop)
+                return
+        before = state._replace(num_tokens=num_tokens)
         grown = before._replace(ids=(*before.ids, *token_ids))
         after = self._decoded(grown, is_last=False, may_stop=may_stop)
         if not before.text and (_is_waiting(after) or REPLACEMENT in after.text):
@@ -216,7 +276,7 @@ class Detokenizer:
         return not self._text_of([*token_ids, *token_ids])
 
     def _text_of(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=self._skip_special_tokens)
+        return self._decoder.decode(list(token_ids), skip_special_tokens=self._skip_special_tokens)
 
     def _find_stop(self, text: str, start: int) -> tuple[int | None, str | None]:
         """The end of the text at the earliest stop string that ends after ``start``, and that string."""
@@ -225,6 +285,19 @@ class Detokenizer:
         if at is None or stop is None:
             return None, None
         return at + (len(stop) if self._includes_stop else 0), stop
+
+
+def _library_of(tokenizer: Any) -> Any:
+    """The tokenizer of Hugging Face's library that decodes all that ``tokenizer`` does; None if there is none."""
+    made_by = {getattr(getattr(type(tokenizer), name, None), "__module__", None) for name in ("decode", "_decode")}
+    is_plain = made_by == _PLAIN_MODULES and vars(tokenizer).keys().isdisjoint(("decode", "_decode"))
+    return tokenizer.backend_tokenizer if is_plain and not tokenizer.clean_up_tokenization_spaces else None
+
+
+def _is_byte_level(library: Any) -> bool:
+    from tokenizers import decoders
+
+    return isinstance(library.decoder, decoders.ByteLevel)
 
 
 def _is_waiting(state: _State) -> bool:

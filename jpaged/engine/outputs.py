@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import NamedTuple
 
-from jpaged.engine.detokenizer import Detokenizer, Tokenizer
+from jpaged.engine.detokenizer import Detokenizer, TokenDecoder, Tokenizer
 from jpaged.engine.logprobs import ScoredTokens
 from jpaged.engine.token_texts import TokenTexts
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.sequence import Sequence, SequenceGroup
+from jpaged.host.sequence import Sequence, SequenceGroup, SequenceState
 from jpaged.request import (
     CompletionDelta,
     CompletionOutput,
@@ -90,6 +90,7 @@ class _Answer:
         is_streamed: whether deltas are wanted.
         is_ranked: whether the results are the best of more sequences: no delta can be told before all of them end.
         is_watched: whether tokens become text before the request ends, for deltas or to find stop strings.
+        plain: the one sequence of a request whose deltas are tokens and their text, until it ends; None for others.
         arrived: when the request was made, of ``time.monotonic``.
         first_token: when the step of its first token had ended.
         progress: decoding state by sequence id.
@@ -99,6 +100,7 @@ class _Answer:
     is_streamed: bool
     is_ranked: bool
     is_watched: bool
+    plain: Sequence | None
     arrived: float
     first_token: float | None = None
     progress: dict[int, _Progress] = field(default_factory=dict)
@@ -115,7 +117,7 @@ class Outputs:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, scheduler: Scheduler) -> None:
-        self._tokenizer = tokenizer
+        self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
         self._scheduler = scheduler
         self.answers: dict[str, _Answer] = {}
         """The requests without a result, by id; written here alone."""
@@ -132,9 +134,11 @@ class Outputs:
         """Expect tokens of a request."""
         params = group.request.params
         is_ranked = group.beam is not None or params.num_sequences > params.n
-        is_watched = (is_streamed and not is_ranked) or (self._tokenizer is not None and bool(params.stop))
+        is_watched = (is_streamed and not is_ranked) or (self._decoder is not None and bool(params.stop))
+        is_plain = is_streamed and not is_ranked and params.logprobs is None and not params.stop
+        plain = group.sequences[0] if is_plain and len(group.sequences) == 1 else None
         arrived = monotonic() if group.request.arrived is None else group.request.arrived
-        self.answers[group.request.request_id] = _Answer(group, is_streamed, is_ranked, is_watched, arrived)
+        self.answers[group.request.request_id] = _Answer(group, is_streamed, is_ranked, is_watched, plain, arrived)
 
     def drop(self, request_id: str) -> None:
         """Keep nothing of a request."""
@@ -176,11 +180,37 @@ class Outputs:
         """
         for request_id, answer in list(self.unread.items()):
             try:
-                self._read(request_id, answer)
+                if answer.plain is not None and self._read_plain(request_id, answer, answer.plain):
+                    del self.unread[request_id]
+                else:
+                    self._read(request_id, answer)
             except Exception as error:
                 self._scheduler.abort(request_id)
                 self.drop(request_id)
                 self._output.failed[request_id] = error
+
+    def _read_plain(self, request_id: str, answer: _Answer, seq: Sequence) -> bool:
+        """Make the delta of a plain request that goes on: most deltas are of this kind.
+
+        Returns:
+            False, without effect, if it ends, begins, or was interrupted.
+        """
+        progress = answer.progress.get(seq.seq_id)
+        if progress is None or seq.state is SequenceState.FINISHED:
+            return False
+        detokenizer, text = progress.detokenizer, ""
+        if detokenizer is not None and seq.prompt_len + detokenizer.num_tokens != progress.num_tokens:
+            return False
+        new_ids = seq.token_ids_from(progress.num_tokens)
+        if not new_ids:
+            return False
+        if detokenizer is not None:
+            detokenizer.extend(new_ids)
+            text = detokenizer.text[progress.num_characters :]
+        self._output.deltas.append(CompletionDelta(request_id, seq.index, text, new_ids))
+        progress.num_characters += len(text)
+        progress.num_tokens += len(new_ids)
+        return True
 
     def _read(self, request_id: str, answer: _Answer) -> None:
         group, is_finished = answer.group, answer.group.is_finished
@@ -220,7 +250,7 @@ class Outputs:
             self._decode(answer.group, seq, detokenizer)
         is_finished = seq.is_finished
         if is_told:
-            new_ids = seq.token_ids[progress.num_tokens :]
+            new_ids = seq.token_ids_from(progress.num_tokens)
             if new_ids or is_finished:
                 end = 0 if detokenizer is None else detokenizer.num_decided(is_last=is_finished)
                 text = "" if detokenizer is None else detokenizer.text[progress.num_characters : end]
@@ -251,10 +281,10 @@ class Outputs:
     def _detokenizer(self, group: SequenceGroup) -> Detokenizer | None:
         """A detokenizer for one sequence of a group; None without a tokenizer, or if no text is wanted."""
         request, params = group.request, group.request.params
-        if self._tokenizer is None or not params.detokenize:
+        if self._decoder is None or not params.detokenize:
             return None
         return Detokenizer(
-            self._tokenizer,
+            self._decoder,
             request.prompt_token_ids,
             params.stop_strings,
             includes_stop=params.include_stop_str_in_output,
@@ -264,7 +294,7 @@ class Outputs:
     def _decode(self, group: SequenceGroup, seq: Sequence, detokenizer: Detokenizer) -> None:
         """Turn new tokens into text."""
         num_read, params = detokenizer.num_tokens, group.request.params
-        new_ids = seq.token_ids[seq.prompt_len + num_read :]
+        new_ids = seq.token_ids_from(seq.prompt_len + num_read)
         is_stopped = seq.finish_reason is FinishReason.STOP and not params.include_stop_str_in_output
         if is_stopped and new_ids and new_ids[-1] in group.stop_token_ids:
             del new_ids[-1]  # a stop token ends the text and is no part of it

@@ -59,6 +59,7 @@ class RowTable:
         seq_ids: sequence of each row; -1 for a free row.
         positions: tokens of each steady sequence, pending tokens counted: position of the next token.
         known: tokens of these that the host knows.
+        tail: tokens of each steady sequence, up to the last known, that ``flush`` has not appended yet.
         prompt_lens: tokens of the prompt of each sequence.
         least_ends: tokens before which each sequence does not end.
         limits: tokens at which each sequence ends.
@@ -98,10 +99,9 @@ class RowTable:
         self._has_more_stops: Bool[np.ndarray, " rows"] = np.zeros(num_rows, bool)  # than ``MOST_STOPS``
         self._num_logprobs: Int32[np.ndarray, " rows"] = np.full(num_rows, -1, np.int32)
         self._stops: Int32[np.ndarray, "rows stops"] = np.full((num_rows, MOST_STOPS), _NO_TOKEN, np.int32)
-        # Tokens that sequences have not read, at positions from flushed to known.
         self._flushed: Int32[np.ndarray, " rows"] = np.zeros(num_rows, np.int32)
-        self._tail: Int32[np.ndarray, "rows tail"] = np.zeros((num_rows, max(_TAIL_LEN, max_burst)), np.int32)
-        self._tail_logprobs: Float32[np.ndarray, "rows tail"] = np.zeros(self._tail.shape, np.float32)
+        self.tail: Int32[np.ndarray, "rows tail"] = np.zeros((num_rows, max(_TAIL_LEN, max_burst)), np.int32)
+        self._tail_logprobs: Float32[np.ndarray, "rows tail"] = np.zeros(self.tail.shape, np.float32)
         self._tail_scores: dict[int, list[tuple[TokenScores, range]]] = {}  # of rows that ask for log-probabilities
 
     # Owners -------------------------------------------------------------------------------------------------------
@@ -313,11 +313,11 @@ class RowTable:
             rows, num_draws, draws = rows[taking], num_draws[taking], draws[taking]
             token_ids, logprobs = token_ids[:, taking], logprobs[:, taking]
         offsets = self.known[rows] - self._flushed[rows]
-        for index in np.flatnonzero(offsets + num_steps > self._tail.shape[1]).tolist():
+        for index in np.flatnonzero(offsets + num_steps > self.tail.shape[1]).tolist():
             self.flush(int(rows[index]))
             offsets[index] = 0
         for step in range(num_steps):  # a row that draws fewer tokens ends with them, and has taken none
-            self._tail[rows, offsets + step] = token_ids[step]
+            self.tail[rows, offsets + step] = token_ids[step]
             self._tail_logprobs[rows, offsets + step] = logprobs[step]
         self.known[rows] += num_draws
         for index in np.flatnonzero(self._num_logprobs[rows] >= 0).tolist():
@@ -343,7 +343,7 @@ class RowTable:
         scored = self._tail_scores.pop(row, None)
         if scored is None:
             scored = [(TokenScores.plain(self._tail_logprobs[row, :num_tokens].copy()), range(num_tokens))]
-        seq.extend(self._tail[row, :num_tokens].tolist(), scored)
+        seq.extend(self.tail[row, :num_tokens].tolist(), scored)
 
 
 def _changed_cells(

@@ -34,6 +34,7 @@ class Columns(Protocol):
 
     positions: Int32[np.ndarray, " rows"]
     known: Int32[np.ndarray, " rows"]
+    tail: Int32[np.ndarray, "rows tail"]
 
     def flush(self, row: int) -> None: ...
 
@@ -127,6 +128,16 @@ class Sequence:
             assert self.row is not None
             self.rows.flush(self.row)
         return self._token_ids
+
+    def token_ids_from(self, start: int) -> list[int]:
+        """``token_ids`` from ``start`` on; those that a steady sequence has drawn stay with its row."""
+        token_ids = self._token_ids[start:]
+        if self.is_steady:
+            assert self.rows is not None
+            num_flushed = len(self._token_ids)
+            num_left = self.rows.known[self.row] - num_flushed
+            token_ids += self.rows.tail[self.row, max(start - num_flushed, 0) : num_left].tolist()
+        return token_ids
 
     @property
     def hashed(self) -> HashedTokens:

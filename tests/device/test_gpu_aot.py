@@ -78,3 +78,11 @@ def test_no_step_copies_the_weights_of_experts(mesh, shapes, bucket):
     experts = [x for x in jax.tree.leaves(programs.weights) if x.ndim == 4]
     memory = compiled(programs, "forward", bucket).memory_analysis()
     assert memory.temp_size_in_bytes < min(math.prod(x.shape) * x.dtype.itemsize for x in experts) / 4
+
+
+@pytest.mark.parametrize("shapes", ["llama3-8b", "gemma3-27b"])
+def test_a_large_step_adds_and_norms_in_two_kernels_a_layer(mesh, shapes):
+    """Gemma 3 has four norms in a layer."""
+    program = compiled(programs_on(mesh, shapes, 2_000, 0), "forward", Bucket(512, 32))
+    kernels = [line for line in program.as_text().splitlines() if "custom-call(" in line and "/add_rms_norm/" in line]
+    assert len(kernels) == 2 * 2

@@ -22,6 +22,7 @@ from jpaged.engine.loop import Engine
 from jpaged.models import OPTConfig, load_model, random_model, save_checkpoint
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.models.contract import place
+from jpaged.models.layers.common import Branch
 from jpaged.models.layers.streamed import StreamedLayer, stream_layers, streamed_params
 from jpaged.sharding import HOST_MEMORY, make_mesh
 from tests.support.oracles import greedy_without_cache
@@ -177,6 +178,28 @@ def test_copies_of_a_layer_wait_for_the_inputs_of_the_layer_before():
     assert [eqn.invars[2:] for eqn in barriers] == [[], *([x] for x in inputs[:3])]
     by_layer = [jaxpr.invars[2 * layer : 2 * layer + 2] for layer in range(4)]
     assert [eqn.invars[:2] for eqn in barriers] == [[qkv, out] for out, qkv in by_layer]  # Q, K and V come first
+
+
+def test_copies_of_a_layer_wait_for_inputs_in_tuples_too():
+    class Pairs(Layer):
+        def __call__(self, pair: tuple[jax.Array, Branch]) -> tuple[jax.Array, Branch]:
+            x, branch = pair
+            return x + branch.out, Branch(super().__call__(x, scale=0.5))
+
+    layers = [Pairs() for _ in range(3)]
+    model = place(nnx.Dict(blocks=nnx.List(layers)), make_mesh())
+    stream_layers(model, 3)
+    graphdef, state = nnx.split(model)
+
+    def run(state: Any, x: jax.Array) -> Any:
+        pair = x, Branch(x)
+        for layer in nnx.merge(graphdef, state)["blocks"]:
+            pair = layer(pair)
+        return pair[0]
+
+    jaxpr = jax.make_jaxpr(run)(state, jnp.ones((2, 8))).jaxpr
+    barriers = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
+    assert [len(eqn.invars[2:]) for eqn in barriers] == [0, 2, 2]
 
 
 def test_each_matrix_is_placed_on_the_device_by_the_program_that_reads_it():

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 
 from jpaged import LLM, AsyncLLM, BeamSearchParams, FinishReason, RequestOutput, RequestOutputKind, SamplingParams
+from jpaged.engine.detokenizer import TokenDecoder
 from jpaged.engine.health import EngineDeadError, HealthState
 from jpaged.engine.request_stream import RequestStream
 from jpaged.engine.snapshot import BlockUse
@@ -272,7 +273,7 @@ def test_the_end_of_the_engine_reaches_every_stream():
 
 
 def test_a_request_whose_text_cannot_be_made_ends_with_an_error_alone(monkeypatch):
-    decode = type(template().tokenizer).decode
+    decode = TokenDecoder.decode
     ids = template().tokenizer.encode("x = 1")
 
     def broken(self, token_ids, **kwargs):
@@ -281,7 +282,7 @@ def test_a_request_whose_text_cannot_be_made_ends_with_an_error_alone(monkeypatc
         return decode(self, token_ids, **kwargs)
 
     text = expected("def f(x):").outputs[0].text
-    monkeypatch.setattr(type(template().tokenizer), "decode", broken)
+    monkeypatch.setattr(TokenDecoder, "decode", broken)
 
     async def task(llm):
         bad, good = await asyncio.gather(read(llm, "x = 1", GREEDY), read(llm, "def f(x):", GREEDY))

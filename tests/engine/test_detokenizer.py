@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jpaged.engine.detokenizer import Detokenizer
+from jpaged.engine.detokenizer import Detokenizer, TokenDecoder
 
 END = "<end>"
 TEXT = "héllo wörld: 日本語, 🙂 = 1 + 2\n"
@@ -174,6 +174,47 @@ def test_stop_string_counts_only_from_where_it_may():
     assert (detokenizer.text, detokenizer.is_stopped) == ("aba", False)
     detokenizer.append(b)
     assert (detokenizer.text, detokenizer.is_stopped) == ("ab", True)
+
+
+@pytest.mark.parametrize(("make", "num_decodes"), [(metaspace_tokenizer, 1), (byte_level_tokenizer, 0)])
+def test_token_that_was_seen_before_costs_one_decode_at_most(make, num_decodes, monkeypatch):
+    decoder, ids, calls = TokenDecoder(make()), [1, 2, 3] * 4, []
+    Detokenizer(decoder, [3], ["never seen"]).extend(ids)
+    detokenizer = Detokenizer(decoder, [3], ["never seen"])
+    for token_id in ids:
+        detokenizer.append(token_id)
+    decode = TokenDecoder.decode
+    monkeypatch.setattr(TokenDecoder, "decode", lambda *args, **options: calls.append(0) or decode(*args, **options))
+    before = detokenizer.text
+    for token_id in ids:
+        detokenizer.append(token_id)
+    assert len(calls) == num_decodes * len(ids)
+    assert detokenizer.text == before * 2
+
+
+class Shouting(PreTrainedTokenizerFast):
+    """A class with a decoding of its own."""
+
+    def _decode(self, *args, **options):
+        return super()._decode(*args, **options).upper()
+
+
+def test_what_a_tokenizer_does_beside_its_library_is_done():
+    library, ids = TOKENIZER.backend_tokenizer, TOKENIZER.encode("a , b")
+    shouting = Shouting(tokenizer_object=library, eos_token=END)
+    with_words = metaspace_tokenizer()
+    cleaning = PreTrainedTokenizerFast(
+        tokenizer_object=with_words.backend_tokenizer, clean_up_tokenization_spaces=True, unk_token="<unk>"
+    )
+    patched = byte_level_tokenizer()
+    patched.decode = lambda token_ids, **options: "".join("x" for _ in token_ids)
+    assert "".join(stream(Reader(shouting, []), ids)) == "A , B"
+    assert "".join(stream(Reader(patched, []), ids)) == "xxxxx"
+    words = [1, 5, 4, 2]
+    assert with_words.decode(words) == "a , b" != cleaning.decode(words) == "a, b"
+    at_once = Detokenizer(cleaning, [3])
+    at_once.extend(words)
+    assert at_once.text == " a, b"
 
 
 any_ids = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=24)

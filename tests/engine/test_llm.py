@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 
 from jpaged import LLM, BeamSearchParams, EngineConfig, FinishReason, PinnedPrefix, SamplingParams
+from jpaged.engine.detokenizer import Detokenizer, TokenDecoder
 from jpaged.llm import DEMO_MODEL
 from tests.support.tiny import enlarged, tiny_config, tiny_model, with_few_sizes
 
@@ -239,21 +240,24 @@ def test_an_interrupted_batch_leaves_nothing_and_the_engine_goes_on(monkeypatch)
 def test_interruptions_while_text_is_made_leave_other_streams_unchanged(monkeypatch, stop):
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, stop=stop)
     expected = generate("def f(x):", params)[0].outputs[0]
-    decode = type(llm().tokenizer).decode
     for when in range(1, 30, 2):
         stream = llm().stream("def f(x):", params)
         deltas = [next(stream)]
         calls = 0
 
-        def interrupted(self, *args, when=when, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == when:
-                raise KeyboardInterrupt
-            return decode(self, *args, **kwargs)
+        def interrupted(make, when=when):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == when:
+                    raise KeyboardInterrupt
+                return make(*args, **kwargs)
+
+            return call
 
         with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
-            patched.setattr(type(llm().tokenizer), "decode", interrupted)
+            for name in ("decode", "added"):
+                patched.setattr(TokenDecoder, name, interrupted(getattr(TokenDecoder, name)))
             generate("x = 1", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
         deltas += stream
         assert [t for delta in deltas for t in delta.token_ids] == expected.token_ids
@@ -261,23 +265,23 @@ def test_interruptions_while_text_is_made_leave_other_streams_unchanged(monkeypa
 
 
 def test_text_is_made_once_at_the_end_unless_a_caller_or_a_stop_string_waits_for_it(monkeypatch):
-    decode, num_calls = type(llm().tokenizer).decode, 0
+    extend, num_calls = Detokenizer.extend, 0
 
     def counted(self, *args, **kwargs):
         nonlocal num_calls
         num_calls += 1
-        return decode(self, *args, **kwargs)
+        return extend(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(llm().tokenizer), "decode", counted)
+    monkeypatch.setattr(Detokenizer, "extend", counted)
     [whole] = generate("def f(x):")
-    assert num_calls <= 4
+    assert num_calls == 1
     [watched] = generate("def f(x):", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop="never seen"))
-    assert num_calls > 12
+    assert num_calls == 1 + 12
     assert watched.outputs[0].text == whole.outputs[0].text
 
 
 def test_a_request_whose_text_cannot_be_made_fails_alone(monkeypatch):
-    decode, prompt = type(llm().tokenizer).decode, llm().tokenizer.encode("x = 1")
+    decode, prompt = TokenDecoder.decode, llm().tokenizer.encode("x = 1")
 
     def broken(self, token_ids, **kwargs):
         if token_ids[: len(prompt)] == prompt:  # the text that continues one prompt
@@ -287,7 +291,7 @@ def test_a_request_whose_text_cannot_be_made_fails_alone(monkeypatch):
     stream = llm().stream("def f(y):", GREEDY)
     next(stream)
     with monkeypatch.context() as patched:
-        patched.setattr(type(llm().tokenizer), "decode", broken)
+        patched.setattr(TokenDecoder, "decode", broken)
         with pytest.raises(LookupError, match="no such token"):
             generate("x = 1")
     assert len(list(stream)) == 11

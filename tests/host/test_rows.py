@@ -109,6 +109,31 @@ def test_tokens_and_scores_are_those_drawn_however_seldom_they_are_read(max_burs
     assert seq.num_computed + 1 == seq.num_tokens or seq.is_finished
 
 
+@pytest.mark.parametrize("max_burst", [1, 3])
+def test_new_tokens_are_read_while_they_stay_with_the_row(max_burst):
+    scheduler = make_scheduler(num_blocks=200, max_burst=max_burst)
+    group = scheduler.add(request("a", [1, 2, 3], max_tokens=60))
+    [seq] = group.sequences
+    in_flight, expected, read = [scheduler.schedule()], [], []
+    for i in range(70):
+        if (ahead := scheduler.schedule_ahead()) is not None:
+            in_flight.append(ahead)
+        plan = in_flight.pop(0)
+        result = results_of(plan, 10 * i)
+        scheduler.update(plan, result)
+        expected += [int(tokens[0]) for tokens, _ in [(result.token_ids, result.scores), *result.later]]
+        if i % 5 != 3:
+            read += seq.token_ids_from(3 + len(read))
+            assert read == expected[:60]
+        if i % 7 == 6:
+            assert seq.output_token_ids == expected[:60]
+        assert seq.token_ids_from(1)[2:] == expected[:60]
+        if not in_flight:
+            break
+    assert seq.is_finished
+    assert seq.token_ids_from(3 + len(read)) == expected[len(read) : 60]
+
+
 @pytest.mark.parametrize("params", [{"logprobs": 1}, {"stop_token_ids": [100, 101, 102, 103, 104]}])
 def test_rows_that_the_sequence_must_see_go_on_decoding(params):
     scheduler = make_scheduler(max_burst=2)

@@ -22,7 +22,7 @@ from jpaged.device.kv.copy_engine import PlainCopier
 from jpaged.device.step.inputs import Bucket
 from jpaged.device.step.programs import Programs
 from jpaged.device.target import BACKENDS
-from jpaged.models import fuse_projections, load_config
+from jpaged.models import fuse_norms, fuse_projections, load_config
 from jpaged.models.checkpoint.registry import abstract_model
 from jpaged.models.layers.moe import run_experts_by
 from jpaged.sharding import TENSOR_AXIS
@@ -90,6 +90,7 @@ def programs_on(mesh: Mesh, shapes: str, num_blocks: int, num_host_blocks: int, 
     fuse_projections(model)
     config = EngineConfig(max_num_seqs=32, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN, **settings)
     backend = BACKENDS["hopper"]("as asked", 1)
+    fuse_norms(model, backend.add_norm)
     run_experts_by(model, backend.experts)
     programs = Programs(model, model_config, config, mesh, backend, max_model_len=MAX_MODEL_LEN, num_blocks=num_blocks)
     if num_host_blocks:

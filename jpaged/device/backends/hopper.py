@@ -13,7 +13,7 @@ from jpaged.models.layers.moe import GroupedProduct, Weights
 from jpaged.sharding import pool_spec
 from pallas_kernels.block_pool import why_not_copy, why_not_write, why_not_write_quantized
 from pallas_kernels.grouped_matmul import grouped_matmul, why_not_grouped
-from pallas_kernels.norm import add_rms_norm
+from pallas_kernels.norm import NormSpec, add_rms_norm
 
 WRITE_KERNEL_FROM = 256
 """Tokens of a step from which our kernel writes a layer's K and V faster than XLA's scatter. Llama-3-8B on an H200:
@@ -65,9 +65,12 @@ class HopperBackend(Backend):
         x: Float[Array, "tokens features"],
         branch: Float[Array, "tokens features"],
         scale: Float[Array, " features"],
-        epsilon: float,
+        spec: NormSpec,
+        *,
+        branch_scale: Float[Array, " features"] | None = None,
+        multiplier: float = 1.0,
     ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
-        def run(x: Array, branch: Array, scale: Array) -> tuple[Array, Array]:
-            return add_rms_norm(x, branch, scale, epsilon)
+        def run(x: Array, branch: Array, scale: Array, branch_scale: Array | None) -> tuple[Array, Array]:
+            return add_rms_norm(x, branch, scale, spec, branch_scale=branch_scale, multiplier=multiplier)
 
-        return self.on_each_device(run, (P(), P(), P()), (P(), P()))(x, branch, scale)
+        return self.on_each_device(run, (P(),) * 4, (P(), P()))(x, branch, scale, branch_scale)

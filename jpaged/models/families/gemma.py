@@ -16,7 +16,7 @@ from jpaged.models.families.llama import (
     LlamaModel,
 )
 from jpaged.models.families.llama_options import head_dim_of, layer_windows
-from jpaged.models.layers.common import Dtype, ShiftedRMSNorm, soft_capped
+from jpaged.models.layers.common import Branch, Dtype, ShiftedRMSNorm, soft_capped
 from jpaged.models.layers.rope import Angles, Rope
 from jpaged.models.spec import Attend, LayerSpec
 
@@ -119,14 +119,14 @@ class GemmaDecoderLayer(LlamaDecoderLayer):
     def __call__(
         self,
         x: Float[Array, "tokens hidden_size"],
-        branch: Float[Array, "tokens hidden_size"] | None,
+        branch: Branch | None,
         angles: Angles | None,
         attend: Attend,
-    ) -> tuple[Float[Array, "tokens hidden_size"], Float[Array, "tokens hidden_size"]]:
+    ) -> tuple[Float[Array, "tokens hidden_size"], Branch]:
         x, normed = self.input_layernorm.add(x, branch)
-        attended = self.post_attention_layernorm(self.self_attn(normed, angles, attend))
+        attended = self.post_attention_layernorm.before_add(self.self_attn(normed, angles, attend))
         x, normed = self.pre_feedforward_layernorm.add(x, attended)
-        return x, self.post_feedforward_layernorm(self.feed_forward(normed))
+        return x, self.post_feedforward_layernorm.before_add(self.feed_forward(normed))
 
 
 class GemmaModel(LlamaModel):

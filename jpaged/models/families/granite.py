@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int32
 
 from jpaged.models.checkpoint.config import is_positive, require
 from jpaged.models.families.llama import LlamaConfig, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
-from jpaged.models.layers.common import Dtype, scaled
+from jpaged.models.layers.common import Branch, Dtype, scaled
 from jpaged.models.layers.rope import Angles
 from jpaged.models.spec import Attend, LayerSpec
 
@@ -67,14 +67,14 @@ class GraniteDecoderLayer(LlamaDecoderLayer):
     def __call__(
         self,
         x: Float[Array, "tokens hidden_size"],
-        branch: Float[Array, "tokens hidden_size"] | None,
+        branch: Branch | None,
         angles: Angles | None,
         attend: Attend,
-    ) -> tuple[Float[Array, "tokens hidden_size"], Float[Array, "tokens hidden_size"]]:
+    ) -> tuple[Float[Array, "tokens hidden_size"], Branch]:
         x, normed = self.input_layernorm.add(x, branch)
-        attended = scaled(self.self_attn(normed, angles, attend), self.multiplier)
+        attended = Branch(self.self_attn(normed, angles, attend), multiplier=self.multiplier)
         x, normed = self.post_attention_layernorm.add(x, attended)
-        return x, scaled(self.feed_forward(normed), self.multiplier)
+        return x, Branch(self.feed_forward(normed), multiplier=self.multiplier)
 
 
 class GraniteModel(LlamaModel):

@@ -13,7 +13,7 @@ from jpaged.models.families.llama import (
     LlamaMLP,
     LlamaModel,
 )
-from jpaged.models.layers.common import Dtype, WideRMSNorm, split_heads
+from jpaged.models.layers.common import Branch, Dtype, WideRMSNorm, added, split_heads
 from jpaged.models.layers.rope import Angles
 from jpaged.models.spec import Attend
 
@@ -61,14 +61,14 @@ class Olmo2DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "tokens hidden_size"],
-        branch: Float[Array, "tokens hidden_size"] | None,
+        branch: Branch | None,
         angles: Angles | None,
         attend: Attend,
-    ) -> tuple[Float[Array, "tokens hidden_size"], Float[Array, "tokens hidden_size"]]:
+    ) -> tuple[Float[Array, "tokens hidden_size"], Branch]:
         """Return the residual stream and its last addend, as ``LlamaDecoderLayer`` does."""
-        x = x if branch is None else x + branch
-        x = x + self.post_attention_layernorm(self.self_attn(x, angles, attend))
-        return x, self.post_feedforward_layernorm(self.mlp(x))
+        x = added(x, branch)
+        x = added(x, self.post_attention_layernorm.before_add(self.self_attn(x, angles, attend)))
+        return x, self.post_feedforward_layernorm.before_add(self.mlp(x))
 
 
 class Olmo2Model(LlamaModel):

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.norm import add_rms_norm, why_not_add_norm
+from pallas_kernels.norm import NormSpec, add_rms_norm, why_not_add_norm
 
 Dtype = Any
 """Any value that ``jnp.dtype`` accepts."""
@@ -34,15 +34,38 @@ sums the parts of a matrix product and would remain.
 
 
 class AddNorm(Protocol):
-    """A kernel that adds a branch to the residual stream, and norms the sum; see ``RMSNorm.add``."""
+    """A kernel that adds a branch to the residual stream, and norms the sum; see ``add_rms_norm``."""
 
     def __call__(
         self,
         x: Float[Array, "tokens features"],
         branch: Float[Array, "tokens features"],
         scale: Float[Array, " features"],
-        epsilon: float,
+        spec: NormSpec,
+        *,
+        branch_scale: Float[Array, " features"] | None = None,
+        multiplier: float = 1.0,
     ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]: ...
+
+
+class Branch(NamedTuple):
+    """The output of a part of a layer, and how it becomes an addend of the residual stream.
+
+    Args:
+        out: the output.
+        scale, spec: norm of the output, as of ``RMSNorm.before_add``; None for no norm.
+        multiplier: factor on the output, before any norm.
+    """
+
+    out: Float[Array, "tokens features"]
+    scale: Float[Array, " features"] | None = None
+    spec: NormSpec | None = None
+    multiplier: float = 1.0
+
+    def addend(self) -> Float[Array, "tokens features"]:
+        """The addend, by XLA."""
+        out = scaled(self.out, self.multiplier)
+        return out if self.scale is None or self.spec is None else rms_norm(out, self.scale, self.spec)
 
 
 def check_activation(name: str) -> None:
@@ -101,10 +124,10 @@ class Norm(nnx.Module):
         raise NotImplementedError
 
     def add(
-        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
+        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | Branch | None
     ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
         """Add a layer's output, if there is one, to the residual stream; return the sum and its norm."""
-        x = x if branch is None else x + branch
+        x = added(x, branch)
         return x, self(x)
 
 
@@ -112,26 +135,6 @@ class RMSNorm(Norm):
     """Root-mean-square norm over the last axis, in float32 and cast *before* the scale, as Hugging Face does.
 
     ``add_norm`` is a kernel that ``add`` runs instead (see ``fuse_norms``), without a gradient; None for none.
-    """
-
-    def __init__(self, features: int, epsilon: float, *, dtype: Dtype, rngs: nnx.Rngs) -> None:
-        self.scale = nnx.Param(constant(1, None)(rngs.params(), (features,), dtype))
-        self.epsilon = epsilon
-        self.add_norm: AddNorm | None = None
-
-    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        return _rms_normed(x, self.epsilon).astype(x.dtype) * _like_last_axis(self.scale, x)
-
-    def add(
-        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | None
-    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
-        if branch is not None and self.add_norm is not None and len(x) >= FUSED_NORM_FROM:
-            return self.add_norm(x, branch, self.scale[...], self.epsilon)
-        return super().add(x, branch)
-
-
-class WideRMSNorm(Norm):
-    """Root-mean-square norm over the last axis, in float32 and cast *after* the scale, as OLMo 2 does.
 
     Args:
         features: size of the last axis.
@@ -141,17 +144,41 @@ class WideRMSNorm(Norm):
         rngs: unused by the constant initial scale of 1.
     """
 
+    is_wide: ClassVar[bool] = False
     offset: ClassVar[int] = 0
-    """The scale less its parameter."""
 
     def __init__(self, features: int, epsilon: float, *, axis: str | None = None, dtype: Dtype, rngs: nnx.Rngs) -> None:
         self.scale = nnx.Param(constant(1 - self.offset, axis)(rngs.params(), (features,), dtype))
         self.epsilon = epsilon
+        self.add_norm: AddNorm | None = None
+
+    @property
+    def spec(self) -> NormSpec:
+        return NormSpec(self.epsilon, self.is_wide, self.offset)
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
-        scale = _like_last_axis(self.scale, x).astype(jnp.float32)
-        scale = self.offset + scale if self.offset else scale
-        return (_rms_normed(x, self.epsilon) * scale).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.spec)
+
+    def before_add(self, out: Float[Array, "tokens features"]) -> Branch:
+        """Let this norm take the output of a part of a layer before the residual stream adds it."""
+        return Branch(out, self.scale[...], self.spec)
+
+    def add(
+        self, x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | Branch | None
+    ) -> tuple[Float[Array, "tokens features"], Float[Array, "tokens features"]]:
+        if branch is None or self.add_norm is None or len(x) < FUSED_NORM_FROM:
+            return super().add(x, branch)
+        branch = branch if isinstance(branch, Branch) else Branch(branch)
+        if branch.spec not in (None, self.spec):
+            branch = Branch(branch.addend())
+        options = {"branch_scale": branch.scale, "multiplier": branch.multiplier}
+        return self.add_norm(x, branch.out, self.scale[...], self.spec, **options)
+
+
+class WideRMSNorm(RMSNorm):
+    """Root-mean-square norm over the last axis, in float32 and cast *after* the scale, as OLMo 2 does."""
+
+    is_wide = True
 
 
 class ShiftedRMSNorm(WideRMSNorm):
@@ -181,7 +208,7 @@ class LayerNorm(Norm):
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(variance + self.epsilon)
         if self.affine:
-            scale, bias = (_like_last_axis(p, x).astype(jnp.float32) for p in (self.scale, self.bias))
+            scale, bias = (_like_last_axis(p[...], x).astype(jnp.float32) for p in (self.scale, self.bias))
             normed = normed * scale + bias
         return normed.astype(x.dtype)
 
@@ -200,16 +227,31 @@ def fuse_norms(model: nnx.Module, add_norm: AddNorm | None = None) -> None:
             module.add_norm = add_norm if is_taken else None
 
 
-def _rms_normed(x: Float[Array, "*batch features"], epsilon: float) -> Float[Array, "*batch features"]:
-    """Divide by the root mean square of the last axis, in float32."""
+def rms_norm(
+    x: Float[Array, "*batch features"], scale: Float[Array, " features"], spec: NormSpec
+) -> Float[Array, "*batch features"]:
+    """Norm the last axis as ``spec`` says, by XLA."""
     wide = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return wide * jax.lax.rsqrt(variance + epsilon)
+    wide = wide * jax.lax.rsqrt(variance + spec.epsilon)
+    scale = _like_last_axis(scale, x)
+    if not spec.is_wide:
+        return wide.astype(x.dtype) * scale
+    scale = scale.astype(jnp.float32)
+    return (wide * (spec.offset + scale if spec.offset else scale)).astype(x.dtype)
 
 
-def _like_last_axis(param: nnx.Param, x: Array) -> Array:
+def added(
+    x: Float[Array, "tokens features"], branch: Float[Array, "tokens features"] | Branch | None
+) -> Float[Array, "tokens features"]:
+    """Add a layer's output, if there is one, to the residual stream."""
+    if branch is None:
+        return x
+    return x + (branch.addend() if isinstance(branch, Branch) else branch)
+
+
+def _like_last_axis(value: Array, x: Array) -> Array:
     """Give a parameter of the last axis the rank of ``x``: ranks are never promoted silently."""
-    value = param[...]
     return value.reshape((1,) * (x.ndim - 1) + value.shape)
 
 

@@ -15,7 +15,7 @@ class Stream(nnx.Module):
     """The state that the layers of a model share while a step is traced.
 
     Attributes:
-        inputs: arrays that the latest layer was called with.
+        inputs: arrays, and those in tuples, that the latest layer was called with.
     """
 
     def __init__(self) -> None:
@@ -43,8 +43,8 @@ class StreamedLayer(nnx.Module):
         arrays, _ = jax.lax.optimization_barrier((arrays, self.stream.inputs))
         for variable, array in zip(variables, arrays, strict=True):
             variable.set_value(jax.device_put(array, jax.memory.Space.Device))
-        inputs = tuple(x for x in (*args, *kwargs.values()) if isinstance(x, jax.Array))
-        self.stream.inputs = nnx.data(inputs)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, (jax.Array, tuple))]
+        self.stream.inputs = nnx.data(tuple(x for x in jax.tree.leaves(given) if isinstance(x, jax.Array)))
         return self.layer(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def __getattr__(self, name: str) -> Any:
