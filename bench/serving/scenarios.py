@@ -180,7 +180,7 @@ def _prefill(bench: Bench, options: Any) -> None:
     per_step = bench.config.token_budget / sizes.prompt_len
     timed, traced = (
         _fresh_prompts(bench, max(1, int(num_steps * per_step)), seed)
-        for num_steps, seed in ((sizes.num_timed_steps // 2, 102), (sizes.num_traced_steps // 2, 103))
+        for num_steps, seed in ((sizes.num_timed_steps, 102), (sizes.num_traced_steps // 2, 103))
     )
     bench.figures.add_step("prefill", profile_prefill(llm, timed, traced, _trace_path(options, "prefill")))
 

@@ -20,7 +20,7 @@ class Sizes:
         num_prefill: prompts.
         num_beam_prompts, beam_len: searches and their tokens.
         num_pressure_blocks: blocks of the small pool.
-        num_timed_steps: prefill steps behind a breakdown, times two.
+        num_timed_steps: prefill steps that are timed for a breakdown.
         num_traced_steps: decode steps that are profiled; a prefill takes half as many.
     """
 
@@ -35,7 +35,7 @@ class Sizes:
     num_beam_prompts: int = 64
     beam_len: int = 64
     num_pressure_blocks: int = 2048
-    num_timed_steps: int = 32
+    num_timed_steps: int = 16
     num_traced_steps: int = 8
 
 
@@ -51,6 +51,6 @@ QUICK = Sizes(
     num_beam_prompts=8,
     beam_len=16,
     num_pressure_blocks=128,
-    num_timed_steps=8,
+    num_timed_steps=4,
     num_traced_steps=4,
 )

@@ -52,7 +52,7 @@ SIZES = replace(
     num_beam_prompts=2,
     beam_len=4,
     num_pressure_blocks=6,
-    num_timed_steps=4,
+    num_timed_steps=2,
     num_traced_steps=2,
 )
 
