@@ -291,7 +291,14 @@ def _library_of(tokenizer: Any) -> Any:
     """The tokenizer of Hugging Face's library that decodes all that ``tokenizer`` does; None if there is none."""
     made_by = {getattr(getattr(type(tokenizer), name, None), "__module__", None) for name in ("decode", "_decode")}
     is_plain = made_by == _PLAIN_MODULES and vars(tokenizer).keys().isdisjoint(("decode", "_decode"))
-    return tokenizer.backend_tokenizer if is_plain and not tokenizer.clean_up_tokenization_spaces else None
+    return tokenizer.backend_tokenizer if is_plain and not _removes_spaces(tokenizer) else None
+
+
+def _removes_spaces(tokenizer: Any) -> bool:
+    """Whether transformers takes spaces out of what its library decodes. It ignores the setting for BPE (Llama 3)."""
+    is_forced = getattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
+    is_bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    return bool(tokenizer.clean_up_tokenization_spaces) and (is_forced or not is_bpe)
 
 
 def _is_byte_level(library: Any) -> bool:

@@ -176,7 +176,18 @@ def test_stop_string_counts_only_from_where_it_may():
     assert (detokenizer.text, detokenizer.is_stopped) == ("ab", True)
 
 
-@pytest.mark.parametrize(("make", "num_decodes"), [(metaspace_tokenizer, 1), (byte_level_tokenizer, 0)])
+def cleaning_byte_level_tokenizer(**options):
+    """Like Llama 3's: transformers ignores the setting that would take spaces out, unless it is forced."""
+    library = TOKENIZER.backend_tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=library, eos_token=END, clean_up_tokenization_spaces=True, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "num_decodes"),
+    [(metaspace_tokenizer, 1), (byte_level_tokenizer, 0), (cleaning_byte_level_tokenizer, 0)],
+)
 def test_token_that_was_seen_before_costs_one_decode_at_most(make, num_decodes, monkeypatch):
     decoder, ids, calls = TokenDecoder(make()), [1, 2, 3] * 4, []
     Detokenizer(decoder, [3], ["never seen"]).extend(ids)
@@ -215,6 +226,11 @@ def test_what_a_tokenizer_does_beside_its_library_is_done():
     at_once = Detokenizer(cleaning, [3])
     at_once.extend(words)
     assert at_once.text == " a, b"
+    forced = cleaning_byte_level_tokenizer(clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True)
+    assert cleaning_byte_level_tokenizer().decode(ids) == "a , b" != forced.decode(ids) == "a, b"
+    at_once = Detokenizer(forced, [])
+    at_once.extend(ids)
+    assert at_once.text == "a, b"
 
 
 any_ids = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=24)
