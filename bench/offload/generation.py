@@ -19,7 +19,7 @@ from bench.offload.predictions import predict_steps
 from bench.offload.shapes import BLOCK_SIZE, Shapes, settings_of
 from bench.report import Table, shown
 from bench.serving.runs import as_prompts
-from bench.serving.startup import keep_sizes
+from bench.serving.startup import only_sizes
 from jpaged import LLM, EngineConfig, SamplingParams
 from jpaged.contract.plan import BlockCopy, StepPlan
 from jpaged.device.kv.layout import kv_dtype
@@ -312,10 +312,9 @@ class _Runs:
         cls, shapes: Shapes, config: EngineConfig, variant: Variant, works: Sequence[Work], *others: Any
     ) -> "_Runs":
         """Start the engine of a variant for some works; the others are the last fields."""
-        llm = shapes.start(replace(config, **variant.changes))
+        with only_sizes([work.num_seqs for work in works]):
+            llm = shapes.start(replace(config, **variant.changes), warm_up=True)
         runner = llm.engine.runner
-        keep_sizes(runner, [work.num_seqs for work in works])
-        runner.warm_up(use_tqdm=False)
         if runner.programs.stream is not None:  # with "auto", the first prompts that stream would wait for these
             runner.programs.store.make_all([("stream", size) for size in runner.buckets], None, use_tqdm=False)
         variant.tune(llm.engine)

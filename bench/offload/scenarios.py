@@ -15,11 +15,9 @@ from bench.offload.shapes import BLOCK_SIZE, Shapes
 from bench.paper.experiment import Plot
 from bench.peers import KV_ON_HOST
 from jpaged import EngineConfig
+from jpaged.config import MAX_INTER_TOKEN_MS
 
 BATCHED_TOKENS = 8192
-NO_BOUND_MS = 1e6
-"""No decode holds prompts back: all requests of a batch are to decode soon."""
-
 LATENCY = [Work(64, prompt_len, num_tokens) for prompt_len in (128, 256, 512) for num_tokens in (32, 128)]
 SWEEP = [Work(num_seqs, 1024, 32) for num_seqs in (1, 2, 4, 8, 16, 32, 48)]
 THROUGHPUT = [Work(8 * 32, prompt_len, 32) for prompt_len in (256, 512, 1024)]
@@ -191,7 +189,7 @@ def _run(
         max_model_len=longest,
         kv_cache_dtype=args.kv_cache_dtype,
         num_blocks=args.num_blocks,
-        max_inter_token_ms=NO_BOUND_MS,
+        max_inter_token_ms=MAX_INTER_TOKEN_MS,  # all requests of a batch are to decode soon
         **settings,
     )
     shapes = shapes.with_context(longest)

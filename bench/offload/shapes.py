@@ -60,8 +60,12 @@ class Shapes:
         changed = _load(self.path, max_position_embeddings=max_model_len, num_hidden_layers=num_layers)
         return replace(self, model_config=changed)
 
-    def start(self, config: EngineConfig) -> LLM:
-        """Make an LLM on one device, whose programs are compiled when they are first needed.
+    def start(self, config: EngineConfig, *, warm_up: bool = False) -> LLM:
+        """Make an LLM on one device.
+
+        Args:
+            config: its settings.
+            warm_up: compile its programs now, instead of when they are first needed.
 
         Raises:
             UsageError: settings that the model or this machine cannot meet.
@@ -75,7 +79,7 @@ class Shapes:
                 self.model_config,
                 config,
                 mesh=mesh,
-                warm_up=False,
+                warm_up=warm_up,
                 use_tqdm=False,
             )
         except ValueError as error:

@@ -42,7 +42,7 @@ from bench.serving.scenarios import run_workload
 from bench.serving.sizes import FULL, QUICK, WORKLOADS, Sizes
 from bench.serving.startup import StartUp, start, start_cold
 from jpaged import LLM, EngineConfig
-from jpaged.config import DEFAULT_NUM_ROWS
+from jpaged.config import DEFAULT_NUM_ROWS, MAX_INTER_TOKEN_MS
 from jpaged.device.kv.layout import grouping_of
 from jpaged.device.runner import ModelRunner
 from jpaged.models import ModelConfig, load_config
@@ -205,6 +205,8 @@ def _read_settings(args: argparse.Namespace) -> tuple[Path, ModelConfig, EngineC
                 max_model_len=min(args.max_model_len, model_config.max_model_len),
                 enable_prefix_caching=True,
                 kv_cache_dtype=args.kv_cache_dtype,
+                # With few sizes a chunk below the bound would be padded to the largest.
+                max_inter_token_ms=MAX_INTER_TOKEN_MS if args.few_sizes else None,
                 host_memory_bytes=int(args.host_memory_gib * 2**30),
             ),
         )

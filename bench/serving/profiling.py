@@ -1,17 +1,20 @@
 """Breakdowns of steps that the real engine runs: timed first, then profiled."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jax
 
 from bench.serving.breakdown import StepBreakdown, break_down, read_kernels, scopes_of
-from bench.serving.runs import sampling
+from bench.serving.runs import TimeIsUp, sampling
 from bench.serving.stopwatch import Stopwatch, replaced
 from jpaged import LLM
+from jpaged.request import CompletionDelta
 
 QUIET_S = 0.1
 """Longer than any step: the device has finished everything in flight."""
@@ -19,39 +22,62 @@ QUIET_S = 0.1
 NUM_SETTLING_STEPS = 3
 
 
-def profile_decode(
-    llm: LLM, prompts: list[list[int]], num_timed: int, num_traced: int, directory: Path | None
-) -> StepBreakdown:
-    """Break down steps in which every prompt gains a token. The prompts should be in the prefix cache already.
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeTimes:
+    """Steps in which every request gains a token.
+
+    Args:
+        step_us: time of a step without a profiler, by the host's clock.
+        host_us: times of the parts of a step on the host.
+        num_programs_compiled: programs compiled meanwhile.
+        breakdown: the parts of a step; None if none was profiled.
+    """
+
+    step_us: float
+    host_us: dict[str, float]
+    num_programs_compiled: int
+    breakdown: StepBreakdown | None
+
+
+def time_decode(
+    llm: LLM, prompts: list[list[int]], num_timed: int, num_traced: int, directory: Path | None, deadline: float = inf
+) -> DecodeTimes:
+    """Time steps in which every prompt gains a token, and then profile some.
 
     Args:
         llm: an idle LLM.
         prompts: no more than rows, all of one length.
-        num_timed, num_traced: steps without and with the profiler.
+        num_timed, num_traced: steps without and with the profiler; 0 with it profiles none.
         directory: directory of the trace; None keeps no trace.
+        deadline: time of ``time.perf_counter`` from which on no step begins.
 
     Raises:
         ValueError: the pool does not hold all of them at once.
+        TimeIsUp: the deadline is over.
     """
     engine, watch = llm.engine, Stopwatch()
     ids = _add(llm, prompts, max_tokens=llm.max_model_len - len(prompts[0]))
     try:
-        _settle(llm, len(prompts))
-        start = time.perf_counter()
+        _settle(llm, len(prompts), deadline)
+        num_programs, start = len(engine.runner.programs), time.perf_counter()
         with watch.watch_steps(engine):
-            num_timed = _decode(llm, len(prompts), num_timed)
+            num_timed = _decode(llm, len(prompts), num_timed, deadline)
         step_us = 1e6 * (time.perf_counter() - start) / num_timed
-        # The profiler sees one iteration alone of a loop inside a graph.
-        with _kept(directory) as path, replaced(engine.scheduler, "max_burst", 1):
-            _decode(llm, len(prompts), NUM_SETTLING_STEPS)  # the steps of a burst in flight
-            with trace(path):
-                num_traced = _decode(llm, len(prompts), num_traced)
-            kernels = read_kernels(path, scopes_of(_program_text(llm, len(prompts))))
+        host_us, breakdown = watch.us_per_step(num_timed), None
+        num_compiled = len(engine.runner.programs) - num_programs
+        if num_traced:
+            # The profiler sees one iteration alone of a loop inside a graph.
+            with _kept(directory) as path, replaced(engine.scheduler, "max_burst", 1):
+                _decode(llm, len(prompts), NUM_SETTLING_STEPS, deadline)  # the steps of a burst in flight
+                with trace(path):
+                    num_traced = _decode(llm, len(prompts), num_traced, deadline)
+                kernels = read_kernels(path, scopes_of(_program_text(llm, len(prompts))))
+            breakdown = break_down(kernels, num_traced, step_us=step_us, host_us=host_us)
     finally:
         for request_id in ids:
             engine.forget(request_id)
         engine.step()  # takes the step in flight
-    return break_down(kernels, num_traced, step_us=step_us, host_us=watch.us_per_step(num_timed))
+    return DecodeTimes(step_us, host_us, num_compiled, breakdown)
 
 
 def profile_prefill(llm: LLM, timed: list[list[int]], traced: list[list[int]], directory: Path | None) -> StepBreakdown:
@@ -79,20 +105,26 @@ def _program_text(llm: LLM, num_rows: int) -> str:
     return runner.programs.get(("forward", bucket)).as_text() or ""
 
 
-def _settle(llm: LLM, num_rows: int) -> None:
+def _settle(llm: LLM, num_rows: int, deadline: float) -> None:
     """Step until all requests decode together, and a few steps more."""
-    while len(llm.engine.step().deltas) < num_rows:
+    while len(_step(llm, deadline)) < num_rows:
         if not llm.engine.has_unfinished:
             raise ValueError(f"{num_rows} prompts never decoded together: the pool is too small for them")
-    _decode(llm, num_rows, NUM_SETTLING_STEPS)
+    _decode(llm, num_rows, NUM_SETTLING_STEPS, deadline)
 
 
-def _decode(llm: LLM, num_rows: int, at_least: int) -> int:
+def _decode(llm: LLM, num_rows: int, at_least: int, deadline: float) -> int:
     """Step until every row has gained this many tokens. Returns the number gained."""
     num_tokens = 0
     while num_tokens < at_least * num_rows:
-        num_tokens += sum(len(delta.token_ids) for delta in llm.engine.step().deltas)
+        num_tokens += sum(len(delta.token_ids) for delta in _step(llm, deadline))
     return num_tokens // num_rows
+
+
+def _step(llm: LLM, deadline: float) -> list[CompletionDelta]:
+    if time.perf_counter() > deadline:
+        raise TimeIsUp
+    return llm.engine.step().deltas
 
 
 def _run_all(llm: LLM, prompts: list[list[int]], watch: Stopwatch) -> None:

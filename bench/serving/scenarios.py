@@ -7,7 +7,7 @@ from typing import Any
 
 from bench import workloads
 from bench.serving.figures import host_line
-from bench.serving.profiling import profile_decode, profile_prefill
+from bench.serving.profiling import profile_prefill, time_decode
 from bench.serving.runs import Bench, Run, TimeIsUp, sampling
 from bench.serving.sizes import WORKLOADS
 from bench.workloads import Workload, uniform
@@ -143,27 +143,22 @@ def _under_pressure(bench: Bench, options: Any) -> None:
 
 
 def _decode(bench: Bench, options: Any) -> None:
-    """Time of more tokens over their number, with cached prompts. Then the breakdown of a step."""
+    """Time of a step in which all requests decode, and its breakdown."""
     llm, sizes = bench.llm(), bench.sizes
-    few, many = sizes.decode_lens
     for batch in options.decode_batches:
-        prompts = uniform(batch, sizes.prompt_len, 1, seed=batch, vocab_size=bench.vocab_size).prompts
-        bench.run_to_the_end(llm, prompts, sampling(max_tokens=2))  # caches them
-        short, long = (bench.run_to_the_end(llm, prompts, sampling(max_tokens=length)) for length in (few, many))
-        num_compiled = short.num_programs_compiled + long.num_programs_compiled
+        prompts, name = _fresh_prompts(bench, batch, batch), f"decode_{batch}"
+        num_traced = 0 if options.no_breakdown else sizes.num_traced_steps
+        times = time_decode(llm, prompts, sizes.num_decoded, num_traced, _trace_path(options, name), bench.deadline)
         bench.figures.add(
-            f"decode_{batch}_ms",
-            1e3 * (long.elapsed_s - short.elapsed_s) / (many - few),
+            f"{name}_ms",
+            times.step_us / 1e3,
             lower_is_better=True,
-            floor=1e3 * bench.floor.decode_s(batch, sizes.prompt_len + (few + many) // 2),
-            num_programs_compiled=num_compiled,
-            host_us_per_step=long.host_us_per_step,
+            floor=1e3 * bench.floor.decode_s(batch, sizes.prompt_len + sizes.num_decoded // 2),
+            num_programs_compiled=times.num_programs_compiled,
+            host_us_per_step=times.host_us,
         )
-        if options.no_breakdown:
-            continue
-        name = f"decode_{batch}"
-        step = profile_decode(llm, prompts, sizes.num_timed_steps, sizes.num_traced_steps, _trace_path(options, name))
-        bench.figures.add_step(name, step)
+        if times.breakdown is not None:
+            bench.figures.add_step(name, times.breakdown)
 
 
 def _prefill(bench: Bench, options: Any) -> None:

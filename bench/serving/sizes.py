@@ -16,11 +16,12 @@ class Sizes:
         num_sharegpt, num_shared_prefix, num_system_prompt, num_parallel: numbers of requests.
         length_divisor: divisor of the lengths of these requests.
         prompt_len: tokens of the prompts of decodes and prefills.
-        decode_lens: tokens of the two runs whose difference is the time of a decode step.
+        num_decoded: tokens of each request over which a decode step is timed.
         num_prefill: prompts.
         num_beam_prompts, beam_len: searches and their tokens.
         num_pressure_blocks: blocks of the small pool.
-        num_timed_steps, num_traced_steps: decode steps behind a breakdown. A prefill takes half as many.
+        num_timed_steps: prefill steps behind a breakdown, times two.
+        num_traced_steps: decode steps that are profiled; a prefill takes half as many.
     """
 
     num_sharegpt: int = 1000
@@ -29,7 +30,7 @@ class Sizes:
     num_parallel: int = 200
     length_divisor: int = 1
     prompt_len: int = 1024
-    decode_lens: tuple[int, int] = (33, 161)
+    num_decoded: int = 128
     num_prefill: int = 32
     num_beam_prompts: int = 64
     beam_len: int = 64
@@ -45,7 +46,7 @@ QUICK = Sizes(
     num_system_prompt=32,
     num_parallel=20,
     length_divisor=4,
-    decode_lens=(9, 41),
+    num_decoded=32,
     num_prefill=8,
     num_beam_prompts=8,
     beam_len=16,

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bench.serving.stopwatch import Stopwatch
+from bench.serving.stopwatch import Stopwatch, replaced
 from jpaged import LLM, EngineConfig
 from jpaged.device.runner import ModelRunner
 from jpaged.device.target import target_of
@@ -75,12 +75,25 @@ def keep_sizes(runner: ModelRunner, batches: Iterable[int]) -> None:
     runner.buckets[:] = [*(bucket for bucket in decodes if bucket in kept), runner.buckets[-1]]
 
 
+@contextmanager
+def only_sizes(batches: Sequence[int]) -> Iterator[None]:
+    """Let runners that are made in the block warm up the sizes of ``keep_sizes`` alone, all at once."""
+    warm_up = ModelRunner.warm_up
+
+    def warm_up_kept(runner: ModelRunner, *, few: bool = False, use_tqdm: bool = True) -> None:
+        keep_sizes(runner, batches)
+        warm_up(runner, use_tqdm=use_tqdm)
+
+    with replaced(ModelRunner, "warm_up", warm_up_kept):
+        yield
+
+
 def start(
     model_config: ModelConfig,
     config: EngineConfig,
     imports_s: float,
     num_devices: int,
-    batches: Iterable[int] | None = None,
+    batches: Sequence[int] | None = None,
 ) -> tuple[LLM, StartUp]:
     """Make an LLM with random weights over the devices, and wait for its programs.
 
@@ -95,26 +108,24 @@ def start(
     """
     watch, mesh = Stopwatch(), make_mesh(num_devices)
     # As an LLM by default, except that no step compiles anything.
-    warm_up = False if batches is not None else None if target_of(mesh).warms_up else True
+    warm_up = None if batches is None and target_of(mesh).warms_up else True
     began, cpu_before = time.perf_counter(), _cpu_s()
     with (
         _cache_events() as programs,
+        nullcontext() if batches is None else only_sizes(batches),
         watch.watch(ModelRunner, "__init__", "sizing"),
         watch.watch(ModelRunner, "warm_up", "compiling"),
         watch.watch(Engine, "__init__", "engine"),
     ):
         # No name holds the model: the runner joins its projections, and the single ones would take the pool's place.
         llm = LLM.from_model(_weights(model_config, mesh, watch), model_config, config, mesh=mesh, warm_up=warm_up)
-        if batches is not None:
-            keep_sizes(llm.engine.runner, batches)
-            llm.engine.runner.warm_up()
         total_s = time.perf_counter() - began
         llm.engine.runner.programs.background.wait()
         all_programs_s = time.perf_counter() - began
     return llm, StartUp(
         total_s=total_s,
         weights_s=watch.seconds["weights"],
-        sizing_s=watch.seconds["sizing"] - (watch.seconds["compiling"] if batches is None else 0.0),
+        sizing_s=watch.seconds["sizing"] - watch.seconds["compiling"],
         compiling_s=watch.seconds["compiling"],
         engine_s=watch.seconds["engine"],
         imports_s=imports_s,

@@ -276,8 +276,7 @@ class Scheduler:
         """Plan one step: decodes, chunks of running prompts, and the groups that can be admitted."""
         budget = self.max_num_batched_tokens
         if feeds or (may_admit and len(num_draws) > 0):
-            # While the link brings blocks, the device computes prompts for nothing.
-            most_s = max(self.max_step_s, self._streaming.link_s(self.profile))
+            link_s = self._streaming.link_s(self.profile)  # the device computes prompts meanwhile for nothing
             budget = find_token_budget(
                 [1] * len(num_draws) + [feed.num_tokens for feed in feeds],
                 ((group.num_rows, group.prompt_len) for group in (self.line.waiting if may_admit else ())),
@@ -285,7 +284,7 @@ class Scheduler:
                 max_num_tokens=self.max_num_batched_tokens,
                 step_sizes=self.step_sizes,
                 least_prompt=self._chunk_unit,
-                most_beside=tokens_within(self.profile, most_s, longest_context(feeds)),
+                most_beside=tokens_within(self.profile, max(self.max_step_s, link_s), longest_context(feeds)),
             )
         plan = PlanBuilder(self.rows, self.shared_prefix, budget, copies, self._chunk_unit)
         plan.decode(decodes, num_draws)

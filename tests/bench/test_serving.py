@@ -23,7 +23,7 @@ from bench.serving import command
 from bench.serving import options as options_bench
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
 from bench.serving.figures import ExpertBytes, Figures, Floor, experts_of
-from bench.serving.profiling import profile_decode
+from bench.serving.profiling import time_decode
 from bench.serving.runs import Bench, TimeIsUp, sampling
 from bench.serving.scenarios import run_workload
 from bench.serving.sizes import QUICK
@@ -47,7 +47,7 @@ SIZES = replace(
     num_parallel=3,
     length_divisor=16,
     prompt_len=32,
-    decode_lens=(3, 7),
+    num_decoded=4,
     num_prefill=2,
     num_beam_prompts=2,
     beam_len=4,
@@ -330,16 +330,27 @@ def test_a_run_stops_at_the_deadline_with_what_it_has(bench, monkeypatch):
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_decode_steps_are_profiled_and_forgotten(bench, tmp_path):
     llm = bench.llm()
-    step = profile_decode(llm, prompts_of(4, 16), 5, 3, tmp_path)
-    assert step.num_steps == 3
-    assert step.step_us > 0
-    assert step.sampling_us is not None
-    assert step.host_us["enqueue"] > 0
+    times = time_decode(llm, prompts_of(4, 16), 5, 3, tmp_path)
+    assert times.breakdown is not None
+    assert times.breakdown.num_steps == 3
+    assert times.step_us == times.breakdown.step_us > 0
+    assert times.breakdown.sampling_us is not None
+    assert times.host_us["enqueue"] > 0
+    assert times.num_programs_compiled == 0
     assert not llm.engine.has_unfinished
     assert llm.stats().num_used_blocks == 0
     assert list(tmp_path.rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match="the pool is too small"):
-        profile_decode(bench.llm(num_blocks=13), prompts_of(4, 60), 2, 2, tmp_path)
+        time_decode(bench.llm(num_blocks=13), prompts_of(4, 60), 2, 2, tmp_path)
+
+
+def test_decode_steps_are_timed_without_a_profile_and_until_a_deadline(bench):
+    llm = bench.llm()
+    assert time_decode(llm, prompts_of(4, 16), 5, 0, None).breakdown is None
+    with pytest.raises(TimeIsUp):
+        time_decode(llm, prompts_of(4, 16), 5, 0, None, deadline=0.0)
+    assert not llm.engine.has_unfinished
+    assert llm.stats().num_used_blocks == 0
 
 
 def test_loading_runs_every_program_of_plain_steps(bench, monkeypatch):
