@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
+
+from pallas_kernels.rope_write import HeadNorms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,30 @@ def _check(ok: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}={value} is not valid for a layer: expected {expected}")
 
 
+class Projected(NamedTuple):
+    """Queries, K and V before their norms and rotation, for a memory that norms and rotates as it writes.
+
+    Args:
+        joined: on each device its query heads, then its heads of K, then those of V.
+        summands: so many arrays in float32, whose sum ``joined`` is before it is rounded; None if it is no such sum.
+        cos, sin: cosine and sine of each token's angles, as ``rotate`` takes them.
+        norms: norms of queries and K before the rotation; None for none.
+    """
+
+    joined: Float[Array, "tokens features"]
+    summands: Callable[[int], Float[Array, "count tokens features"] | None]
+    cos: Float32[Array, "tokens half"]
+    sin: Float32[Array, "tokens half"]
+    norms: HeadNorms | None
+
+
 class Source(NamedTuple):
-    """The origin of a layer's K and V, for a memory that keeps it in their place.
+    """The origin of a layer's queries, K and V, for a memory that makes or keeps them in its own way.
 
     Args:
         inputs: inputs of the projections of K and V for this step's tokens.
         project: K and V of any inputs, at the given positions of their sequences.
+        projected: the projections themselves, if they are joined and nothing but norms and a rotation follows.
     """
 
     inputs: Float[Array, "tokens hidden_size"]
@@ -66,6 +86,7 @@ class Source(NamedTuple):
         [Float[Array, "others hidden_size"], Int[Array, " others"]],
         tuple[Float[Array, "others num_kv_heads head_dim"], Float[Array, "others num_kv_heads head_dim"]],
     ]
+    projected: Projected | None = None
 
 
 class Attend(Protocol):

@@ -1,13 +1,15 @@
 """Steps through the real GPU compiler, for a GPU that is not there: no step copies the pool."""
 
 import math
+import re
 from fractions import Fraction
 
 import jax
 import pytest
 
+from jpaged.device.backends import hopper
 from jpaged.device.step.inputs import Bucket
-from tests.support.gpu_aot import absent_h200, compiled, programs_on, why_no_compiler
+from tests.support.gpu_aot import NUM_LAYERS, absent_h200, compiled, programs_on, why_no_compiler
 
 pytestmark = [
     pytest.mark.skipif(why_no_compiler() is not None, reason=str(why_no_compiler())),
@@ -80,9 +82,33 @@ def test_no_step_copies_the_weights_of_experts(mesh, shapes, bucket):
     assert memory.temp_size_in_bytes < min(math.prod(x.shape) * x.dtype.itemsize for x in experts) / 4
 
 
+def kernels_of_step(hlo: str) -> int:
+    """The kernels of the computation that runs the layers: that with the most kernels of ours."""
+    computations = re.split(r"^(?:ENTRY )?%[\w.-]+ \(.*$", hlo, flags=re.M)
+    layers = max(computations, key=lambda text: text.count('custom_call_target="mosaic_gpu'))
+    return len(re.findall(r" (?:fusion|custom-call|copy)\(", layers))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "bucket", "num_saved"),
+    [("llama3-8b", Bucket(16, 16), 1), ("qwen3-0.6b", Bucket(16, 16), 2), ("llama3-8b", Bucket(512, 32), 2)],
+)
+def test_norms_rope_and_write_are_one_kernel_of_each_layer(mesh, shapes, bucket, num_saved, monkeypatch):
+    """Norms, rope and write, which XLA would spread over two or three kernels; it sums few tokens' products in them."""
+
+    def compile_step() -> str:
+        programs = programs_on(mesh, shapes, 20_000, 0)
+        return compiled(programs, "forward", bucket).as_text()
+
+    hlo = compile_step()
+    assert len(re.findall(r' custom-call\(.*op_name="[^"]*/rope_write/', hlo)) == NUM_LAYERS
+    monkeypatch.setattr(hopper, "ROPE_KERNEL_TO", 0)
+    assert kernels_of_step(compile_step()) - kernels_of_step(hlo) >= NUM_LAYERS * num_saved
+
+
 @pytest.mark.parametrize("shapes", ["llama3-8b", "gemma3-27b"])
 def test_a_large_step_adds_and_norms_in_two_kernels_a_layer(mesh, shapes):
     """Gemma 3 has four norms in a layer."""
     program = compiled(programs_on(mesh, shapes, 2_000, 0), "forward", Bucket(512, 32))
     kernels = [line for line in program.as_text().splitlines() if "custom-call(" in line and "/add_rms_norm/" in line]
-    assert len(kernels) == 2 * 2
+    assert len(kernels) == 2 * NUM_LAYERS

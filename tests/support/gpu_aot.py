@@ -45,6 +45,9 @@ device_description_str: "NVIDIA H200"
 
 MAX_MODEL_LEN = 4096
 
+NUM_LAYERS = 2
+"""Layers of the models whose steps are compiled."""
+
 
 def why_no_compiler() -> str | None:
     """The reason why nothing can be compiled for GPUs here; None if it can."""
@@ -84,8 +87,8 @@ def programs_on(mesh: Mesh, shapes: str, num_blocks: int, num_host_blocks: int, 
         settings: settings of the engine.
     """
     model_config = load_config(CONFIGS / shapes)
-    windows = {"sliding_windows": given[:2]} if (given := getattr(model_config, "sliding_windows", ())) else {}
-    model_config = replace(model_config, num_layers=2, vocab_size=1024, **windows)
+    windows = {"sliding_windows": given[:NUM_LAYERS]} if (given := getattr(model_config, "sliding_windows", ())) else {}
+    model_config = replace(model_config, num_layers=NUM_LAYERS, vocab_size=1024, **windows)
     model = nnx.merge(*abstract_model(model_config, "bfloat16", mesh))
     fuse_projections(model)
     config = EngineConfig(max_num_seqs=32, max_num_batched_tokens=512, max_model_len=MAX_MODEL_LEN, **settings)

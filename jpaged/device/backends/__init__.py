@@ -9,13 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from jpaged.device.kv.pool import Blocks, KVCache
 from jpaged.models.layers.common import AddNorm
 from jpaged.models.layers.moe import Gated, GroupedProduct, Routes, Weights, compute_experts
-from jpaged.models.spec import LayerSpec
+from jpaged.models.spec import LayerSpec, Projected
 from jpaged.sharding import TENSOR_AXIS, pool_spec
+from pallas_kernels.rope_write import HeadNorms
 
 
 class Rows(NamedTuple):
@@ -36,6 +37,14 @@ class HeadArrays(NamedTuple):
 
     sinks: Float[Array, " num_heads"] | None = None
     alibi_slopes: Float[Array, " num_heads"] | None = None
+
+
+class Unrotated(NamedTuple):
+    """Queries, K and V before their norms and rotation; the fields are arguments of ``rope_write``."""
+
+    summands: Float[Array, "summands tokens features"]
+    angles: tuple[Float32[Array, "tokens half"], Float32[Array, "tokens half"]]
+    norms: HeadNorms | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,7 @@ class Backend:
         rows: Rows,
         head_arrays: HeadArrays,
         into: Float[Array, "tokens num_heads head_dim"] | None,
+        projected: Projected | None = None,
     ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
         """Store a layer's K and V, and attend over all of each row's context.
 
@@ -93,11 +103,14 @@ class Backend:
             rows: where the tokens lie in the pool.
             head_arrays: as the spec announces them.
             into: the result for an earlier layer, which nothing reads any more. Its memory may take the next result.
+            projected: the source of q, k and v, which a kernel may take in their place; None if there is none.
         """
         heads, pool, per_head = P(None, TENSOR_AXIS), pool_spec(), P(TENSOR_AXIS)
-        in_specs = (pool, heads, heads, heads, P(), per_head, heads)
+        unrotated = None if projected is None or rows.slots is None else self.unrotated(cache, projected)
+        own_features: Any = None if unrotated is None else Unrotated._make((P(None, None, TENSOR_AXIS), P(), P()))
+        in_specs = (pool, heads, heads, heads, P(), per_head, heads, own_features)
         run = self.on_each_device(partial(self._attend_own_heads, spec), in_specs, (heads, pool))
-        return run(cache, q, k, v, rows, head_arrays, into)
+        return run(cache, q, k, v, rows, head_arrays, into, unrotated)
 
     def _attend_own_heads(
         self,
@@ -109,10 +122,15 @@ class Backend:
         rows: Rows,
         head_arrays: HeadArrays,
         into: Float[Array, "tokens num_heads head_dim"] | None,
+        unrotated: Unrotated | None,
     ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
         """``attend`` with the heads of one device."""
         if rows.slots is not None:
-            cache = self.write(cache, spec.layer, k, v, rows.slots)
+            if unrotated is None:
+                cache = self.write(cache, spec.layer, k, v, rows.slots)
+            else:
+                summands, angles, norms = unrotated
+                q, cache = cache.rope_write(spec.layer, summands, angles, rows.slots, norms)
         out = cache.attend(
             spec.layer,
             q,
@@ -141,6 +159,11 @@ class Backend:
     ) -> KVCache:
         """``KVCache.write`` with the heads of one device."""
         return cache.write(layer, k, v, slots, self._writer(cache, len(k)))
+
+    def unrotated(self, cache: KVCache, projected: Projected) -> Unrotated | None:
+        """The heads that a kernel norms, rotates and writes, in place of ``write``; None if there is no such kernel."""
+        del cache, projected
+        return None
 
     def _writer(self, cache: KVCache, num_tokens: int) -> str | None:
         """The implementation of ``KVCache.write`` for so many tokens; None is XLA's."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jpaged.device.backends import Backend, HeadArrays, Rows
+from jpaged.device.backends import Backend, HeadArrays, Rows, Unrotated
 from jpaged.device.kv.pool import Blocks, KVCache
 from jpaged.models.layers.moe import GroupedProduct, Weights
 from jpaged.models.spec import LayerSpec
@@ -36,8 +36,9 @@ class TpuBackend(Backend):
         rows: Rows,
         head_arrays: HeadArrays,
         into: Float[Array, "tokens num_heads head_dim"] | None,
+        unrotated: Unrotated | None,
     ) -> tuple[Float[Array, "tokens num_heads head_dim"], KVCache]:
-        del into  # XLA chooses where results go
+        del into, unrotated  # XLA chooses where results go, and no kernel rotates
 
         out, pool, kv_scales = write_and_attend(
             q,

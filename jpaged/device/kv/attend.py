@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from jpaged.device.backends import Backend, HeadArrays, Rows
 from jpaged.device.kv.pool import KVCache
 from jpaged.device.step.inputs import StepInputs
-from jpaged.models.spec import LayerSpec, check_head_arrays
+from jpaged.models.spec import LayerSpec, Source, check_head_arrays
 
 
 def rows_of_groups(inputs: StepInputs, num_groups: int, *, reads_shared: bool = False) -> list[Rows]:
@@ -41,11 +41,21 @@ class PagedAttend:
         self._rows = rows
         self._backend = backend
         self._out: Array | None = None  # output of the layer before, which its output projection has read
+        self._source: Source | None = None
 
     @property
     def cache(self) -> KVCache:
         """The newest value of the cache."""
         return self._cache
+
+    def take_source(self, source: Source) -> None:
+        """Keep the source of the next layer's queries, K and V."""
+        self._source = source
+
+    def _taken_source(self) -> Source | None:
+        """The source that the layer has shown; no other layer may use it."""
+        source, self._source = self._source, None
+        return source
 
     def __call__(
         self,
@@ -62,7 +72,11 @@ class PagedAttend:
         return self._out
 
     def _attend(self, spec: LayerSpec, q: Array, k: Array, v: Array, head_arrays: HeadArrays) -> Array:
-        out, self._cache = self._backend.attend(self._cache, spec, q, k, v, self._rows, head_arrays, self._out)
+        source = self._taken_source()
+        projected = None if source is None else source.projected
+        out, self._cache = self._backend.attend(
+            self._cache, spec, q, k, v, self._rows, head_arrays, self._out, projected
+        )
         return out
 
 

@@ -22,6 +22,7 @@ from pallas_kernels import (
     write_kv_quantized,
 )
 from pallas_kernels.block_pool.layout import as_blocks, as_layers, shape_of
+from pallas_kernels.rope_write import HeadNorms, rope_write
 
 Blocks = (
     UInt[Array, "n num_layers 2 num_kv_heads block_size head_dim"] | UInt8[Array, "n num_layers 2 num_kv_heads bytes"]
@@ -116,6 +117,18 @@ class KVCache:
             return type(self)(write_kv(self.pool, layer, k, v, slots, implementation=implementation))
         written = write_kv_quantized(self.pool, self.kv_scales, layer, k, v, slots, implementation=implementation)
         return type(self)(*written)
+
+    def rope_write(
+        self,
+        layer: int,
+        projected: Float[Array, "summands tokens features"],
+        angles: tuple[Float32[Array, "tokens half"], Float32[Array, "tokens half"]],
+        slots: Int[Array, " tokens"],
+        norms: HeadNorms | None,
+    ) -> tuple[Float[Array, "tokens num_heads head_dim"], Self]:
+        """``pallas_kernels.rope_write`` into this cache, which is not quantised."""
+        q, pool = rope_write(self.pool, layer, projected, angles, slots, norms)
+        return q, type(self)(pool)
 
     def attend(
         self,

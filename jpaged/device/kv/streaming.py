@@ -111,14 +111,9 @@ class RecomputingAttend(StreamingAttend):
         self, cache: KVCache, rows: Rows, backend: Backend, stream: Stream, starts: Int[Array, " rows"]
     ) -> None:
         self._most = most_pages(stream.window, len(cache.pool))
-        self._source: Source | None = None
         super().__init__(cache, rows, backend, stream, starts)
         places = self._window.num_blocks, self._window.first
         self._pages = locate_pages(self._most, rows, starts, 2 * cache.block_size, *places)
-
-    def take_source(self, source: Source) -> None:
-        """Keep the source of the next layer's K and V."""
-        self._source = source
 
     def _arriving_cells(self, layer: int) -> range:
         num_cells = self._most.num_streamed * self._window.layers_at_once
@@ -138,8 +133,7 @@ class RecomputingAttend(StreamingAttend):
         return self._attend_in_view(spec, q, k, v, rows, head_arrays)
 
     def _require_source(self, layer: int) -> Source:
-        """The source that the layer has shown; no other layer may use it."""
-        source, self._source = self._source, None
+        source = self._taken_source()
         if source is None:
             raise ValueError(
                 f"layer {layer} does not show the source of its K and V, which model_config.shows_sources promises: "

@@ -4,6 +4,7 @@ Other families reuse its parts: a family's decoder layer names the attention and
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jpaged.models.layers.common import (
     ACTIVATIONS,
     Dtype,
     RMSNorm,
+    WideRMSNorm,
     check_activation,
     embed,
     linear,
@@ -25,7 +27,8 @@ from jpaged.models.layers.common import (
 )
 from jpaged.models.layers.fused import GATE_UP, QKV
 from jpaged.models.layers.rope import Angles, Rope, rotate
-from jpaged.models.spec import Attend, LayerSpec, Source, attend_from
+from jpaged.models.spec import Attend, LayerSpec, Projected, Source, attend_from
+from pallas_kernels.rope_write import HeadNorms
 
 MODEL_TYPES = {name: options.model_type for name, options in OPTIONS.items()}
 
@@ -189,11 +192,13 @@ class LlamaAttention(nnx.Module):
         angles: Angles | None,
         attend: Attend,
     ) -> Float[Array, "tokens hidden_size"]:
-        q, k, v = QKV.project(self, x)
+        joined = QKV.joined(self, x)
+        q, k, v = QKV.split(self, x, joined)
         q, k = self._rotated(q, "q_norm", angles), self._rotated(k, "k_norm", angles)
         v = split_heads(v, self.config.head_dim)
         sinks = self.sinks[...].astype(jnp.float32) if self.spec.sinks else None
-        out = attend_from(self._source(x), attend, self.spec, q, k, v, sinks)
+        source = self._source(x)._replace(projected=self._projected(x, joined, angles))
+        out = attend_from(source, attend, self.spec, q, k, v, sinks)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
     def _rotated(
@@ -208,6 +213,24 @@ class LlamaAttention(nnx.Module):
     ) -> Float[Array, "tokens heads head_dim"]:
         heads = split_heads(projected, self.config.head_dim)
         return heads if norm is None else norm(heads)
+
+    def _projected(
+        self,
+        x: Float[Array, "tokens hidden_size"],
+        joined: Float[Array, "tokens features"] | None,
+        angles: Angles | None,
+    ) -> Projected | None:
+        if joined is None or angles is None:
+            return None
+        return Projected(joined, partial(QKV.summands, self, x), *angles, self._head_norms())
+
+    def _head_norms(self) -> HeadNorms | None:
+        if not self.config.qk_norm:
+            return None
+        scales = self.q_norm.scale[...], self.k_norm.scale[...]
+        if isinstance(self.q_norm, WideRMSNorm):
+            return HeadNorms(*scales, self.q_norm.epsilon, self.q_norm.offset, rounds_first=False)
+        return HeadNorms(*scales, self.q_norm.epsilon)
 
     def _source(self, x: Float[Array, "tokens hidden_size"]) -> Source:
         project = QKV.select(self, ("k_proj", "v_proj"))

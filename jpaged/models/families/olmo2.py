@@ -49,6 +49,14 @@ class Olmo2Attention(LlamaAttention):
     ) -> Float[Array, "tokens heads head_dim"]:
         return split_heads(norm(projected), self.config.head_dim)
 
+    def _projected(
+        self,
+        x: Float[Array, "tokens hidden_size"],
+        joined: Float[Array, "tokens features"] | None,
+        angles: Angles | None,
+    ) -> None:
+        """The norms are over all heads, so that no head is normed by itself."""
+
 
 class Olmo2DecoderLayer(nnx.Module):
     def __init__(self, config: Olmo2Config, layer: int, *, dtype: Dtype, rngs: nnx.Rngs) -> None:

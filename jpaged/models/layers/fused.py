@@ -81,7 +81,33 @@ class FusedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens in_features"]) -> list[Float[Array, "tokens _"]]:
         """Project by all parts, in the order of the columns."""
-        return self.columns.split(_affine(x, self.kernel[...], None if self.bias is None else self.bias[...]))
+        return self.columns.split(self.joined(x))
+
+    def joined(self, x: Float[Array, "tokens in_features"]) -> Float[Array, "tokens features"]:
+        """Project by all parts, and leave their features joined."""
+        return _affine(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+    def summands(
+        self, x: Float[Array, "tokens in_features"], count: int
+    ) -> Float[Array, "count tokens features"] | None:
+        """The summands of ``joined`` in float32, each over as many input features.
+
+        Args:
+            x: the input.
+            count: number of summands.
+
+        Returns:
+            The summands; None if the input features do not divide into them, or if a bias comes after the sum.
+        """
+        if self.bias is not None or x.shape[1] % count:
+            return None
+        kernel = self.kernel[...]
+        return jax.lax.dot_general(
+            x.reshape(len(x), count, -1),
+            kernel.reshape(count, -1, kernel.shape[1]),
+            (((2,), (1,)), ((1,), (0,))),
+            preferred_element_type=jnp.float32,
+        )
 
     def select(self, parts: Sequence[str]) -> Projection:
         """A projection by the named parts only. Their columns are copied by this call, and not by that projection."""
@@ -114,9 +140,30 @@ class Fusible:
 
     def project(self, module: nnx.Module, x: Float[Array, "tokens in_features"]) -> list[Float[Array, "tokens _"]]:
         """Project ``x`` by each part of ``module``."""
-        if hasattr(module, self.name):
-            return getattr(module, self.name)(x)
+        return self.split(module, x, self.joined(module, x))
+
+    def split(
+        self,
+        module: nnx.Module,
+        x: Float[Array, "tokens in_features"],
+        joined: Float[Array, "tokens features"] | None,
+    ) -> list[Float[Array, "tokens _"]]:
+        """Split what ``joined`` has made of ``x`` into parts, and project ``x`` by each part if that is None."""
+        if joined is not None:
+            return getattr(module, self.name).columns.split(joined)
         return [getattr(module, part)(x) for part in self.parts]
+
+    def joined(
+        self, module: nnx.Module, x: Float[Array, "tokens in_features"]
+    ) -> Float[Array, "tokens features"] | None:
+        """Project ``x`` by all parts of ``module`` at once, as ``Columns`` orders them; None if they are not joined."""
+        return getattr(module, self.name).joined(x) if hasattr(module, self.name) else None
+
+    def summands(
+        self, module: nnx.Module, x: Float[Array, "tokens in_features"], count: int
+    ) -> Float[Array, "count tokens features"] | None:
+        """The summands of ``joined``, as ``FusedLinear.summands`` has them."""
+        return getattr(module, self.name).summands(x, count)
 
     def select(self, module: nnx.Module, parts: Sequence[str]) -> Projection:
         """The projection by the named parts of ``module`` only."""
