@@ -35,14 +35,18 @@ class _Arrivals:
         self._is_due = False  # a callback is on its way, and takes all that is appended before it begins
 
     def put(self, each: StepOutput | RequestStream) -> None:
-        """Send one to the loop; from any thread."""
+        """Send one to the loop; from any thread.
+
+        Raises:
+            RuntimeError: the loop is closed.
+        """
         self._waiting.append(each)
-        if self._is_due:
+        if self._is_due and not self._loop.is_closed():  # a loop that is closed takes nothing more
             return
         self._is_due = True
         try:
             self._loop.call_soon_threadsafe(self._notify, self)
-        except RuntimeError:  # the loop is closed
+        except RuntimeError:
             self._waiting.clear()
             self._is_due = False
             raise

@@ -11,6 +11,7 @@ import pytest
 
 from jpaged import LLM, AsyncLLM, BeamSearchParams, FinishReason, RequestOutput, RequestOutputKind, SamplingParams
 from jpaged.engine.detokenizer import TokenDecoder
+from jpaged.engine.dispatcher import Dispatcher
 from jpaged.engine.health import EngineDeadError, HealthState
 from jpaged.engine.outputs import StepOutput
 from jpaged.engine.request_stream import RequestStream
@@ -362,6 +363,25 @@ def test_one_event_loop_follows_another():
             assert output.outputs[0].token_ids
     finally:
         llm.shutdown()
+
+
+def test_a_loop_that_closes_while_outputs_wait_for_it_takes_no_more():
+    """The engine's thread then ends the requests, whose outputs would wait for ever."""
+    loop, dispatcher = asyncio.new_event_loop(), Dispatcher(fresh().engine)
+
+    async def bind() -> None:
+        with dispatcher.reserve("a"):
+            pass
+
+    try:
+        loop.run_until_complete(bind())
+        dispatcher._hand_over(StepOutput(num_tokens=1))
+        loop.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            dispatcher._hand_over(StepOutput(num_tokens=1))
+        assert not dispatcher._arrivals._waiting
+    finally:
+        dispatcher.thread.shutdown()
 
 
 def test_an_llm_gives_its_engine_away_once_it_has_no_requests():
