@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -17,6 +18,40 @@ Listener = Callable[[StepOutput], None]
 """Takes the output of every step, in the event loop: for metrics. Results of requests without a consumer are in it."""
 
 _log = logging.getLogger(__name__)
+
+
+class _Arrivals:
+    """Things on their way to an event loop. One callback takes all that wait, in order.
+
+    Args:
+        loop: the loop.
+        notify: called in the loop when things have come.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, notify: Callable[["_Arrivals"], None]) -> None:
+        self._loop = loop
+        self._notify = notify
+        self._waiting: deque[StepOutput | RequestStream] = deque()
+        self._is_due = False  # a callback is on its way, and takes all that is appended before it begins
+
+    def put(self, each: StepOutput | RequestStream) -> None:
+        """Send one to the loop; from any thread."""
+        self._waiting.append(each)
+        if self._is_due:
+            return
+        self._is_due = True
+        try:
+            self._loop.call_soon_threadsafe(self._notify, self)
+        except RuntimeError:  # the loop is closed
+            self._waiting.clear()
+            self._is_due = False
+            raise
+
+    def take(self) -> Iterator[StepOutput | RequestStream]:
+        """Those that wait now; in the loop."""
+        self._is_due = False
+        for _ in range(len(self._waiting)):
+            yield self._waiting.popleft()
 
 
 class Dispatcher:
@@ -35,6 +70,7 @@ class Dispatcher:
     def __init__(self, engine: Engine) -> None:
         self.listeners: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._arrivals: _Arrivals | None = None  # of that loop
         self._request_ids: set[str] = set()  # in use
         self._streams: dict[str, RequestStream] = {}  # of the requests that the engine has
         self._ended: list[asyncio.Future[None]] = []  # the tasks that wait for the end
@@ -73,12 +109,13 @@ class Dispatcher:
             ValueError: the engine refuses the request.
             EngineDeadError: no more requests are taken.
         """
-        loop, stream = self._bind(), RequestStream(request, self._drop, max_unread_tokens)
+        self._bind()
+        arrivals, stream = self._arrivals, RequestStream(request, self._drop, max_unread_tokens)
 
         def register(added: Future[None]) -> None:
             # In the engine's thread: outputs of an earlier request of this id are on their way to the loop before this.
-            if not added.cancelled() and added.exception() is None:
-                loop.call_soon_threadsafe(self._register, stream)
+            if arrivals is not None and not added.cancelled() and added.exception() is None:
+                arrivals.put(stream)
 
         added = self.thread.add(request, is_streamed=request.params.output_kind is not RequestOutputKind.FINAL_ONLY)
         added.add_done_callback(register)
@@ -105,15 +142,27 @@ class Dispatcher:
             self.thread.drop(self._request_ids)
             self._request_ids = set()
             self._streams.clear()
-            self._loop = loop
+            self._loop, self._arrivals = loop, _Arrivals(loop, self._take)
         return loop
 
     def _hand_over(self, output: StepOutput) -> None:
         """Give an output to the loop; called in the engine's thread."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._distribute, output)
+        if self._arrivals is not None:
+            self._arrivals.put(output)
 
-    def _distribute(self, output: StepOutput) -> None:
+    def _take(self, arrivals: _Arrivals) -> None:
+        """Take what has arrived, and then let each consumer read all of its own at once."""
+        gained: dict[RequestStream, None] = {}
+        for each in arrivals.take():
+            if isinstance(each, RequestStream):
+                self._register(each)
+            else:
+                self._distribute(each, gained)
+        for stream in gained:
+            stream.wake()
+
+    def _distribute(self, output: StepOutput, gained: dict[RequestStream, None]) -> None:
+        """Give an output to its streams; those with deltas enter ``gained``."""
         for listener in self.listeners:
             try:
                 listener(output)
@@ -126,8 +175,10 @@ class Dispatcher:
                 stream.num_cached_tokens = first.num_cached_tokens
         for delta in output.deltas:
             stream = streams.get(delta.request_id)
-            if stream is not None and not stream.take(delta, self._num_outputs):
-                self._drop(delta.request_id)
+            if stream is not None:
+                gained[stream] = None
+                if not stream.take(delta, self._num_outputs):
+                    self._drop(delta.request_id)
         for result in output.finished:
             if (stream := streams.get(result.request_id)) is not None:
                 self._release(result.request_id)

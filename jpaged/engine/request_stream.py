@@ -140,7 +140,7 @@ class RequestStream:
         is_open = not self._is_over and self._end is None
         self._unread.clear()
         self._end, self._is_over = None, True
-        self._wake()
+        self.wake()
         if is_open:
             self._close(self.request_id)
 
@@ -187,6 +187,11 @@ class RequestStream:
         )
 
     @property
+    def goes_on(self) -> bool:
+        """Whether neither an end nor an error was taken."""
+        return self._end is None and not self._is_over
+
+    @property
     def is_over(self) -> bool:
         """Whether nothing is left to read."""
         return self._is_over
@@ -194,7 +199,7 @@ class RequestStream:
     # For the hand-over --------------------------------------------------------------------------------------------
 
     def take(self, delta: CompletionDelta, step: int) -> bool:
-        """Take a delta that step number ``step`` brought.
+        """Take a delta that step number ``step`` brought. The consumer learns of it with ``wake``.
 
         Returns:
             False if the consumer has left too much unread: the stream has ended then.
@@ -203,7 +208,6 @@ class RequestStream:
             self._unread_since = step
         self._unread.append(delta)
         self._num_unread_tokens += len(delta.token_ids)
-        self._wake()
         if self._num_unread_tokens <= self.max_unread_tokens or step == self._unread_since:
             return True
         self.break_off(
@@ -215,7 +219,7 @@ class RequestStream:
     def finish(self, end: RequestOutput | BaseException) -> None:
         """Take the result, or the error to raise."""
         self._end = end
-        self._wake()
+        self.wake()
 
     def break_off(self, reason: FinishReason, error: str) -> None:
         """End without the engine's result: the completions stay as they are, unread tokens included."""
@@ -228,7 +232,8 @@ class RequestStream:
         outputs = [completion.output(index) for index, completion in self._completions.items()]
         self.finish(self._output(outputs, error=error))
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let the consumer read what was taken."""
         if self.on_arrival is not None:
             self.on_arrival()
         if self._reader is not None and not self._reader.done():

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jpaged.request import RequestOutput
+from jpaged.server.connections import DIRECT_BODY, DirectBody
 from jpaged.server.errors import ApiError, engine_deaths, own_mistake
 from jpaged.server.opening import Opening
 from jpaged.server.protocol.sampling import GenerationBody
@@ -51,7 +52,7 @@ class Answer:
         try:
             async with until_client_leaves(receive):
                 if self._body.is_streamed:
-                    await self._stream(send)
+                    await self._stream(send, scope.get("state", {}).get(DIRECT_BODY))
                 else:
                     response = await self._whole()
                     await response(scope, receive, send)
@@ -72,9 +73,9 @@ class Answer:
     def _content(self, results: Sequence[RequestOutput]) -> bytes:
         return orjson.dumps(self._form.whole(results))
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, direct: DirectBody | None) -> None:
         options = self._body.stream_options
-        events = EventStream(send, self._headers)
+        events = EventStream(send, self._headers, direct)
         with self._server.pulse.watching(events):
             try:
                 async with self._server.open(self._call) as opening:

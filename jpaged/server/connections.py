@@ -5,6 +5,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -234,6 +235,58 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 _RETRY = {"retry-after": "1"}
+
+
+class DirectBody:
+    """Writes parts of a body to the connection at once: a stream has a part for each token.
+
+    All middleware looks at the start of a response alone, and uvicorn's ``send`` does no more for a part of a chunked
+    body whose peer reads.
+
+    Args:
+        cycle: the request and its response.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a part can be written: the response has started and not ended, and the peer reads it."""
+        cycle = self._cycle
+        is_open = cycle.response_started and not cycle.response_complete and not cycle.disconnected
+        return bool(is_open and cycle.chunked_encoding and not cycle.flow.write_paused)
+
+    def write(self, part: bytes) -> None:
+        """Write a part, of a byte at least, while ``is_ready``."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+
+DIRECT_BODY = "direct_body"
+"""The name of a request's ``DirectBody`` in its state."""
+
+
+class DirectBodies:
+    """ASGI middleware: sets ``DIRECT_BODY`` for requests of uvicorn. It belongs outside of all others.
+
+    Args:
+        app: the app, with all other middleware.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cycle = getattr(send, "__self__", None)
+        if not isinstance(cycle, RequestResponseCycle) or scope["method"] == "HEAD":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state[DIRECT_BODY] = DirectBody(cycle)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            del state[DIRECT_BODY]  # or the request would be a cycle, which only a collection frees
 
 
 def limited(limits: ConnectionLimits) -> type[GuardedProtocol]:

@@ -25,7 +25,7 @@ from jpaged.async_llm import AsyncLLM
 from jpaged.engine.health import HealthState
 from jpaged.interpreter import short_switches
 from jpaged.server.app import create_app
-from jpaged.server.connections import ConnectionLimits, limited
+from jpaged.server.connections import ConnectionLimits, DirectBodies, limited
 from jpaged.server.dashboard.routes import OPEN_PATHS, page_routes
 from jpaged.server.errors import HANDLERS, ApiError
 from jpaged.server.guard import Guard, guard_rules
@@ -295,7 +295,7 @@ def uvicorn_config(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
         num_connections=settings.max_connections,
     )
     return uvicorn.Config(
-        app,
+        DirectBodies(app),
         http=limited(limits),
         ws="none",
         lifespan="off",

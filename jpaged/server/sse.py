@@ -12,6 +12,7 @@ from starlette.types import Send
 
 from jpaged.engine.request_stream import RequestStream
 from jpaged.request import CompletionDelta, ErrorCause, FinishReason, RequestOutput
+from jpaged.server.connections import DirectBody
 from jpaged.server.errors import CANCELLED_STATUS, ApiError
 from jpaged.server.opening import Opening
 from jpaged.server.protocol.results import usage, without_tokens
@@ -92,10 +93,12 @@ class EventStream:
     Args:
         send: takes ASGI's messages.
         headers: headers beside those of every stream.
+        direct: writes events past ``send``; None where the server has nothing of the kind.
     """
 
-    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+    def __init__(self, send: Send, headers: dict[str, str], direct: DirectBody | None = None) -> None:
         self._send = send
+        self._direct = direct
         self._headers = [(name.encode(), value.encode()) for name, value in (_HEADERS | headers).items()]
         self._loop = asyncio.get_running_loop()
         self._last_sent = self._loop.time()
@@ -107,6 +110,18 @@ class EventStream:
         """Send a comment if nothing was sent for ``after_s`` seconds."""
         if not self._is_sending and self._loop.time() - self._last_sent >= after_s:
             self._comment = asyncio.ensure_future(self._write(KEEP_ALIVE, more=True))
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether ``write_now`` can send: the response has started, nothing is being sent, and the peer reads."""
+        direct = self._direct
+        return direct is not None and self._comment is None and not self._is_sending and direct.is_ready
+
+    def write_now(self, events: bytes) -> None:
+        """Send events without waiting, while ``is_direct``."""
+        assert self._direct is not None
+        self._direct.write(events)
+        self._last_sent = self._loop.time()
 
     async def write(self, events: bytes) -> None:
         """Send events."""
@@ -154,11 +169,18 @@ class EventStream:
 class Reader:
     """Reads the streams of one call, as they open and have something to read.
 
+    While a task waits in ``read``, deltas of a call of one prompt are sent as they arrive, and the task waits on.
+
     Args:
         opening: the streams.
+        events: the response.
+        encoder: makes events of deltas.
     """
 
-    def __init__(self, opening: Opening) -> None:
+    def __init__(self, opening: Opening, events: EventStream, encoder: "Encoder") -> None:
+        self._events = events
+        self._encoder = encoder
+        self._is_single = len(opening) == 1
         self._streams: dict[int, RequestStream] = {}
         self._ready: dict[int, None] = {}
         self._error: BaseException | None = None  # of a prompt that was refused
@@ -188,8 +210,21 @@ class Reader:
 
     def _add(self, number: int, stream: RequestStream) -> None:
         self._streams[number] = stream
-        stream.on_arrival = partial(self._note, number)
+        stream.on_arrival = partial(self._pass_on, stream) if self._is_single else partial(self._note, number)
         self._note(number)  # something may have come before
+
+    def _pass_on(self, stream: RequestStream) -> None:
+        """Send what the only stream brings, or let the task do it."""
+        is_waiting = self._waiter is not None and not self._waiter.done()
+        if not (is_waiting and stream.goes_on and self._events.is_direct):
+            self._note(0)
+            return
+        try:
+            deltas, _ = stream.read_now()
+            if encoded := self._encoder.encode(0, deltas):
+                self._events.write_now(b"".join(encoded))
+        except Exception as error:
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         self._error = error
@@ -283,7 +318,7 @@ async def send_events(events: EventStream, opening: Opening, encoder: Encoder) -
         ApiError: a prompt was refused, or ended without its result.
         EngineDeadError: the engine has ended.
     """
-    reader, num_open = Reader(opening), len(opening)
+    reader, num_open = Reader(opening, events, encoder), len(opening)
     while True:
         encoded: list[bytes] = []
         for number, deltas, end in await reader.read():

@@ -12,6 +12,7 @@ import pytest
 from jpaged import LLM, AsyncLLM, BeamSearchParams, FinishReason, RequestOutput, RequestOutputKind, SamplingParams
 from jpaged.engine.detokenizer import TokenDecoder
 from jpaged.engine.health import EngineDeadError, HealthState
+from jpaged.engine.outputs import StepOutput
 from jpaged.engine.request_stream import RequestStream
 from jpaged.engine.snapshot import BlockUse
 from jpaged.engine.stats import EngineStats
@@ -380,6 +381,33 @@ def test_it_is_made_with_the_arguments_of_an_llm():
     assert inspect.signature(AsyncLLM.__init__) == inspect.signature(LLM.__init__)
     with pytest.raises(ValueError, match="block_size=0"):
         AsyncLLM(block_size=0, use_tqdm=False)
+
+
+def test_what_waits_for_a_busy_loop_is_read_at_once_and_in_order():
+    def delta(token_id):
+        return StepOutput(deltas=[CompletionDelta("a", 0, "b", [token_id])])
+
+    async def task(llm):
+        dispatcher, seen = llm._dispatcher, []
+        async with await llm.open("x = 1", replace(LONG, output_kind=DELTA), "other") as other:
+            await anext(other)  # the loop is known
+            stream = RequestStream(Request("a", "x", [1], GREEDY, 0), lambda name: None, 8)
+            stream.on_arrival = lambda: seen.append([delta.token_ids for delta in stream.read_now()[0]])
+            dispatcher._hand_over(delta(1))  # of an earlier request of this id
+            dispatcher._arrivals.put(stream)
+            dispatcher._hand_over(delta(2))
+            dispatcher._hand_over(delta(3))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert seen == [[[2], [3]]]
+            dispatcher._hand_over(delta(4))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert seen == [[[2], [3]], [[4]]]
+            dispatcher._release("a")
+        await idle(llm)
+
+    serve(task)
 
 
 def test_one_step_may_bring_more_than_may_be_left_unread():

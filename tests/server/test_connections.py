@@ -1,18 +1,29 @@
 """Connections that are slow, idle or send too much end; all others are served meanwhile."""
 
 import asyncio
+import logging
 import re
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from jpaged.server.connections import MAX_PIPELINED, ConnectionLimits, GuardedProtocol, limited
+from jpaged.server.connections import (
+    DIRECT_BODY,
+    MAX_PIPELINED,
+    ConnectionLimits,
+    DirectBodies,
+    DirectBody,
+    GuardedProtocol,
+    limited,
+)
 
 TIMEOUT_S = 300
 """Only a failing test waits for so long."""
@@ -322,3 +333,62 @@ def test_connections_are_counted():
         assert all(peer.read_response() for peer in peers)
         assert status(Peer(port).read()) == 503
         Peer.close_all()
+
+
+def test_a_part_written_directly_is_the_part_that_uvicorn_sends():
+    written = []
+
+    def begun(method="GET"):
+        transport = SimpleNamespace(write=written.append, close=lambda: None)
+        flow = FlowControl(transport)  # pyright: ignore[reportArgumentType]
+        log, event = logging.getLogger("test"), asyncio.Event()
+        scope = {"type": "http", "method": method}
+        options = {"expect_100_continue": False, "keep_alive": True, "on_response": lambda: None}
+        cycle = RequestResponseCycle(scope, transport, flow, log, log, False, [], event, **options)  # pyright: ignore
+        return cycle, DirectBody(cycle)
+
+    async def task():
+        cycle, direct = begun()
+        assert not direct.is_ready, "no response has started"
+        await cycle.send({"type": "http.response.start", "status": 200, "headers": []})
+        assert direct.is_ready
+        written.clear()
+        part = b"data: 1\n\n" * 30
+        await cycle.send({"type": "http.response.body", "body": part, "more_body": True})
+        direct.write(part)
+        assert written[0] == written[1]
+        cycle.flow.pause_writing()
+        assert not direct.is_ready, "the peer does not read"
+        cycle.flow.resume_writing()
+        assert direct.is_ready
+        await cycle.send({"type": "http.response.body", "body": b"", "more_body": False})
+        assert not direct.is_ready, "the response has ended"
+        cycle, direct = begun()
+        await cycle.send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        assert not direct.is_ready, "the body is in one piece"
+        cycle, direct = begun()
+        await cycle.send({"type": "http.response.start", "status": 200, "headers": []})
+        cycle.disconnected = True
+        assert not direct.is_ready, "the peer has left"
+
+    asyncio.run(task())
+
+
+@pytest.mark.parametrize(("method", "is_direct"), [("POST", True), ("HEAD", False)])
+def test_the_direct_way_is_there_while_a_request_with_a_body_is_served(method, is_direct):
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(DIRECT_BODY in scope.get("state", {}))
+
+    class Cycle(RequestResponseCycle):
+        def __init__(self):
+            pass
+
+    async def task():
+        scope = {"type": "http", "method": method, "state": {}}
+        await DirectBodies(app)(scope, None, Cycle().send)  # pyright: ignore[reportArgumentType]
+        assert scope["state"] == {}
+
+    asyncio.run(task())
+    assert seen == [is_direct]

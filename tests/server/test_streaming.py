@@ -2,10 +2,22 @@
 
 import asyncio
 import json
+from typing import ClassVar
 
 import pytest
 
+from jpaged.engine.request_stream import RequestStream
+from jpaged.request import (
+    CompletionDelta,
+    CompletionOutput,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 from jpaged.server import ServerSettings, create_app
+from jpaged.server.opening import Opening
+from jpaged.server.sse import DONE, KEEP_ALIVE, Encoder, EventStream, send_events
 from tests.server.conftest import events
 
 PROMPT = "def add(a, b):"
@@ -116,6 +128,101 @@ def test_silent_streams_get_comments_before_their_first_token(served):
     content = served.run(task())
     assert content.startswith(b": keep-alive\n\n")
     assert ends(events(content)) == {0: "length"}
+
+
+class Direct:
+    """A connection that a stream writes to without waiting, unless ``is_ready`` is off."""
+
+    def __init__(self):
+        self.is_ready, self.parts = True, []
+
+    def write(self, part):
+        self.parts.append(part)
+
+
+class TextForm:
+    """Events of nothing but text."""
+
+    chunk_head: ClassVar[dict] = {"id": "x"}
+    text_frame = b'"text":', b""
+    needs_choice = False
+
+    def first_choices(self, number, index):
+        return []
+
+    def choice(self, index, delta):
+        return {"index": index, "text": delta.text, "end": delta.finish_reason}
+
+
+def test_deltas_are_sent_as_they_arrive_and_past_a_slow_reader_by_the_task_alone():
+    params, direct, sent = SamplingParams(max_tokens=9), Direct(), []
+    streams = [RequestStream(Request("a", "x", [1], params, 0), lambda name: None, 8)]
+
+    async def open_one(number):
+        return streams[number]
+
+    async def send(message):
+        sent.append(message.get("body"))
+
+    async def turns():
+        for _ in range(9):
+            await asyncio.sleep(0)
+
+    def arrive(text, reason=None):
+        streams[0].take(CompletionDelta("a", 0, text, [1], reason), 1)
+        if reason is not None:
+            streams[0].finish(RequestOutput("a", "x", [1], [CompletionOutput(0, "", [1], 0.0, None, reason)]))
+        streams[0].wake()
+
+    async def task():
+        opening = Opening(1, open_one, lambda: None)
+        events = EventStream(send, {}, direct)
+        options = {"include_usage": False, "tells_usage_always": False, "hides_tokens": False}
+        encoder = Encoder(TextForm(), opening, 1, 1, **options)
+        sending = asyncio.ensure_future(send_events(events, opening, encoder))
+        direct.is_ready = False  # no response has started
+        await turns()
+        arrive("a")
+        await turns()
+        direct.is_ready = True
+        assert (sent, direct.parts) == ([None, event("a")], [])
+        arrive("b")
+        arrive("c")
+        assert direct.parts == [event("b"), event("c")], "no turn of the loop was taken"
+        events.keep_alive(0.0)
+        arrive("d")
+        await turns()
+        assert sent[2:] == [KEEP_ALIVE, event("d")]
+        direct.is_ready = False
+        arrive("e")
+        await turns()
+        direct.is_ready = True
+        arrive("f", FinishReason.STOP)
+        await sending
+        await opening.close()
+        assert sent[4:] == [event("e"), b'data: {"id":"x","choices":[{"index":0,"text":"f","end":"stop"}]}\n\n' + DONE]
+        assert len(direct.parts) == 2
+
+    def event(text):
+        return b'data: {"id":"x","choices":[{"index":0,"text":"%b"}]}\n\n' % text.encode()
+
+    asyncio.run(task())
+
+
+def test_events_past_the_middleware_are_those_of_other_servers(served):
+    """A server other than ours has no direct way to its connections."""
+    body = {"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "stream": True, "stop": "never seen"}
+    [direct, through] = [[], []]
+
+    async def task():
+        async with served.client() as client:
+            response = await client.post("/v1/completions", json=body)
+            return events(response.content)
+
+    for chunks, into in ((stream(served, **body), direct), (served.run(task()), through)):
+        for chunk in chunks:
+            into.append({key: value for key, value in chunk.items() if key not in ("id", "created")})
+    assert direct == through
 
 
 def test_refused_streams_have_a_status(served):
