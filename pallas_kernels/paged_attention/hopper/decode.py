@@ -121,14 +121,15 @@ def _fit_float16(
     q: Float[Array, "tokens num_heads head_dim"], shape: DecodeShape
 ) -> tuple[Float[Array, "tokens num_heads head_dim"], Float[Array, "tokens num_kv_heads columns"]]:
     """Queries in float16 whatever their range, and the powers of two that restore their range."""
-    largest = jnp.abs(q).max(axis=2).astype(jnp.float32)
-    _, exponent = jnp.frexp(largest)
+    grouped = q.reshape(-1, shape.num_kv_heads, shape.group, shape.head_dim)
+    padded = jnp.pad(grouped, ((0, 0), (0, 0), (0, shape.columns - shape.group), (0, 0)))
+    # XLA computes nothing behind a reduction in its kernel. So this takes the exponents, as bits, before the largest.
+    exponents = lax.bitcast_convert_type(padded.astype(jnp.float32), jnp.int32) & 0x7F800000
     # These powers of two and their reciprocals are normal numbers: compilers divide by multiplying by reciprocals.
-    exponent = jnp.clip(exponent, -126, 126)
-    scales = jnp.ldexp(jnp.float32(1), jnp.where(jnp.isfinite(largest), exponent, 0))
-    grouped = scales.reshape(-1, shape.num_kv_heads, shape.group)
-    padded = jnp.pad(grouped, ((0, 0), (0, 0), (0, shape.columns - shape.group)), constant_values=1)
-    return (q.astype(jnp.float32) / scales[:, :, None]).astype(jnp.float16), padded
+    exponents = jnp.clip(exponents, *(127 + power << 23 for power in (-126, 126)))
+    scales = lax.bitcast_convert_type(exponents.max(axis=3), jnp.float32)
+    fitting = grouped.astype(jnp.float32) / scales[:, :, : shape.group, None]
+    return fitting.astype(jnp.float16).reshape(q.shape), scales
 
 
 def _attend(
