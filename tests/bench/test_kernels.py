@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -335,7 +336,7 @@ def test_check_command_prints_every_case_and_fails_if_one_is_wrong(monkeypatch, 
     assert "WRONG: error above 0.01" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["copy_blocks_7", "write_kv_37", "write_kv_quantized_37_int8"])
+@pytest.mark.parametrize("name", ["copy_blocks_7", "write_kv_37", "write_kv_quantized_37_int8", "rope_write_37_4"])
 def test_check_of_writes_finds_one_wrong_element(name, monkeypatch):
     monkeypatch.setattr(check_writes, "NUM_BLOCKS", 24)
     find_problem = dict(check_writes.cases())[name]
@@ -347,17 +348,24 @@ def test_check_of_writes_finds_one_wrong_element(name, monkeypatch):
             out = run(pool, *args, **options)
             if next(num_calls) != 2 * (check_writes.NUM_REPEATS - 1):  # ours, of the last repeat
                 return out
-            first = out[0] if isinstance(out, tuple) else out
-            first = first.at[3, 1, 1, 2, 5, 7].add(1)
-            return (first, *out[1:]) if isinstance(out, tuple) else first
+            arrays = out if isinstance(out, tuple) else (out,)
+            arrays = [array.at[3, 1, 1, 2, 5, 7].add(1) if array.ndim == 6 else array for array in arrays]
+            return tuple(arrays) if isinstance(out, tuple) else arrays[0]
 
         return spoil
 
-    for write in ("_copy", "_write", "_write_quantized"):
+    for write in ("_copy", "_write", "_write_quantized", "_rope_write_plainly"):
         monkeypatch.setattr(check_writes, write, spoiled(getattr(check_writes, write)))
     problem = find_problem("xla")
     assert problem is not None
     assert problem.startswith("1 of ")
+
+
+@pytest.mark.parametrize("num_summands", [1, check_writes.NUM_SUMMANDS])
+def test_check_of_norms_and_rotation_takes_the_kernel_for_right(num_summands, monkeypatch):
+    monkeypatch.setattr(check_writes, "NUM_BLOCKS", 24)
+    monkeypatch.setattr(check_writes, "rope_write", partial(check_writes.rope_write, interpret=True))
+    assert dict(check_writes.cases())[f"rope_write_1_{num_summands}"]("hopper") is None
 
 
 # Table
