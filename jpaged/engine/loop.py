@@ -365,6 +365,7 @@ def _placement(runner: ModelRunner, config: EngineConfig) -> Placement:
         runner.num_window_blocks,
         runner.max_streamed_blocks,
         num_together=blocks_moved_together(layer_bytes, max_blocks),
+        keeps_activations=runner.programs.keeps_activations,
     )
 
 

@@ -178,9 +178,12 @@ class Streaming:
     # Plans --------------------------------------------------------------------------------------------------------
 
     def link_s(self, profile: MachineProfile | None) -> float:
-        """Seconds in which the host blocks of all streamed sequences arrive: a step of them takes no less."""
+        """Seconds in which the host blocks of all streamed sequences arrive, and the device waits for them.
+
+        Where they hold activations, the device makes K and V of them meanwhile, and has no time for more.
+        """
         members = self.members
-        if not members or profile is None:
+        if not members or profile is None or self._blocks.placement.keeps_activations:
             return 0.0
         num_blocks = sum([len(self._holding(seq).host_blocks) for _, seq in members])
         return num_blocks * profile.block_bytes / profile.from_host.bytes_per_s

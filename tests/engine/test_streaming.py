@@ -135,6 +135,7 @@ def test_tokens_do_not_depend_on_what_blocks_hold(temperature):
     sizes = {"num_blocks": 48, "num_host_blocks": 24}
     kept, computed = (engine_over_many_heads(kv_placement=placement, **sizes) for placement in ("device", "host"))
     assert computed.runner.programs.keeps_activations
+    assert computed.scheduler.blocks.placement.keeps_activations
     params = {"max_tokens": 20, "temperature": temperature}
     expected = outputs(kept, PROMPTS, **params)
     assert outputs(computed, PROMPTS, **params) == expected

@@ -24,10 +24,11 @@ def make(
     most: int = 64,
     budget: int = 16,
     num_together: int = 1,
+    keeps_activations: bool = False,
     **settings,
 ) -> FakeDevice:
     """A device with so many blocks of 4 tokens beside the window."""
-    placement = Placement(kind, WINDOW, most, num_together)
+    placement = Placement(kind, WINDOW, most, num_together, keeps_activations)
     return make_device(
         1 + WINDOW + num_blocks, num_host_blocks=num_host_blocks, budget=budget, placement=placement, **settings
     )
@@ -276,10 +277,12 @@ def test_blocks_that_the_device_caches_stay_there_or_move_to_the_host_first(kind
     finish_all(device, group)
 
 
-@pytest.mark.parametrize(("bytes_per_s", "chunk"), [(1e3, 15), (1e9, 4)])
-def test_a_prompt_gets_the_time_in_which_the_link_brings_the_blocks_of_others(bytes_per_s, chunk):
-    """2 ms a token of 10 allowed; 2 blocks of 1,000 bytes take 2 s of a slow link."""
-    device = make(num_blocks=24)
+@pytest.mark.parametrize(
+    ("bytes_per_s", "keeps_activations", "chunk"), [(1e3, False, 15), (1e9, False, 4), (1e3, True, 4)]
+)
+def test_a_prompt_gets_the_time_in_which_the_link_brings_the_blocks_of_others(bytes_per_s, keeps_activations, chunk):
+    """2 ms a token of 10 allowed; 2 blocks of 1,000 bytes take 2 s of a slow link, in which the device has time."""
+    device = make(num_blocks=24, keeps_activations=keeps_activations)
     scheduler = device.scheduler
     link = Link(0.0, bytes_per_s, bytes_per_s)
     scheduler.profile = MachineProfile(1000, link, link, (), 0.002, 0.002, 0.0, 0.0, 0.0)

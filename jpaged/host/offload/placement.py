@@ -29,12 +29,14 @@ class Placement:
         max_streamed_blocks: host blocks that one step can stream at most.
         num_together: blocks of a sequence that move to the host at once, unless the device lacks blocks: neighbours
             there, which every step copies in one piece.
+        keeps_activations: whether blocks on the host hold activations, from which every step computes K and V.
     """
 
     kind: str = "device"
     num_window_blocks: int = 0
     max_streamed_blocks: int = 0
     num_together: int = 1
+    keeps_activations: bool = False
 
 
 KV_ON_DEVICE = Placement()
