@@ -131,6 +131,8 @@ def test_restores_are_those_of_the_result_files():
         assert (restore["num_tokens"], restore["num_decodes"]) == (8000, 0)
         times = [f"{restore['ways'][way]['restore_ms']:.1f}" for way in ("swap", "recompute", "both", "auto")]
         assert table[name] == [*times, f"{restore['gain_of_both']:.2f}"]
+        assert (restore["num_tokens_compared"], restore["are_tokens_equal"]) == (24, name == "opt-13b")
+    assert "opt-13b draws the same 24 tokens. Those of llama3-8b are not all the same" in README
 
 
 def test_shared_prefixes_and_prompts_over_8_bit_pools_are_those_of_the_result_file():
