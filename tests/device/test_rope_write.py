@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jpaged.device.backends import Backend, Rows, hopper
-from jpaged.device.backends.hopper import ROPE_KERNEL_TO, HopperBackend
+from jpaged.device.backends.hopper import HopperBackend
 from jpaged.device.backends.xla import XlaBackend
 from jpaged.device.kv import pool as kv_cache
 from jpaged.device.kv.attend import PagedAttend
@@ -34,6 +34,12 @@ LLAMA = LlamaConfig(
     rope=Rope(16, 10000.0, 64),
 )
 NUM_TOKENS = 16  # the fewest whose summands the kernel adds
+MOST_TOKENS = 512
+
+
+@pytest.fixture(autouse=True)
+def _turned_on(monkeypatch):
+    monkeypatch.setattr(hopper, "ROPE_KERNEL_TO", MOST_TOKENS)
 
 
 class WritesWithTheKernel(HopperBackend):
@@ -136,7 +142,7 @@ def a_cache(dtype=jnp.bfloat16) -> KVCache:
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_summands"),
-    [(1, 1), (15, 1), (16, 4), (128, 4), (129, 1), (ROPE_KERNEL_TO, 1), (ROPE_KERNEL_TO + 1, None)],
+    [(1, 1), (15, 1), (16, 4), (128, 4), (129, 1), (MOST_TOKENS, 1), (MOST_TOKENS + 1, None)],
 )
 def test_the_kernel_runs_for_steps_of_few_tokens(num_tokens, num_summands):
     unrotated = HopperBackend("").unrotated(a_cache(), projected(num_tokens))
@@ -159,6 +165,6 @@ def test_other_steps_stay_with_xla(backend, cache, heads):
     assert backend.unrotated(cache, heads) is None
 
 
-def test_one_constant_turns_the_kernel_off(monkeypatch):
-    monkeypatch.setattr(hopper, "ROPE_KERNEL_TO", 0)
+def test_the_kernel_is_off_by_default(monkeypatch):
+    monkeypatch.undo()
     assert HopperBackend("").unrotated(a_cache(), projected(1)) is None
