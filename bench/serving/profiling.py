@@ -49,10 +49,10 @@ def time_decode(
         prompts: no more than rows, all of one length.
         num_timed, num_traced: steps without and with the profiler; 0 with it profiles none.
         directory: directory of the trace; None keeps no trace.
-        deadline: time of ``time.perf_counter`` from which on no step begins.
+        deadline: time of ``time.perf_counter`` from which on no timed step begins. The few that are profiled may.
 
     Raises:
-        ValueError: the pool does not hold all of them at once.
+        ValueError: the pool does not hold all of them at once, or they end before so many steps.
         TimeIsUp: the deadline is over.
     """
     engine, watch = llm.engine, Stopwatch()
@@ -68,9 +68,9 @@ def time_decode(
         if num_traced:
             # The profiler sees one iteration alone of a loop inside a graph.
             with _kept(directory) as path, replaced(engine.scheduler, "max_burst", 1):
-                _decode(llm, len(prompts), NUM_SETTLING_STEPS, deadline)  # the steps of a burst in flight
+                _decode(llm, len(prompts), NUM_SETTLING_STEPS)  # the steps of a burst in flight
                 with trace(path):
-                    num_traced = _decode(llm, len(prompts), num_traced, deadline)
+                    num_traced = _decode(llm, len(prompts), num_traced)
                 kernels = read_kernels(path, scopes_of(_program_text(llm, len(prompts))))
             breakdown = break_down(kernels, num_traced, step_us=step_us, host_us=host_us)
     finally:
@@ -113,10 +113,14 @@ def _settle(llm: LLM, num_rows: int, deadline: float) -> None:
     _decode(llm, num_rows, NUM_SETTLING_STEPS, deadline)
 
 
-def _decode(llm: LLM, num_rows: int, at_least: int, deadline: float) -> int:
+def _decode(llm: LLM, num_rows: int, at_least: int, deadline: float = inf) -> int:
     """Step until every row has gained this many tokens. Returns the number gained."""
     num_tokens = 0
     while num_tokens < at_least * num_rows:
+        if not llm.engine.has_unfinished:
+            raise ValueError(
+                f"the requests ended before {at_least} steps: max_model_len={llm.max_model_len} is too small"
+            )
         num_tokens += sum(len(delta.token_ids) for delta in _step(llm, deadline))
     return num_tokens // num_rows
 

@@ -19,7 +19,7 @@ from bench.__main__ import main
 from bench.machine import MachineLimits
 from bench.peers import SERVING
 from bench.report import CONFIGS
-from bench.serving import command
+from bench.serving import command, profiling
 from bench.serving import options as options_bench
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
 from bench.serving.figures import ExpertBytes, Figures, Floor, experts_of
@@ -349,8 +349,27 @@ def test_decode_steps_are_timed_without_a_profile_and_until_a_deadline(bench):
     assert time_decode(llm, prompts_of(4, 16), 5, 0, None).breakdown is None
     with pytest.raises(TimeIsUp):
         time_decode(llm, prompts_of(4, 16), 5, 0, None, deadline=0.0)
+    with pytest.raises(ValueError, match="the requests ended before 300 steps: max_model_len=192 is too small"):
+        time_decode(llm, prompts_of(4, 16), 300, 0, None)
     assert not llm.engine.has_unfinished
     assert llm.stats().num_used_blocks == 0
+
+
+@pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
+def test_decode_steps_that_were_timed_are_profiled_behind_the_deadline(bench, monkeypatch, tmp_path):
+    is_over, kept = False, profiling._kept
+
+    def over(directory):
+        nonlocal is_over
+        is_over = True
+        return kept(directory)
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + (1e9 if is_over else 0.0), sleep=time.sleep)
+    monkeypatch.setattr(profiling, "time", clock)
+    monkeypatch.setattr(profiling, "_kept", over)
+    times = time_decode(bench.llm(), prompts_of(4, 16), 2, 1, tmp_path, deadline=time.perf_counter() + 1e6)
+    assert times.breakdown is not None
+    assert times.breakdown.num_steps == 1
 
 
 def test_loading_runs_every_program_of_plain_steps(bench, monkeypatch):
