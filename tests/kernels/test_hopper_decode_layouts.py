@@ -4,6 +4,7 @@ Every register that the kernel's code handles is an array [warps, lanes] here, o
 executed byte by byte; and which element of a matrix is in which register is told by the layout's definition.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -233,6 +234,14 @@ def test_outputs_of_widened_values_have_their_dims_in_order(stored, head_dim, ti
     shape = make_shape(stored, head_dim, tile)
     bits = random_bytes(tile, shape.rows)
     np.testing.assert_array_equal(widen_values_in_order(bits, shape), values_of(bits, stored).T)
+
+
+def test_a_ring_of_one_slot_is_refused():
+    """V arrives while K waits in its slot. With one slot, a GPU would wait forever."""
+    shape = make_shape("int8", 128, 64)
+    assert replace(shape, sizes=DecodeSizes(64, 2, 1)).sizes.slots == 2
+    with pytest.raises(AssertionError, match="wait for V forever"):
+        replace(shape, sizes=DecodeSizes(64, 1, 1))
 
 
 def test_stored_order_leaves_products_of_queries_and_keys_as_they_are():

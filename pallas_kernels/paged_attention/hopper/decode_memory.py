@@ -36,7 +36,7 @@ class DecodeSizes:
 
     Args:
         tile_tokens: tokens that one product covers: 64 or 128.
-        slots: tiles of K or of V that the ring holds.
+        slots: tiles of K or of V that the ring holds: at least 2, since those of V may arrive while K waits.
         workers_per_sm: thread blocks that share a multiprocessor.
     """
 
@@ -63,6 +63,7 @@ class DecodeShape:
 
     def __post_init__(self) -> None:
         assert self.tile % self.piece == 0, f"tiles of {self.tile} tokens and pieces of {self.piece}"
+        assert self.sizes.slots > 1, "a single slot: the consumer would wait for V forever, with K in the slot"
 
     @property
     def is_quantized(self) -> bool:
