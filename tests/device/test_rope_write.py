@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from jpaged.device.kv.attend import PagedAttend
 from jpaged.device.kv.pool import KVCache
 from jpaged.models import LlamaConfig, Rope, fuse_projections, load_config, random_model
 from jpaged.models.spec import Projected
-from jpaged.sharding import make_mesh
+from jpaged.sharding import make_mesh, pool_sharding
 from pallas_kernels.rope_write import rope_write
 from tests.support.oracles import HF_REFERENCE
 
@@ -66,6 +67,8 @@ def logits_and_pool(model, backend: Backend, num_tokens: int) -> tuple[np.ndarra
     spec = model.config.layer_specs[0]
     shape = {"num_blocks": 4, "num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim, "block_size": 16}
     cache = KVCache.allocate(num_layers=model.config.num_layers, dtype=jnp.bfloat16, **shape)
+    mesh = make_mesh(backend.num_devices)
+    cache = jax.device_put(cache, pool_sharding(mesh))
     positions = jnp.arange(num_tokens, dtype=jnp.int32)
     rows = Rows(16 + positions, jnp.array([[1, 2, 3]], jnp.int32), jnp.array([num_tokens]), jnp.array([0, num_tokens]))
 
@@ -75,13 +78,14 @@ def logits_and_pool(model, backend: Backend, num_tokens: int) -> tuple[np.ndarra
         hidden = model(token_ids, positions, jnp.full_like(positions, num_tokens), attend)
         return model.logits(hidden), attend.cache.pool
 
-    logits, pool = run(model, cache, 1 + positions % 30)
+    with jax.set_mesh(mesh):
+        logits, pool = run(model, cache, 1 + positions % 30)
     return np.asarray(logits), np.asarray(pool[1:], np.float32)
 
 
-def make_model(config):
+def make_model(config, num_devices: int = 1):
     """A model in bfloat16, with joined projections, and with scales of norms that differ."""
-    model = random_model(config, jnp.bfloat16, make_mesh(), seed=3)
+    model = random_model(config, jnp.bfloat16, make_mesh(num_devices), seed=3)
     for path, param in nnx.to_flat_state(nnx.state(model)):
         if path[-1] == "scale":
             param[...] = param[...] + jnp.linspace(-0.5, 0.5, param[...].size, dtype=jnp.bfloat16)
@@ -111,6 +115,26 @@ def test_a_step_with_the_kernel_is_that_of_xla(launches, config, num_tokens, exp
     np.testing.assert_allclose(logits, right, atol=0.02 * np.abs(right).max(), rtol=0)
     np.testing.assert_allclose(pool, right_pool, atol=0.02 * np.abs(right_pool).max(), rtol=0)
     assert np.abs(right_pool).max() > 0
+
+
+@pytest.mark.parametrize(("num_tokens", "num_summands"), [(NUM_TOKENS, 4), (1, 1)])
+def test_each_device_takes_its_own_heads(monkeypatch, num_tokens, num_summands):
+    """The heads of a device are neighbours in the joined projections: its queries, its K, then its V."""
+    seen = []
+
+    def interpreted(pool, layer, projected, *args):
+        seen.append((pool.shape[3], projected.shape))
+        return rope_write(pool, layer, projected, *args, interpret=True)
+
+    monkeypatch.setattr(kv_cache, "rope_write", interpreted)
+    model = make_model(replace(LLAMA, architecture="Qwen3ForCausalLM", qk_norm=True), num_devices=2)
+    (logits, pool), (right, right_pool) = (
+        logits_and_pool(model, backend("", num_devices=2), num_tokens) for backend in (WritesWithTheKernel, XlaBackend)
+    )
+    num_heads = 2 + 2 * 1  # half of the queries, and one head of each of K and V
+    assert seen == [(1, (num_summands, num_tokens, num_heads * LLAMA.head_dim))] * LLAMA.num_layers
+    np.testing.assert_allclose(logits, right, atol=0.02 * np.abs(right).max(), rtol=0)
+    np.testing.assert_allclose(pool, right_pool, atol=0.02 * np.abs(right_pool).max(), rtol=0)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("gemma3", 4), ("olmo2", None)])
