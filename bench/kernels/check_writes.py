@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jpaged.models.layers.common import rms_norm
+from jpaged.models.layers.rope import rotate
 from pallas_kernels import block_pool_shape, copy_blocks, kv_scales_shape, write_kv, write_kv_quantized
+from pallas_kernels.norm import NormSpec
 from pallas_kernels.rope_write import HeadNorms, rope_write
 
 NUM_BLOCKS, NUM_LAYERS, LAYER, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM = 1500, 4, 1, 8, 16, 128
@@ -117,7 +120,7 @@ def _rotated(
     cos_sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
     q_scale, k_scale = (jnp.asarray(rng.uniform(0.5, 1.5, HEAD_DIM), jnp.bfloat16) for _ in range(2))
     run = _rope_write if implementation == "hopper" else _rope_write_plainly
-    q, pool = run(pools[0], projected, cos_sin, _slots(num_tokens, rng), HeadNorms(q_scale, k_scale, 1e-6))
+    q, pool = run(pools[0], projected, cos_sin, _slots(num_tokens, rng), HeadNorms(q_scale, k_scale, NormSpec(1e-6)))
     return pool, jnp.pad(q, ((1, 0), (0, 0), (0, 0)))
 
 
@@ -132,20 +135,11 @@ def _rope_write(
 def _rope_write_plainly(
     pool: Array, projected: Array, angles: tuple[Array, Array], slots: Array, norms: HeadNorms
 ) -> tuple[Array, Array]:
-    """The kernel's work in plain JAX: norms that are rounded before they are scaled, and the rotation of halves."""
+    """The kernel's work in the way of models on other backends."""
     heads = jnp.sum(projected.astype(jnp.float32), axis=0).astype(pool.dtype)
     q, k, v = jnp.split(heads.reshape(len(slots), -1, HEAD_DIM), [NUM_HEADS, NUM_HEADS + NUM_KV_HEADS], axis=1)
-    cos, sin = (angle[:, None] for angle in angles)
-
-    def rotated(x: Array, scale: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norms.epsilon)
-        scaled = (normed.astype(x.dtype) * scale[None, None]).astype(jnp.float32)
-        first, second = jnp.split(scaled, 2, axis=-1)
-        halves = [first * cos - second * sin, second * cos + first * sin]
-        return jnp.concatenate(halves, axis=-1).astype(x.dtype)
-
-    return rotated(q, norms.q_scale), write_kv(pool, LAYER, rotated(k, norms.k_scale), v, slots)
+    q, k = (rotate(rms_norm(x, scale, norms.spec), *angles) for x, scale in ((q, norms.q_scale), (k, norms.k_scale)))
+    return q, write_kv(pool, LAYER, k, v, slots)
 
 
 _copy = jax.jit(copy_blocks, static_argnames="implementation", donate_argnums=0)

@@ -7,6 +7,7 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from pallas_kernels.block_pool.layout import BlockPool, shape_of
+from pallas_kernels.norm import NormSpec
 
 Angles = tuple[Float32[Array, "tokens half"], Float32[Array, "tokens half"]]
 """Cosine and sine of each token's angles."""
@@ -19,16 +20,12 @@ class HeadNorms:
 
     Args:
         q_scale, k_scale: factors of the features of a head, the same for all heads.
-        epsilon: added to the mean square.
-        offset: added to the scale, in float32.
-        rounds_first: whether the norm is rounded before it is scaled. It then has no offset.
+        spec: properties of both norms.
     """
 
     q_scale: Float[Array, " head_dim"]
     k_scale: Float[Array, " head_dim"]
-    epsilon: float = field(metadata={"static": True})
-    offset: int = field(default=0, metadata={"static": True})
-    rounds_first: bool = field(default=True, metadata={"static": True})
+    spec: NormSpec = field(metadata={"static": True})
 
 
 def num_heads_of(pool: BlockPool, num_features: int) -> int:

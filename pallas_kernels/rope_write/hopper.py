@@ -26,6 +26,7 @@ from pallas_kernels.block_pool.layout import BlockPool, as_sides, shape_of
 from pallas_kernels.chips import here
 from pallas_kernels.chips.hopper import WARPGROUP, WARPS
 from pallas_kernels.chips.memory import Ref
+from pallas_kernels.norm import NormSpec
 from pallas_kernels.rope_write.call import Angles, HeadNorms, num_heads_of
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -216,7 +217,7 @@ def _rope_write(
             angles = [_of_columns(tile, ref.at[token]) for ref in (cos, sin)]
             scales = [] if scale is None else [_of_columns(tile, half) for half in _halves(tile, scale)]
             halves = _summed(loaded, shape.dtype)
-            return _rotated(halves if norms is None else _normed(tile, halves, scales, norms), *angles)
+            return _rotated(halves if norms is None else _normed(tile, halves, scales, norms.spec), *angles)
 
         @pl.when(tile < shape.num_q_tiles)
         def _queries() -> None:
@@ -296,17 +297,17 @@ def _broadcast(tile: Tile, x: Array, dim: int) -> Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(x, tile.shape, (dim,)), tile.layout)
 
 
-def _normed(tile: Tile, halves: list[Array], scales: list[Array], norms: HeadNorms) -> list[Array]:
-    """The root-mean-square norm of each head; rounded as ``HeadNorms`` says."""
+def _normed(tile: Tile, halves: list[Array], scales: list[Array], spec: NormSpec) -> list[Array]:
+    """The root-mean-square norm of each head."""
     dtype = halves[0].dtype
     first, second = (half.astype(jnp.float32) for half in halves)
     mean_square = jnp.sum(first * first + second * second, axis=1) * (1 / (2 * tile.half))
-    factor = _broadcast(tile, lax.rsqrt(mean_square + norms.epsilon), 0)
+    factor = _broadcast(tile, lax.rsqrt(mean_square + spec.epsilon), 0)
     normed = [half * factor for half in (first, second)]
-    if norms.rounds_first:
+    if not spec.is_wide:
         normed = [half.astype(dtype).astype(jnp.float32) for half in normed]
-    if norms.offset:
-        scales = [scale + norms.offset for scale in scales]
+    if spec.offset:
+        scales = [scale + spec.offset for scale in scales]
     return [(half * scale).astype(dtype) for half, scale in zip(normed, scales, strict=True)]
 
 

@@ -11,6 +11,7 @@ from jpaged.models.layers.common import RMSNorm, ShiftedRMSNorm, WideRMSNorm
 from jpaged.models.layers.rope import rotate
 from pallas_kernels import block_pool_shape, write_kv
 from pallas_kernels.chips import here
+from pallas_kernels.norm import NormSpec
 from pallas_kernels.rope_write import HeadNorms, rope_write, why_not_rope_write
 from pallas_kernels.rope_write.hopper import rope_write_hopper
 
@@ -55,10 +56,7 @@ def make_norms(kind, head_dim: int, dtype) -> list:
 def arguments_of(norms: list) -> HeadNorms | None:
     if not norms:
         return None
-    scales = [norm.scale[...] for norm in norms]
-    if isinstance(norms[0], WideRMSNorm):
-        return HeadNorms(*scales, EPSILON, norms[0].offset, rounds_first=False)
-    return HeadNorms(*scales, EPSILON)
+    return HeadNorms(*[norm.scale[...] for norm in norms], norms[0].spec)
 
 
 def by_xla(pool, projected, angles, slots, norms, layer=LAYER):
@@ -189,7 +187,10 @@ def test_a_pool_of_another_type_than_the_heads_is_refused():
         ({"projected": jnp.zeros((2, 3, 192), jnp.bfloat16)}, "2 summands of bfloat16: expected one of bfloat16"),
         ({"projected": jnp.zeros((1, 3, 192), jnp.float16)}, "1 summands of float16: expected one of bfloat16"),
         ({"angles": random_angles(2, 16)}, r"float32\[2, 16\].*expected cosine and sine of 3 tokens"),
-        ({"norms": HeadNorms(jnp.zeros(32), jnp.zeros(16), 1e-6)}, r"scale of shape \(16,\): expected \(32,\)"),
+        (
+            {"norms": HeadNorms(jnp.zeros(32), jnp.zeros(16), NormSpec(1e-6))},
+            r"scale of shape \(16,\): expected \(32,\)",
+        ),
         ({"pool": jnp.zeros(block_pool_shape(2, 3, 2, 8, 32), jnp.int8)}, "came without kv_scales"),
     ],
 )
@@ -218,7 +219,7 @@ def test_compiles_for_the_gpu_at_real_sizes(
     monkeypatch.setattr(here, "why_no_hopper", lambda: None)
     num_layers = 32
     abstract = jax.ShapeDtypeStruct
-    norms = HeadNorms(*[abstract((head_dim,), dtype)] * 2, 1e-6) if has_norms else None
+    norms = HeadNorms(*[abstract((head_dim,), dtype)] * 2, NormSpec(1e-6)) if has_norms else None
 
     def write_layers(pool, projected, angles, slots, norms):
         for layer in range(num_layers):

@@ -17,7 +17,6 @@ from jpaged.models.layers.common import (
     ACTIVATIONS,
     Dtype,
     RMSNorm,
-    WideRMSNorm,
     check_activation,
     embed,
     linear,
@@ -227,10 +226,7 @@ class LlamaAttention(nnx.Module):
     def _head_norms(self) -> HeadNorms | None:
         if not self.config.qk_norm:
             return None
-        scales = self.q_norm.scale[...], self.k_norm.scale[...]
-        if isinstance(self.q_norm, WideRMSNorm):
-            return HeadNorms(*scales, self.q_norm.epsilon, self.q_norm.offset, rounds_first=False)
-        return HeadNorms(*scales, self.q_norm.epsilon)
+        return HeadNorms(self.q_norm.scale[...], self.k_norm.scale[...], self.q_norm.spec)
 
     def _source(self, x: Float[Array, "tokens hidden_size"]) -> Source:
         project = QKV.select(self, ("k_proj", "v_proj"))
