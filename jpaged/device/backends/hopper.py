@@ -21,12 +21,11 @@ WRITE_KERNEL_FROM = 256
 """Tokens of a step from which our kernel writes a layer's K and V faster than XLA's scatter. Llama-3-8B on an H200:
 2,048 tokens in 18 us instead of 37, 256 in 4.3 instead of 7.5, 16 no faster."""
 
-ROPE_KERNEL_TO = 0
+ROPE_KERNEL_TO = 512
 """Tokens of a step up to which one kernel norms, rotates and writes the heads of a layer; 0 turns it off.
 
-It is off until a GPU has run it. It saves one launch or two, 2 to 4 us, and traffic: in Llama-3-8B it moves 24 KiB a
-token, 6 ns at the bandwidth of an H200, and XLA's kernels 32 KiB. Even at half of that bandwidth it would lose 4 ns a
-token, and so be no slower up to about 500 tokens. ``python -m bench kernels --check`` compares it with XLA's.
+It saves one launch or two, and traffic: in Llama-3-8B it moves 24 KiB a token, XLA's kernels 32 KiB. On an H200 the
+decode steps of Qwen3-0.6B, of 1 to 256 rows, take 0.16 to 0.23 ms less with it.
 """
 
 SUMMED_BY_KERNEL = range(16, 129)
