@@ -197,7 +197,9 @@ class PrefixCache:
         known = None if is_new else self.find_cover(prefix)
         if known is not None:
             return self._prefixes[known]
-        if (before := self.evict(block)) is not None:
+        if block in self._prefixes:  # taking the block has evicted it, unless it has grown since
+            before = self.evict(block)
+            assert before is not None
             assert prefix.tokens.startswith(before.tokens), "cached tokens are never overwritten"
         if key not in self._blocks:  # of two prefixes with one digest, the second goes uncached
             self.num_inserted += 1
