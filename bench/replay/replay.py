@@ -52,7 +52,7 @@ class Replay:
         seconds: modelled time of each.
         num_preemptions, num_swaps: counters at the end.
         num_output_tokens: tokens that the requests asked for.
-        first_token_steps, first_token_s: of each request, the steps that ended between its arrival and its first token,
+        first_token_steps, first_token_s: steps that ended between a request and its first token, for each request,
             and the seconds. A multi-step decode counts once.
     """
 
@@ -90,7 +90,7 @@ def replay(work: Workload, setting: Setting, arrivals: Float64[np.ndarray, " req
 
     Args:
         work: the requests.
-        setting: of the engine.
+        setting: the engine's.
         arrivals: seconds at which the requests arrive, rising; None if all are there at the start. Multi-step decodes
             are bounded as in a server, where requests arrive.
     """
