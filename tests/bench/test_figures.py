@@ -362,6 +362,14 @@ def test_admission_is_that_of_the_result_file():
         assert shown[title] == [" / ".join(form.format(way[name]) for way in ways) for name, form in formats.items()]
 
 
+def test_first_tokens_are_those_of_the_result_file():
+    arrivals, shown = _result("replay")["arrivals"], _table("first tokens")
+    percentiles = ("p50", "p99")
+    assert shown["steps"] == [f"{arrivals[f'steps_{p}']:.0f}" for p in percentiles]
+    assert shown["ms"] == [f"{1e3 * arrivals[f'ttft_s_{p}']:.0f}" for p in percentiles]
+    assert f"at random, {arrivals['requests_per_s']:.1f} a second" in README
+
+
 def test_padding_is_that_of_the_result_file():
     shown = _table("sizes of steps")
     for title, row in _result("replay")["padding"].items():
