@@ -138,3 +138,34 @@ def test_full_blocks_that_are_computed_again_for_their_windows_are_as_recent_as_
     first_blocks = [prefix.chain()[0].tokens for prefix in map(device.cache.prefix_of, needed) if prefix is not None]
     assert len(set(first_blocks[:12])) == len(set(first_blocks[12:])) == 1, "all of one prompt, then all of the other"
     assert run(manager, "a", text("a", 24)) == 20
+
+
+def test_a_fork_keeps_the_prefix_ends_of_its_parent():
+    manager = BlockManager(80, BLOCK_SIZE, enable_prefix_caching=True, groups=GROUPS)
+    prompt = text("prompt", 16)
+    manager.reserve("parent", len(prompt))
+    manager.fork("parent", "child")
+    manager.free("parent")
+    manager.append("child", 24)
+    manager.publish("child", prompt + text("answer", 24), 40)
+    manager.free("child")
+    overwrite_unneeded(manager)
+    assert run(manager, "again", prompt) == 12
+    assert run(manager, "longer", prompt + text("other answer", 9)) == 16
+
+
+def test_blocks_that_are_entered_when_others_have_lost_the_entries_are_not_needed_either():
+    manager = BlockManager(80, BLOCK_SIZE, enable_prefix_caching=True, groups=GROUPS)
+    tokens = text("twins", 24)
+    for seq_id in ("first", "second"):
+        manager.reserve(seq_id, len(tokens))
+        manager.publish(seq_id, tokens, len(tokens))
+    manager.free("first")
+    overwrite_unneeded(manager)
+    assert manager.stats().num_cached == 6 + 2 * 3
+    manager.publish("second", tokens, len(tokens), include_partial=True)
+    assert manager.stats().num_cached == 6 + 2 * 6
+    assert len(manager.tiers.device.cache.unneeded) == 2 * 3
+    manager.free("second")
+    assert len(manager.tiers.device.cache.unneeded) == 2 * 3
+    manager.check_invariants()
