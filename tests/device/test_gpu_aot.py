@@ -82,6 +82,15 @@ def test_no_step_copies_the_weights_of_experts(mesh, shapes, bucket):
     assert memory.temp_size_in_bytes < min(math.prod(x.shape) * x.dtype.itemsize for x in experts) / 4
 
 
+def test_step_of_one_token_writes_no_products_of_elements(mesh):
+    """XLA would write those of a row and a matrix to memory, and then sum them."""
+    programs = programs_on(mesh, "qwen3-30b-a3b", 20_000, 0)
+    memory = compiled(programs, "forward", Bucket(1, 1)).memory_analysis()
+    projections = [x for x in jax.tree.leaves(programs.weights) if x.shape == (32 * 128, 2048)]
+    assert len(projections) == NUM_LAYERS
+    assert memory.temp_size_in_bytes < math.prod(projections[0].shape) * projections[0].dtype.itemsize / 4
+
+
 def kernels_of_step(hlo: str) -> int:
     """The kernels of the computation that runs the layers: that with the most kernels of ours."""
     computations = re.split(r"^(?:ENTRY )?%[\w.-]+ \(.*$", hlo, flags=re.M)
