@@ -60,11 +60,13 @@ def start_report(args: argparse.Namespace, **content: Any) -> dict[str, Any]:
 
 
 def save(name: str, content: dict[str, Any], directory: Path | None = None) -> Path:
-    """Write one result file; the default directory is ``RESULTS``."""
+    """Write one result file, whole even if the process is killed meanwhile; the default directory is ``RESULTS``."""
     directory = directory or RESULTS
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
     return path
 
 

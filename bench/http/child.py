@@ -27,8 +27,15 @@ def main() -> int:
     wanted = json.loads(sys.argv[1])
     if wanted["device"] == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    began = time.perf_counter()
     llm = _make_llm(wanted)
+    store = llm.engine.runner.programs.store
     say(
+        preparation={
+            "seconds": time.perf_counter() - began,
+            "num_programs": len(store.programs),
+            "num_from_cache": store.num_loaded,
+        },
         environment=environment(wanted["commit"]),
         device_name=device_name(),
         vocab_size=llm.engine.model_config.vocab_size,

@@ -7,8 +7,9 @@
 
 load: the same requests, of ShareGPT lengths, by ``LLM.generate`` and then over HTTP: all at once, and in Poisson
 arrivals at fractions of the rate that this sustains. Throughput, time to first token (TTFT) and between tokens
-(ITL), in seconds. TTFT also in steps: in mean steps, and in those that ended between the request and the token, as the
-server counts them. Prefix caching is off, so that each run computes all of its prompts.
+(ITL), in seconds. TTFT also by length of the prompt, and in steps: in mean steps, and in those that ended between the
+request and the token, as the server counts them. Prefix caching is off, so that each run computes all of its prompts.
+The server takes over the engine of LLM.generate, and compiles nothing again.
 soak: leaked blocks, tasks and files, memory, lag of the event loop, and the end by SIGTERM.
 fuzz: requests that are mostly invalid. No answer may have status 500, and no block may stay in use.
 
@@ -26,7 +27,7 @@ from bench.http.launch import Launch, launched, workload_of
 from bench.http.phases import run_phases
 from bench.http.soak import run_soak
 from bench.paper.experiment import Plot, save_plot
-from bench.report import CONFIGS, RESULTS, Table, save
+from bench.report import CONFIGS, RESULTS, Table, save, shown
 
 DEMO_LENGTHS = {"mean_in": 64, "mean_out": 96, "longest": 256}
 DEMO_SIZES = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
@@ -78,10 +79,12 @@ def _load(args: argparse.Namespace) -> int:
     with launched(Launch(args.device, args.commit, args.model, _shapes(args), sizes, workload=workload)) as child:
         work = workload_of(workload, child.said["vocab_size"])
         offline = child.said["offline"]
+        print(_preparation(child.said["preparation"]))
         print(f"LLM.generate: {offline['tokens_per_s']:,.0f} tokens/s")
         phases = run_phases(child.address, work, offline, args.fractions, args.num_processes)
         report = {
             "settings": sizes,
+            "preparation": child.said["preparation"],
             "workload": workload,
             "offline": offline,
             "http_share": phases[0]["tokens_per_s"] / offline["tokens_per_s"],
@@ -89,6 +92,7 @@ def _load(args: argparse.Namespace) -> int:
         }
         report["failures"] = [f"{each['num_failed']} requests failed" for each in phases if each["num_failed"]]
         print(_table(phases))
+        print(_first_tokens(phases))
         print(f"HTTP has {100 * report['http_share']:.1f}% of the throughput of LLM.generate")
         status = _finish(args, child.said, report)
     if not save_plot(_plots(phases), (args.out or RESULTS) / "serve" / f"{_name(args, child.said)}.png"):
@@ -122,6 +126,13 @@ def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _preparation(said: dict[str, Any]) -> str:
+    return (
+        f"{said['num_programs']} programs, {said['num_from_cache']} of them from an earlier run, and weights: "
+        f"{said['seconds']:.1f} s; the server takes over this engine"
+    )
+
+
 def _table(phases: list[dict[str, Any]]) -> str:
     table = Table(
         *("arrivals", "req/s", "tokens/s", "TTFT p50", "p99, s", "mean steps", "steps", "ITL p50", "p99, s", "step, s"),
@@ -132,6 +143,20 @@ def _table(phases: list[dict[str, Any]]) -> str:
         *("itl_p50_s", "itl_p99_s", "step_s"),
     )
     return table.text({phase["arrivals"]: [phase[name] for name in names] for phase in phases})
+
+
+def _first_tokens(phases: list[dict[str, Any]]) -> str:
+    """Time to first token by length of the prompt, and requests by steps before the first token."""
+    classes = [each["most_prompt_tokens"] for each in phases[0]["ttft_by_length"]]
+    titles = [f"<= {most:,}" if most else "more" for most in classes]
+    table = Table("TTFT p50, p99, s", *(f"{title} tokens" for title in titles), first=16, width=14)
+    lines = [table.header()]
+    for phase in phases:
+        quantiles = ((each["ttft_p50_s"], each["ttft_p99_s"]) for each in phase["ttft_by_length"])
+        cells = (", ".join(map(shown, both)) for both in quantiles)
+        steps = ", ".join(f"{bound}: {count:,}" for bound, count in phase["first_token_steps"].items())
+        lines.append(table.row(phase["arrivals"], *cells, f"  requests by most steps before it: {steps}"))
+    return "\n".join(lines)
 
 
 def _plots(phases: list[dict[str, Any]]) -> list[Plot]:

@@ -128,11 +128,25 @@ class Metrics:
 
     def quantile_since(self, before: "Metrics", name: str, fraction: float) -> float | None:
         """Upper bound of the bucket that has the quantile of a histogram's values since then; None without any."""
+        counts = self._counts_since(before, name)
+        wanted = fraction * max(counts.values(), default=0)
+        return next((bound for bound, count in sorted(counts.items()) if count and count >= wanted), None)
+
+    def histogram_since(self, before: "Metrics", name: str) -> dict[float, int]:
+        """Number of a histogram's values since then in each bucket that has any, by its upper bound."""
+        found, below = {}, 0
+        for bound, count in sorted(self._counts_since(before, name).items()):
+            if count > below:
+                found[bound] = int(count - below)
+            below = count
+        return found
+
+    def _counts_since(self, before: "Metrics", name: str) -> dict[float, float]:
+        """Number of a histogram's values since then up to each bound."""
         counts = self._buckets(name)
         for bound, count in before._buckets(name).items():
             counts[bound] -= count
-        wanted = fraction * max(counts.values(), default=0)
-        return next((bound for bound, count in sorted(counts.items()) if count and count >= wanted), None)
+        return counts
 
     def _buckets(self, name: str) -> dict[float, float]:
         found = [(_BOUND.search(labels), value) for each, labels, value in self.samples if each == f"{name}_bucket"]

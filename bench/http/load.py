@@ -14,6 +14,9 @@ import uvloop
 from bench.http.connection import Client, completion
 from bench.workloads import Workload
 
+LENGTH_CLASSES = (128, 512, None)
+"""Most tokens of the prompts of each class; None for no bound. A long prompt takes a step of its own."""
+
 LEAD_S = 1.0
 """Time until the first request, in which the processes start."""
 
@@ -124,3 +127,18 @@ def summary(timelines: Sequence[Timeline]) -> dict[str, Any]:
         for percent in (50, 99)
     }
     return quantiles | {"num_requests": len(timelines), "num_failed": len(timelines) - len(complete)}
+
+
+def first_tokens_by_length(prompts: Sequence[Sequence[int]], timelines: Sequence[Timeline]) -> list[dict[str, Any]]:
+    """Quantiles of the time to first token, in seconds, for each of ``LENGTH_CLASSES``; complete responses alone."""
+    classes, least = [], 0
+    for most in LENGTH_CLASSES:
+        firsts = [
+            times.first_s
+            for prompt, times in zip(prompts, timelines, strict=True)
+            if least < len(prompt) <= (most or len(prompt)) and times.is_complete and times.first_s is not None
+        ]
+        quantiles = {f"ttft_p{q}_s": float(np.percentile(firsts, q)) if firsts else None for q in (50, 99)}
+        classes.append({"most_prompt_tokens": most, "num_requests": len(firsts)} | quantiles)
+        least = most or least
+    return classes

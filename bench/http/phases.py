@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.http.connection import Client
 from bench.http.launch import Metrics
-from bench.http.load import jobs_of, run_load, summary
+from bench.http.load import first_tokens_by_length, jobs_of, run_load, summary
 from bench.workloads import Workload, poisson_arrivals
 
 STEP, LAG = "jpaged:step_seconds", "jpaged:event_loop_lag_seconds"
@@ -48,6 +48,10 @@ def _run_phase(address: tuple[str, int], work: Workload, rate: float | None, num
         "step_s": step_s,
         "ttft_p99_steps": ttft_s / step_s if ttft_s and step_s else None,
         "first_token_steps_p99": after.quantile_since(before, FIRST_STEPS, 0.99),
+        "first_token_steps": {
+            f"{bound:g}": count for bound, count in after.histogram_since(before, FIRST_STEPS).items()
+        },
+        "ttft_by_length": first_tokens_by_length(work.prompts, timelines),
         "loop_lag_p99_s": after.quantile_since(before, LAG, 0.99),
     }
 

@@ -1,14 +1,26 @@
-"""Correctness on the device, against float64: real sizes, and all cases that kernels may take."""
+"""Attention on the device, against float64: real sizes, and all cases that kernels may take."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from bench.kernels.inputs import Inputs, attend, head_options, make_inputs, make_queries
+from bench.kernels.case import Case, Programs, Verdict
+from bench.kernels.compiling import Source
+from bench.kernels.inputs import (
+    HostArrays,
+    Inputs,
+    attend,
+    head_options,
+    make_host_arrays,
+    make_pool,
+    make_queries,
+    with_pool,
+)
 from bench.kernels.shapes import NOWHERE, AttentionShape
 
 LAYER, NUM_LAYERS = 1, 2
@@ -19,14 +31,6 @@ an error of 1.1e-3 on average, as weights do before their product with V."""
 
 NUM_ROWS, NUM_KV_HEADS, NUM_QUERIES = 10, 2, 6
 """Samples of each batch: the extremes, and others at random."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Result of one implementation on one batch: the worst error sampled, and the problem, if any."""
-
-    error: float
-    problem: str | None
 
 
 def coverage() -> list[AttentionShape]:
@@ -76,39 +80,110 @@ def _name(rows: str, variant: dict[str, Any]) -> str:
     return "_".join([rows, *(key if value is True else f"{key}={value}" for key, value in variant.items())])
 
 
-def program(shape: AttentionShape, implementation: str) -> Any:
-    """The jitted call to check: from queries and ``Inputs`` to outputs."""
-    return jax.jit(lambda q, inputs: attend(q, inputs, LAYER, shape, implementation))
+def case_of(shape: AttentionShape, implementations: Iterable[str]) -> Case:
+    """The case of a batch, for some implementations."""
+    host, samples = make_host_arrays(shape, NUM_LAYERS, (LAYER,)), _samples(shape)
+    make = Source(partial(_make, shape), (_abstract(host.deviations),))
+    q, pool = jax.eval_shape(make.function, *make.arguments)
+    inputs = jax.eval_shape(lambda pool: with_pool(pool, host), pool)
+    blocks, heads = _gathered(shape, samples, host)
+    judged = q, q, pool, inputs.kv_scales, _abstract(blocks), _abstract(heads)
+    return Case(
+        {name: Source(partial(_attend, shape, name), (q, inputs)) for name in implementations},
+        {"make": make, "judge": Source(partial(_judge, int(shape.cu_q_lens[-1])), judged)},
+        partial(_examine, shape, host, samples),
+    )
 
 
-def make_arguments(shape: AttentionShape) -> tuple[Array, Inputs]:
+def _abstract(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _make(shape: AttentionShape, deviations: Array) -> tuple[Array, Array]:
     """Queries, and a pool with poison in all slots that no query may read."""
-    return make_queries(shape, seed=7), make_inputs(shape, NUM_LAYERS, filled=[LAYER])
+    return make_queries(shape, seed=7), make_pool(shape, NUM_LAYERS, (LAYER,), deviations)
 
 
-def examine(shape: AttentionShape, compiled: Any) -> Verdict:
+def _attend(shape: AttentionShape, implementation: str, q: Array, inputs: Inputs) -> Array:
+    return attend(q, inputs, LAYER, shape, implementation)
+
+
+class Judged(NamedTuple):
+    """Properties of two runs' outputs, and the context of each sample.
+
+    Args:
+        is_repeated: whether the outputs have the same bits.
+        is_finite: whether outputs of rows are finite.
+        is_padded: whether outputs of padding are zero.
+        kv: blocks of each sample's KV head, [samples, max_blocks, 2, block_size, head_dim].
+        kv_scales: their scales, [samples, max_blocks, 2]; None without any.
+    """
+
+    is_repeated: Array
+    is_finite: Array
+    is_padded: Array
+    kv: Array
+    kv_scales: Array | None
+
+
+def _judge(
+    num_owned: int, out: Array, again: Array, pool: Array, kv_scales: Array | None, blocks: Array, heads: Array
+) -> Judged:
+    """Judge the outputs, of which so many are of rows."""
+
+    def gather(x: Array) -> Array:
+        return x[blocks, LAYER, :, heads[:, None]]
+
+    return Judged(
+        jnp.array_equal(_bits(out), _bits(again)),
+        jnp.isfinite(out[:num_owned]).all(),
+        (out[num_owned:] == 0).all(),
+        gather(pool),
+        None if kv_scales is None else gather(kv_scales),
+    )
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+
+
+def _examine(
+    shape: AttentionShape,
+    host: HostArrays,
+    samples: list[tuple[int, int]],
+    program: Callable[..., Array],
+    tools: Programs,
+) -> Verdict:
     """Run a program twice. Check bits, poison and padding everywhere, and samples against float64."""
-    q, inputs = make_arguments(shape)
-    out, again = compiled(q, inputs), compiled(q, inputs)
-    num_owned = int(shape.cu_q_lens[-1])
-    problems = []
+    q, pool = tools["make"](host.deviations)
+    inputs = with_pool(pool, host)
+    out, again = program(q, inputs), program(q, inputs)
     if out.dtype != q.dtype or out.shape != q.shape:
         return Verdict(np.inf, f"outputs are {out.dtype} {out.shape} for queries {q.dtype} {q.shape}")
-    if not bool(jnp.array_equal(_bits(out), _bits(again))):
+    judged: Judged = tools["judge"](out, again, pool, inputs.kv_scales, *_gathered(shape, samples, host))
+    problems = []
+    if not judged.is_repeated:
         problems.append("two runs differ")
-    if not bool(jnp.isfinite(out[:num_owned]).all()):
+    if not judged.is_finite:
         problems.append("a slot was read that must not be")
-    if bool(jnp.any(out[num_owned:] != 0)):
+    if not judged.is_padded:
         problems.append("padding is not zero")
     host_q, host_out = np.asarray(q), np.asarray(out)
-    error = max((_error(shape, *sample, host_q, host_out, inputs) for sample in _samples(shape)), default=0.0)
+    kv, scales = np.asarray(judged.kv), None if judged.kv_scales is None else np.asarray(judged.kv_scales)
+    error = 0.0
+    for nth, (row, kv_head) in enumerate(samples):
+        k, v = _context(shape, row, kv[nth], None if scales is None else scales[nth])
+        error = max(error, _error(shape, row, kv_head, host_q, host_out, k, v))
     if not error <= TOLERANCE[shape.dtype]:
         problems.append(f"error above {TOLERANCE[shape.dtype]:g}")
     return Verdict(error, "; ".join(problems) or None)
 
 
-def _bits(x: Array) -> Array:
-    return lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+def _gathered(shape: AttentionShape, samples: list[tuple[int, int]], host: HostArrays) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks and KV head of each sample: [samples, max_blocks], [samples] int32."""
+    rows, heads = np.array(samples, np.int32).reshape(-1, 2).T
+    tables = host.block_tables[rows]
+    return np.where(tables == NOWHERE, 0, tables), heads
 
 
 def _samples(shape: AttentionShape) -> list[tuple[int, int]]:
@@ -125,30 +200,33 @@ def _samples(shape: AttentionShape) -> list[tuple[int, int]]:
     return [(row, head) for row in sorted(rows) for head in sorted(heads)]
 
 
-def _error(shape: AttentionShape, row: int, kv_head: int, q: np.ndarray, out: np.ndarray, inputs: Inputs) -> float:
-    """The worst relative error of some queries of a row, over the query heads of one KV head."""
+def _error(
+    shape: AttentionShape, row: int, kv_head: int, q: np.ndarray, out: np.ndarray, k: np.ndarray, v: np.ndarray
+) -> float:
+    """The worst relative error of some queries of a row, over the query heads of one KV head.
+
+    Args:
+        shape: the case.
+        row, kv_head: the sample.
+        q, out: all queries and outputs.
+        k, v: the context that the row's queries see, [seen, head_dim] each.
+    """
     start, q_len, kv_len = int(shape.cu_q_lens[row]), shape.q_lens[row], shape.kv_lens[row]
     offsets = np.array(sorted({0, q_len - 1, *np.random.default_rng(row).integers(0, q_len, NUM_QUERIES).tolist()}))
     heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
     sampled_q, sampled_out = (x[start + offsets, heads].astype(np.float64) for x in (q, out))
-    k, v = _context(shape, row, kv_head, inputs)
     right = _dense(shape, sampled_q, k, v, kv_len - q_len + offsets, kv_len, heads)
     return float((np.linalg.norm(sampled_out - right, axis=-1) / np.linalg.norm(right, axis=-1)).max())
 
 
-@jax.jit
-def _gather(x: Array, blocks: Array, kv_head: Array) -> Array:
-    return x[blocks, LAYER, :, kv_head]
-
-
-def _context(shape: AttentionShape, row: int, kv_head: int, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+def _context(
+    shape: AttentionShape, row: int, kv: np.ndarray, scales: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """K and V times their scales at the positions that the row's queries see: [seen, head_dim] each."""
-    table, num_blocks = np.asarray(inputs.block_tables)[row], shape.num_row_blocks[row]
-    # The whole table, with entries past its end: one compilation serves all rows.
-    blocks, head = jnp.asarray(np.where(table == NOWHERE, 0, table)), jnp.int32(kv_head)
-    kv = np.asarray(_gather(inputs.pool, blocks, head))[:num_blocks].astype(np.float64)
-    if inputs.kv_scales is not None:
-        kv = kv * np.asarray(_gather(inputs.kv_scales, blocks, head))[:num_blocks, :, None, None]
+    num_blocks = shape.num_row_blocks[row]
+    kv = kv[:num_blocks].astype(np.float64)
+    if scales is not None:
+        kv = kv * scales[:num_blocks, :, None, None]
     flat = kv.transpose(1, 0, 2, 3).reshape(2, -1, shape.head_dim)  # of [blocks, 2, block_size, head_dim]
     k, v = flat[:, _first_seen(shape, row) : shape.kv_lens[row]]
     return k, v
@@ -179,7 +257,7 @@ def _dense(
         kv_len: context length of the row.
         heads: the query heads.
     """
-    scores = np.einsum("qgd,kd->qgk", q, k) / np.sqrt(shape.head_dim)
+    scores = q @ k.T / np.sqrt(shape.head_dim)
     slopes, sinks = head_options(shape)
     if shape.soft_cap is not None:
         scores = shape.soft_cap * np.tanh(scores / shape.soft_cap)
@@ -195,4 +273,4 @@ def _dense(
         scores = np.concatenate([scores, sink], axis=-1)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("qgk,kd->qgd", weights[..., : len(k)], v)
+    return weights[..., : len(k)] @ v

@@ -1,17 +1,15 @@
-"""Writes into the block pool and copies of blocks on the device: the bits that our kernels leave, against XLA's.
+"""Writes into the block pool and copies of blocks on the device: what our kernels leave, against what XLA leaves."""
 
-Norms and rotations are rounded, so that their numbers are compared within a tolerance.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from bench.kernels.case import Case
+from bench.kernels.compare import ROUNDING, Results, compared_case
 from jpaged.models.layers.common import rms_norm
 from jpaged.models.layers.rope import rotate
 from pallas_kernels import block_pool_shape, copy_blocks, kv_scales_shape, write_kv, write_kv_quantized
@@ -23,133 +21,113 @@ NUM_HEADS = 32
 NUM_TOKENS = (1, 37, 256, 2048)
 NUM_SUMMANDS = 4
 NUM_COPIED = (1, 7, 64, 700)
-NUM_REPEATS = 3
-"""Runs of each kernel, each over other blocks: a race shows now and then."""
-
-ROUNDING = 2.0**-3
-"""Largest difference of numbers that are rounded in two ways: twice the last place of bfloat16 below 16."""
-
-_Pools = tuple[Array, ...]
 
 
-def cases() -> Iterator[tuple[str, Callable[[str], str | None]]]:
-    """Names, and functions from the implementation to the problem found, if any."""
-    for num_copied in NUM_COPIED:
-        yield f"copy_blocks_{num_copied}", partial(_check, partial(_copied, num_copied), jnp.bfloat16)
+def cases() -> dict[str, Callable[[Collection[str]], Case]]:
+    """Functions from implementations to a case, by its name."""
+    named = {f"copy_blocks_{count}": _case(partial(_make_copy, count), _copy) for count in NUM_COPIED}
     for num_tokens in NUM_TOKENS:
-        yield f"write_kv_{num_tokens}", partial(_check, partial(_written, num_tokens), jnp.bfloat16)
-        for dtype in (jnp.float8_e4m3fn, jnp.int8):
-            name = f"write_kv_quantized_{num_tokens}_{jnp.dtype(dtype).name}"
-            yield name, partial(_check, partial(_written, num_tokens), dtype)
+        named[f"write_kv_{num_tokens}"] = _case(partial(_make_write, num_tokens, "bfloat16"), _write)
+        for dtype in ("float8_e4m3fn", "int8"):
+            case = _case(partial(_make_write, num_tokens, dtype), _write_quantized, donated=(0, 1))
+            named[f"write_kv_quantized_{num_tokens}_{dtype}"] = case
         for num_summands in (1, NUM_SUMMANDS):
-            write = partial(_rotated, num_tokens, num_summands)
-            yield f"rope_write_{num_tokens}_{num_summands}", partial(_check, write, jnp.bfloat16, error=ROUNDING)
+            case = _case(partial(_make_projected, num_tokens, num_summands), _rope_write, error=ROUNDING)
+            named[f"rope_write_{num_tokens}_{num_summands}"] = case
+    return named
 
 
-def _check(
-    write: Callable[[_Pools, np.random.Generator, str], _Pools], dtype: Any, implementation: str, *, error: float = 0
-) -> str | None:
-    """Compare all blocks but the first, which kernels need not write: their bits, or their numbers within an error."""
-    for seed in range(NUM_REPEATS):
-        ours, right = (write(_pools(dtype), np.random.default_rng(seed), name) for name in (implementation, "xla"))
-        for nth, (got, expected) in enumerate(zip(ours, right, strict=True)):
-            num_wrong = int(_num_far(got, expected, error) if error else _num_different(got, expected))
-            if num_wrong:
-                name = ("pool", "queries" if error else "scales")[nth]
-                return f"{num_wrong:,} of {got.size:,} elements of the {name} differ from XLA's"
-    return None
+def _case(
+    make: Callable[[Array], tuple[Any, ...]],
+    run: Callable[..., Results],
+    *,
+    donated: tuple[int, ...] = (0,),
+    error: float = 0,
+) -> Callable[[Collection[str]], Case]:
+    """The case of a function that takes the implementation's name first."""
+    return partial(compared_case, make, partial(run, "hopper"), partial(run, "xla"), donated=donated, error=error)
 
 
-@jax.jit
-def _num_far(got: Array, expected: Array, error: float) -> Array:
-    distance = jnp.abs(got[1:].astype(jnp.float32) - expected[1:].astype(jnp.float32))
-    return jnp.sum(~(distance <= error))
+def _keys(seed: Array, count: int) -> Any:
+    return jax.random.split(jax.random.key(seed, impl="rbg"), count)
 
 
-@jax.jit
-def _num_different(got: Array, expected: Array) -> Array:
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[got.dtype.itemsize]
-    bits = (jax.lax.bitcast_convert_type(x[1:], unsigned) for x in (got, expected))
-    return jnp.sum(jnp.not_equal(*bits))
-
-
-def _pools(dtype: Any) -> _Pools:
+def _make_pool(dtype: str) -> tuple[Array, ...]:
     """A pool of numbers, with scales if it is quantised."""
     shape = block_pool_shape(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-    numbers = jax.random.normal(jax.random.key(0), shape, jnp.float32)
+    numbers = jax.random.normal(jax.random.key(0, impl="rbg"), shape, jnp.float32)
     if jnp.dtype(dtype).itemsize > 1:
         return (numbers.astype(dtype),)
-    pool = (numbers * 30).astype(dtype)
-    return pool, jnp.full(kv_scales_shape(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS), 2.0**-6, jnp.float32)
+    scales = jnp.full(kv_scales_shape(NUM_BLOCKS, NUM_LAYERS, NUM_KV_HEADS), 2.0**-6, jnp.float32)
+    return (numbers * 30).astype(dtype), scales
 
 
-def _copied(num_copied: int, pools: _Pools, rng: np.random.Generator, implementation: str) -> _Pools:
+def _make_copy(num_copied: int, seed: Array) -> tuple[Array, ...]:
     """A third of the list is padding."""
-    ids = rng.permutation(np.arange(1, NUM_BLOCKS))[: 2 * num_copied].reshape(2, -1)
-    src, dst = (jnp.asarray(np.concatenate([part, np.zeros(num_copied // 2, int)]), jnp.int32) for part in ids)
-    return (_copy(pools[0], src, dst, implementation=implementation),)
+    blocks = jax.random.permutation(_keys(seed, 1)[0], jnp.arange(1, NUM_BLOCKS, dtype=jnp.int32))
+    src, dst = (jnp.pad(ids, (0, num_copied // 2)) for ids in blocks[: 2 * num_copied].reshape(2, -1))
+    return *_make_pool("bfloat16"), src, dst
 
 
-def _slots(num_tokens: int, rng: np.random.Generator) -> Array:
+def _make_slots(num_tokens: int, key: Any) -> Array:
     """Slots of decodes, and as many of prompts."""
-    blocks = rng.permutation(np.arange(1, NUM_BLOCKS))
+    of_blocks, of_offsets = jax.random.split(key)
+    blocks = jax.random.permutation(of_blocks, jnp.arange(1, NUM_BLOCKS, dtype=jnp.int32))
     num_decodes = num_tokens // 2
-    decodes = blocks[:num_decodes] * BLOCK_SIZE + rng.integers(0, BLOCK_SIZE, num_decodes)
-    prompts = (blocks[num_decodes:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).reshape(-1)
-    return jnp.asarray(np.concatenate([decodes, prompts])[:num_tokens], jnp.int32)
+    offsets = jax.random.randint(of_offsets, (num_decodes,), 0, BLOCK_SIZE, jnp.int32)
+    prompts = blocks[num_decodes:, None] * BLOCK_SIZE + jnp.arange(BLOCK_SIZE, dtype=jnp.int32)[None]
+    return jnp.concatenate([blocks[:num_decodes] * BLOCK_SIZE + offsets, prompts.reshape(-1)])[:num_tokens]
 
 
-def _written(num_tokens: int, pools: _Pools, rng: np.random.Generator, implementation: str) -> _Pools:
-    """Tokens of a quantised pool, some of which are larger than what their blocks hold; or those of another pool."""
-    slots = _slots(num_tokens, rng)
-    sizes = rng.choice([0.01, 1.0, 100.0], (num_tokens, NUM_KV_HEADS, 1))
-    shape = (num_tokens, NUM_KV_HEADS, HEAD_DIM)
-    k, v = (jnp.asarray(rng.standard_normal(shape) * sizes, jnp.bfloat16) for _ in range(2))
-    if len(pools) == 1:
-        return (_write(pools[0], k, v, slots, implementation=implementation),)
-    return _write_quantized(*pools, k, v, slots, implementation=implementation)
+def _make_write(num_tokens: int, dtype: str, seed: Array) -> tuple[Array, ...]:
+    """Tokens of a pool. In a quantised pool some are larger than what their blocks hold."""
+    of_slots, of_sizes, *of_kv = _keys(seed, 4)
+    sizes = jax.random.choice(of_sizes, jnp.array([0.01, 1.0, 100.0]), (num_tokens, NUM_KV_HEADS, 1))
+    shape = num_tokens, NUM_KV_HEADS, HEAD_DIM
+    k, v = ((jax.random.normal(key, shape) * sizes).astype(jnp.bfloat16) for key in of_kv)
+    return *_make_pool(dtype), k, v, _make_slots(num_tokens, of_slots)
 
 
-def _rotated(
-    num_tokens: int, num_summands: int, pools: _Pools, rng: np.random.Generator, implementation: str
-) -> _Pools:
-    """The pool, and the queries behind a first one that is not compared."""
-    shape = (num_summands, num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
-    projected = jnp.asarray(rng.standard_normal(shape), jnp.bfloat16 if num_summands == 1 else jnp.float32)
-    angles = rng.uniform(0, 6, (num_tokens, HEAD_DIM // 2))
-    cos_sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-    q_scale, k_scale = (jnp.asarray(rng.uniform(0.5, 1.5, HEAD_DIM), jnp.bfloat16) for _ in range(2))
-    run = _rope_write if implementation == "hopper" else _rope_write_plainly
-    q, pool = run(pools[0], projected, cos_sin, _slots(num_tokens, rng), HeadNorms(q_scale, k_scale, NormSpec(1e-6)))
-    return pool, jnp.pad(q, ((1, 0), (0, 0), (0, 0)))
+def _make_projected(num_tokens: int, num_summands: int, seed: Array) -> tuple[Any, ...]:
+    """A step's projected heads. Every other seed has padding: the last quarter of the tokens."""
+    of_slots, of_tokens, of_angles, *of_scales = _keys(seed, 5)
+    shape = num_summands, num_tokens, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
+    projected = jax.random.normal(of_tokens, shape).astype(jnp.bfloat16 if num_summands == 1 else jnp.float32)
+    angles = jax.random.uniform(of_angles, (num_tokens, HEAD_DIM // 2), maxval=6.0)
+    scales = [jax.random.uniform(key, (HEAD_DIM,), minval=0.5, maxval=1.5).astype(jnp.bfloat16) for key in of_scales]
+    is_padding = (jnp.arange(num_tokens) >= num_tokens - num_tokens // 4) & (seed % 2 == 1)
+    slots = jnp.where(is_padding, 0, _make_slots(num_tokens, of_slots))
+    return *_make_pool("bfloat16"), projected, (jnp.cos(angles), jnp.sin(angles)), slots, *scales
 
 
-@partial(jax.jit, donate_argnums=0)
+def _copy(implementation: str, pool: Array, src: Array, dst: Array) -> Results:
+    return {"pool": copy_blocks(pool, src, dst, implementation=implementation)}
+
+
+def _write(implementation: str, pool: Array, k: Array, v: Array, slots: Array) -> Results:
+    return {"pool": write_kv(pool, LAYER, k, v, slots, implementation=implementation)}
+
+
+def _write_quantized(implementation: str, pool: Array, scales: Array, k: Array, v: Array, slots: Array) -> Results:
+    written = write_kv_quantized(pool, scales, LAYER, k, v, slots, implementation=implementation)
+    return dict(zip(("pool", "scales"), written, strict=True))
+
+
 def _rope_write(
-    pool: Array, projected: Array, angles: tuple[Array, Array], slots: Array, norms: HeadNorms
-) -> tuple[Array, Array]:
-    return rope_write(pool, LAYER, projected, angles, slots, norms)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _rope_write_plainly(
-    pool: Array, projected: Array, angles: tuple[Array, Array], slots: Array, norms: HeadNorms
-) -> tuple[Array, Array]:
-    """The kernel's work in the way of models on other backends."""
+    implementation: str,
+    pool: Array,
+    projected: Array,
+    angles: tuple[Array, Array],
+    slots: Array,
+    q_scale: Array,
+    k_scale: Array,
+) -> Results:
+    """The queries, the pool and its first block, which the kernel leaves as it is; "xla" is the way of models."""
+    spec = NormSpec(1e-6)
+    if implementation == "hopper":
+        q, pool = rope_write(pool, LAYER, projected, angles, slots, HeadNorms(q_scale, k_scale, spec))
+        return {"queries": q, "pool": pool, "first block": pool[0]}
     heads = jnp.sum(projected.astype(jnp.float32), axis=0).astype(pool.dtype)
     q, k, v = jnp.split(heads.reshape(len(slots), -1, HEAD_DIM), [NUM_HEADS, NUM_HEADS + NUM_KV_HEADS], axis=1)
-    q, k = (rotate(rms_norm(x, scale, norms.spec), *angles) for x, scale in ((q, norms.q_scale), (k, norms.k_scale)))
-    return q, write_kv(pool, LAYER, k, v, slots)
-
-
-_copy = jax.jit(copy_blocks, static_argnames="implementation", donate_argnums=0)
-
-
-@partial(jax.jit, static_argnames="implementation", donate_argnums=0)
-def _write(pool: Array, k: Array, v: Array, slots: Array, *, implementation: str) -> Array:
-    return write_kv(pool, LAYER, k, v, slots, implementation=implementation)
-
-
-@partial(jax.jit, static_argnames="implementation", donate_argnums=(0, 1))
-def _write_quantized(pool: Array, scales: Array, k: Array, v: Array, slots: Array, *, implementation: str) -> _Pools:
-    return write_kv_quantized(pool, scales, LAYER, k, v, slots, implementation=implementation)
+    q, k = (rotate(rms_norm(x, scale, spec), *angles) for x, scale in ((q, q_scale), (k, k_scale)))
+    return {"queries": q, "pool": write_kv(pool, LAYER, k, v, slots), "first block": pool[0]}

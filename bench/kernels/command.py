@@ -2,7 +2,7 @@
 
     python -m bench kernels             # all shapes, all implementations and peers, one run
     python -m bench kernels --check     # errors against float64, at real sizes and over all that kernels may take;
-                                        # bits of writes and copies against XLA's
+                                        # writes, copies and norms against XLA's; keeps kernels_check_DEVICE.json
     python -m bench kernels --tune      # try kernel sizes, save the best for this device
 
 A program attends several layers of one pool, as a model does. Each layer's queries are the outputs of the layer before.
@@ -25,19 +25,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from bench import machine
-from bench.kernels import check, check_writes, copies, timing
+from bench.kernels import copies, timing
+from bench.kernels.checking import run_check
 from bench.kernels.compiling import Source, compile_all, one_line
 from bench.kernels.contenders import Contender, abstract_arguments, all_contenders
 from bench.kernels.inputs import make_queries
-from bench.kernels.shapes import MEASURED, AttentionShape, choose
+from bench.kernels.shapes import AttentionShape, choose
 from bench.kernels.table import Rows
 from bench.kernels.tune import tune
 from bench.report import device_name, save, start_report
-from pallas_kernels.chips.here import why_no_hopper
 
 NUM_SAMPLES, NUM_QUICK_SAMPLES = 9, 3
 
@@ -48,9 +47,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="correctness only; exit status 1 if anything is wrong")
     mode.add_argument("--tune", action="store_true", help="kernel sizes only")
-    add("--shapes", metavar="WORDS", help="parts of the names of shapes, separated by commas (default: all)")
+    add(
+        "--shapes",
+        metavar="WORDS",
+        help="parts of names of shapes (--check: of cases), separated by commas",
+    )
     add("--implementations", metavar="NAMES", help="ours and peers, separated by commas (default: all)")
-    add("--no-copies", action="store_true", help="without the writes into a pool")
+    add(
+        "--no-copies",
+        action="store_true",
+        help="without writes into a pool; --check: without norms too",
+    )
     add("--pool-gb", type=float, metavar="X", help="size of that pool in 10^9 bytes (default: at most 60)")
     add("--quick", action="store_true", help="fewer repeats; with --check: without the shapes that are measured")
     add("--shrink", type=int, default=1, metavar="N", help="divide batches and lengths, for a slow device")
@@ -59,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, check or tune; 1 if anything of ours is wrong or broke."""
     if args.check:
-        return _check(args)
+        return run_check(args)
     if args.tune:
         classes = tune(_shrunk(choose(args.shapes), args), _num_samples(args))
         report = start_report(args, classes=classes)
@@ -111,7 +118,7 @@ def _compile(shapes: list[AttentionShape], contenders: list[Contender]) -> dict[
             if contender.why_not(shape) is None:
                 arguments = abstract_arguments(contender, shape)
                 for configuration, program in contender.programs(shape).items():
-                    sources[shape.name, contender.name, configuration] = Source(jax.jit(program), arguments)
+                    sources[shape.name, contender.name, configuration] = Source(program, arguments)
     for (shape_name, name, configuration), program in compile_all(sources).items():
         programs[shape_name, name][configuration] = program
     return programs
@@ -172,44 +179,6 @@ def _run_flashinfer(args: argparse.Namespace, shapes: list[AttentionShape]) -> d
     return {"versions": others.get("versions", {})} | {
         shape.name: results.get(shape.name, {"skipped": missing}) for shape in shapes
     }
-
-
-def _check(args: argparse.Namespace) -> int:
-    """Print one line for each case and implementation; 1 if any is wrong."""
-    measured = [] if args.quick else _shrunk(list(MEASURED), args)
-    cases = {case.name: case for case in choose(args.shapes, (*measured, *check.coverage()))}
-    names = [c.name for c in all_contenders() if c.is_ours and _is_wanted(c.name, args)]
-    sources = {}
-    for case in cases.values():
-        arguments = jax.eval_shape(lambda case=case: check.make_arguments(case))
-        sources |= {(case.name, name): Source(check.program(case, name), arguments) for name in names}
-    num_wrong = num_checked = 0
-    for (case_name, name), program in compile_all(sources).items():
-        try:
-            if isinstance(program, Exception):
-                raise program
-            verdict = check.examine(cases[case_name], program)
-            problem, shown = verdict.problem, f"error {verdict.error:.2e}"
-        except NotImplementedError as error:
-            print(f"{case_name:72} {name:10} not taken: {error}", flush=True)
-            continue
-        except Exception as error:
-            problem, shown = one_line(error), ""
-        num_checked += 1
-        num_wrong += _print_verdict(case_name, name, shown, problem)
-    if args.shapes is None and not args.no_copies and _is_wanted("hopper", args) and not why_no_hopper():
-        for case_name, find_problem in check_writes.cases():
-            num_checked += 1
-            num_wrong += _print_verdict(case_name, "hopper", "", find_problem("hopper"))
-    print(f"{num_checked} checked, {num_wrong} wrong")
-    return 1 if num_wrong else 0
-
-
-def _print_verdict(case_name: str, implementation: str, shown: str, problem: str | None) -> bool:
-    """Print a line; whether the case is wrong."""
-    verdict = "ok" if problem is None else f"WRONG: {problem}"
-    print(f"{case_name:72} {implementation:10} {shown:15} {verdict}", flush=True)
-    return problem is not None
 
 
 def _shrunk(shapes: list[AttentionShape], args: argparse.Namespace) -> list[AttentionShape]:

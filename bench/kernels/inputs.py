@@ -33,6 +33,19 @@ def make_queries(shape: AttentionShape, seed: int = 0) -> Float[Array, "tokens n
     return jax.random.normal(key, (shape.num_tokens, shape.num_heads, shape.head_dim), jnp.dtype(shape.dtype))
 
 
+class HostArrays(NamedTuple):
+    """Numbers of a batch that the host computes: ``Inputs`` without the pool, and the deviation of each slot's V.
+
+    Slots that no query may read have NaN as their deviation.
+    """
+
+    block_tables: Int[np.ndarray, "num_seqs max_blocks"]
+    kv_lens: Int[np.ndarray, " num_seqs"]
+    cu_q_lens: Int[np.ndarray, " num_seqs_plus_1"]
+    kv_scales: Float[np.ndarray, "num_blocks num_layers 2 num_kv_heads"] | None
+    deviations: Float[np.ndarray, "num_blocks block_size"]
+
+
 def make_inputs(
     shape: AttentionShape, num_layers: int, *, filled: Iterable[int] | None = None, grows: bool = False, seed: int = 0
 ) -> Inputs:
@@ -46,27 +59,46 @@ def make_inputs(
         grows: whether V has the deviations of ``value_deviations``. Otherwise V is normal, as K always is.
         seed: seed of all values.
     """
+    layers = tuple(range(num_layers) if filled is None else filled)
+    host = make_host_arrays(shape, num_layers, layers, grows=grows, seed=seed)
+    pool = make_pool(shape, num_layers, layers, jnp.asarray(host.deviations), seed)
+    return with_pool(pool, host)
+
+
+def make_host_arrays(
+    shape: AttentionShape, num_layers: int, layers: tuple[int, ...], *, grows: bool = False, seed: int = 0
+) -> HostArrays:
+    """The host's part of ``make_inputs``, with values in the given layers."""
     tables = shape.block_tables(seed)
     positions = shape.positions(tables)
-    pool_shape = block_pool_shape(shape.num_blocks, num_layers, shape.num_kv_heads, shape.block_size, shape.head_dim)
-    dtype = jnp.dtype(shape.kv_dtype)
-    pool = jnp.full(pool_shape, poison(dtype), dtype)
     deviations = value_deviations(positions) if grows else np.where(positions == UNSEEN, np.nan, 1).astype(np.float32)
-    layers, key = list(range(num_layers) if filled is None else filled), jax.random.key(seed + 1, impl="rbg")
     scales = None
     if shape.is_quantized:
-        scales = _make_scales(deviations, num_layers, layers, shape, seed)
+        scales = _make_scales(deviations, num_layers, list(layers), shape, seed)
         deviations = np.where(positions == UNSEEN, np.nan, 1).astype(np.float32)
-    slots = jnp.asarray(deviations)
+    return HostArrays(tables, np.array(shape.kv_lens, np.int32), shape.cu_q_lens, scales, deviations)
+
+
+def make_pool(
+    shape: AttentionShape,
+    num_layers: int,
+    layers: tuple[int, ...],
+    deviations: Float[Array, "num_blocks block_size"],
+    seed: int = 0,
+) -> Array:
+    """The device's part of ``make_inputs``: a pool with values in the given layers."""
+    pool_shape = block_pool_shape(shape.num_blocks, num_layers, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    dtype, key = jnp.dtype(shape.kv_dtype), jax.random.key(seed + 1, impl="rbg")
+    pool = jnp.full(pool_shape, poison(dtype), dtype)
     for layer in layers:
-        pool = _fill_layer(pool, jnp.int32(layer), slots, jax.random.fold_in(key, layer))
-    return Inputs(
-        pool,
-        jnp.asarray(tables),
-        jnp.asarray(shape.kv_lens, jnp.int32),
-        jnp.asarray(shape.cu_q_lens),
-        None if scales is None else jnp.asarray(scales),
-    )
+        pool = _fill_layer(pool, jnp.int32(layer), deviations, jax.random.fold_in(key, layer))
+    return pool
+
+
+def with_pool(pool: Array, host: HostArrays) -> Inputs:
+    """The arguments of ``paged_attention`` on the device."""
+    tables, kv_lens, cu_q_lens = (jnp.asarray(each) for each in host[:3])
+    return Inputs(pool, tables, kv_lens, cu_q_lens, None if host.kv_scales is None else jnp.asarray(host.kv_scales))
 
 
 def poison(dtype: jnp.dtype) -> float:

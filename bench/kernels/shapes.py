@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bench import UsageError
 from bench.workloads import shared_prefix
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
@@ -225,16 +226,21 @@ MEASURED = (
 )
 
 
-def choose(names: str | None, shapes: tuple[AttentionShape, ...] = MEASURED) -> list[AttentionShape]:
-    """The shapes whose name contains one of some words, separated by commas; all shapes if None.
+def choose(words: str | None, shapes: tuple[AttentionShape, ...] = MEASURED) -> list[AttentionShape]:
+    """The shapes whose name contains one of some words; see ``choose_names``."""
+    names = choose_names(words, [shape.name for shape in shapes])
+    return [shape for shape in shapes if shape.name in names]
+
+
+def choose_names(words: str | None, names: list[str]) -> list[str]:
+    """The names that contain one of some words, separated by commas; all if None.
 
     Raises:
-        ValueError: a word fits no name.
+        UsageError: a word fits no name.
     """
-    if names is None:
-        return list(shapes)
-    words = names.split(",")
-    for word in words:
-        if not any(word in shape.name for shape in shapes):
-            raise ValueError(f"no shape is named like {word!r}: expected parts of {[shape.name for shape in shapes]}")
-    return [shape for shape in shapes if any(word in shape.name for word in words)]
+    if words is None:
+        return names
+    for word in words.split(","):
+        if not any(word in name for name in names):
+            raise UsageError(f"--shapes: no name contains {word!r}: expected parts of {', '.join(names)}")
+    return [name for name in names if any(word in name for word in words.split(","))]

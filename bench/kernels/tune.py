@@ -100,7 +100,7 @@ def _sources(shapes: list[AttentionShape]) -> dict[tuple[str, Sizes], Source]:
     for shape in shapes:
         arguments = jax.eval_shape(lambda shape=shape: _arguments(shape))
         for sizes in candidates(shape):
-            sources[shape.name, sizes] = Source(jax.jit(partial(_run, shape=shape, sizes=sizes)), arguments)
+            sources[shape.name, sizes] = Source(partial(_run, shape=shape, sizes=sizes), arguments)
     return sources
 
 

@@ -11,7 +11,8 @@
 
 restore: a request of N tokens is preempted by another of higher priority, and comes back: transferred (swap), computed
 again (recompute), by both ways at once (both), and as the engine chooses (auto). The time runs from the plan that
-admits the request to its next token, alone and beside decodes. The tokens of all ways are compared.
+admits the request to its next token, alone and beside decodes. The tokens of all ways are compared: "both from 12" says
+that output token 12, counted from 0, is the first of "both" that differs from the first way's.
 
 decode: a batch whose KV lies on the host, streamed layer by layer in every step, and the same with KV on the device
 (--placements; "activations" and "kv" fix what the host keeps). KV GB/s counts the K and V of all full blocks attended

@@ -101,13 +101,13 @@ def _measure_row(
     args: Namespace, shapes: Shapes, runner: ModelRunner, config: EngineConfig, length: int, num_decodes: int
 ) -> dict[str, Any]:
     """Measure all ways of one length beside one number of decodes."""
-    ways, token_ids = {}, []
+    ways, token_ids = {}, {}
     for way in args.ways:
         engine = Engine(runner, replace(config, preemption=WAYS[way], max_num_seqs=num_decodes + 1))
         if way == "swap":
             engine.scheduler.profile = None
         rounds, drawn = _Rounds(engine, shapes).run(length, num_decodes, args.repeats)
-        token_ids.append(drawn)
+        token_ids[way] = drawn
         clean = [each for each in rounds if each.num_programs_compiled == 0] or rounds
         ways[way] = {
             "restore_ms": median(each.restore_ms for each in clean),
@@ -117,8 +117,7 @@ def _measure_row(
             "rounds": [asdict(each) for each in rounds],
             "profile": _as_dict(engine.scheduler.profile),
         }
-    shortest = min(map(len, token_ids))
-    first_drawn = token_ids[0][:shortest]
+    differences = first_differences(token_ids)
     singles = [ways[way]["restore_ms"] for way in ("swap", "recompute") if way in ways]
     has_ratio = "both" in ways and len(singles) == 2
     return {
@@ -126,15 +125,34 @@ def _measure_row(
         "num_decodes": num_decodes,
         "ways": ways,
         "gain_of_both": min(singles) / ways["both"]["restore_ms"] if has_ratio else None,
-        "num_tokens_compared": shortest,
-        "are_tokens_equal": all(drawn[:shortest] == first_drawn for drawn in token_ids),
+        "num_tokens_compared": min(map(len, token_ids.values())),
+        "are_tokens_equal": not differences,
+        "first_differences": differences,
     }
+
+
+def first_differences(token_ids: dict[str, list[int]]) -> dict[str, int]:
+    """The position from which a way's output differs from that of the first way, for each way that differs.
+
+    Args:
+        token_ids: output of each way. Outputs are compared as far as all of them go.
+    """
+    shortest = min(map(len, token_ids.values()))
+    first, *others = token_ids
+    found = {}
+    for way in others:
+        pairs = zip(token_ids[first][:shortest], token_ids[way], strict=False)
+        position = next((position for position, (expected, got) in enumerate(pairs) if expected != got), None)
+        if position is not None:
+            found[way] = position
+    return found
 
 
 def _cells(result: dict[str, Any]) -> list[Any]:
     ways = result["ways"]
     recomputed = ways["both"]["num_recomputed_tokens"] if "both" in ways else None
-    equal = "yes" if result["are_tokens_equal"] else "NO"
+    differences = (f"{way} from {position}" for way, position in result["first_differences"].items())
+    equal = "yes" if result["are_tokens_equal"] else f"NO: {', '.join(differences)}"
     return [*(each["restore_ms"] for each in ways.values()), result["gain_of_both"], recomputed, equal]
 
 

@@ -1,10 +1,11 @@
-"""Replays of workloads without a device: a pool under pressure, and the padding of steps.
+"""Replays of workloads without a device: a pool under pressure, the padding of steps, and first tokens.
 
     python -m bench replay          # about half a minute
 
 The scheduler and the block manager run as they are, with one step in flight. A step's time is modelled: llama3-8b on
 one H200, fitted to measured steps. Under pressure, works run in 2,048 blocks: with and without expected growth, with
-ends that the scheduler knows or not. Padding is that of decodes in a pool that holds all requests. Writes
+ends that the scheduler knows or not. Padding is that of decodes in a pool that holds all requests. First tokens are
+those of Poisson arrivals at half of the rate that 256 rows sustain, in steps that end before one. Writes
 bench/results/replay.json.
 """
 
@@ -43,12 +44,15 @@ def run(args: argparse.Namespace) -> int:
     padding = _padding(args.num_requests)
     table = Table(f"sharegpt{args.num_requests}, 1,024 rows", "sizes", "% of row-steps", "% of time", first=68)
     print("\n" + table.text({title: list(row.values()) for title, row in padding.items()}))
+    arrivals = _arrivals(args.num_requests)
+    print("\nhalf of the sustained rate: " + ", ".join(f"{name} {value:.4g}" for name, value in arrivals.items()))
     report = start_report(
         args,
         num_requests=args.num_requests,
         step_time=dataclasses.asdict(H200),
         under_pressure=pressure,
         padding=padding,
+        arrivals=arrivals,
     )
     print(f"\nwritten to {save('replay', report, args.out)}")
     return 0
@@ -79,6 +83,19 @@ def _small_pool() -> Setting:
     target = TARGETS["gpu"]
     buckets = all_buckets(256, 2048, target.least_rows, target.halfway_from)
     return Setting(NUM_PRESSURE_BLOCKS, tuple(buckets), 256, 2048)
+
+
+def _arrivals(num_requests: int) -> dict[str, float]:
+    """First tokens of requests that arrive at half of the rate at which a server of 256 rows ends them."""
+    target, rows, tokens = TARGETS["gpu"], 256, MOST_DEFAULT_TOKENS
+    buckets = all_buckets(rows, tokens, target.least_rows, target.halfway_from)
+    setting, work = Setting(NUM_BLOCKS, tuple(buckets), rows, tokens), workloads.sharegpt(num_requests, 3)
+    rate = num_requests / replay(work, setting).seconds.sum() / 2
+    done = replay(work, setting, workloads.poisson_arrivals(num_requests, rate))
+    figures = {"requests_per_s": rate}
+    for name, values in (("steps", done.first_token_steps), ("ttft_s", done.first_token_s)):
+        figures |= {f"{name}_p{percent}": float(np.percentile(values, percent)) for percent in (50, 99)}
+    return figures
 
 
 def _padding(num_requests: int) -> dict[str, dict[str, float]]:

@@ -9,6 +9,7 @@ from bench.replay.step_time import H200, H200_PROFILE
 from bench.workloads import Workload, made_up_result
 from jpaged.contract.plan import StepPlan
 from jpaged.device.step.inputs import Bucket, bucket_for
+from jpaged.engine.bursts import Bursts
 from jpaged.host.blocks.manager import BlockManager
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import SequenceGroup
@@ -51,6 +52,8 @@ class Replay:
         seconds: modelled time of each.
         num_preemptions, num_swaps: counters at the end.
         num_output_tokens: tokens that the requests asked for.
+        first_token_steps, first_token_s: steps that ended between a request and its first token, for each request,
+            and the seconds. A multi-step decode counts once.
     """
 
     num_steps: Int64[np.ndarray, " plans"]
@@ -63,6 +66,8 @@ class Replay:
     num_preemptions: int
     num_swaps: int
     num_output_tokens: int
+    first_token_steps: Int64[np.ndarray, " requests"]
+    first_token_s: Float64[np.ndarray, " requests"]
 
     def figures(self) -> dict[str, float]:
         """The sums and means for the report."""
@@ -80,8 +85,15 @@ class Replay:
         }
 
 
-def replay(work: Workload, setting: Setting) -> Replay:
-    """Serve a workload whose requests are all there at the start."""
+def replay(work: Workload, setting: Setting, arrivals: Float64[np.ndarray, " requests"] | None = None) -> Replay:
+    """Serve a workload.
+
+    Args:
+        work: the requests.
+        setting: the engine's.
+        arrivals: seconds at which the requests arrive, rising; None if all are there at the start. Multi-step decodes
+            are bounded as in a server, where requests arrive.
+    """
     blocks = BlockManager(
         1 + setting.num_blocks, BLOCK_SIZE, enable_prefix_caching=True, num_host_blocks=NUM_HOST_BLOCKS
     )
@@ -97,13 +109,19 @@ def replay(work: Workload, setting: Setting) -> Replay:
     )
     if setting.horizon is not None:
         scheduler.growth.horizon = setting.horizon
-    for index, (prompt, length) in enumerate(zip(work.prompts, work.output_lens, strict=True)):
-        max_tokens = length if setting.knows_ends else None
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=setting.knows_ends)
-        scheduler.add(Request(str(index), None, prompt, params, seed=index))
+    bursts = None if arrivals is None else Bursts(scheduler)
+    arrivals = np.zeros(len(work.prompts)) if arrivals is None else arrivals
+    requests, num_arrived, now = _requests(work, setting), 0, 0.0
     in_flight: list[tuple[StepPlan, bool]] = []
-    rows = []
-    while scheduler.has_unfinished:
+    rows, first_steps, first_s = [], np.zeros(len(requests), np.int64), np.zeros(len(requests))
+    steps_before = np.zeros(len(requests), np.int64)
+    while scheduler.has_unfinished or num_arrived < len(requests):
+        if not scheduler.has_unfinished:
+            now = max(now, float(arrivals[num_arrived]))
+        while num_arrived < len(requests) and arrivals[num_arrived] <= now:
+            scheduler.add(requests[num_arrived])
+            steps_before[num_arrived] = len(rows) - (arrivals[num_arrived] < now)
+            num_arrived += 1
         if not in_flight:
             in_flight.append((scheduler.schedule(), True))
         if (ahead := scheduler.schedule_ahead()) is not None:
@@ -112,12 +130,18 @@ def replay(work: Workload, setting: Setting) -> Replay:
         seconds = 0.0
         if len(plan.chunks):
             seconds = H200.plan_s(plan, bucket_for(plan, setting.buckets), is_late=is_late)
+        now += seconds
         fill = blocks.num_used_blocks / setting.num_blocks
         is_pressed = bool(scheduler.line.waiting)
         rows.append((plan.num_steps, len(plan.chunks), plan.num_tokens, fill, is_pressed, is_late, seconds))
         for group in scheduler.update(plan, made_up_result(len(plan.draws), plan.num_steps)):
+            index = int(group.request.request_id)
+            if first_s[index] == 0.0 and group.sequences[0].num_outputs:
+                first_steps[index], first_s[index] = len(rows) - steps_before[index], now - arrivals[index]
             if not setting.knows_ends:
                 _stop_if_due(scheduler, group, work)
+        if bursts is not None and len(plan.chunks):
+            bursts.note_step(seconds / plan.num_steps)
     names = "num_steps", "num_rows", "num_tokens", "fill", "is_pressed", "is_late", "seconds"
     columns = {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
     stats = scheduler.stats()
@@ -126,7 +150,18 @@ def replay(work: Workload, setting: Setting) -> Replay:
         num_preemptions=stats.num_preemptions,
         num_swaps=stats.num_swaps_out,
         num_output_tokens=work.num_output_tokens,
+        first_token_steps=first_steps,
+        first_token_s=first_s,
     )
+
+
+def _requests(work: Workload, setting: Setting) -> list[Request]:
+    requests = []
+    for index, (prompt, length) in enumerate(zip(work.prompts, work.output_lens, strict=True)):
+        max_tokens = length if setting.knows_ends else None
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=setting.knows_ends)
+        requests.append(Request(str(index), None, prompt, params, seed=index))
+    return requests
 
 
 def _stop_if_due(scheduler: Scheduler, group: SequenceGroup, work: Workload) -> None:

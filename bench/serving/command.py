@@ -14,6 +14,9 @@ this device's own rates, measured in the same run; that of a throughput is for t
 all of them. In turn, attention reads blocks while no product runs. A breakdown divides a step's time: kernels by kind,
 from a profile; gaps, in which no kernel runs; and the host's own work, which runs beside the device.
 
+The limit of a workload is that of its timed runs: what it prepares has as much time again. Its seconds of preparation,
+timed runs and breakdowns are printed and kept. Without --few-sizes a run waits for the programs of all sizes.
+
 Prints figures as they come and all of them in the end, and keeps ``bench/results/serving_NAME_DEVICE.json`` current. A
 workload that fails or runs out of time is recorded, and the next one runs. The exit status is 1 if any failed.
 """
@@ -34,10 +37,11 @@ import jax.numpy as jnp
 from bench import UsageError, machine
 from bench.peers import SERVING, serving_figures
 from bench.report import CONFIGS, device_name, save, start_report
+from bench.serving.clock import TimeIsUp
 from bench.serving.demo import measure_model
 from bench.serving.figures import Figures, Floor, experts_of
 from bench.serving.options import measure_options
-from bench.serving.runs import Bench, TimeIsUp
+from bench.serving.runs import Bench
 from bench.serving.scenarios import run_workload
 from bench.serving.sizes import FULL, QUICK, WORKLOADS, Sizes
 from bench.serving.startup import StartUp, start, start_cold
@@ -80,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=list(PREEMPTIONS),
         help="run the sharegpt1000_2048blocks workload under each of these",
     )
-    seconds = "seconds after which a workload stops with what it has (default: %(default)s)"
+    seconds = "seconds after which a timed workload stops with what it has (default: %(default)s)"
     context = f"tokens of the prompts of decode and prefill32; the peers have figures for {FULL.prompt_len} (default)"
     add("--prompt-len", type=int, metavar="N", help=context)
     add("--few-sizes", action="store_true", help="compile only the sizes that decode and prefill32 need")
@@ -256,7 +260,12 @@ def _run_workloads(args: argparse.Namespace, report: dict[str, Any], bench: Benc
     figures.add("startup_s", report["startup_s"], lower_is_better=True)
     if report["startup_warm"] is not None:
         figures.add("startup_warm_s", report["startup_warm"]["total_s"], lower_is_better=True)
+    began = time.perf_counter()
     bench.load_programs()
+    now = time.perf_counter()
+    startup = report["startup_warm"] or report["startup"]
+    seconds = {"imports": startup["imports_s"], "programs made": startup["all_programs_s"], "loaded": now - began}
+    figures.add_seconds("before the workloads", seconds | {"total": now - args.began})
     for workload in args.workloads:
         try:
             run_workload(workload, bench, args)

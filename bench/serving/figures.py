@@ -171,6 +171,13 @@ class Figures:
         self.save()
         print(f"  {step}\n  {host_line(step.host_us)}", flush=True)
 
+    def add_seconds(self, workload: str, seconds: dict[str, float]) -> None:
+        """Add the time that a workload took, part by part and in total."""
+        self.report.setdefault("seconds", {})[workload] = seconds
+        self.save()
+        shown = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
+        print(f"{workload}: seconds: {shown}", flush=True)
+
     def print_header(self) -> None:
         """Print the heads of the columns."""
         print("\n" + _FIGURES.header())

@@ -4,14 +4,14 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jax
 
-from bench.serving.breakdown import StepBreakdown, break_down, read_kernels, scopes_of
-from bench.serving.runs import TimeIsUp, sampling
+from bench.serving.breakdown import Kernel, StepBreakdown, break_down, read_kernels, scopes_of
+from bench.serving.clock import BREAKDOWN, PREPARATION, TIMED, Clock, TimeIsUp
+from bench.serving.runs import sampling
 from bench.serving.stopwatch import Stopwatch, replaced
 from jpaged import LLM
 from jpaged.request import CompletionDelta
@@ -40,7 +40,7 @@ class DecodeTimes:
 
 
 def time_decode(
-    llm: LLM, prompts: list[list[int]], num_timed: int, num_traced: int, directory: Path | None, deadline: float = inf
+    llm: LLM, prompts: list[list[int]], num_timed: int, num_traced: int, directory: Path | None, clock: Clock
 ) -> DecodeTimes:
     """Time steps in which every prompt gains a token, and then profile some.
 
@@ -49,7 +49,7 @@ def time_decode(
         prompts: no more than rows, all of one length.
         num_timed, num_traced: steps without and with the profiler; 0 with it profiles none.
         directory: directory of the trace; None keeps no trace.
-        deadline: time of ``time.perf_counter`` from which on no timed step begins. The few that are profiled may.
+        clock: takes the time of each part. No timed step begins after its deadline; the few that are profiled may.
 
     Raises:
         ValueError: the pool does not hold all of them at once, or they end before so many steps.
@@ -58,26 +58,33 @@ def time_decode(
     engine, watch = llm.engine, Stopwatch()
     ids = _add(llm, prompts, max_tokens=llm.max_model_len - len(prompts[0]))
     try:
-        _settle(llm, len(prompts), deadline)
+        with clock.part(PREPARATION):
+            _settle(llm, len(prompts), clock.deadline)
         num_programs, start = len(engine.runner.programs), time.perf_counter()
-        with watch.watch_steps(engine):
-            num_timed = _decode(llm, len(prompts), num_timed, deadline)
+        with clock.part(TIMED), watch.watch_steps(engine):
+            num_timed = _decode(llm, len(prompts), num_timed, clock.deadline)
         step_us = 1e6 * (time.perf_counter() - start) / num_timed
         host_us, breakdown = watch.us_per_step(num_timed), None
         num_compiled = len(engine.runner.programs) - num_programs
         if num_traced:
-            # The profiler sees one iteration alone of a loop inside a graph.
-            with _kept(directory) as path, replaced(engine.scheduler, "max_burst", 1):
-                _decode(llm, len(prompts), NUM_SETTLING_STEPS)  # the steps of a burst in flight
-                with trace(path):
-                    num_traced = _decode(llm, len(prompts), num_traced)
-                kernels = read_kernels(path, scopes_of(_program_text(llm, len(prompts))))
-            breakdown = break_down(kernels, num_traced, step_us=step_us, host_us=host_us)
+            with clock.part(BREAKDOWN):
+                kernels, num_traced = _profile_decode(llm, len(prompts), num_traced, directory)
+                breakdown = break_down(kernels, num_traced, step_us=step_us, host_us=host_us)
     finally:
         for request_id in ids:
             engine.forget(request_id)
         engine.step()  # takes the step in flight
     return DecodeTimes(step_us, host_us, num_compiled, breakdown)
+
+
+def _profile_decode(llm: LLM, num_rows: int, num_steps: int, directory: Path | None) -> tuple[list[Kernel], int]:
+    """The kernels of some steps in which all requests decode, and the number of steps."""
+    # The profiler sees one iteration alone of a loop inside a graph.
+    with _kept(directory) as path, replaced(llm.engine.scheduler, "max_burst", 1):
+        _decode(llm, num_rows, NUM_SETTLING_STEPS)  # the steps of a burst in flight
+        with trace(path):
+            num_steps = _decode(llm, num_rows, num_steps)
+        return read_kernels(path, scopes_of(_program_text(llm, num_rows))), num_steps
 
 
 def profile_prefill(llm: LLM, timed: list[list[int]], traced: list[list[int]], directory: Path | None) -> StepBreakdown:
@@ -113,7 +120,7 @@ def _settle(llm: LLM, num_rows: int, deadline: float) -> None:
     _decode(llm, num_rows, NUM_SETTLING_STEPS, deadline)
 
 
-def _decode(llm: LLM, num_rows: int, at_least: int, deadline: float = inf) -> int:
+def _decode(llm: LLM, num_rows: int, at_least: int, deadline: float = float("inf")) -> int:
     """Step until every row has gained this many tokens. Returns the number gained."""
     num_tokens = 0
     while num_tokens < at_least * num_rows:
@@ -161,6 +168,7 @@ def trace(directory: Path) -> Iterator[None]:
     """Profile everything enqueued inside, and nothing else."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # a step makes many thousand calls
+    options.enable_hlo_proto = False  # the kernels of ours would be written with every program that runs
     time.sleep(QUIET_S)
     with jax.profiler.trace(str(directory), profiler_options=options):
         yield

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.serving.clock import Clock, TimeIsUp
 from bench.serving.figures import Figures, Floor
 from bench.serving.sizes import Sizes
 from bench.serving.stopwatch import Stopwatch, replaced
@@ -22,10 +23,6 @@ COUNTERS = (
     "num_steps", "num_preemptions", "num_swaps_out", "num_swaps_in", "bytes_to_host", "bytes_from_host",
     "transfer_stalled_s",
 )  # fmt: skip
-
-
-class TimeIsUp(Exception):
-    """A workload took longer than its limit, and has no figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +82,11 @@ class Bench:
         runner, config: arguments of ``Engine``.
         sizes: sizes of the workloads.
         figures, floor: the figures, and their limits.
-        limit_s: seconds of a workload, from ``start_clock`` on.
+        limit_s: seconds of a workload, from ``start_clock`` on, without preparation.
         end: when the last workload stops, by ``time.perf_counter``.
+
+    Attributes:
+        clock: the current workload's.
     """
 
     runner: ModelRunner
@@ -96,7 +96,7 @@ class Bench:
     floor: Floor
     limit_s: float
     end: float = float("inf")
-    deadline: float = field(init=False, default=float("inf"))
+    clock: Clock = field(init=False, default_factory=Clock)
 
     def start_clock(self) -> None:
         """Begin a workload.
@@ -104,10 +104,7 @@ class Bench:
         Raises:
             TimeIsUp: the whole run has used its time.
         """
-        now = time.perf_counter()
-        if now >= self.end:
-            raise TimeIsUp
-        self.deadline = min(now + self.limit_s, self.end)
+        self.clock = Clock(self.limit_s, self.end)
 
     def llm(self, **changes: Any) -> LLM:
         """An LLM over the runner, with empty pools. Earlier ones must no longer be used."""
@@ -123,7 +120,7 @@ class Bench:
         engine, watch, progress = llm.engine, Stopwatch(), _Progress()
         before, blocks_before, programs_before = llm.stats(), engine.scheduler.stats(), len(self.runner.programs)
         start = time.perf_counter()
-        with _stopping(engine, self.deadline, progress), watch.watch_steps(engine):
+        with _stopping(engine, self.clock, progress), watch.watch_steps(engine):
             try:
                 llm.generate(as_prompts(prompts), params)
             except TimeIsUp:
@@ -196,12 +193,12 @@ class _Progress:
 
 
 @contextmanager
-def _stopping(engine: Engine, deadline: float, progress: _Progress) -> Iterator[None]:
+def _stopping(engine: Engine, clock: Clock, progress: _Progress) -> Iterator[None]:
     """Keep the results of the engine's steps. From the deadline on a step raises TimeIsUp instead."""
     step = engine.step
 
     def counted() -> Any:
-        if time.perf_counter() > deadline:
+        if time.perf_counter() > clock.deadline:
             groups = engine.outputs.groups
             progress.num_unfinished_tokens = sum(seq.num_outputs for group in groups for seq in group.sequences)
             raise TimeIsUp

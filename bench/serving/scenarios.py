@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import workloads
+from bench.serving.clock import BREAKDOWN, PREPARATION, TIMED, TimeIsUp
 from bench.serving.figures import host_line
 from bench.serving.profiling import profile_prefill, time_decode
-from bench.serving.runs import Bench, Run, TimeIsUp, sampling
+from bench.serving.runs import Bench, Run, sampling
 from bench.serving.sizes import WORKLOADS
 from bench.workloads import Workload, uniform
 from jpaged import BeamSearchParams
@@ -35,7 +36,10 @@ def run_workload(name: str, bench: Bench, options: Any) -> None:
         TimeIsUp: the workload took too long, and a figure is missing.
     """
     bench.start_clock()
-    _RUNS[name](bench, options)
+    try:
+        _RUNS[name](bench, options)
+    finally:
+        bench.figures.add_seconds(name, bench.clock.summary())
 
 
 def _sharegpt(bench: Bench, _: Any) -> None:
@@ -53,14 +57,32 @@ def _system_prompt(bench: Bench, _: Any) -> None:
 def _shared_prefix(bench: Bench, count: int, prefix_len: int) -> None:
     prefix_len //= bench.sizes.length_divisor
     work = _cut(workloads.shared_prefix(count, prefix_len, vocab_size=bench.vocab_size), bench)
-    programs = bench.runner.programs
-    decodes = [bucket for bucket in programs.buckets if bucket.is_decode]
-    # An engine makes them in the background once a step could use them.
-    keys = [("shared", size) for size in decodes if (size.num_rows - 1) * prefix_len >= programs.least_shared_tokens]
-    programs.store.make_all(keys, kept_programs(programs), use_tqdm=False)
-    if keys:  # their first runs also load them and record their CUDA graphs
-        bench.run(bench.llm(), work.prompts, [sampling(max_tokens=length) for length in work.output_lens])
-    _throughput(bench, f"sharedprefix{prefix_len}_{count}", work, unit="requests")
+    name = f"sharedprefix{prefix_len}_{count}"
+    with bench.clock.part(PREPARATION):
+        if _make_shared(bench, prefix_len, len(work.prompts), name):
+            # Their first runs also load them and record their CUDA graphs.
+            bench.run(bench.llm(), work.prompts, [sampling(max_tokens=length) for length in work.output_lens])
+    _throughput(bench, name, work, unit="requests")
+
+
+def _make_shared(bench: Bench, prefix_len: int, num_requests: int, name: str) -> int:
+    """Make the programs with which so many requests read their prefix once. An engine makes them in the background.
+
+    Returns:
+        The number of programs: those of all sizes that the requests pass through, from the most rows to the last
+        rows that still save enough.
+    """
+    programs, most_rows = bench.runner.programs, min(num_requests, bench.config.most_rows)
+    decodes = sorted(bucket for bucket in programs.buckets if bucket.is_decode)
+    largest = next((bucket for bucket in decodes if bucket.num_rows >= most_rows), decodes[-1])
+    sizes = [size for size in decodes if size <= largest]
+    keys = [("shared", size) for size in sizes if (size.num_rows - 1) * prefix_len >= programs.least_shared_tokens]
+    left = [key for key in keys if key not in programs.store.programs]
+    if left:
+        rows = ", ".join(str(size.num_rows) for _, size in left)
+        print(f"{name}: makes the programs that read a prefix once, for {rows} rows", flush=True)
+        programs.store.make_all(left, kept_programs(programs), use_tqdm=False)
+    return len(keys)
 
 
 def _parallel(bench: Bench, _: Any) -> None:
@@ -78,8 +100,11 @@ def _beams(bench: Bench, _: Any) -> None:
     prompts = _cut(workloads.sharegpt(count, 7, vocab_size=bench.vocab_size), bench).prompts
 
     def timed(make_params: Callable[[int], Any]) -> Run:
-        bench.run(bench.llm(), prompts, make_params(min(length, 2 * WARM_UP_LEN)))
-        return bench.run_to_the_end(bench.llm(), prompts, make_params(length))
+        with bench.clock.part(PREPARATION):
+            bench.run(bench.llm(), prompts, make_params(min(length, 2 * WARM_UP_LEN)))
+            llm = bench.llm()
+        with bench.clock.part(TIMED):
+            return bench.run_to_the_end(llm, prompts, make_params(length))
 
     plain = timed(lambda length: sampling(max_tokens=length, n=BEAM_WIDTH))
     run = timed(lambda length: BeamSearchParams(BEAM_WIDTH, length, ignore_eos=True).to_sampling_params())
@@ -112,11 +137,13 @@ def _under_pressure(bench: Bench, options: Any) -> None:
     work, title = _sharegpt_work(bench), f"{name}_{num_blocks}blocks"
     params = [sampling(max_tokens=length) for length in work.output_lens]
     for preemption in options.preemption:
-        bench.start_clock()
-        pressed = bench.llm(num_blocks=min(WARM_UP_BLOCKS, 1 + num_blocks), preemption=preemption)
-        _warm_up(bench, pressed, work, WARM_UP_PRESSED_ROWS, WARM_UP_PRESSED_LEN)
-        # Block 0 is for padding.
-        run = bench.run(bench.llm(num_blocks=1 + num_blocks, preemption=preemption), work.prompts, params)
+        bench.clock.extend()
+        with bench.clock.part(PREPARATION):
+            pressed = bench.llm(num_blocks=min(WARM_UP_BLOCKS, 1 + num_blocks), preemption=preemption)
+            _warm_up(bench, pressed, work, WARM_UP_PRESSED_ROWS, WARM_UP_PRESSED_LEN)
+            llm = bench.llm(num_blocks=1 + num_blocks, preemption=preemption)  # block 0 is for padding
+        with bench.clock.part(TIMED):
+            run = bench.run(llm, work.prompts, params)
         bench.figures.add(
             f"{title}_{preemption}_tokens_per_s",
             run.tokens_per_s,
@@ -146,9 +173,10 @@ def _decode(bench: Bench, options: Any) -> None:
     """Time of a step in which all requests decode, and its breakdown."""
     llm, sizes = bench.llm(), bench.sizes
     for batch in options.decode_batches:
-        prompts, name = _fresh_prompts(bench, batch, batch), f"decode_{batch}"
+        with bench.clock.part(PREPARATION):
+            prompts, name = _fresh_prompts(bench, batch, batch), f"decode_{batch}"
         num_traced = 0 if options.no_breakdown else sizes.num_traced_steps
-        times = time_decode(llm, prompts, sizes.num_decoded, num_traced, _trace_path(options, name), bench.deadline)
+        times = time_decode(llm, prompts, sizes.num_decoded, num_traced, _trace_path(options, name), bench.clock)
         bench.figures.add(
             f"{name}_ms",
             times.step_us / 1e3,
@@ -164,8 +192,10 @@ def _decode(bench: Bench, options: Any) -> None:
 def _prefill(bench: Bench, options: Any) -> None:
     """Prompts that are not cached, one token each. Then the breakdown of a step."""
     llm, sizes = bench.llm(), bench.sizes
-    works = [_fresh_prompts(bench, sizes.num_prefill, seed) for seed in (100, 101)]
-    runs = [bench.run_to_the_end(llm, prompts, sampling(max_tokens=1)) for prompts in works]
+    with bench.clock.part(PREPARATION):
+        works = [_fresh_prompts(bench, sizes.num_prefill, seed) for seed in (100, 101)]
+    with bench.clock.part(TIMED):
+        runs = [bench.run_to_the_end(llm, prompts, sampling(max_tokens=1)) for prompts in works]
     best = min(runs, key=lambda run: run.elapsed_s)
     bench.figures.add(
         f"prefill{sizes.num_prefill}_s",
@@ -177,12 +207,13 @@ def _prefill(bench: Bench, options: Any) -> None:
     )
     if options.no_breakdown:
         return
-    per_step = bench.config.token_budget / sizes.prompt_len
-    timed, traced = (
-        _fresh_prompts(bench, max(1, int(num_steps * per_step)), seed)
-        for num_steps, seed in ((sizes.num_timed_steps, 102), (sizes.num_traced_steps // 2, 103))
-    )
-    bench.figures.add_step("prefill", profile_prefill(llm, timed, traced, _trace_path(options, "prefill")))
+    with bench.clock.part(BREAKDOWN):
+        per_step = bench.config.token_budget / sizes.prompt_len
+        timed, traced = (
+            _fresh_prompts(bench, max(1, int(num_steps * per_step)), seed)
+            for num_steps, seed in ((sizes.num_timed_steps, 102), (sizes.num_traced_steps // 2, 103))
+        )
+        bench.figures.add_step("prefill", profile_prefill(llm, timed, traced, _trace_path(options, "prefill")))
 
 
 _IN_ORDER = (
@@ -192,8 +223,11 @@ _RUNS: dict[str, Callable[[Bench, Any], None]] = dict(zip(WORKLOADS, _IN_ORDER, 
 
 
 def _throughput(bench: Bench, name: str, work: Workload, *, n: int = 1, unit: str = "tokens") -> None:
-    _warm_up(bench, bench.llm(), work, WARM_UP_ROWS // n, WARM_UP_LEN, n)
-    run = bench.run(bench.llm(), work.prompts, [sampling(max_tokens=length, n=n) for length in work.output_lens])
+    with bench.clock.part(PREPARATION):
+        _warm_up(bench, bench.llm(), work, WARM_UP_ROWS // n, WARM_UP_LEN, n)
+        llm = bench.llm()
+    with bench.clock.part(TIMED):
+        run = bench.run(llm, work.prompts, [sampling(max_tokens=length, n=n) for length in work.output_lens])
     done = run.num_requests if unit == "requests" else run.num_output_tokens
     if not done:
         raise TimeIsUp

@@ -120,7 +120,14 @@ def start(
         # No name holds the model: the runner joins its projections, and the single ones would take the pool's place.
         llm = LLM.from_model(_weights(model_config, mesh, watch), model_config, config, mesh=mesh, warm_up=warm_up)
         total_s = time.perf_counter() - began
-        llm.engine.runner.programs.background.wait()
+        background = llm.engine.runner.programs.background
+        if (progress := background.progress) is not None:
+            print(
+                f"started in {total_s:.1f} s; waits for {progress.of - progress.done} programs of further sizes "
+                "(--few-sizes makes only those of decode and prefill32)",
+                flush=True,
+            )
+        background.wait()
         all_programs_s = time.perf_counter() - began
     return llm, StartUp(
         total_s=total_s,

@@ -69,6 +69,11 @@ class LayerGroups:
         return max([group.num_layers for group in self.groups])
 
     @property
+    def windowed(self) -> range:
+        """The groups whose layers have a window."""
+        return range(self.num_full, len(self))
+
+    @property
     def has_windows(self) -> bool:
         """Whether sequences free blocks while they run."""
         return self.num_full < len(self.groups)

@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any
 
+from jpaged.engine.bursts import Bursts
 from jpaged.engine.health import HANGS_AFTER_S, MAX_FAILURES, EngineDeadError, Health, HealthState
 from jpaged.engine.loop import Engine
 from jpaged.engine.outputs import StepOutput
@@ -19,12 +20,6 @@ from jpaged.request import FinishReason, Request
 
 STATS_EVERY_S = 0.5
 """While steps run, ``EngineThread.latest_stats`` is at most this old at the end of a step."""
-
-MOST_WAIT_S = 0.01
-"""Time that a multi-step decode takes at most, about, while a request that arrives would find room."""
-
-_SHARE_OF_LAST = 0.25
-"""Weight of the last step in the mean time of a step."""
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 """Waits before a failed step is retried: each is twice the one before, up to the last."""
@@ -64,8 +59,7 @@ class EngineThread:
         self._is_woken = threading.Event()  # ends the wait before a retry
         self._error: BaseException | None = None  # of the last step, or the one that ended the thread
         self._num_failures = 0
-        self._most_burst = engine.scheduler.max_burst
-        self._mean_step_s: float | None = None
+        self._bursts = Bursts(engine.scheduler)
         self._step_began: float | None = None
         self._step_ended: float | None = None
         self._pins: dict[str, Future[None]] = {}  # not computed yet
@@ -260,17 +254,9 @@ class EngineThread:
             self._pins.pop(pin_id).set_result(None)
         self._hand_over(replace(output, seconds=self._step_ended - began))
         if output.num_steps > 0:
-            self._choose_burst((self._step_ended - began) / output.num_steps)
+            self._bursts.note_step((self._step_ended - began) / output.num_steps)
         if self._step_ended - self._stats_read > STATS_EVERY_S:
             self._read_stats()
-
-    def _choose_burst(self, step_s: float) -> None:
-        """Bound the next multi-step decodes, after a step of the model that took so long."""
-        mean = step_s if self._mean_step_s is None else self._mean_step_s
-        self._mean_step_s = mean + _SHARE_OF_LAST * (step_s - mean)
-        scheduler, line = self._engine.scheduler, self._engine.scheduler.line
-        has_room = line.num_rows < scheduler.max_num_seqs and not line.waiting  # others come before a newcomer
-        scheduler.max_burst = burst_for(self._mean_step_s, self._most_burst, has_room=has_room)
 
     def _retry_or_give_up(self, error: Exception) -> None:
         """After a failed step: wait for a moment, or end the requests that ran in it."""
@@ -322,19 +308,6 @@ class EngineThread:
         for computed in self._pins.values():
             computed.set_exception(self._dead_error())
         self._on_end(error)
-
-
-def burst_for(step_s: float, most: int, *, has_room: bool) -> int:
-    """The steps of a multi-step decode.
-
-    Args:
-        step_s: seconds of a step of the model.
-        most: steps of the longest multi-step decode.
-        has_room: whether a request that arrives could be admitted at once.
-    """
-    if not has_room or step_s * most <= MOST_WAIT_S:
-        return most
-    return max(int(MOST_WAIT_S / step_s), 1)
 
 
 def _carry_out(future: Future[Any], work: Callable[[Engine], Any], engine: Engine) -> None:

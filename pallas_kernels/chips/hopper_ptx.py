@@ -31,48 +31,6 @@ def _int8_to_float16(order: int) -> str:
     }}"""
 
 
-def scaled_ptx(pool_dtype: jnp.dtype) -> str:
-    """PTX that makes two registers of bfloat16 of a register's four numbers, times a power of two.
-
-    The last operand has the power of two twice, in bfloat16. It is a normal number, and 2^100 at most.
-    """
-    return _scaled_int8() if pool_dtype == jnp.int8 else _scaled_float8()
-
-
-def _scaled_int8() -> str:
-    """PTX that makes a bfloat16 number of the high byte 0x43, and of x + 128 as the low byte.
-
-    The low byte's highest bit is the exponent's lowest. So the number is 256 + x below 256, and 256 + 2x from 256 on.
-    Of the number less 256, and half of that, the smaller one is x.
-    """
-    halves = "".join(
-        f"""
-        prmt.b32 number, bytes, 0x43434343, {order:#x}; fma.rn.bf16x2 whole, number, $3, offset;
-        mul.rn.bf16x2 half, whole, one_half; min.bf16x2 {result}, whole, half;"""
-        for result, order in (("$0", 0x4140), ("$1", 0x4342))
-    )
-    return f"""{{
-        .reg .b32 bytes, number, whole, half, offset, one_half;
-        xor.b32 bytes, $2, 0x80808080; mov.b32 one_half, 0x3f003f00; mov.b32 offset, 0xc380c380;
-        mul.rn.bf16x2 offset, offset, $3;{halves}
-    }}"""
-
-
-def _scaled_float8() -> str:
-    """PTX that widens by way of float16 and float32, where e4m3 is exact."""
-    halves = "".join(
-        f"""
-        cvt.rn.f16x2.e4m3x2 pair, {source}; mov.b32 {{first, second}}, pair;
-        cvt.f32.f16 low, first; cvt.f32.f16 high, second;
-        cvt.rn.bf16x2.f32 pair, high, low; mul.rn.bf16x2 {result}, pair, $3;"""
-        for result, source in (("$0", "even"), ("$1", "odd"))
-    )
-    return f"""{{
-        .reg .b32 pair; .reg .b16 even, odd, first, second; .reg .f32 low, high;
-        mov.b32 {{even, odd}}, $2;{halves}
-    }}"""
-
-
 def narrowing_ptx(dtype: jnp.dtype) -> str:
     """PTX that makes a register of stored numbers of four float32 numbers within the type's range."""
     if dtype == jnp.int8:

@@ -52,6 +52,43 @@ def test_serving_is_that_of_the_result_files():
     assert f"({limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s)" in README
 
 
+def test_a_run_with_the_engines_own_settings_is_that_of_the_result_file():
+    table, result = _table("llama3-8b, the engine's own settings"), _result("serving_llama3-8b_1024rows_nvidia-h200")
+    settings, unfinished = result["settings"], ["sharedprefix341_500"]
+    assert (settings["max_num_seqs"], settings["max_num_batched_tokens"]) == (1024, 8192)
+    assert (result["failed"], result["unfinished"], len(table)) == ({}, unfinished, 2 + len(result["figures"]))
+    for name, figure in result["figures"].items():
+        title, decimals = SERVED[name]
+        shares = [figure["fraction_of_floor"], figure["fraction_of_floor_in_turn"]]
+        values = [f"{figure[key]:,.{decimals}f}" for key in ("value", "peer")]
+        cells = [*values, f"{figure['ratio_to_peer']:.2f}", *["" if x is None else f"{x:.0%}" for x in shares]]
+        assert table[title] == cells, name
+
+
+def test_larger_models_are_those_of_the_result_files():
+    table = _table("random weights, bf16")
+    figures = [_result(f"serving_{model}_nvidia-h200")["figures"] for model in ("gemma3-27b", "qwen3-30b-a3b")]
+    for name in ("decode_1_ms", "decode_32_ms", "decode_256_ms", "prefill32_s"):
+        title, decimals = SERVED[name]
+        cells = []
+        for figure in (each.get(name) for each in figures):
+            cells += ["", ""] if figure is None else [f"{figure['value']:.{decimals}f}", _share(figure)]
+        assert table[title.replace(", 1k context", "")] == cells, name
+
+
+def _share(figure: dict) -> str:
+    return f"{figure['fraction_of_floor']:.0%}"
+
+
+def test_decodes_with_and_without_a_kernel_for_heads_are_those_of_the_result_files():
+    table = _table("qwen3-0.6b, one H200")
+    files = (_result(f"serving_qwen3-0.6b_{name}_nvidia-h200")["figures"] for name in ("rope_write", "no_rope_write"))
+    ours, others = files
+    for name in ours.keys() - {"startup_s"}:
+        title, decimals = SERVED[name]
+        assert table[title] == [f"{each[name]['value']:.{decimals}f}" for each in (ours, others)], name
+
+
 def test_two_commits_are_those_of_the_result_files():
     table = _table("llama3-8b: ab71ff5, 21e1d68")
     medians = _result("serving_llama3-8b_rows_against_ab71ff5_nvidia-h200")["median"]
@@ -163,9 +200,11 @@ def test_the_servers_figures_are_those_of_the_result_file():
     at_once, half = result["phases"]
     for row, phase, decimals in (("all at once", at_once, 2), ("half the rate", half, 3)):
         times = [f"{phase[key]:.{decimals}f}" for key in ("ttft_p50_s", "ttft_p99_s")]
-        steps = "" if phase["rate"] is None else f"{phase['ttft_p99_steps']:.1f}"
+        steps = ["", ""]
+        if phase["rate"] is not None:
+            steps = [f"{phase['first_token_steps_p99']:.0f}", f"{phase['ttft_p99_steps']:.1f}"]
         between = [f"{1e3 * phase[key]:.1f}" for key in ("itl_p50_s", "itl_p99_s")]
-        assert table[row] == [f"{phase['tokens_per_s']:,.0f}", *times, steps, *between]
+        assert table[row] == [f"{phase['tokens_per_s']:,.0f}", *times, *steps, *between]
 
 
 def _served(figure: dict | None, decimals: int) -> str:
@@ -321,6 +360,14 @@ def test_admission_is_that_of_the_result_file():
             "tokens_per_s": "{:,.0f}",
         }
         assert shown[title] == [" / ".join(form.format(way[name]) for way in ways) for name, form in formats.items()]
+
+
+def test_first_tokens_are_those_of_the_result_file():
+    arrivals, shown = _result("replay")["arrivals"], _table("first tokens")
+    percentiles = ("p50", "p99")
+    assert shown["steps"] == [f"{arrivals[f'steps_{p}']:.0f}" for p in percentiles]
+    assert shown["ms"] == [f"{1e3 * arrivals[f'ttft_s_{p}']:.0f}" for p in percentiles]
+    assert f"at random, {arrivals['requests_per_s']:.1f} a second" in README
 
 
 def test_padding_is_that_of_the_result_file():

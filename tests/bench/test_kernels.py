@@ -1,6 +1,9 @@
 """The kernel benchmarks at tiny sizes: their counts against brute force, and checks that find what is wrong."""
 
 import json
+import operator
+import pickle
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -13,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import machine
+from bench import UsageError, machine
 from bench.__main__ import main
-from bench.kernels import check, check_writes, command, copies, timing, tune
+from bench.kernels import check, check_norms, check_writes, checking, command, compare, compiling, copies, timing, tune
+from bench.kernels.case import Case, Verdict
+from bench.kernels.compiling import Source, compile_each, one_line
 from bench.kernels.contenders import Ours
 from bench.kernels.inputs import make_queries
 from bench.kernels.shapes import MEASURED, NOWHERE, UNSEEN, AttentionShape, choose
@@ -107,7 +112,7 @@ def test_shrunk_shapes_stay_of_their_kind(shape):
 
 def test_shapes_are_chosen_by_parts_of_their_names():
     assert [shape.name for shape in choose("b16_8k,4x4096")] == ["decode_b16_8k", "prefill_4x4096"]
-    with pytest.raises(ValueError, match="no shape is named like 'b7'"):
+    with pytest.raises(UsageError, match="no name contains 'b7'"):
         choose("b16_8k,b7")
 
 
@@ -158,8 +163,14 @@ def test_time_is_that_of_a_run_without_what_waiting_costs(monkeypatch):
 # Correctness
 
 
-def examine(shape: AttentionShape, implementation: str) -> check.Verdict:
-    return check.examine(shape, check.program(shape, implementation))
+def programs_of(case: Case) -> tuple[dict, dict]:
+    return tuple({name: jax.jit(source.function) for name, source in each.items()} for each in case[:2])
+
+
+def examine(shape: AttentionShape, implementation: str) -> Verdict:
+    case = check.case_of(shape, [implementation])
+    programs, tools = programs_of(case)
+    return case.examine(programs[implementation], tools)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +242,9 @@ def test_what_is_wrong_is_found(implementation, problem, monkeypatch):
 
 def test_runs_that_differ_are_found():
     shape, turns = replace(RAGGED, padding_tokens=0), iter((0, 2**-9))
-    right = check.program(shape, "xla")
-    verdict = check.examine(shape, lambda q, inputs: right(q, inputs) + jnp.asarray(next(turns), q.dtype))
+    case = check.case_of(shape, ["xla"])
+    programs, tools = programs_of(case)
+    verdict = case.examine(lambda q, inputs: programs["xla"](q, inputs) + jnp.asarray(next(turns), q.dtype), tools)
     assert verdict.problem == "two runs differ"
 
 
@@ -319,53 +331,176 @@ def test_command_measures_writes_and_their_memory(run_kernels):
     assert blocks["pool_bytes"] == 9 * 2**21
 
 
-def test_check_command_prints_every_case_and_fails_if_one_is_wrong(monkeypatch, capsys):
+@pytest.fixture
+def run_check(tmp_path, capsys):
+    """Runs the check on tiny batches: status, printed lines, report."""
+
+    def run(*options: str) -> tuple[int, list[str], dict]:
+        status = main(["kernels", "--check", "--shrink", "256", "--out", str(tmp_path), *options])
+        report = json.loads((tmp_path / "kernels_check_cpu.json").read_text())
+        return status, capsys.readouterr().out.splitlines(), report
+
+    return run
+
+
+def test_check_command_prints_and_keeps_every_verdict_and_fails_if_one_is_wrong(run_check, monkeypatch):
     def cannot(*args, **options):
         raise NotImplementedError("no kernel for a CPU")
 
-    args = ["kernels", "--check", "--shapes", "b16_8k", "--shrink", "256", "--implementations"]
+    options = "--shapes", "b16_8k", "--implementations", "xla,hopper"
     put(monkeypatch, "hopper", cannot)
-    assert main([*args, "xla,hopper"]) == 0
-    right, absent, summary = capsys.readouterr().out.splitlines()
+    status, (right, absent, summary, _), report = run_check(*options)
+    assert (status, report["is_complete"], report["num_checked"], report["num_wrong"]) == (0, True, 1, 0)
     assert right.split()[:2] == ["decode_b16_8k", "xla"]
     assert right.endswith("ok")
     assert absent.endswith("not taken: no kernel for a CPU")
-    assert summary == "1 checked, 0 wrong"
+    assert summary.startswith("1 checked, 0 wrong")
+    first, second = report["verdicts"]
+    assert (first["case"], first["implementation"], "problem" in first) == ("decode_b16_8k", "xla", False)
+    assert second["not_taken"] == "no kernel for a CPU"
     put(monkeypatch, "hopper", scaled)
-    assert main([*args, "xla,hopper"]) == 1
-    assert "WRONG: error above 0.01" in capsys.readouterr().out
+    status, lines, report = run_check(*options)
+    assert (status, report["num_wrong"]) == (1, 1)
+    assert "WRONG: error above 0.01" in lines[1]
+    assert report["verdicts"][1]["problem"] == "error above 0.01"
 
 
-@pytest.mark.parametrize("name", ["copy_blocks_7", "write_kv_37", "write_kv_quantized_37_int8", "rope_write_37_4"])
-def test_check_of_writes_finds_one_wrong_element(name, monkeypatch):
+def test_a_check_that_is_cut_short_keeps_its_verdicts(run_check, monkeypatch, tmp_path):
+    def kill(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checking, "_findings", lambda case, *_: {} if case is not last else kill(case))
+    cases = {name: check.case_of(replace(SHARED, name=name), ["xla"]) for name in ("one", "two")}
+    last = cases["two"]
+    monkeypatch.setattr(checking, "_wanted", lambda _: [(name, lambda _, c=c: c, []) for name, c in cases.items()])
+    with pytest.raises(KeyboardInterrupt):
+        run_check()
+    report = json.loads((tmp_path / "kernels_check_cpu.json").read_text())
+    assert not report["is_complete"]
+    assert [verdict["case"] for verdict in report["verdicts"]] == ["one"]
+
+
+def wanted(monkeypatch, *options: str) -> dict[str, list[str]]:
+    """The implementations of each case that a GPU would check."""
+    monkeypatch.setattr(checking, "why_no_hopper", lambda: None)
+    defaults = {"shapes": None, "implementations": None, "quick": False, "no_copies": False, "shrink": 1}
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    return {name: names for name, _, names in checking._wanted(SimpleNamespace(**defaults | given))}
+
+
+def test_words_select_among_all_cases(monkeypatch):
+    chosen = wanted(monkeypatch, "shapes", "b16_8k,write_kv_37,norm_gemma_1x,mixed_soft_cap")
+    assert list(chosen) == ["decode_b16_8k", "mixed_soft_cap=2.0", "write_kv_37", "add_rms_norm_gemma_1x4096_bfloat16"]
+    assert wanted(monkeypatch, "shapes", "b16_8k", "quick", True) == {}  # known, though left out
+    with pytest.raises(UsageError, match="no name contains 'b7'"):
+        wanted(monkeypatch, "shapes", "b7", "quick", True)
+
+
+def test_one_implementation_asked_for_leaves_out_all_others(monkeypatch):
+    assert {name for names in wanted(monkeypatch, "implementations", "hopper").values() for name in names} == {"hopper"}
+    by_default = wanted(monkeypatch)
+    assert "xla" in by_default["mixed_head_dim=64"]
+    assert by_default["decode_b16_8k"] == ["hopper", "pallas_tpu"]
+    assert "decode_b16_8k" in wanted(monkeypatch, "implementations", "xla")
+    assert not by_default.keys() & set(checking.REPEATED)
+    assert checking.REPEATED[0] in wanted(monkeypatch, "shapes", checking.REPEATED[0])
+
+
+WRITES = check_writes.cases() | check_norms.cases()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "copy_blocks_7",
+        "write_kv_37",
+        "write_kv_quantized_37_int8",
+        "rope_write_37_4",
+        "add_rms_norm_gemma_37x768_bfloat16",
+    ],
+)
+def test_comparison_finds_one_wrong_element(name, monkeypatch):
     monkeypatch.setattr(check_writes, "NUM_BLOCKS", 24)
-    find_problem = dict(check_writes.cases())[name]
-    assert find_problem("xla") is None
+    case = WRITES[name](["hopper"])
+    _, tools = programs_of(case)
+    assert case.examine(tools["right"], tools) == Verdict(None, None)
     num_calls = iter(range(100))
 
-    def spoiled(run):
-        def spoil(pool, *args, **options):
-            out = run(pool, *args, **options)
-            if next(num_calls) != 2 * (check_writes.NUM_REPEATS - 1):  # ours, of the last repeat
-                return out
-            arrays = out if isinstance(out, tuple) else (out,)
-            arrays = [array.at[3, 1, 1, 2, 5, 7].add(1) if array.ndim == 6 else array for array in arrays]
-            return tuple(arrays) if isinstance(out, tuple) else arrays[0]
+    def spoiled(*args):
+        results = tools["right"](*args)
+        if next(num_calls) == compare.NUM_REPEATS - 1:
+            part, place = ("pool", (3, 1, 1, 2, 5, 7)) if "pool" in results else ("norm", (36, 7))
+            results |= {part: results[part].at[place].add(1)}
+        return results
 
-        return spoil
-
-    for write in ("_copy", "_write", "_write_quantized", "_rope_write_plainly"):
-        monkeypatch.setattr(check_writes, write, spoiled(getattr(check_writes, write)))
-    problem = find_problem("xla")
+    problem = case.examine(spoiled, tools).problem
     assert problem is not None
     assert problem.startswith("1 of ")
 
 
-@pytest.mark.parametrize("num_summands", [1, check_writes.NUM_SUMMANDS])
-def test_check_of_norms_and_rotation_takes_the_kernel_for_right(num_summands, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("rope_write_1_1", "rope_write"),
+        ("rope_write_4_4", "rope_write"),
+        *((f"add_rms_norm_{form}_1x4096_bfloat16", "add_rms_norm") for form in check_norms.FORMS),
+    ],
+)
+def test_comparison_takes_the_kernel_for_right(name, kernel, monkeypatch):
+    """One of four tokens is padding in some of the runs."""
     monkeypatch.setattr(check_writes, "NUM_BLOCKS", 24)
-    monkeypatch.setattr(check_writes, "rope_write", partial(check_writes.rope_write, interpret=True))
-    assert dict(check_writes.cases())[f"rope_write_1_{num_summands}"]("hopper") is None
+    monkeypatch.setattr(check_writes, "NUM_TOKENS", (1, 4))
+    module = check_writes if kernel == "rope_write" else check_norms
+    monkeypatch.setattr(module, kernel, partial(getattr(module, kernel), interpret=True))
+    case = module.cases()[name](["hopper"])
+    programs, tools = programs_of(case)
+    assert case.examine(programs["hopper"], tools) == Verdict(None, None)
+
+
+def test_a_kernel_that_writes_padding_is_found(monkeypatch):
+    monkeypatch.setattr(check_writes, "NUM_BLOCKS", 24)
+    case = WRITES["rope_write_37_1"](["hopper"])
+    _, tools = programs_of(case)
+
+    def with_padding(*args):
+        results = tools["right"](*args)
+        return results | {"first block": results["pool"][0]}
+
+    assert "of the first block differ" in (case.examine(with_padding, tools).problem or "")
+
+
+# Compiling
+
+
+@pytest.mark.parametrize("num_processes", [0, 1])
+def test_programs_come_in_order_and_failures_in_their_place(num_processes):
+    case = check.case_of(RAGGED, ["hopper", "xla"])
+    numbers = jax.ShapeDtypeStruct((4,), jnp.float32)
+    sources = {"negative": Source(operator.neg, (numbers,)), "broken": Source(operator.index, (numbers,))}
+    sources |= case.tools | case.implementations
+    programs = dict(compile_each(sources, num_processes=num_processes))
+    assert list(programs) == list(sources)
+    assert programs["negative"](jnp.arange(4.0)).tolist() == [0, -1, -2, -3]
+    assert "TypeError: Only integer" in one_line(programs["broken"])
+    assert isinstance(programs["hopper"], NotImplementedError)
+    assert "need an NVIDIA GPU, not cpu" in str(programs["hopper"])
+    assert case.examine(programs["xla"], programs).problem is None
+
+
+def test_a_process_without_a_gpu_hands_over_kernels_for_one(monkeypatch):
+    """The kernels are those that the process with the GPU would trace."""
+    h200 = compiling.Device("gpu", "NVIDIA H200", 132, "9.0")
+    monkeypatch.setattr("pallas_kernels.chips.here.default_device", lambda: h200)
+    case = check.case_of(RAGGED, ["hopper"])
+    source = case.implementations["hopper"]
+    exported = pickle.loads(pickle.dumps(compiling._export(source, "cuda")))
+
+    def kernels(function):
+        text = jax.jit(function).trace(*source.arguments).lower(lowering_platforms=("cuda",)).as_text()
+        return re.findall(r'kernel_hash = "([^"]*)"', text)
+
+    assert len(kernels(exported.call)) >= 2
+    assert kernels(exported.call) == kernels(source.function)
 
 
 # Table

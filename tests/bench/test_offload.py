@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.offload import scenarios
+from bench.offload import restore, scenarios
 from bench.offload.busy import NUM_TRACED, shares_of
 from bench.offload.generation import Work
 from bench.offload.predictions import predict_steps
+from bench.offload.restore import first_differences
 from bench.offload.shapes import Shapes
 from bench.peers import KV_ON_HOST, run_offloaded_cache
 from bench.report import CONFIGS
@@ -61,6 +62,7 @@ def test_restores_come_back_each_way_with_the_same_tokens(run_offload):
     for row in rows:
         assert list(row["ways"]) == ["swap", "recompute", "both", "auto"]
         assert row["are_tokens_equal"]
+        assert row["first_differences"] == {}
         assert row["num_tokens_compared"] > 4
         swap, recompute, both = (row["ways"][way]["rounds"][-1] for way in ("swap", "recompute", "both"))
         assert (swap["num_swaps_in"], recompute["num_swaps_in"], both["num_swaps_in"]) == (1, 0, 1)
@@ -238,3 +240,11 @@ def test_fewer_layers_are_for_random_weights(capsys, run_offload):
     _, report = run_offload("restore", *options, "--max-num-batched-tokens", "32")
     assert report["model"]["num_layers"] == 2
     assert report["restores"][0]["gain_of_both"] is None
+
+
+def test_ways_that_differ_are_told_with_the_first_position():
+    token_ids = {"swap": [1, 2, 3, 4], "recompute": [1, 2, 3], "both": [1, 5, 3, 9], "auto": [0, 2, 3]}
+    assert first_differences(token_ids) == {"both": 1, "auto": 0}
+    assert first_differences({"swap": [1, 2], "recompute": [1, 2, 7]}) == {}  # compared as far as both go
+    row = {"ways": {}, "gain_of_both": None, "are_tokens_equal": False, "first_differences": {"both": 1, "auto": 0}}
+    assert restore._cells(row)[-1] == "NO: both from 1, auto from 0"

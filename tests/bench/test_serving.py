@@ -19,14 +19,15 @@ from bench.__main__ import main
 from bench.machine import MachineLimits
 from bench.peers import SERVING
 from bench.report import CONFIGS
-from bench.serving import command, profiling
+from bench.serving import command, profiling, scenarios
 from bench.serving import options as options_bench
 from bench.serving.breakdown import Kernel, break_down, kernels_of, read_kernels, scopes_of
+from bench.serving.clock import BREAKDOWN, PREPARATION, TIMED, Clock, TimeIsUp
 from bench.serving.figures import ExpertBytes, Figures, Floor, experts_of
 from bench.serving.profiling import time_decode
-from bench.serving.runs import Bench, TimeIsUp, sampling
+from bench.serving.runs import Bench, sampling
 from bench.serving.scenarios import run_workload
-from bench.serving.sizes import QUICK
+from bench.serving.sizes import QUICK, WORKLOADS
 from bench.serving.startup import StartUp, keep_sizes, start_cold
 from bench.serving.stopwatch import HOST_PARTS, Stopwatch
 from jpaged import LLM, EngineConfig
@@ -317,20 +318,21 @@ def test_a_run_stops_at_the_deadline_with_what_it_has(bench, monkeypatch):
 
     monkeypatch.setattr(llm.engine, "step", counted)
     monkeypatch.setattr("bench.serving.runs.time", SimpleNamespace(perf_counter=lambda: num_steps))
-    monkeypatch.setattr(bench, "deadline", 10)
+    bench.clock.deadline = 10
     run = bench.run(llm, prompts_of(2, 4), [sampling(max_tokens=n) for n in (3, 100)])
     assert (run.is_complete, run.num_requests, run.num_output_tokens) == (False, 1, 3 + 11)
     assert "STOPPED" in run.note()
     assert not llm.engine.has_unfinished
     assert llm.stats().num_used_blocks == 0
-    monkeypatch.setattr(bench, "deadline", 1000)
+    bench.clock.deadline = 1000
     assert bench.run(llm, prompts_of(1, 4), sampling(max_tokens=5)).num_output_tokens == 5, "the engine still serves"
 
 
 @pytest.mark.filterwarnings("ignore:builtin type event_stats:DeprecationWarning")
 def test_decode_steps_are_profiled_and_forgotten(bench, tmp_path):
     llm = bench.llm()
-    times = time_decode(llm, prompts_of(4, 16), 5, 3, tmp_path)
+    times = time_decode(llm, prompts_of(4, 16), 5, 3, tmp_path, clock := Clock())
+    assert all(clock.seconds[part] > 0 for part in (PREPARATION, TIMED, BREAKDOWN))
     assert times.breakdown is not None
     assert times.breakdown.num_steps == 3
     assert times.step_us == times.breakdown.step_us > 0
@@ -341,16 +343,16 @@ def test_decode_steps_are_profiled_and_forgotten(bench, tmp_path):
     assert llm.stats().num_used_blocks == 0
     assert list(tmp_path.rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match="the pool is too small"):
-        time_decode(bench.llm(num_blocks=13), prompts_of(4, 60), 2, 2, tmp_path)
+        time_decode(bench.llm(num_blocks=13), prompts_of(4, 60), 2, 2, tmp_path, Clock())
 
 
 def test_decode_steps_are_timed_without_a_profile_and_until_a_deadline(bench):
     llm = bench.llm()
-    assert time_decode(llm, prompts_of(4, 16), 5, 0, None).breakdown is None
+    assert time_decode(llm, prompts_of(4, 16), 5, 0, None, Clock()).breakdown is None
     with pytest.raises(TimeIsUp):
-        time_decode(llm, prompts_of(4, 16), 5, 0, None, deadline=0.0)
+        time_decode(llm, prompts_of(4, 16), 5, 0, None, Clock(limit_s=0))
     with pytest.raises(ValueError, match="the requests ended before 300 steps: max_model_len=192 is too small"):
-        time_decode(llm, prompts_of(4, 16), 300, 0, None)
+        time_decode(llm, prompts_of(4, 16), 300, 0, None, Clock())
     assert not llm.engine.has_unfinished
     assert llm.stats().num_used_blocks == 0
 
@@ -364,10 +366,10 @@ def test_decode_steps_that_were_timed_are_profiled_behind_the_deadline(bench, mo
         is_over = True
         return kept(directory)
 
-    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + (1e9 if is_over else 0.0), sleep=time.sleep)
-    monkeypatch.setattr(profiling, "time", clock)
+    late = SimpleNamespace(perf_counter=lambda: time.perf_counter() + (1e9 if is_over else 0.0), sleep=time.sleep)
+    monkeypatch.setattr(profiling, "time", late)
     monkeypatch.setattr(profiling, "_kept", over)
-    times = time_decode(bench.llm(), prompts_of(4, 16), 2, 1, tmp_path, deadline=time.perf_counter() + 1e6)
+    times = time_decode(bench.llm(), prompts_of(4, 16), 2, 1, tmp_path, Clock(limit_s=1e6))
     assert times.breakdown is not None
     assert times.breakdown.num_steps == 1
 
@@ -393,9 +395,62 @@ def test_breakdowns_can_be_left_out_and_no_workload_begins_after_the_end(bench, 
     run_workload("decode", bench, options)
     run_workload("prefill32", bench, options)
     assert (list(report["figures"]), report["steps"]) == (["decode_2_ms", "prefill2_s"], {})
+    assert [seconds["breakdown"] for seconds in report["seconds"].values()] == [0, 0]
     monkeypatch.setattr(bench, "end", 0.0)
     with pytest.raises(TimeIsUp):
         run_workload("decode", bench, options)
+
+
+def fake_time(monkeypatch) -> SimpleNamespace:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr("bench.serving.clock.time", SimpleNamespace(perf_counter=lambda: now.s))
+    return now
+
+
+def test_preparation_does_not_use_up_the_limit_of_a_workload(monkeypatch):
+    now = fake_time(monkeypatch)
+    clock = Clock(limit_s=60, end=500)
+    with clock.part(PREPARATION):
+        assert clock.deadline == 60
+        now.s = 45
+    with clock.part(TIMED):
+        assert clock.deadline == 105
+        now.s = 100
+    with clock.part(PREPARATION):
+        assert clock.deadline == 160
+        now.s = 400
+    assert clock.deadline == 405
+    clock.extend()
+    assert clock.deadline == 460
+    with clock.part(PREPARATION):
+        assert clock.deadline == 460
+        now.s = 490
+    assert clock.deadline == 500
+    assert clock.summary() == {"preparation": 435, "timed": 55, "breakdown": 0, "total": 490}
+    now.s = 500
+    with pytest.raises(TimeIsUp):
+        clock.extend()
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "least_tokens", "rows"),
+    [(300, 0, [1, 2, 4]), (3, 0, [1, 2, 4]), (2, 0, [1, 2]), (300, 30, [4]), (300, float("inf"), [])],
+)
+def test_programs_for_a_shared_prefix_are_those_that_the_requests_pass_through(
+    bench, monkeypatch, capsys, num_requests, least_tokens, rows
+):
+    store, made = SimpleNamespace(programs={}), []
+    store.make_all = lambda keys, kept, use_tqdm: made.extend(keys)
+    buckets = bench.runner.buckets
+    programs = SimpleNamespace(buckets=buckets, store=store, least_shared_tokens=least_tokens)
+    monkeypatch.setattr(scenarios, "kept_programs", lambda _: None)
+    fake = SimpleNamespace(runner=SimpleNamespace(programs=programs), config=bench.config)
+    assert scenarios._make_shared(fake, 16, num_requests, "work") == len(rows)
+    assert [(kind, size.num_rows, size.is_decode) for kind, size in made] == [("shared", n, True) for n in rows]
+    assert bool(rows) == ("for " + ", ".join(map(str, rows)) + " rows" in capsys.readouterr().out)
+    store.programs = dict.fromkeys(made)
+    assert scenarios._make_shared(fake, 16, num_requests, "work") == len(rows)
+    assert len(made) == len(rows), "none is made twice"
 
 
 # The command
@@ -438,6 +493,12 @@ def test_command_measures_all_workloads(run_serving, tiny_path, tmp_path):
     assert list(report["steps"]) == ["decode_1", "decode_4", "prefill"]
     assert (tmp_path / "traces" / "decode_4").is_dir()
     assert (report["is_quick"], report["sizes"]["num_sharegpt"], report["environment"]["commit"]) == (True, 12, "abc")
+    assert list(report["seconds"]) == ["before the workloads", *WORKLOADS]
+    for workload in WORKLOADS:
+        seconds = report["seconds"][workload]
+        assert seconds["preparation"] + seconds["timed"] + seconds["breakdown"] <= seconds["total"]
+        assert seconds["timed"] > 0
+        assert (seconds["breakdown"] > 0) == (workload in ("decode", "prefill32"))
     startup = report["startup"]
     parts = ("weights_s", "sizing_s", "compiling_s", "engine_s")
     assert all(startup[part] > 0 for part in parts)

@@ -67,11 +67,11 @@ def assert_greedy(name: str, outputs: list[RequestOutput], prompts: list[list[in
 
 
 def poisoning(engine: Engine):
-    """Fill all blocks that no sequence holds, before each step, with NaN."""
+    """Fill all blocks that no sequence holds, and that are not cached, before each step, with NaN."""
     runner, enqueue = engine.runner, ModelRunner.enqueue
 
     def poison(runner: ModelRunner, plan: StepPlan):
-        kept = {move.src for move in (*plan.copies, *plan.to_host)}
+        kept = {move.src for move in (*plan.copies, *plan.to_host)} | {*engine.blocks.tiers.device.cache.blocks}
         free = np.array([block for block in engine.blocks.tiers.device.free if block not in kept], np.int32)
         runner.cache = dataclasses.replace(runner.cache, pool=runner.cache.pool.at[free].set(jnp.nan))
         return enqueue(runner, plan)
@@ -109,6 +109,19 @@ def test_a_prompt_known_but_for_its_last_tokens_is_not_computed_again(name):
     assert_greedy(name, output, [longer, PROMPTS[0]], 8)
     assert output[0].num_cached_tokens == 44
     assert output[1].num_cached_tokens == 36, "of 37 tokens, one is computed"
+
+
+@both_models
+def test_tokens_are_the_same_when_prompts_return_to_a_pool_that_reuses_blocks(name):
+    engine = make_engine(name, num_blocks={"beside full layers": 46, "alone": 24}[name])
+    prompts = [[*PROMPTS[0][:30], step, 3] for step in (1, 5, 7)] + [PROMPTS[2]]
+    num_cached = 0
+    for _ in range(3):
+        with poisoning(engine):
+            outputs = run(engine, prompts, 16)
+        assert_greedy(name, outputs, prompts, 16)
+        num_cached += sum(output.num_cached_tokens or 0 for output in outputs)
+    assert num_cached > 0
 
 
 @both_models

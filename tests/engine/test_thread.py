@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 
+from jpaged.engine import bursts
 from jpaged.engine import thread as module
 from jpaged.engine.health import EngineDeadError, HealthState
 from jpaged.engine.outputs import StepOutput
@@ -231,7 +232,7 @@ def test_an_order_that_fails_is_its_callers_error_alone():
     [(0.0, True, 4), (0.0025, True, 4), (0.003, True, 3), (0.006, True, 1), (0.5, True, 1), (0.5, False, 4)],
 )
 def test_bursts_are_short_while_a_newcomer_would_find_room(step_s, has_room, expected):
-    assert module.burst_for(step_s, 4, has_room=has_room) == expected
+    assert bursts.burst_for(step_s, 4, has_room=has_room) == expected
 
 
 def test_bursts_follow_the_times_of_steps_and_the_free_rows(monkeypatch):
@@ -241,7 +242,7 @@ def test_bursts_follow_the_times_of_steps_and_the_free_rows(monkeypatch):
         asked.append((most, has_room, step_s > 0))
         return 1 if has_room else most
 
-    monkeypatch.setattr(module, "burst_for", burst_for)
+    monkeypatch.setattr(bursts, "burst_for", burst_for)
     served = Served(max_burst=3, max_num_seqs=2)
     go_on = served.add_and_hold("one", max_tokens=30)
     served.thread.add(served.request("other", max_tokens=20), is_streamed=True)
@@ -261,7 +262,7 @@ def test_bursts_are_long_while_others_wait_for_blocks(monkeypatch):
         asked.append((bool(scheduler.line.waiting), scheduler.line.num_rows < scheduler.max_num_seqs, has_room))
         return most
 
-    monkeypatch.setattr(module, "burst_for", burst_for)
+    monkeypatch.setattr(bursts, "burst_for", burst_for)
     with serving(max_burst=3, max_num_seqs=3, num_blocks=13, block_size=4) as served:
         for name in ("one", "other"):
             served.thread.add(served.request(name, max_tokens=36), is_streamed=True)

@@ -51,6 +51,12 @@ def test_prompts_alone_take_the_largest_step():
     assert budget([5000, 9000], most_beside=100) == 8192
 
 
+def test_all_that_waits_is_taken_at_once():
+    assert budget([1] * 10 + [300]) == 8192
+    assert budget([1] * 10, waiting=[(1, 300)]) == 8192
+    assert budget([1] * 10, waiting=[(1, 700), (240, 1), (10, 1)]) == 512, "there is no row for the last"
+
+
 def test_prompts_beside_decodes_take_the_largest_size_within_the_bound():
     assert budget([1] * 10 + [9000]) == 8192
     assert budget([1] * 10 + [9000], most_beside=2500) == 2048

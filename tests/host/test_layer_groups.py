@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jpaged.contract.layer_groups import LayerGroup, LayerGroups
 from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.manager import BlockManager, OutOfBlocks
-from jpaged.host.blocks.prefix_cache import PrefixMatch
+from jpaged.host.blocks.prefix_cache import Prefix, PrefixMatch
 from jpaged.host.scheduler import Scheduler
 from jpaged.models.groups import grouped, ungrouped
 from jpaged.models.spec import LayerSpec
@@ -210,13 +210,20 @@ def test_unused_slots_of_blocks_are_waste():
 
 # A state machine
 
+
+def content_of(prefix: Prefix) -> tuple:
+    """Group, salt and tokens of a prefix."""
+    return prefix.group, prefix.salt, b"".join([link.tokens[::8] for link in prefix.chain()])
+
+
 TOKENS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 SALTS = st.sampled_from([b"", b"salt"])
 
 
 class Sequence:
-    def __init__(self, tokens: list[int], computed: int, salt: bytes) -> None:
+    def __init__(self, tokens: list[int], computed: int, salt: bytes, ends: set[int]) -> None:
         self.tokens, self.computed, self.salt = tokens, computed, salt
+        self.ends = ends  # prefix ends, in blocks
         self.is_swapped = False
 
 
@@ -241,6 +248,8 @@ class GroupsMachine(RuleBasedStateMachine):
         self.device: list[list] = [[None] * block_size for _ in range(num_blocks)]
         self.host: list[list] = [[None] * block_size for _ in range(num_host_blocks)]
         self.sequences: dict[int, Sequence] = {}
+        self.ended: list[Sequence] = []
+        self.needed: dict[int, Prefix] = {}  # blocks of windows that some prefix end needs, while they hold the prefix
         self.next_id = 0
 
     def content(self, group: int, salt: bytes, tokens: list[int], position: int) -> tuple:
@@ -260,6 +269,20 @@ class GroupsMachine(RuleBasedStateMachine):
         for move in moves.from_host:
             self.device[move.dst] = list(self.host[move.src])
         self.manager.finish_transfers()
+        self.need(move.dst for move in moves.from_host)
+
+    def need(self, blocks) -> None:
+        """Note that prefix ends need these blocks, if they are cached."""
+        prefixes = {block: self.manager.tiers.device.cache.prefix_of(block) for block in blocks}
+        self.needed |= {block: prefix for block, prefix in prefixes.items() if prefix is not None}
+
+    def need_ends(self, seq: Sequence, ends: set[int]) -> None:
+        """Note the cached blocks that the windows before some ends of a sequence cover, found by their content."""
+        blocks = {content_of(prefix): block for block, prefix in self.manager.tiers.device.cache._prefixes.items()}
+        for end in ends:
+            if end * self.block_size <= seq.computed:
+                needed = [blocks.get(content) for content in self.needed_by(seq.tokens, end, seq.salt)]
+                self.need(block for block in needed if block is not None)
 
     def compute(self, seq_id: int, stop: int) -> None:
         """Write the tokens up to ``stop``, once every token sees what it should, and publish them."""
@@ -271,29 +294,47 @@ class GroupsMachine(RuleBasedStateMachine):
                 assert block > 0
                 assert self.manager.tiers.device.ref_counts[block] == 1, "no block is written that others hold"
                 self.device[block][offset] = self.content(group, seq.salt, seq.tokens, position)
-        seq.computed = stop
+        before, seq.computed = seq.computed, stop
         self.manager.publish(seq_id, seq.tokens, seq.computed, salt=seq.salt)
+        self.need_ends(seq, {end for end in seq.ends if end > before // self.block_size})
 
     def cached(self) -> set[tuple]:
         """Group, salt and tokens of every cached full block, of either tier."""
         caches = self.manager.tiers.device.cache, self.manager.tiers.host.cache
-        prefixes = [prefix for cache in caches for prefix in cache._prefixes.values()]
-        return {
-            (prefix.group, prefix.salt, b"".join([link.tokens[::8] for link in prefix.chain()])) for prefix in prefixes
-        }
+        return {content_of(prefix) for cache in caches for prefix in cache._prefixes.values()}
+
+    def needed_by(self, tokens: list[int], num_blocks: int, salt: bytes) -> list[tuple]:
+        """Group, salt and tokens of the blocks that a hit on the first blocks of some tokens needs."""
+        return [
+            (group, salt, bytes(tokens[: (index + 1) * self.block_size]))
+            for group in range(len(self.windows))
+            for index in range(self.first_seen(group, num_blocks * self.block_size) // self.block_size, num_blocks)
+        ]
 
     def longest(self, tokens: list[int], salt: bytes) -> int:
-        """Tokens of the longest match, found by trying all."""
+        """Blocks of the longest match, found by trying all."""
         cached = self.cached()
-        for num_blocks in range(len(tokens) // self.block_size, 0, -1):
-            needed = [
-                (group, salt, bytes(tokens[: (index + 1) * self.block_size]))
-                for group in range(len(self.windows))
-                for index in range(self.first_seen(group, num_blocks * self.block_size) // self.block_size, num_blocks)
-            ]
-            if cached.issuperset(needed):
-                return num_blocks * self.block_size
-        return 0
+        ends = range(len(tokens) // self.block_size, 0, -1)
+        return next((end for end in ends if cached.issuperset(self.needed_by(tokens, end, salt))), 0)
+
+    def branch(self, tokens: list[int], salt: bytes, num_hit: int) -> int:
+        """Blocks after which cached tokens go on in another way, and of which windows lack some; 0 if none do."""
+        cached, block_size = self.cached(), self.block_size
+        keys = [(salt, bytes(tokens[:stop])) for stop in range(block_size, len(tokens) + 1, block_size)]
+        num_known = 0
+        if None in self.windows:
+            while num_known < len(keys) and (0, *keys[num_known]) in cached:
+                num_known += 1
+        else:
+            seeing = [group for group in range(len(self.windows)) if self.first_seen(group, block_size) < block_size]
+            ends = range(len(keys), 0, -1)
+            num_known = next((n for n in ends if cached.issuperset((group, *keys[n - 1]) for group in seeing)), 0)
+        known = bytes(tokens[: num_known * block_size])
+        goes_on = any(
+            group == 0 and other == salt and len(longer) == len(known) + block_size and longer.startswith(known)
+            for group, other, longer in cached
+        )
+        return num_known if num_known > num_hit and goes_on else 0
 
     def pick(self, data, *, is_swapped: bool = False) -> int | None:
         ids = sorted(seq_id for seq_id, seq in self.sequences.items() if seq.is_swapped == is_swapped)
@@ -318,11 +359,14 @@ class GroupsMachine(RuleBasedStateMachine):
     )
     def reserve(self, data, tokens, salt, known, chunk, is_pin):
         manager = self.manager
-        if known and self.sequences:
-            other = self.sequences[data.draw(st.sampled_from(sorted(self.sequences)))]
+        others = [*self.ended[-4:], *self.sequences.values()]
+        if known and others:
+            other = others[data.draw(st.integers(0, len(others) - 1))]
             tokens, salt = [*other.tokens[:known], *tokens], other.salt
         match = manager.match_prefix(tokens, salt=salt)
-        assert match.num_tokens == self.longest(tokens, salt)
+        num_hit = self.longest(tokens, salt)
+        assert match.num_tokens == num_hit * self.block_size
+        assert match.branch == self.branch(tokens, salt, num_hit)
         stop = match.num_tokens if is_pin else min(len(tokens), match.num_tokens + chunk)
         seq_id, ticket = self.next_id, manager.to_reserve(self.next_id, stop, match=match)
         if self.is_refused(
@@ -331,7 +375,9 @@ class GroupsMachine(RuleBasedStateMachine):
             return
         assert manager.reserve(seq_id, stop, match=match) == []
         self.next_id += 1
-        self.sequences[seq_id] = Sequence(tokens[:stop], match.num_tokens, salt)
+        ends = {num_hit, match.branch, max(stop - 1, 0) // self.block_size, stop // self.block_size}
+        self.sequences[seq_id] = Sequence(tokens[:stop], match.num_tokens, salt, ends)
+        self.need(match.device_blocks)
         self.plan()
         self.check_sees(seq_id)
         self.compute(seq_id, stop)
@@ -366,7 +412,7 @@ class GroupsMachine(RuleBasedStateMachine):
         parent = self.sequences[seq_id]
         for _ in range(number):
             self.manager.fork(seq_id, self.next_id)
-            self.sequences[self.next_id] = Sequence(parent.tokens, parent.computed, parent.salt)
+            self.sequences[self.next_id] = Sequence(parent.tokens, parent.computed, parent.salt, parent.ends)
             self.next_id += 1
 
     @precondition(lambda self: self.sequences)
@@ -374,9 +420,12 @@ class GroupsMachine(RuleBasedStateMachine):
     def free(self, data, include_partial):
         seq_id = data.draw(st.sampled_from(sorted(self.sequences)))
         seq = self.sequences.pop(seq_id)
+        self.ended.append(seq)
         if include_partial and not seq.is_swapped:
             self.manager.publish(seq_id, seq.tokens, seq.computed, salt=seq.salt, include_partial=True)
         self.manager.free(seq_id)
+        if not seq.is_swapped:
+            self.need_ends(seq, {*seq.ends, seq.computed // self.block_size})
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), number=st.integers(1, 3))
@@ -386,9 +435,11 @@ class GroupsMachine(RuleBasedStateMachine):
         if self.is_refused(ticket.num_blocks, len(manager.tiers.host.free), lambda: manager.swap_out(ids)):
             return
         manager.swap_out(ids)
-        self.plan()
         for seq_id in ids:
-            self.sequences[seq_id].is_swapped = True
+            seq = self.sequences[seq_id]
+            self.need_ends(seq, {seq.computed // self.block_size})
+            seq.is_swapped = True
+        self.plan()
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), number=st.integers(1, 3))
@@ -398,9 +449,10 @@ class GroupsMachine(RuleBasedStateMachine):
         if self.is_refused(ticket.num_blocks, manager.num_free_blocks, lambda: manager.swap_in(ids)):
             return
         manager.swap_in(ids)
-        self.plan()
         for seq_id in ids:
             self.sequences[seq_id].is_swapped = False
+            self.need(manager.holdings.held_by(seq_id).live_blocks)
+        self.plan()
 
     def check_sees(self, seq_id: int) -> None:
         """Every token that the next one sees is there, in each group."""
@@ -417,6 +469,13 @@ class GroupsMachine(RuleBasedStateMachine):
     def every_sequence_sees_its_own_tokens(self):
         for seq_id in self.sequences:
             self.check_sees(seq_id)
+
+    @invariant()
+    def cached_blocks_of_windows_are_needed_if_a_window_before_a_prefix_end_covers_them(self):
+        cache = self.manager.tiers.device.cache
+        windowed = {block: prefix for block, prefix in cache._prefixes.items() if self.windows[prefix.group]}
+        unneeded = {block for block, prefix in windowed.items() if self.needed.get(block) is not prefix}
+        assert cache.unneeded == unneeded
 
     @invariant()
     def every_block_is_accounted_for(self):

@@ -14,6 +14,8 @@ from jpaged.host.scheduler import Scheduler
 from jpaged.request import FinishReason, Request, SamplingParams, derive_seed
 from tests.support.plans import SpelledPlan, spell
 
+PROMPT_SIZES = ((16, 2), (32, 8), (64, 8), (128, 8))
+
 
 def make_scheduler(
     num_blocks=64,
@@ -127,25 +129,47 @@ def test_long_prompts_are_chunked_and_mixed_with_decodes_within_the_budget():
     ("prompt_lens", "num_tokens"),
     [
         ([14], [16]),
+        ([40], [42]),
+        ([62], [64]),
+        ([20, 20], [42]),
+        ([100], [64, 40]),
+        ([230], [64, 64, 64, 46]),
+    ],
+)
+def test_prompts_beside_decodes_are_not_cut_where_one_step_takes_all(prompt_lens, num_tokens):
+    scheduler = make_scheduler(budget=64, step_sizes=PROMPT_SIZES)
+    start_decodes(scheduler, prompt_lens)
+    assert [step(scheduler).num_tokens for _ in num_tokens] == num_tokens
+    assert step(scheduler).num_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt_lens", "num_tokens"),
+    [
+        ([14], [16]),
         ([15], [17]),  # beside two decodes 16 take 14: that leaves 1, but there is no row for it
         ([40], [32, 12]),
         ([46], [32, 18]),
         ([60], [32, 32]),
         ([61], [63]),  # 32 would take less than they leave
-        ([20, 20], [32, 12]),
+        ([20, 20], [32, 13]),  # and the one that waits, since one has ended
         ([100], [64, 32, 10]),
         ([230], [64, 64, 64, 32, 16]),
     ],
 )
-def test_prompts_beside_decodes_fill_a_compiled_size_and_their_rest_comes_later(prompt_lens, num_tokens):
-    scheduler = make_scheduler(budget=64, step_sizes=((16, 2), (32, 8), (64, 8), (128, 8)))
+def test_prompts_beside_decodes_fill_a_compiled_size_while_others_wait(prompt_lens, num_tokens):
+    scheduler = make_scheduler(rows=2 + len(prompt_lens), budget=64, step_sizes=PROMPT_SIZES)
+    start_decodes(scheduler, [*prompt_lens, 1])
+    assert [step(scheduler).num_tokens for _ in num_tokens] == num_tokens
+
+
+def start_decodes(scheduler, prompt_lens):
+    """Two sequences that decode, and prompts that come later."""
     for name in "ab":
         scheduler.add(request(name, 1, max_tokens=100))
     step(scheduler)
     for i, prompt_len in enumerate(prompt_lens):
         scheduler.add(request(str(i), prompt_len, first=100 * i, max_tokens=1))
-    assert [step(scheduler).num_tokens for _ in num_tokens] == num_tokens
-    assert step(scheduler).num_tokens == 2
 
 
 def test_prompts_alone_are_computed_at_once():

@@ -6,10 +6,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from bench.http.command import _first_tokens
 from bench.http.connection import Client, completion, request
 from bench.http.fuzz import run_fuzz
 from bench.http.launch import Metrics
-from bench.http.load import jobs_of, run_load, summary
+from bench.http.load import Timeline, first_tokens_by_length, jobs_of, run_load, summary
 from bench.http.phases import run_phases
 from bench.http.soak import run_soak
 from bench.workloads import sharegpt
@@ -72,6 +73,23 @@ def test_a_phase_has_a_rate_and_the_figures_of_the_server(child):
         assert phase["step_s"] > 0
         assert phase["ttft_p99_steps"] == pytest.approx(phase["ttft_p99_s"] / phase["step_s"])
         assert phase["first_token_steps_p99"] >= 1
+        assert sum(phase["first_token_steps"].values()) == 4
+        short, *longer = phase["ttft_by_length"]
+        assert (short["most_prompt_tokens"], short["num_requests"]) == (128, 4)
+        assert short["ttft_p99_s"] == phase["ttft_p99_s"]
+        assert [each["num_requests"] for each in longer] == [0, 0]
+    shown = _first_tokens([at_once, slower])
+    assert "<= 128 tokens" in shown
+    assert "requests by most steps before it" in shown
+
+
+def test_times_to_first_tokens_are_told_apart_by_the_length_of_the_prompt():
+    lengths = [1, 128, 129, 512, 513, 2000, 2000]
+    timelines = [Timeline(200, True, float(i), 9.0) for i in range(6)]
+    timelines.append(Timeline(500, False, 100.0, 100.0))
+    classes = first_tokens_by_length([[0] * length for length in lengths], timelines)
+    assert [each["num_requests"] for each in classes] == [2, 2, 2]
+    assert [each["ttft_p50_s"] for each in classes] == [0.5, 2.5, 4.5]
 
 
 def test_streams_whose_clients_leave_leak_nothing(child):
@@ -119,5 +137,6 @@ g 3.0
     assert after.mean_since(before, "h") == 0.5
     assert after.quantile_since(before, "h", 0.1) == 0.1
     assert after.quantile_since(before, "h", 0.5) == 1.0
+    assert after.histogram_since(before, "h") == {0.1: 2, 1.0: 8}
     assert after.mean_since(after, "h") is None
     assert after.quantile_since(after, "h", 0.5) is None

@@ -11,6 +11,8 @@ def snapshot(value):
         return [(key, snapshot(item)) for key, item in value.items()]
     if isinstance(value, list):
         return [item if type(item) is int else snapshot(item) for item in value]
+    if isinstance(value, set):
+        return set(value)
     if isinstance(value, Prefix) or not type(value).__module__.startswith("jpaged"):
         return value
     names = [field.name for field in fields(value)] if is_dataclass(value) else vars(value)

@@ -1,6 +1,5 @@
 """PTX on a warpgroup of numpy arrays, where no GPU can run it: a register is an array [warps, lanes]."""
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -48,16 +47,6 @@ def to_bfloat16(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return as_register(np.stack([low, high], axis=-1).astype(ml_dtypes.bfloat16))
 
 
-def in_bfloat16(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """An instruction on two numbers of each register, exact but for its last rounding."""
-
-    def instruction(*registers: np.ndarray) -> np.ndarray:
-        numbers = (elements(register, ml_dtypes.bfloat16).astype(np.float64) for register in registers)
-        return as_register(function(*numbers).astype(ml_dtypes.bfloat16))
-
-    return instruction
-
-
 def to_float8(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     pair = np.stack([low, high], axis=-1).astype(STORED["float8_e4m3fn"])  # no test has numbers that saturate
     return as_type(pair, np.uint16)[..., 0]
@@ -72,9 +61,6 @@ INSTRUCTIONS = {
     "cvt.f32.f16": lambda a: a.view(np.float16).astype(np.float32),
     "mul.f32": scaled,
     "cvt.rn.bf16x2.f32": to_bfloat16,
-    "fma.rn.bf16x2": in_bfloat16(lambda a, b, c: a * b + c),
-    "mul.rn.bf16x2": in_bfloat16(np.multiply),
-    "min.bf16x2": in_bfloat16(np.minimum),
     "cvt.rni.s32.f32": lambda a: np.rint(a).astype(np.int32).view(np.uint32),
     "cvt.rn.satfinite.e4m3x2.f32": to_float8,
 }

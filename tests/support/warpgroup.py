@@ -1,9 +1,7 @@
 """A warpgroup of numpy arrays, on which code that is inlined in Mosaic GPU kernels runs where there is no GPU."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +17,6 @@ class Kind(NamedTuple):
 
 class Memory:
     """Bytes of memory, and the accesses to it: the offsets of each thread."""
-
-    writers: ClassVar[Any] = np.ones((WARPS, LANES), bool)
-    """Threads that write."""
 
     def __init__(self, image: np.ndarray):
         self.image = image
@@ -42,22 +37,13 @@ def load(kind: Kind, pointer: tuple[Memory, np.ndarray]) -> np.ndarray:
 
 def store(value: np.ndarray, pointer: tuple[Memory, np.ndarray]) -> None:
     memory, offsets = pointer
-    places = memory.at(offsets, 4 * value.shape[-1])
-    memory.image[places[Memory.writers]] = np.ascontiguousarray(value).view(np.uint8)[Memory.writers]
-
-
-def if_else(condition: np.ndarray, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
-    """Both ways, each for the threads that take it."""
-    for writers, body in ((condition, then), (~condition, otherwise)):
-        with mock.patch.object(Memory, "writers", writers):
-            body()
+    memory.image[memory.at(offsets, 4 * value.shape[-1])] = np.ascontiguousarray(value).view(np.uint8)
 
 
 STAND_INS = {
     "mgpu": SimpleNamespace(
         utils=SimpleNamespace(
             inline_ptx=run_ptx,
-            bitcast=lambda bits, kind: bits.view(kind.dtype),
             c=lambda value, kind: np.full((WARPS, LANES), value, np.uint32),
             # Not the first warpgroup of its thread block.
             thread_idx=lambda: 384 + np.arange(WARPS * LANES, dtype=np.uint32).reshape(WARPS, LANES),
@@ -67,7 +53,7 @@ STAND_INS = {
     ),
     "ir": SimpleNamespace(
         IntegerType=SimpleNamespace(get_signless=lambda bits: np.dtype(f"u{bits // 8}")),
-        VectorType=SimpleNamespace(get=lambda shape, element: Kind(getattr(element, "dtype", element), *shape)),
+        VectorType=SimpleNamespace(get=lambda shape, element: Kind(element, *shape)),
         F32Type=SimpleNamespace(get=lambda: Kind(np.float32)),
     ),
     "arith": SimpleNamespace(
@@ -77,11 +63,6 @@ STAND_INS = {
         remui=np.remainder,
         xori=np.bitwise_xor,
         andi=np.bitwise_and,
-        ori=np.bitwise_or,
-        subi=np.subtract,
-        maxui=np.maximum,
-        cmpi=lambda predicate, a, b: predicate(a, b),
-        CmpIPredicate=SimpleNamespace(eq=np.equal, ule=np.less_equal),
     ),
     "llvm": SimpleNamespace(load=load, store=store),
     "vector": SimpleNamespace(

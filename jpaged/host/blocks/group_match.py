@@ -79,15 +79,14 @@ def match_groups(tiers: TwoTiers, groups: LayerGroups, tokens: HashedTokens, num
         finder.follow(groups.num_full)
     else:
         finder.follow_windows(groups)
-    num_blocks = len(finder.links) - 1
-    windowed = range(groups.num_full, len(groups))
+    num_blocks = num_known = len(finder.links) - 1
     is_adopted = groups.num_full > 0
 
     def find_missing() -> int | None:
         """The last logical block that a window needs, and that is not cached."""
         nonlocal is_adopted
         missing = None
-        for group in windowed:
+        for group in groups.windowed:
             first = groups.groups[group].first_live(num_blocks * tiers.block_size, tiers.block_size)
             for index in range(num_blocks - 1, max(first, -1 if missing is None else missing + 1) - 1, -1):
                 hit = finder.find(index, group)
@@ -109,7 +108,8 @@ def match_groups(tiers: TwoTiers, groups: LayerGroups, tokens: HashedTokens, num
         for index in range(num_blocks)
         for group, start in enumerate(starts)
     ]
-    return PrefixMatch(tuple(hits), len(groups), finder.links[num_blocks] if num_blocks else None)
+    branch = num_known if num_known > num_blocks and tiers.has_child(finder.links[num_known]) else 0
+    return PrefixMatch(tuple(hits), len(groups), finder.links[num_blocks] if num_blocks else None, branch)
 
 
 def find_stale_hit(tiers: TwoTiers, groups: LayerGroups, match: PrefixMatch) -> PrefixHit | None:

@@ -23,6 +23,7 @@ class Holding:
         is_borrowing: shares a last block in which the cache may hold more tokens than the sequence does.
         host_blocks: host blocks of a streamed sequence that is on the device: its first blocks, all full.
         starts: first logical block that is held in each layer group; empty if there is one group without a window.
+        ends: numbers of first blocks after which later requests may start (``prefix_ends``); empty as ``starts`` is.
     """
 
     blocks: list[int]
@@ -32,6 +33,7 @@ class Holding:
     is_borrowing: bool = False
     host_blocks: "array[int] | tuple[()]" = ()
     starts: "array[int] | tuple[()]" = ()
+    ends: frozenset[int] = frozenset()
 
     @property
     def live_blocks(self) -> list[int]:
@@ -50,7 +52,7 @@ class Holding:
         """The same blocks for another sequence."""
         assert not self.host_blocks, "a streamed sequence is never forked"
         copied = self.blocks.copy(), self.num_empty, self.prefix, self.num_published, self.is_borrowing
-        return Holding(*copied, starts=self.starts[:])
+        return Holding(*copied, starts=self.starts[:], ends=self.ends)
 
 
 _NOTHING = Holding([], 0)
@@ -102,12 +104,14 @@ class Holdings:
         if not 0 <= start <= stop <= num_held:
             raise ValueError(f"positions [{start}, {stop}): sequence {seq_id!r} holds [0, {num_held})")
 
-    def fork(self, parent_id: Hashable, child_id: Hashable, tiers: TwoTiers) -> None:
+    def fork(self, parent_id: Hashable, child_id: Hashable, tiers: TwoTiers, *, is_new: bool) -> None:
         """Give a sequence all blocks of another one. Blocks that both hold stay; the child's others are released.
 
-        Raises ValueError for an unknown or swapped parent.
+        Raises ValueError for an unknown or swapped sequence, or if the name of a new one is in use.
         """
-        parent, child = self.held_by(parent_id), self.on_device.get(child_id, _NOTHING)
+        if is_new:
+            self.require_new(child_id)
+        child, parent = _NOTHING if is_new else self.held_by(child_id), self.held_by(parent_id)
         assert not child.host_blocks, "a streamed sequence is never forked"
         num_kept = common_len(parent.blocks, child.blocks) if self.groups.is_plain else 0
         tiers.device.share(parent.live_blocks[num_kept:])

@@ -161,11 +161,7 @@ class BlockManager:
         No data moves until one of them appends. A child that is not new releases its own blocks, as ``free`` does.
         Raises ValueError for an unknown or swapped sequence, or if the name of a new one is in use.
         """
-        if is_new:
-            self.holdings.require_new(child_id)
-        else:
-            self.holdings.held_by(child_id)
-        self.holdings.fork(parent_id, child_id, self.tiers)
+        self.holdings.fork(parent_id, child_id, self.tiers, is_new=is_new)
 
     # Running ------------------------------------------------------------------------------------------------------
 
@@ -203,6 +199,7 @@ class BlockManager:
 
     def free(self, seq_id: Hashable) -> None:
         """End a sequence, swapped or not. Blocks that no other sequence holds become free."""
+        self.windows.keep_ends(seq_id)
         self.holdings.release(seq_id, self.tiers)
 
     def publish(
@@ -236,7 +233,9 @@ class BlockManager:
         salt = token_ids.salt if isinstance(token_ids, HashedTokens) else salt
         holding = holding_to_publish(self.holdings, seq_id, token_ids, num_computed, salt)
         if self.enable_prefix_caching:
-            entered = publish(self.tiers, holding, token_ids, num_computed, salt=salt, include_partial=include_partial)
+            entered = publish(
+                self.tiers, self.groups, holding, token_ids, num_computed, salt=salt, include_partial=include_partial
+            )
             self.tiers.fill(entered if is_filling else ())
 
     # Two tiers ----------------------------------------------------------------------------------------------------

@@ -132,6 +132,8 @@ class PrefixCache:
         # sorted: neighbours share the most tokens.
         self._children: dict[bytes, list[tuple[bytes, int]]] = {}
         self.num_inserted = 0  # since the start
+        self.unneeded: set[int] = set()
+        """Cached blocks that no prefix end needs (``blocks.prefix_ends``)."""
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -184,10 +186,19 @@ class PrefixCache:
         block, num_tokens = self.find_longest(prefix.parent.of_group(prefix.group), prefix.tokens)
         return block if num_tokens == prefix.num_last_tokens else None
 
-    def insert(self, prefix: Prefix, block: int) -> Prefix:
+    def has_child(self, prefix: Prefix) -> bool:
+        """Whether a block after ``prefix`` is cached, of the same group."""
+        return prefix.key in self._children
+
+    def insert(self, prefix: Prefix, block: int, *, is_needed: bool = True) -> Prefix:
         """Record that ``block`` holds the last block of ``prefix``, unless a block that does is already recorded.
 
         A block whose content has grown is recorded with the longer prefix instead.
+
+        Args:
+            prefix: the content.
+            block: the physical block.
+            is_needed: False if no prefix end needs the block yet.
 
         Returns:
             The prefix to extend next: the one already recorded, if the content was known, so that chains share links.
@@ -197,12 +208,16 @@ class PrefixCache:
         known = None if is_new else self.find_cover(prefix)
         if known is not None:
             return self._prefixes[known]
-        if (before := self.evict(block)) is not None:
+        if block in self._prefixes:  # taking the block has evicted it, unless it has grown since
+            before = self.evict(block)
+            assert before is not None
             assert prefix.tokens.startswith(before.tokens), "cached tokens are never overwritten"
         if key not in self._blocks:  # of two prefixes with one digest, the second goes uncached
             self.num_inserted += 1
             self._blocks[key] = block
             self._prefixes[block] = prefix
+            if not is_needed:
+                self.unneeded.add(block)
             child = prefix.tokens, block
             siblings = self._children.get(key_before := prefix.key_before)
             if siblings is None:
@@ -212,7 +227,11 @@ class PrefixCache:
         return prefix
 
     def evict(self, block: int) -> Prefix | None:
-        """Forget ``block``, which is about to be overwritten. Returns the prefix that it held, None if not cached."""
+        """Forget ``block``, which is about to be overwritten.
+
+        Returns:
+            The prefix that it held; None if it was not cached, or if no prefix end needs it.
+        """
         prefix = self._prefixes.pop(block, None)
         if prefix is None:
             return None
@@ -222,12 +241,16 @@ class PrefixCache:
             del self._children[key_before]
         else:
             del siblings[bisect_left(siblings, (prefix.tokens, block))]
+        if block in self.unneeded:
+            self.unneeded.remove(block)
+            return None
         return prefix
 
     def check_invariants(self) -> None:
         """Assert that the three maps mirror each other."""
         assert len(self._blocks) == len(self._prefixes) == sum(map(len, self._children.values()))
         assert all(siblings and siblings == sorted(siblings) for siblings in self._children.values())
+        assert self.unneeded <= self._prefixes.keys()
         for block, prefix in self._prefixes.items():
             assert self._blocks[prefix.key] == block
             assert 0 < len(prefix.tokens) <= TOKEN_BYTES * self.block_size
@@ -264,11 +287,13 @@ class PrefixMatch:
         hits: the blocks in the order of the cells of block tables (``LayerGroups``).
         num_groups: number of layer groups, each of which has a hit for each logical block.
         prefix: the tokens of the hits, if there are layer groups or windows; all hits are of full blocks then.
+        branch: logical blocks after which cached tokens go on in another way, if windows lack blocks of them; or 0.
     """
 
     hits: tuple[PrefixHit, ...] = ()
     num_groups: int = 1
     prefix: Prefix | None = None
+    branch: int = 0
 
     @cached_property
     def num_tokens(self) -> int:

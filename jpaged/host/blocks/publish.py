@@ -2,10 +2,12 @@
 
 from collections.abc import Hashable, Sequence
 
+from jpaged.contract.layer_groups import LayerGroups
 from jpaged.host.blocks.hashed_tokens import HashedBlock, HashedTokens, hash_blocks
 from jpaged.host.blocks.holdings import Holding, Holdings
-from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache
-from jpaged.host.blocks.tier import TwoTiers
+from jpaged.host.blocks.prefix_cache import Prefix
+from jpaged.host.blocks.prefix_ends import keep_ends
+from jpaged.host.blocks.tier import BlockTier, TwoTiers
 
 
 def holding_to_publish(
@@ -26,6 +28,7 @@ def holding_to_publish(
 
 def publish(
     tiers: TwoTiers,
+    groups: LayerGroups,
     holding: Holding,
     token_ids: Sequence[int] | HashedTokens,
     num_computed: int,
@@ -37,6 +40,7 @@ def publish(
 
     Args:
         tiers: the two tiers of blocks.
+        groups: the layer groups.
         holding: the sequence's blocks.
         token_ids: the sequence's tokens.
         num_computed: tokens of these whose KV is in the pool once all planned steps have run.
@@ -51,7 +55,7 @@ def publish(
     prefix = holding.prefix or root
     tiers.num_changes += 1
     if include_partial and holding.prefix is not None:
-        _publish_again(cache, holding, holding.prefix)
+        _publish_again(tiers.device, groups, holding, holding.prefix)
     stop = num_computed if include_partial else num_computed // block_size * block_size
     if stop <= start * block_size:
         return []
@@ -60,7 +64,7 @@ def publish(
     else:
         blocks = hash_blocks(prefix.digest, token_ids[start * block_size : stop], block_size)
     if holding.starts:
-        return _publish_groups(cache, holding, prefix, blocks)
+        return _publish_groups(tiers, groups, holding, prefix, blocks)
     for (tokens, digest), block in zip(blocks, holding.blocks[start:], strict=False):
         known = cache.insert(prefix.link(tokens, digest), block)
         if len(tokens) == cache.block_bytes:
@@ -71,19 +75,35 @@ def publish(
     return holding.blocks[start : holding.num_published]
 
 
-def _publish_groups(cache: PrefixCache, holding: Holding, prefix: Prefix, blocks: Sequence[HashedBlock]) -> list[int]:
+def _publish_groups(
+    tiers: TwoTiers, groups: LayerGroups, holding: Holding, prefix: Prefix, blocks: Sequence[HashedBlock]
+) -> list[int]:
     """Enter full blocks of each layer group that holds them; no match ends inside a block of several groups."""
     entered = []
     for tokens, digest in blocks:
-        if len(tokens) == cache.block_bytes:
+        if len(tokens) == tiers.device.cache.block_bytes:
             prefix = prefix.link(tokens, digest)
             for group, block in _held_in_groups(holding, holding.num_published):
-                known = cache.insert(prefix.of_group(group), block)
+                known = _enter(tiers.device, groups, prefix.of_group(group), block)
                 prefix = known if group == 0 else prefix
                 entered.append(block)
             holding.prefix = prefix
             holding.num_published += 1
+            if holding.num_published in holding.ends:
+                keep_ends(tiers, groups, holding, [holding.num_published])
     return entered
+
+
+def _enter(device: BlockTier, groups: LayerGroups, prefix: Prefix, block: int) -> Prefix:
+    """Enter a full block of a layer group. Returns its prefix, as ``PrefixCache.insert`` does."""
+    is_full = prefix.group < groups.num_full
+    known = device.cache.insert(prefix, block, is_needed=is_full)
+    if is_full and known is not prefix:
+        # Windows lacked blocks, so that all layers were computed again. Those of windows are new: all are used alike.
+        twin = device.cache.find(known)
+        assert twin is not None
+        device.touch(twin)
+    return known
 
 
 def _held_in_groups(holding: Holding, index: int) -> list[tuple[int, int]]:
@@ -96,13 +116,14 @@ def _held_in_groups(holding: Holding, index: int) -> list[tuple[int, int]]:
     ]
 
 
-def _publish_again(cache: PrefixCache, holding: Holding, prefix: Prefix) -> None:
+def _publish_again(device: BlockTier, groups: LayerGroups, holding: Holding, prefix: Prefix) -> None:
     """Enter published blocks that were left out: the blocks that held the entries may have been reused since."""
+    cache = device.cache
     if holding.starts:
         for index, link in enumerate(prefix.chain()):
             for group, block in _held_in_groups(holding, index):
                 if block not in cache:
-                    cache.insert(link.of_group(group), block)
+                    _enter(device, groups, link.of_group(group), block)
         return
     start = len(holding.host_blocks)  # the host's tier holds entries of its own
     for link, block in zip(prefix.chain()[start:], holding.blocks[start:], strict=False):

@@ -8,6 +8,7 @@ from jpaged.contract.plan import BlockCopy
 from jpaged.host.blocks.group_match import find_stale_hit, first_live_blocks
 from jpaged.host.blocks.holdings import Holding, Holdings
 from jpaged.host.blocks.prefix_cache import PrefixHit, PrefixMatch
+from jpaged.host.blocks.prefix_ends import find_ends
 from jpaged.host.blocks.ticket import Ticket
 from jpaged.host.blocks.tier import TwoTiers
 
@@ -102,6 +103,7 @@ class Reserve:
             num_published=num_full,
             is_borrowing=bool(kept) and kept[-1].num_tokens < block_size and not kept[-1].is_on_host,
             starts=() if groups.is_plain else array("i", first_live_blocks(groups, match.num_tokens, block_size)),
+            ends=frozenset() if groups.is_plain else find_ends(match, num_queried, block_size),
         )
         if num_queried:
             self.count(num_queried, match)

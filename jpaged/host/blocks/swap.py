@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from jpaged.host.blocks.holdings import Holding, Holdings
 from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache
+from jpaged.host.blocks.prefix_ends import keep_ends
 from jpaged.host.blocks.ticket import Ticket
 from jpaged.host.blocks.tier import BlockTier, TwoTiers
 
@@ -37,7 +38,7 @@ class Swap:
         moves = _moves_of(holdings.values(), host.cache)
         _require_settled(moves, self._tiers.is_loading)
         twins = [move.twin for move in moves.values() if move.twin is not None]
-        num_blocks = len(moves) - len(twins) + len(set(twins) & host.free.keys())
+        num_blocks = len(moves) - len(twins) + len([twin for twin in set(twins) if twin in host.free])
 
         def move_out() -> None:
             for twin in twins:
@@ -47,6 +48,7 @@ class Swap:
                 homes[block] = self._tiers.store(block, prefix) if twin is None else twin
                 self.num_blocks_out += twin is None
             for seq_id, holding in holdings.items():
+                keep_ends(self._tiers, self._holdings.groups, holding, [holding.num_published])
                 self._tiers.release(_relocate(holding, homes, host))
                 self._holdings.on_host[seq_id] = self._holdings.on_device.pop(seq_id)
             host.release(list(homes.values()))

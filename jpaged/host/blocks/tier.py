@@ -1,13 +1,14 @@
 """Tiers of blocks, below the sequences: holders, the order of reuse, cached content, and queued moves."""
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from jpaged.contract.plan import BlockCopy
+from jpaged.host.blocks.free_blocks import FreeBlocks
 from jpaged.host.blocks.hashed_tokens import HashedTokens
 from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache, PrefixHit, PrefixMatch
-from jpaged.host.policies.eviction import MAX_SPILLS_PER_STEP, enters_at_front, order_release
+from jpaged.host.policies.eviction import MAX_SPILLS_PER_STEP, order_release
 
 
 class BlockTier:
@@ -27,17 +28,17 @@ class BlockTier:
         self.num_holders = 0  # their sum
         self.num_freed = 0  # blocks that lost their last holder, since the start
         self.cache = PrefixCache(block_size)
-        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(blocks)
-        """Blocks without a holder, cached ones included. The front is reused first. Written here alone."""
+        self.free = FreeBlocks(blocks)
+        """Blocks without a holder, cached ones included. Written here alone."""
 
     def take(self, avoid: Collection[int] = ()) -> tuple[int, Prefix | None]:
         """Take, for one holder, the free block that is reused next and is not in ``avoid``; there must be one.
 
         Returns:
-            The block, and the cached prefix it held until now, if any.
+            The block, and the cached prefix that it held until now, as ``PrefixCache.evict`` does.
         """
         block = next(block for block in self.free if block not in avoid) if avoid else next(iter(self.free))
-        del self.free[block]
+        self.free.discard(block)
         assert self.ref_counts[block] == 0, "a free block has no holder"
         self.ref_counts[block] = 1
         self.num_holders += 1
@@ -48,7 +49,7 @@ class BlockTier:
 
         The cache keeps the entries of these blocks.
         """
-        blocks = [self.free.popitem(last=False)[0] for _ in range(count)]
+        blocks = self.free.take(count)
         for block in blocks:
             assert self.ref_counts[block] == 0, "a free block has no holder"
             self.ref_counts[block] = 1
@@ -56,8 +57,9 @@ class BlockTier:
         return blocks
 
     def hold(self, block: int) -> None:
-        """Add one holder to a block, which leaves the free queue if it was there."""
-        self.free.pop(block, None)
+        """Add one holder to a block, free or not. If it is cached, this was a hit, and another may follow."""
+        self.free.discard(block)
+        self.cache.unneeded.discard(block)
         self.ref_counts[block] += 1
         self.num_holders += 1
 
@@ -70,15 +72,12 @@ class BlockTier:
 
     def release(self, blocks: Sequence[int]) -> list[int]:
         """Remove one holder from each block of a sequence. Returns the blocks that are free now."""
-        ref_counts, free, cached = self.ref_counts, self.free, self.cache.blocks
+        ref_counts = self.ref_counts
         self.num_holders -= len(blocks)
         for block in blocks:
             ref_counts[block] -= 1
         freed = [block for block in order_release(blocks) if ref_counts[block] == 0]
-        for block in freed:
-            free[block] = None
-            if enters_at_front(block in cached):
-                free.move_to_end(block, last=False)
+        self.free.add(freed, self.cache.blocks, self.cache.unneeded)
         self.num_freed += len(freed)
         return freed
 
@@ -90,22 +89,23 @@ class BlockTier:
         return sum(self.ref_counts[block] == count for block, count in holders.items() if block not in but)
 
     def touch(self, block: int) -> None:
-        """Count a cached block as just used: if it is free, it is reused last."""
-        if block in self.free:
-            self.free.move_to_end(block)
+        """Count a cached block as needed, and as just used: if it is free, it is reused last."""
+        self.cache.unneeded.discard(block)
+        self.free.touch(block)
 
     def forget(self) -> None:
         """Forget all cached content, which is lost. Only while no block is held."""
         assert len(self.free) == len(self.blocks)
         self.cache = PrefixCache(self.cache.block_size)
+        self.free = FreeBlocks(self.blocks)
 
     def check_invariants(self, holders: Counter[int]) -> None:
         """Assert the promises of this class, where ``holders`` counts the holders of each held block."""
         assert self.ref_counts == [holders[block] for block in range(self.blocks.stop)]
         assert self.num_holders == holders.total()
         assert len(self.free) + len(holders) == len(self.blocks)
-        assert self.free.keys() | holders.keys() == set(self.blocks), "no other block is handed out"
-        assert sorted(self.free, key=self.cache.__contains__) == list(self.free), "cached blocks are reused last"
+        assert {*self.free} | holders.keys() == set(self.blocks), "no other block is handed out"
+        self.free.check_invariants(self.cache.blocks, self.cache.unneeded)
         self.cache.check_invariants()
 
 
@@ -178,15 +178,16 @@ class TwoTiers:
 
         Loads cannot write a block that is copied from, even a free one: those of this plan, and ``copied``.
         """
-        free = self.device.free.keys()
-        num_unheld = len(shared & free)
+        free = self.device.free
+        num_unheld = len([block for block in shared if block in free])
         if num_loads == 0:
             return num_taken + num_unheld
-        num_avoided = len(({*self._queued.copies.values(), *copied} - shared) & free)
+        avoided = {*self._queued.copies.values(), *copied} - shared
+        num_avoided = len([block for block in avoided if block in free])
         return max(num_taken, num_avoided) + num_loads + num_unheld
 
     def take(self, avoid: Collection[int] = ()) -> int:
-        """Take the device block that is reused next. If it was cached, the host may save its content."""
+        """Take the device block that is reused next. If a prefix end needs its content, the host may save it."""
         block, evicted = self.device.take(avoid)
         if evicted is not None and self.host.blocks:
             self._spill(block, evicted)
@@ -281,6 +282,10 @@ class TwoTiers:
     def is_cached(self, digest: bytes, group: int = 0) -> bool:
         """Whether a block of either tier is cached under a digest that ``HashedTokens`` made."""
         return self.device.cache.has(digest, group) or self.host.cache.has(digest, group)
+
+    def has_child(self, prefix: Prefix) -> bool:
+        """Whether a block of either tier is cached after ``prefix``, of the same group."""
+        return self.device.cache.has_child(prefix) or self.host.cache.has_child(prefix)
 
     def num_hits_ready(self, match: PrefixMatch) -> int:
         """Count the leading hits that the plan under construction does not compute itself."""

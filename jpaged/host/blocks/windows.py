@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 
 from jpaged.host.blocks.holdings import Holdings
+from jpaged.host.blocks.prefix_ends import keep_ends
 from jpaged.host.blocks.tier import TwoTiers
 
 NEVER = 2**31 - 1
@@ -32,17 +33,28 @@ class WindowedBlocks:
         """
         self._holdings.require_positions(seq_id, position, position)
         holding, groups, block_size = self._holdings.held_by(seq_id), self._holdings.groups, self._tiers.block_size
-        freed = []
+        cells: list[int] = []
         for group, start in enumerate(holding.starts):
             stop = max(groups.groups[group].first_live(position, block_size), start)
-            cells = slice(start * len(groups) + group, stop * len(groups), len(groups))
-            freed += holding.blocks[cells]
-            holding.blocks[cells] = [0] * (stop - start)
+            cells += range(start * len(groups) + group, stop * len(groups), len(groups))
             holding.starts[group] = stop  # pyright: ignore[reportIndexIssue]
-        if freed:
+        if cells:
+            cells.sort()  # all groups of a logical block are reused before the next
+            freed = [holding.blocks[cell] for cell in cells]
+            for cell in cells:
+                holding.blocks[cell] = 0
             self.num_freed += len(freed)
             self._tiers.num_changes += 1
             self._tiers.release(freed)
+
+    def keep_ends(self, seq_id: Hashable) -> None:
+        """Count the cached blocks that the prefix ends of a sequence need as needed: it is about to give up its blocks.
+
+        Does nothing without windows, or if the sequence is not on the device.
+        """
+        holding, groups = self._holdings.on_device.get(seq_id), self._holdings.groups
+        if holding is not None and groups.has_windows:
+            keep_ends(self._tiers, groups, holding, {holding.num_published, *holding.ends})
 
     def next_slide(self, seq_id: Hashable) -> int:
         """The first position at which ``slide`` frees a block; ``NEVER`` without windows."""

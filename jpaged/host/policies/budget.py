@@ -36,9 +36,10 @@ def find_token_budget(
 ) -> int:
     """Find the most tokens that the next iteration should compute.
 
-    Padding costs as much as tokens do. So prompts beside decodes may fill one of ``step_sizes``, if the tokens left
-    over are no more than they took. The rest waits for the next iteration, which the decodes need anyway. The
-    result is an estimate: prefix hits and free blocks are not known yet.
+    An iteration that takes all that waits is not cut, so that no first token comes an iteration later. Otherwise
+    padding counts, which costs as much as tokens do: prompts beside decodes may fill one of ``step_sizes``, if the
+    tokens left over are no more than they took. The rest waits for the next iteration, which the decodes need anyway.
+    The result is an estimate: prefix hits and free blocks are not known yet.
 
     Args:
         feed_lens: tokens that each running sequence has to feed.
@@ -61,6 +62,9 @@ def find_token_budget(
             break
         num_rows += group_rows
         num_tokens += prompt_len
+    else:
+        if num_tokens <= max_num_tokens:
+            return max_num_tokens
     full = (
         size
         for size, rows in step_sizes

@@ -1,9 +1,9 @@
 """Eviction: which free block is overwritten first, and how much of the lost content is saved.
 
-Free blocks wait in one queue per tier and are taken from its front. Together the functions below give this order of
-reuse. First come blocks that are not cached, in any order. Then come cached blocks, least recently released first; of
-one sequence, its tail first. A block without its predecessors can never be matched, so a tail is worth less than its
-head. A cached device block that is overwritten moves to the host tier, which evicts in the same order.
+Each tier reuses its free blocks in this order (``blocks.free_blocks``). First come blocks that are not cached, in any
+order. Then come cached blocks that no prefix end needs (``blocks.prefix_ends``), and last all others. Of both kinds the
+block released least recently comes first; of one sequence, its tail. A block without its predecessors can never be
+matched, so a tail is worth less than its head. A needed device block that is overwritten moves to the host tier.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,8 +18,3 @@ LEAST_HIT_INSIDE = 0.25
 def order_release(block_table: Sequence[int]) -> Iterable[int]:
     """The order in which a finished sequence's blocks enter the free queue: tail first."""
     return reversed(block_table)
-
-
-def enters_at_front(is_cached: bool) -> bool:
-    """Whether a freed block enters the free queue at the front (reused next) rather than at the back (reused last)."""
-    return not is_cached

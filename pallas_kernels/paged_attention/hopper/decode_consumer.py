@@ -1,7 +1,7 @@
 """The decode kernel's consumer: attends a worker's tiles."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -91,19 +91,11 @@ def _attend_tiles(
         k_slot, v_slot = lax.rem(use, slots), lax.rem(use + 1, slots)
         start = at.start + index * tile
 
-        def take_values() -> Array | Ref:
-            plgpu.barrier_wait(scratch.full.at[v_slot])
-            if shape.pool_dtype != jnp.int8:
-                pl.when(_is_partial(at, start, shape))(lambda: _clear_unseen(tiles.at[v_slot], start, at))
-            return widened_values(tiles.at[v_slot], shape) if shape.is_quantized else tiles.at[v_slot].T
-
         plgpu.barrier_wait(scratch.full.at[k_slot])
-        scales = values = None
-        if q_scales is None:
-            products, _ = _multiply_keys(tiles.at[k_slot], queries, shape)
-        else:
+        products = _multiply_keys(tiles.at[k_slot], queries, shape)
+        scales = None
+        if q_scales is not None:
             scales = load_scales(scratch.scales.at[k_slot], shape)
-            products, values = _multiply_keys(tiles.at[k_slot], queries, shape, meanwhile=take_values)
             products = products * spread(scales.k, columns) * each_row(q_scales, products)
         plgpu.barrier_arrive(scratch.free.at[k_slot])
 
@@ -111,10 +103,11 @@ def _attend_tiles(
         new_top = jnp.maximum(top, scores.max(axis=0))
         shrink = jnp.exp2(top - new_top)
         weights = jnp.exp2(scores - each_row(new_top, scores))
-        values = take_values() if values is None else values
+        plgpu.barrier_wait(scratch.full.at[v_slot])
+        if shape.pool_dtype != jnp.int8:
+            pl.when(_is_partial(at, start, shape))(lambda: _clear_unseen(tiles.at[v_slot], start, at))
         scratch.weights.T[...] = plgpu.layout_cast(weights.astype(shape.compute_dtype), TRANSPOSED)
-        plgpu.commit_smem()
-        weighted, _ = _product(iter([(values, scratch.weights.T)]), (shape.rows, columns), shape)
+        weighted = _multiply_values(tiles.at[v_slot], scratch.weights, shape)
         plgpu.barrier_arrive(scratch.free.at[v_slot])
         unscaled = weights if scales is None else weights * spread(scales.v_inverse, columns)
         return (
@@ -154,11 +147,9 @@ def _is_partial(at: Segment, start: Array, shape: DecodeShape) -> Array:
     return (start < at.kv_begin) | (start + shape.tile > at.kv_end)
 
 
-def _multiply_keys(
-    keys: Ref, queries: Ref, shape: DecodeShape, meanwhile: Callable[[], Any] = lambda: None
-) -> tuple[Array, Any]:
-    """Products [tile, columns] of a tile's keys and a group's queries, and the result of ``meanwhile``."""
-    return _product(_key_terms(keys, queries, shape), (shape.tile, shape.columns), shape, meanwhile)
+def _multiply_keys(keys: Ref, queries: Ref, shape: DecodeShape) -> Array:
+    """Products [tile, columns] of a tile's keys and a group's queries."""
+    return _product(_key_terms(keys, queries, shape), (shape.tile, shape.columns), shape)
 
 
 def _key_terms(keys: Ref, queries: Ref, shape: DecodeShape) -> Iterator[tuple[Array | Ref, Ref]]:
@@ -176,30 +167,31 @@ def _key_terms(keys: Ref, queries: Ref, shape: DecodeShape) -> Iterator[tuple[Ar
             yield part, queries.at[slab + nth * half].T
 
 
-def _product(
-    terms: Iterator[tuple[Array | Ref, Ref]],
-    dims: tuple[int, int],
-    shape: DecodeShape,
-    meanwhile: Callable[[], Any] = lambda: None,
-) -> tuple[Array, Any]:
+def _multiply_values(values: Ref, weights: Ref, shape: DecodeShape) -> Array:
+    """A tile's weighted sum of values, over a quantised pool with the rows of ``widened_values``.
+
+    The stores of the weights to shared memory may be in flight.
+    """
+    a = widened_values(values, shape) if shape.is_quantized else values.T
+    plgpu.commit_smem()
+    return _product(iter([(a, weights.T)]), (shape.rows, shape.columns), shape)
+
+
+def _product(terms: Iterator[tuple[Array | Ref, Ref]], dims: tuple[int, int], shape: DecodeShape) -> Array:
     """The sum of the products of a and b; each product starts before the next term is made.
 
     For ``a`` in registers, the interpreter does plain arithmetic.
-
-    Returns:
-        The sum, and the result of ``meanwhile``, which is computed while the products are in flight.
     """
     if shape.is_quantized and shape.is_interpreted:
         products = jnp.zeros(dims, jnp.float32)
         for a, b in terms:
             products = products + interpreted_product(a, b[...])
-        return products, meanwhile()
+        return products
 
-    def multiply(accumulator: Ref) -> tuple[Array, Any]:
+    def multiply(accumulator: Ref) -> Array:
         for a, b in terms:
             plgpu.wgmma(accumulator, a, b)
-        other = meanwhile()
-        return accumulator[...], other
+        return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(dims, jnp.float32))
 

@@ -175,7 +175,7 @@ def columns_that_fit(head_dim: int, pool_dtype: jnp.dtype, workers_per_sm: int) 
     """Query heads of a KV head with which the consumer stays in its share of the registers.
 
     The numbers are from ptxas of CUDA 13.0, for tiles of 64 tokens with window, cap, slopes and sinks. So many heads
-    spill no registers, or up to 52 bytes over an 8-bit pool. Eight more heads would spill 24 to 350 bytes in every
+    spill no registers, or up to 24 bytes over an 8-bit pool. Eight more heads would spill 24 to 350 bytes in every
     tile. Over a 16-bit pool that two workers share, they would leave registers for one worker. More than two workers
     count as two.
     """

@@ -57,10 +57,10 @@ from pallas_kernels.paged_attention.hopper.prefill_plan import (
 from pallas_kernels.paged_attention.hopper.prefill_widener import widen_tiles
 from pallas_kernels.paged_attention.hopper.tile import LOG2E, TILE_ROWS
 
-REGISTERS_OF_CONSUMER = {False: 240, True: 200}
+REGISTERS_OF_CONSUMER = {False: 240, True: 208}
 """Is the pool quantised? -> registers of a consumer's thread. The widener takes some of the registers."""
 
-REGISTERS_OF_PRODUCER, REGISTERS_OF_WIDENER = 24, 88
+REGISTERS_OF_PRODUCER, REGISTERS_OF_WIDENER = 24, 72
 
 
 def attend_prefill(
