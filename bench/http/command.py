@@ -153,7 +153,7 @@ def _first_tokens(phases: list[dict[str, Any]]) -> str:
     lines = [table.header()]
     for phase in phases:
         quantiles = ((each["ttft_p50_s"], each["ttft_p99_s"]) for each in phase["ttft_by_length"])
-        cells = (", ".join(map(shown, both)) for both in quantiles)
+        cells = (", ".join(map(shown, both)) if both != (None, None) else None for both in quantiles)
         steps = ", ".join(f"{bound}: {count:,}" for bound, count in phase["first_token_steps"].items())
         lines.append(table.row(phase["arrivals"], *cells, f"  requests by most steps before it: {steps}"))
     return "\n".join(lines)

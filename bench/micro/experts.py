@@ -112,7 +112,7 @@ def _measure(
         ways["chosen"] = moe.chosen_experts
     if tokens <= MOST_TOKENS_OF_ALL:
         ways["all"] = moe.all_experts
-    ways["grouped"] = partial(moe.grouped_experts, product=product)
+    ways["grouped"] = partial(moe.grouped_experts, product=product, has_all=True)
 
     keys = jax.random.split(jax.random.key(1), 2)
     x = jax.random.normal(keys[0], (tokens, weights.down.shape[2]), jnp.bfloat16)

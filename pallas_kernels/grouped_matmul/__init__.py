@@ -14,11 +14,14 @@ __all__ = ["grouped_matmul", "why_not_grouped"]
 
 def _grouped_matmul_xla(
     x: Float[Array, "rows features"],
-    weights: Float[Array, "num_groups ..."],
+    weights: Float[Array, "num_matrices ..."],
     group_sizes: Int32[Array, " num_groups"],
     *,
+    matrices: Int32[Array, " num_groups"] | None,
     is_transposed: bool,
 ) -> Float[Array, "rows out_features"]:
+    if matrices is not None:
+        weights = weights[matrices]
     contracted = 2 if is_transposed else 1
     numbers = jax.lax.RaggedDotDimensionNumbers((([1], [contracted]), ([], [])), [0], [0])
     return jax.lax.ragged_dot_general(x, weights, group_sizes, numbers)
@@ -35,9 +38,10 @@ KERNELS = {
 
 def grouped_matmul(
     x: Float[Array, "rows features"],
-    weights: Float[Array, "num_groups ..."],
+    weights: Float[Array, "num_matrices ..."],
     group_sizes: Int32[Array, " num_groups"],
     *,
+    matrices: Int32[Array, " num_groups"] | None = None,
     is_transposed: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
@@ -49,9 +53,10 @@ def grouped_matmul(
 
     Args:
         x: the rows of the first group, those of the second group, and so on.
-        weights: the matrices, [num_groups, features, out_features].
+        weights: the matrices, [num_matrices, features, out_features].
         group_sizes: rows of each group. Rows behind all groups give unspecified results, and may not be finite.
-        is_transposed: whether the matrices are [num_groups, out_features, features].
+        matrices: the matrix of each group; None if each matrix has a group, in their order.
+        is_transposed: whether the matrices are [num_matrices, out_features, features].
         implementation: "xla" or "hopper"; None chooses by device and case.
         interpret: run the kernel in Pallas's interpreter, on any device.
 
@@ -67,14 +72,16 @@ def grouped_matmul(
             f"x is {x.dtype}{list(x.shape)} and weights {weights.dtype}{list(weights.shape)} with "
             f"is_transposed={is_transposed}: expected one type, and as many features in both"
         )
-    if group_sizes.shape != weights.shape[:1] or group_sizes.dtype != jnp.int32:
+    given, expected = group_sizes, weights.shape[:1] if matrices is None else matrices.shape
+    if given.shape != expected or given.dtype != jnp.int32 or (matrices is not None and matrices.dtype != jnp.int32):
         raise ValueError(
-            f"group_sizes is {group_sizes.dtype}{list(group_sizes.shape)}: expected int32[{len(weights)}], the rows of "
-            "each of the groups that weights has"
+            f"group_sizes is {given.dtype}{list(given.shape)}: expected int32{list(expected)}, the rows of each of the "
+            "groups that weights has, or that matrices names in int32"
         )
     dispatch.check_named(KERNELS, implementation, interpret=interpret)
     if implementation is None:
         case = why_not_grouped(weights.shape[1:], x.dtype)
         implementation = "hopper" if best_implementation(case, num_devices=1).name == "hopper" else "xla"
     run = KERNELS[implementation]
-    return dispatch.run(run, x, weights, group_sizes, interpret=interpret, is_transposed=is_transposed)
+    options = {"matrices": matrices, "is_transposed": is_transposed}
+    return dispatch.run(run, x, weights, group_sizes, interpret=interpret, **options)

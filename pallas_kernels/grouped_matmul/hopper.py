@@ -124,10 +124,11 @@ def why_not_grouped(matrix: tuple[int, ...], dtype: jnp.dtype) -> str | None:
 
 def grouped_matmul_hopper(
     x: Float[Array, "rows features"],
-    weights: Float[Array, "num_groups ..."],
+    weights: Float[Array, "num_matrices ..."],
     group_sizes: Int32[Array, " num_groups"],
     *,
     is_transposed: bool,
+    matrices: Int32[Array, " num_groups"] | None = None,
     consumers: int | None = None,
     num_sms: int | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -145,16 +146,20 @@ def grouped_matmul_hopper(
     reason = why_not_grouped(weights.shape[1:], x.dtype) or (None if interpret else here.why_no_hopper())
     dispatch.refuse(reason, "implementation='xla' takes it")
     num_rows, num_sms = len(x), num_sms or here.num_sms()
-    case = _case_of(x, weights, is_transposed=is_transposed, consumers=consumers, num_sms=num_sms)
+    num_groups = len(group_sizes)
+    case = _case_of(x, weights, num_groups, is_transposed=is_transposed, consumers=consumers, num_sms=num_sms)
     case = replace(case, is_interpreted=interpret is not None)
     padded = jnp.pad(x, ((0, max(case.tile_rows - num_rows, 0)), (0, 0)))  # a tile copies all of its rows
-    return _grouped(padded, weights, group_sizes, case=case, num_sms=num_sms, interpret=interpret)[:num_rows]
+    tiles = plan_tiles(group_sizes, matrices, len(padded), case.tile_rows)
+    return _grouped(padded, weights, tiles, case=case, num_sms=num_sms, interpret=interpret)[:num_rows]
 
 
-def _case_of(x: Array, weights: Array, *, is_transposed: bool, consumers: int | None, num_sms: int) -> Case:
+def _case_of(
+    x: Array, weights: Array, num_groups: int, *, is_transposed: bool, consumers: int | None, num_sms: int
+) -> Case:
     features, num_columns = reversed(weights.shape[1:]) if is_transposed else weights.shape[1:]
-    consumers = consumers or (2 if len(x) // len(weights) >= TWO_CONSUMERS_FROM else 1)
-    num_tiles = most_tiles(len(x), len(weights), consumers * TILE_ROWS)
+    consumers = consumers or (2 if len(x) // num_groups >= TWO_CONSUMERS_FROM else 1)
+    num_tiles = most_tiles(len(x), num_groups, consumers * TILE_ROWS)
     return Case(
         num_features=features,
         num_columns=num_columns,
@@ -170,20 +175,18 @@ def _case_of(x: Array, weights: Array, *, is_transposed: bool, consumers: int | 
 def _grouped(
     x: Array,
     weights: Array,
-    group_sizes: Array,
+    tiles: Array,
     *,
     case: Case,
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None,
 ) -> Array:
-    tiles = plan_tiles(group_sizes, len(x), case.tile_rows)
-
     def body(*refs: Ref, **scratch: Ref) -> None:
-        columns, num_tiles, x, weights, out = refs
+        tiles, x, weights, out = refs
         block = lax.axis_index("block")
-        num_items = num_tiles[0] * case.grid_columns
+        num_items = tiles[5, 0] * case.grid_columns
         own_items = lax.div(jnp.maximum(num_items - block + num_sms - 1, 0), num_sms)
-        worker = _Worker(case, columns, x, weights, out, Scratch(**scratch), block, own_items, num_sms)
+        worker = _Worker(case, tiles, x, weights, out, Scratch(**scratch), block, own_items, num_sms)
         warpgroup, is_crowded = lax.axis_index("warpgroup"), case.consumers > 1
 
         @pl.when(warpgroup < case.consumers)
@@ -216,7 +219,7 @@ def _grouped(
             lowering_semantics=plgpu.LoweringSemantics.Lane,  # in which warps may have loops of unknown length
         ),
         interpret=interpret,
-    )(tiles.columns, tiles.num_tiles, x, weights)
+    )(tiles, x, weights)
 
 
 def _scratch_of(case: Case) -> Scratch:

@@ -9,6 +9,7 @@ import pytest
 
 from jpaged.device.backends import hopper
 from jpaged.device.step.inputs import Bucket
+from jpaged.models.layers import moe
 from tests.support.gpu_aot import NUM_LAYERS, absent_h200, compiled, programs_on, why_no_compiler
 
 pytestmark = [
@@ -82,6 +83,15 @@ def test_no_step_copies_the_weights_of_experts(mesh, shapes, bucket):
     assert memory.temp_size_in_bytes < min(math.prod(x.shape) * x.dtype.itemsize for x in experts) / 4
 
 
+def test_step_of_one_token_writes_no_products_of_elements(mesh):
+    """XLA would write those of a row and a matrix to memory, and then sum them."""
+    programs = programs_on(mesh, "qwen3-30b-a3b", 20_000, 0)
+    memory = compiled(programs, "forward", Bucket(1, 1)).memory_analysis()
+    projections = [x for x in jax.tree.leaves(programs.weights) if x.shape == (32 * 128, 2048)]
+    assert len(projections) == NUM_LAYERS
+    assert memory.temp_size_in_bytes < math.prod(projections[0].shape) * projections[0].dtype.itemsize / 4
+
+
 def kernels_of_step(hlo: str) -> int:
     """The kernels of the computation that runs the layers: that with the most kernels of ours."""
     computations = re.split(r"^(?:ENTRY )?%[\w.-]+ \(.*$", hlo, flags=re.M)
@@ -113,3 +123,12 @@ def test_a_large_step_adds_and_norms_in_two_kernels_a_layer(mesh, shapes):
     program = compiled(programs_on(mesh, shapes, 2_000, 0), "forward", Bucket(512, 32))
     kernels = [line for line in program.as_text().splitlines() if "custom-call(" in line and "/add_rms_norm/" in line]
     assert len(kernels) == 2 * NUM_LAYERS
+
+
+def test_experts_of_one_token_are_not_sorted(mesh, monkeypatch):
+    def compile_step() -> str:
+        return compiled(programs_on(mesh, "qwen3-30b-a3b", 20_000, 0), "forward", Bucket(1, 1)).as_text()
+
+    unsorted = compile_step()
+    monkeypatch.setattr(moe, "groups_of_one_token", lambda experts: moe.groups_by_expert(experts[None], 128))
+    assert kernels_of_step(compile_step()) - kernels_of_step(unsorted) >= NUM_LAYERS * 3

@@ -189,6 +189,7 @@ def test_other_steps_stay_with_xla(backend, cache, heads):
     assert backend.unrotated(cache, heads) is None
 
 
-def test_the_kernel_is_off_by_default(monkeypatch):
+def test_the_kernel_takes_small_steps_by_default(monkeypatch):
     monkeypatch.undo()
-    assert HopperBackend("").unrotated(a_cache(), projected(1)) is None
+    assert HopperBackend("").unrotated(a_cache(), projected(16)) is not None
+    assert HopperBackend("").unrotated(a_cache(), projected(2048)) is None

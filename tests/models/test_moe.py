@@ -16,11 +16,10 @@ from jpaged.device.backends.hopper import HopperBackend
 from jpaged.device.target import TARGETS
 from jpaged.models import load_config, load_model, random_model, save_checkpoint
 from jpaged.models.layers import moe
+from jpaged.models.layers.expert_groups import MOST_COMPARED, PART, groups_by_expert
 from jpaged.models.layers.moe import (
-    MOST_COUNTED,
     ActivatedGate,
     Weights,
-    _sorted_pairs,
     all_experts,
     chosen_experts,
     compute_experts,
@@ -35,8 +34,8 @@ from tests.support.oracles import HF_REFERENCE, load_reference, teacher_forced_l
 GATED = ActivatedGate("silu")
 
 
-def _grouped(x, routes, weights, gated):
-    return grouped_experts(x, routes, weights, gated, partial(grouped_matmul, implementation="xla"))
+def _grouped(x, routes, weights, gated, *, has_all=False):
+    return grouped_experts(x, routes, weights, gated, partial(grouped_matmul, implementation="xla"), has_all=has_all)
 
 
 WAYS = (chosen_experts, all_experts, _grouped)
@@ -70,10 +69,11 @@ def _inputs(rng, tokens=7, hidden=8, num_experts=6, top_k=3):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("experts", WAYS)
-def test_experts_equal_a_loop_over_tokens(experts, bias):
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("experts", [*WAYS, partial(_grouped, has_all=True)])
+def test_experts_equal_a_loop_over_tokens(experts, tokens, bias):
     rng = np.random.default_rng(0)
-    (x, routes), weights = _inputs(rng), _weights(rng, bias=bias)
+    (x, routes), weights = _inputs(rng, tokens=tokens), _weights(rng, bias=bias)
     np.testing.assert_allclose(experts(x, routes, weights, GATED), _one_by_one(x, routes, weights), atol=1e-4)
 
 
@@ -129,13 +129,32 @@ def test_one_row_of_a_mixture_has_a_program_of_its_own():
     assert (TARGETS["gpu"].least_rows_of(mixture), TARGETS["gpu"].least_rows_of(dense)) == (1, 16)
 
 
-@pytest.mark.parametrize("num_pairs", [1, 50, MOST_COUNTED + 1])
-def test_places_sort_pairs_by_expert_and_keep_their_order(num_pairs):
-    experts = np.random.default_rng(5).integers(0, 7, num_pairs).astype(np.int32)
-    order = np.argsort(experts, kind="stable")
-    places, pair_at = _sorted_pairs(jnp.asarray(experts))
-    np.testing.assert_array_equal(pair_at, order)
-    np.testing.assert_array_equal(np.asarray(places)[order], np.arange(num_pairs))
+@pytest.mark.parametrize(
+    ("tokens", "top_k"),
+    [(1, 1), (25, 2), (MOST_COMPARED // 2 + 1, 2), (17 * PART, 1)],
+    ids=["one pair", "compared", "counted", "counted in whole parts"],
+)
+def test_groups_hold_pairs_by_expert_and_in_order(tokens, top_k):
+    """Expert 3 has no token, and number 7 stands for the experts of other devices."""
+    num_experts = 7
+    experts = np.random.default_rng(5).permuted(np.tile([0, 1, 2, 4, 5, 6, 7], (tokens, 1)), axis=1)[:, :top_k]
+    order = np.argsort(experts.reshape(-1), kind="stable")
+    groups = groups_by_expert(jnp.asarray(experts, jnp.int32), num_experts)
+    np.testing.assert_array_equal(np.asarray(groups.places)[order], np.arange(tokens * top_k))
+    np.testing.assert_array_equal(groups.token_at, order // top_k)
+    np.testing.assert_array_equal(groups.expert_at, np.minimum(experts.reshape(-1)[order], num_experts - 1))
+    np.testing.assert_array_equal(groups.sizes, np.bincount(experts.reshape(-1), minlength=8)[:num_experts])
+    assert groups.experts is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_token_gives_the_same_bits_whether_its_experts_are_sorted_or_not(bias):
+    rng = np.random.default_rng(7)
+    (x, routes), weights = _inputs(rng, tokens=1), _weights(rng, bias=bias)
+    routes = routes._replace(experts=jnp.array([[4, 0, 2]], jnp.int32))
+    np.testing.assert_array_equal(
+        _grouped(x, routes, weights, GATED, has_all=True), _grouped(x, routes, weights, GATED, has_all=False)
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,7 +164,7 @@ def test_places_sort_pairs_by_expert_and_keep_their_order(num_pairs):
 def test_way_to_compute_experts_follows_the_number_of_tokens(tokens, has_product, expected, monkeypatch):
     called = []
     for way in ("chosen", "all", "grouped"):
-        monkeypatch.setattr(moe, f"{way}_experts", lambda x, *_, way=way: called.append(way))
+        monkeypatch.setattr(moe, f"{way}_experts", lambda x, *_, way=way, **options: called.append(way))
     rng = np.random.default_rng(6)
     x, routes = _inputs(rng, tokens=tokens, top_k=3)
     product = partial(grouped_matmul, implementation="xla") if has_product else None

@@ -80,6 +80,7 @@ def test_a_phase_has_a_rate_and_the_figures_of_the_server(child):
         assert [each["num_requests"] for each in longer] == [0, 0]
     shown = _first_tokens([at_once, slower])
     assert "<= 128 tokens" in shown
+    assert " ," not in shown, "a class without requests has an empty cell"
     assert "requests by most steps before it" in shown
 
 

@@ -179,7 +179,7 @@ class Backend:
     ) -> Float[Array, "tokens hidden_size"]:
         """Compute the experts of a layer, each device its own; see ``compute_experts``."""
         if self.num_devices == 1:
-            return self._compute_experts(gated, x, routes, weights)
+            return compute_experts(x, routes, weights, gated, self.grouped_product(weights), has_all=True)
         are_whole = len(weights.down) % self.num_devices == 0  # as in ``param_sharding``
         by_number, by_width = P(TENSOR_AXIS), P(None, None, TENSOR_AXIS)
         specs = [by_number] * 4 if are_whole else [by_width, P(None, TENSOR_AXIS), by_width, P()]
@@ -202,12 +202,9 @@ class Backend:
             routes = routes._replace(experts=routes.experts - device * len(weights.down))
         elif weights.down_bias is not None:  # one device adds it
             weights = weights._replace(down_bias=jnp.where(device == 0, weights.down_bias, 0))
-        return jax.lax.psum(self._compute_experts(gated, x, routes, weights), TENSOR_AXIS)
-
-    def _compute_experts(
-        self, gated: Gated, x: Float[Array, "tokens hidden_size"], routes: Routes, weights: Weights
-    ) -> Float[Array, "tokens hidden_size"]:
-        return compute_experts(x, routes, weights, gated, self.grouped_product(weights))
+        product = self.grouped_product(weights)
+        out = compute_experts(x, routes, weights, gated, product, has_all=not are_whole)
+        return jax.lax.psum(out, TENSOR_AXIS)
 
     def copy(self, cache: KVCache, src: Int[Array, " copies"], dst: Int[Array, " copies"]) -> KVCache:
         """``KVCache.copy``. No block but block 0 may be both a source and a destination; block 0 may stay as it is."""

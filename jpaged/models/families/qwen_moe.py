@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -119,7 +120,12 @@ class QwenMoeBlock(nnx.Module):
         out = self.experts(x, routes)
         if self.config.shared_expert_size is None:
             return out
-        return out + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return out + jax.nn.sigmoid(self._shared_logit(x)) * self.shared_expert(x)
+
+    def _shared_logit(self, x: Float[Array, "tokens hidden_size"]) -> Float[Array, "tokens 1"]:
+        """The projection to one logit, as a sum: XLA would compute a matrix product of two vectors in one thread."""
+        kernel = self.shared_expert_gate.kernel[...].astype(jnp.float32)
+        return jnp.sum(x.astype(jnp.float32) * kernel.T, axis=-1, keepdims=True).astype(x.dtype)
 
 
 class QwenMoeDecoderLayer(LlamaDecoderLayer):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
@@ -11,14 +12,11 @@ from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from jpaged.models.checkpoint.config import MAX_INT, is_count, require
 from jpaged.models.layers.common import ACTIVATIONS, Dtype, constant, with_axes
+from jpaged.models.layers.expert_groups import groups_by_expert, groups_of_one_token
 from jpaged.models.layers.spelling import Spelling
 
 Gated = Callable[[Float[Array, "*batch ffn"], Float[Array, "*batch ffn"]], Float[Array, "*batch ffn"]]
 """Makes the input of the down projection from the results of the gate and up projections."""
-
-
-MOST_COUNTED = 4096
-"""Pairs whose places are counted in one kernel. The time grows with the square of their number; a sort has several."""
 
 
 class Routes(NamedTuple):
@@ -107,9 +105,10 @@ class GroupedProduct(Protocol):
     def __call__(
         self,
         x: Float[Array, "rows features"],
-        weights: Float[Array, "num_groups ..."],
+        weights: Float[Array, "num_matrices ..."],
         group_sizes: Int32[Array, " num_groups"],
         *,
+        matrices: Int32[Array, " num_groups"] | None = None,
         is_transposed: bool = False,
     ) -> Float[Array, "rows out_features"]: ...
 
@@ -177,6 +176,8 @@ def compute_experts(
     weights: Weights,
     gated: Gated,
     product: GroupedProduct | None = None,
+    *,
+    has_all: bool = False,
 ) -> Float[Array, "tokens hidden_size"]:
     """Compute the weighted sum of the outputs of each token's experts, in the way that suits the device.
 
@@ -186,9 +187,10 @@ def compute_experts(
         weights: weights of the experts.
         gated: see ``Gated``.
         product: multiplies groups of rows; None if nothing does it well here.
+        has_all: whether ``weights`` has all experts.
     """
     if product is not None:
-        return grouped_experts(x, routes, weights, gated, product)
+        return grouped_experts(x, routes, weights, gated, product, has_all=has_all)
     if 2 * routes.experts.size <= len(weights.down):
         return chosen_experts(x, routes, weights, gated)
     return all_experts(x, routes, weights, gated)
@@ -238,27 +240,32 @@ def all_experts(
 
 
 def grouped_experts(
-    x: Float[Array, "tokens hidden_size"], routes: Routes, weights: Weights, gated: Gated, product: GroupedProduct
+    x: Float[Array, "tokens hidden_size"],
+    routes: Routes,
+    weights: Weights,
+    gated: Gated,
+    product: GroupedProduct,
+    *,
+    has_all: bool = False,
 ) -> Float[Array, "tokens hidden_size"]:
-    """Compute each expert for its own tokens: pairs of a token and an expert are sorted by expert.
+    """Compute each expert for its own tokens: pairs of a token and an expert are grouped by expert.
 
     The shapes are static, with a row for each pair. Results return to their tokens by the place of each pair, and are
     summed in a fixed order.
     """
     (tokens, top_k), num_experts = routes.experts.shape, len(weights.down)
-    is_here = _is_here(routes, weights)
-    experts = jnp.where(is_here, routes.experts, num_experts).reshape(-1)  # pairs of other devices come last
-    places, pair_at = _sorted_pairs(experts)
-    sizes = jnp.sum(experts[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
-    expert_at = jnp.minimum(_rows(experts, pair_at), num_experts - 1)
+    is_here = None if has_all else _is_here(routes, weights)
+    experts = routes.experts if is_here is None else jnp.where(is_here, routes.experts, num_experts)
+    groups = groups_of_one_token(experts[0]) if tokens == 1 and has_all else groups_by_expert(experts, num_experts)
 
-    gate_up = product(_rows(x, pair_at // top_k), _joined(weights.gate_up), sizes, is_transposed=True)
+    product = partial(product, group_sizes=groups.sizes, matrices=groups.experts)
+    gate_up = product(_rows(x, groups.token_at), _joined(weights.gate_up), is_transposed=True)
     if weights.gate_up_bias is not None:
-        gate_up += _joined(weights.gate_up_bias)[expert_at]
-    out = product(gated(*jnp.split(gate_up, 2, axis=1)), weights.down, sizes)
+        gate_up += _joined(weights.gate_up_bias)[groups.expert_at]
+    out = product(gated(*jnp.split(gate_up, 2, axis=1)), weights.down)
     if weights.down_bias is not None:
-        out += weights.down_bias[expert_at]
-    by_pair = _rows(out, places).astype(jnp.float32).reshape(tokens, top_k, -1)
+        out += weights.down_bias[groups.expert_at]
+    by_pair = _rows(out, groups.places).astype(jnp.float32).reshape(tokens, top_k, -1)
     return _weighted(by_pair, routes, is_here).astype(x.dtype)
 
 
@@ -266,31 +273,9 @@ def _joined(gate_up: Float[Array, "num_experts 2 ffn *rest"]) -> Float[Array, "n
     return gate_up.reshape(len(gate_up), -1, *gate_up.shape[3:])
 
 
-def _sorted_pairs(experts: Int32[Array, " pairs"]) -> tuple[Int32[Array, " pairs"], Int32[Array, " pairs"]]:
-    """Sort pairs by expert; pairs of one expert keep their order.
-
-    Returns:
-        the place of each pair, and the pair at each place.
-    """
-    index = jnp.arange(len(experts), dtype=jnp.int32)
-    if len(experts) > MOST_COUNTED:
-        pair_at = jnp.argsort(experts, stable=True)
-        return _inverse(pair_at), pair_at
-    is_same = experts[None] == experts[:, None]
-    is_before = (experts[None] < experts[:, None]) | (is_same & (index[None] < index[:, None]))
-    places = jnp.sum(is_before, axis=1, dtype=jnp.int32)
-    return places, _inverse(places)
-
-
-def _inverse(permutation: Int32[Array, " pairs"]) -> Int32[Array, " pairs"]:
-    index = jnp.arange(len(permutation), dtype=permutation.dtype)
-    inverse = jnp.zeros_like(permutation)
-    return inverse.at[permutation].set(index, mode="promise_in_bounds", unique_indices=True)
-
-
 def _rows(array: Shaped[Array, "rows *rest"], index: Int32[Array, " pairs"]) -> Shaped[Array, "pairs *rest"]:
     """Gather rows by an index that is known to be valid: XLA would check it in kernels of their own."""
-    return array.at[index].get(mode="promise_in_bounds")
+    return array.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _is_here(routes: Routes, weights: Weights) -> Bool[Array, "tokens top_k"]:
@@ -299,10 +284,11 @@ def _is_here(routes: Routes, weights: Weights) -> Bool[Array, "tokens top_k"]:
 
 
 def _weighted(
-    out: Float[Array, "tokens top_k hidden_size"], routes: Routes, is_here: Bool[Array, "tokens top_k"]
+    out: Float[Array, "tokens top_k hidden_size"], routes: Routes, is_here: Bool[Array, "tokens top_k"] | None
 ) -> Float[Array, "tokens hidden_size"]:
-    """Sum the outputs of each token's experts, apart from those that are not here."""
-    return jnp.sum(jnp.where(is_here[:, :, None], out * routes.weights[:, :, None], 0), axis=1)
+    """Sum the outputs of each token's experts, apart from those that are not here; None if all are."""
+    weighted = out * routes.weights[:, :, None]
+    return jnp.sum(weighted if is_here is None else jnp.where(is_here[:, :, None], weighted, 0), axis=1)
 
 
 class Router(nnx.Module):
