@@ -170,10 +170,11 @@ def _examine(
         problems.append("padding is not zero")
     host_q, host_out = np.asarray(q), np.asarray(out)
     kv, scales = np.asarray(judged.kv), None if judged.kv_scales is None else np.asarray(judged.kv_scales)
-    error = 0.0
+    errors = [0.0]
     for nth, (row, kv_head) in enumerate(samples):
         k, v = _context(shape, row, kv[nth], None if scales is None else scales[nth])
-        error = max(error, _error(shape, row, kv_head, host_q, host_out, k, v))
+        errors.append(_error(shape, row, kv_head, host_q, host_out, k, v))
+    error = float(np.max(errors))  # not a number, if any is none
     if not error <= TOLERANCE[shape.dtype]:
         problems.append(f"error above {TOLERANCE[shape.dtype]:g}")
     return Verdict(error, "; ".join(problems) or None)

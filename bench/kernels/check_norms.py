@@ -8,7 +8,7 @@ import jax
 from jax import Array
 
 from bench.kernels.case import Case
-from bench.kernels.compare import ROUNDING, Results, compared_case
+from bench.kernels.compare import NORMED, Results, compared_case
 from jpaged.models.layers.common import rms_norm, scaled
 from pallas_kernels.norm import NormSpec, add_rms_norm
 
@@ -46,7 +46,7 @@ def cases() -> dict[str, Callable[[Collection[str]], Case]]:
 
 def _case(form: str, num_rows: int, width: int, dtype: str) -> Callable[[Collection[str]], Case]:
     run, right = (partial(each, FORMS[form]) for each in (_add_norm, _add_norm_plainly))
-    return partial(compared_case, partial(_make, num_rows, width, dtype), run, right, error=ROUNDING)
+    return partial(compared_case, partial(_make, num_rows, width, dtype), run, right, error=NORMED)
 
 
 def _make(num_rows: int, width: int, dtype: str, seed: Array) -> tuple[Array, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bench.kernels.case import Case
-from bench.kernels.compare import ROUNDING, Results, compared_case
+from bench.kernels.compare import ROTATED, Results, compared_case
 from jpaged.models.layers.common import rms_norm
 from jpaged.models.layers.rope import rotate
 from pallas_kernels import block_pool_shape, copy_blocks, kv_scales_shape, write_kv, write_kv_quantized
@@ -32,7 +32,7 @@ def cases() -> dict[str, Callable[[Collection[str]], Case]]:
             case = _case(partial(_make_write, num_tokens, dtype), _write_quantized, donated=(0, 1))
             named[f"write_kv_quantized_{num_tokens}_{dtype}"] = case
         for num_summands in (1, NUM_SUMMANDS):
-            case = _case(partial(_make_projected, num_tokens, num_summands), _rope_write, error=ROUNDING)
+            case = _case(partial(_make_projected, num_tokens, num_summands), _rope_write, error=ROTATED)
             named[f"rope_write_{num_tokens}_{num_summands}"] = case
     return named
 

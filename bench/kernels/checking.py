@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
+from bench import UsageError
 from bench.kernels import check, check_norms, check_writes
 from bench.kernels.case import Case, Programs
 from bench.kernels.compiling import compile_each, num_tracers, one_line
@@ -23,7 +24,7 @@ type MakeCase = Callable[[Collection[str]], Case]
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Check all cases asked for; 1 if any is wrong. The result file has each verdict as soon as it is there."""
+    """Check all cases asked for, and keep each verdict at once. Returns 1 if any is wrong, or none was checked."""
     verdicts: list[dict[str, Any]] = []
     report = start_report(args, is_complete=False, num_checked=0, num_wrong=0, verdicts=verdicts)
     name = f"kernels_check_{device_name()}"
@@ -41,7 +42,7 @@ def run_check(args: argparse.Namespace) -> int:
     save(name, report, args.out)
     print(f"{report['num_checked']} checked, {report['num_wrong']} wrong, in {time.perf_counter() - args.began:.0f} s")
     print(f"written to {path}")
-    return 1 if report["num_wrong"] else 0
+    return 1 if report["num_wrong"] or not report["num_checked"] else 0
 
 
 def _wanted(args: argparse.Namespace) -> Iterator[tuple[str, MakeCase, list[str]]]:
@@ -52,6 +53,8 @@ def _wanted(args: argparse.Namespace) -> Iterator[tuple[str, MakeCase, list[str]
     """
     ours = [c.name for c in all_contenders() if c.is_ours]
     asked = None if args.implementations is None else args.implementations.split(",")
+    if unknown := sorted(set(asked or ()) - set(ours)):
+        raise UsageError(f"--implementations {','.join(unknown)}: --check takes {', '.join(ours)}")
     implementations = [name for name in ours if asked is None or name in asked]
     of_real_size = [name for name in implementations if asked is not None or name != "xla"]
     left_out = REPEATED if args.shapes is None else ()
@@ -89,13 +92,13 @@ def _examined(cases: dict[str, Case]) -> Iterator[tuple[str, str, dict[str, Any]
 
 def _findings(case: Case, program: Any, tools: Programs) -> dict[str, Any]:
     """The error and the problem, as far as there are any; or the reason why the implementation does not take it."""
+    if isinstance(program, NotImplementedError):
+        return {"not_taken": str(program)}
     try:
         for each in (program, *tools.values()):
             if isinstance(each, Exception):
                 raise each
         verdict = case.examine(program, tools)
-    except NotImplementedError as error:
-        return {"not_taken": str(error)}
     except Exception as error:
         return {"problem": one_line(error)}
     found = {"error": verdict.error, "problem": verdict.problem}

@@ -365,6 +365,27 @@ def test_check_command_prints_and_keeps_every_verdict_and_fails_if_one_is_wrong(
     assert report["verdicts"][1]["problem"] == "error above 0.01"
 
 
+def test_a_check_that_checks_nothing_fails(run_check, monkeypatch):
+    def cannot(*args, **options):
+        raise NotImplementedError("no kernel for a CPU")
+
+    put(monkeypatch, "hopper", cannot)
+    status, _, report = run_check("--shapes", "b16_8k", "--implementations", "hopper")
+    assert (status, report["num_checked"], report["num_wrong"]) == (1, 0, 0)
+
+
+def test_only_an_implementation_may_not_take_a_case():
+    refusal = NotImplementedError("no kernel")
+    case = SimpleNamespace(examine=lambda program, tools: None)
+    assert checking._findings(case, refusal, {}) == {"not_taken": "no kernel"}
+    assert checking._findings(case, print, {"right": refusal}) == {"problem": "NotImplementedError: no kernel"}
+
+
+def test_check_refuses_an_implementation_that_is_none_of_ours():
+    with pytest.raises(UsageError, match="--implementations hoper: --check takes"):
+        list(checking._wanted(SimpleNamespace(implementations="hoper,xla")))
+
+
 def test_a_check_that_is_cut_short_keeps_its_verdicts(run_check, monkeypatch, tmp_path):
     def kill(path):
         raise KeyboardInterrupt

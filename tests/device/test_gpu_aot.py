@@ -113,7 +113,7 @@ def test_norms_rope_and_write_are_one_kernel_of_each_layer(mesh, shapes, bucket,
     monkeypatch.setattr(hopper, "ROPE_KERNEL_TO", 512)
     hlo = compile_step()
     assert len(re.findall(r' custom-call\(.*op_name="[^"]*/rope_write/', hlo)) == NUM_LAYERS
-    monkeypatch.undo()
+    monkeypatch.setattr(hopper, "ROPE_KERNEL_TO", 0)
     assert kernels_of_step(compile_step()) - kernels_of_step(hlo) >= NUM_LAYERS * num_saved
 
 

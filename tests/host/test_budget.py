@@ -54,6 +54,7 @@ def test_prompts_alone_take_the_largest_step():
 def test_all_that_waits_is_taken_at_once():
     assert budget([1] * 10 + [300]) == 8192
     assert budget([1] * 10, waiting=[(1, 300)]) == 8192
+    assert budget([1] * 16 + [3000]) == 2048, "8192 would be mostly padding"
     assert budget([1] * 10, waiting=[(1, 700), (240, 1), (10, 1)]) == 512, "there is no row for the last"
 
 

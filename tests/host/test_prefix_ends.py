@@ -137,6 +137,8 @@ def test_full_blocks_that_are_computed_again_for_their_windows_are_as_recent_as_
     assert len(needed) == 2 * (6 + 2 * 3)
     first_blocks = [prefix.chain()[0].tokens for prefix in map(device.cache.prefix_of, needed) if prefix is not None]
     assert len(set(first_blocks[:12])) == len(set(first_blocks[12:])) == 1, "all of one prompt, then all of the other"
+    prefixes = [prefix for prefix in map(device.cache.prefix_of, needed[12:]) if prefix is not None]
+    assert [len(prefix.chain()) for prefix in prefixes if prefix.group == 0] == [6, 5, 4, 3, 2, 1], "the tail first"
     assert run(manager, "a", text("a", 24)) == 20
 
 

@@ -56,3 +56,24 @@ def keep_ends(tiers: TwoTiers, groups: LayerGroups, holding: Holding, ends: Iter
             block = cache.find(link.of_group(group))
         if block is not None:
             tiers.device.touch(block)
+
+
+def touch_twins(tiers: TwoTiers, groups: LayerGroups, holding: Holding) -> None:
+    """Count cached blocks with the content of a sequence's blocks as just used, the tail first.
+
+    A sequence has such twins in full layers if windows lacked blocks, so that all layers were computed again. The
+    blocks of windows are new then, and a hit needs both.
+
+    Args:
+        tiers, groups: as for ``keep_ends``.
+        holding: a sequence on the device, which is about to give up its blocks.
+    """
+    cache, link = tiers.device.cache, holding.prefix
+    for index in reversed(range(holding.num_published)):
+        assert link is not None, "published blocks have a prefix"
+        for group in range(groups.num_full):
+            if holding.blocks[index * len(groups) + group] not in cache:
+                twin = cache.find(link.of_group(group))
+                if twin is not None:
+                    tiers.device.touch(twin)
+        link = link.parent

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from jpaged.contract.layer_groups import LayerGroups
 from jpaged.host.blocks.hashed_tokens import HashedBlock, HashedTokens, hash_blocks
 from jpaged.host.blocks.holdings import Holding, Holdings
-from jpaged.host.blocks.prefix_cache import Prefix
+from jpaged.host.blocks.prefix_cache import Prefix, PrefixCache
 from jpaged.host.blocks.prefix_ends import keep_ends
 from jpaged.host.blocks.tier import BlockTier, TwoTiers
 
@@ -84,7 +84,7 @@ def _publish_groups(
         if len(tokens) == tiers.device.cache.block_bytes:
             prefix = prefix.link(tokens, digest)
             for group, block in _held_in_groups(holding, holding.num_published):
-                known = _enter(tiers.device, groups, prefix.of_group(group), block)
+                known = _enter(tiers.device.cache, groups, prefix.of_group(group), block)
                 prefix = known if group == 0 else prefix
                 entered.append(block)
             holding.prefix = prefix
@@ -94,16 +94,9 @@ def _publish_groups(
     return entered
 
 
-def _enter(device: BlockTier, groups: LayerGroups, prefix: Prefix, block: int) -> Prefix:
+def _enter(cache: PrefixCache, groups: LayerGroups, prefix: Prefix, block: int) -> Prefix:
     """Enter a full block of a layer group. Returns its prefix, as ``PrefixCache.insert`` does."""
-    is_full = prefix.group < groups.num_full
-    known = device.cache.insert(prefix, block, is_needed=is_full)
-    if is_full and known is not prefix:
-        # Windows lacked blocks, so that all layers were computed again. Those of windows are new: all are used alike.
-        twin = device.cache.find(known)
-        assert twin is not None
-        device.touch(twin)
-    return known
+    return cache.insert(prefix, block, is_needed=prefix.group < groups.num_full)
 
 
 def _held_in_groups(holding: Holding, index: int) -> list[tuple[int, int]]:
@@ -123,7 +116,7 @@ def _publish_again(device: BlockTier, groups: LayerGroups, holding: Holding, pre
         for index, link in enumerate(prefix.chain()):
             for group, block in _held_in_groups(holding, index):
                 if block not in cache:
-                    _enter(device, groups, link.of_group(group), block)
+                    _enter(cache, groups, link.of_group(group), block)
         return
     start = len(holding.host_blocks)  # the host's tier holds entries of its own
     for link, block in zip(prefix.chain()[start:], holding.blocks[start:], strict=False):

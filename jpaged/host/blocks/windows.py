@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 
 from jpaged.host.blocks.holdings import Holdings
-from jpaged.host.blocks.prefix_ends import keep_ends
+from jpaged.host.blocks.prefix_ends import keep_ends, touch_twins
 from jpaged.host.blocks.tier import TwoTiers
 
 NEVER = 2**31 - 1
@@ -54,6 +54,7 @@ class WindowedBlocks:
         """
         holding, groups = self._holdings.on_device.get(seq_id), self._holdings.groups
         if holding is not None and groups.has_windows:
+            touch_twins(self._tiers, groups, holding)
             keep_ends(self._tiers, groups, holding, {holding.num_published, *holding.ends})
 
     def next_slide(self, seq_id: Hashable) -> int:

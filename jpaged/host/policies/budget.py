@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 
 from jpaged.contract.profile import MachineProfile
 
+LITTLE_PADDING = 512
+"""Padded tokens that cost about as much as a further step with prompts, which reads all weights and is planned anew."""
+
 
 def tokens_within(profile: MachineProfile | None, max_step_s: float, context_len: int) -> float:
     """Count the tokens of prompts that a step computes in so many seconds; the most if that was not measured.
@@ -36,10 +39,10 @@ def find_token_budget(
 ) -> int:
     """Find the most tokens that the next iteration should compute.
 
-    An iteration that takes all that waits is not cut, so that no first token comes an iteration later. Otherwise
-    padding counts, which costs as much as tokens do: prompts beside decodes may fill one of ``step_sizes``, if the
-    tokens left over are no more than they took. The rest waits for the next iteration, which the decodes need anyway.
-    The result is an estimate: prefix hits and free blocks are not known yet.
+    An iteration that takes all that waits with little padding is not cut: a first token would come an iteration later.
+    Otherwise padding counts, which costs as much as tokens do: prompts beside decodes may fill one of ``step_sizes``,
+    if the tokens left over are no more than they took. The rest waits for the next iteration, which the decodes need
+    anyway. The result is an estimate: prefix hits and free blocks are not known yet.
 
     Args:
         feed_lens: tokens that each running sequence has to feed.
@@ -63,7 +66,8 @@ def find_token_budget(
         num_rows += group_rows
         num_tokens += prompt_len
     else:
-        if num_tokens <= max_num_tokens:
+        padded = min((size for size, _ in step_sizes if size >= num_tokens), default=num_tokens)
+        if num_tokens <= max_num_tokens and padded - num_tokens <= LITTLE_PADDING:
             return max_num_tokens
     full = (
         size
