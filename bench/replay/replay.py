@@ -113,14 +113,12 @@ def replay(work: Workload, setting: Setting, arrivals: Float64[np.ndarray, " req
     arrivals = np.zeros(len(work.prompts)) if arrivals is None else arrivals
     requests, num_arrived, now = _requests(work, setting), 0, 0.0
     in_flight: list[tuple[StepPlan, bool]] = []
-    rows, first_steps, first_s = [], np.zeros(len(requests), np.int64), np.zeros(len(requests))
-    steps_before = np.zeros(len(requests), np.int64)
+    rows, ends, first_at = [], [], np.full(len(requests), np.inf)
     while scheduler.has_unfinished or num_arrived < len(requests):
         if not scheduler.has_unfinished:
             now = max(now, float(arrivals[num_arrived]))
         while num_arrived < len(requests) and arrivals[num_arrived] <= now:
             scheduler.add(requests[num_arrived])
-            steps_before[num_arrived] = len(rows) - (arrivals[num_arrived] < now)
             num_arrived += 1
         if not in_flight:
             in_flight.append((scheduler.schedule(), True))
@@ -131,13 +129,14 @@ def replay(work: Workload, setting: Setting, arrivals: Float64[np.ndarray, " req
         if len(plan.chunks):
             seconds = H200.plan_s(plan, bucket_for(plan, setting.buckets), is_late=is_late)
         now += seconds
+        ends.append(now)
         fill = blocks.num_used_blocks / setting.num_blocks
         is_pressed = bool(scheduler.line.waiting)
         rows.append((plan.num_steps, len(plan.chunks), plan.num_tokens, fill, is_pressed, is_late, seconds))
         for group in scheduler.update(plan, made_up_result(len(plan.draws), plan.num_steps)):
             index = int(group.request.request_id)
-            if first_s[index] == 0.0 and group.sequences[0].num_outputs:
-                first_steps[index], first_s[index] = len(rows) - steps_before[index], now - arrivals[index]
+            if group.sequences[0].num_outputs:
+                first_at[index] = min(first_at[index], now)
             if not setting.knows_ends:
                 _stop_if_due(scheduler, group, work)
         if bursts is not None and len(plan.chunks):
@@ -150,8 +149,8 @@ def replay(work: Workload, setting: Setting, arrivals: Float64[np.ndarray, " req
         num_preemptions=stats.num_preemptions,
         num_swaps=stats.num_swaps_out,
         num_output_tokens=work.num_output_tokens,
-        first_token_steps=first_steps,
-        first_token_s=first_s,
+        first_token_steps=np.searchsorted(ends, first_at, "right") - np.searchsorted(ends, arrivals, "right"),
+        first_token_s=first_at - arrivals,
     )
 
 
